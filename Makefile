@@ -1,0 +1,57 @@
+# Needs Python 3.11 or newer, git and make; everything else is installed into .venv.
+#   make test PYTHON=python3.12                 another Python
+#   make test PIP_ARGS="--index-url URL"        arguments for every call of pip
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install $(PIP_ARGS)
+REQUIREMENTS := pyproject.toml setup.py constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help test slow lint demo bench clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' $(MAKEFILE_LIST) | expand -t 14
+
+test: lint ## install what is needed, lint, and run the tests
+	@echo "==> Running the tests"
+	$(BIN)/pytest -n auto
+
+slow: $(VENV)/.dev ## run the tests that take long
+	@echo "==> Running the slow tests"
+	$(BIN)/pytest -m slow -v
+
+lint: $(VENV)/.dev ## check the code with ruff
+	@echo "==> Checking the code"
+	$(BIN)/ruff check .
+
+demo: $(VENV)/.demo ## install what is needed, and show what fishkern does
+	@echo "==> Running the demo"
+	$(BIN)/fishkern demo
+
+bench: $(VENV)/.dev ## measure speed
+	@echo "==> Running the benchmarks"
+	$(BIN)/pytest benchmarks
+
+clean: ## remove the environment, caches and builds
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@echo "==> Making the environment $(VENV) with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fishkern needs Python 3.11 or newer; name one: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	@touch $@
+
+$(VENV)/.dev: $(REQUIREMENTS) | $(VENV)/.made
+	@echo "==> Installing fishkern with the tools to test and measure it (some minutes the first time)"
+	$(PIP) -c constraints.txt -e ".[all,bench,dev]"
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.demo: $(REQUIREMENTS) | $(VENV)/.made
+	@echo "==> Installing fishkern (some minutes the first time)"
+	$(PIP) -c constraints.txt -e ".[all]"
+	@touch $@

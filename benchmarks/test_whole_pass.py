@@ -1,0 +1,69 @@
+"""Whole Fisher pass on a CPU, against the batch-size-1 loop and ``vmap(grad)``: time and peak memory.
+
+All providers take turns within each round, so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from statistics import median, quantiles
+
+import pytest
+
+from benchmarks.cases import CPU_CASES
+from benchmarks.memory import peak_memory
+from benchmarks.providers import PROVIDERS
+
+ROUNDS = 5
+
+
+@pytest.mark.parametrize("case", CPU_CASES, ids=str)
+def test_time(case, benchmark, record):
+    model, data = case.model(), case.data()
+    seconds: dict[str, list[float]] = {name: [] for name in PROVIDERS}
+
+    def take_turns() -> None:
+        for name, provider in PROVIDERS.items():
+            if name != "fishkern":
+                start = time.perf_counter()
+                provider(model, data)
+                seconds[name].append(time.perf_counter() - start)
+
+    benchmark.pedantic(PROVIDERS["fishkern"], args=(model, data), setup=take_turns, rounds=ROUNDS, warmup_rounds=1)
+    for name in seconds:
+        seconds[name] = seconds[name][-ROUNDS:]  # without the warm-up's turn
+    seconds["fishkern"] = list(benchmark.stats.stats.data)
+    for name, values in seconds.items():
+        low, *_, high = quantiles(values, n=5)
+        record(
+            "whole_pass",
+            {
+                "op": "whole_pass",
+                "quantity": "time",
+                "case": vars(case),
+                "attention": "sdpa",
+                "dtype": "float32",
+                "provider": name,
+                "seconds": {"median": median(values), "p20": low, "p80": high},
+                "rounds": ROUNDS,
+            },
+        )
+        benchmark.extra_info[name] = round(median(values), 3)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("case", CPU_CASES, ids=str)
+def test_peak_memory(case, provider, record):
+    figures = peak_memory(provider, case)
+    record(
+        "whole_pass",
+        {
+            "op": "whole_pass",
+            "quantity": "memory",
+            "case": vars(case),
+            "attention": "sdpa",
+            "dtype": "float32",
+            "provider": provider,
+            **figures,
+        },
+    )

@@ -1,0 +1,47 @@
+"""Exact per-example Fisher information of PyTorch models, and the fine-tuning methods that stand on it."""
+
+from fishkern.backend import BackendUnavailableError, use_backend, why_not_triton
+from fishkern.layers import UnsupportedModuleError
+from fishkern.names import canonical_name
+from fishkern.statistics import (
+    CausalLM,
+    Classification,
+    DiagonalFisher,
+    Estimator,
+    Likelihood,
+    MaskedLM,
+    MultiLabel,
+    QuestionAnswering,
+    Regression,
+    Seq2SeqLM,
+    SketchedFisher,
+    Statistics,
+    TokenClassification,
+    estimate,
+    merge,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailableError",
+    "CausalLM",
+    "Classification",
+    "DiagonalFisher",
+    "Estimator",
+    "Likelihood",
+    "MaskedLM",
+    "MultiLabel",
+    "QuestionAnswering",
+    "Regression",
+    "Seq2SeqLM",
+    "SketchedFisher",
+    "Statistics",
+    "TokenClassification",
+    "UnsupportedModuleError",
+    "canonical_name",
+    "estimate",
+    "merge",
+    "use_backend",
+    "why_not_triton",
+]

@@ -1,0 +1,120 @@
+"""The ``fishkern`` command: one plain function for each subcommand, listed in ``COMMANDS``."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+try:
+    import rich  # noqa: F401 - typer prints with it
+    import typer
+except ModuleNotFoundError:  # main says what to install
+    typer = None
+
+EXTRAS = {
+    "cli": ("rich", "typer"),
+    "hf": ("accelerate", "datasets", "peft", "transformers"),
+    "plot": ("matplotlib",),
+}
+"""Which extra brings which package."""
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command and exit: 0 when all went well, 2 with one line on standard error when not.
+
+    Args:
+        arguments: Instead of ``sys.argv[1:]``.
+    """
+    if typer is None:
+        sys.exit('fishkern: the command needs typer and rich: pip install "fishkern[cli]"')
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments  # wherever it stands
+    try:
+        status = application()(
+            [argument for argument in arguments if argument != "--debug"],
+            prog_name="fishkern",
+            standalone_mode=False,  # else typer draws a box around an error
+        )
+    except typer.Abort:
+        status = 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"fishkern: {_in_one_line(error)}", file=sys.stderr)
+        status = 2
+    if status == 130:
+        print("fishkern: interrupted; no file is left half written.", file=sys.stderr)
+    sys.exit(status)
+
+
+def application() -> typer.Typer:
+    """Make the typer application of ``COMMANDS``.
+
+    Returns:
+        The application.
+    """
+    app = typer.Typer(
+        rich_markup_mode="rich",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True, epilog="Example:  [bold]fishkern demo --seconds 10[/bold]")(_options)
+    for command in COMMANDS:
+        app.command()(command)
+    return app
+
+
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for fisher.safetensors; made if missing.")] = Path(),
+    seconds: Annotated[float, typer.Option(min=1, metavar="N", help="How long to train the model.")] = 25.0,
+    examples: Annotated[int, typer.Option(min=2, metavar="N", help="How many texts to estimate on.")] = 512,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the weights and of the training data.")] = 0,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="Where to run: cpu, cuda; by default cuda where there is one.")
+    ] = "",
+) -> None:
+    """Train a small LLaMA, estimate its exact Fisher, check it against a loop, save it.
+
+    Needs no network and no data: the text is the documentation that Python itself carries.
+    """
+    from fishkern.demo import run
+
+    run(out, seconds=seconds, examples=examples, seed=seed, device=device or None)
+
+
+COMMANDS: tuple[Callable[..., int | None], ...] = (demo,)
+"""The subcommands: what a function returns is the exit status; its parameters are the options."""
+
+
+def _options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+) -> None:
+    """Exact per-example Fisher information of PyTorch models."""
+    if version:
+        from fishkern import __version__
+
+        print(f"fishkern {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def _in_one_line(error: Exception) -> str:
+    """Say what went wrong, and what to install where a package is missing."""
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        for extra, packages in EXTRAS.items():
+            if package in packages:
+                return f'this needs {package}: pip install "fishkern[{extra}]"'
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    message = " ".join(message.split()) or type(error).__name__
+    if context := getattr(error, "ctx", None):  # typer's own: a command or an option that it does not know
+        return f"{message.removesuffix('.')} (see {context.command_path} --help)"
+    return message

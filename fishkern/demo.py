@@ -1,0 +1,373 @@
+"""What ``fishkern demo`` shows: a real model, its exact Fisher, the loop that it equals, and the file that stays."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+import sysconfig
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+import fishkern as fk
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+MODEL = dict(
+    vocab_size=256,  # a token is a byte
+    hidden_size=128,
+    intermediate_size=344,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    tie_word_embeddings=False,
+)
+WINDOW = 128  # bytes of a training row
+SHORTEST, LONGEST = 40, 128  # bytes of a held-out paragraph; longer ones are cut
+BATCH = 16
+HELD_OUT = 8  # every 8th paragraph is kept from training
+COMPARED = 64  # at most so many examples go through the loop
+DENSITY = 0.005
+
+NEXT = """\
+Next, on a model and a DataLoader of your own:
+
+    import fishkern as fk
+    statistics = fk.estimate(model, batches, max_examples=128, progress=True)
+    statistics.save("fisher.safetensors")"""
+
+Report = Callable[[float, str], None]
+
+
+def run(folder: Path, *, seconds: float = 25.0, examples: int = 512, seed: int = 0, device: str | None = None) -> Path:
+    """Train, estimate, show, compare, save, and say each while it happens.
+
+    Args:
+        folder: Where ``fisher.safetensors`` goes; made if missing.
+        seconds: How long to train.
+        examples: How many held-out paragraphs to estimate on.
+        seed: Seed of the weights and of the order of the training data.
+        device: Where to run; ``None`` for CUDA where there is one, else the CPU.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: ``folder`` is a file, or the file in it exists and holds something else.
+        RuntimeError: What was saved loads back as something else.
+    """  # noqa: DOC502
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    path = _free_path(folder)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    console.print(f"fishkern {fk.__version__}, torch {torch.__version__}, {where}\n")
+
+    console.print("[bold]1. Text:[/bold] the documentation inside every Python")
+    text, held_out = read_text()
+    rows = [row.to(device) for row in held_out[:: max(1, len(held_out) // examples)][:examples]]
+    batches = _batches(rows)
+    lengths = [len(row) for row in rows]
+    console.print(f"   {len(text):,} bytes to train on, and {len(rows)} paragraphs that are held out\n")
+
+    console.print(f"[bold]2. Training[/bold] a small LLaMA on its bytes for {seconds:g} s")
+    model = make_model(seed).to(device)
+    before = evaluate(model, batches)
+    with _progress(console) as report:
+        steps = train(model, text, seconds, seed, report)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    console.print(f"   {size:,} parameters, {steps} steps")
+    console.print(f"   bits per held-out byte: {before:.2f} before, {evaluate(model, batches):.2f} after\n")
+
+    console.print(f"[bold]3. Estimating[/bold] the exact diagonal Fisher over the {len(rows)} paragraphs")
+    console.print(f"   of {min(lengths)} to {max(lengths)} bytes, padded to batches of {BATCH}")
+    with _progress(console) as report:
+        start = _clock(model)
+        statistics = fk.estimate(
+            model,
+            batches,
+            fk.DiagonalFisher(),
+            progress=lambda done, _: report(done / len(rows), f"{done} of {len(rows)} paragraphs"),
+        )
+        taken = _clock(model) - start
+    console.print(f"   {taken:.1f} s; before the first batch it was checked against ordinary autograd\n")
+    console.print(table(statistics))
+
+    compared = rows[:COMPARED]
+    console.print(f"\n[bold]4. Comparing[/bold] with a loop over {len(compared)} of them, alone and without padding")
+    with _progress(console) as report:
+        comparison = compare(model, compared, report)
+    console.print(f"   largest relative error {comparison.error:.1e}, in {comparison.name}")
+    console.print(
+        f"   {comparison.fishkern_seconds:.2f} s with its check, the loop {comparison.loop_seconds:.2f} s: "
+        f"{comparison.loop_seconds / comparison.fishkern_seconds:.1f} times as fast\n"
+    )
+
+    statistics.save(path)
+    console.print(f"[bold]5. Saved[/bold] to {path}, {path.stat().st_size / 1e6:.1f} MB")
+    loaded = fk.Statistics.load(path)
+    if loaded != statistics:
+        raise RuntimeError(f"{path} holds other statistics than were saved: please report this.")
+    console.print("   it loads back the same, and its header says what it is:")
+    for key, value in {**loaded.provenance["definition"], "mean over": f"{loaded.count} examples"}.items():
+        console.print(f"      {key:12} {value}")
+    console.print(f"\n{NEXT}")
+    return path
+
+
+def read_text() -> tuple[bytes, list[Tensor]]:
+    """Read the help topics of ``pydoc`` and the docstrings of the standard library.
+
+    Returns:
+        The text to train on, and the held-out paragraphs: byte values ``[T]``, ``SHORTEST <= T <= LONGEST``.
+    """
+    paragraphs = dict.fromkeys(
+        paragraph.strip().encode() for text in _texts() for paragraph in re.split(r"\n\s*\n", text)
+    )  # each once: the topics repeat one another
+    kept = [paragraph for n, paragraph in enumerate(paragraphs) if n % HELD_OUT]
+    others = [paragraph[:LONGEST] for paragraph in islice(paragraphs, 0, None, HELD_OUT) if len(paragraph) >= SHORTEST]
+    return b"\n\n".join(kept), [torch.tensor(list(paragraph)) for paragraph in others]
+
+
+def _texts() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield topics[name]
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):  # parsed, not imported; none in some builds
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, documented) and (text := ast.get_docstring(node)):
+                yield text
+
+
+def make_model(seed: int) -> nn.Module:
+    """Make the LLaMA with random weights.
+
+    Args:
+        seed: Seed of the weights.
+
+    Returns:
+        A ``LlamaForCausalLM``.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**MODEL))
+
+
+def collate(rows: list[Tensor]) -> dict[str, Tensor]:
+    """Pad rows of unequal length on the right, as a collator does.
+
+    Args:
+        rows: ``N`` tensors ``[T_n]``.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels`` (-100 at padding), each ``[N, T]``.
+    """
+    pad = nn.utils.rnn.pad_sequence
+    mask = pad([torch.ones_like(row) for row in rows], batch_first=True)
+    labels = pad(rows, batch_first=True, padding_value=-100)
+    return {"input_ids": pad(rows, batch_first=True), "attention_mask": mask, "labels": labels}
+
+
+def train(model: nn.Module, text: bytes, seconds: float, seed: int, report: Report) -> int:
+    """Train on random windows of the text until the time is up.
+
+    Args:
+        model: Changed in place.
+        text: What to train on.
+        seconds: How long.
+        seed: Seed of the windows.
+        report: Told how far it is, and the loss.
+
+    Returns:
+        The number of steps.
+    """
+    device = next(model.parameters()).device
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.01)
+    model.train()
+    steps, start = 0, time.perf_counter()
+    while (done := (time.perf_counter() - start) / seconds) < 1:
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1.0, (steps + 1) / 20) * (1 - done)
+        begin = torch.randint(len(data) - WINDOW, (BATCH, 1), generator=generator)
+        ids = data[begin + torch.arange(WINDOW)].long().to(device)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        steps += 1
+        report(done, f"step {steps}, loss {loss.item():.2f}")
+    return steps
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
+    """Measure how well the model predicts.
+
+    Args:
+        model: Left in evaluation mode.
+        batches: Padded batches.
+
+    Returns:
+        Bits per byte.
+    """
+    model.eval()
+    counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+    nats = sum(count * model(**batch).loss.item() for count, batch in zip(counts, batches, strict=True))
+    return nats / sum(counts) / math.log(2)
+
+
+def table(statistics: Mapping[str, Tensor]) -> Table:
+    """Show where the Fisher information lies: by layer, and by type of module.
+
+    Args:
+        statistics: Diagonal Fisher by parameter name.
+
+    Returns:
+        The table.
+    """
+    from rich.table import Table
+
+    total = sum(value.sum(dtype=torch.float64).item() for value in statistics.values())
+    everything = torch.cat([value.flatten() for value in statistics.values()])
+    k = max(1, int(DENSITY * everything.numel()))
+    threshold = everything.topk(k).values[-1]
+    found = Table()
+    found.add_column("part", no_wrap=True)
+    for heading in ("coordinates", "share of the Fisher", "mean", f"among the top {DENSITY:.1%}"):
+        found.add_column(heading, justify="right")
+    for part_of in (_layer, _module):
+        groups: dict[str, list[Tensor]] = defaultdict(list)
+        for name, value in statistics.items():
+            groups[part_of(name)].append(value)
+        for part, values in groups.items():
+            numel = sum(value.numel() for value in values)
+            fisher = sum(value.sum(dtype=torch.float64).item() for value in values)
+            top = sum(int((value >= threshold).sum()) for value in values)
+            found.add_row(part, f"{numel:,}", f"{fisher / total:.1%}", f"{fisher / numel:.1e}", f"{top / numel:.2%}")
+        found.add_section()
+    return found
+
+
+def _layer(name: str) -> str:
+    number = re.search(r"\.layers\.(\d+)\.", name)
+    return f"layer {number[1]}" if number else _module(name)
+
+
+def _module(name: str) -> str:
+    return name.split(".")[-2]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison with the loop found.
+
+    Attributes:
+        error: Largest difference in a parameter, relative to that parameter's largest entry.
+        name: The parameter where it is.
+        loop_seconds: Time of the loop.
+        fishkern_seconds: Time of ``fishkern.estimate`` as called, its survey and self-check included.
+    """
+
+    error: float
+    name: str
+    loop_seconds: float
+    fishkern_seconds: float
+
+
+def compare(model: nn.Module, rows: list[Tensor], report: Report) -> Comparison:
+    """Estimate on the same rows with fishkern in padded batches, and in a loop over single rows; twice each, in turn.
+
+    Args:
+        model: The model.
+        rows: ``[T_n]`` each.
+        report: Told how far it is.
+
+    Returns:
+        What was found; times are the better ones of two.
+    """
+    times = []
+    for turn in range(2):
+        start = _clock(model)
+        statistics = fk.estimate(model, _batches(rows))
+        between = _clock(model)
+        truth = loop(model, rows, lambda done, text, turn=turn: report((turn + done) / 2, text))
+        times.append((between - start, _clock(model) - between))
+    errors = {name: ((statistics[name] - value).abs().max() / value.max()).item() for name, value in truth.items()}
+    worst = max(errors, key=errors.__getitem__)
+    ours, theirs = map(min, zip(*times, strict=True))
+    return Comparison(errors[worst], worst, theirs, ours)
+
+
+def loop(model: nn.Module, rows: list[Tensor], report: Report) -> dict[str, Tensor]:
+    """Square the gradient of one example after another: what one writes without fishkern.
+
+    Args:
+        model: The model.
+        rows: ``[T_n]`` each, without padding.
+        report: Told how far it is.
+
+    Returns:
+        The diagonal Fisher by parameter name.
+    """
+    model.eval()
+    parameters = dict(model.named_parameters())
+    totals = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for n, row in enumerate(rows, start=1):
+        loss = model(input_ids=row[None], labels=row[None], use_cache=False).loss
+        grads = torch.autograd.grad(loss, list(parameters.values()))
+        for total, grad in zip(totals.values(), grads, strict=True):
+            total.addcmul_(grad, grad)
+        report(n / len(rows), f"{n} of {len(rows)} paragraphs in the loop")
+    return {name: total.div_(len(rows)) for name, total in totals.items()}
+
+
+def _batches(rows: list[Tensor]) -> list[dict[str, Tensor]]:
+    return [collate(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
+
+
+def _clock(model: nn.Module) -> float:
+    """Tell the time at which all that was asked for is done."""
+    if (device := next(model.parameters()).device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _free_path(folder: Path) -> Path:
+    """Find out before the training whether the file can be written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "fisher.safetensors"
+    if path.exists():
+        try:
+            fk.Statistics.load(path, lazy=True)
+        except ValueError as error:
+            raise FileExistsError(f"{error} It is not overwritten: choose another folder with --out.") from None
+    return path
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Report]:
+    """Show a bar on a terminal, nothing elsewhere."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("  "), BarColumn(30), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=1.0)
+        yield lambda done, text: progress.update(task, completed=done, description=text)

@@ -1,0 +1,248 @@
+"""What a model of transformers or PEFT is, read from its structure and names, importing neither.
+
+Everything here answers one question about a module: what lies under its wrappers, which task its head serves, how it
+is to be called, what in it cannot be served.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Task = Literal[
+    "causal-lm",
+    "masked-lm",
+    "seq2seq-lm",
+    "classification",
+    "regression",
+    "multi-label",
+    "token-classification",
+    "question-answering",
+]
+
+_TASK_BY_SUFFIX: dict[str, Task] = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+}
+_CLASSIFIER_SUFFIXES = ("ForSequenceClassification", "ForImageClassification")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Take off the wrappers that only change how a model runs (DDP, ``torch.compile``).
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The innermost module whose parameters carry canonical names; PEFT's wrappers stay, they are part of the names.
+    """
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            model = model.module
+        else:
+            return model
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """Find the transformers model inside a PEFT model.
+
+    Args:
+        model: A module without running wrappers, see :func:`unwrap`.
+
+    Returns:
+        The wrapped model, or ``model`` itself when PEFT does not wrap it.
+    """
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def task(model: nn.Module, labels: Tensor | None = None) -> Task | None:
+    """Recognise the task of a transformers model by the name of its class and its config.
+
+    Args:
+        model: A module, with or without PEFT around it.
+        labels: The batch's labels, whose dtype decides between one label and several where the config leaves it open,
+            as in transformers.
+
+    Returns:
+        The task, or ``None`` when the name says nothing.
+    """
+    model = base_model(unwrap(model))
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    if name.endswith("ForConditionalGeneration"):
+        return "seq2seq-lm" if getattr(config, "is_encoder_decoder", False) else "causal-lm"
+    if name.endswith(_CLASSIFIER_SUFFIXES):
+        return _classifier_task(config, labels)
+    return next((task for suffix, task in _TASK_BY_SUFFIX.items() if name.endswith(suffix)), None)
+
+
+def _classifier_task(config: Any, labels: Tensor | None) -> Task:
+    problem = getattr(config, "problem_type", None)
+    if problem is None:
+        if config.num_labels == 1:
+            problem = "regression"
+        elif labels is None or not labels.is_floating_point():
+            problem = "single_label_classification"
+        else:
+            problem = "multi_label_classification"
+    by_problem: dict[str, Task] = {
+        "regression": "regression",
+        "single_label_classification": "classification",
+        "multi_label_classification": "multi-label",
+    }
+    return by_problem[problem]
+
+
+def call_options(model: nn.Module) -> dict[str, Any]:
+    """Say which keyword arguments keep a model from doing work that a pass over data does not need.
+
+    Args:
+        model: A module, with or without PEFT around it.
+
+    Returns:
+        ``{"use_cache": False}`` for models that would fill a key-value cache, else nothing.
+    """
+    model = base_model(unwrap(model))
+    caches = getattr(getattr(model, "config", None), "use_cache", None)
+    accepts = "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False} if caches and accepts else {}
+
+
+def packed_batch(batch: Mapping[str, Any]) -> str | None:
+    """Say what shows that rows of a batch hold several examples each.
+
+    Args:
+        batch: Keyword arguments of a model.
+
+    Returns:
+        The reason in words, or ``None`` when each row is one example.
+    """
+    for key in batch:
+        if key.startswith(("cu_seq_lens", "cu_seqlens", "seq_idx")):
+            return f"it carries {key!r}"
+    positions = batch.get("position_ids")
+    if isinstance(positions, Tensor) and positions.ndim == 2:
+        mask = batch.get("attention_mask")
+        started = positions > 0
+        if isinstance(mask, Tensor) and mask.shape == positions.shape:
+            started = started & mask.bool()
+            restarts = (positions == 0) & mask.bool()
+        else:
+            restarts = positions == 0
+        if (restarts[:, 1:] & (started.cumsum(1) > 0)[:, :-1]).any():
+            return "its 'position_ids' restart within a row"
+    return None
+
+
+def dispatched(model: nn.Module) -> str | None:
+    """Say what shows that accelerate spreads or offloads a model.
+
+    Args:
+        model: A module.
+
+    Returns:
+        The reason in words, or ``None`` when the model lies where its parameters say.
+    """
+    devices = getattr(model, "hf_device_map", None)
+    if devices and len(set(map(str, devices.values()))) > 1:
+        return f"its hf_device_map spreads it over {sorted(set(map(str, devices.values())))}"
+    for name, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        if getattr(hook, "offload", False):
+            return f"accelerate offloads the weights of {name or 'the model'!r}"
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        return "some of its parameters lie on the meta device"
+    return None
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch every module to evaluation mode, but leave activation checkpointing on where it was.
+
+    transformers checkpoints a layer only while the layer's ``training`` is true. Such a layer keeps the flag up for
+    the question and has it down while its body runs, so that no dropout is drawn.
+
+    Args:
+        model: A module; its modes are restored on exit, also after an exception.
+
+    Yields:
+        Nothing.
+    """
+    modes = {module: module.training for module in model.modules()}
+    checkpointed = [module for module in modes if modes[module] and _checkpoints_itself(module)]
+    functions = {module: module.__dict__.get("_gradient_checkpointing_func") for module in checkpointed}
+    try:
+        for module in modes:
+            module.training = False
+        for module in checkpointed:
+            module.training = True
+            module._gradient_checkpointing_func = _with_body_in_evaluation(module, functions[module])
+        yield
+    finally:
+        for module, function in functions.items():
+            module._gradient_checkpointing_func = function
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def connected_inputs(model: nn.Module) -> Iterator[None]:
+    """Let the embedded inputs of a model with activation checkpointing require a gradient.
+
+    Reentrant checkpointing passes no gradient to a segment none of whose inputs requires one, and while the weights are
+    frozen none does.
+
+    Args:
+        model: A module.
+
+    Yields:
+        Nothing.
+    """
+    base = base_model(model)
+    checkpointed = any(_checkpoints_itself(module) for module in model.modules())
+    embeddings = base.get_input_embeddings() if checkpointed and hasattr(base, "get_input_embeddings") else None
+    if embeddings is None:
+        yield
+        return
+
+    def connect(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, Tensor) and torch.is_grad_enabled() and not output.requires_grad:
+            return output.detach().requires_grad_()
+        return None
+
+    handle = embeddings.register_forward_hook(connect)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _checkpoints_itself(module: nn.Module) -> bool:
+    by_name = any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
+    return by_name and module.__dict__.get("gradient_checkpointing", False)
+
+
+def _with_body_in_evaluation(module: nn.Module, checkpoint: Any) -> Any:
+    def run(body: Any, *args: Any, **kwargs: Any) -> Any:
+        def body_in_evaluation(*inner: Any, **named: Any) -> Any:
+            module.training = False
+            try:
+                return body(*inner, **named)
+            finally:
+                module.training = True
+
+        return checkpoint(body_in_evaluation, *args, **kwargs)
+
+    return run

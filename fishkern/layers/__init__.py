@@ -1,0 +1,50 @@
+"""From a module's activations and output gradients to per-example gradients."""
+
+from fishkern.layers.base import Call, Layer, own_parameters
+from fishkern.layers.capture import Capture, Layout, Site, UnsupportedModuleError, leave_out
+from fishkern.layers.convolution import Convolution
+from fishkern.layers.embedding import Embedding
+from fishkern.layers.grads import (
+    DenseGrads,
+    EmbeddingGrads,
+    OuterProductGrads,
+    PerExampleGrads,
+    PositionGrads,
+    SummedGrads,
+    TiedRows,
+    join,
+)
+from fishkern.layers.layer_norm import LayerNorm
+from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear, weight_shape
+from fishkern.layers.scale import Scale
+from fishkern.layers.survey import LAYERS, Plan, survey
+
+__all__ = [
+    "LAYERS",
+    "Call",
+    "Capture",
+    "Conv1D",
+    "Convolution",
+    "DenseGrads",
+    "Embedding",
+    "EmbeddingGrads",
+    "Layer",
+    "LayerNorm",
+    "Layout",
+    "Linear",
+    "OuterProductGrads",
+    "PerExampleGrads",
+    "Plan",
+    "PositionGrads",
+    "QuantizedLinear",
+    "Scale",
+    "Site",
+    "SummedGrads",
+    "TiedRows",
+    "UnsupportedModuleError",
+    "join",
+    "leave_out",
+    "own_parameters",
+    "survey",
+    "weight_shape",
+]

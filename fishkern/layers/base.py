@@ -1,0 +1,145 @@
+"""What a layer rule is: one call of one module, and the per-example gradients of its parameters.
+
+Tensors of a call reach a rule with the example axis first: ``activations [N, ..., I]``, ``output_grads [N, ..., O]``.
+What lies between the example axis and the features are positions, flattened to ``T`` by :func:`positions`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fishkern.layers.grads import PerExampleGrads
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module in a forward pass.
+
+    Args:
+        module: The module.
+        args: Its positional arguments, detached.
+        kwargs: Its keyword arguments, detached.
+        autocast: Device type, whether autocast was on, and its dtype, when the call was made.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    autocast: tuple[str, bool, torch.dtype]
+
+    @property
+    def input(self) -> Tensor:
+        """The first argument, by position or by keyword."""
+        return self.args[0] if self.args else next(iter(self.kwargs.values()))
+
+    def run(self, parameters: Mapping[str, Tensor] | None = None) -> Any:
+        """Call the module once more, under the autocast state of the first time and without checkpointing.
+
+        Args:
+            parameters: Tensors that stand in for parameters, by their names in the module.
+
+        Returns:
+            What the module returns.
+        """
+        device_type, enabled, dtype = self.autocast
+        # in a model in evaluation mode, only what checkpoints its activations still says that it trains
+        training = [module for module in self.module.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            with torch.autocast(device_type, dtype=dtype, enabled=enabled):
+                return torch.func.functional_call(self.module, dict(parameters or {}), self.args, dict(self.kwargs))
+        finally:
+            for module in training:
+                module.training = True
+
+
+class Layer(ABC):
+    """Per-example gradients of the parameters that one kind of module owns."""
+
+    @abstractmethod
+    def covers(self, module: nn.Module) -> frozenset[str]:
+        """Say which parameters of a module this rule knows, judged by the module alone.
+
+        Args:
+            module: Any module.
+
+        Returns:
+            Names relative to the module; empty when the rule is for other modules.
+        """
+
+    def confirms(self, call: Call, output: Tensor, names: frozenset[str]) -> frozenset[str]:
+        """Check on a real call that the module computes what the rule assumes.
+
+        Args:
+            call: A call on two examples.
+            output: What it returned.
+            names: What :meth:`covers` promised, as far as it is asked for.
+
+        Returns:
+            The names for which the rule holds.
+        """
+        return names
+
+    def reads_input(self, names: frozenset[str]) -> bool:
+        """Say whether the gradients need the input of the call, which then is kept until the backward pass.
+
+        Args:
+            names: Which parameters are asked for.
+
+        Returns:
+            Whether to keep it.
+        """
+        return True
+
+    @abstractmethod
+    def per_example_grads(
+        self, call: Call, output_grads: Tensor, names: frozenset[str]
+    ) -> Iterator[tuple[str, PerExampleGrads]]:
+        """Form the per-example gradients of one call.
+
+        Args:
+            call: The call, every tensor with its example axis first.
+            output_grads: Gradient of the **summed** loss by the output, ``[N, ..., O]``.
+            names: Which parameters, a subset of what the rule holds for.
+
+        Yields:
+            Name and gradients.
+        """
+
+
+def positions(tensor: Tensor, features: int = 1) -> Tensor:
+    """Flatten what lies between the example axis and the features.
+
+    Args:
+        tensor: ``[N, ..., *features]``.
+        features: How many trailing axes are features.
+
+    Returns:
+        ``[N, T, *features]``, ``T = 1`` when nothing lies between.
+    """
+    between = tensor.shape[1 : tensor.ndim - features]
+    return tensor.reshape(tensor.shape[0], between.numel(), *tensor.shape[tensor.ndim - features :])
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """List the parameters that a module holds itself or in parameter containers.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Parameters by their names in the module. A ``ParameterDict`` or ``ParameterList`` is never called, so what it
+        holds belongs to the module around it.
+    """
+    found = dict(module.named_parameters(recurse=False))
+    for name, child in module.named_children():
+        if isinstance(child, nn.ParameterDict | nn.ParameterList):
+            found |= {f"{name}.{key}": parameter for key, parameter in child.named_parameters()}
+    return found

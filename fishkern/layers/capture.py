@@ -1,0 +1,500 @@
+"""Capture: hooks that hand each layer's inputs and output gradients to its rule while ordinary autograd runs.
+
+A captured call's output passes an identity function that keeps the call's tensors with ``save_for_backward`` and, in
+backward, hands them and the output gradients on. Saved this way they obey activation checkpointing (both kinds),
+offloading and ``retain_graph`` as any saved tensor does. An extra input that requires a gradient keeps the graph alive,
+so the weights themselves can be frozen for the pass and their ordinary gradients are never computed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from fishkern.backend import Backend
+from fishkern.layers.base import Call, Layer
+from fishkern.layers.embedding import Embedding
+from fishkern.layers.grads import DenseGrads, EmbeddingGrads, OuterProductGrads, PerExampleGrads, TiedRows, join
+from fishkern.ops import embedding_rows
+
+
+class UnsupportedModuleError(RuntimeError):
+    """A module's per-example gradients cannot be had exactly; the message names it and the way to leave it out."""
+
+
+class Layout(Enum):
+    """Which rows of a call belong to which example."""
+
+    BATCHED = "the first axis is the example axis"
+    FLATTENED = "the rows are those of [N, T], example after example"
+    SHARED = "one output for all examples, expanded so that each has its own gradient"
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One module whose calls are captured.
+
+    Args:
+        path: Its name in the model.
+        module: The module.
+        layer: Its rule; ``None`` for the generic path, which runs the module once more for each example.
+        keys: Canonical names of the parameters asked for, by their names in the module.
+        layout: What was established; ``None`` when nothing could be, because no gradient arrived there.
+        block: For ``FLATTENED``: the enclosing module whose input ``[N, T, ...]`` says ``T``.
+        sliced: For the generic path: which tensors of a call carry the example axis.
+        picked: Whether the rows are picked from among the positions of the examples (a pooler's first token, an
+            expert's tokens), so that their number may depend on the data: whose they are is checked on every batch.
+    """
+
+    path: str
+    module: nn.Module
+    layer: Layer | None
+    keys: Mapping[str, str]
+    layout: Layout | None
+    block: nn.Module | None = None
+    sliced: tuple[bool, ...] = ()
+    picked: bool = False
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether the tensors of a call are kept until its backward."""
+        return self.layer is None or self.layer.reads_input(frozenset(self.keys))
+
+
+Sink = Callable[[str, PerExampleGrads], None]
+
+
+class Capture:
+    """Hooks on the sites of a model, for the time of a ``with`` block.
+
+    Args:
+        sites: What to capture.
+        sink: Called with a parameter's canonical name and its per-example gradients, during backward.
+
+    Attributes:
+        distrusted: Paths of modules whose picked rows turned out not to be one for each example.
+    """
+
+    def __init__(self, sites: Sequence[Site], sink: Sink) -> None:
+        self._sites = sites
+        self._sink = sink
+        self._active = False
+        self._forward = False
+        self._handles: list[Any] = []
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._by_key: dict[str, list[Site]] = defaultdict(list)
+        for site in sites:
+            for key in site.keys.values():
+                self._by_key[key].append(site)
+        self._batch = _Batch(0)
+        self.distrusted: set[str] = set()
+
+    @property
+    def unsettled(self) -> frozenset[str]:
+        """Canonical names whose gradients of the last backward were withheld, because a layout is not established."""
+        return frozenset(self._batch.unsettled)
+
+    def __enter__(self) -> Capture:
+        for site in self._sites:
+            self._handles.append(site.module.register_forward_hook(self._hook(site), with_kwargs=True))
+            if site.block is not None:
+                self._handles.append(site.block.register_forward_pre_hook(self._note_length, with_kwargs=True))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._batch = _Batch(0)
+
+    @contextmanager
+    def forward(self, num_examples: int) -> Iterator[None]:
+        """Capture the forward pass that runs inside the ``with`` block.
+
+        Args:
+            num_examples: ``N`` of the batch.
+
+        Yields:
+            Nothing.
+        """
+        self._batch = _Batch(num_examples)
+        self._active = self._forward = True
+        try:
+            yield
+        finally:
+            self._active = self._forward = False
+
+    def backward(self, losses: Tensor, *, retain_graph: bool = False) -> None:
+        """Run backward and hand every parameter's per-example gradients to the sink.
+
+        Args:
+            losses: ``[N]``.
+            retain_graph: Keep the graph for another backward.
+        """
+        self._batch.received.clear()
+        self._batch.heads.clear()
+        self._batch.unsettled.clear()
+        if not losses.requires_grad:
+            return
+        self._weigh_picked_rows(losses)
+        self._active = True
+        try:
+            losses.sum().backward(retain_graph=retain_graph)
+        finally:
+            self._active = False
+        for key in list(self._batch.received):
+            self._close(key)
+
+    def _hook(self, site: Site) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            if not self._active:
+                return None
+            if self._forward:  # later calls are checkpointing's recomputations
+                self._batch.calls[site] += 1
+                self._note_tokens(site, args, kwargs)
+            if not torch.is_grad_enabled():
+                return None
+            if site.layout is Layout.SHARED:
+                output = output.expand(self._batch.num_examples, *output.shape[1:])
+            call = frozen_call(module, args, kwargs, keep=site.reads_input)
+            output = tapped(output, self._anchor, lambda saved, grads: self._receive(site, call, saved, grads), call)
+            if site.picked and self._forward:
+                self._batch.picked.append((site, output))
+            return output
+
+        return hook
+
+    def _weigh_picked_rows(self, losses: Tensor) -> None:
+        """Back-propagate differently weighted losses down to the picked rows: the weights tell whose each row is."""
+        picked = [(site, output) for site, output in self._batch.picked if output.shape[0] == self._batch.num_examples]
+        if picked:
+            outputs = [output for _, output in picked]
+            weighted = (self._weights(losses) * losses).sum()
+            grads = torch.autograd.grad(weighted, outputs, retain_graph=True, allow_unused=True)
+            self._batch.weighted = {site: grad for (site, _), grad in zip(picked, grads, strict=True) if grad is not None}
+
+    def _weights(self, like: Tensor) -> Tensor:
+        """Powers of two, by which a gradient scales without rounding."""
+        return 2.0 ** (torch.arange(self._batch.num_examples, device=like.device) % 5).to(like.dtype)
+
+    def _rows_are_the_examples(self, site: Site, grad: Tensor) -> bool:
+        weighted = self._batch.weighted.get(site)
+        if weighted is None or weighted.shape != grad.shape:
+            return False
+        expected = grad * self._weights(grad)[:, None]
+        gap = (weighted - expected).abs().amax(1)
+        return bool((gap <= 0.1 * expected.abs().amax(1)).all())
+
+    def _note_length(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._active:
+            shape = leading_shape((args, kwargs))
+            self._batch.lengths[module] = shape[1] if len(shape) > 1 and shape[0] == self._batch.num_examples else None
+
+    def _note_tokens(self, site: Site, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Remember the tokens of an embedding whose weight a head shares: the head's backward comes first."""
+        for key in site.keys.values():
+            if isinstance(site.layer, Embedding) and len(self._by_key[key]) > 1:
+                indices = args[0] if args else next(iter(kwargs.values()))
+                self._batch.tokens[key].append(indices.detach())
+
+    @torch.no_grad()
+    def _receive(self, site: Site, call: FrozenCall, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        if not self._active or all(grad is None for grad in grads):
+            return
+        if site.layout is None:
+            if any(grad is not None and bool(grad.any()) for grad in grads):
+                self._batch.unsettled.update(site.keys.values())
+            return
+        if site.picked and not self._rows_are_the_examples(site, grads[0]):
+            self._batch.unsettled.update(site.keys.values())
+            self.distrusted.add(site.path)
+            return
+        with torch.autocast(call.autocast[0], enabled=False):
+            if site.layer is None:
+                self._receive_generic(site, call, saved, grads)
+                return
+            (grad,) = grads
+            saved, grad = self._example_first(site, saved, grad)
+            names = frozenset(site.keys)
+            for name, per_example in site.layer.per_example_grads(call.thaw(saved), grad, names):
+                self._deliver(site.keys[name], per_example)
+
+    def _receive_generic(
+        self, site: Site, call: FrozenCall, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> None:
+        self._check_slices(site, saved, grads)
+        self._active, active = False, self._active
+        try:
+            for n in range(self._batch.num_examples):
+                row = slice(n, n + 1)
+                tensors = [tensor[row] if sliced else tensor for tensor, sliced in zip(saved, site.sliced, strict=True)]
+                output_grads = [None if grad is None else grad[row] for grad in grads]
+                for name, grad in module_grads(call.thaw(tensors), output_grads, site.keys).items():
+                    self._deliver(site.keys[name], DenseGrads(grad[None]))
+        finally:
+            self._active = active
+
+    def _check_slices(self, site: Site, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        N = self._batch.num_examples
+        lengths = {tensor.shape[0] for tensor, sliced in zip(saved, site.sliced, strict=False) if sliced}
+        lengths |= {grad.shape[0] for grad in grads if grad is not None}
+        if len(saved) != len(site.sliced) or lengths != {N} or self._batch.calls[site] != 1:
+            raise UnsupportedModuleError(
+                f"{site.path!r} ({type(site.module).__name__}) was called in another way than on the first batch: "
+                f"expected one call whose tensors have {N} rows, one for each example, got {self._batch.calls[site]} "
+                f"call(s) with row counts {sorted(lengths)}. {leave_out(site.keys.values())}"
+            )
+
+    def _example_first(self, site: Site, saved: Sequence[Tensor], grad: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Give every tensor of a call the example axis first, by the established layout."""
+        N, rows = self._batch.num_examples, grad.shape[0]
+        if site.layout is Layout.FLATTENED:
+            length = self._batch.lengths.get(site.block)
+            if length is not None and rows == N * length:
+                split = [tensor.unflatten(0, (N, length)) if _rows(tensor) == rows else tensor for tensor in saved]
+                return split, grad.unflatten(0, (N, length))
+        elif rows == N:
+            if site.layout is Layout.SHARED:
+                saved = [tensor.expand(N, *tensor.shape[1:]) if _rows(tensor) == 1 else tensor for tensor in saved]
+            return list(saved), grad
+        raise UnsupportedModuleError(
+            f"{site.path!r} ({type(site.module).__name__}) gave {rows} rows for {N} examples, but on the first batch "
+            f"its rows could be told apart by example ({site.layout.value}): its row count depends on the data. "
+            f"{leave_out(site.keys.values())}"
+        )
+
+    def _deliver(self, key: str, grads: PerExampleGrads) -> None:
+        expected = sum(self._batch.calls[site] for site in self._by_key[key])
+        if expected == 1 or isinstance(grads, DenseGrads):
+            self._sink(key, grads)
+            return
+        if isinstance(grads, OuterProductGrads) and self._is_only_head(key):
+            self._sink(key, grads)
+            self._batch.heads[key] = self._head_rows(key, grads)
+            return
+        received = self._batch.received[key]
+        received.append(grads)
+        if len(received) + (key in self._batch.heads) == expected:
+            self._close(key)
+
+    def _close(self, key: str) -> None:
+        """Square the sum over the uses of a parameter, once all that get a gradient have got it."""
+        grads = join(self._batch.received.pop(key))
+        if key in self._batch.heads:
+            if not isinstance(grads, EmbeddingGrads):
+                raise AssertionError(f"{key}: a head's tied uses are embeddings, got {type(grads).__name__}")
+            grads = TiedRows(grads, *self._batch.heads.pop(key))
+        self._sink(key, grads)
+
+    def _is_only_head(self, key: str) -> bool:
+        """Whether the other uses of a parameter are embeddings whose tokens are known, one row for each example."""
+        heads = sum(self._batch.calls[site] for site in self._by_key[key] if not isinstance(site.layer, Embedding))
+        embeddings = [site for site in self._by_key[key] if isinstance(site.layer, Embedding)]
+        N = self._batch.num_examples
+        tokens = self._batch.tokens[key]
+        batched = all(site.layout is Layout.BATCHED for site in embeddings)
+        return heads == 1 and bool(tokens) and batched and all(indices.shape[0] == N for indices in tokens)
+
+    def _head_rows(self, key: str, grads: OuterProductGrads) -> tuple[Tensor, Tensor]:
+        N = self._batch.num_examples
+        tokens = torch.cat([indices.reshape(N, -1) for indices in self._batch.tokens[key]], dim=1)
+        example, row, _ = embedding_rows(tokens, grads.output_grads.new_zeros(*tokens.shape, 0))
+        return example * grads.shape[0] + row, grads.rows(example, row)
+
+
+@dataclass
+class _Batch:
+    """What one forward pass and its backward passes have shown so far."""
+
+    num_examples: int
+    calls: Counter[Site] = field(default_factory=Counter)
+    lengths: dict[nn.Module | None, int | None] = field(default_factory=dict)
+    tokens: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    received: dict[str, list[PerExampleGrads]] = field(default_factory=lambda: defaultdict(list))
+    heads: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    unsettled: set[str] = field(default_factory=set)
+    picked: list[tuple[Site, Tensor]] = field(default_factory=list)
+    weighted: dict[Site, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FrozenCall:
+    """A call without its tensors, which autograd keeps.
+
+    Args:
+        module: The module.
+        leaves: Arguments in the order of ``spec``, ``None`` where a tensor was.
+        places: Where in ``leaves`` the tensors were.
+        spec: Structure of ``(args, kwargs)``.
+        autocast: See :class:`fishkern.layers.base.Call`.
+        tensors: The tensors, until autograd has taken them.
+    """
+
+    module: nn.Module
+    leaves: tuple[Any, ...]
+    places: tuple[int, ...]
+    spec: TreeSpec
+    autocast: tuple[str, bool, torch.dtype]
+    tensors: list[Tensor]
+
+    def thaw(self, tensors: Sequence[Tensor]) -> Call:
+        """Put tensors back into the call.
+
+        Args:
+            tensors: In the order of ``places``; none at all when the call kept none.
+
+        Returns:
+            The call.
+        """
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.places, tensors, strict=False):
+            leaves[place] = tensor
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return Call(self.module, args, kwargs, self.autocast)
+
+
+def frozen_call(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], *, keep: bool = True) -> FrozenCall:
+    """Take a call apart into its tensors and the rest.
+
+    Args:
+        module: The module called.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        keep: Whether the tensors are needed later.
+
+    Returns:
+        The call with the detached tensors in ``tensors``.
+    """
+    leaves, spec = tree_flatten((args, dict(kwargs)))
+    places = tuple(place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    tensors = [leaves[place].detach() for place in places] if keep else []
+    device_type = leaves[places[0]].device.type if places else "cpu"
+    autocast = (device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+    rest = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    return FrozenCall(module, rest, places, spec, autocast, tensors)
+
+
+def tapped(output: Any, anchor: Tensor, receive: Callable[..., None], call: FrozenCall) -> Any:
+    """Pass an output through the identity that reports its gradient.
+
+    Args:
+        output: A tensor or any nest of tensors; only its floating tensors are tapped.
+        anchor: A tensor that requires a gradient, to keep the graph alive.
+        receive: Called in backward with the saved tensors of the call and the gradients, in order.
+        call: The call; its tensors move into autograd's keeping.
+
+    Returns:
+        The output, connected to the graph.
+    """
+    leaves, spec = tree_flatten(output)
+    places = floating_places(leaves)
+    saved = tuple(call.tensors)
+    call.tensors.clear()
+    for place, leaf in zip(
+        places, _Tap.apply(anchor, receive, saved, *(leaves[place] for place in places)), strict=True
+    ):
+        leaves[place] = leaf
+    return tree_unflatten(leaves, spec)
+
+
+def floating_places(leaves: Sequence[Any]) -> list[int]:
+    """Say which leaves of an output can carry a gradient.
+
+    Args:
+        leaves: Flattened output.
+
+    Returns:
+        Their places.
+    """
+    return [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def leading_shape(arguments: Any) -> torch.Size:
+    """Find the shape of the first tensor with an axis among the arguments of a call.
+
+    Args:
+        arguments: Any nest.
+
+    Returns:
+        The shape, empty when there is no such tensor.
+    """
+    leaves, _ = tree_flatten(arguments)
+    return next((leaf.shape for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), torch.Size())
+
+
+def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Run a module once more and back-propagate through it alone.
+
+    Args:
+        call: The call of one example.
+        output_grads: Gradient of the example's loss by each floating tensor of the output, or ``None``.
+        names: Parameters asked for, by their names in the module.
+
+    Returns:
+        Gradients by name; a parameter that the example does not reach is left out.
+    """
+    module = dict(call.module.named_parameters())
+    with torch.enable_grad():
+        parameters = {name: module[name].detach().requires_grad_() for name in names}
+        leaves, _ = tree_flatten(call.run(parameters))
+        outputs = [leaves[place] for place in floating_places(leaves)]
+        pairs = [
+            (output, grad)
+            for output, grad in zip(outputs, output_grads, strict=True)
+            if grad is not None and output.requires_grad
+        ]
+        if not pairs:
+            return {}
+        found = torch.autograd.grad(
+            [output for output, _ in pairs],
+            list(parameters.values()),
+            [grad for _, grad in pairs],
+            allow_unused=True,
+        )
+    return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
+
+
+def leave_out(keys: Any) -> str:
+    """Say how to run without some parameters.
+
+    Args:
+        keys: Their canonical names.
+
+    Returns:
+        A sentence for an error message.
+    """
+    names = sorted(keys)
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"Leave {shown} out with parameters=lambda name, parameter: ..., or take fishkern.SketchedFisher, "
+        "which needs to know no layer."
+    )
+
+
+def _rows(tensor: Tensor) -> int | None:
+    return tensor.shape[0] if tensor.ndim else None
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; backward reports the output gradients together with the saved tensors."""
+
+    @staticmethod
+    def forward(ctx, anchor, receive, saved, *outputs):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        ctx.receive = receive
+        # not views: an in-place activation behind a captured layer would rebase a view's history
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        ctx.receive(ctx.saved_tensors, grads)
+        return None, None, None, *grads

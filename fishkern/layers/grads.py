@@ -1,0 +1,351 @@
+"""Per-example gradients of one parameter, in forms that need not store them.
+
+The gradient of example ``n`` is a tensor of the parameter's shape. Stored for all examples, ``[N, *shape]`` is larger
+than the model; so each form keeps the factors that it comes from, example axis first, and knows how to square:
+
+    OuterProductGrads   linear, convolution    sum_t output_grads[n, t, :] (x) activations[n, t, :]
+    EmbeddingGrads      embedding              sum_t output_grads[n, t, :] added to row indices[n, t]
+    PositionGrads       bias, norm, scale      sum_t terms[n, t]
+    DenseGrads          anything               values[n], stored
+    SummedGrads         reused parameters      sum of other forms
+    TiedRows            tied embedding         what the embedding's rows add to the squares of the head
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fishkern.backend import Backend
+from fishkern.ops import embedding_rows, embedding_sum_grad_squared, sum_grad_squared, sum_position_grad_squared
+
+
+class PerExampleGrads(ABC):
+    """Gradients of one parameter by the losses of ``N`` examples, one form of several (see the module)."""
+
+    @property
+    @abstractmethod
+    def num_examples(self) -> int:
+        """How many examples, ``N``."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the factors lie."""
+
+    @abstractmethod
+    def example(self, n: int) -> Tensor:
+        """Form the gradient of example ``n``.
+
+        Args:
+            n: Which example.
+
+        Returns:
+            A tensor of the parameter's shape, float32 (float64 for float64 factors).
+        """
+
+    @abstractmethod
+    def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
+        """Add ``sum_n grad_n^2``.
+
+        Args:
+            total: Accumulator of the parameter's shape, contiguous, float32 or float64; changed in place.
+            backend: Passed on to the operation behind it.
+        """
+
+    @abstractmethod
+    def add_position_squares_(self, total: Tensor) -> None:
+        """Add ``sum_{n,t} grad_{n,t}^2``, the squares of the single positions' terms.
+
+        Args:
+            total: As in :meth:`add_squares_`.
+        """
+
+
+@dataclass(frozen=True)
+class OuterProductGrads(PerExampleGrads):
+    """``grad_n = sum_t output_grads[n, t, :] (x) activations[n, t, :]``, the weight gradient of a linear map.
+
+    Args:
+        activations: ``[N, T, I]``.
+        output_grads: ``[N, T, O]``, same dtype.
+        shape: Shape of the parameter; its entries in order are those of ``[O, I]``.
+    """
+
+    activations: Tensor
+    output_grads: Tensor
+    shape: torch.Size
+
+    @property
+    def num_examples(self) -> int:
+        return self.activations.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.output_grads.device
+
+    def example(self, n: int) -> Tensor:
+        dtype = torch.promote_types(self.activations.dtype, torch.float32)
+        return (self.output_grads[n].to(dtype).mT @ self.activations[n].to(dtype)).view(self.shape)
+
+    def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
+        sum_grad_squared(self.activations, self.output_grads, out=self._as_matrix(total), backend=backend)
+
+    def add_position_squares_(self, total: Tensor) -> None:
+        sum_position_grad_squared(self.activations, self.output_grads, out=self._as_matrix(total))
+
+    def rows(self, example: Tensor, row: Tensor) -> Tensor:
+        """Form single rows of single examples' gradients.
+
+        Args:
+            example: Example of each row asked for, ``[U]``, ascending.
+            row: Its row, an output feature, ``[U]``.
+
+        Returns:
+            ``[U, I]``, float32 (float64 for float64 factors).
+        """
+        dtype = torch.promote_types(self.activations.dtype, torch.float32)
+        counts = torch.bincount(example, minlength=self.num_examples).tolist()
+        parts = [
+            self.output_grads[n][:, rows].to(dtype).mT @ self.activations[n].to(dtype)
+            for n, rows in enumerate(row.split(counts))
+        ]
+        return torch.cat(parts)
+
+    def _as_matrix(self, total: Tensor) -> Tensor:
+        return total.view(self.output_grads.shape[-1], self.activations.shape[-1])
+
+    @classmethod
+    def joined(cls, uses: Sequence[Self]) -> Self:
+        """Lay the positions of several uses of one parameter behind one another."""
+        return cls(_cat(use.activations for use in uses), _cat(use.output_grads for use in uses), uses[0].shape)
+
+
+@dataclass(frozen=True)
+class EmbeddingGrads(PerExampleGrads):
+    """``grad_n[v] = sum_{t: indices[n, t] = v} output_grads[n, t]``, the gradient of an embedding table.
+
+    Args:
+        indices: ``[N, T]``, integers.
+        output_grads: ``[N, T, D]``.
+        num_rows: ``V``.
+        padding_idx: Row that never gets a gradient.
+    """
+
+    indices: Tensor
+    output_grads: Tensor
+    num_rows: int
+    padding_idx: int | None = None
+
+    @property
+    def num_examples(self) -> int:
+        return self.indices.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.output_grads.device
+
+    def example(self, n: int) -> Tensor:
+        _, row, grads = embedding_rows(
+            self.indices[n : n + 1], self.output_grads[n : n + 1], padding_idx=self.padding_idx
+        )
+        return grads.new_zeros(self.num_rows, grads.shape[-1]).index_copy_(0, row, grads)
+
+    def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
+        embedding_sum_grad_squared(
+            self.indices, self.output_grads, self.num_rows, padding_idx=self.padding_idx, out=total
+        )
+
+    def add_position_squares_(self, total: Tensor) -> None:
+        positions = self.indices.reshape(-1, 1)  # every position an example of its own
+        embedding_sum_grad_squared(
+            positions, self.output_grads.flatten(0, 1)[:, None], self.num_rows, padding_idx=self.padding_idx, out=total
+        )
+
+    @classmethod
+    def joined(cls, uses: Sequence[Self]) -> Self:
+        """Lay the positions of several uses of one table behind one another."""
+        first = uses[0]
+        indices, grads = _cat(use.indices for use in uses), _cat(use.output_grads for use in uses)
+        return cls(indices, grads, first.num_rows, first.padding_idx)
+
+
+@dataclass(frozen=True)
+class PositionGrads(PerExampleGrads):
+    """``grad_n = sum_t terms[n, t]``, for parameters that meet every position entry by entry.
+
+    Args:
+        terms: ``[N, T, *shape]``.
+    """
+
+    terms: Tensor
+
+    @property
+    def num_examples(self) -> int:
+        return self.terms.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.terms.device
+
+    def example(self, n: int) -> Tensor:
+        return self.terms[n].sum(0, dtype=wide(self.terms))
+
+    def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
+        total += self.terms.sum(1, dtype=wide(self.terms)).square_().sum(0)
+
+    def add_position_squares_(self, total: Tensor) -> None:
+        total += self.terms.to(wide(self.terms)).square().sum((0, 1))
+
+    @classmethod
+    def joined(cls, uses: Sequence[Self]) -> Self:
+        """Lay the positions of several uses of one parameter behind one another."""
+        return cls(_cat(use.terms for use in uses))
+
+
+@dataclass(frozen=True)
+class DenseGrads(PerExampleGrads):
+    """``grad_n = values[n]``, stored.
+
+    Args:
+        values: ``[N, *shape]``.
+    """
+
+    values: Tensor
+
+    @property
+    def num_examples(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def example(self, n: int) -> Tensor:
+        return self.values[n].to(wide(self.values))
+
+    def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
+        for value in self.values:
+            wide = value.to(total.dtype)
+            total.addcmul_(wide, wide)
+
+    def add_position_squares_(self, total: Tensor) -> None:
+        raise NotImplementedError("stored per-example gradients no longer know their positions")
+
+
+@dataclass(frozen=True)
+class SummedGrads(PerExampleGrads):
+    """``grad_n = sum over uses``, formed one example at a time.
+
+    Args:
+        uses: Gradients of the same parameter and examples through its several uses.
+    """
+
+    uses: tuple[PerExampleGrads, ...]
+
+    @property
+    def num_examples(self) -> int:
+        return self.uses[0].num_examples
+
+    @property
+    def device(self) -> torch.device:
+        return self.uses[0].device
+
+    def example(self, n: int) -> Tensor:
+        first, *others = (use.example(n) for use in self.uses)
+        for other in others:
+            first = first + other
+        return first
+
+    def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
+        for n in range(self.num_examples):
+            grad = self.example(n).to(total.dtype)
+            total.addcmul_(grad, grad)
+
+    def add_position_squares_(self, total: Tensor) -> None:
+        for use in self.uses:
+            use.add_position_squares_(total)
+
+
+@dataclass(frozen=True)
+class TiedRows(PerExampleGrads):
+    """What the rows of an embedding add to the squares of the head that shares its weight.
+
+    With ``A`` from the head and ``E`` from the embedding, ``(A + E)^2 = A^2 + (2 A + E) E``, and ``E`` is zero but on
+    the rows of the example's tokens. ``A^2`` is taken when the head's backward runs; this is the rest.
+
+    Args:
+        embedding: ``E``.
+        head_pairs: Where ``A`` is known: ``example * V + row``, ascending, ``[U]``, at least all pairs of
+            ``embedding``.
+        head_rows: ``A`` there, ``[U, D]``.
+    """
+
+    embedding: EmbeddingGrads
+    head_pairs: Tensor
+    head_rows: Tensor
+
+    @property
+    def num_examples(self) -> int:
+        return self.embedding.num_examples
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def example(self, n: int) -> Tensor:
+        raise NotImplementedError("the head's part is already squared")
+
+    def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
+        E = self.embedding
+        example, row, grads = embedding_rows(E.indices, E.output_grads, padding_idx=E.padding_idx)
+        known = torch.searchsorted(self.head_pairs, example * E.num_rows + row)
+        added = ((2 * self.head_rows[known] + grads) * grads).to(total.dtype)
+        counts = torch.bincount(example, minlength=self.num_examples).tolist()
+        for rows, values in zip(row.split(counts), added.split(counts), strict=True):
+            total[rows] += values  # rows of one example are distinct, so the order of adding is fixed
+
+    def add_position_squares_(self, total: Tensor) -> None:
+        self.embedding.add_position_squares_(total)
+
+
+def join(uses: Sequence[PerExampleGrads]) -> PerExampleGrads:
+    """Add up the uses of one parameter: the sum over uses comes before the square.
+
+    Args:
+        uses: At least one; the same parameter and the same examples.
+
+    Returns:
+        One form; positions are concatenated where all uses are of one kind.
+    """
+    if len(uses) == 1:
+        return uses[0]
+    kinds = {(type(use), getattr(use, "padding_idx", None)) for use in uses}
+    if len(kinds) == 1 and hasattr(uses[0], "joined"):
+        return type(uses[0]).joined(uses)
+    return SummedGrads(tuple(uses))
+
+
+def _cat(tensors) -> Tensor:
+    tensors = list(tensors)
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return torch.cat([tensor.to(dtype) for tensor in tensors], dim=1)
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """Name the dtype that sums and squares are taken in.
+
+    Args:
+        tensor: What is summed or squared.
+
+    Returns:
+        float32, or float64 for float64.
+    """
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,33 @@
+"""Layer normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fishkern.layers.base import Call, Layer, positions
+from fishkern.layers.grads import PerExampleGrads, PositionGrads, wide
+
+
+class LayerNorm(Layer):
+    """``y = xhat * w + b``: ``grad_n w = sum_t output_grads * xhat``, ``grad_n b = sum_t output_grads``."""
+
+    def covers(self, module: nn.Module) -> frozenset[str]:
+        plain = isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward
+        return frozenset({"weight", "bias"}) if plain else frozenset()
+
+    def reads_input(self, names: frozenset[str]) -> bool:
+        return "weight" in names
+
+    def per_example_grads(
+        self, call: Call, output_grads: Tensor, names: frozenset[str]
+    ) -> Iterator[tuple[str, PerExampleGrads]]:
+        shape = call.module.normalized_shape
+        g = positions(output_grads, len(shape))
+        if "weight" in names:
+            normalized = F.layer_norm(call.input.to(wide(g)), shape, eps=call.module.eps)
+            yield "weight", PositionGrads(g * positions(normalized, len(shape)))
+        if "bias" in names:
+            yield "bias", PositionGrads(g)

@@ -1,0 +1,71 @@
+"""Whatever scales or shifts each feature by an entry of its own, recognised by what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fishkern.layers.base import Call, Layer, own_parameters, positions
+from fishkern.layers.grads import PerExampleGrads, PositionGrads, wide
+
+
+class Scale(Layer):
+    """Feature ``i`` of the output depends on entry ``i`` of the parameter and on no other.
+
+    So ``d output[n, t, i] / d w[i]`` is one number for each output entry, and one forward-mode derivative in the
+    direction of all ones gives them all. This holds for RMSNorm in every spelling (also ``1 + w``), for the vectors of
+    (IA)^3 behind a linear, for DoRA's magnitudes, for layer scales; :meth:`confirms` checks it on a real call, and no
+    class is known by name.
+    """
+
+    def covers(self, module: nn.Module) -> frozenset[str]:
+        return frozenset(
+            name
+            for name, parameter in own_parameters(module).items()
+            if parameter.is_floating_point() and parameter.numel() == max(parameter.shape, default=0)
+        )
+
+    def confirms(self, call: Call, output: Tensor, names: frozenset[str]) -> frozenset[str]:
+        parameters = own_parameters(call.module)
+        return frozenset(name for name in names if _is_elementwise(call, output, name, parameters[name]))
+
+    def per_example_grads(
+        self, call: Call, output_grads: Tensor, names: frozenset[str]
+    ) -> Iterator[tuple[str, PerExampleGrads]]:
+        parameters = own_parameters(call.module)
+        for name in sorted(names):
+            parameter = parameters[name]
+            slope = _derivative(call, name, torch.ones_like(parameter))
+            terms = positions(output_grads.to(wide(output_grads)) * slope)
+            yield name, PositionGrads(terms.view(*terms.shape[:2], *parameter.shape))
+
+
+def _derivative(call: Call, name: str, direction: Tensor) -> Tensor:
+    """Forward-mode derivative of the output along ``direction`` in one parameter."""
+    parameter = own_parameters(call.module)[name].detach()
+    return torch.func.jvp(lambda value: call.run({name: value}), (parameter,), (direction,))[1]
+
+
+def _is_elementwise(call: Call, output: Tensor, name: str, parameter: nn.Parameter) -> bool:
+    if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[-1] != parameter.numel():
+        return False
+    direction = torch.linspace(0.5, 1.5, parameter.numel(), device=parameter.device).to(parameter.dtype)
+    direction = direction[_shuffled(parameter.numel(), parameter.device)].view_as(parameter)
+    try:
+        by_ones = _derivative(call, name, torch.ones_like(parameter))
+        by_direction = _derivative(call, name, direction)
+    except (RuntimeError, NotImplementedError):
+        return False  # no forward-mode derivative: the generic path needs none
+    expected = by_ones.to(wide(by_ones)) * direction.flatten()
+    gap = (by_direction - expected).abs().max()
+    scale = expected.abs().max()
+    # norms compute in float32 what comes in float64; a coupling between features shows at the size of the whole
+    eps = max(torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps)
+    return bool(scale > 0) and bool(gap <= 16 * eps * scale)
+
+
+def _shuffled(count: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(count, generator=generator).to(device)

@@ -1,0 +1,75 @@
+"""What the operations on weight gradients ask of their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_factors(activations: Tensor, output_grads: Tensor, offsets: Tensor | None = None) -> None:
+    """Demand two factors of one linear map's weight gradients.
+
+    Args:
+        activations: ``[..., I]``.
+        output_grads: ``[..., O]``, the same leading sizes, floating dtype and device.
+        offsets: ``[N + 1]``, if the examples are packed.
+
+    Raises:
+        ValueError: They do not go together, or ``offsets`` do not cut their positions into examples.
+    """
+    sizes = f"activations {tuple(activations.shape)} and output_grads {tuple(output_grads.shape)}"
+    if min(activations.ndim, output_grads.ndim) < 2 or activations.shape[:-1] != output_grads.shape[:-1]:
+        raise ValueError(f"activations and output_grads must agree in all sizes but the last, got {sizes}.")
+    if activations.dtype != output_grads.dtype or not activations.is_floating_point():
+        raise ValueError(
+            "activations and output_grads must have the same floating dtype, "
+            f"got {activations.dtype} and {output_grads.dtype}: cast one to the other's."
+        )
+    if activations.device != output_grads.device:
+        raise ValueError(
+            "activations and output_grads must lie on one device, "
+            f"got {activations.device} and {output_grads.device}: move one to the other's."
+        )
+    if offsets is not None:
+        _check_offsets(offsets, output_grads.shape[0])
+
+
+def accumulator(out: Tensor | None, shape: Sequence[int], grads: Tensor) -> Tensor:
+    """Give the tensor that squares are added to.
+
+    Args:
+        out: The caller's; ``None`` for zeros.
+        shape: Shape that it must have.
+        grads: Gradients to be squared, which set the device, and the dtype: float32, or float64 for float64.
+
+    Returns:
+        ``out`` itself, or zeros.
+
+    Raises:
+        ValueError: ``out`` has another shape, dtype or device.
+    """
+    shape, dtype = tuple(shape), torch.promote_types(grads.dtype, torch.float32)
+    if out is None:
+        return torch.zeros(shape, dtype=dtype, device=grads.device)
+    if (tuple(out.shape), out.dtype, out.device) != (shape, dtype, grads.device):
+        raise ValueError(
+            f"out must be {shape}, {dtype}, on {grads.device}, got {tuple(out.shape)}, {out.dtype}, on {out.device}: "
+            "pass such a tensor of zeros, or None."
+        )
+    return out
+
+
+def _check_offsets(offsets: Tensor, num_positions: int) -> None:
+    if offsets.ndim != 1 or offsets.numel() == 0 or offsets.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            "offsets must be [N + 1], int64 or int32: where each example begins, and behind them the number of "
+            f"positions; got {tuple(offsets.shape)}, {offsets.dtype}."
+        )
+    first, *_, last = offsets[[0, -1]].tolist()
+    if first != 0 or last != num_positions or (offsets.diff() < 0).any():
+        raise ValueError(
+            f"offsets must ascend from 0 to the number of positions, {num_positions}; got {first} to {last}"
+            + (", not ascending." if (offsets.diff() < 0).any() else ".")
+        )

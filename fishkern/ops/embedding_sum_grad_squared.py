@@ -1,0 +1,115 @@
+"""Sum over examples of the squared gradient of an embedding table, which is sparse in every example."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fishkern.ops._arguments import accumulator
+
+
+def embedding_sum_grad_squared(
+    indices: Tensor,
+    output_grads: Tensor,
+    num_rows: int,
+    *,
+    padding_idx: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Sum the squared per-example gradients of an embedding table.
+
+    A row's gradient in example ``n`` is the sum over the positions that look it up, and the square is taken after that
+    sum:
+
+        out[v, d] = sum_n ( sum_{t: indices[n, t] = v} output_grads[n, t, d] )^2
+
+    Rows are summed and squared in float32 (float64 for float64 inputs), also for 16-bit inputs. Memory grows with
+    ``N T D``, as the inputs do; the per-example gradients ``[N, V, D]`` are never stored. The order of every sum is
+    fixed by the order of the positions. Nothing is recorded for autograd.
+
+    Args:
+        indices: Rows looked up, ``[N, T]``, int64 or int32, from 0 to ``num_rows - 1``.
+        output_grads: Gradient of the **summed** loss by the rows handed out, ``[N, T, D]``, floating, same device.
+        num_rows: ``V``, the rows of the table.
+        padding_idx: Row that never gets a gradient, as in :class:`torch.nn.Embedding`, from 0 to ``num_rows - 1``.
+        out: ``[V, D]``, of the result's dtype, any strides: the sum is added to it, in place. ``None``: to zeros.
+
+    Returns:
+        ``out``, or a new ``[V, D]``; float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: Shapes, dtypes or devices are not as described, or an index is not below ``num_rows``.
+    """
+    if padding_idx is not None and not 0 <= padding_idx < num_rows:
+        raise ValueError(f"padding_idx must be from 0 to num_rows - 1 = {num_rows - 1}, or None, got {padding_idx}.")
+    _, row, grads = embedding_rows(indices, output_grads, padding_idx=padding_idx)
+    if row.numel() and (largest := int(row.max())) >= num_rows:
+        raise ValueError(f"indices must be below num_rows = {num_rows}, got {largest}: pass the table's own size.")
+    total = accumulator(out, (num_rows, output_grads.shape[-1]), output_grads)
+    row, squares = _sum_by_key(row, grads.square_())
+    with torch.no_grad():
+        return total.index_add_(0, row, squares)  # every row once, so that the order of adding is fixed on a GPU too
+
+
+@torch.no_grad()
+def embedding_rows(
+    indices: Tensor, output_grads: Tensor, *, padding_idx: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Form the rows of the per-example gradients of an embedding table that can be other than zero.
+
+    The gradient of example ``n`` is ``grads[u]`` in row ``row[u]`` for every ``u`` with ``example[u] == n``, and zero
+    in all other rows. A table that is also used elsewhere (a tied head) adds its other gradient before squaring.
+
+    Args:
+        indices: Rows looked up, ``[N, T]``, int64 or int32, not negative.
+        output_grads: Gradient of the **summed** loss by the rows handed out, ``[N, T, D]``, floating, same device.
+        padding_idx: Row that never gets a gradient and is left out, or ``None``.
+
+    Returns:
+        ``(example, row, grads)`` of the ``U`` distinct pairs of example and row, in ascending order of the pairs:
+        ``[U]`` int64, ``[U]`` int64, and ``[U, D]``, the sums over positions, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: Shapes, dtypes or devices are not as described, or an index is negative.
+    """
+    _check_lookups(indices, output_grads)
+    dtype = torch.promote_types(output_grads.dtype, torch.float32)
+    token = indices.long().flatten()
+    if token.numel() and (smallest := int(token.min())) < 0:
+        raise ValueError(f"indices must not be negative, got {smallest}: give padded positions a row, padding_idx.")
+    num_rows = int(token.max()) + 1 if token.numel() else 1
+    pair = torch.arange(indices.shape[0], device=indices.device).repeat_interleave(indices.shape[1]) * num_rows + token
+    grads = output_grads.flatten(0, 1).to(dtype)
+    if padding_idx is not None:
+        kept = token != padding_idx
+        pair, grads = pair[kept], grads[kept]
+    pair, grads = _sum_by_key(pair, grads)
+    return pair // num_rows, pair % num_rows, grads
+
+
+def _sum_by_key(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the ``values [M, D]`` of equal ``keys [M]`` in their order; the distinct keys ascend."""
+    keys, order = keys.sort(stable=True)
+    keys, counts = keys.unique_consecutive(return_counts=True)
+    if values.numel() == 0:  # of no columns embedding_bag makes an error
+        return keys, values.new_zeros(len(keys), values.shape[1])
+    # A bag is summed by one thread, first entry to last, unlike index_add_ on a GPU, whose atomic additions race.
+    return keys, F.embedding_bag(order, values, counts.cumsum(0) - counts, mode="sum")
+
+
+def _check_lookups(indices: Tensor, output_grads: Tensor) -> None:
+    if indices.ndim != 2 or output_grads.ndim != 3 or output_grads.shape[:2] != indices.shape:
+        raise ValueError(
+            "indices must be [N, T] and output_grads [N, T, D], "
+            f"got {tuple(indices.shape)} and {tuple(output_grads.shape)}."
+        )
+    if indices.dtype not in (torch.int64, torch.int32) or not output_grads.is_floating_point():
+        raise ValueError(
+            f"indices must be int64 or int32 and output_grads floating, got {indices.dtype} and {output_grads.dtype}."
+        )
+    if indices.device != output_grads.device:
+        raise ValueError(
+            f"indices and output_grads must lie on one device, got {indices.device} and {output_grads.device}: "
+            "move one to the other's."
+        )

@@ -1,0 +1,139 @@
+"""Sum over examples of the squared weight gradient of a linear layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from fishkern.backend import Backend, choose
+from fishkern.ops._arguments import accumulator, check_factors
+
+# The result is worked on tile by tile, so that one example's gradient of a tile and the running total stay in the cache
+# while the examples pass by. On a CPU everything between 1 and 4 MiB is equally fast; below it the matrix products
+# are too small for two cores, and 16 MiB falls out of the cache. A GPU needs more to be busy.
+_TILE_ENTRIES = {"cpu": 2**20}
+_TILE_ENTRIES_ON_GPU = 2**23
+# The matrix products of a CPU are up to three times slower on tiles that are wider than this and not taller.
+_TILE_COLUMNS = 768
+# Up to this size a matrix product costs no more than its call, so that several examples share one call.
+_SMALL_TILE = 2**16
+_EXAMPLES_PER_CALL = 16
+# Of examples with one position, so many are squared at a time.
+_SQUARED_AT_ONCE = 1024
+
+
+def sum_grad_squared(
+    activations: Tensor,
+    output_grads: Tensor,
+    *,
+    offsets: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Sum the squared per-example weight gradients of a linear layer.
+
+    Example ``n`` passes ``T`` positions through ``y = x W^T``, so its weight gradient is a sum over positions, and the
+    square is taken after that sum:
+
+        out[o, i] = sum_n ( sum_t output_grads[n, t, o] * activations[n, t, i] )^2
+
+    Divided by the number of examples this is the layer's block of the diagonal Fisher; which Fisher depends on the
+    labels behind ``output_grads`` (Kunstner et al., 2019, arXiv:1905.12558). It is neither the square of the batch
+    gradient nor a sum over single positions (:func:`fishkern.ops.sum_position_grad_squared`).
+
+    Products are summed and squared in float32 (float64 for float64 inputs), also for 16-bit inputs, whose squares would
+    underflow. The per-example gradients ``[N, O, I]`` are never stored: the reference holds 4 MiB of float32 at a time
+    on a CPU, 32 MiB on a GPU, and of 16-bit inputs a float32 copy of the examples and columns that it works on. Nothing
+    is recorded for autograd.
+
+    Args:
+        activations: Inputs of the layer, ``[N, T, I]``, floating. What stands in padded positions does not matter as
+            long as it is finite and ``output_grads`` is zero there.
+        output_grads: Gradient of the **summed** loss by the outputs of the layer, ``[N, T, O]``, same dtype and device.
+        offsets: ``[N + 1]``, int64 or int32, ascending from 0 to ``S``: then ``activations`` is ``[S, I]`` and
+            ``output_grads`` is ``[S, O]``, the examples packed one after the other, and example ``n`` has the positions
+            ``offsets[n]`` to ``offsets[n + 1] - 1``, possibly none. On the CPU they spare a synchronisation.
+        out: ``[O, I]``, of the result's dtype, any strides: the sum is added to it, in place. ``None``: to zeros.
+        backend: ``None`` for the ambient choice, see :mod:`fishkern.backend`.
+
+    Returns:
+        ``out``, or a new ``[O, I]``; float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: Shapes, dtypes or devices are not as described, or ``offsets`` do not ascend from 0 to ``S``.
+        BackendUnavailableError: Triton was named, and cannot run.
+    """  # noqa: DOC502
+    packed = offsets is not None
+    if not activations.ndim == output_grads.ndim == 3 - packed:
+        wanted = "[S, I] and [S, O] with offsets" if packed else "[N, T, I] and [N, T, O] without offsets"
+        raise ValueError(
+            f"activations and output_grads must be {wanted}, "
+            f"got {tuple(activations.shape)} and {tuple(output_grads.shape)}."
+        )
+    check_factors(activations, output_grads, offsets)
+    total = accumulator(out, (output_grads.shape[-1], activations.shape[-1]), output_grads)
+    run = choose(sum_grad_squared_torch, backend, activations, output_grads, total)
+    return run(activations, output_grads, offsets=offsets, out=total)
+
+
+@torch.no_grad()
+def sum_grad_squared_torch(
+    activations: Tensor, output_grads: Tensor, *, offsets: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Compute :func:`sum_grad_squared` in plain PyTorch, one tile of the result after the other."""
+    total = accumulator(out, (output_grads.shape[-1], activations.shape[-1]), output_grads)
+    lengths = None if offsets is None else offsets.diff().tolist()
+    for rows, columns in _tiles(*total.shape, total.device):
+        tile, x, g = total[rows, columns], activations[..., columns], output_grads[..., rows]
+        if lengths is not None:
+            _add_each_(tile, x.split(lengths), g.split(lengths))
+        elif x.shape[1] == 1:
+            _add_single_positions_(tile, x[:, 0], g[:, 0])
+        elif tile.numel() <= _SMALL_TILE:
+            _add_several_(tile, x, g)
+        else:
+            _add_each_(tile, x.unbind(), g.unbind())
+    return total
+
+
+def _add_each_(tile: Tensor, xs: Iterable[Tensor], gs: Iterable[Tensor]) -> None:
+    grad = torch.empty_like(tile, memory_format=torch.contiguous_format)
+    for x, g in zip(xs, gs, strict=True):  # [T, I], [T, O]
+        torch.mm(g.to(tile.dtype).mT, x.to(tile.dtype), out=grad)
+        tile.addcmul_(grad, grad)
+
+
+def _add_several_(tile: Tensor, x: Tensor, g: Tensor) -> None:
+    if tile.shape[0] > tile.shape[1]:
+        tile, x, g = tile.mT, g, x  # the short side first: up to three times faster
+    for x_part, g_part in zip(x.split(_EXAMPLES_PER_CALL), g.split(_EXAMPLES_PER_CALL), strict=True):
+        grads = torch.bmm(g_part.to(tile.dtype).mT, x_part.to(tile.dtype))
+        tile.add_(grads.square_().sum(0))
+
+
+def _add_single_positions_(tile: Tensor, x: Tensor, g: Tensor) -> None:
+    """Add ``(g x)^2 = g^2 x^2``, which is one matrix product for all examples."""
+    for x_part, g_part in zip(x.split(_SQUARED_AT_ONCE), g.split(_SQUARED_AT_ONCE), strict=True):  # [N, I], [N, O]
+        tile.addmm_(g_part.to(tile.dtype).square().mT, x_part.to(tile.dtype).square())
+
+
+def _tiles(O: int, I: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    entries = _TILE_ENTRIES.get(device.type, _TILE_ENTRIES_ON_GPU)
+    if entries >= O * I:
+        yield slice(O), slice(I)
+        return
+    width = max(_TILE_COLUMNS, entries // (2 * O)) if device.type == "cpu" else I
+    for columns in _spans(I, width):
+        for rows in _spans(O, max(1, entries // (columns.stop - columns.start))):
+            yield rows, columns
+
+
+def _spans(size: int, longest: int) -> Iterator[slice]:
+    """Cut ``range(size)`` into equal parts, but for the last, of about ``longest``."""
+    step = math.ceil(size / math.ceil(size / longest))
+    step = math.ceil(step / 16) * 16  # whole cache lines
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))

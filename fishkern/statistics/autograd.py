@@ -1,0 +1,83 @@
+"""Small rules of a backward pass: what may require a gradient, what a loss must be, which backward is the last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+Value = TypeVar("Value")
+
+
+@contextmanager
+def only_trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let just these parameters require a gradient; the caller has frozen all others.
+
+    Args:
+        parameters: Which; their ``grad`` is empty before and after.
+
+    Yields:
+        Nothing.
+    """
+    parameters = list(parameters)
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def backward(loss: Tensor, *, retain_graph: bool = False) -> None:
+    """Run backward, if the loss depends on anything that requires a gradient: an expert without tokens has none.
+
+    Args:
+        loss: A scalar.
+        retain_graph: Keep the graph for another backward.
+    """
+    if loss.requires_grad:
+        loss.backward(retain_graph=retain_graph)
+
+
+def check_finite(objective: Tensor, examples: range) -> None:
+    """Refuse a loss that is NaN or infinite.
+
+    Args:
+        objective: ``[N]``.
+        examples: Places of the examples in the data.
+
+    Raises:
+        ValueError: Not one value for each example, or one of them is not finite.
+    """
+    if objective.shape != (len(examples),):
+        raise ValueError(
+            f"expected one loss for each example, shape ({len(examples)},), got {tuple(objective.shape)}: do not average "
+            "over the batch."
+        )
+    bad = (~objective.detach().isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"the loss of example {examples[bad[0]]} (row {bad[0]} of its batch) is {objective[bad[0]].item()}"
+            f"{f', and {len(bad) - 1} more of the batch' if len(bad) > 1 else ''}: a row without a label, a fully masked "
+            "row, or an overflow gives that. Drop such examples or mend their labels."
+        )
+
+
+def with_last(values: Iterator[Value]) -> Iterator[tuple[Value, bool]]:
+    """Tell the last of some values.
+
+    Args:
+        values: Any iterator, not empty.
+
+    Yields:
+        Each value, and whether it is the last.
+    """
+    previous = next(values)
+    for value in values:
+        yield previous, False
+        previous = value
+    yield previous, True

@@ -1,0 +1,129 @@
+"""What an estimator is: a recipe that turns gradients into one accumulated tensor for each parameter."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishkern.backend import Backend
+from fishkern.layers import PerExampleGrads
+from fishkern.statistics.predictive import Predictive
+
+
+class Estimator(ABC):
+    """Recipe of a statistic.
+
+    A pass over data asks for :meth:`objectives` of each batch, back-propagates each of them, and hands the gradients of
+    every parameter to :meth:`update_`.
+    """
+
+    @property
+    @abstractmethod
+    def per_example(self) -> bool:
+        """Whether the gradients of single examples are needed, or those of the objectives as a whole will do."""
+
+    @property
+    @abstractmethod
+    def definition(self) -> dict[str, Any]:
+        """What is estimated, as plain values: statistics merge only if these are equal."""
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What may differ between statistics that merge, as plain values."""
+
+    @abstractmethod
+    def objectives(self, answer: Predictive | Tensor, examples: range) -> Iterator[Tensor]:
+        """Say what to back-propagate for a batch.
+
+        Args:
+            answer: The model's predictive distribution for the batch, or its losses ``[N]``.
+            examples: Places of the batch's examples in the whole data, so that random draws do not depend on batching.
+
+        Yields:
+            ``[N]``; entry ``n`` depends on example ``n`` alone, and the sum is back-propagated.
+        """
+
+    @abstractmethod
+    def units(self, num_examples: int) -> int:
+        """Count what one batch adds to the number that the result is a mean over.
+
+        Args:
+            num_examples: ``N`` of the batch.
+
+        Returns:
+            The number of units.
+        """
+
+    def init(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Make the accumulator of one parameter.
+
+        Args:
+            shape: Shape of the parameter.
+            dtype: float32 or float64.
+            device: Where it lies.
+
+        Returns:
+            Zeros.
+        """
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    @abstractmethod
+    def update_(self, state: Tensor, grads: PerExampleGrads, backend: Backend | None = None) -> None:
+        """Add the gradients of one objective.
+
+        Args:
+            state: Accumulator, changed in place.
+            grads: Gradients of the parameter.
+            backend: Passed on to the operation behind it.
+        """
+
+    def result(self, state: Tensor, count: int) -> Tensor:
+        """Turn an accumulator into the statistic.
+
+        Args:
+            state: Accumulator; may be changed.
+            count: Number of units.
+
+        Returns:
+            The mean over units, float32.
+        """
+        # a tied weight's squares are formed as A^2 + (2A + E)E, which rounding may leave just below zero
+        return state.clamp_(min=0).div_(count).float()
+
+
+def losses_of(answer: Predictive | Tensor) -> Tensor:
+    """Read the losses at the data's labels.
+
+    Args:
+        answer: A predictive distribution or the losses themselves.
+
+    Returns:
+        ``[N]``.
+    """
+    return answer if isinstance(answer, Tensor) else answer.losses()
+
+
+def uniform(seed: int, draw: int, examples: range, size: int) -> Tensor:
+    """Draw numbers that belong to an example, whatever batch it comes in and whatever device it lies on.
+
+    Args:
+        seed: Seed of the estimator.
+        draw: Which draw.
+        examples: Places of the examples in the whole data.
+        size: How many numbers for each example; a longer row of numbers begins with a shorter one.
+
+    Returns:
+        Uniform in [0, 1), ``[N, size]``, float64 on the CPU.
+    """
+    rows = []
+    for example in examples:
+        digest = hashlib.blake2b(f"{seed}/{draw}/{example}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big", signed=True))
+        rows.append(torch.rand(size, generator=generator, dtype=torch.float64))
+    return torch.stack(rows)

@@ -1,0 +1,104 @@
+"""The diagonal of the Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fishkern.backend import Backend
+from fishkern.layers import PerExampleGrads
+from fishkern.statistics.base import Estimator, losses_of, uniform
+from fishkern.statistics.predictive import Predictive
+
+_FISHER_TYPES = ("empirical", "mc", "type-2")
+_UNITS = ("example", "position", "batch")
+
+
+@dataclass(frozen=True)
+class DiagonalFisher(Estimator):
+    r"""Diagonal of the Fisher information: the mean over examples of the squared gradient of each one's loss.
+
+        F[p] = 1/N sum_n ( d loss_n / d theta[p] )^2
+
+    The labels behind ``loss_n`` make the difference (Kunstner et al., 2019, arXiv:1905.12558; Martens, 2014,
+    arXiv:1412.1193). Labels are drawn or enumerated for each position given the data's inputs (teacher forcing).
+
+    Args:
+        fisher_type: ``"empirical"``: the data's labels; one backward pass. ``"mc"``: labels drawn from the model's
+            predictive distribution; ``mc_samples`` backward passes. ``"type-2"``: the exact expectation over labels; one
+            backward pass for each label of each position.
+        unit: What is summed before squaring. ``"example"``: an example's positions, the Fisher information.
+            ``"position"``: nothing, ``sum_{n,t} (g_nt x_nt)^2 / N``: cheap and common, and *not* the Fisher of token
+            losses. ``"batch"``: the gradient of the batch's mean loss, squared and averaged over batches: common, and
+            another quantity. The last two are for comparison.
+        mc_samples: Draws for each example.
+        seed: Seed of the draws; an example's draw depends on its place in the data, not on its batch.
+        max_label_passes: ``"type-2"`` raises when a batch needs more backward passes than this.
+
+    Raises:
+        ValueError: An argument is not among the values above.
+    """
+
+    fisher_type: Literal["empirical", "mc", "type-2"] = "empirical"
+    unit: Literal["example", "position", "batch"] = "example"
+    mc_samples: int = 1
+    seed: int = 0
+    max_label_passes: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.fisher_type not in _FISHER_TYPES:
+            raise ValueError(f"fisher_type must be one of {_FISHER_TYPES}, got {self.fisher_type!r}.")
+        if self.unit not in _UNITS:
+            raise ValueError(f"unit must be one of {_UNITS}, got {self.unit!r}.")
+        if self.mc_samples < 1:
+            raise ValueError(f"mc_samples must be at least 1, got {self.mc_samples}.")
+        if self.unit != "example" and self.fisher_type == "type-2":
+            raise ValueError(f"fisher_type='type-2' is defined for unit='example' only, got unit={self.unit!r}.")
+
+    @property
+    def per_example(self) -> bool:
+        return self.unit != "batch"
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        return {"estimator": "DiagonalFisher", "fisher_type": self.fisher_type, "unit": self.unit}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"mc_samples": self.mc_samples, "seed": self.seed} if self.fisher_type == "mc" else {}
+
+    def objectives(self, answer: Predictive | Tensor, examples: range) -> Iterator[Tensor]:
+        weight = 1 / len(examples) if self.unit == "batch" else 1.0
+        if self.fisher_type == "empirical":
+            yield weight * losses_of(answer)
+            return
+        if isinstance(answer, Tensor):
+            raise ValueError(
+                f"fisher_type={self.fisher_type!r} needs the distribution of the labels, which a likelihood given as a "
+                "function does not tell. Pass a fishkern likelihood, or take fisher_type='empirical'."
+            )
+        if self.fisher_type == "type-2":
+            if answer.label_passes > self.max_label_passes:
+                raise ValueError(
+                    f"fisher_type='type-2' would need {answer.label_passes} backward passes for one batch (labels times "
+                    f"positions), more than max_label_passes={self.max_label_passes}. Raise it, or take "
+                    "fisher_type='mc'."
+                )
+            yield from answer.label_losses()
+            return
+        for draw in range(self.mc_samples):
+            numbers = uniform(self.seed, draw, examples, answer.draws_per_example)
+            losses = answer.drawn_losses(numbers)
+            yield losses * (weight / self.mc_samples**0.5)  # squares then add up to the mean over draws
+
+    def units(self, num_examples: int) -> int:
+        return 1 if self.unit == "batch" else num_examples
+
+    def update_(self, state: Tensor, grads: PerExampleGrads, backend: Backend | None = None) -> None:
+        if self.unit == "position":
+            grads.add_position_squares_(state)
+        else:
+            grads.add_squares_(state, backend)

@@ -1,0 +1,362 @@
+"""``estimate``: a model and batches in, statistics out."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fishkern import backend as backends
+from fishkern import hosts
+from fishkern.backend import Backend
+from fishkern.layers import UnsupportedModuleError, own_parameters, weight_shape
+from fishkern.layers.linear import QuantizedLinear
+from fishkern.names import canonical_name
+from fishkern.statistics.base import Estimator
+from fishkern.statistics.batches import Batch, checked_batch, num_examples, take, to_device
+from fishkern.statistics.diagonal_fisher import DiagonalFisher
+from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
+from fishkern.statistics.passes import Accumulators, GradientPass, PerExamplePass
+from fishkern.statistics.predictive import Predictive
+from fishkern.statistics.result import Covered, Statistics
+
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+Predicate = Callable[[str, nn.Parameter], bool]
+
+
+def estimate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    estimator: Estimator | None = None,
+    *,
+    likelihood: Likelihood | LossFunction | None = None,
+    parameters: Predicate | Literal["all"] | None = None,
+    max_examples: int | None = None,
+    accumulate_on: str | torch.device | None = None,
+    check: bool = True,
+    backend: Backend | None = None,
+    progress: bool | Callable[[int, int | None], None] = False,
+) -> Statistics:
+    """Estimate a statistic of a model's gradients over data.
+
+    The model runs in evaluation mode (activation checkpointing stays on). Its modes, ``requires_grad``, ``.grad``,
+    hooks and the random number generators are left as found, also after an exception. Before the first batch, two
+    examples run through capture and through ordinary autograd; a parameter on which they differ takes a slower exact
+    path, and says so.
+
+    Cost of the default: one forward and one backward pass, without the weights' ordinary gradients; memory for one
+    float32 accumulator of each parameter asked for, besides what a training step keeps of activations.
+
+    Args:
+        model: A module; wrappers (DDP, ``torch.compile``) are looked through.
+        batches: What a ``DataLoader`` yields: mappings (keyword arguments of the model) or ``(inputs, labels)``, every
+            tensor with the example axis first; moved to the model's device.
+        estimator: The recipe; ``None`` for :class:`DiagonalFisher`, the exact per-example empirical Fisher.
+        likelihood: The loss of an example. ``None``: recognised from a transformers model. A :class:`Likelihood`. Or a
+            function ``(model, batch) -> losses [N]``, which gives the empirical Fisher only.
+        parameters: ``None``: every parameter with ``requires_grad``. ``"all"``: every parameter, also those stored as
+            integers by a quantised linear. Or a predicate of canonical name and parameter.
+        max_examples: Stop after so many examples.
+        accumulate_on: Device of the accumulators; ``None`` for each parameter's own.
+        check: Whether to run the comparison with ordinary autograd; a parameter used past its module's call is found
+            by it alone.
+        backend: ``None`` for the ambient choice, see :mod:`fishkern.backend`.
+        progress: ``True`` writes a line to standard error; or a function of the number of examples done and of the
+            total, where known.
+
+    Returns:
+        The mean over examples, with what was covered by which path.
+
+    Raises:
+        TypeError: A batch is neither a mapping nor a pair.
+        ValueError: No data, no trainable parameter, labels missing, a loss not finite, or a loss that is not the
+            model's own.
+        UnsupportedModuleError: A module cannot be served exactly; the message names it and the way round.
+        RuntimeError: More than one rank.
+    """
+    estimator = DiagonalFisher() if estimator is None else estimator
+    model = hosts.unwrap(model)
+    _refuse(model, estimator, max_examples)
+    chosen = _chosen(model, parameters)
+    _refuse_integers(model, chosen)
+    accumulators = Accumulators(
+        {key: _shape(model, key, parameter) for key, parameter in chosen.items()},
+        {key: torch.device(accumulate_on or parameter.device) for key, parameter in chosen.items()},
+        {key: torch.float64 if parameter.dtype == torch.float64 else torch.float32 for key, parameter in chosen.items()},
+        estimator,
+        backends.current() if backend is None else backend,
+    )
+    device = next(iter(chosen.values())).device
+    data = _Data(batches, device, max_examples)
+    report = _Progress(progress, data.total)
+    answering = _Answering(model, likelihood)
+    with _as_found(model):
+        way: GradientPass | PerExamplePass
+        if estimator.per_example:
+            way = PerExamplePass(model, chosen, answering, estimator, accumulators, check)
+        else:
+            path = "batch" if estimator.definition["unit"] == "batch" else "sketch"
+            way = GradientPass(chosen, answering, estimator, accumulators, path)
+        units = 0
+        for batch, examples in data:
+            with _own_randomness(device):
+                if examples.start == 0:
+                    answering.prepare(batch)
+                way.run(batch, examples)
+            units += estimator.units(len(examples))
+            report(examples.stop)
+    report.close()
+    if not units:
+        raise ValueError("the data holds no example: batches was empty (an exhausted iterator, or max_examples=0).")
+    if not accumulators.touched:
+        raise ValueError(
+            f"the loss depends on none of the {len(chosen)} parameters asked for ({', '.join(list(chosen)[:3])}, ...): "
+            "it was computed without gradients, or these parameters are not used."
+        )
+    tensors = {}
+    for key in chosen:
+        tensors[key] = estimator.result(accumulators.states.pop(key), units)
+        if not tensors[key].isfinite().all():
+            raise ValueError(
+                f"the statistic of {key} is not finite although every loss is: its gradients overflow in "
+                f"{chosen[key].dtype}. Run the model in float32 or bfloat16."
+            )
+    definition = {**estimator.definition, "likelihood": answering.description}
+    run = {
+        "model": type(model).__name__,
+        "dtype": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in chosen.values()}),
+        "examples": data.examples,
+        "batches": data.batches,
+        "checked": check if estimator.per_example else None,
+        "torch": torch.__version__,
+        **estimator.settings,
+    }
+    coverage = _coverage(model, chosen, way.paths, parameters)
+    return Statistics(
+        tensors, count=units, provenance={"definition": definition, "runs": [run]}, coverage=coverage
+    )
+
+
+class _Data:
+    """Batches, moved, checked, cut at the number of examples, each with the places of its examples."""
+
+    def __init__(self, batches: Iterable[Any], device: torch.device, max_examples: int | None) -> None:
+        self._batches = batches
+        self._device = device
+        self._max = max_examples
+        self.examples = 0
+        self.batches = 0
+
+    @property
+    def total(self) -> int | None:
+        """Number of examples, where the source tells it."""
+        dataset = getattr(self._batches, "dataset", None)
+        try:
+            known = len(dataset) if dataset is not None else None
+        except TypeError:
+            known = None
+        return self._max if known is None else min(known, self._max or known)
+
+    def __iter__(self) -> Iterator[tuple[Batch, range]]:
+        for raw in self._batches:
+            batch = checked_batch(raw, self.batches)
+            if self._max is not None:
+                left = self._max - self.examples
+                if num_examples(batch) > left:
+                    batch = take(batch, slice(0, left))
+            N = num_examples(batch)
+            self.batches += 1
+            self.examples += N
+            yield to_device(batch, self._device), range(self.examples - N, self.examples)
+            if self.examples == self._max:
+                return
+
+
+class _Answering:
+    """Runs the model on a batch and gives its predictive distribution, or its losses."""
+
+    def __init__(self, model: nn.Module, likelihood: Likelihood | LossFunction | None) -> None:
+        self._model = model
+        self._likelihood = likelihood
+
+    def prepare(self, batch: Batch) -> None:
+        """Recognise the likelihood, and compare the loss of one example with the model's own."""
+        if self._likelihood is None:
+            self._likelihood = recognise_likelihood(self._model, batch)
+        if isinstance(self._likelihood, Likelihood):
+            _compare_with_own_loss(self._model, self._likelihood, take(batch, slice(0, 1)))
+
+    @property
+    def description(self) -> str:
+        """The likelihood, for the provenance."""
+        if isinstance(self._likelihood, Likelihood):
+            return f"{type(self._likelihood).__name__}(reduction={self._likelihood.reduction!r})"
+        function = self._likelihood
+        return f"function {getattr(function, '__qualname__', type(function).__name__)}"
+
+    def __call__(self, batch: Batch) -> Predictive | Tensor:
+        if isinstance(self._likelihood, Likelihood):
+            return self._likelihood.predictive(self._model, batch)
+        return self._likelihood(self._model, batch)
+
+
+@torch.no_grad()
+def _compare_with_own_loss(model: nn.Module, likelihood: Likelihood, example: Batch) -> None:
+    """A recognised loss must be what the model returns for the example, to the rounding of its dtype."""
+    if not isinstance(example, Mapping) or not any(key in example for key in ("labels", "start_positions")):
+        return
+    outputs = model(**{**hosts.call_options(model), **example})
+    own = getattr(outputs, "loss", None)
+    if own is None:
+        return
+    ours = replace(likelihood.predictive(model, example), mean=True).losses()[0].item()
+    dtype = next(model.parameters()).dtype
+    if torch.is_autocast_enabled(own.device.type):
+        dtype = torch.get_autocast_dtype(own.device.type)
+    # transformers computes in float32 what is stored in float64
+    eps = max(torch.finfo(dtype).eps if dtype.is_floating_point else 0.0, torch.finfo(torch.float32).eps)
+    if not abs(ours - own.item()) <= 64 * eps * max(1.0, abs(own.item())):
+        raise ValueError(
+            f"the loss of the first example is {ours:.6g} by {type(likelihood).__name__} and {own.item():.6g} by the "
+            f"model itself: they should agree. The model's loss holds more than that (an auxiliary loss, label "
+            "smoothing, another shift). Pass likelihood= as a function (model, batch) -> losses [N] that computes it."
+        )
+
+
+def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) -> None:
+    if not isinstance(estimator, Estimator):
+        raise TypeError(f"estimator must be an Estimator such as DiagonalFisher(), got {estimator!r}.")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size()
+        if ranks > 1:
+            raise RuntimeError(
+                f"estimate runs on one rank, and this process group has {ranks}: each rank would hold another estimate. "
+                "Estimate on one rank, or on every rank before the group is initialised, and merge the statistics."
+            )
+    if reason := hosts.dispatched(model):
+        raise UnsupportedModuleError(
+            f"{type(model).__name__} cannot be estimated as it is dispatched: {reason}. Load it onto one device "
+            "(without device_map='auto'), or take SketchedFisher on one device."
+        )
+    if max_examples is not None and max_examples < 1:
+        raise ValueError(f"max_examples must be at least 1, got {max_examples}.")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.track_running_stats:
+            raise UnsupportedModuleError(
+                f"{name!r} ({type(module).__name__}) keeps no running statistics, so it normalises each example by the "
+                "others of its batch, and no example has a gradient of its own."
+            )
+
+
+def _chosen(model: nn.Module, which: Predicate | Literal["all"] | None) -> dict[str, nn.Parameter]:
+    named = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    if which is None:
+        chosen = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    elif which == "all":
+        chosen = named
+    elif callable(which):
+        chosen = {name: parameter for name, parameter in named.items() if which(name, parameter)}
+    else:
+        raise TypeError(f"parameters must be None, 'all' or a predicate (name, parameter) -> bool, got {which!r}.")
+    if not chosen:
+        why = "none of them requires a gradient" if which is None else "the predicate took none of them"
+        raise ValueError(
+            f"{type(model).__name__} has {len(named)} parameters, and {why}. Pass parameters='all' or another predicate."
+        )
+    return chosen
+
+
+def _refuse_integers(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
+    """Integer parameters are served where a quantised linear owns them, and nowhere else."""
+    integers = {key for key, parameter in chosen.items() if not parameter.is_floating_point()}
+    for path, module in model.named_modules():
+        if "weight" in QuantizedLinear().covers(module):
+            integers.discard(canonical_name(f"{path}.weight"))
+    if integers:
+        raise UnsupportedModuleError(
+            f"{sorted(integers)} are not floating point and belong to no quantised linear (a module with in_features, "
+            "out_features and an integer weight). Leave them out with parameters=."
+        )
+
+
+def _shape(model: nn.Module, key: str, parameter: nn.Parameter) -> torch.Size:
+    if parameter.is_floating_point():
+        return parameter.shape
+    owner = next(m for m in model.modules() if any(p is parameter for p in own_parameters(m).values()))
+    return weight_shape(owner)
+
+
+def _coverage(
+    model: nn.Module,
+    chosen: Mapping[str, nn.Parameter],
+    paths: Mapping[str, tuple[str, str]],
+    which: Predicate | Literal["all"] | None,
+) -> dict[str, Covered]:
+    by_whose_word = "requires_grad is False" if which is None else "the parameters argument"
+    coverage = {}
+    for name, parameter in model.named_parameters():
+        key = canonical_name(name)
+        path, reason = paths[key] if key in chosen else ("left out", by_whose_word)
+        numel = _shape(model, key, parameter).numel() if key in chosen else parameter.numel()
+        coverage[key] = Covered(path, numel, reason)
+    return coverage
+
+
+@contextmanager
+def _as_found(model: nn.Module) -> Iterator[None]:
+    """Freeze the model for a pass and restore what a pass touches."""
+    parameters = list(model.parameters())
+    found = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
+    with ExitStack() as stack:
+        stack.enter_context(hosts.evaluation_mode(model))
+        stack.enter_context(hosts.connected_inputs(model))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.enable_grad())
+        try:
+            for parameter in parameters:
+                parameter.grad = None
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter, required, grad in found:
+                parameter.requires_grad_(required)
+                parameter.grad = grad
+
+
+@contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Leave the random number generators as they were; the data's own draws lie outside."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield
+
+
+class _Progress:
+    """A line on standard error, or the caller's function."""
+
+    def __init__(self, wanted: bool | Callable[[int, int | None], None], total: int | None) -> None:
+        self._wanted = wanted
+        self._total = total
+        self._start = self._shown = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        if callable(self._wanted):
+            self._wanted(done, self._total)
+        elif self._wanted and time.monotonic() - self._shown > 0.2:
+            self._shown = time.monotonic()
+            rate = done / (self._shown - self._start)
+            of_total = f"/{self._total}" if self._total else ""
+            left = f", {(self._total - done) / rate:.0f} s left" if self._total else ""
+            sys.stderr.write(f"\restimating: {done}{of_total} examples, {rate:.1f}/s{left}\033[K")
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        """End the line."""
+        if self._wanted is True and self._shown != self._start:
+            sys.stderr.write("\n")

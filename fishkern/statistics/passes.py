@@ -1,0 +1,302 @@
+"""The two ways through a batch: capturing each example's gradients, or taking the objective's gradient as a whole."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fishkern.backend import Backend
+from fishkern.layers import (
+    Capture,
+    DenseGrads,
+    PerExampleGrads,
+    Plan,
+    UnsupportedModuleError,
+    leave_out,
+    survey,
+)
+from fishkern.statistics.autograd import backward, check_finite, only_trainable, with_last
+from fishkern.statistics.base import Estimator
+from fishkern.statistics.batches import Batch, num_examples, take
+from fishkern.statistics.predictive import Predictive
+from fishkern.statistics.self_check import disagreements
+
+Answer = Callable[[Batch], Predictive | Tensor]
+
+
+_KINDS = ("shape", "device", "dtype")
+
+
+class Accumulators:
+    """One accumulator for each parameter, on the parameter's device or another.
+
+    Args:
+        shapes: Shape of each parameter's statistic, by canonical name.
+        devices: Where each accumulator lies.
+        dtypes: float64 for float64 parameters, else float32.
+        estimator: Says what is added.
+        backend: Passed on to the operations.
+
+    Attributes:
+        states: The accumulators, by canonical name.
+        touched: Whether anything was added.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        devices: Mapping[str, torch.device],
+        dtypes: Mapping[str, torch.dtype],
+        estimator: Estimator,
+        backend: Backend | None,
+    ) -> None:
+        self._estimator = estimator
+        self._backend = backend
+        self.states = {key: estimator.init(shape, dtypes[key], devices[key]) for key, shape in shapes.items()}
+        self.touched = False
+
+    def empty_like(self) -> Accumulators:
+        """Make accumulators of the same kind that hold nothing.
+
+        Returns:
+            The new accumulators.
+        """
+        kinds = [{key: getattr(state, kind) for key, state in self.states.items()} for kind in _KINDS]
+        return Accumulators(*kinds, self._estimator, self._backend)
+
+    def add(self, key: str, grads: PerExampleGrads) -> None:
+        """Add the gradients of one parameter.
+
+        Args:
+            key: Its canonical name.
+            grads: Its gradients.
+        """
+        self._add(key, grads.device, lambda state: self._estimator.update_(state, grads, self._backend))
+
+    def add_squares(self, key: str, grads: PerExampleGrads) -> None:
+        """Add the squares of one parameter's per-example gradients, whatever the estimator.
+
+        Args:
+            key: Its canonical name.
+            grads: Its gradients.
+        """
+        self._add(key, grads.device, lambda state: grads.add_squares_(state, self._backend))
+
+    def _add(self, key: str, device: torch.device, update: Callable[[Tensor], None]) -> None:
+        self.touched = True
+        state = self.states[key]
+        if state.device == device:
+            update(state)
+            return
+        here = torch.zeros_like(state, device=device)
+        update(here)
+        state += here.to(state.device)
+
+    def zero_(self) -> None:
+        """Set every accumulator to zero."""
+        self.touched = False
+        for state in self.states.values():
+            state.zero_()
+
+
+class GradientPass:
+    """Ordinary autograd: the gradient of each objective as a whole, squared.
+
+    Args:
+        parameters: What to differentiate by, by canonical name.
+        answer: Runs the model on a batch.
+        estimator: The recipe.
+        accumulators: Where the squares go.
+        path: Name of this path in the coverage.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        answer: Answer,
+        estimator: Estimator,
+        accumulators: Accumulators,
+        path: str,
+    ) -> None:
+        self._parameters = parameters
+        self._answer = answer
+        self._estimator = estimator
+        self._accumulators = accumulators
+        self.paths = dict.fromkeys(parameters, (path, ""))
+
+    def run(self, batch: Batch, examples: range) -> None:
+        """Add one batch.
+
+        Args:
+            batch: The batch.
+            examples: Places of its examples in the data.
+        """
+        with only_trainable(self._parameters.values()):
+            for objective, last in with_last(self._estimator.objectives(self._answer(batch), examples)):
+                check_finite(objective, examples)
+                backward(objective.sum(), retain_graph=not last)
+                for key, parameter in self._parameters.items():
+                    if parameter.grad is not None:
+                        self._accumulators.add(key, DenseGrads(parameter.grad[None]))
+                        parameter.grad = None
+
+
+class PerExamplePass:
+    """Capture: one forward and one backward for a batch, the squares of each example's gradient taken on the way.
+
+    Args:
+        model: In evaluation mode.
+        parameters: What to differentiate by, by canonical name; those that autograd cannot reach (integer weights)
+            included.
+        answer: Runs the model on a batch.
+        estimator: The recipe.
+        accumulators: Where the squares go.
+        check: Compare with ordinary autograd on two examples before the first batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        answer: Answer,
+        estimator: Estimator,
+        accumulators: Accumulators,
+        check: bool,
+    ) -> None:
+        self._model = model
+        self._parameters = parameters
+        self._answer = answer
+        self._estimator = estimator
+        self._accumulators = accumulators
+        self._check = check
+        self._plan: Plan | None = None
+        self._begun = False
+        self._distrusted: set[str] = set()
+        self._announced: set[str] = set()
+        self.paths: dict[str, tuple[str, str]] = {}
+
+    def run(self, batch: Batch, examples: range) -> None:
+        """Add one batch.
+
+        Args:
+            batch: The batch.
+            examples: Places of its examples in the data.
+        """
+        if self._plan is None:
+            self._plan = self._make_plan(batch, examples)
+        self._begun = True
+        unsettled = self._captured(self._plan, batch, examples, self._accumulators.add)
+        if unsettled:
+            self._looped(unsettled, batch, examples, self._accumulators.add)
+            self._plan = None  # a gradient has shown up where there was none: look again
+
+    def _make_plan(self, batch: Batch, examples: range) -> Plan:
+        two = take(batch, [0, 1] if num_examples(batch) > 1 else [0, 0])
+        places = range(examples.start, examples.start + 2)
+
+        def losses() -> Tensor:
+            objective = next(iter(self._estimator.objectives(self._answer(two), places)))
+            check_finite(objective, places)
+            return objective
+
+        keys = {parameter: key for key, parameter in self._parameters.items()}
+        with only_trainable(()):
+            plan = survey(self._model, keys, losses, self._distrusted)
+        if self._check:
+            plan = self._checked(plan, two, places)
+        self._announce(plan)
+        return plan
+
+    def _checked(self, plan: Plan, two: Batch, places: range) -> Plan:
+        """Send what disagrees with ordinary autograd through the loop."""
+
+        def objective(batch: Batch, examples: range) -> Tensor:
+            return next(iter(self._estimator.objectives(self._answer(batch), examples)))
+
+        squares = self._accumulators.empty_like() if self._begun else self._accumulators
+        try:
+            unsettled = self._captured(plan, two, places, squares.add_squares, only_first=True)
+            parameters = {
+                key: parameter
+                for key, parameter in self._parameters.items()
+                if parameter.is_floating_point() and key not in unsettled
+            }
+            found = disagreements(parameters, squares.states, objective, two, places, kept=plan.reused)
+        finally:
+            squares.zero_()
+        return plan.with_loop(found)
+
+    def _announce(self, plan: Plan) -> None:
+        self.paths |= plan.paths
+        slow = {key: reason for key, (path, reason) in plan.paths.items() if path == "loop"}
+        if self._estimator.definition["unit"] == "position":
+            without = [key for key, (path, _) in plan.paths.items() if path != "fused"]
+            if without:
+                raise UnsupportedModuleError(
+                    f"unit='position' needs a rule for positions, and there is none for {sorted(without)}. "
+                    f"{leave_out(without)}"
+                )
+        new = slow.keys() - self._announced
+        self._announced |= new
+        if new:
+            shown = "; ".join(f"{key}: {slow[key]}" for key in sorted(new)[:8])
+            more = f" and {len(new) - 8} more" if len(new) > 8 else ""
+            warnings.warn(
+                f"{len(new)} parameter(s) take the slow exact path, one pass over the model for each example: "
+                f"{shown}{more}.",
+                stacklevel=5,
+            )
+
+    def _captured(
+        self,
+        plan: Plan,
+        batch: Batch,
+        examples: range,
+        add: Callable[[str, PerExampleGrads], None],
+        only_first: bool = False,
+    ) -> frozenset[str]:
+        """Run one batch by a plan; what is returned was withheld and is still to be added."""
+        looped = {key: self._parameters[key] for key in plan.loop}
+        unsettled: set[str] = set()
+        reached = set(looped)
+        if plan.sites:
+            with only_trainable(looped.values()), Capture(plan.sites, add) as capture:
+                with capture.forward(len(examples)):
+                    answer = self._answer(batch)
+                for objective, last in with_last(self._estimator.objectives(answer, examples)):
+                    check_finite(objective, examples)
+                    capture.backward(objective, retain_graph=not (last or only_first))
+                    unsettled |= capture.unsettled
+                    self._distrusted |= capture.distrusted
+                    if only_first:
+                        break
+                reached = {key for key, parameter in looped.items() if parameter.grad is not None}
+        if reached:
+            self._looped(reached, batch, examples, add, only_first)
+        return frozenset(unsettled)
+
+    def _looped(
+        self,
+        keys: Iterable[str],
+        batch: Batch,
+        examples: range,
+        add: Callable[[str, PerExampleGrads], None],
+        only_first: bool = False,
+    ) -> None:
+        """Run each example alone, by ordinary autograd, for some parameters."""
+        parameters = {key: self._parameters[key] for key in keys}
+        with only_trainable(parameters.values()):
+            for n, example in enumerate(examples):
+                answer = self._answer(take(batch, slice(n, n + 1)))
+                objectives = self._estimator.objectives(answer, range(example, example + 1))
+                for objective, last in with_last(objectives):
+                    backward(objective.sum(), retain_graph=not (last or only_first))
+                    for key, parameter in parameters.items():
+                        if parameter.grad is not None:
+                            add(key, DenseGrads(parameter.grad[None]))
+                            parameter.grad = None
+                    if only_first:
+                        break

@@ -1,0 +1,191 @@
+"""Predictive distributions: what a model says about the labels of each example, and the losses that follow.
+
+Given the inputs, the label positions of an example are independent. A loss is ``weight * sum over positions of -log p``
+(up to a constant), ``[N]``, where the weight turns the sum into a mean if that was asked for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Predictive(ABC):
+    """A distribution over the labels of ``N`` examples."""
+
+    @abstractmethod
+    def losses(self) -> Tensor:
+        """Losses at the data's labels.
+
+        Returns:
+            ``[N]``, differentiable.
+        """
+
+    @property
+    @abstractmethod
+    def draws_per_example(self) -> int:
+        """How many uniform numbers one drawn label set of one example takes."""
+
+    @abstractmethod
+    def drawn_losses(self, uniform: Tensor) -> Tensor:
+        """Losses at labels drawn from the distribution itself.
+
+        Args:
+            uniform: Uniform numbers in [0, 1), ``[N, draws_per_example]``.
+
+        Returns:
+            ``[N]``, differentiable.
+        """
+
+    @property
+    @abstractmethod
+    def label_passes(self) -> int:
+        """How many backward passes the exact expectation over labels takes."""
+
+    @abstractmethod
+    def label_losses(self) -> Iterator[Tensor]:
+        """Enumerate the labels.
+
+        Yields:
+            ``[N]``, differentiable; the squared gradients of all of them add up to the expectation over the labels of
+            the squared gradient of the loss. Positions add up because the score of each has mean zero.
+        """
+
+
+@dataclass(frozen=True)
+class Categorical(Predictive):
+    """One of ``C`` classes at each of ``L`` positions.
+
+    Args:
+        logits: ``[N, L, C]``, float32 or float64.
+        labels: ``[N, L]``; ``None`` when the data has none, then every position counts.
+        mean: Divide by the number of positions that count, else sum.
+        ignore_index: Label of a position that does not count.
+    """
+
+    logits: Tensor
+    labels: Tensor | None
+    mean: bool
+    ignore_index: int = -100
+
+    @property
+    def _counted(self) -> Tensor:
+        if self.labels is None:
+            return torch.ones(self.logits.shape[:2], dtype=torch.bool, device=self.logits.device)
+        return self.labels != self.ignore_index
+
+    def _reduced(self, nll: Tensor) -> Tensor:
+        counted = self._counted
+        total = torch.where(counted, nll, 0.0).sum(1)
+        return total / counted.sum(1) if self.mean else total
+
+    def losses(self) -> Tensor:
+        nll = F.cross_entropy(self.logits.mT, self.labels, ignore_index=self.ignore_index, reduction="none")
+        return self._reduced(nll)
+
+    @property
+    def draws_per_example(self) -> int:
+        return self.logits.shape[1]
+
+    def drawn_losses(self, uniform: Tensor) -> Tensor:
+        cumulative = self.logits.detach().softmax(-1).cumsum(-1)
+        drawn = (cumulative <= uniform[..., None].to(cumulative)).sum(-1).clamp_max(self.logits.shape[-1] - 1)
+        return self._reduced(F.cross_entropy(self.logits.mT, drawn, reduction="none"))
+
+    @property
+    def label_passes(self) -> int:
+        return int(self._counted.any(0).sum()) * self.logits.shape[-1]
+
+    def label_losses(self) -> Iterator[Tensor]:
+        counted = self._counted
+        weight = 1 / counted.sum(1) if self.mean else torch.ones_like(counted[:, 0], dtype=self.logits.dtype)
+        for position in counted.any(0).nonzero().flatten().tolist():
+            log_p = self.logits[:, position].log_softmax(-1)
+            root_p = torch.where(counted[:, position, None], (log_p.detach() / 2).exp(), 0.0)
+            for label in range(log_p.shape[-1]):
+                yield -weight * root_p[:, label] * log_p[:, label]
+
+
+@dataclass(frozen=True)
+class Gaussian(Predictive):
+    """``D`` independent values ``y_d ~ N(f_d, 1/2)``, so that the squared error is ``-log p`` up to a constant.
+
+    Args:
+        means: ``f [N, D]``.
+        labels: ``[N, D]``, or ``None``.
+        mean: Divide by ``D``, else sum.
+    """
+
+    means: Tensor
+    labels: Tensor | None
+    mean: bool
+
+    def _reduced(self, squares: Tensor) -> Tensor:
+        return squares.mean(1) if self.mean else squares.sum(1)
+
+    def losses(self) -> Tensor:
+        return self._reduced((self.means - self.labels).square())
+
+    @property
+    def draws_per_example(self) -> int:
+        return self.means.shape[1]
+
+    def drawn_losses(self, uniform: Tensor) -> Tensor:
+        # erfinv(2u - 1) is N(0, 1/2); the bound keeps u = 0 finite
+        noise = torch.erfinv((2 * uniform.to(self.means) - 1).clamp(-1 + 1e-7, 1 - 1e-7))
+        return self._reduced((self.means - (self.means.detach() + noise)).square())
+
+    @property
+    def label_passes(self) -> int:
+        return self.means.shape[1]
+
+    def label_losses(self) -> Iterator[Tensor]:
+        # E (grad (y - f)^2)^2 = 4 E (y - f)^2 (grad f)^2 = 2 (grad f)^2
+        weight = 2**0.5 / (self.means.shape[1] if self.mean else 1)
+        for column in self.means.unbind(1):
+            yield weight * column
+
+
+@dataclass(frozen=True)
+class Bernoulli(Predictive):
+    """``D`` independent yes-no labels.
+
+    Args:
+        logits: ``[N, D]``.
+        labels: ``[N, D]`` in [0, 1], or ``None``.
+        mean: Divide by ``D``, else sum.
+    """
+
+    logits: Tensor
+    labels: Tensor | None
+    mean: bool
+
+    def _at(self, labels: Tensor) -> Tensor:
+        nll = F.binary_cross_entropy_with_logits(self.logits, labels.to(self.logits), reduction="none")
+        return nll.mean(1) if self.mean else nll.sum(1)
+
+    def losses(self) -> Tensor:
+        return self._at(self.labels)
+
+    @property
+    def draws_per_example(self) -> int:
+        return self.logits.shape[1]
+
+    def drawn_losses(self, uniform: Tensor) -> Tensor:
+        return self._at(uniform.to(self.logits) < self.logits.detach().sigmoid())
+
+    @property
+    def label_passes(self) -> int:
+        return self.logits.shape[1]
+
+    def label_losses(self) -> Iterator[Tensor]:
+        # E (p - y)^2 (grad f)^2 = p (1 - p) (grad f)^2
+        p = self.logits.detach().sigmoid()
+        weight = (p * (1 - p)).sqrt() / (self.logits.shape[1] if self.mean else 1)
+        for column, scale in zip(self.logits.unbind(1), weight.unbind(1), strict=True):
+            yield scale * column

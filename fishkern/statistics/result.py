@@ -1,0 +1,414 @@
+"""What a pass over data hands back: one tensor per parameter, how many units it is the mean of, where it comes from."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fishkern.files import PIECE, AnyTensor, Format, StoredTensor, check_cast, open_tensors, pieces, save_tensors
+from fishkern.names import canonical_name
+
+FORMAT = Format("fishkern.statistics", version=1, saved_by="Statistics.save")
+
+# In the order in which merging prefers the later one: of two runs, the slower path is what the reader should know.
+PATHS = ("batch", "sketch", "fused", "generic", "loop", "left out")
+
+
+@dataclass(frozen=True)
+class Covered:
+    """How the statistics of one parameter were computed, or why they were not.
+
+    Attributes:
+        path: ``"fused"`` (kernel or rule of the layer), ``"generic"`` (per-example gradients of the smallest enclosing
+            module), ``"loop"`` (the whole model, one example at a time), ``"sketch"`` (random signs), ``"batch"`` (the
+            batch gradient), or ``"left out"``.
+        numel: Coordinates of the parameter.
+        reason: Why this path, in words; by whose word it was left out.
+    """
+
+    path: str
+    numel: int
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.path not in PATHS:
+            raise ValueError(f"path must be one of {PATHS}, got {self.path!r}.")
+
+
+class Statistics(Mapping[str, Tensor]):
+    """The mean of a per-parameter statistic over ``count`` units, by parameter name; for example the diagonal Fisher.
+
+    A read-only mapping from the canonical name (:func:`fishkern.names.canonical_name`) to a float32 tensor of the
+    parameter's shape, in the model's order. What a unit is (an example, a batch) and which Fisher it is stands in
+    ``provenance["definition"]``. ``==`` compares contents; runs in any order.
+
+    Args:
+        tensors: The statistic by parameter name, floating; kept by reference where already float32. Wrappers are taken
+            out of the names.
+        count: Number of units that the tensors are the mean of, at least 1.
+        provenance: ``{"definition": {...}, "runs": [{...}, ...]}``, JSON. Only statistics of equal definitions merge
+            (estimator, fisher_type, unit, likelihood, reduction, ...); each run says how one pass was made (model
+            class, dtype, seed, batches, versions, ...).
+        coverage: One :class:`Covered` for every parameter of the model, also those left out; empty where unknown.
+
+    Raises:
+        TypeError: An entry is not a floating tensor, ``count`` is no integer, or ``provenance`` is not JSON.
+        ValueError: Two names become one without wrappers, ``count`` is below 1, a float64 value overflows float32,
+            ``provenance`` has other keys, or ``coverage`` contradicts ``tensors``.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        count: int,
+        provenance: Mapping[str, Any] | None = None,
+        coverage: Mapping[str, Covered] | None = None,
+    ) -> None:
+        count = operator.index(count)
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}.")
+        entries = {name: _float32(name, tensor) for name, tensor in _renamed(tensors, canonical_name).items()}
+        coverage = _renamed(coverage or {}, canonical_name)
+        _check_coverage(entries, coverage)
+        # Past the lock below. The provenance is kept as text: a copy nobody can change, and exactly what a file holds.
+        vars(self).update(
+            _entries=entries, _count=count, _provenance=_provenance_text(provenance or {}), _coverage=coverage
+        )
+
+    @property
+    def count(self) -> int:
+        """Number of units that the tensors are the mean of."""
+        return self._count
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What was computed (``"definition"``) and by which passes (``"runs"``), as a fresh copy."""
+        return json.loads(self._provenance)
+
+    @property
+    def coverage(self) -> Mapping[str, Covered]:
+        """How each parameter of the model was computed, or why it was left out; read-only, empty where unknown."""
+        return MappingProxyType(self._coverage)
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """The shape of each tensor, without reading it."""
+        return MappingProxyType({name: entry.shape for name, entry in self._entries.items()})
+
+    @property
+    def total(self) -> int:
+        """Number of coordinates held."""
+        return sum(entry.numel() for entry in self._entries.values())
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            entry = self._entries[name]
+        except KeyError:
+            covered = self._coverage.get(name)  # held or left out
+            raise KeyError(f"{name} was left out: {covered.reason or 'no reason given'}" if covered else name) from None
+        return entry.read(torch.float32) if isinstance(entry, StoredTensor) else entry
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries  # Mapping's own would read the tensor
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Statistics):
+            return NotImplemented
+        return (
+            self.count == other.count
+            and self.shapes == other.shapes
+            and self.coverage == other.coverage
+            and _unordered(self.provenance) == _unordered(other.provenance)
+            and all(
+                torch.equal(ours.cpu(), theirs.cpu())
+                for name in self
+                for ours, theirs in zip(self.pieces(name), other.pieces(name), strict=True)
+            )
+        )
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"Statistics are frozen: {name} cannot be set.")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"Statistics are frozen: {name} cannot be deleted.")
+
+    def __repr__(self) -> str:
+        definition = self.provenance["definition"]
+        parts = [
+            " ".join(str(definition[key]) for key in ("estimator", "fisher_type") if key in definition),
+            _counted(len(self), "parameter"),
+            _counted(self.total, "coordinate"),
+            f"mean over {_counted(self.count, definition.get('unit', 'unit'))}",
+        ]
+        if left_out := sum(covered.path == "left out" for covered in self._coverage.values()):
+            parts.append(f"{left_out:,} left out")
+        if any(isinstance(entry, StoredTensor) for entry in self._entries.values()):
+            parts.append("on disk")
+        return f"Statistics({', '.join(filter(None, parts))})"
+
+    def pieces(self, name: str, numel: int = PIECE) -> Iterator[Tensor]:
+        """Walk through one entry in flat pieces; from disk, one in memory at a time.
+
+        Args:
+            name: The parameter's name.
+            numel: Coordinates per piece.
+
+        Yields:
+            ``[numel]`` (the last one shorter), float32, in row-major order.
+        """
+        for piece in pieces(self._entries[name], numel):
+            yield piece.float()
+
+    def rename(self, fn: Callable[[str], str]) -> Statistics:
+        """Give every parameter another name, for example that of the same parameter inside a PEFT model.
+
+        Args:
+            fn: From the old name to the new one; called for the names left out as well.
+
+        Returns:
+            New statistics of the same tensors, not copied.
+
+        Raises:
+            ValueError: Two names become one.
+        """  # noqa: DOC502
+        return Statistics(
+            _renamed(self._entries, fn),
+            count=self.count,
+            provenance=self.provenance,
+            coverage=_renamed(self._coverage, fn),
+        )
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype = torch.float32,
+        max_shard_size: str | int | None = "5GB",
+    ) -> Path:
+        """Save as ``.safetensors``, whose header says what it is (count, provenance, coverage).
+
+        Larger than ``max_shard_size``, it becomes shards ``name-00001-of-0000N.safetensors`` with an index
+        ``name.safetensors.index.json``, as transformers writes models. An older save of that name is replaced in one
+        step: whenever this one is cut short, the old or the new one loads, whole. Statistics that were loaded lazily
+        from that very name must be loaded again afterwards.
+
+        Args:
+            path: ``name.safetensors`` (or ``name``; the suffix is added). Its folder must exist.
+            dtype: float32, or to halve the size ``torch.bfloat16`` (3 digits, full range) or ``torch.float16`` (4
+                digits from 6e-5 to 65504, and nothing below 6e-8, where most of a Fisher lies: it is refused where it
+                would turn a non-zero entry into zero). Loading gives float32 again.
+            max_shard_size: Largest file in bytes, or as ``"5GB"``, ``"500MiB"``; ``None`` for one file.
+
+        Returns:
+            The file to give to :meth:`load`: the ``.safetensors``, or the index of its shards.
+
+        Raises:
+            FileExistsError: A file of that name holds something else, such as a model.
+            OSError: The folder is missing or read-only, or the disk is full.
+            ValueError: ``dtype`` or ``max_shard_size`` is none of the above, or an entry, which is named, overflows
+                ``dtype`` or vanishes in float16.
+        """  # noqa: DOC502
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}.")
+        coverage = {name: [covered.path, covered.numel, covered.reason] for name, covered in self._coverage.items()}
+        metadata = {
+            "count": str(self.count),
+            "dtype": str(dtype).removeprefix("torch."),
+            "provenance": self._provenance,
+            "coverage": json.dumps(coverage),
+        }
+        return save_tensors(
+            path, self._entries, format=FORMAT, metadata=metadata, dtype=dtype, max_shard_size=max_shard_size
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, lazy: bool = False) -> Statistics:
+        """Load what :meth:`save` wrote.
+
+        Args:
+            path: The file, the index of its shards, or the name without suffix.
+            lazy: Read each tensor from disk whenever it is accessed, and keep none.
+
+        Returns:
+            The statistics, float32 on the CPU, in the order in which they were saved.
+
+        Raises:
+            FileNotFoundError: There is no such file, or a shard is missing.
+            ValueError: The file is truncated or damaged, holds no statistics, or was written in a newer format.
+        """  # noqa: DOC502
+        metadata, stored = open_tensors(path, format=FORMAT)
+        try:
+            count = int(metadata["count"])
+            dtype = metadata["dtype"]
+            provenance = json.loads(metadata["provenance"])
+            coverage = {name: Covered(*covered) for name, covered in json.loads(metadata["coverage"]).items()}
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} has a damaged header ({error!r}): copy or save it again.") from None
+        for name, tensor in stored.items():
+            if (found := str(tensor.dtype).removeprefix("torch.")) != dtype:
+                raise ValueError(f"{path} holds {name} as {found}, its header says {dtype}: save it again.")
+        tensors: Mapping[str, AnyTensor] = stored
+        if not lazy:
+            tensors = {name: tensor.read(torch.float32) for name, tensor in stored.items()}
+        try:
+            return cls(tensors, count=count, provenance=provenance, coverage=coverage)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} holds no valid statistics: {error}") from None
+
+
+def merge(a: Statistics, b: Statistics, *more: Statistics) -> Statistics:
+    """Merge statistics of different data into those of all of it: the mean, weighted by ``count``.
+
+    merged[name] = sum_s count_s * s[name] / sum_s count_s, in float64. ``merge(a, b) == merge(b, a)``.
+
+    Args:
+        a: Statistics of some data.
+        b: The same statistic, of the same parameters, on other data.
+        more: Any number of further ones.
+
+    Returns:
+        New statistics on ``a``'s device and in its order; ``count`` is the sum, ``runs`` are concatenated. Where a
+        parameter took different paths, the coverage has the slower one, and every reason.
+
+    Raises:
+        ValueError: They differ in definition, names, shapes or sizes of parameters; the message says where.
+    """  # noqa: DOC502
+    parts = (a, b, *more)
+    for part in parts[1:]:
+        _check_mergeable(a, part)
+    count = sum(part.count for part in parts)
+    tensors = {}
+    for name, shape in a.shapes.items():
+        tensors[name] = torch.empty(shape, dtype=torch.float32, device=a._entries[name].device)
+        rest = tensors[name].view(-1)
+        for aligned in zip(*(part.pieces(name) for part in parts), strict=True):
+            doubles = (piece.to(rest.device, torch.float64) for piece in aligned)
+            weighted = (part.count * double for part, double in zip(parts, doubles, strict=True))
+            rest[: len(aligned[0])] = sum(weighted) / count
+            rest = rest[len(aligned[0]) :]
+    definition = a.provenance["definition"]
+    runs = [run for part in parts for run in part.provenance["runs"]]
+    return Statistics(
+        tensors,
+        count=count,
+        provenance={"definition": definition, "runs": runs},
+        coverage=reduce(_merged_coverage, (part.coverage for part in parts)),
+    )
+
+
+def _float32(name: str, tensor: AnyTensor) -> AnyTensor:
+    if isinstance(tensor, StoredTensor):
+        return tensor
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"statistics are floating tensors, {name} is {what}.")
+    single = tensor.detach().to(torch.float32)
+    if tensor.dtype == torch.float64:
+        check_cast(name, tensor, single)
+    return single
+
+
+def _renamed(items: Mapping[str, Any], fn: Callable[[str], str]) -> dict[str, Any]:
+    olds: dict[str, str] = {}
+    renamed = {}
+    for old, item in items.items():
+        new = fn(old)
+        if new in renamed:
+            raise ValueError(f"{olds[new]} and {old} would both be named {new}.")
+        olds[new], renamed[new] = old, item
+    return renamed
+
+
+def _check_coverage(entries: Mapping[str, AnyTensor], coverage: Mapping[str, Covered]) -> None:
+    """Demand, where there is a coverage, that it and the tensors say the same."""
+    if not coverage:
+        return
+    for name, entry in entries.items():
+        if name not in coverage:
+            raise ValueError(f"{name} is held, but coverage says nothing of it.")
+        covered = coverage[name]
+        if covered.path == "left out":
+            raise ValueError(f"{name} is held, but coverage says it was left out.")
+        if covered.numel != entry.numel():
+            raise ValueError(f"{name} has {entry.numel()} coordinates, but coverage says {covered.numel}.")
+    for name, covered in coverage.items():
+        if covered.path != "left out" and name not in entries:
+            raise ValueError(f"coverage says {covered.path} of {name}, which is not held.")
+
+
+def _provenance_text(provenance: Mapping[str, Any]) -> str:
+    layout = 'provenance is {"definition": {...}, "runs": [{...}, ...]}'
+    if not isinstance(provenance, Mapping):
+        raise TypeError(f"{layout}, got {type(provenance).__name__}.")
+    if unknown := provenance.keys() - {"definition", "runs"}:
+        raise ValueError(f"{layout}, got the keys {sorted(unknown)}.")
+    definition, runs = provenance.get("definition", {}), provenance.get("runs", [])
+    if not isinstance(definition, Mapping) or not all(isinstance(run, Mapping) for run in runs):
+        raise TypeError(f"{layout}, got {definition!r} and {runs!r}.")
+    try:
+        return json.dumps({"definition": dict(definition), "runs": [dict(run) for run in runs]}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"provenance must be JSON: {error}.") from None
+
+
+def _unordered(provenance: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    return provenance["definition"], sorted(json.dumps(run, sort_keys=True) for run in provenance["runs"])
+
+
+def _check_mergeable(a: Statistics, b: Statistics) -> None:
+    ours, theirs = a.provenance["definition"], b.provenance["definition"]
+    if ours != theirs:
+        keys = [key for key in (ours | theirs) if key not in ours or key not in theirs or ours[key] != theirs[key]]
+        values = [f"{key} ({_shown(ours, key)} and {_shown(theirs, key)})" for key in keys]
+        raise ValueError(f"only statistics of one definition merge; these differ in {', '.join(values)}.")
+    for some, others in ((a, b), (b, a)):
+        if missing := [name for name in some if name not in others]:
+            raise ValueError(f"only statistics of the same parameters merge; one lacks {_some(missing)}.")
+    for name, shape in a.shapes.items():
+        if shape != b.shapes[name]:
+            raise ValueError(f"{name} has shape {tuple(shape)} in one and {tuple(b.shapes[name])} in the other.")
+
+
+def _merged_coverage(a: Mapping[str, Covered], b: Mapping[str, Covered]) -> dict[str, Covered]:
+    merged = dict(a)
+    for name, covered in b.items():
+        merged[name] = _slower(name, merged.get(name, covered), covered)
+    return merged
+
+
+def _slower(name: str, a: Covered, b: Covered) -> Covered:
+    if a.numel != b.numel:
+        raise ValueError(f"{name} has {a.numel} coordinates in one model and {b.numel} in the other.")
+    reasons = {reason for covered in (a, b) for reason in covered.reason.split("; ") if reason}
+    return Covered(max(a.path, b.path, key=PATHS.index), a.numel, "; ".join(sorted(reasons)))
+
+
+def _shown(definition: Mapping[str, Any], key: str) -> str:
+    return repr(definition[key]) if key in definition else "absent"
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _counted(number: int, noun: str) -> str:
+    plural = "" if number == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{number:,} {noun}{plural}"

@@ -1,0 +1,105 @@
+"""The self-check: captured gradients against ordinary autograd, on two examples, before anything is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fishkern.statistics.autograd import backward, only_trainable
+from fishkern.statistics.batches import Batch, take
+
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # float64 models have float32 inside (Gemma's norms)
+_TOLERANCE_16_BIT = 0.05  # gradients are rounded to 8 (bfloat16) or 11 bits before autograd's are squared
+
+
+def disagreements(
+    parameters: Mapping[str, nn.Parameter],
+    states: Mapping[str, Tensor],
+    objective: Callable[[Batch, range], Tensor],
+    two: Batch,
+    places: range,
+    *,
+    kept: Collection[str],
+) -> dict[str, str]:
+    """Find the parameters whose captured squares are not those of ordinary autograd.
+
+    Each example runs alone. In 16 bits a model's rounding depends on the batch, so there both examples share one
+    forward pass, which leaves nothing but the capture to differ. One gradient is alive at a time.
+
+    Args:
+        parameters: What to compare, by canonical name, frozen.
+        states: Captured ``sum_n grad_n^2`` over the two examples; used up.
+        objective: Losses of a batch ``[N]``.
+        two: The two examples.
+        places: Their places in the data.
+        kept: Parameters whose gradient arrives in several parts and is read only when backward has ended.
+
+    Returns:
+        The reason in words, for each parameter that disagrees.
+    """
+    scales = dict.fromkeys(parameters, 0.0)
+
+    def compare(key: str) -> None:
+        parameter = parameters[key]
+        if parameter.grad is None:
+            return
+        squares = parameter.grad.to(states[key].dtype).square_() if parameter.grad.dtype != states[key].dtype else (
+            parameter.grad.square()
+        )  # fmt: skip
+        parameter.grad = None
+        scales[key] += squares.max().item() if squares.numel() else 0.0
+        states[key].sub_(squares.to(states[key].device))
+
+    def subtract(loss: Tensor, retain_graph: bool = False) -> None:
+        backward(loss, retain_graph=retain_graph)
+        for key in parameters:
+            compare(key)
+
+    with only_trainable(parameters.values()):
+        at_once = {parameter: key for key, parameter in parameters.items() if key not in kept}
+        handles = [
+            parameter.register_post_accumulate_grad_hook(lambda parameter: compare(at_once[parameter]))
+            for parameter in at_once
+        ]
+        try:
+            if _is_16_bit(parameters):
+                losses = objective(two, places)
+                subtract(losses[0], retain_graph=True)
+                subtract(losses[1])
+            else:
+                for n, place in enumerate(places):
+                    subtract(objective(take(two, slice(n, n + 1)), range(place, place + 1))[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+    return _judged(parameters, states, scales)
+
+
+def _judged(
+    parameters: Mapping[str, nn.Parameter], states: Mapping[str, Tensor], scales: Mapping[str, float]
+) -> dict[str, str]:
+    largest = max(scales.values(), default=0.0)
+    low = _is_16_bit(parameters)
+    found = {}
+    for key, parameter in parameters.items():
+        if not parameter.numel():
+            continue
+        error = states[key].abs().max().item()
+        # a gradient that is zero but for rounding (a key's bias) is compared at the scale of the whole model
+        rounding = (64 * torch.finfo(torch.bfloat16 if low else parameter.dtype).eps) ** 2 * largest
+        tolerance = _TOLERANCE_16_BIT if low else _TOLERANCE[parameter.dtype]
+        if not error <= tolerance * scales[key] + rounding * (1e-2 if low else 1.0):
+            relative = error / scales[key] if scales[key] else float("inf")
+            found[key] = (
+                f"ordinary autograd disagrees with its captured gradient (relative error {relative:.1e}), as happens "
+                "when a parameter is used past its module's call"
+            )
+    return found
+
+
+def _is_16_bit(parameters: Mapping[str, nn.Parameter]) -> bool:
+    devices = {parameter.device.type for parameter in parameters.values()}
+    autocast = any(torch.is_autocast_enabled(device) for device in devices)
+    return autocast or any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in parameters.values())

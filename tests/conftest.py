@@ -1,0 +1,68 @@
+"""What every test starts from: seeds, determinism, offline hubs, and the two backends."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+# Read at import, so they are set before anything else is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
+
+import pytest
+import torch
+from hypothesis import settings
+
+ON_GPU = torch.cuda.is_available()
+HAS_TRITON = find_spec("triton") is not None
+
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
+settings.register_profile("fishkern", deadline=None)  # the first call of an operation pays for its set-up
+settings.load_profile("fishkern")
+
+
+def pytest_report_header() -> str:
+    """Say what a green run means: a CPU suite is not a GPU result."""
+    if not HAS_TRITON:
+        return "fishkern: triton is not installed, only the PyTorch references run"
+    if not ON_GPU:
+        return "fishkern: no CUDA device, the kernels run in Triton's interpreter; this is not a GPU result"
+    return f"fishkern: the kernels run on {torch.cuda.get_device_name()}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked ``gpu`` where there is none."""
+    if item.get_closest_marker("gpu") and not ON_GPU:
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Start every test from the same random state, with NaN in uninitialised memory."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(0)
+
+
+# Of session scope, since hypothesis refuses function-scoped fixtures.
+@pytest.fixture(scope="session", params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend by name, as the operations take it."""
+    if request.param == "triton" and not HAS_TRITON:
+        pytest.skip("the triton package is not installed")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of small real models and data sets beside the checkout."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder}")
+    return folder

@@ -1,0 +1,96 @@
+"""The top-level ``kernels/`` folder is ``fishkern.kernels`` in every way of installing, and never ``kernels``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+LEFT_OUT = (".*", "__pycache__", "*.egg-info", "benchmarks", "build", "carry", "dist", "tests")
+
+# Runs with -S, so that only the folders given here are installed: first ours, then a stand-in for Hugging Face's
+# `kernels`, then the packages that we depend on.
+PROBE = """
+import importlib.util, json, site, sys
+ours, hugging_face, dependencies = sys.argv[1:]
+site.addsitedir(ours)
+exposed = importlib.util.find_spec("kernels") is not None
+sys.path += [hugging_face, dependencies]
+import kernels, fishkern, fishkern.kernels.sum_grad_squared as kernel
+print(json.dumps([fishkern.__file__, kernel.__file__, kernels.__file__, exposed]))
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Run a Python command, and show what it said where it fails."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def pip(*arguments: str | Path, cwd: Path) -> None:
+    """Run pip without a network."""
+    run("-m", "pip", *arguments, "--no-deps", "--no-build-isolation", "--no-index", cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("source") / "fishkern"
+    return shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
+
+
+@pytest.fixture(scope="module")
+def wheels(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The wheel built via an sdist, and the one built from the checkout that the sdist left its traces in."""
+    folder = tmp_path_factory.mktemp("wheels")
+    run("-c", "import sys; from setuptools import build_meta as b; b.build_sdist(sys.argv[1])", folder, cwd=checkout)
+    pip("wheel", *folder.glob("*.tar.gz"), "--wheel-dir", folder / "sdist", cwd=folder)
+    pip("wheel", checkout, "--wheel-dir", folder / "wheel", cwd=folder)
+    return {way: next((folder / way).glob("*.whl")) for way in ("sdist", "wheel")}
+
+
+@pytest.mark.parametrize("way", ["wheel", "sdist"])
+def test_wheel_ships_the_kernels_and_no_shim(checkout: Path, wheels: dict[str, Path], way: str):
+    shipped = {name for name in zipfile.ZipFile(wheels[way]).namelist() if ".dist-info/" not in name}
+    package = {path.relative_to(checkout).as_posix() for path in (checkout / "fishkern").rglob("*.py")}
+    kernels = {f"fishkern/kernels/{path.name}" for path in (checkout / "kernels").glob("*.py")}
+    assert kernels
+    assert shipped == (package - {"fishkern/kernels/__init__.py"}) | kernels | {"fishkern/py.typed"}
+
+
+@pytest.mark.parametrize("way", ["checkout", "editable", "wheel", "sdist", "checkout over wheel"])
+def test_import(checkout: Path, wheels: dict[str, Path], tmp_path: Path, way: str):
+    pytest.importorskip("triton")
+    cwd, installed = tmp_path, tmp_path / "installed"
+    if way == "checkout":  # as on PYTHONPATH
+        installed = checkout
+    elif way == "editable":
+        pip("install", "--target", installed, "--editable", checkout, cwd=tmp_path)
+    else:
+        pip("install", "--target", installed, wheels["sdist" if way == "sdist" else "wheel"], cwd=tmp_path)
+    if way == "checkout over wheel":
+        cwd = checkout
+
+    hugging_face = tmp_path / "hugging_face"
+    (hugging_face / "kernels").mkdir(parents=True)
+    (hugging_face / "kernels" / "__init__.py").touch()
+    dependencies = Path(torch.__file__).parents[1]
+    *paths, exposed = json.loads(run("-S", "-c", PROBE, installed, hugging_face, dependencies, cwd=cwd))
+    fishkern, kernel, kernels = (Path(path).resolve() for path in paths)
+
+    assert kernels == hugging_face / "kernels" / "__init__.py"
+    if way in ("wheel", "sdist"):
+        assert fishkern.is_relative_to(installed)
+        assert kernel == installed / "fishkern" / "kernels" / "sum_grad_squared.py"
+    else:
+        assert fishkern.is_relative_to(checkout)
+        assert kernel == checkout / "kernels" / "sum_grad_squared.py"
+    if way in ("editable", "wheel", "sdist"):
+        assert not exposed, "an importable `kernels` of ours, where Hugging Face's belongs"
