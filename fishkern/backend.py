@@ -81,10 +81,8 @@ def why_not_triton(*tensors: Tensor) -> str | None:
     if len(devices) > 1:
         return f"the tensors lie on several devices: {', '.join(sorted(map(str, devices)))}"
     for device in devices:
-        if device.type == "cpu":
-            return "the tensors lie on the CPU"
-        if device.type != "cuda":  # also what torch calls AMD GPUs
-            return f"the kernels run on CUDA and ROCm devices and the tensors lie on {device}"
+        if device.type != "cuda":  # which is also what torch calls AMD's
+            return f"the tensors lie on the {'CPU' if device.type == 'cpu' else device}"
     if _interprets():
         return "TRITON_INTERPRET is set, and the interpreter is for tests on the CPU"
     return None

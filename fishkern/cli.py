@@ -72,7 +72,7 @@ def application() -> typer.Typer:
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for fisher.safetensors; made if missing.")] = Path(),
     seconds: Annotated[float, typer.Option(min=1, metavar="N", help="How long to train the model.")] = 25.0,
-    examples: Annotated[int, typer.Option(min=2, metavar="N", help="How many texts to estimate on.")] = 512,
+    examples: Annotated[int, typer.Option(min=2, metavar="N", help="How many texts to estimate on.")] = 256,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the weights and of the training data.")] = 0,
     device: Annotated[
         str, typer.Option(metavar="NAME", help="Where to run: cpu, cuda; by default cuda where there is one.")

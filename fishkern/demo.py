@@ -51,7 +51,7 @@ Next, on a model and a DataLoader of your own:
 Report = Callable[[float, str], None]
 
 
-def run(folder: Path, *, seconds: float = 25.0, examples: int = 512, seed: int = 0, device: str | None = None) -> Path:
+def run(folder: Path, *, seconds: float = 25.0, examples: int = 256, seed: int = 0, device: str | None = None) -> Path:
     """Train, estimate, show, compare, save, and say each while it happens.
 
     Args:
@@ -69,6 +69,7 @@ def run(folder: Path, *, seconds: float = 25.0, examples: int = 512, seed: int =
         RuntimeError: What was saved loads back as something else.
     """  # noqa: DOC502
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console(highlight=False, soft_wrap=True)
     path = _free_path(folder)
@@ -76,24 +77,25 @@ def run(folder: Path, *, seconds: float = 25.0, examples: int = 512, seed: int =
     where = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     console.print(f"fishkern {fk.__version__}, torch {torch.__version__}, {where}\n")
 
-    console.print("[bold]1. Text:[/bold] the documentation inside every Python")
+    console.print("[bold]1. A small LLaMA[/bold] with random weights; its tokens are bytes")
+    model = make_model(seed).to(device)
+    console.print(f"   {sum(parameter.numel() for parameter in model.parameters()):,} parameters\n")
+
+    console.print(f"[bold]2. Training it for {seconds:g} s[/bold] on the documentation inside every Python")
     text, held_out = read_text()
     rows = [row.to(device) for row in held_out[:: max(1, len(held_out) // examples)][:examples]]
     batches = _batches(rows)
-    lengths = [len(row) for row in rows]
-    console.print(f"   {len(text):,} bytes to train on, and {len(rows)} paragraphs that are held out\n")
-
-    console.print(f"[bold]2. Training[/bold] a small LLaMA on its bytes for {seconds:g} s")
-    model = make_model(seed).to(device)
     before = evaluate(model, batches)
     with _progress(console) as report:
         steps = train(model, text, seconds, seed, report)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    console.print(f"   {size:,} parameters, {steps} steps")
-    console.print(f"   bits per held-out byte: {before:.2f} before, {evaluate(model, batches):.2f} after\n")
+    console.print(
+        f"   {steps} steps on {len(text):,} bytes; bits per byte of held-out paragraphs: "
+        f"{before:.2f} before, {evaluate(model, batches):.2f} after\n"
+    )
 
-    console.print(f"[bold]3. Estimating[/bold] the exact diagonal Fisher over the {len(rows)} paragraphs")
-    console.print(f"   of {min(lengths)} to {max(lengths)} bytes, padded to batches of {BATCH}")
+    console.print(f"[bold]3. Estimating its exact diagonal Fisher[/bold] over {len(rows)} of these paragraphs")
+    lengths = [len(row) for row in rows]
+    console.print(f"   {min(lengths)} to {max(lengths)} bytes long, padded to batches of {BATCH}")
     with _progress(console) as report:
         start = _clock(model)
         statistics = fk.estimate(
@@ -107,7 +109,7 @@ def run(folder: Path, *, seconds: float = 25.0, examples: int = 512, seed: int =
     console.print(table(statistics))
 
     compared = rows[:COMPARED]
-    console.print(f"\n[bold]4. Comparing[/bold] with a loop over {len(compared)} of them, alone and without padding")
+    console.print(f"\n[bold]4. Comparing with a loop[/bold] over {len(compared)} of them, each alone, without padding")
     with _progress(console) as report:
         comparison = compare(model, compared, report)
     console.print(f"   largest relative error {comparison.error:.1e}, in {comparison.name}")
@@ -117,7 +119,7 @@ def run(folder: Path, *, seconds: float = 25.0, examples: int = 512, seed: int =
     )
 
     statistics.save(path)
-    console.print(f"[bold]5. Saved[/bold] to {path}, {path.stat().st_size / 1e6:.1f} MB")
+    console.print(f"[bold]5. Saved[/bold] as {escape(str(path))}, {path.stat().st_size / 1e6:.1f} MB")
     loaded = fk.Statistics.load(path)
     if loaded != statistics:
         raise RuntimeError(f"{path} holds other statistics than were saved: please report this.")

@@ -1,9 +1,7 @@
 """Capture: hooks that hand each layer's inputs and output gradients to its rule while ordinary autograd runs.
 
-A captured call's output passes an identity function that keeps the call's tensors with ``save_for_backward`` and, in
-backward, hands them and the output gradients on. Saved this way they obey activation checkpointing (both kinds),
-offloading and ``retain_graph`` as any saved tensor does. An extra input that requires a gradient keeps the graph alive,
-so the weights themselves can be frozen for the pass and their ordinary gradients are never computed.
+The outputs of captured modules are tapped (:mod:`fishkern.layers.tap`). An extra input that requires a gradient keeps
+the graph alive, so the weights themselves can be frozen for the pass and their ordinary gradients are never computed.
 """
 
 from __future__ import annotations
@@ -17,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from fishkern.backend import Backend
-from fishkern.layers.base import Call, Layer
+from fishkern.layers.base import Layer
 from fishkern.layers.embedding import Embedding
+from fishkern.layers.generic import module_grads
 from fishkern.layers.grads import DenseGrads, EmbeddingGrads, OuterProductGrads, PerExampleGrads, TiedRows, join
+from fishkern.layers.tap import FrozenCall, frozen_call, leading_shape, tapped
 from fishkern.ops import embedding_rows
 
 
@@ -179,7 +177,9 @@ class Capture:
             outputs = [output for _, output in picked]
             weighted = (self._weights(losses) * losses).sum()
             grads = torch.autograd.grad(weighted, outputs, retain_graph=True, allow_unused=True)
-            self._batch.weighted = {site: grad for (site, _), grad in zip(picked, grads, strict=True) if grad is not None}
+            self._batch.weighted = {
+                site: grad for (site, _), grad in zip(picked, grads, strict=True) if grad is not None
+            }
 
     def _weights(self, like: Tensor) -> Tensor:
         """Powers of two, by which a gradient scales without rounding."""
@@ -325,143 +325,6 @@ class _Batch:
     weighted: dict[Site, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class FrozenCall:
-    """A call without its tensors, which autograd keeps.
-
-    Args:
-        module: The module.
-        leaves: Arguments in the order of ``spec``, ``None`` where a tensor was.
-        places: Where in ``leaves`` the tensors were.
-        spec: Structure of ``(args, kwargs)``.
-        autocast: See :class:`fishkern.layers.base.Call`.
-        tensors: The tensors, until autograd has taken them.
-    """
-
-    module: nn.Module
-    leaves: tuple[Any, ...]
-    places: tuple[int, ...]
-    spec: TreeSpec
-    autocast: tuple[str, bool, torch.dtype]
-    tensors: list[Tensor]
-
-    def thaw(self, tensors: Sequence[Tensor]) -> Call:
-        """Put tensors back into the call.
-
-        Args:
-            tensors: In the order of ``places``; none at all when the call kept none.
-
-        Returns:
-            The call.
-        """
-        leaves = list(self.leaves)
-        for place, tensor in zip(self.places, tensors, strict=False):
-            leaves[place] = tensor
-        args, kwargs = tree_unflatten(leaves, self.spec)
-        return Call(self.module, args, kwargs, self.autocast)
-
-
-def frozen_call(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], *, keep: bool = True) -> FrozenCall:
-    """Take a call apart into its tensors and the rest.
-
-    Args:
-        module: The module called.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        keep: Whether the tensors are needed later.
-
-    Returns:
-        The call with the detached tensors in ``tensors``.
-    """
-    leaves, spec = tree_flatten((args, dict(kwargs)))
-    places = tuple(place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-    tensors = [leaves[place].detach() for place in places] if keep else []
-    device_type = leaves[places[0]].device.type if places else "cpu"
-    autocast = (device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
-    rest = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-    return FrozenCall(module, rest, places, spec, autocast, tensors)
-
-
-def tapped(output: Any, anchor: Tensor, receive: Callable[..., None], call: FrozenCall) -> Any:
-    """Pass an output through the identity that reports its gradient.
-
-    Args:
-        output: A tensor or any nest of tensors; only its floating tensors are tapped.
-        anchor: A tensor that requires a gradient, to keep the graph alive.
-        receive: Called in backward with the saved tensors of the call and the gradients, in order.
-        call: The call; its tensors move into autograd's keeping.
-
-    Returns:
-        The output, connected to the graph.
-    """
-    leaves, spec = tree_flatten(output)
-    places = floating_places(leaves)
-    saved = tuple(call.tensors)
-    call.tensors.clear()
-    for place, leaf in zip(
-        places, _Tap.apply(anchor, receive, saved, *(leaves[place] for place in places)), strict=True
-    ):
-        leaves[place] = leaf
-    return tree_unflatten(leaves, spec)
-
-
-def floating_places(leaves: Sequence[Any]) -> list[int]:
-    """Say which leaves of an output can carry a gradient.
-
-    Args:
-        leaves: Flattened output.
-
-    Returns:
-        Their places.
-    """
-    return [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def leading_shape(arguments: Any) -> torch.Size:
-    """Find the shape of the first tensor with an axis among the arguments of a call.
-
-    Args:
-        arguments: Any nest.
-
-    Returns:
-        The shape, empty when there is no such tensor.
-    """
-    leaves, _ = tree_flatten(arguments)
-    return next((leaf.shape for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), torch.Size())
-
-
-def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Run a module once more and back-propagate through it alone.
-
-    Args:
-        call: The call of one example.
-        output_grads: Gradient of the example's loss by each floating tensor of the output, or ``None``.
-        names: Parameters asked for, by their names in the module.
-
-    Returns:
-        Gradients by name; a parameter that the example does not reach is left out.
-    """
-    module = dict(call.module.named_parameters())
-    with torch.enable_grad():
-        parameters = {name: module[name].detach().requires_grad_() for name in names}
-        leaves, _ = tree_flatten(call.run(parameters))
-        outputs = [leaves[place] for place in floating_places(leaves)]
-        pairs = [
-            (output, grad)
-            for output, grad in zip(outputs, output_grads, strict=True)
-            if grad is not None and output.requires_grad
-        ]
-        if not pairs:
-            return {}
-        found = torch.autograd.grad(
-            [output for output, _ in pairs],
-            list(parameters.values()),
-            [grad for _, grad in pairs],
-            allow_unused=True,
-        )
-    return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
-
-
 def leave_out(keys: Any) -> str:
     """Say how to run without some parameters.
 
@@ -481,20 +344,3 @@ def leave_out(keys: Any) -> str:
 
 def _rows(tensor: Tensor) -> int | None:
     return tensor.shape[0] if tensor.ndim else None
-
-
-class _Tap(torch.autograd.Function):
-    """The identity; backward reports the output gradients together with the saved tensors."""
-
-    @staticmethod
-    def forward(ctx, anchor, receive, saved, *outputs):
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*saved)
-        ctx.receive = receive
-        # not views: an in-place activation behind a captured layer would rebase a view's history
-        return tuple(output.detach() for output in outputs)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        ctx.receive(ctx.saved_tensors, grads)
-        return None, None, None, *grads

@@ -45,7 +45,7 @@ class Embedding(Layer):
 
 
 def _scale(module: nn.Module) -> Tensor | float | None:
-    """The ``embed_scale`` of the scaled word embeddings of transformers (Gemma, BART, ...), in the weight's dtype."""
+    """Read the ``embed_scale`` of transformers' scaled word embeddings (Gemma, BART), in the weight's dtype."""
     if type(module).forward is nn.Embedding.forward:
         return None
     scale = getattr(module, "embed_scale", None)

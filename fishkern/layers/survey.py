@@ -9,22 +9,22 @@ example; what has none goes to a loop over the whole model.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fishkern.layers.base import Call, Layer, own_parameters
-from fishkern.layers.capture import FrozenCall, Layout, Site, floating_places, frozen_call, leading_shape, tapped
+from fishkern.layers.capture import Layout, Site
 from fishkern.layers.convolution import Convolution
 from fishkern.layers.embedding import Embedding
+from fishkern.layers.generic import has_example_axis, same_rows_alone, tensors_of
 from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear
+from fishkern.layers.observe import Seen, observe, upwards
 from fishkern.layers.scale import Scale
+from fishkern.layers.tap import FrozenCall, leading_shape
 
 LAYERS: tuple[Layer, ...] = (Linear(), QuantizedLinear(), Conv1D(), Embedding(), LayerNorm(), Convolution(), Scale())
 """The rules, first match first. A new kind of layer is one more entry."""
@@ -46,11 +46,11 @@ class Plan:
 
     @property
     def paths(self) -> dict[str, tuple[str, str]]:
-        """Path (``"fused"``, ``"generic"`` or ``"loop"``) and reason for each parameter."""
+        """Path (``"fused"``, ``"generic"`` or ``"loop"``) and reason for each parameter, by canonical name."""
         paths = {key: ("loop", reason) for key, reason in self.loop.items()}
         for site in self.sites:
             path = ("fused", "") if site.layer else ("generic", f"through {site.path} ({type(site.module).__name__})")
-            paths |= {key: path for key in site.keys.values()}
+            paths |= dict.fromkeys(site.keys.values(), path)
         return paths
 
     def with_loop(self, reasons: Mapping[str, str]) -> Plan:
@@ -92,124 +92,8 @@ def survey(
         asked = {name: keys[parameter] for name, parameter in own_parameters(module).items() if parameter in keys}
         if asked and not isinstance(module, nn.ParameterDict | nn.ParameterList):
             owners[path] = asked
-    seen = _observe(model, owners, losses)
+    seen = observe(model, owners, losses)
     return _Planner(model, owners, seen, distrusted).plan()
-
-
-@dataclass
-class _Seen:
-    """What the survey saw of one module."""
-
-    calls: list[tuple[FrozenCall, Any]] = field(default_factory=list)
-    touched: list[tuple[int, int, int | None, Tensor]] = field(default_factory=list)  # call, example, T, rows
-    lengths: list[int | None] = field(default_factory=list)  # T of the enclosing module's input, for each call
-    block: nn.Module | None = None
-
-    @property
-    def with_gradient(self) -> set[int]:
-        """Calls that a gradient reached."""
-        return {call for call, _, _, _ in self.touched}
-
-
-class _Observer:
-    """Hooks that record calls and the rows of their output gradients."""
-
-    def __init__(self, model: nn.Module, observed: Mapping[str, nn.Module], shared: frozenset[nn.Module]) -> None:
-        self.seen: dict[nn.Module, _Seen] = defaultdict(_Seen)
-        self._paths = {module: path for path, module in observed.items()}
-        self._modules = dict(model.named_modules())
-        self._shared = shared
-        self._inputs: dict[nn.Module, torch.Size] = {}
-        self._anchor = torch.zeros((), requires_grad=True)
-        self._example = 0
-
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        handles = []
-        for module in set(self._modules.values()):
-            handles.append(module.register_forward_pre_hook(self._note_input, with_kwargs=True))
-        for module in self._paths:
-            handles.append(module.register_forward_hook(self._hook, with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def backward(self, losses: Tensor) -> None:
-        for self._example in range(2 if losses.requires_grad else 0):
-            losses[self._example].backward(retain_graph=self._example == 0)
-
-    def _note_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._inputs[module] = leading_shape((args, kwargs))
-
-    def _hook(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return None
-        if module in self._shared and isinstance(output, Tensor):
-            output = output.expand(2, *output.shape[1:])
-        seen = self.seen[module]
-        index = len(seen.calls)
-        call = frozen_call(module, args, kwargs)
-        seen.block, length = self._enclosing(self._paths[module])
-        seen.lengths.append(length)
-        seen.calls.append((replace(call, tensors=list(call.tensors)), _detached(output)))
-        call.tensors.clear()  # recorded above; autograd need not keep them
-
-        def receive(_: Any, grads: tuple[Tensor | None, ...]) -> None:
-            for grad in grads:
-                if grad is not None:
-                    rows = grad.reshape(grad.shape[0], -1).ne(0).any(1) if grad.ndim else grad.new_zeros(0)
-                    seen.touched.append((index, self._example, grad.shape[0] if grad.ndim else None, rows.nonzero()))
-
-        return tapped(output, self._anchor, receive, call)
-
-    def _enclosing(self, path: str) -> tuple[nn.Module | None, int | None]:
-        """The nearest enclosing module whose input is ``[2, T, ...]``, and ``T``."""
-        while path:
-            path = path.rpartition(".")[0]
-            module = self._modules[path]
-            shape = self._inputs.get(module, torch.Size())
-            if len(shape) > 1 and shape[0] == 2:
-                return module, shape[1]
-        return None, None
-
-
-def _observe(
-    model: nn.Module, owners: Mapping[str, Mapping[str, str]], losses: Callable[[], Tensor]
-) -> dict[nn.Module, _Seen]:
-    """Run the survey's forward and backward passes; outputs shared by all examples are expanded where that is right."""
-    modules = dict(model.named_modules())
-    observed = {path: modules[path] for owner in owners for path in _upwards(owner) if path or owner == ""}
-    owning = {modules[path] for path in owners}
-
-    def run(shared: frozenset[nn.Module], backward: bool = True) -> tuple[Tensor, dict[nn.Module, _Seen]]:
-        observer = _Observer(model, observed, shared)
-        with observer.hooked():
-            values = losses()
-            if backward:
-                observer.backward(values)
-        return values.detach(), observer.seen
-
-    expected, seen = run(frozenset())
-    candidates = [
-        module
-        for module, of_module in seen.items()
-        if module in owning and all(isinstance(output, Tensor) and output.ndim > 1 and output.shape[0] == 1
-                                    for _, output in of_module.calls)
-    ]  # fmt: skip
-    if not candidates:
-        return seen
-    shared = [module for module in candidates if _same_losses(run, frozenset({module}), expected)]
-    return run(frozenset(shared))[1] if shared else seen
-
-
-def _same_losses(run: Callable[..., Any], shared: frozenset[nn.Module], expected: Tensor) -> bool:
-    try:
-        values, _ = run(shared, backward=False)
-    except RuntimeError:  # the model needs the axis to be 1
-        return False
-    return torch.allclose(values, expected, rtol=64 * torch.finfo(expected.dtype).eps, atol=0.0)
 
 
 class _Planner:
@@ -219,7 +103,7 @@ class _Planner:
         self,
         model: nn.Module,
         owners: Mapping[str, Mapping[str, str]],
-        seen: Mapping[nn.Module, _Seen],
+        seen: Mapping[nn.Module, Seen],
         distrusted: Collection[str],
     ) -> None:
         self._modules = dict(model.named_modules())
@@ -254,10 +138,13 @@ class _Planner:
         return Plan(tuple(sites), {}, reused).with_loop(loop)
 
     def _owners_of_each_key(self) -> dict[str, list[str]]:
-        """Paths of the modules that own each parameter.
+        """List the paths of the modules that own each parameter.
 
         A module that merely registers what a module inside it uses (the bias of BERT's prediction head, which is its
         decoder's) does not count; the self-check finds it where that is not so.
+
+        Returns:
+            Paths by canonical name.
         """
         owners: dict[str, list[str]] = defaultdict(list)
         for path, asked in self._owners.items():
@@ -292,8 +179,8 @@ class _Planner:
         return sites
 
     @staticmethod
-    def _layout(seen: _Seen) -> tuple[Layout | None, bool]:
-        """The layout that fits every call, and whether a gradient has shown it."""
+    def _layout(seen: Seen) -> tuple[Layout | None, bool]:
+        """Find the layout that fits every call, and whether a gradient has shown it."""
         shown = [entry for entry in seen.touched if len(entry[3])]
         calls = seen.with_gradient or set(range(len(seen.calls)))
         outputs = [seen.calls[call][1] for call in sorted(calls)]
@@ -314,8 +201,8 @@ class _Planner:
         return None, False
 
     def _host(self, path: str) -> str | None:
-        """The smallest enclosing module below the root that keeps the example axis and gives the same rows alone."""
-        return next((host for host in _upwards(path) if host and self._keeps_examples(self._modules[host])), None)
+        """Find the smallest module around it, below the root, that keeps the examples apart."""
+        return next((host for host in upwards(path) if host and self._keeps_examples(self._modules[host])), None)
 
     def _keeps_examples(self, module: nn.Module) -> bool:
         seen = self._seen.get(module)
@@ -323,76 +210,25 @@ class _Planner:
             return False
         shown = [entry for entry in seen.touched if len(entry[3])]
         apart = all(rows == 2 and bool((touched == example).all()) for _, example, rows, touched in shown)
-        return bool(shown) and apart and _same_rows_alone(*_two_examples(seen))
+        return bool(shown) and apart and same_rows_alone(*_two_examples(seen))
 
     def _generic_site(self, path: str, asked: Mapping[str, str]) -> Site:
         call, _ = _two_examples(self._seen[self._modules[path]])
-        sliced = tuple(_has_example_axis(tensor) for tensor in _tensors(call))
+        sliced = tuple(has_example_axis(tensor) for tensor in tensors_of(call))
         return Site(path, self._modules[path], None, dict(asked), Layout.BATCHED, sliced=sliced)
 
 
-def _are_picked(seen: _Seen) -> bool:
-    """Whether rows ``[2, features]`` come out of a module around it that got ``[2, T, ...]``."""
+def _are_picked(seen: Seen) -> bool:
+    """Tell whether rows ``[2, features]`` come out of a module around it that got ``[2, T, ...]``."""
     output = seen.calls[-1][1]
     return output.ndim == 2 and (seen.lengths[-1] or 1) > 1
 
 
-def _two_examples(seen: _Seen) -> tuple[Call, Any]:
-    """The last call that a gradient reached, or the last one."""
+def _two_examples(seen: Seen) -> tuple[Call, Any]:
+    """Take the last call that a gradient reached, or the last one."""
     call, output = seen.calls[max(seen.with_gradient, default=len(seen.calls) - 1)]
     return call.thaw(call.tensors), output
 
 
-@torch.no_grad()
-def _same_rows_alone(call: Call, output: Any) -> bool:
-    """Whether the module, run on the rows of one example alone, gives that example's rows."""
-    leaves, spec = tree_flatten((call.args, dict(call.kwargs)))
-    if any(_is_stateful(leaf) for leaf in leaves):
-        return False
-    expected, _ = tree_flatten(output)
-    for n in range(2):
-        row = [leaf[n : n + 1] if isinstance(leaf, Tensor) and _has_example_axis(leaf) else leaf for leaf in leaves]
-        args, kwargs = tree_unflatten(row, spec)
-        try:
-            actual, _ = tree_flatten(Call(call.module, args, kwargs, call.autocast).run())
-        except (RuntimeError, ValueError, IndexError):
-            return False
-        for place in floating_places(expected):
-            whole = expected[place]
-            if not (whole.ndim and whole.shape[0] == 2 and actual[place].shape == whole[n : n + 1].shape):
-                return False
-            gap = (actual[place] - whole[n : n + 1]).abs().max()
-            if gap > 64 * torch.finfo(whole.dtype).eps * whole.abs().max():
-                return False
-    return True
-
-
-def _is_stateful(leaf: Any) -> bool:
-    """Whether an argument is an object that a second run would find changed, such as a key-value cache."""
-    return leaf is not None and not isinstance(leaf, Tensor | nn.Module | bool | int | float | str | torch.dtype)
-
-
-def _has_example_axis(tensor: Tensor) -> bool:
-    return tensor.ndim > 0 and tensor.shape[0] == 2
-
-
-def _tensors(call: Call) -> list[Tensor]:
-    leaves, _ = tree_flatten((call.args, dict(call.kwargs)))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _detached(output: Any) -> Any:
-    leaves, spec = tree_flatten(output)
-    return tree_unflatten([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
-
-
 def _is_inside(path: str, other: str) -> bool:
     return path != other and (not other or path.startswith(f"{other}."))
-
-
-def _upwards(path: str) -> Iterator[str]:
-    """A module's path and those of the modules around it, the whole model (``""``) last."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
-    yield ""

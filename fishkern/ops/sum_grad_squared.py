@@ -14,7 +14,7 @@ from fishkern.ops._arguments import accumulator, check_factors
 # The result is worked on tile by tile, so that one example's gradient of a tile and the running total stay in the cache
 # while the examples pass by. On a CPU everything between 1 and 4 MiB is equally fast; below it the matrix products
 # are too small for two cores, and 16 MiB falls out of the cache. A GPU needs more to be busy.
-_TILE_ENTRIES = {"cpu": 2**20}
+_TILE_ENTRIES = 2**20
 _TILE_ENTRIES_ON_GPU = 2**23
 # The matrix products of a CPU are up to three times slower on tiles that are wider than this and not taller.
 _TILE_COLUMNS = 768
@@ -86,13 +86,12 @@ def sum_grad_squared_torch(
     """Compute :func:`sum_grad_squared` in plain PyTorch, one tile of the result after the other."""
     total = accumulator(out, (output_grads.shape[-1], activations.shape[-1]), output_grads)
     lengths = None if offsets is None else offsets.diff().tolist()
-    for rows, columns in _tiles(*total.shape, total.device):
-        tile, x, g = total[rows, columns], activations[..., columns], output_grads[..., rows]
+    for tile, x, g in _tiles(total, activations, output_grads):
         if lengths is not None:
             _add_each_(tile, x.split(lengths), g.split(lengths))
         elif x.shape[1] == 1:
             _add_single_positions_(tile, x[:, 0], g[:, 0])
-        elif tile.numel() <= _SMALL_TILE:
+        elif len(x) > 1 and tile.numel() <= _SMALL_TILE:
             _add_several_(tile, x, g)
         else:
             _add_each_(tile, x.unbind(), g.unbind())
@@ -120,15 +119,18 @@ def _add_single_positions_(tile: Tensor, x: Tensor, g: Tensor) -> None:
         tile.addmm_(g_part.to(tile.dtype).square().mT, x_part.to(tile.dtype).square())
 
 
-def _tiles(O: int, I: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    entries = _TILE_ENTRIES.get(device.type, _TILE_ENTRIES_ON_GPU)
-    if entries >= O * I:
-        yield slice(O), slice(I)
+def _tiles(total: Tensor, activations: Tensor, output_grads: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Cut the result, and give each tile with the columns of the inputs that it depends on."""
+    O, I = total.shape
+    on_cpu = total.device.type == "cpu"
+    entries = _TILE_ENTRIES if on_cpu else _TILE_ENTRIES_ON_GPU
+    if total.numel() <= entries:
+        yield total, activations, output_grads
         return
-    width = max(_TILE_COLUMNS, entries // (2 * O)) if device.type == "cpu" else I
-    for columns in _spans(I, width):
-        for rows in _spans(O, max(1, entries // (columns.stop - columns.start))):
-            yield rows, columns
+    for columns in _spans(I, max(_TILE_COLUMNS, entries // (2 * O)) if on_cpu else I):
+        x = activations[..., columns]
+        for rows in _spans(O, max(1, entries // x.shape[-1])):
+            yield total[rows, columns], x, output_grads[..., rows]
 
 
 def _spans(size: int, longest: int) -> Iterator[slice]:

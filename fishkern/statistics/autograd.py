@@ -55,15 +55,15 @@ def check_finite(objective: Tensor, examples: range) -> None:
     """
     if objective.shape != (len(examples),):
         raise ValueError(
-            f"expected one loss for each example, shape ({len(examples)},), got {tuple(objective.shape)}: do not average "
-            "over the batch."
+            f"expected one loss for each example, shape ({len(examples)},), got {tuple(objective.shape)}: do not "
+            "average over the batch."
         )
     bad = (~objective.detach().isfinite()).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
             f"the loss of example {examples[bad[0]]} (row {bad[0]} of its batch) is {objective[bad[0]].item()}"
-            f"{f', and {len(bad) - 1} more of the batch' if len(bad) > 1 else ''}: a row without a label, a fully masked "
-            "row, or an overflow gives that. Drop such examples or mend their labels."
+            f"{f', and {len(bad) - 1} more of the batch' if len(bad) > 1 else ''}: a row without a label, a fully "
+            "masked row, or an overflow gives that. Drop such examples or mend their labels."
         )
 
 

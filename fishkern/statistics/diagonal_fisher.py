@@ -28,8 +28,8 @@ class DiagonalFisher(Estimator):
 
     Args:
         fisher_type: ``"empirical"``: the data's labels; one backward pass. ``"mc"``: labels drawn from the model's
-            predictive distribution; ``mc_samples`` backward passes. ``"type-2"``: the exact expectation over labels; one
-            backward pass for each label of each position.
+            predictive distribution; ``mc_samples`` backward passes. ``"type-2"``: the exact expectation over labels;
+            one backward pass for each label of each position.
         unit: What is summed before squaring. ``"example"``: an example's positions, the Fisher information.
             ``"position"``: nothing, ``sum_{n,t} (g_nt x_nt)^2 / N``: cheap and common, and *not* the Fisher of token
             losses. ``"batch"``: the gradient of the batch's mean loss, squared and averaged over batches: common, and
@@ -83,8 +83,8 @@ class DiagonalFisher(Estimator):
         if self.fisher_type == "type-2":
             if answer.label_passes > self.max_label_passes:
                 raise ValueError(
-                    f"fisher_type='type-2' would need {answer.label_passes} backward passes for one batch (labels times "
-                    f"positions), more than max_label_passes={self.max_label_passes}. Raise it, or take "
+                    f"fisher_type='type-2' would need {answer.label_passes} backward passes for one batch (labels "
+                    f"times positions), more than max_label_passes={self.max_label_passes}. Raise it, or take "
                     "fisher_type='mc'."
                 )
             yield from answer.label_losses()

@@ -79,16 +79,16 @@ def estimate(
             model's own.
         UnsupportedModuleError: A module cannot be served exactly; the message names it and the way round.
         RuntimeError: More than one rank.
-    """
+    """  # noqa: DOC502
     estimator = DiagonalFisher() if estimator is None else estimator
     model = hosts.unwrap(model)
     _refuse(model, estimator, max_examples)
     chosen = _chosen(model, parameters)
-    _refuse_integers(model, chosen)
+    _refuse_integers(model, chosen, estimator)
     accumulators = Accumulators(
         {key: _shape(model, key, parameter) for key, parameter in chosen.items()},
         {key: torch.device(accumulate_on or parameter.device) for key, parameter in chosen.items()},
-        {key: torch.float64 if parameter.dtype == torch.float64 else torch.float32 for key, parameter in chosen.items()},
+        {key: torch.promote_types(_real(parameter), torch.float32) for key, parameter in chosen.items()},
         estimator,
         backends.current() if backend is None else backend,
     )
@@ -206,9 +206,8 @@ class _Answering:
         return self._likelihood(self._model, batch)
 
 
-@torch.no_grad()
 def _compare_with_own_loss(model: nn.Module, likelihood: Likelihood, example: Batch) -> None:
-    """A recognised loss must be what the model returns for the example, to the rounding of its dtype."""
+    """Demand that a recognised loss is what the model returns for the example, to the rounding of its dtype."""
     if not isinstance(example, Mapping) or not any(key in example for key in ("labels", "start_positions")):
         return
     outputs = model(**{**hosts.call_options(model), **example})
@@ -236,7 +235,7 @@ def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) ->
         ranks = torch.distributed.get_world_size()
         if ranks > 1:
             raise RuntimeError(
-                f"estimate runs on one rank, and this process group has {ranks}: each rank would hold another estimate. "
+                f"estimate runs on one rank, and this process group has {ranks}: each would hold another estimate. "
                 "Estimate on one rank, or on every rank before the group is initialised, and merge the statistics."
             )
     if reason := hosts.dispatched(model):
@@ -267,22 +266,29 @@ def _chosen(model: nn.Module, which: Predicate | Literal["all"] | None) -> dict[
     if not chosen:
         why = "none of them requires a gradient" if which is None else "the predicate took none of them"
         raise ValueError(
-            f"{type(model).__name__} has {len(named)} parameters, and {why}. Pass parameters='all' or another predicate."
+            f"{type(model).__name__} has {len(named)} parameters, and {why}. Pass parameters='all' or a predicate."
         )
     return chosen
 
 
-def _refuse_integers(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
-    """Integer parameters are served where a quantised linear owns them, and nowhere else."""
+def _refuse_integers(model: nn.Module, chosen: Mapping[str, nn.Parameter], estimator: Estimator) -> None:
+    """Integer parameters are served where a quantised linear owns them and gradients are captured, nowhere else."""
     integers = {key for key, parameter in chosen.items() if not parameter.is_floating_point()}
-    for path, module in model.named_modules():
-        if "weight" in QuantizedLinear().covers(module):
-            integers.discard(canonical_name(f"{path}.weight"))
+    if estimator.per_example:
+        for path, module in model.named_modules():
+            if "weight" in QuantizedLinear().covers(module):
+                integers.discard(canonical_name(f"{path}.weight"))
     if integers:
         raise UnsupportedModuleError(
-            f"{sorted(integers)} are not floating point and belong to no quantised linear (a module with in_features, "
-            "out_features and an integer weight). Leave them out with parameters=."
+            f"{sorted(integers)} are not floating point, so autograd gives them no gradient; only DiagonalFisher with "
+            "unit='example' or 'position' serves such a weight, where it belongs to a quantised linear (a module with "
+            "in_features, out_features and an integer weight). Leave them out with parameters=."
         )
+
+
+def _real(parameter: nn.Parameter) -> torch.dtype:
+    """Name the dtype of a parameter's gradient; that of an integer weight is taken for float32."""
+    return parameter.dtype if parameter.is_floating_point() else torch.float32
 
 
 def _shape(model: nn.Module, key: str, parameter: nn.Parameter) -> torch.Size:

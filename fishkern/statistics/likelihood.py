@@ -1,7 +1,7 @@
 """Likelihoods: from a model's outputs and a batch to the predictive distribution of its labels.
 
-The loss of an example is what the model returns for its row **alone**, at ``N = 1``. With ``reduction="mean"`` (what
-transformers returns) it is the mean over the example's own label positions; with ``"sum"`` it is ``-log p`` of the whole
+The loss of an example is what the model returns for its row **alone**, at ``N = 1``. With ``reduction="mean"``, as in
+transformers, it is the mean over the example's own label positions; with ``"sum"`` it is ``-log p`` of the whole
 answer. A mean over the tokens of the *batch* would weigh each example by the others' lengths, and has no place here.
 """
 

@@ -22,6 +22,7 @@ from fishkern.statistics.autograd import backward, check_finite, only_trainable,
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Batch, num_examples, take
 from fishkern.statistics.predictive import Predictive
+from fishkern.statistics.result import PATHS
 from fishkern.statistics.self_check import disagreements
 
 Answer = Callable[[Batch], Predictive | Tensor]
@@ -191,6 +192,8 @@ class PerExamplePass:
         unsettled = self._captured(self._plan, batch, examples, self._accumulators.add)
         if unsettled:
             self._looped(unsettled, batch, examples, self._accumulators.add)
+            where = f"on examples {examples.start} to {examples.stop - 1}, where its rows could not yet be told apart"
+            self._note_paths(dict.fromkeys(unsettled, ("loop", where)))
             self._plan = None  # a gradient has shown up where there was none: look again
 
     def _make_plan(self, batch: Batch, examples: range) -> Plan:
@@ -229,16 +232,26 @@ class PerExamplePass:
             squares.zero_()
         return plan.with_loop(found)
 
+    def _note_paths(self, paths: Mapping[str, tuple[str, str]]) -> None:
+        """Keep the slowest path that each parameter has taken."""
+        for key, (path, reason) in paths.items():
+            if PATHS.index(path) >= PATHS.index(self.paths.get(key, (path, ""))[0]):
+                self.paths[key] = (path, reason)
+
     def _announce(self, plan: Plan) -> None:
-        self.paths |= plan.paths
+        self._note_paths(plan.paths)
         slow = {key: reason for key, (path, reason) in plan.paths.items() if path == "loop"}
-        if self._estimator.definition["unit"] == "position":
-            without = [key for key, (path, _) in plan.paths.items() if path != "fused"]
-            if without:
-                raise UnsupportedModuleError(
-                    f"unit='position' needs a rule for positions, and there is none for {sorted(without)}. "
-                    f"{leave_out(without)}"
-                )
+        without_rule = [key for key, (path, _) in plan.paths.items() if path != "fused"]
+        if lost := sorted(key for key in without_rule if not self._parameters[key].is_floating_point()):
+            raise UnsupportedModuleError(
+                "autograd gives integer weights no gradient, and the rows of these quantised linears cannot be told "
+                f"apart by example: {lost}. {leave_out(lost)}"
+            )
+        if without_rule and self._estimator.definition["unit"] == "position":
+            raise UnsupportedModuleError(
+                f"unit='position' needs a rule for positions, and there is none for {sorted(without_rule)}. "
+                f"{leave_out(without_rule)}"
+            )
         new = slow.keys() - self._announced
         self._announced |= new
         if new:

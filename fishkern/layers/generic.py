@@ -1,0 +1,110 @@
+"""The generic path: run a module once more for each example, and back-propagate through it alone.
+
+It serves any module whose inputs and outputs keep the examples apart, whatever happens inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fishkern.layers.base import Call
+from fishkern.layers.tap import floating_places
+
+
+def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Run a module once more and back-propagate through it alone.
+
+    Args:
+        call: The call of one example.
+        output_grads: Gradient of the example's loss by each floating tensor of the output, or ``None``.
+        names: Parameters asked for, by their names in the module.
+
+    Returns:
+        Gradients by name; a parameter that the example does not reach is left out.
+    """
+    module = dict(call.module.named_parameters())
+    with torch.enable_grad():
+        parameters = {name: module[name].detach().requires_grad_() for name in names}
+        leaves, _ = tree_flatten(call.run(parameters))
+        outputs = [leaves[place] for place in floating_places(leaves)]
+        pairs = [
+            (output, grad)
+            for output, grad in zip(outputs, output_grads, strict=True)
+            if grad is not None and output.requires_grad
+        ]
+        if not pairs:
+            return {}
+        found = torch.autograd.grad(
+            [output for output, _ in pairs],
+            list(parameters.values()),
+            [grad for _, grad in pairs],
+            allow_unused=True,
+        )
+    return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
+
+
+@torch.no_grad()
+def same_rows_alone(call: Call, output: Any) -> bool:
+    """Check that the module, run on the rows of one example alone, gives that example's rows.
+
+    Args:
+        call: A call on two examples.
+        output: What it returned.
+
+    Returns:
+        Whether it does; ``False`` too where an argument is an object that a second run would find changed.
+    """
+    leaves, spec = tree_flatten((call.args, dict(call.kwargs)))
+    if any(_is_stateful(leaf) for leaf in leaves):
+        return False
+    expected, _ = tree_flatten(output)
+    for n in range(2):
+        row = [leaf[n : n + 1] if isinstance(leaf, Tensor) and has_example_axis(leaf) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(row, spec)
+        try:
+            actual, _ = tree_flatten(Call(call.module, args, kwargs, call.autocast).run())
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        for place in floating_places(expected):
+            whole = expected[place]
+            if not (whole.ndim and whole.shape[0] == 2 and actual[place].shape == whole[n : n + 1].shape):
+                return False
+            gap = (actual[place] - whole[n : n + 1]).abs().max()
+            if gap > 64 * torch.finfo(whole.dtype).eps * whole.abs().max():
+                return False
+    return True
+
+
+def _is_stateful(leaf: Any) -> bool:
+    """Tell an object that a second run would find changed, such as a key-value cache."""
+    return leaf is not None and not isinstance(leaf, Tensor | nn.Module | bool | int | float | str | torch.dtype)
+
+
+def has_example_axis(tensor: Tensor) -> bool:
+    """Judge by its size whether a tensor of a call on two examples holds one row for each.
+
+    Args:
+        tensor: Any tensor; :func:`same_rows_alone` shows whether the judgement was right.
+
+    Returns:
+        Whether its first axis has two entries.
+    """
+    return tensor.ndim > 0 and tensor.shape[0] == 2
+
+
+def tensors_of(call: Call) -> list[Tensor]:
+    """List the tensors of a call.
+
+    Args:
+        call: A call.
+
+    Returns:
+        The tensors, in the order in which a tap keeps them.
+    """
+    leaves, _ = tree_flatten((call.args, dict(call.kwargs)))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -1,0 +1,139 @@
+"""The tap: an identity on a call's output that reports its gradient, with the call's tensors, during backward.
+
+The tensors are kept with ``save_for_backward``, so that they obey activation checkpointing (both kinds), offloading and
+``retain_graph`` as any saved tensor does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from fishkern.layers.base import Call
+
+
+@dataclass(frozen=True)
+class FrozenCall:
+    """A call without its tensors, which autograd keeps.
+
+    Args:
+        module: The module.
+        leaves: Arguments in the order of ``spec``, ``None`` where a tensor was.
+        places: Where in ``leaves`` the tensors were.
+        spec: Structure of ``(args, kwargs)``.
+        autocast: See :class:`fishkern.layers.base.Call`.
+        tensors: The tensors, until autograd has taken them.
+    """
+
+    module: nn.Module
+    leaves: tuple[Any, ...]
+    places: tuple[int, ...]
+    spec: TreeSpec
+    autocast: tuple[str, bool, torch.dtype]
+    tensors: list[Tensor]
+
+    def thaw(self, tensors: Sequence[Tensor]) -> Call:
+        """Put tensors back into the call.
+
+        Args:
+            tensors: In the order of ``places``; none at all when the call kept none.
+
+        Returns:
+            The call.
+        """
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.places, tensors, strict=False):
+            leaves[place] = tensor
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return Call(self.module, args, kwargs, self.autocast)
+
+
+def frozen_call(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], *, keep: bool = True) -> FrozenCall:
+    """Take a call apart into its tensors and the rest.
+
+    Args:
+        module: The module called.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        keep: Whether the tensors are needed later.
+
+    Returns:
+        The call with the detached tensors in ``tensors``.
+    """
+    leaves, spec = tree_flatten((args, dict(kwargs)))
+    places = tuple(place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    tensors = [leaves[place].detach() for place in places] if keep else []
+    device_type = leaves[places[0]].device.type if places else "cpu"
+    autocast = (device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+    rest = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    return FrozenCall(module, rest, places, spec, autocast, tensors)
+
+
+def tapped(output: Any, anchor: Tensor, receive: Callable[..., None], call: FrozenCall) -> Any:
+    """Pass an output through the identity that reports its gradient.
+
+    Args:
+        output: A tensor or any nest of tensors; only its floating tensors are tapped.
+        anchor: A tensor that requires a gradient, to keep the graph alive.
+        receive: Called in backward with the saved tensors of the call and the gradients, in order.
+        call: The call; its tensors move into autograd's keeping.
+
+    Returns:
+        The output, connected to the graph.
+    """
+    leaves, spec = tree_flatten(output)
+    places = floating_places(leaves)
+    saved = tuple(call.tensors)
+    call.tensors.clear()
+    for place, leaf in zip(
+        places, _Tap.apply(anchor, receive, saved, *(leaves[place] for place in places)), strict=True
+    ):
+        leaves[place] = leaf
+    return tree_unflatten(leaves, spec)
+
+
+def floating_places(leaves: Sequence[Any]) -> list[int]:
+    """Say which leaves of an output can carry a gradient.
+
+    Args:
+        leaves: Flattened output.
+
+    Returns:
+        Their places.
+    """
+    return [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def leading_shape(arguments: Any) -> torch.Size:
+    """Find the shape of the first tensor with an axis among the arguments of a call.
+
+    Args:
+        arguments: Any nest.
+
+    Returns:
+        The shape, empty when there is no such tensor.
+    """
+    leaves, _ = tree_flatten(arguments)
+    return next((leaf.shape for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), torch.Size())
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; backward reports the output gradients together with the saved tensors."""
+
+    @staticmethod
+    def forward(ctx, anchor, receive, saved, *outputs):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        ctx.receive = receive
+        # not views: an in-place activation behind a captured layer would rebase a view's history
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        ctx.receive(ctx.saved_tensors, grads)
+        return None, None, None, *grads

@@ -1,0 +1,302 @@
+"""Every layer rule equals autograd on one example at a time; every form of gradients equals its dense tensor."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import fishkern as fk
+from fishkern import layers
+from tests.support.exactness import LIMIT, paths
+from tests.support.oracle import squares_one_by_one, worst_error
+
+Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
+
+
+def numbers(*shape: int):
+    """Input ``[N, *shape]`` for any ``N``."""
+    return lambda N: torch.randn(N, *shape, dtype=torch.float64)
+
+
+def tokens(*shape: int, V: int = 5):
+    return lambda N: torch.randint(V, (N, *shape))
+
+
+class Int8Linear(nn.Module):
+    """A linear whose weight is stored in integers with one scale for each row."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        weight = torch.randint(-128, 128, (out_features, in_features), dtype=torch.int8)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(torch.randn(out_features))
+        self.register_buffer("scale", torch.rand(out_features, 1) / 100)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, D: int, offset: float = 0.0, inner: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(D))
+        self.offset, self.inner = offset, inner
+
+    def forward(self, x):
+        wide = x.to(self.inner or x.dtype)
+        normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
+        return normalized.to(x.dtype) * (self.offset + self.weight)
+
+
+class Affine(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.gamma, self.shift = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(shape))
+
+    def forward(self, x):
+        return self.gamma * x + self.shift
+
+
+class ScaledEmbedding(nn.Embedding):
+    embed_scale = 1.7
+
+    def forward(self, input):
+        return super().forward(input) * self.embed_scale
+
+
+CASES = {
+    layers.Linear: {
+        **{
+            f"input {shape}": (partial(nn.Linear, shape[-1], 3), numbers(*shape))
+            for shape in [(5,), (7, 5), (2, 3, 5), (2, 1, 3, 5), (7, 1), (1, 5), (13, 31)]
+        },
+        "one out": (partial(nn.Linear, 5, 1), numbers(7, 5)),
+        "no bias": (partial(nn.Linear, 5, 3, bias=False), numbers(7, 5)),
+        "non-contiguous": (partial(nn.Linear, 5, 3), lambda N: numbers(5, 7)(N).mT),
+        "strided": (partial(nn.Linear, 5, 3), lambda N: numbers(7, 5)(N)[:, ::2]),
+        "expanded": (partial(nn.Linear, 5, 3), lambda N: numbers(1, 5)(N).expand(N, 7, 5)),
+    },
+    layers.QuantizedLinear: {
+        "2-D": (partial(Int8Linear, 5, 3), numbers(5)),
+        "3-D": (partial(Int8Linear, 5, 3), numbers(7, 5)),
+    },
+    layers.Conv1D: {
+        "2-D": (partial(Conv1D, 3, 5), numbers(5)),
+        "3-D": (partial(Conv1D, 3, 5), numbers(7, 5)),
+        "square": (partial(Conv1D, 5, 5), numbers(7, 5)),
+    },
+    layers.Embedding: {
+        "1-D": (partial(nn.Embedding, 5, 3), tokens()),
+        "2-D": (partial(nn.Embedding, 5, 3), tokens(7)),
+        "3-D": (partial(nn.Embedding, 5, 3), tokens(2, 7)),
+        "non-contiguous": (partial(nn.Embedding, 5, 3), lambda N: tokens(7, 2)(N).mT),
+        "one feature": (partial(nn.Embedding, 5, 1), tokens(7)),
+        "padding_idx": (partial(nn.Embedding, 5, 3, padding_idx=1), tokens(7)),
+        "padding_idx from the end": (partial(nn.Embedding, 5, 3, padding_idx=-1), tokens(7)),
+        "only padding": (partial(nn.Embedding, 5, 3, padding_idx=0), lambda N: torch.arange(N)[:, None] % 2),
+        "scaled": (partial(ScaledEmbedding, 5, 3, padding_idx=1), tokens(7)),
+        "sparse gradient": (partial(nn.Embedding, 5, 3, sparse=True), tokens(7)),
+    },
+    layers.LayerNorm: {
+        "2-D": (partial(nn.LayerNorm, 5), numbers(5)),
+        "two axes": (partial(nn.LayerNorm, (3, 5)), numbers(7, 3, 5)),
+        "all axes": (partial(nn.LayerNorm, (3, 5)), numbers(3, 5)),
+        "no bias": (partial(nn.LayerNorm, 5, bias=False), numbers(7, 5)),
+        "eps": (partial(nn.LayerNorm, 5, eps=0.5), lambda N: numbers(5, 7)(N).mT),
+    },
+    layers.Convolution: {
+        "1-D": (partial(nn.Conv1d, 3, 2, 3), numbers(3, 11)),
+        "1-D, kernel 1": (partial(nn.Conv1d, 3, 2, 1, bias=False), numbers(3, 11)),
+        "1-D, all": (partial(nn.Conv1d, 3, 2, 3, stride=2, padding=2, dilation=2), numbers(3, 11)),
+        "1-D, same": (partial(nn.Conv1d, 3, 2, 4, padding="same", dilation=3), numbers(3, 11)),
+        "2-D": (partial(nn.Conv2d, 3, 2, 3), numbers(3, 7, 5)),
+        "2-D, kernel 1": (partial(nn.Conv2d, 3, 2, 1), lambda N: numbers(3, 5, 7)(N).mT),
+        "2-D, valid": (partial(nn.Conv2d, 1, 2, (3, 2), padding="valid", bias=False), numbers(1, 7, 5)),
+        "2-D, same": (partial(nn.Conv2d, 3, 1, (2, 3), padding="same"), numbers(3, 7, 5)),
+        "2-D, all": (partial(nn.Conv2d, 3, 2, (3, 2), (2, 1), padding=(1, 2), dilation=(1, 2)), numbers(3, 7, 5)),
+        "2-D, stride past the kernel": (partial(nn.Conv2d, 3, 2, 2, stride=3), numbers(3, 7, 5)),
+    },
+    layers.Scale: {
+        "w * x": (partial(RMSNorm, 5), numbers(7, 5)),
+        "(1 + w) * x": (partial(RMSNorm, 5, offset=1.0), numbers(7, 5)),
+        "float32 inside": (partial(RMSNorm, 5, inner=torch.float32), numbers(7, 5)),
+        "torch's": (partial(nn.RMSNorm, 5), lambda N: numbers(5, 7)(N).mT),
+        "4-D": (partial(RMSNorm, 5), numbers(2, 7, 5)),
+        "scale and shift": (partial(Affine, 5), numbers(7, 5)),
+        "axes of 1": (partial(Affine, 1, 1, 5), numbers(7, 5)),
+        "one entry": (partial(Affine, 1), numbers(7, 1)),
+        "batch norm": (partial(nn.BatchNorm1d, 5), numbers(5)),
+    },
+}
+OTHERS = {
+    "grouped convolution": (partial(nn.Conv2d, 4, 6, 3, groups=2), numbers(4, 7, 5)),
+    "depthwise convolution": (partial(nn.Conv1d, 4, 4, 3, groups=4, bias=False), numbers(4, 11)),
+    "circular padding": (partial(nn.Conv1d, 3, 2, 3, padding=1, padding_mode="circular"), numbers(3, 11)),
+    "transposed convolution": (partial(nn.ConvTranspose2d, 3, 2, 3, stride=2), numbers(3, 4, 5)),
+    "3-D convolution": (partial(nn.Conv3d, 2, 3, 2), numbers(2, 4, 3, 5)),
+    "batch norm 1d": (partial(nn.BatchNorm1d, 5), numbers(5, 5)),
+    "batch norm 2d": (partial(nn.BatchNorm2d, 3), numbers(3, 4, 3)),
+    "group norm": (partial(nn.GroupNorm, 2, 4), numbers(4, 7)),
+    "prelu that looks like a scale": (partial(nn.PReLU, 4), numbers(4, 4)),
+    "one scale for all": (partial(Affine, 1), numbers(7, 5)),
+    "table of positions": (partial(Affine, 7, 5), numbers(7, 5)),
+    "embedding bag": (partial(nn.EmbeddingBag, 5, 3), tokens(7)),
+    "embedding by frequency": (partial(nn.Embedding, 5, 3, scale_grad_by_freq=True), tokens(7)),
+    "lstm": (partial(nn.LSTM, 5, 3, batch_first=True), numbers(7, 5)),
+    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)), numbers(7, 5)),
+}
+FLAT = {f"{kind.__name__}: {name}": case for kind, cases in CASES.items() for name, case in cases.items()}
+
+
+def seeded(case, N: int = 3):
+    """The module, no parameter or buffer at the value it starts with, and an input of ``N`` examples."""
+    torch.manual_seed(1)
+    module = case[0]().double().eval()
+    for tensor in filter(torch.is_floating_point, module.state_dict().values()):
+        nn.init.uniform_(tensor, 0.2, 1.2)
+    return module, case[1](N)
+
+
+def float_twin(module: nn.Module) -> nn.Module:
+    """The same module with the dequantised weight."""
+    if not isinstance(module, Int8Linear):
+        return module
+    twin = nn.Linear(module.in_features, module.out_features).double()
+    twin.weight.data, twin.bias.data = module.weight * module.scale, module.bias.data
+    return twin
+
+
+def grads_of(module: nn.Module, input, grad) -> dict:
+    grads = torch.autograd.grad(module(input), list(module.parameters()), grad)
+    return {name: grad.to_dense() for (name, _), grad in zip(module.named_parameters(), grads, strict=True)}
+
+
+def test_every_rule_has_cases():
+    assert [type(layer) for layer in layers.LAYERS] == list(CASES)
+
+
+@pytest.mark.parametrize("N", [1, 3])
+@pytest.mark.parametrize("case", FLAT)
+def test_a_rule_equals_autograd_on_single_examples(case, N):
+    module, input = seeded(FLAT[case], N)
+    (layer,) = (layer for layer in layers.LAYERS if type(layer).__name__ == case.split(":")[0])
+    call = layers.Call(module, (input,), {}, ("cpu", False, torch.bfloat16))
+    output = module(input).detach()
+    wanted = frozenset(name for name, _ in module.named_parameters())
+    names = layer.confirms(call, output, layer.covers(module) & wanted)
+    assert names == wanted
+    output_grads = torch.randn_like(output)
+    truth = [grads_of(float_twin(module), input[n : n + 1], output_grads[n : n + 1]) for n in range(N)]
+    found = dict(layer.per_example_grads(call, output_grads, names))
+    for name in names:
+        total = torch.ones_like(truth[0][name])
+        found[name].add_squares_(total)
+        torch.testing.assert_close(total, 1 + sum(grads[name].square() for grads in truth))
+        for n in range(N):
+            torch.testing.assert_close(found[name].example(n), truth[n][name])
+
+
+def losses(model: nn.Module, batch: dict) -> torch.Tensor:
+    output = model(batch["input"])
+    output = (output[0] if isinstance(output, tuple) else output).flatten(1)
+    return (output.sin() * torch.linspace(1, 2, output.shape[1]).to(output)).sum(1)
+
+
+def assert_exact(layer: nn.Module, make, **options) -> fk.Statistics:
+    batches = [{"input": make(N)} for N in (3, 1, 2)]
+    statistics = fk.estimate(nn.Sequential(layer), batches, likelihood=losses, **options)
+    twin = nn.Sequential(float_twin(layer)).requires_grad_()
+    truth = squares_one_by_one(twin, batches, lambda model, row: losses(model, row)[0])
+    assert all(statistics[name].shape == truth[name].shape for name in truth)
+    error, name = worst_error(statistics, truth)
+    # torch computes the norm in float32, whatever comes in
+    dtype = torch.float32 if getattr(layer, "inner", None) is torch.float32 else torch.float64
+    assert error < LIMIT[dtype], f"{name}: relative error {error:.1e}, by {statistics.coverage[name].path}"
+    return statistics
+
+
+@pytest.mark.parametrize("case", FLAT)
+def test_a_model_of_one_layer_is_exact_by_its_rule(case):
+    module, _ = seeded(FLAT[case])
+    statistics = assert_exact(module, FLAT[case][1], parameters="all")
+    assert paths(statistics).keys() == {"fused"}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.filterwarnings("ignore:.*slow exact path")
+def test_a_layer_without_a_rule_is_exact_by_another_path(case):
+    module, _ = seeded(OTHERS[case])
+    assert ("loop" if case == "lstm" else "generic") in paths(assert_exact(module, OTHERS[case][1]))
+
+
+BY_CLASS = [case for case in FLAT if case.endswith(("(7, 5)", "3-D", "2-D")) and case[0] not in "QS"]
+
+
+@pytest.mark.parametrize("case", BY_CLASS)
+def test_no_rule_claims_a_subclass_that_computes_something_else(case):
+    """But :class:`Scale`, which knows no class, and the quantised linear, which is one by its attributes."""
+    module, input = seeded(FLAT[case])
+    plain = type(module)
+    module.__class__ = type("Custom", (plain,), {"forward": lambda self, input: plain.forward(self, input).sin()})
+    call = layers.Call(module, (input,), {}, ("cpu", False, torch.bfloat16))
+    for layer in layers.LAYERS[:-1]:
+        assert not layer.confirms(call, module(input).detach(), layer.covers(module))
+    assert_exact(module, FLAT[case][1])
+
+
+def forms(seed: int, N: int, T: int, V: int, D: int) -> dict:
+    """Every form, and its dense terms ``[N, T, V, D]``: integers, so that sums are exact in any order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randint(-4, 5, shape, generator=generator).double()
+
+    x, g, terms, indices, rows = draw(N, T, D), draw(N, T, V), draw(N, T, V, D), draw(N, T).long() % V, draw(N, T, D)
+    scattered = F.one_hot(indices, V)[..., None] * rows[:, :, None]
+    return {
+        "outer product": (layers.OuterProductGrads(x, g, torch.Size((V, D))), torch.einsum("nto,nti->ntoi", g, x)),
+        "embedding": (layers.EmbeddingGrads(indices, rows, V), scattered),
+        "padded": (layers.EmbeddingGrads(indices, rows, V, 0), scattered.index_fill(2, torch.tensor(0), 0)),
+        "position": (layers.PositionGrads(terms), terms),
+        "dense": (layers.DenseGrads(terms[:, 0]), terms[:, :1]),
+    }
+
+
+sizes = st.tuples(*[st.integers(1, 4)] * 4)
+use = st.tuples(st.integers(0, 2**31), st.sampled_from(sorted(forms(0, 1, 1, 1, 1))))
+
+
+@given(sizes=sizes, uses=st.lists(use, min_size=1, max_size=3))
+def test_uses_of_one_parameter_add_up_before_the_square(sizes, uses):
+    found = [forms(seed, *sizes)[name] for seed, name in uses]
+    grads, terms = layers.join([grads for grads, _ in found]), torch.cat([terms for _, terms in found], dim=1)
+    assert grads.num_examples == sizes[0]
+    assert torch.equal(torch.stack([grads.example(n) for n in range(sizes[0])]), terms.sum(1))
+    squares, position_squares = torch.ones(2, *sizes[2:], dtype=torch.float64)
+    grads.add_squares_(squares)
+    assert torch.equal(squares, 1 + terms.sum(1).square().sum(0))
+    if "dense" in dict(map(reversed, uses)):
+        with pytest.raises(NotImplementedError, match="no longer know their positions"):
+            grads.add_position_squares_(position_squares)
+    else:
+        grads.add_position_squares_(position_squares)
+        assert torch.equal(position_squares, 1 + terms.square().sum((0, 1)))
+
+
+@given(sizes=sizes, seed=st.integers(0, 2**31), table=st.sampled_from(["embedding", "padded"]))
+def test_the_rows_of_a_tied_embedding_complete_the_squares_of_its_head(sizes, seed, table):
+    (head, head_terms), (table, table_terms) = (forms(seed, *sizes)[name] for name in ("outer product", table))
+    pairs = (torch.arange(sizes[0])[:, None] * sizes[2] + table.indices).unique()
+    example, row = pairs // sizes[2], pairs % sizes[2]
+    assert torch.equal(head.rows(example, row), head_terms.sum(1)[example, row])
+    total = torch.ones(sizes[2:], dtype=torch.float64)
+    head.add_squares_(total)
+    layers.TiedRows(table, pairs, head.rows(example, row)).add_squares_(total)
+    assert torch.equal(total, 1 + (head_terms.sum(1) + table_terms.sum(1)).square().sum(0))

@@ -1,0 +1,251 @@
+"""A pass leaves the model, its hooks, the random state and torch's modes as found, however it ends."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+import fishkern as fk
+from tests.support import zoo
+
+pytest.importorskip("transformers")
+
+HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+)  # fmt: skip
+ESTIMATORS = {
+    "empirical": fk.DiagonalFisher(),
+    "mc": fk.DiagonalFisher("mc", mc_samples=2),
+    "batch": fk.DiagonalFisher(unit="batch"),
+    "sketched": fk.SketchedFisher(2),
+}
+every_estimator = pytest.mark.parametrize("kind", ESTIMATORS)
+
+
+def checkpointed(reentrant: bool = False) -> nn.Module:
+    model = zoo.llama(tie_word_embeddings=True).model
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    return model
+
+
+def in_use() -> nn.Module:
+    """A model in the middle of its training: some of it frozen, in mixed modes, with gradients and hooks of the user's."""
+    model = checkpointed().train()
+    model.model.layers[1].eval()
+    model.model.layers[0].mlp.requires_grad_(False)
+    for place, parameter in enumerate(model.parameters()):
+        if place % 2:
+            parameter.grad = torch.randn_like(parameter)
+    model.model.norm.register_forward_hook(lambda module, args, output: None)
+    model.lm_head.register_full_backward_hook(lambda module, grad_input, grad_output: None)
+    model.model.norm.weight.register_hook(lambda grad: grad)
+    return model
+
+
+def state_of(model: nn.Module) -> dict:
+    """All that a pass could leave behind."""
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    return {
+        "modes": {name: module.training for name, module in modules.items()},
+        "hooks": {name: [list(getattr(module, kind)) for kind in HOOKS] for name, module in modules.items()},
+        "attributes": {name: sorted(vars(module)) for name, module in modules.items()},
+        "checkpointing": {name: vars(module).get("_gradient_checkpointing_func") for name, module in modules.items()},
+        "requires_grad": {name: parameter.requires_grad for name, parameter in parameters.items()},
+        "parameters": {name: id(parameter) for name, parameter in parameters.items()},
+        "grads": {name: id(parameter.grad) for name, parameter in parameters.items()},
+        "grad values": [None if p.grad is None else p.grad.tolist() for p in parameters.values()],
+        "values": {name: value.tolist() for name, value in model.state_dict().items()},
+        "parameter hooks": {
+            name: (list(p._backward_hooks or ()), list(p._post_accumulate_grad_hooks or ()))
+            for name, p in parameters.items()
+        },
+        "random": torch.get_rng_state().tolist(),
+        "grad mode": torch.is_grad_enabled(),
+        "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
+    }
+
+
+@contextmanager
+def as_found(model: nn.Module):
+    before = state_of(model)
+    yield
+    after = state_of(model)
+    for what in before:
+        assert after[what] == before[what], what
+
+
+@every_estimator
+def test_after_success(kind):
+    model = in_use()
+    with as_found(model):
+        fk.estimate(model, [zoo.text_batch(3, 5), zoo.text_batch(2, 5)], ESTIMATORS[kind])
+
+
+@pytest.mark.parametrize("options", [{"parameters": "all"}, {"check": False}, {"max_examples": 2}], ids=str)
+def test_after_success_with_options(options):
+    model = in_use()
+    with as_found(model):
+        fk.estimate(model, [zoo.text_batch(3, 5)], **options)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_with_both_kinds_of_checkpointing(reentrant):
+    model = checkpointed(reentrant).train()
+    with as_found(model):
+        fk.estimate(model, [zoo.text_batch(3, 5)])
+
+
+@pytest.mark.filterwarnings("ignore:.*slow exact path")
+def test_after_the_slower_paths():
+    """The generic path (T5's bias of positions) and the loop over the whole model (prompts)."""
+    peft = pytest.importorskip("peft")
+    specimen = zoo.vit()
+    with as_found(specimen.model):
+        fk.estimate(specimen.model, [specimen.batch(3)])
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(zoo.llama().model, config).train()
+    with as_found(model):
+        fk.estimate(model, [zoo.text_batch(3, 5)])
+
+
+@every_estimator
+@pytest.mark.parametrize("at", [1, 2, 3, 6])
+def test_after_an_exception_in_the_loss(kind, at):
+    """Whatever stage the pass is in: survey, self-check, or the data."""
+    model, calls = in_use(), []
+
+    class Failing(fk.CausalLM):
+        def predictive(self, model, batch):
+            calls.append(model)
+            if len(calls) == at:
+                raise ArithmeticError("in the loss")
+            return super().predictive(model, batch)
+
+    with as_found(model), pytest.raises(ArithmeticError, match="in the loss"):
+        fk.estimate(model, [zoo.text_batch(3, 5, seed=seed) for seed in range(6)], ESTIMATORS[kind], likelihood=Failing())
+
+
+@every_estimator
+@pytest.mark.parametrize("at", [1, 2, 5, 8])
+def test_after_an_exception_inside_a_forward(kind, at):
+    """Also inside a checkpointed layer, whose flag is down while its body runs."""
+    model, calls = in_use(), []
+    mlp = model.model.layers[0].mlp
+    plain = mlp.forward
+
+    def failing(x):
+        calls.append(x)
+        if len(calls) == at:
+            raise ArithmeticError("inside a forward")
+        return plain(x)
+
+    mlp.forward = failing
+    with as_found(model), pytest.raises(ArithmeticError, match="inside a forward"):
+        fk.estimate(model, [zoo.text_batch(3, 5, seed=seed) for seed in range(8)], ESTIMATORS[kind])
+
+
+@every_estimator
+def test_after_an_exception_inside_a_backward(kind):
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise ArithmeticError("inside a backward")
+
+    model = in_use()
+    model.model.layers[1].register_forward_hook(lambda module, args, output: Failing.apply(output))
+    with as_found(model), pytest.raises(ArithmeticError, match="inside a backward"):
+        fk.estimate(model, [zoo.text_batch(3, 5)], ESTIMATORS[kind])
+
+
+@every_estimator
+@pytest.mark.parametrize("exception", [KeyboardInterrupt, ValueError])
+def test_after_an_exception_in_the_data(kind, exception):
+    def batches():
+        yield zoo.text_batch(3, 5)
+        raise exception("in the data")
+
+    model = in_use()
+    with as_found(model), pytest.raises(exception, match="in the data"):
+        fk.estimate(model, batches(), ESTIMATORS[kind])
+
+
+def test_after_an_exception_in_the_progress_function():
+    def progress(done, total):
+        raise KeyboardInterrupt
+
+    model = in_use()
+    with as_found(model), pytest.raises(KeyboardInterrupt):
+        fk.estimate(model, [zoo.text_batch(3, 5)], progress=progress)
+
+
+def test_the_data_sees_the_model_of_a_pass_and_grad_mode_of_the_user():
+    """A collator may run the model itself, under the mode in which it was written."""
+    seen = []
+
+    def batches():
+        seen.append(torch.is_grad_enabled())
+        yield zoo.text_batch(3, 5)
+
+    with torch.no_grad():
+        fk.estimate(zoo.llama().model, batches())
+        assert not torch.is_grad_enabled()
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("kind", ["empirical", "mc", "sketched"])
+def test_grad_mode_and_autocast_stay_on_or_off(kind):
+    model = in_use()
+    batches = [zoo.text_batch(3, 5)]
+    expected = fk.estimate(model, batches, ESTIMATORS[kind])
+    with torch.no_grad(), as_found(model):
+        assert fk.estimate(model, batches, ESTIMATORS[kind]) == expected
+    with torch.autocast("cpu", dtype=torch.bfloat16), as_found(model):
+        fk.estimate(model, batches, ESTIMATORS[kind])
+    assert fk.estimate(model, batches, ESTIMATORS[kind]) == expected
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Draws its inputs when they are asked for."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, place):
+        return torch.randn(4), place % 3
+
+
+@pytest.mark.parametrize("kind", ["empirical", "mc", "sketched"])
+def test_the_data_draws_from_the_users_own_random_numbers(kind):
+    """Shuffling and augmentation see the numbers that they would see in a loop without a model, and move them on."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    loader = torch.utils.data.DataLoader(Noisy(), batch_size=2, shuffle=True)
+    torch.manual_seed(5)
+    expected = list(loader)
+    after = torch.get_rng_state()
+    seen = []
+
+    def watched():
+        for batch in loader:
+            seen.append(batch)
+            yield batch
+
+    torch.manual_seed(5)
+    fk.estimate(model, watched(), ESTIMATORS[kind], likelihood=fk.Classification())
+    assert all(torch.equal(a, b) for one, other in zip(seen, expected, strict=True) for a, b in zip(one, other))
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_dropout_is_off_and_comes_back():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)).train()
+    batch = (torch.randn(3, 4), torch.tensor([0, 1, 2]))
+    one, other = (fk.estimate(model, [batch], likelihood=fk.Classification()) for _ in range(2))
+    assert one == other
+    assert model[1].training

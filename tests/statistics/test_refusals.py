@@ -1,0 +1,300 @@
+"""What cannot be estimated is refused with one line that says what and where."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fishkern as fk
+from tests.support import zoo
+
+transformers = pytest.importorskip("transformers")
+
+
+@contextmanager
+def refused(kind, *words: str):
+    with pytest.raises(kind) as raised:
+        yield
+    message = str(raised.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, f"{word!r} is not in {message!r}"
+
+
+def linear() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3))
+
+
+def pair(N: int = 3) -> tuple:
+    return torch.randn(N, 4), torch.arange(N) % 3
+
+
+def classify(batches, estimator=None, **options) -> fk.Statistics:
+    return fk.estimate(linear(), batches, estimator, **{"likelihood": fk.Classification(), **options})
+
+
+@pytest.mark.parametrize("batches", [[], iter(()), torch.utils.data.DataLoader([])], ids=["list", "iterator", "loader"])
+def test_no_data(batches):
+    with refused(ValueError, "no example", "empty"):
+        classify(batches)
+
+
+NO_BATCH = {
+    "a batch instead of batches": ({"input_ids": torch.ones(2, 3)}, ["batch 0 is a str", "mapping", "pair"]),
+    "a tensor": ([torch.ones(2, 3)], ["batch 0 is a Tensor", "mapping", "pair"]),
+    "nothing": ([pair(), None], ["batch 1 is a NoneType"]),
+    "three": ([(*pair(), 1)], ["batch 0 is a tuple", "pair (inputs, labels)"]),
+    "no row": ([pair(), pair(0)], ["batch 1 holds no example", "size 0"]),
+    "no tensor": ([{"input_ids": [[1, 2], [3, 4]]}], ["batch 0 holds no tensor", "return_tensors='pt'"]),
+    "no axis": ([{"input": torch.tensor(1.0)}], ["batch 0"]),
+    "different sizes": ([(torch.ones(3, 4), torch.ones(2))], ["leading sizes", "'inputs': 3", "'labels': 2"]),
+    "a nest": ([{"input": torch.ones(2, 4), "past": (torch.ones(2, 4),)}], ["batch 0", "past"]),
+    "a nest of inputs": ([({"x": torch.ones(2, 4)}, torch.zeros(2).long())], ["batch 0", "inputs"]),
+}
+
+
+@pytest.mark.parametrize("case", NO_BATCH)
+def test_what_is_no_batch(case):
+    batches, words = NO_BATCH[case]
+    with refused((TypeError, ValueError), *words):
+        classify(batches)
+
+
+@pytest.mark.parametrize("kind", [fk.Classification, fk.Regression, fk.MultiLabel, fk.TokenClassification])
+@pytest.mark.parametrize("make", ["pair", "mapping"])
+def test_missing_labels(kind, make):
+    input = torch.randn(2, 5, 4) if kind is fk.TokenClassification else torch.randn(3, 4)
+    with refused(ValueError, "labels"):
+        classify([(input, None) if make == "pair" else {"input": input}], likelihood=kind())
+
+
+def test_missing_labels_of_language_models():
+    for specimen, words in ((zoo.llama(), ["causal", "'labels'", "-100"]), (zoo.bert(), ["'labels'"])):
+        batch = specimen.batch()
+        del batch["labels"]
+        with refused(ValueError, *words):
+            fk.estimate(specimen.model, [batch])
+
+
+ESTIMATORS = {
+    "empirical": fk.DiagonalFisher(),
+    "mc": fk.DiagonalFisher("mc"),
+    "type-2": fk.DiagonalFisher("type-2"),
+    "batch": fk.DiagonalFisher(unit="batch"),
+    "sketched": fk.SketchedFisher(),
+}
+
+
+@pytest.mark.parametrize("place", [0, 1, 4, slice(None)], ids=str)
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_an_example_without_a_label_is_named(kind, place):
+    """Five examples in batches of at most three; place 4 is row 1 of the second."""
+    model = zoo.llama(vocab_size=5).model
+    batch = {key: value % 5 for key, value in zoo.text_batch(low=7).items()}
+    batch["labels"][place] = -100
+    batches = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 3), slice(3, 5))]
+    named = place if isinstance(place, int) else 0
+    with refused(ValueError, f"the loss of example {named} ", "is nan", "without a label"):
+        fk.estimate(model, batches, ESTIMATORS[kind])
+
+
+@pytest.mark.filterwarnings("ignore:.*slow exact path")
+def test_an_example_without_a_label_is_named_where_all_is_looped():
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    batch = zoo.text_batch()
+    batch["labels"][3] = -100
+    with refused(ValueError, "the loss of example 3 ", "is nan"):
+        fk.estimate(peft.get_peft_model(zoo.llama().model, config), [batch])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("kind", ["empirical", "batch", "sketched"])
+def test_a_loss_that_is_not_finite_is_named(kind, value):
+    def losses(model, batch):
+        loss = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return torch.where(batch[0][:, 0] == 7, value, loss)
+
+    batches = [pair(), pair(), pair()]
+    batches[2][0][1, 0] = 7
+    with refused(ValueError, "the loss of example 7 (row 1 of its batch)", str(value)):
+        classify(batches, ESTIMATORS[kind], likelihood=losses)
+
+
+def test_nothing_to_estimate():
+    with refused(ValueError, "2 parameters", "none of them requires a gradient", "'all'"):
+        fk.estimate(linear().requires_grad_(False), [pair()])
+    with refused(ValueError, "2 parameters", "the predicate took none"):
+        classify([pair()], parameters=lambda name, parameter: "lora" in name)
+    with refused(ValueError, "0 parameters"):
+        fk.estimate(nn.Tanh(), [pair()])
+    with refused(ValueError, "depends on none of the 2 parameters", "0.weight"):
+        classify([pair()], likelihood=lambda model, batch: torch.zeros(len(batch[0])))
+
+
+class Int8(nn.Module):
+    """A quantised linear, or another module with an integer parameter."""
+
+    def __init__(self, linear: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randint(-9, 9, (4, 4), dtype=torch.int8), requires_grad=False)
+        if linear:
+            self.in_features, self.out_features = 4, 4
+
+    def forward(self, x):
+        return x @ self.weight.to(x.dtype).T / 10
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = Int8(linear=True)
+
+    def forward(self, x):
+        taken = (x[:, 0] > 0).nonzero()[:, 0].repeat_interleave(2)[1:]  # as many rows as the data says
+        return x.index_put((taken,), self.expert(x[taken]))
+
+
+@pytest.mark.filterwarnings("ignore:.*slow exact path")
+@pytest.mark.parametrize(
+    "make, estimator",
+    [
+        (lambda: Int8(linear=False), fk.DiagonalFisher()),
+        (lambda: Int8(linear=True), fk.SketchedFisher()),
+        (lambda: Int8(linear=True), fk.DiagonalFisher(unit="batch")),
+        (Routed, fk.DiagonalFisher()),
+    ],
+    ids=["no linear", "sketched", "batch", "routed"],
+)
+def test_an_integer_parameter_that_cannot_be_served(make, estimator):
+    model = nn.Sequential(nn.Linear(4, 4), make(), nn.Linear(4, 3))
+    with refused(fk.UnsupportedModuleError, "1.", "weight", "parameters="):
+        fk.estimate(model, [pair(5)], estimator, likelihood=fk.Classification(), parameters="all")
+
+
+@pytest.mark.parametrize(
+    "more, word",
+    [
+        ({"position_ids": torch.tensor([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]])}, "'position_ids' restart"),
+        ({"cu_seq_lens_q": torch.tensor([0, 2])}, "'cu_seq_lens_q'"),
+        ({"seq_idx": torch.zeros(2, 5)}, "'seq_idx'"),
+    ],
+)
+def test_packed_rows(more, word):
+    with refused(ValueError, "packed", word, "one example in each row"):
+        fk.estimate(zoo.llama().model, [{**zoo.text_batch(2, 5), **more}])
+
+
+@pytest.mark.parametrize("padding", [[1, 1], [0, 0]], ids=str)
+def test_left_padded_position_ids_are_not_packed(padding):
+    positions = torch.tensor([[*padding, 0, 1, 2]] * 2)
+    mask = torch.tensor([[0, 0, 1, 1, 1]] * 2)
+    batch = {**zoo.text_batch(2, 5), "position_ids": positions, "attention_mask": mask}
+    assert fk.estimate(zoo.llama().model, [batch]).count == 2
+
+
+def test_a_model_that_keeps_its_logits_back():
+    class FusedForCausalLM(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config, self.embed = SimpleNamespace(), nn.Embedding(zoo.V, 3)
+
+        def forward(self, input_ids, attention_mask, labels=None):
+            return SimpleNamespace(logits=None, loss=self.embed(input_ids).square().mean())
+
+    with refused(ValueError, "returned no logits", "fused loss", "likelihood="):
+        fk.estimate(FusedForCausalLM(), [zoo.text_batch()])
+
+
+def test_what_has_no_likelihood():
+    with refused(ValueError, "cannot tell which loss", "Sequential", "fishkern.CausalLM()", "function (model, batch)"):
+        fk.estimate(linear(), [pair()])
+    with refused(ValueError, "classification needs logits [N, C]"):
+        classify([(torch.randn(2, 5, 4), torch.zeros(2).long())])
+
+
+def test_batch_norm_runs_in_evaluation_mode():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batches, likelihood = [pair(), pair(2)], fk.Classification()
+    trained, evaluated = (fk.estimate(model.train(mode), batches, likelihood=likelihood) for mode in (True, False))
+    assert trained == evaluated
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_batch_norm_without_running_statistics():
+    model = nn.Sequential(linear(), nn.BatchNorm1d(3, track_running_stats=False))
+    with refused(fk.UnsupportedModuleError, "'1' (BatchNorm1d)", "no running statistics"):
+        fk.estimate(model, [pair()], likelihood=fk.Classification())
+
+
+def test_a_dispatched_model():
+    model = linear()
+    model.hf_device_map = {"0": 0, "1": 1}
+    with refused(fk.UnsupportedModuleError, "Sequential", "hf_device_map", "['0', '1']", "onto one device"):
+        fk.estimate(model, [pair()], likelihood=fk.Classification())
+    model.hf_device_map = {"": "cpu"}
+    assert fk.estimate(model, [pair()], likelihood=fk.Classification()).count == 3
+    model[0]._hf_hook = SimpleNamespace(offload=True)
+    with refused(fk.UnsupportedModuleError, "offloads the weights of '0'"):
+        fk.estimate(model, [pair()], likelihood=fk.Classification())
+    with refused(fk.UnsupportedModuleError, "meta device"):
+        fk.estimate(linear().to("meta"), [pair()], likelihood=fk.Classification())
+
+
+def test_more_than_one_rank(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with refused(RuntimeError, "one rank", "has 2"):
+        classify([pair()])
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    assert classify([pair()]).count == 3
+
+
+@pytest.mark.parametrize("shape", ["()", "(3, 1)", "(1,)"])
+@pytest.mark.parametrize("kind", ["empirical", "batch", "sketched"])
+def test_a_function_that_does_not_give_one_loss_for_each_example(kind, shape):
+    def losses(model, batch):
+        loss = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return {"()": loss.mean(), "(3, 1)": loss[:, None], "(1,)": loss.mean()[None]}[shape]
+
+    with refused(ValueError, "one loss for each example", "average over the batch"):
+        classify([pair()], ESTIMATORS[kind], likelihood=losses)
+
+
+@pytest.mark.parametrize("kind", ["mc", "type-2"])
+def test_a_function_does_not_tell_the_distribution_of_labels(kind):
+    with refused(ValueError, f"fisher_type='{kind}'", "distribution of the labels", "empirical"):
+        classify([pair()], ESTIMATORS[kind], likelihood=lambda model, batch: model(batch[0]).sum(1))
+
+
+def test_unit_position_needs_a_rule_for_every_parameter():
+    specimen = zoo.vit()
+    with refused(fk.UnsupportedModuleError, "unit='position'", "position_embeddings", "parameters="):
+        fk.estimate(specimen.model, [specimen.batch()], fk.DiagonalFisher(unit="position"))
+
+
+ARGUMENTS = {
+    "parameters: a list": (TypeError, lambda: classify([pair()], parameters=["0.weight"]), ["'all'", "predicate"]),
+    "parameters: a word": (TypeError, lambda: classify([pair()], parameters="trainable"), ["'trainable'"]),
+    "estimator: a class": (TypeError, lambda: classify([pair()], fk.DiagonalFisher), ["DiagonalFisher()"]),
+    "estimator: a word": (TypeError, lambda: classify([pair()], "empirical"), ["estimator", "'empirical'"]),
+    "max_examples": (ValueError, lambda: classify([pair()], max_examples=0), ["max_examples", "at least 1, got 0"]),
+    "unit": (ValueError, lambda: fk.DiagonalFisher(unit="token"), ["'example', 'position', 'batch'", "'token'"]),
+    "fisher_type": (ValueError, lambda: fk.DiagonalFisher("true"), ["'empirical', 'mc', 'type-2'", "'true'"]),
+    "mc_samples": (ValueError, lambda: fk.DiagonalFisher(mc_samples=0), ["mc_samples", "at least 1, got 0"]),
+    "draws": (ValueError, lambda: fk.SketchedFisher(draws=0), ["draws", "at least 1, got 0"]),
+    "type-2 by position": (ValueError, lambda: fk.DiagonalFisher("type-2", unit="position"), ["unit='position'"]),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_a_wrong_argument(case):
+    kind, call, words = ARGUMENTS[case]
+    with refused(kind, *words):
+        call()
