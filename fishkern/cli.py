@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -114,7 +115,7 @@ def _in_one_line(error: Exception) -> str:
             if package in packages:
                 return f'this needs {package}: pip install "fishkern[{extra}]"'
     message = error.format_message() if hasattr(error, "format_message") else str(error)
-    message = " ".join(message.split()) or type(error).__name__
+    message = re.sub(r"^\[Errno \d+\] ", "", " ".join(message.split())) or type(error).__name__
     if context := getattr(error, "ctx", None):  # typer's own: a command or an option that it does not know
         return f"{message.removesuffix('.')} (see {context.command_path} --help)"
     return message

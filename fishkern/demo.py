@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import os
 import re
 import sysconfig
 import time
@@ -34,11 +35,11 @@ MODEL = dict(
     max_position_embeddings=512,
     tie_word_embeddings=False,
 )
-WINDOW = 128  # bytes of a training row
-SHORTEST, LONGEST = 40, 128  # bytes of a held-out paragraph; longer ones are cut
-BATCH = 16
+WINDOW, WINDOWS = 64, 16  # bytes of a training row, and rows of a step
 HELD_OUT = 8  # every 8th paragraph is kept from training
-COMPARED = 64  # at most so many examples go through the loop
+SHORTEST, LONGEST = 16, 64  # bytes of such a paragraph; longer ones are cut
+BATCH = 32
+COMPARED = 128  # at most so many examples go through the loop
 DENSITY = 0.005
 
 NEXT = """\
@@ -65,58 +66,71 @@ def run(folder: Path, *, seconds: float = 25.0, examples: int = 256, seed: int =
         The file.
 
     Raises:
-        OSError: ``folder`` is a file, or the file in it exists and holds something else.
-        RuntimeError: What was saved loads back as something else.
+        OSError: ``folder`` is a file or read-only, or the file in it exists and holds something else.
+        RuntimeError: torch knows no such device, or what was saved loads back as something else.
     """  # noqa: DOC502
     from rich.console import Console
-    from rich.markup import escape
 
     console = Console(highlight=False, soft_wrap=True)
     path = _free_path(folder)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    console.print(f"fishkern {fk.__version__}, torch {torch.__version__}, {where}\n")
-
+    console.print(f"fishkern {fk.__version__}, torch {torch.__version__}\n")
     console.print("[bold]1. A small LLaMA[/bold] with random weights; its tokens are bytes")
-    model = make_model(seed).to(device)
-    console.print(f"   {sum(parameter.numel() for parameter in model.parameters()):,} parameters\n")
+    model = make_model(seed).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with _fastest_threads(model) as where:
+        console.print(f"   {sum(parameter.numel() for parameter in model.parameters()):,} parameters, {where}\n")
+        rows = _train(console, model, seconds, examples, seed)
+        statistics = _estimate(console, model, rows)
+        _compare(console, model, rows[:COMPARED])
+    _save(console, statistics, path)
+    console.print(NEXT)
+    return path
 
+
+def _train(console: Console, model: nn.Module, seconds: float, examples: int, seed: int) -> list[Tensor]:
+    """Train the model; return held-out examples."""
     console.print(f"[bold]2. Training it for {seconds:g} s[/bold] on the documentation inside every Python")
     text, held_out = read_text()
-    rows = [row.to(device) for row in held_out[:: max(1, len(held_out) // examples)][:examples]]
-    batches = _batches(rows)
-    before = evaluate(model, batches)
+    chosen = held_out[:: max(1, len(held_out) // examples)][:examples]
+    rows = [row.to(next(model.parameters()).device) for row in chosen]
+    before = evaluate(model, _batches(rows))
     with _progress(console) as report:
         steps = train(model, text, seconds, seed, report)
-    console.print(
-        f"   {steps} steps on {len(text):,} bytes; bits per byte of held-out paragraphs: "
-        f"{before:.2f} before, {evaluate(model, batches):.2f} after\n"
-    )
+    after = evaluate(model, _batches(rows))
+    console.print(f"   {steps} steps on {len(text):,} bytes; bits per held-out byte: {before:.2f}, then {after:.2f}\n")
+    return rows
 
-    console.print(f"[bold]3. Estimating its exact diagonal Fisher[/bold] over {len(rows)} of these paragraphs")
+
+def _estimate(console: Console, model: nn.Module, rows: list[Tensor]) -> fk.Statistics:
     lengths = [len(row) for row in rows]
-    console.print(f"   {min(lengths)} to {max(lengths)} bytes long, padded to batches of {BATCH}")
+    console.print(f"[bold]3. Estimating its exact diagonal Fisher[/bold] over {len(rows)} held-out paragraphs")
+    console.print(f"   of {min(lengths)} to {max(lengths)} bytes, padded to batches of {BATCH}")
     with _progress(console) as report:
         start = _clock(model)
         statistics = fk.estimate(
             model,
-            batches,
+            _batches(rows),
             fk.DiagonalFisher(),
             progress=lambda done, _: report(done / len(rows), f"{done} of {len(rows)} paragraphs"),
         )
         taken = _clock(model) - start
     console.print(f"   {taken:.1f} s; before the first batch it was checked against ordinary autograd\n")
     console.print(table(statistics))
+    return statistics
 
-    compared = rows[:COMPARED]
-    console.print(f"\n[bold]4. Comparing with a loop[/bold] over {len(compared)} of them, each alone, without padding")
+
+def _compare(console: Console, model: nn.Module, rows: list[Tensor]) -> None:
+    console.print(f"\n[bold]4. Comparing with a loop[/bold] over {len(rows)} of them, each alone and without padding")
     with _progress(console) as report:
-        comparison = compare(model, compared, report)
-    console.print(f"   largest relative error {comparison.error:.1e}, in {comparison.name}")
+        found = compare(model, rows, report)
+    console.print(f"   largest relative error {found.error:.1e}, in {found.name}")
     console.print(
-        f"   {comparison.fishkern_seconds:.2f} s with its check, the loop {comparison.loop_seconds:.2f} s: "
-        f"{comparison.loop_seconds / comparison.fishkern_seconds:.1f} times as fast\n"
+        f"   {found.fishkern_seconds:.2f} s with its check, the loop {found.loop_seconds:.2f} s: "
+        f"{found.loop_seconds / found.fishkern_seconds:.1f} times as fast\n"
     )
+
+
+def _save(console: Console, statistics: fk.Statistics, path: Path) -> None:
+    from rich.markup import escape
 
     statistics.save(path)
     console.print(f"[bold]5. Saved[/bold] as {escape(str(path))}, {path.stat().st_size / 1e6:.1f} MB")
@@ -126,8 +140,7 @@ def run(folder: Path, *, seconds: float = 25.0, examples: int = 256, seed: int =
     console.print("   it loads back the same, and its header says what it is:")
     for key, value in {**loaded.provenance["definition"], "mean over": f"{loaded.count} examples"}.items():
         console.print(f"      {key:12} {value}")
-    console.print(f"\n{NEXT}")
-    return path
+    console.print()
 
 
 def read_text() -> tuple[bytes, list[Tensor]]:
@@ -206,8 +219,8 @@ def train(model: nn.Module, text: bytes, seconds: float, seed: int, report: Repo
     model.train()
     steps, start = 0, time.perf_counter()
     while (done := (time.perf_counter() - start) / seconds) < 1:
-        optimizer.param_groups[0]["lr"] = 4e-3 * min(1.0, (steps + 1) / 20) * (1 - done)
-        begin = torch.randint(len(data) - WINDOW, (BATCH, 1), generator=generator)
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (steps + 1) / 20) * (1 - done)
+        begin = torch.randint(len(data) - WINDOW, (WINDOWS, 1), generator=generator)
         ids = data[begin + torch.arange(WINDOW)].long().to(device)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -345,6 +358,33 @@ def _batches(rows: list[Tensor]) -> list[dict[str, Tensor]]:
     return [collate(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
 
 
+@contextmanager
+def _fastest_threads(model: nn.Module) -> Iterator[str]:
+    """Run on as many threads as are fastest; all of them are not for a small model, least of all on a busy machine."""
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        yield f"on {torch.cuda.get_device_name(device) if device.type == 'cuda' else device}"
+        return
+    found = torch.get_num_threads()
+    ids = torch.zeros(WINDOWS, WINDOW, dtype=torch.long)
+
+    def seconds(threads: int) -> float:
+        torch.set_num_threads(threads)
+        times = [time.perf_counter()]
+        for _ in range(4):
+            model(input_ids=ids, labels=ids).loss.backward()
+            times.append(time.perf_counter())
+        model.zero_grad()
+        return times[-1] - times[1]  # without the first step, which gets warm
+
+    try:
+        fastest = min([*(count for count in (1, 2, 4, 8) if count < found), found], key=seconds)
+        torch.set_num_threads(fastest)
+        yield f"on the CPU, with the fastest number of threads: {fastest} of {found}"
+    finally:
+        torch.set_num_threads(found)
+
+
 def _clock(model: nn.Module) -> float:
     """Tell the time at which all that was asked for is done."""
     if (device := next(model.parameters()).device).type == "cuda":
@@ -355,6 +395,8 @@ def _clock(model: nn.Module) -> float:
 def _free_path(folder: Path) -> Path:
     """Find out before the training whether the file can be written."""
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder.absolute()} may not be written to: choose another folder with --out.")
     path = folder / "fisher.safetensors"
     if path.exists():
         try:

@@ -105,6 +105,20 @@ def _classifier_task(config: Any, labels: Tensor | None) -> Task:
     return by_problem[problem]
 
 
+def accepts(model: nn.Module, keyword: str) -> bool:
+    """Tell whether a model takes a keyword argument.
+
+    Args:
+        model: A module.
+        keyword: The argument's name.
+
+    Returns:
+        Whether its ``forward`` names it, or takes any.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    return keyword in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def call_options(model: nn.Module) -> dict[str, Any]:
     """Say which keyword arguments keep a model from doing work that a pass over data does not need.
 

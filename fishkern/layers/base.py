@@ -1,7 +1,9 @@
 """What a layer rule is: one call of one module, and the per-example gradients of its parameters.
 
-Tensors of a call reach a rule with the example axis first: ``activations [N, ..., I]``, ``output_grads [N, ..., O]``.
-What lies between the example axis and the features are positions, flattened to ``T`` by :func:`positions`.
+Tensors of a call reach a rule as the module saw them, rows first: ``activations [N, ..., I]``, ``output_grads
+[N, ..., O]``. What lies between rows and features are positions, flattened to ``T`` by :func:`positions`. Where the
+rows are those of ``[N, T]`` laid behind one another, the gradients are joined afterwards
+(:meth:`fishkern.layers.grads.PerExampleGrads.grouped`).
 """
 
 from __future__ import annotations
@@ -105,7 +107,7 @@ class Layer(ABC):
         """Form the per-example gradients of one call.
 
         Args:
-            call: The call, every tensor with its example axis first.
+            call: The call, every tensor with its rows first.
             output_grads: Gradient of the **summed** loss by the output, ``[N, ..., O]``.
             names: Which parameters, a subset of what the rule holds for.
 

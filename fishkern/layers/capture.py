@@ -48,7 +48,7 @@ class Site:
         layout: What was established; ``None`` when nothing could be, because no gradient arrived there.
         block: For ``FLATTENED``: the enclosing module whose input ``[N, T, ...]`` says ``T``.
         sliced: For the generic path: which tensors of a call carry the example axis.
-        picked: Whether the rows are picked from among the positions of the examples (a pooler's first token, an
+        picked: Whether the rows are taken from among the positions of the examples (a pooler's first token, an
             expert's tokens), so that their number may depend on the data: whose they are is checked on every batch.
     """
 
@@ -172,7 +172,7 @@ class Capture:
 
     def _weigh_picked_rows(self, losses: Tensor) -> None:
         """Back-propagate differently weighted losses down to the picked rows: the weights tell whose each row is."""
-        picked = [(site, output) for site, output in self._batch.picked if output.shape[0] == self._batch.num_examples]
+        picked = [(site, output) for site, output in self._batch.picked if self._right_number(site, output)]
         if picked:
             outputs = [output for _, output in picked]
             weighted = (self._weights(losses) * losses).sum()
@@ -182,16 +182,24 @@ class Capture:
             }
 
     def _weights(self, like: Tensor) -> Tensor:
-        """Powers of two, by which a gradient scales without rounding."""
-        return 2.0 ** (torch.arange(self._batch.num_examples, device=like.device) % 5).to(like.dtype)
+        """Powers of two, by which a gradient scales without rounding; within the range of ``like`` all different."""
+        most = 5 if like.dtype == torch.float16 else 61
+        return 2.0 ** (torch.arange(self._batch.num_examples, device=like.device) % most - most // 2).to(like.dtype)
+
+    def _right_number(self, site: Site, output: Tensor) -> bool:
+        """Tell whether an output has as many rows as its layout says for ``N`` examples."""
+        each = self._batch.lengths.get(site.block) if site.layout is Layout.FLATTENED else 1
+        return each is not None and output.shape[0] == self._batch.num_examples * each
 
     def _rows_are_the_examples(self, site: Site, grad: Tensor) -> bool:
+        """Tell whether the rows of an output gradient come from the losses of the examples, in their order."""
         weighted = self._batch.weighted.get(site)
         if weighted is None or weighted.shape != grad.shape:
             return False
-        expected = grad * self._weights(grad)[:, None]
-        gap = (weighted - expected).abs().amax(1)
-        return bool((gap <= 0.1 * expected.abs().amax(1)).all())
+        weights = self._weights(grad).repeat_interleave(grad.shape[0] // self._batch.num_examples)
+        expected = grad * weights.view(-1, *[1] * (grad.ndim - 1))
+        gap = (weighted - expected).abs().flatten(1).amax(1)
+        return bool((gap <= 0.1 * expected.abs().flatten(1).amax(1)).all())
 
     def _note_length(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._active:
@@ -213,6 +221,10 @@ class Capture:
             if any(grad is not None and bool(grad.any()) for grad in grads):
                 self._batch.unsettled.update(site.keys.values())
             return
+        lengths = {_rows(grad) for grad in grads if grad is not None}
+        if site.layout is Layout.BATCHED and lengths == {1} and self._batch.num_examples > 1:
+            self._batch.unsettled.update(site.keys.values())  # shared by all examples, and surveyed in a batch of one
+            return
         if site.picked and not self._rows_are_the_examples(site, grads[0]):
             self._batch.unsettled.update(site.keys.values())
             self.distrusted.add(site.path)
@@ -222,10 +234,14 @@ class Capture:
                 self._receive_generic(site, call, saved, grads)
                 return
             (grad,) = grads
-            saved, grad = self._example_first(site, saved, grad)
+            self._check_rows(site, grad)
+            N = self._batch.num_examples
+            if site.layout is Layout.SHARED:
+                saved = [tensor.expand(N, *tensor.shape[1:]) if _rows(tensor) == 1 else tensor for tensor in saved]
             names = frozenset(site.keys)
             for name, per_example in site.layer.per_example_grads(call.thaw(saved), grad, names):
-                self._deliver(site.keys[name], per_example)
+                flattened = site.layout is Layout.FLATTENED
+                self._deliver(site.keys[name], per_example.grouped(N) if flattened else per_example)
 
     def _receive_generic(
         self, site: Site, call: FrozenCall, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
@@ -253,23 +269,13 @@ class Capture:
                 f"call(s) with row counts {sorted(lengths)}. {leave_out(site.keys.values())}"
             )
 
-    def _example_first(self, site: Site, saved: Sequence[Tensor], grad: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Give every tensor of a call the example axis first, by the established layout."""
-        N, rows = self._batch.num_examples, grad.shape[0]
-        if site.layout is Layout.FLATTENED:
-            length = self._batch.lengths.get(site.block)
-            if length is not None and rows == N * length:
-                split = [tensor.unflatten(0, (N, length)) if _rows(tensor) == rows else tensor for tensor in saved]
-                return split, grad.unflatten(0, (N, length))
-        elif rows == N:
-            if site.layout is Layout.SHARED:
-                saved = [tensor.expand(N, *tensor.shape[1:]) if _rows(tensor) == 1 else tensor for tensor in saved]
-            return list(saved), grad
-        raise UnsupportedModuleError(
-            f"{site.path!r} ({type(site.module).__name__}) gave {rows} rows for {N} examples, but on the first batch "
-            f"its rows could be told apart by example ({site.layout.value}): its row count depends on the data. "
-            f"{leave_out(site.keys.values())}"
-        )
+    def _check_rows(self, site: Site, grad: Tensor) -> None:
+        if not self._right_number(site, grad):
+            raise UnsupportedModuleError(
+                f"{site.path!r} ({type(site.module).__name__}) gave {grad.shape[0]} rows for "
+                f"{self._batch.num_examples} examples, but on the first batch its rows could be told apart by example "
+                f"({site.layout.value}): its row count depends on the data. {leave_out(site.keys.values())}"
+            )
 
     def _deliver(self, key: str, grads: PerExampleGrads) -> None:
         expected = sum(self._batch.calls[site] for site in self._by_key[key])

@@ -14,8 +14,9 @@ than the model; so each form keeps the factors that it comes from, example axis 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
@@ -48,6 +49,17 @@ class PerExampleGrads(ABC):
         Returns:
             A tensor of the parameter's shape, float32 (float64 for float64 factors).
         """
+
+    def grouped(self, num_examples: int) -> Self:
+        """Join rows that were taken for examples into the examples that they make up, equally many for each.
+
+        Args:
+            num_examples: ``N``.
+
+        Returns:
+            The same gradients of ``N`` examples.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot join its rows")
 
     @abstractmethod
     def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
@@ -94,10 +106,16 @@ class OuterProductGrads(PerExampleGrads):
         return (self.output_grads[n].to(dtype).mT @ self.activations[n].to(dtype)).view(self.shape)
 
     def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
-        sum_grad_squared(self.activations, self.output_grads, out=self._as_matrix(total), backend=backend)
+        operation = partial(sum_grad_squared, self.activations, self.output_grads, backend=backend)
+        _add(self._as_matrix(total), operation, self.output_grads)
 
     def add_position_squares_(self, total: Tensor) -> None:
-        sum_position_grad_squared(self.activations, self.output_grads, out=self._as_matrix(total))
+        operation = partial(sum_position_grad_squared, self.activations, self.output_grads)
+        _add(self._as_matrix(total), operation, self.output_grads)
+
+    def grouped(self, num_examples: int) -> Self:
+        x, g = (_grouped(factor, num_examples) for factor in (self.activations, self.output_grads))
+        return type(self)(x, g, self.shape)
 
     def rows(self, example: Tensor, row: Tensor) -> Tensor:
         """Form single rows of single examples' gradients.
@@ -157,15 +175,19 @@ class EmbeddingGrads(PerExampleGrads):
         return grads.new_zeros(self.num_rows, grads.shape[-1]).index_copy_(0, row, grads)
 
     def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
-        embedding_sum_grad_squared(
-            self.indices, self.output_grads, self.num_rows, padding_idx=self.padding_idx, out=total
-        )
+        self._add_squares(self.indices, self.output_grads, total)
 
     def add_position_squares_(self, total: Tensor) -> None:
         positions = self.indices.reshape(-1, 1)  # every position an example of its own
-        embedding_sum_grad_squared(
-            positions, self.output_grads.flatten(0, 1)[:, None], self.num_rows, padding_idx=self.padding_idx, out=total
-        )
+        self._add_squares(positions, self.output_grads.flatten(0, 1)[:, None], total)
+
+    def grouped(self, num_examples: int) -> Self:
+        indices, g = (_grouped(factor, num_examples) for factor in (self.indices, self.output_grads))
+        return type(self)(indices, g, self.num_rows, self.padding_idx)
+
+    def _add_squares(self, indices: Tensor, output_grads: Tensor, total: Tensor) -> None:
+        options = {"num_rows": self.num_rows, "padding_idx": self.padding_idx}
+        _add(total, partial(embedding_sum_grad_squared, indices, output_grads, **options), output_grads)
 
     @classmethod
     def joined(cls, uses: Sequence[Self]) -> Self:
@@ -201,6 +223,9 @@ class PositionGrads(PerExampleGrads):
 
     def add_position_squares_(self, total: Tensor) -> None:
         total += self.terms.to(wide(self.terms)).square().sum((0, 1))
+
+    def grouped(self, num_examples: int) -> Self:
+        return type(self)(_grouped(self.terms, num_examples))
 
     @classmethod
     def joined(cls, uses: Sequence[Self]) -> Self:
@@ -331,7 +356,20 @@ def join(uses: Sequence[PerExampleGrads]) -> PerExampleGrads:
     return SummedGrads(tuple(uses))
 
 
-def _cat(tensors) -> Tensor:
+def _add(total: Tensor, operation: Callable[..., Tensor], factor: Tensor) -> None:
+    """Accumulate in place where the operation works in the accumulator's dtype."""
+    if total.dtype == wide(factor):
+        operation(out=total)
+    else:
+        total += operation()
+
+
+def _grouped(factor: Tensor, num_examples: int) -> Tensor:
+    """``[N * M, T, ...]`` as ``[N, M * T, ...]``."""
+    return factor.reshape(num_examples, factor.shape[0] // num_examples * factor.shape[1], *factor.shape[2:])
+
+
+def _cat(tensors: Iterable[Tensor]) -> Tensor:
     tensors = list(tensors)
     dtype = tensors[0].dtype
     for tensor in tensors:

@@ -62,12 +62,24 @@ class Plan:
         Returns:
             The changed plan.
         """
+        kept = self.only({key for site in self.sites for key in site.keys.values()} - reasons.keys())
+        return Plan(kept.sites, {**self.loop, **reasons}, self.reused)
+
+    def only(self, wanted: Collection[str]) -> Plan:
+        """Restrict the plan to some parameters.
+
+        Args:
+            wanted: Their canonical names.
+
+        Returns:
+            The smaller plan.
+        """
         sites = []
         for site in self.sites:
-            keys = {name: key for name, key in site.keys.items() if key not in reasons}
-            if keys:
+            if keys := {name: key for name, key in site.keys.items() if key in wanted}:
                 sites.append(replace(site, keys=keys))
-        return Plan(tuple(sites), {**self.loop, **reasons}, self.reused)
+        loop = {key: reason for key, reason in self.loop.items() if key in wanted}
+        return Plan(tuple(sites), loop, self.reused)
 
 
 def survey(
@@ -131,8 +143,9 @@ class _Planner:
                 else:
                     loop[key] = "no module below the whole model keeps its examples apart"
         sites += [self._generic_site(path, asked) for path, asked in hosts.items()]
-        unsure = {key for site in sites if site.layout is None for key in site.keys.values() if len(owners[key]) > 1}
-        loop |= dict.fromkeys(unsure, "several modules share it, and no gradient reaches one of them")
+        open_sites = [site for site in sites if site.layout is None or site.picked]
+        unsure = {key for site in open_sites for key in site.keys.values() if len(owners[key]) > 1}
+        loop |= dict.fromkeys(unsure, "several modules share it, and the rows of one of them could not be told apart")
         calls = {key: sum(len(self._calls(path)) for path in paths) for key, paths in owners.items()}
         reused = frozenset(key for key, count in calls.items() if count != 1)
         return Plan(tuple(sites), {}, reused).with_loop(loop)
@@ -166,7 +179,7 @@ class _Planner:
         if seen is None or path in self._distrusted:
             return []
         layout, settled = self._layout(seen)
-        picked = layout is Layout.BATCHED and _are_picked(seen)
+        picked = layout is Layout.FLATTENED or (layout is Layout.BATCHED and _are_picked(seen))
         if layout is None or (picked and len(seen.calls) > 1):
             return []
         sites = []
@@ -208,6 +221,8 @@ class _Planner:
         seen = self._seen.get(module)
         if seen is None or len({call for call, example, _, _ in seen.touched if example == 0}) != 1:
             return False
+        if _are_picked(seen):
+            return False
         shown = [entry for entry in seen.touched if len(entry[3])]
         apart = all(rows == 2 and bool((touched == example).all()) for _, example, rows, touched in shown)
         return bool(shown) and apart and same_rows_alone(*_two_examples(seen))
@@ -219,9 +234,11 @@ class _Planner:
 
 
 def _are_picked(seen: Seen) -> bool:
-    """Tell whether rows ``[2, features]`` come out of a module around it that got ``[2, T, ...]``."""
-    output = seen.calls[-1][1]
-    return output.ndim == 2 and (seen.lengths[-1] or 1) > 1
+    """Tell whether a module gets rows ``[2, features]`` inside a module that got ``[2, T, ...]``."""
+    call, output = seen.calls[-1]
+    rows = next((tensor for tensor in call.tensors if tensor.ndim), None)
+    inside = isinstance(output, Tensor) and output.ndim == 2 and (seen.lengths[-1] or 1) > 1
+    return inside and rows is not None and rows.ndim == 2 and rows.is_floating_point()
 
 
 def _two_examples(seen: Seen) -> tuple[Call, Any]:

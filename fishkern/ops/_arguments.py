@@ -67,9 +67,9 @@ def _check_offsets(offsets: Tensor, num_positions: int) -> None:
             "offsets must be [N + 1], int64 or int32: where each example begins, and behind them the number of "
             f"positions; got {tuple(offsets.shape)}, {offsets.dtype}."
         )
-    first, *_, last = offsets[[0, -1]].tolist()
-    if first != 0 or last != num_positions or (offsets.diff() < 0).any():
+    firsts = offsets.tolist()
+    if firsts != sorted(firsts) or (firsts[0], firsts[-1]) != (0, num_positions):
         raise ValueError(
-            f"offsets must ascend from 0 to the number of positions, {num_positions}; got {first} to {last}"
-            + (", not ascending." if (offsets.diff() < 0).any() else ".")
+            f"offsets must ascend from 0 to the number of positions, {num_positions}; got {len(firsts)} numbers from "
+            f"{firsts[0]} to {firsts[-1]}{'' if firsts == sorted(firsts) else ', which do not ascend'}."
         )

@@ -19,7 +19,7 @@ _TILE_ENTRIES_ON_GPU = 2**23
 # The matrix products of a CPU are up to three times slower on tiles that are wider than this and not taller.
 _TILE_COLUMNS = 768
 # Up to this size a matrix product costs no more than its call, so that several examples share one call.
-_SMALL_TILE = 2**16
+_SMALL_TILE = 2**15
 _EXAMPLES_PER_CALL = 16
 # Of examples with one position, so many are squared at a time.
 _SQUARED_AT_ONCE = 1024
@@ -88,29 +88,32 @@ def sum_grad_squared_torch(
     lengths = None if offsets is None else offsets.diff().tolist()
     for tile, x, g in _tiles(total, activations, output_grads):
         if lengths is not None:
-            _add_each_(tile, x.split(lengths), g.split(lengths))
+            _add_each_(tile, x.split(lengths), g.mT.split(lengths, dim=1))
         elif x.shape[1] == 1:
             _add_single_positions_(tile, x[:, 0], g[:, 0])
         elif len(x) > 1 and tile.numel() <= _SMALL_TILE:
             _add_several_(tile, x, g)
         else:
-            _add_each_(tile, x.unbind(), g.unbind())
+            _add_each_(tile, x.unbind(), g.mT.unbind())
     return total
 
 
 def _add_each_(tile: Tensor, xs: Iterable[Tensor], gs: Iterable[Tensor]) -> None:
     grad = torch.empty_like(tile, memory_format=torch.contiguous_format)
-    for x, g in zip(xs, gs, strict=True):  # [T, I], [T, O]
-        torch.mm(g.to(tile.dtype).mT, x.to(tile.dtype), out=grad)
+    for x, g in zip(xs, gs, strict=True):  # [T, I], [O, T]
+        if x.dtype != tile.dtype:
+            x, g = x.to(tile.dtype), g.to(tile.dtype)
+        torch.mm(g, x, out=grad)
         tile.addcmul_(grad, grad)
 
 
 def _add_several_(tile: Tensor, x: Tensor, g: Tensor) -> None:
     if tile.shape[0] > tile.shape[1]:
         tile, x, g = tile.mT, g, x  # the short side first: up to three times faster
-    for x_part, g_part in zip(x.split(_EXAMPLES_PER_CALL), g.split(_EXAMPLES_PER_CALL), strict=True):
-        grads = torch.bmm(g_part.to(tile.dtype).mT, x_part.to(tile.dtype))
-        tile.add_(grads.square_().sum(0))
+    grads = tile.new_empty(min(_EXAMPLES_PER_CALL, len(x)), *tile.shape)
+    for x_part, g_part in zip(x.split(len(grads)), g.split(len(grads)), strict=True):  # [n, T, I], [n, T, O]
+        part = torch.bmm(g_part.to(tile.dtype).mT, x_part.to(tile.dtype), out=grads[: len(x_part)])
+        tile.add_(part.square_().sum(0))
 
 
 def _add_single_positions_(tile: Tensor, x: Tensor, g: Tensor) -> None:

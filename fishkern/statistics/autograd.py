@@ -43,6 +43,19 @@ def backward(loss: Tensor, *, retain_graph: bool = False) -> None:
         loss.backward(retain_graph=retain_graph)
 
 
+def take_grad(parameter: nn.Parameter) -> Tensor | None:
+    """Take the gradient off a parameter.
+
+    Args:
+        parameter: A leaf after backward; its ``grad`` is empty afterwards.
+
+    Returns:
+        The gradient, dense, or ``None`` where none arrived.
+    """
+    grad, parameter.grad = parameter.grad, None
+    return grad.to_dense() if grad is not None and grad.is_sparse else grad
+
+
 def check_finite(objective: Tensor, examples: range) -> None:
     """Refuse a loss that is NaN or infinite.
 
@@ -51,13 +64,8 @@ def check_finite(objective: Tensor, examples: range) -> None:
         examples: Places of the examples in the data.
 
     Raises:
-        ValueError: Not one value for each example, or one of them is not finite.
+        ValueError: One of the values is not finite.
     """
-    if objective.shape != (len(examples),):
-        raise ValueError(
-            f"expected one loss for each example, shape ({len(examples)},), got {tuple(objective.shape)}: do not "
-            "average over the batch."
-        )
     bad = (~objective.detach().isfinite()).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
@@ -71,13 +79,13 @@ def with_last(values: Iterator[Value]) -> Iterator[tuple[Value, bool]]:
     """Tell the last of some values.
 
     Args:
-        values: Any iterator, not empty.
+        values: Any iterator.
 
     Yields:
         Each value, and whether it is the last.
     """
-    previous = next(values)
-    for value in values:
-        yield previous, False
-        previous = value
-    yield previous, True
+    for previous in values:
+        for value in values:
+            yield previous, False
+            previous = value
+        yield previous, True

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 Batch = Mapping[str, Any] | tuple[Any, ...]
 
@@ -33,8 +34,17 @@ def checked_batch(batch: Any, number: int) -> Batch:
             "or a pair (inputs, labels), as a DataLoader yields them."
         )
     rows = {name: tensor.shape[0] for name, tensor in _named_tensors(batch) if tensor.ndim and tensor.shape[0] != 1}
-    if not any(True for _ in _named_tensors(batch)):
-        raise ValueError(f"batch {number} holds no tensor: let the collator return tensors (return_tensors='pt').")
+    for name, value in _named(batch):
+        if not isinstance(value, Tensor) and any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+            raise TypeError(
+                f"batch {number} holds {name!r} as a {type(value).__name__} of tensors: whose rows they are cannot be "
+                "told. Every entry must be a tensor with the example axis first, or hold no tensor."
+            )
+    if not any(tensor.ndim for _, tensor in _named_tensors(batch)):
+        raise ValueError(
+            f"batch {number} holds no tensor with an example axis: let the collator return tensors "
+            "(return_tensors='pt')."
+        )
     if len(set(rows.values())) > 1:
         raise ValueError(
             f"batch {number} does not say which rows belong to which example: the leading sizes of its tensors differ, "
@@ -93,6 +103,9 @@ def _mapped(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     return tuple(each(value) for value in batch)
 
 
+def _named(batch: Batch) -> list[tuple[str, Any]]:
+    return list(batch.items() if isinstance(batch, Mapping) else zip(("inputs", "labels"), batch, strict=True))
+
+
 def _named_tensors(batch: Batch) -> list[tuple[str, Tensor]]:
-    pairs = batch.items() if isinstance(batch, Mapping) else zip(("inputs", "labels"), batch, strict=True)
-    return [(name, value) for name, value in pairs if isinstance(value, Tensor)]
+    return [(name, value) for name, value in _named(batch) if isinstance(value, Tensor)]

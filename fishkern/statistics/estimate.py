@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -203,24 +204,31 @@ class _Answering:
     def __call__(self, batch: Batch) -> Predictive | Tensor:
         if isinstance(self._likelihood, Likelihood):
             return self._likelihood.predictive(self._model, batch)
-        return self._likelihood(self._model, batch)
+        losses = self._likelihood(self._model, batch)
+        N = num_examples(batch)
+        if not isinstance(losses, Tensor) or losses.shape != (N,):
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(
+                f"the likelihood function must return one loss for each example, a tensor of shape ({N},), got {got}: "
+                "do not average over the batch."
+            )
+        return losses
 
 
 def _compare_with_own_loss(model: nn.Module, likelihood: Likelihood, example: Batch) -> None:
     """Demand that a recognised loss is what the model returns for the example, to the rounding of its dtype."""
-    if not isinstance(example, Mapping) or not any(key in example for key in ("labels", "start_positions")):
+    labels = [key for key in ("labels", "start_positions") if isinstance(example, Mapping) and key in example]
+    if not labels or not all(hosts.accepts(model, key) for key in labels):
         return
     outputs = model(**{**hosts.call_options(model), **example})
     own = getattr(outputs, "loss", None)
     if own is None:
         return
     ours = replace(likelihood.predictive(model, example), mean=True).losses()[0].item()
-    dtype = next(model.parameters()).dtype
-    if torch.is_autocast_enabled(own.device.type):
-        dtype = torch.get_autocast_dtype(own.device.type)
-    # transformers computes in float32 what is stored in float64
-    eps = max(torch.finfo(dtype).eps if dtype.is_floating_point else 0.0, torch.finfo(torch.float32).eps)
-    if not abs(ours - own.item()) <= 64 * eps * max(1.0, abs(own.item())):
+    # where transformers leaves a loss in 16 bits it is rounded a few times; else it is float32, also in float64 models
+    half = own.dtype in (torch.float16, torch.bfloat16)
+    tolerance = 4 * torch.finfo(own.dtype).eps if half else 64 * torch.finfo(torch.float32).eps
+    if math.isfinite(ours) and not abs(ours - own.item()) <= tolerance * max(1.0, abs(own.item())):
         raise ValueError(
             f"the loss of the first example is {ours:.6g} by {type(likelihood).__name__} and {own.item():.6g} by the "
             f"model itself: they should agree. The model's loss holds more than that (an auxiliary loss, label "

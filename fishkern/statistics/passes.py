@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from fishkern.layers import (
     leave_out,
     survey,
 )
-from fishkern.statistics.autograd import backward, check_finite, only_trainable, with_last
+from fishkern.statistics.autograd import backward, check_finite, only_trainable, take_grad, with_last
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Batch, num_examples, take
 from fishkern.statistics.predictive import Predictive
@@ -140,9 +141,8 @@ class GradientPass:
                 check_finite(objective, examples)
                 backward(objective.sum(), retain_graph=not last)
                 for key, parameter in self._parameters.items():
-                    if parameter.grad is not None:
-                        self._accumulators.add(key, DenseGrads(parameter.grad[None]))
-                        parameter.grad = None
+                    if (grad := take_grad(parameter)) is not None:
+                        self._accumulators.add(key, DenseGrads(grad[None]))
 
 
 class PerExamplePass:
@@ -189,12 +189,17 @@ class PerExamplePass:
         if self._plan is None:
             self._plan = self._make_plan(batch, examples)
         self._begun = True
-        unsettled = self._captured(self._plan, batch, examples, self._accumulators.add)
-        if unsettled:
-            self._looped(unsettled, batch, examples, self._accumulators.add)
+        add = self._accumulators.add
+        withheld = self._captured(self._plan, batch, examples, add)
+        if withheld:  # a gradient has shown up where there was none: look again
+            self._plan = self._make_plan(batch, examples)
+            withheld = self._captured(self._plan.only(withheld), batch, examples, add, wanted=withheld)
+        if withheld:
+            self._refuse_integers(withheld)
+            self._looped(withheld, batch, examples, add)
             where = f"on examples {examples.start} to {examples.stop - 1}, where its rows could not yet be told apart"
-            self._note_paths(dict.fromkeys(unsettled, ("loop", where)))
-            self._plan = None  # a gradient has shown up where there was none: look again
+            self._note_paths(dict.fromkeys(withheld, ("loop", where)))
+            self._plan = None
 
     def _make_plan(self, batch: Batch, examples: range) -> Plan:
         two = take(batch, [0, 1] if num_examples(batch) > 1 else [0, 0])
@@ -208,6 +213,7 @@ class PerExamplePass:
         keys = {parameter: key for key, parameter in self._parameters.items()}
         with only_trainable(()):
             plan = survey(self._model, keys, losses, self._distrusted)
+        self._refuse_integers(key for key, (path, _) in plan.paths.items() if path != "fused")
         if self._check:
             plan = self._checked(plan, two, places)
         self._announce(plan)
@@ -221,11 +227,11 @@ class PerExamplePass:
 
         squares = self._accumulators.empty_like() if self._begun else self._accumulators
         try:
-            unsettled = self._captured(plan, two, places, squares.add_squares, only_first=True)
+            withheld = self._captured(plan, two, places, squares.add_squares, only_first=True)
             parameters = {
                 key: parameter
                 for key, parameter in self._parameters.items()
-                if parameter.is_floating_point() and key not in unsettled
+                if parameter.is_floating_point() and key not in withheld
             }
             found = disagreements(parameters, squares.states, objective, two, places, kept=plan.reused)
         finally:
@@ -238,20 +244,24 @@ class PerExamplePass:
             if PATHS.index(path) >= PATHS.index(self.paths.get(key, (path, ""))[0]):
                 self.paths[key] = (path, reason)
 
-    def _announce(self, plan: Plan) -> None:
-        self._note_paths(plan.paths)
-        slow = {key: reason for key, (path, reason) in plan.paths.items() if path == "loop"}
-        without_rule = [key for key, (path, _) in plan.paths.items() if path != "fused"]
-        if lost := sorted(key for key in without_rule if not self._parameters[key].is_floating_point()):
+    def _refuse_integers(self, keys: Iterable[str]) -> None:
+        lost = sorted(key for key in keys if not self._parameters[key].is_floating_point())
+        if lost:
             raise UnsupportedModuleError(
                 "autograd gives integer weights no gradient, and the rows of these quantised linears cannot be told "
                 f"apart by example: {lost}. {leave_out(lost)}"
             )
-        if without_rule and self._estimator.definition["unit"] == "position":
+
+    def _refuse_positions(self, keys: Iterable[str]) -> None:
+        if self._estimator.definition["unit"] == "position" and (without := sorted(keys)):
             raise UnsupportedModuleError(
-                f"unit='position' needs a rule for positions, and there is none for {sorted(without_rule)}. "
-                f"{leave_out(without_rule)}"
+                f"unit='position' needs a rule for positions, and there is none for {without}. {leave_out(without)}"
             )
+
+    def _announce(self, plan: Plan) -> None:
+        self._note_paths(plan.paths)
+        slow = {key: reason for key, (path, reason) in plan.paths.items() if path == "loop"}
+        self._refuse_positions(key for key, (path, _) in plan.paths.items() if path != "fused")
         new = slow.keys() - self._announced
         self._announced |= new
         if new:
@@ -270,46 +280,69 @@ class PerExamplePass:
         examples: range,
         add: Callable[[str, PerExampleGrads], None],
         only_first: bool = False,
-    ) -> frozenset[str]:
-        """Run one batch by a plan; what is returned was withheld and is still to be added."""
+        wanted: Mapping[str, Collection[int]] | None = None,
+    ) -> dict[str, set[int]]:
+        """Run one batch by a plan.
+
+        Args:
+            plan: The plan.
+            batch: The batch.
+            examples: Places of its examples in the data.
+            add: Takes what was captured.
+            only_first: Stop after the first objective.
+            wanted: Parameters, and which objectives, instead of all.
+
+        Returns:
+            What was withheld, and is still to be added: parameters, and of which objectives.
+        """
+        index = 0
+
+        def add_wanted(key: str, grads: PerExampleGrads) -> None:
+            if wanted is None or index in wanted[key]:
+                add(key, grads)
+
         looped = {key: self._parameters[key] for key in plan.loop}
-        unsettled: set[str] = set()
+        withheld: dict[str, set[int]] = defaultdict(set)
         reached = set(looped)
         if plan.sites:
-            with only_trainable(looped.values()), Capture(plan.sites, add) as capture:
+            with only_trainable(looped.values()), Capture(plan.sites, add_wanted) as capture:
                 with capture.forward(len(examples)):
                     answer = self._answer(batch)
-                for objective, last in with_last(self._estimator.objectives(answer, examples)):
+                for index, (objective, last) in enumerate(with_last(self._estimator.objectives(answer, examples))):
                     check_finite(objective, examples)
                     capture.backward(objective, retain_graph=not (last or only_first))
-                    unsettled |= capture.unsettled
+                    for key in capture.unsettled:
+                        if wanted is None or index in wanted[key]:
+                            withheld[key].add(index)
                     self._distrusted |= capture.distrusted
                     if only_first:
                         break
                 reached = {key for key, parameter in looped.items() if parameter.grad is not None}
         if reached:
-            self._looped(reached, batch, examples, add, only_first)
-        return frozenset(unsettled)
+            self._looped({key: wanted and wanted[key] for key in reached}, batch, examples, add, only_first)
+        return withheld
 
     def _looped(
         self,
-        keys: Iterable[str],
+        wanted: Mapping[str, Collection[int] | None],
         batch: Batch,
         examples: range,
         add: Callable[[str, PerExampleGrads], None],
         only_first: bool = False,
     ) -> None:
-        """Run each example alone, by ordinary autograd, for some parameters."""
-        parameters = {key: self._parameters[key] for key in keys}
+        """Run each example alone, by ordinary autograd, for some parameters and all or some of the objectives."""
+        self._refuse_positions(wanted)
+        parameters = {key: self._parameters[key] for key in wanted}
         with only_trainable(parameters.values()):
             for n, example in enumerate(examples):
                 answer = self._answer(take(batch, slice(n, n + 1)))
                 objectives = self._estimator.objectives(answer, range(example, example + 1))
-                for objective, last in with_last(objectives):
+                for index, (objective, last) in enumerate(with_last(objectives)):
+                    check_finite(objective, range(example, example + 1))
                     backward(objective.sum(), retain_graph=not (last or only_first))
                     for key, parameter in parameters.items():
-                        if parameter.grad is not None:
-                            add(key, DenseGrads(parameter.grad[None]))
-                            parameter.grad = None
+                        grad = take_grad(parameter)
+                        if grad is not None and (wanted[key] is None or index in wanted[key]):
+                            add(key, DenseGrads(grad[None]))
                     if only_first:
                         break

@@ -85,7 +85,7 @@ class Categorical(Predictive):
         return total / counted.sum(1) if self.mean else total
 
     def losses(self) -> Tensor:
-        nll = F.cross_entropy(self.logits.mT, self.labels, ignore_index=self.ignore_index, reduction="none")
+        nll = F.cross_entropy(self.logits.mT, _given(self.labels), ignore_index=self.ignore_index, reduction="none")
         return self._reduced(nll)
 
     @property
@@ -104,7 +104,8 @@ class Categorical(Predictive):
     def label_losses(self) -> Iterator[Tensor]:
         counted = self._counted
         weight = 1 / counted.sum(1) if self.mean else torch.ones_like(counted[:, 0], dtype=self.logits.dtype)
-        for position in counted.any(0).nonzero().flatten().tolist():
+        # at least one, so that examples without any label show as NaN
+        for position in counted.any(0).nonzero().flatten().tolist() or [0]:
             log_p = self.logits[:, position].log_softmax(-1)
             root_p = torch.where(counted[:, position, None], (log_p.detach() / 2).exp(), 0.0)
             for label in range(log_p.shape[-1]):
@@ -129,7 +130,7 @@ class Gaussian(Predictive):
         return squares.mean(1) if self.mean else squares.sum(1)
 
     def losses(self) -> Tensor:
-        return self._reduced((self.means - self.labels).square())
+        return self._reduced((self.means - _given(self.labels)).square())
 
     @property
     def draws_per_example(self) -> int:
@@ -170,7 +171,7 @@ class Bernoulli(Predictive):
         return nll.mean(1) if self.mean else nll.sum(1)
 
     def losses(self) -> Tensor:
-        return self._at(self.labels)
+        return self._at(_given(self.labels))
 
     @property
     def draws_per_example(self) -> int:
@@ -189,3 +190,12 @@ class Bernoulli(Predictive):
         weight = (p * (1 - p)).sqrt() / (self.logits.shape[1] if self.mean else 1)
         for column, scale in zip(self.logits.unbind(1), weight.unbind(1), strict=True):
             yield scale * column
+
+
+def _given(labels: Tensor | None) -> Tensor:
+    if labels is None:
+        raise ValueError(
+            "the empirical Fisher needs the data's labels, and a batch has none: add 'labels' to each batch, or take "
+            "fisher_type='mc' or 'type-2', which need none."
+        )
+    return labels

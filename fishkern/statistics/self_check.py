@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from fishkern.statistics.autograd import backward, only_trainable
+from fishkern.statistics.autograd import backward, only_trainable, take_grad
 from fishkern.statistics.batches import Batch, take
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # float64 models have float32 inside (Gemma's norms)
@@ -42,13 +42,10 @@ def disagreements(
     scales = dict.fromkeys(parameters, 0.0)
 
     def compare(key: str) -> None:
-        parameter = parameters[key]
-        if parameter.grad is None:
+        grad = take_grad(parameters[key])
+        if grad is None:
             return
-        squares = parameter.grad.to(states[key].dtype).square_() if parameter.grad.dtype != states[key].dtype else (
-            parameter.grad.square()
-        )  # fmt: skip
-        parameter.grad = None
+        squares = grad.to(states[key].dtype).square()
         scales[key] += squares.max().item() if squares.numel() else 0.0
         states[key].sub_(squares.to(states[key].device))
 

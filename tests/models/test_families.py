@@ -26,6 +26,7 @@ GENERIC = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_equals_the_loop(family, dtype):
+    """Traps 5, 8 and 9: weights are tied (gemma, gpt2, bert, t5), norms have many names, experts are fused."""
     specimen = zoo.FAMILIES[family]()
     statistics = assert_exact(specimen, [specimen.batch(3, 7), specimen.batch(2, 6, seed=5)], dtype)
     assert sum(covered.numel for covered in statistics.coverage.values()) == sum(
@@ -51,6 +52,7 @@ def test_mixtral_with_its_default_experts():
 @pytest.mark.parametrize("pad", ["right", "left"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
 def test_padding(family, pad):
+    """Trap 19."""
     specimen = zoo.FAMILIES[family]()
     assert_exact(specimen, [specimen.batch(4, 9, pad=pad)])
 

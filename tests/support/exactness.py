@@ -15,7 +15,9 @@ def as_dtype(batch: dict, dtype: torch.dtype) -> dict:
     return {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
 
 
-def assert_exact(specimen: Specimen, batches: list[dict], dtype: torch.dtype = torch.float64, **options) -> fk.Statistics:
+def assert_exact(
+    specimen: Specimen, batches: list[dict], dtype: torch.dtype = torch.float64, **options
+) -> fk.Statistics:
     """Estimate in ``dtype`` and compare with a float64 loop over the same examples."""
     model = specimen.model.to(dtype)
     statistics = fk.estimate(model, [as_dtype(batch, dtype) for batch in batches], **options)
