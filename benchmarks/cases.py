@@ -22,7 +22,7 @@ class WholePass:
 
     T: int
     N: int = 8
-    batches: int = 8
+    batches: int = 16  # 128 examples, the number that FISH-Tuning takes
     layers: int = 4
     hidden: int = 512
 
@@ -52,4 +52,4 @@ class WholePass:
         return [{"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": rows} for rows in ids]
 
 
-CPU_CASES = [WholePass(T=16), WholePass(T=64), WholePass(T=256, batches=4)]
+CPU_CASES = [WholePass(T=16), WholePass(T=64), WholePass(T=256)]

@@ -14,7 +14,7 @@ from benchmarks.cases import CPU_CASES
 from benchmarks.memory import peak_memory
 from benchmarks.providers import PROVIDERS
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 @pytest.mark.parametrize("case", CPU_CASES, ids=str)
@@ -29,9 +29,7 @@ def test_time(case, benchmark, record):
                 provider(model, data)
                 seconds[name].append(time.perf_counter() - start)
 
-    benchmark.pedantic(PROVIDERS["fishkern"], args=(model, data), setup=take_turns, rounds=ROUNDS, warmup_rounds=1)
-    for name in seconds:
-        seconds[name] = seconds[name][-ROUNDS:]  # without the warm-up's turn
+    benchmark.pedantic(PROVIDERS["fishkern"], args=(model, data), setup=take_turns, rounds=ROUNDS)
     seconds["fishkern"] = list(benchmark.stats.stats.data)
     for name, values in seconds.items():
         low, *_, high = quantiles(values, n=5)

@@ -86,20 +86,23 @@ def sum_grad_squared_torch(
     """Compute :func:`sum_grad_squared` in plain PyTorch, one tile of the result after the other."""
     total = accumulator(out, (output_grads.shape[-1], activations.shape[-1]), output_grads)
     lengths = None if offsets is None else offsets.diff().tolist()
+    scratch = None
     for tile, x, g in _tiles(total, activations, output_grads):
-        if lengths is not None:
-            _add_each_(tile, x.split(lengths), g.mT.split(lengths, dim=1))
-        elif x.shape[1] == 1:
+        if lengths is None and x.shape[1] == 1:
             _add_single_positions_(tile, x[:, 0], g[:, 0])
-        elif len(x) > 1 and tile.numel() <= _SMALL_TILE:
+        elif lengths is None and len(x) > 1 and tile.numel() <= _SMALL_TILE:
             _add_several_(tile, x, g)
         else:
-            _add_each_(tile, x.unbind(), g.mT.unbind())
+            scratch = tile.new_empty(tile.numel()) if scratch is None else scratch  # no later tile is larger
+            grad = scratch[: tile.numel()].view(tile.shape)
+            if lengths is None:
+                _add_each_(tile, x.unbind(), g.mT.unbind(), grad)
+            else:
+                _add_each_(tile, x.split(lengths), g.mT.split(lengths, dim=1), grad)
     return total
 
 
-def _add_each_(tile: Tensor, xs: Iterable[Tensor], gs: Iterable[Tensor]) -> None:
-    grad = torch.empty_like(tile, memory_format=torch.contiguous_format)
+def _add_each_(tile: Tensor, xs: Iterable[Tensor], gs: Iterable[Tensor], grad: Tensor) -> None:
     for x, g in zip(xs, gs, strict=True):  # [T, I], [O, T]
         if x.dtype != tile.dtype:
             x, g = x.to(tile.dtype), g.to(tile.dtype)

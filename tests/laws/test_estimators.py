@@ -38,7 +38,7 @@ def of(*kinds: str):
 
 def tiny_lm() -> nn.Module:
     sizes = dict(hidden_size=8, intermediate_size=10, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-    return zoo.llama(vocab_size=V, initializer_range=0.4, **sizes).model
+    return zoo.llama(vocab_size=V, initializer_range=0.4, tie_word_embeddings=True, **sizes).model
 
 
 def text(N: int = 5, T: int = 5, seed: int = 0) -> dict:

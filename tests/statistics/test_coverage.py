@@ -13,7 +13,7 @@ from tests.support import zoo
 from tests.support.exactness import LIMIT, assert_exact
 from tests.support.oracle import worst_error
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 ESTIMATORS = {
     "empirical": fk.DiagonalFisher(),
@@ -69,6 +69,43 @@ def test_the_path_says_how_it_was_computed(kind):
     assert {covered.path for covered in statistics.coverage.values()} == {
         {"empirical": "fused", "mc": "fused", "batch": "batch", "sketched": "sketch"}[kind]
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_pooler_is_fused_in_every_dtype(dtype):
+    model = zoo.bert_classifier().model.to(dtype)
+    statistics = fk.estimate(model, [zoo.class_batch(8, 7)])
+    assert {covered.path for covered in statistics.coverage.values()} == {"fused"}
+
+
+class Watched(nn.Module):
+    """Counts how often a gradient comes by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forwards = self.backwards = 0
+
+    def forward(self, x):
+        self.forwards += 1
+        x = x.clone()
+        if x.requires_grad:
+            x.register_hook(self.count)
+        return x
+
+    def count(self, grad):
+        self.backwards += 1
+
+
+@pytest.mark.parametrize("shape", [(4,), (7, 4)], ids=str)
+def test_a_batch_costs_one_forward_and_one_backward(shape):
+    watched, counts = Watched(), {}
+    model = nn.Sequential(nn.Linear(4, 4), watched, nn.Tanh(), nn.Linear(4, 3))
+    batch = (torch.randn(3, *shape), torch.zeros(3, *shape[:-1]).long())
+    for number in (1, 5):
+        watched.forwards = watched.backwards = 0
+        fk.estimate(model, [batch] * number, likelihood=[fk.Classification(), fk.TokenClassification()][len(shape) - 1])
+        counts[number] = (watched.forwards, watched.backwards)
+    assert (counts[5][0] - counts[1][0], counts[5][1] - counts[1][1]) == (4, 4)
 
 
 def test_the_predicate_gets_canonical_names_and_parameters():
@@ -176,30 +213,11 @@ def test_progress_is_told_the_examples_done_and_the_total():
     assert told(iter(loader), max_examples=4) == [(3, 4), (4, 4)]
 
 
-def test_progress_writes_a_line_to_standard_error(capsys):
-    def slow():
-        for seed in range(3):
-            yield zoo.text_batch(2, 5, seed=seed)
-
-    model = zoo.llama().model
-    fk.estimate(model, slow(), max_examples=6)
-    assert capsys.readouterr() == ("", "")
-    fk.estimate(model, slow(), progress=True)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err == "" or (err.startswith("\r") and err.endswith("\n") and "examples" in err)
-
-
-class Named(dict):
-    """A mapping of a class of its own, as tokenizers return."""
-
-
 FORMS = {
     "list": lambda batches: batches,
     "tuple": tuple,
     "generator": lambda batches: (batch for batch in batches),
     "iterator": iter,
-    "mappings": lambda batches: map(Named, batches),
     "loader": lambda batches: torch.utils.data.DataLoader(batches, batch_size=None),
 }
 
@@ -210,10 +228,10 @@ def test_batches_come_in_any_iterable(form):
     assert fk.estimate(model, FORMS[form](batches)) == fk.estimate(model, batches)
 
 
-def test_batches_of_tokenizers():
-    transformers = pytest.importorskip("transformers")
+def test_batches_of_tokenizers_and_what_is_no_tensor():
     model, batch = zoo.llama().model, zoo.text_batch(3)
-    assert fk.estimate(model, [transformers.BatchEncoding(batch)]) == fk.estimate(model, [batch])
+    encoding = transformers.BatchEncoding({**batch, "output_attentions": False})
+    assert fk.estimate(model, [encoding]) == fk.estimate(model, [batch])
 
 
 def test_pairs_come_as_lists_too():
@@ -221,12 +239,6 @@ def test_pairs_come_as_lists_too():
     model, pair = nn.Sequential(nn.Linear(4, 3)), (torch.randn(3, 4), torch.arange(3))
     one, other = (fk.estimate(model, [form(pair)], likelihood=fk.Classification()) for form in (list, tuple))
     assert one == other
-
-
-def test_what_is_no_tensor_is_passed_on_as_it_is():
-    model, batch = zoo.llama().model, zoo.text_batch(3)
-    more = {**batch, "output_attentions": False, "use_cache": None}
-    assert fk.estimate(model, [more]) == fk.estimate(model, [batch])
 
 
 @pytest.mark.parametrize("sizes", [(3, 2), (1, 3), (2, 1, 2)], ids=str)
@@ -270,14 +282,15 @@ ORDERS = ["apart together", "together apart", "none apart", "apart none", "all a
 @pytest.mark.parametrize("order", ORDERS)
 def test_an_expert_whose_rows_follow_the_data_is_counted_once(kind, by_position, order):
     ids = [torch.tensor(ROUTED[name]) for name in order.split()]
-    labels = [torch.arange(rows.numel()).view_as(rows) % 3 for rows in ids]
+    labels = [(torch.arange(3, 3 + rows.numel()) % 4).view_as(rows) for rows in ids]  # 3 for no label
+    labels = [torch.where(label == 3, -100, label) for label in labels]
     model, likelihood = Expert(by_position).double(), fk.TokenClassification(reduction="sum")
     batches = list(zip(ids, labels, strict=True))
     statistics = fk.estimate(model, batches, fk.DiagonalFisher(kind), likelihood=likelihood)
     truth = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     for row, label in zip(torch.cat(ids), torch.cat(labels), strict=True):
-        log_p = model(row[None])[0].log_softmax(-1)
-        own = [(1.0, log_p[range(3), label].sum())]
+        log_p = model(row[None])[0, label >= 0].log_softmax(-1)
+        own = [(1.0, log_p[range(len(log_p)), label[label >= 0]].sum())]
         terms = own if kind == "empirical" else [(value.exp().detach(), value) for value in log_p.flatten()]
         for p, value in terms:
             grads = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
