@@ -17,11 +17,11 @@ help: ## show this list
 
 test: lint ## install what is needed, lint, and run the tests
 	@echo "==> Running the tests"
-	$(BIN)/pytest -n auto
+	$(BIN)/python -m pytest -n auto
 
 slow: $(VENV)/.dev ## run the tests that take long
 	@echo "==> Running the slow tests"
-	$(BIN)/pytest -m slow -v
+	$(BIN)/python -m pytest -m slow -v
 
 lint: $(VENV)/.dev ## check the code with ruff
 	@echo "==> Checking the code"
@@ -33,7 +33,7 @@ demo: $(VENV)/.demo ## install what is needed, and show what fishkern does
 
 bench: $(VENV)/.dev ## measure speed
 	@echo "==> Running the benchmarks"
-	$(BIN)/pytest benchmarks
+	$(BIN)/python -m pytest benchmarks
 
 clean: ## remove the environment, caches and builds
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache
