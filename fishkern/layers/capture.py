@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fishkern.layers.base import Layer
 from fishkern.layers.embedding import Embedding
 from fishkern.layers.generic import module_grads
-from fishkern.layers.grads import DenseGrads, EmbeddingGrads, OuterProductGrads, PerExampleGrads, TiedRows, join
+from fishkern.layers.grads import DenseGrads, OuterProductGrads, PerExampleGrads, TiedRows, join
 from fishkern.layers.tap import FrozenCall, frozen_call, leading_shape, tapped
 from fishkern.ops import embedding_rows
 
@@ -148,7 +148,7 @@ class Capture:
             losses.sum().backward(retain_graph=retain_graph)
         finally:
             self._active = False
-        for key in list(self._batch.received):
+        for key in self._batch.received.keys() - self._batch.unsettled:
             self._close(key)
 
     def _hook(self, site: Site) -> Callable[..., Any]:
@@ -175,6 +175,8 @@ class Capture:
         picked = [(site, output) for site, output in self._batch.picked if self._right_number(site, output)]
         if picked:
             outputs = [output for _, output in picked]
+            most = 5 if any(output.dtype == torch.float16 for output in outputs) else 61
+            self._batch.exponents = torch.arange(self._batch.num_examples, device=losses.device) % most - most // 2
             weighted = (self._weights(losses) * losses).sum()
             grads = torch.autograd.grad(weighted, outputs, retain_graph=True, allow_unused=True)
             self._batch.weighted = {
@@ -182,9 +184,8 @@ class Capture:
             }
 
     def _weights(self, like: Tensor) -> Tensor:
-        """Powers of two, by which a gradient scales without rounding; within the range of ``like`` all different."""
-        most = 5 if like.dtype == torch.float16 else 61
-        return 2.0 ** (torch.arange(self._batch.num_examples, device=like.device) % most - most // 2).to(like.dtype)
+        """Powers of two, by which a gradient scales without rounding; as many different ones as the dtypes can hold."""
+        return (2.0**self._batch.exponents).to(like)
 
     def _right_number(self, site: Site, output: Tensor) -> bool:
         """Tell whether an output has as many rows as its layout says for ``N`` examples."""
@@ -278,7 +279,11 @@ class Capture:
             )
 
     def _deliver(self, key: str, grads: PerExampleGrads) -> None:
-        expected = sum(self._batch.calls[site] for site in self._by_key[key])
+        sites = self._by_key[key]
+        if len(sites) > 1 and any(site.layout is None or site.picked for site in sites):
+            self._batch.received[key].append(grads)  # until it is known that no other part will be withheld
+            return
+        expected = sum(self._batch.calls[site] for site in sites)
         if expected == 1 or isinstance(grads, DenseGrads):
             self._sink(key, grads)
             return
@@ -295,19 +300,18 @@ class Capture:
         """Square the sum over the uses of a parameter, once all that get a gradient have got it."""
         grads = join(self._batch.received.pop(key))
         if key in self._batch.heads:
-            if not isinstance(grads, EmbeddingGrads):
-                raise AssertionError(f"{key}: a head's tied uses are embeddings, got {type(grads).__name__}")
             grads = TiedRows(grads, *self._batch.heads.pop(key))
         self._sink(key, grads)
 
     def _is_only_head(self, key: str) -> bool:
-        """Whether the other uses of a parameter are embeddings whose tokens are known, one row for each example."""
+        """Tell whether the other uses of a parameter are embeddings alike, whose tokens are known for each example."""
         heads = sum(self._batch.calls[site] for site in self._by_key[key] if not isinstance(site.layer, Embedding))
         embeddings = [site for site in self._by_key[key] if isinstance(site.layer, Embedding)]
         N = self._batch.num_examples
         tokens = self._batch.tokens[key]
         batched = all(site.layout is Layout.BATCHED for site in embeddings)
-        return heads == 1 and bool(tokens) and batched and all(indices.shape[0] == N for indices in tokens)
+        alike = len({site.module.padding_idx for site in embeddings}) == 1  # so that they join
+        return heads == 1 and bool(tokens) and batched and alike and all(rows.shape[0] == N for rows in tokens)
 
     def _head_rows(self, key: str, grads: OuterProductGrads) -> tuple[Tensor, Tensor]:
         N = self._batch.num_examples
@@ -329,6 +333,7 @@ class _Batch:
     unsettled: set[str] = field(default_factory=set)
     picked: list[tuple[Site, Tensor]] = field(default_factory=list)
     weighted: dict[Site, Tensor] = field(default_factory=dict)
+    exponents: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 def leave_out(keys: Any) -> str:

@@ -143,9 +143,6 @@ class _Planner:
                 else:
                     loop[key] = "no module below the whole model keeps its examples apart"
         sites += [self._generic_site(path, asked) for path, asked in hosts.items()]
-        open_sites = [site for site in sites if site.layout is None or site.picked]
-        unsure = {key for site in open_sites for key in site.keys.values() if len(owners[key]) > 1}
-        loop |= dict.fromkeys(unsure, "several modules share it, and the rows of one of them could not be told apart")
         calls = {key: sum(len(self._calls(path)) for path in paths) for key, paths in owners.items()}
         reused = frozenset(key for key, count in calls.items() if count != 1)
         return Plan(tuple(sites), {}, reused).with_loop(loop)

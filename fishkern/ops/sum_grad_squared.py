@@ -12,11 +12,11 @@ from fishkern.backend import Backend, choose
 from fishkern.ops._arguments import accumulator, check_factors
 
 # The result is worked on tile by tile, so that one example's gradient of a tile and the running total stay in the cache
-# while the examples pass by. On a CPU everything between 1 and 4 MiB is equally fast; below it the matrix products
-# are too small for two cores, and 16 MiB falls out of the cache. A GPU needs more to be busy.
-_TILE_ENTRIES = 2**20
+# while the examples pass by. On a CPU tiles of 2 to 8 MiB are equally fast; smaller matrix products are slower on two
+# cores, and larger ones leave the cache. A GPU needs more to be busy.
+_TILE_ENTRIES = 2**21
 _TILE_ENTRIES_ON_GPU = 2**23
-# The matrix products of a CPU are up to three times slower on tiles that are wider than this and not taller.
+# A CPU's matrix products of few positions take twice to four times as long per entry where the result is wider.
 _TILE_COLUMNS = 768
 # Up to this size a matrix product costs no more than its call, so that several examples share one call.
 _SMALL_TILE = 2**15
@@ -128,12 +128,14 @@ def _add_single_positions_(tile: Tensor, x: Tensor, g: Tensor) -> None:
 def _tiles(total: Tensor, activations: Tensor, output_grads: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Cut the result, and give each tile with the columns of the inputs that it depends on."""
     O, I = total.shape
-    on_cpu = total.device.type == "cpu"
-    entries = _TILE_ENTRIES if on_cpu else _TILE_ENTRIES_ON_GPU
-    if total.numel() <= entries:
+    if total.device.type == "cpu":
+        entries, width = _TILE_ENTRIES, max(_TILE_COLUMNS, _TILE_ENTRIES // (4 * O + 1))
+    else:
+        entries, width = _TILE_ENTRIES_ON_GPU, I
+    if total.numel() <= entries and width >= I:
         yield total, activations, output_grads
         return
-    for columns in _spans(I, max(_TILE_COLUMNS, entries // (2 * O)) if on_cpu else I):
+    for columns in _spans(I, width):
         x = activations[..., columns]
         for rows in _spans(O, max(1, entries // x.shape[-1])):
             yield total[rows, columns], x, output_grads[..., rows]

@@ -56,8 +56,9 @@ class CausalLM(Likelihood):
             return Categorical(logits, batch["shift_labels"], self.reduction == "mean")
         labels = _labels(batch, "causal language modelling")
         virtual = logits.shape[1] - labels.shape[1]  # prompt tuning puts virtual tokens in front
-        labels = nn.functional.pad(labels, (virtual, 0), value=-100)
-        return Categorical(logits[:, :-1], labels[:, 1:], self.reduction == "mean")
+        # the last position has no next token; cutting its logits off would copy all others
+        labels = nn.functional.pad(labels, (virtual, 1), value=-100)[:, 1:]
+        return Categorical(logits, labels, self.reduction == "mean")
 
 
 class TokenClassification(Likelihood):

@@ -84,9 +84,13 @@ class Categorical(Predictive):
         total = torch.where(counted, nll, 0.0).sum(1)
         return total / counted.sum(1) if self.mean else total
 
+    def _at(self, labels: Tensor) -> Tensor:
+        rows = self.logits.flatten(0, 1)  # classes last: a transpose would copy the logits
+        nll = F.cross_entropy(rows, labels.flatten(), ignore_index=self.ignore_index, reduction="none")
+        return self._reduced(nll.view(labels.shape))
+
     def losses(self) -> Tensor:
-        nll = F.cross_entropy(self.logits.mT, _given(self.labels), ignore_index=self.ignore_index, reduction="none")
-        return self._reduced(nll)
+        return self._at(_given(self.labels))
 
     @property
     def draws_per_example(self) -> int:
@@ -95,7 +99,7 @@ class Categorical(Predictive):
     def drawn_losses(self, uniform: Tensor) -> Tensor:
         cumulative = self.logits.detach().softmax(-1).cumsum(-1)
         drawn = (cumulative <= uniform[..., None].to(cumulative)).sum(-1).clamp_max(self.logits.shape[-1] - 1)
-        return self._reduced(F.cross_entropy(self.logits.mT, drawn, reduction="none"))
+        return self._at(drawn)
 
     @property
     def label_passes(self) -> int:
