@@ -20,7 +20,7 @@ from fishkern.layers.base import Layer
 from fishkern.layers.embedding import Embedding
 from fishkern.layers.generic import module_grads
 from fishkern.layers.grads import DenseGrads, OuterProductGrads, PerExampleGrads, TiedRows, join
-from fishkern.layers.tap import FrozenCall, frozen_call, leading_shape, tapped
+from fishkern.layers.tap import FrozenCall, frozen_call, rows_and_length, tapped
 from fishkern.ops import embedding_rows
 
 
@@ -204,8 +204,8 @@ class Capture:
 
     def _note_length(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._active:
-            shape = leading_shape((args, kwargs))
-            self._batch.lengths[module] = shape[1] if len(shape) > 1 and shape[0] == self._batch.num_examples else None
+            rows, length = rows_and_length((args, kwargs)) or (None, None)
+            self._batch.lengths[module] = length if rows == self._batch.num_examples else None
 
     def _note_tokens(self, site: Site, args: tuple, kwargs: dict[str, Any]) -> None:
         """Remember the tokens of an embedding whose weight a head shares: the head's backward comes first."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fishkern.layers.tap import FrozenCall, frozen_call, leading_shape, tapped
+from fishkern.layers.tap import FrozenCall, frozen_call, rows_and_length, tapped
 
 
 @dataclass
@@ -46,7 +46,7 @@ class _Observer:
         self._paths = {module: path for path, module in observed.items()}
         self._modules = dict(model.named_modules())
         self._shared = shared
-        self._inputs: dict[nn.Module, torch.Size] = {}
+        self._inputs: dict[nn.Module, tuple[int, int] | None] = {}
         self._anchor = torch.zeros((), requires_grad=True)
         self._example = 0
 
@@ -68,7 +68,7 @@ class _Observer:
             losses[self._example].backward(retain_graph=self._example == 0)
 
     def _note_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._inputs[module] = leading_shape((args, kwargs))
+        self._inputs[module] = rows_and_length((args, kwargs))
 
     def _hook(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -96,9 +96,9 @@ class _Observer:
         while path:
             path = path.rpartition(".")[0]
             module = self._modules[path]
-            shape = self._inputs.get(module, torch.Size())
-            if len(shape) > 1 and shape[0] == 2:
-                return module, shape[1]
+            rows, length = self._inputs.get(module) or (None, None)
+            if rows == 2:
+                return module, length
         return None, None
 
 

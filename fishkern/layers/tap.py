@@ -109,6 +109,23 @@ def floating_places(leaves: Sequence[Any]) -> list[int]:
     return [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
+def rows_and_length(arguments: Any) -> tuple[int, int] | None:
+    """Read ``N`` and ``T`` off the first tensor with an axis among the arguments of a call.
+
+    Args:
+        arguments: Any nest.
+
+    Returns:
+        ``(N, T)`` of ``[N, T, ...]``, also of tokens ``[N, T]``; ``None`` for features ``[N, I]``, which have no
+        positions, and where there is no such tensor.
+    """
+    leaves, _ = tree_flatten(arguments)
+    first = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), None)
+    if first is None or first.ndim < 2 or (first.ndim == 2 and first.is_floating_point()):
+        return None
+    return first.shape[0], first.shape[1]
+
+
 def leading_shape(arguments: Any) -> torch.Size:
     """Find the shape of the first tensor with an axis among the arguments of a call.
 

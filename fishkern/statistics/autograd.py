@@ -75,6 +75,18 @@ def check_finite(objective: Tensor, examples: range) -> None:
         )
 
 
+def first(values: Iterator[Value | None]) -> tuple[int, Value]:
+    """Take the first value that is there.
+
+    Args:
+        values: Any iterator with at least one such value.
+
+    Returns:
+        Its place and the value.
+    """
+    return next((place, value) for place, value in enumerate(values) if value is not None)
+
+
 def with_last(values: Iterator[Value]) -> Iterator[tuple[Value, bool]]:
     """Tell the last of some values.
 

@@ -38,7 +38,7 @@ class Estimator(ABC):
         """What may differ between statistics that merge, as plain values."""
 
     @abstractmethod
-    def objectives(self, answer: Predictive | Tensor, examples: range) -> Iterator[Tensor]:
+    def objectives(self, answer: Predictive | Tensor, examples: range) -> Iterator[Tensor | None]:
         """Say what to back-propagate for a batch.
 
         Args:
@@ -46,7 +46,8 @@ class Estimator(ABC):
             examples: Places of the batch's examples in the whole data, so that random draws do not depend on batching.
 
         Yields:
-            ``[N]``; entry ``n`` depends on example ``n`` alone, and the sum is back-propagated.
+            ``[N]``; entry ``n`` depends on example ``n`` alone, and the sum is back-propagated. ``None`` where there is
+            nothing to back-propagate for these examples, so that the places of the others are those of the whole batch.
         """
 
     @abstractmethod

@@ -68,7 +68,7 @@ def num_examples(batch: Batch) -> int:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move every tensor of a batch.
+    """Move every tensor of a batch, and cut it off from where it was computed.
 
     Args:
         batch: A batch.
@@ -77,7 +77,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     Returns:
         The moved batch.
     """
-    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    return _mapped(batch, lambda tensor: tensor.detach().to(device, non_blocking=True))
 
 
 def take(batch: Batch, rows: slice | list[int]) -> Batch:

@@ -70,7 +70,7 @@ class DiagonalFisher(Estimator):
     def settings(self) -> dict[str, Any]:
         return {"mc_samples": self.mc_samples, "seed": self.seed} if self.fisher_type == "mc" else {}
 
-    def objectives(self, answer: Predictive | Tensor, examples: range) -> Iterator[Tensor]:
+    def objectives(self, answer: Predictive | Tensor, examples: range) -> Iterator[Tensor | None]:
         weight = 1 / len(examples) if self.unit == "batch" else 1.0
         if self.fisher_type == "empirical":
             yield weight * losses_of(answer)

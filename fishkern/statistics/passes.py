@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from fishkern.layers import (
     leave_out,
     survey,
 )
-from fishkern.statistics.autograd import backward, check_finite, only_trainable, take_grad, with_last
+from fishkern.statistics.autograd import backward, check_finite, first, only_trainable, take_grad, with_last
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Batch, num_examples, take
 from fishkern.statistics.predictive import Predictive
@@ -206,24 +207,28 @@ class PerExamplePass:
         places = range(examples.start, examples.start + 2)
 
         def losses() -> Tensor:
-            objective = next(iter(self._estimator.objectives(self._answer(two), places)))
+            nonlocal place
+            place, objective = first(self._estimator.objectives(self._answer(two), places))
             check_finite(objective, places)
             return objective
+
+        place = 0
 
         keys = {parameter: key for key, parameter in self._parameters.items()}
         with only_trainable(()):
             plan = survey(self._model, keys, losses, self._distrusted)
         self._refuse_integers(key for key, (path, _) in plan.paths.items() if path != "fused")
         if self._check:
-            plan = self._checked(plan, two, places)
+            plan = self._checked(plan, two, places, place)
         self._announce(plan)
         return plan
 
-    def _checked(self, plan: Plan, two: Batch, places: range) -> Plan:
-        """Send what disagrees with ordinary autograd through the loop."""
+    def _checked(self, plan: Plan, two: Batch, places: range, place: int) -> Plan:
+        """Send what disagrees with ordinary autograd through the loop, judged by the objective at ``place``."""
 
         def objective(batch: Batch, examples: range) -> Tensor:
-            return next(iter(self._estimator.objectives(self._answer(batch), examples)))
+            objective = next(islice(self._estimator.objectives(self._answer(batch), examples), place, None))
+            return torch.zeros(len(examples)) if objective is None else objective
 
         squares = self._accumulators.empty_like() if self._begun else self._accumulators
         try:
@@ -231,7 +236,7 @@ class PerExamplePass:
             parameters = {
                 key: parameter
                 for key, parameter in self._parameters.items()
-                if parameter.is_floating_point() and key not in withheld
+                if parameter.is_floating_point() and key not in withheld and key not in plan.loop
             }
             found = disagreements(parameters, squares.states, objective, two, places, kept=plan.reused)
         finally:
@@ -289,7 +294,7 @@ class PerExamplePass:
             batch: The batch.
             examples: Places of its examples in the data.
             add: Takes what was captured.
-            only_first: Stop after the first objective.
+            only_first: Stop after the first objective, and leave out what is looped: that is autograd itself.
             wanted: Parameters, and which objectives, instead of all.
 
         Returns:
@@ -309,6 +314,8 @@ class PerExamplePass:
                 with capture.forward(len(examples)):
                     answer = self._answer(batch)
                 for index, (objective, last) in enumerate(with_last(self._estimator.objectives(answer, examples))):
+                    if objective is None:
+                        continue
                     check_finite(objective, examples)
                     capture.backward(objective, retain_graph=not (last or only_first))
                     for key in capture.unsettled:
@@ -318,8 +325,8 @@ class PerExamplePass:
                     if only_first:
                         break
                 reached = {key for key, parameter in looped.items() if parameter.grad is not None}
-        if reached:
-            self._looped({key: wanted and wanted[key] for key in reached}, batch, examples, add, only_first)
+        if reached and not only_first:
+            self._looped({key: wanted and wanted[key] for key in reached}, batch, examples, add)
         return withheld
 
     def _looped(
@@ -328,7 +335,6 @@ class PerExamplePass:
         batch: Batch,
         examples: range,
         add: Callable[[str, PerExampleGrads], None],
-        only_first: bool = False,
     ) -> None:
         """Run each example alone, by ordinary autograd, for some parameters and all or some of the objectives."""
         self._refuse_positions(wanted)
@@ -338,11 +344,11 @@ class PerExamplePass:
                 answer = self._answer(take(batch, slice(n, n + 1)))
                 objectives = self._estimator.objectives(answer, range(example, example + 1))
                 for index, (objective, last) in enumerate(with_last(objectives)):
+                    if objective is None:
+                        continue
                     check_finite(objective, range(example, example + 1))
-                    backward(objective.sum(), retain_graph=not (last or only_first))
+                    backward(objective.sum(), retain_graph=not last)
                     for key, parameter in parameters.items():
                         grad = take_grad(parameter)
                         if grad is not None and (wanted[key] is None or index in wanted[key]):
                             add(key, DenseGrads(grad[None]))
-                    if only_first:
-                        break

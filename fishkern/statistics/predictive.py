@@ -48,12 +48,13 @@ class Predictive(ABC):
         """How many backward passes the exact expectation over labels takes."""
 
     @abstractmethod
-    def label_losses(self) -> Iterator[Tensor]:
-        """Enumerate the labels.
+    def label_losses(self) -> Iterator[Tensor | None]:
+        """Enumerate the labels, in an order that is the same for any rows of one batch.
 
         Yields:
-            ``[N]``, differentiable; the squared gradients of all of them add up to the expectation over the labels of
-            the squared gradient of the loss. Positions add up because the score of each has mean zero.
+            ``[N]``, differentiable, or ``None`` for a label of a position that counts for none of the examples. The
+            squared gradients of all of them add up to the expectation over the labels of the squared gradient of the
+            loss. Positions add up because the score of each has mean zero.
         """
 
 
@@ -105,11 +106,15 @@ class Categorical(Predictive):
     def label_passes(self) -> int:
         return int(self._counted.any(0).sum()) * self.logits.shape[-1]
 
-    def label_losses(self) -> Iterator[Tensor]:
+    def label_losses(self) -> Iterator[Tensor | None]:
         counted = self._counted
         weight = 1 / counted.sum(1) if self.mean else torch.ones_like(counted[:, 0], dtype=self.logits.dtype)
         # at least one, so that examples without any label show as NaN
-        for position in counted.any(0).nonzero().flatten().tolist() or [0]:
+        positions = counted.any(0).nonzero().flatten().tolist() or [0]
+        for position in range(self.logits.shape[1]):
+            if position not in positions:
+                yield from [None] * self.logits.shape[2]
+                continue
             log_p = self.logits[:, position].log_softmax(-1)
             root_p = torch.where(counted[:, position, None], (log_p.detach() / 2).exp(), 0.0)
             for label in range(log_p.shape[-1]):

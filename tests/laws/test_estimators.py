@@ -16,6 +16,7 @@ from tests.support.exactness import LIMIT
 from tests.support.oracle import worst_error
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("error:.*slow exact path")  # where laws hold for want of batches
 
 V = 5
 ESTIMATORS = {
@@ -123,7 +124,6 @@ def test_statistics_of_parts_merge_into_their_weighted_mean(kind):
         assert_same(merged, whole)
 
 
-@pytest.mark.filterwarnings("ignore:.*slow exact path")
 @pytest.mark.parametrize("first", [False, True], ids=["last", "first"])
 @every_estimator
 def test_examples_without_gradient_change_only_the_count(kind, first):

@@ -219,6 +219,14 @@ def test_grad_mode_and_autocast_stay_on_or_off(kind):
     assert fk.estimate(model, batches, ESTIMATORS[kind]) == expected
 
 
+class Drawing(nn.Module):
+    """Draws random numbers in every mode, and forgets them."""
+
+    def forward(self, x):
+        torch.rand(3)
+        return x
+
+
 class Noisy(torch.utils.data.Dataset):
     """Draws its inputs when they are asked for."""
 
@@ -232,7 +240,7 @@ class Noisy(torch.utils.data.Dataset):
 @pytest.mark.parametrize("kind", ["empirical", "mc", "sketched"])
 def test_the_data_draws_from_the_users_own_random_numbers(kind):
     """Shuffling and augmentation see the numbers that they would see in a loop without a model, and move them on."""
-    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), Drawing(), nn.Linear(8, 3))
     loader = torch.utils.data.DataLoader(Noisy(), batch_size=2, shuffle=True)
     torch.manual_seed(5)
     expected = list(loader)
