@@ -173,19 +173,23 @@ class Capture:
     def _weigh_picked_rows(self, losses: Tensor) -> None:
         """Back-propagate differently weighted losses down to the picked rows: the weights tell whose each row is."""
         picked = [(site, output) for site, output in self._batch.picked if self._right_number(site, output)]
-        if picked:
-            outputs = [output for _, output in picked]
-            most = 5 if any(output.dtype == torch.float16 for output in outputs) else 61
-            self._batch.exponents = torch.arange(self._batch.num_examples, device=losses.device) % most - most // 2
-            weighted = (self._weights(losses) * losses).sum()
+        if not picked:
+            return
+        outputs = [output for _, output in picked]
+        most = 5 if any(output.dtype == torch.float16 for output in outputs) else 61
+        numbers = torch.arange(self._batch.num_examples, device=losses.device)
+        self._batch.exponents, self._batch.weighted = [], defaultdict(list)
+        while not self._batch.exponents or numbers.any():  # one probe for each digit of the example's number
+            self._batch.exponents.append(numbers % most - most // 2)
+            weighted = (self._weights(losses)[-1] * losses).sum()
             grads = torch.autograd.grad(weighted, outputs, retain_graph=True, allow_unused=True)
-            self._batch.weighted = {
-                site: grad for (site, _), grad in zip(picked, grads, strict=True) if grad is not None
-            }
+            for (site, _), grad in zip(picked, grads, strict=True):
+                self._batch.weighted[site].append(grad)
+            numbers = numbers // most
 
-    def _weights(self, like: Tensor) -> Tensor:
-        """Powers of two, by which a gradient scales without rounding; as many different ones as the dtypes can hold."""
-        return (2.0**self._batch.exponents).to(like)
+    def _weights(self, like: Tensor) -> list[Tensor]:
+        """Powers of two, by which a gradient scales without rounding; all probes together tell every example apart."""
+        return [(2.0**exponents).to(like) for exponents in self._batch.exponents]
 
     def _right_number(self, site: Site, output: Tensor) -> bool:
         """Tell whether an output has as many rows as its layout says for ``N`` examples."""
@@ -194,13 +198,16 @@ class Capture:
 
     def _rows_are_the_examples(self, site: Site, grad: Tensor) -> bool:
         """Tell whether the rows of an output gradient come from the losses of the examples, in their order."""
-        weighted = self._batch.weighted.get(site)
-        if weighted is None or weighted.shape != grad.shape:
+        probes = self._batch.weighted.get(site, [])
+        if not probes or any(weighted is None or weighted.shape != grad.shape for weighted in probes):
             return False
-        weights = self._weights(grad).repeat_interleave(grad.shape[0] // self._batch.num_examples)
-        expected = grad * weights.view(-1, *[1] * (grad.ndim - 1))
-        gap = (weighted - expected).abs().flatten(1).amax(1)
-        return bool((gap <= 0.1 * expected.abs().flatten(1).amax(1)).all())
+        for weighted, weights in zip(probes, self._weights(grad), strict=True):
+            weights = weights.repeat_interleave(grad.shape[0] // self._batch.num_examples)
+            expected = grad * weights.view(-1, *[1] * (grad.ndim - 1))
+            gap = (weighted - expected).abs().flatten(1).amax(1)
+            if not (gap <= 0.1 * expected.abs().flatten(1).amax(1)).all():
+                return False
+        return True
 
     def _note_length(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._active:
@@ -332,8 +339,8 @@ class _Batch:
     heads: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     unsettled: set[str] = field(default_factory=set)
     picked: list[tuple[Site, Tensor]] = field(default_factory=list)
-    weighted: dict[Site, Tensor] = field(default_factory=dict)
-    exponents: Tensor = field(default_factory=lambda: torch.zeros(0))
+    weighted: dict[Site, list[Tensor | None]] = field(default_factory=dict)
+    exponents: list[Tensor] = field(default_factory=list)
 
 
 def leave_out(keys: Any) -> str:

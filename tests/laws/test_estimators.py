@@ -16,7 +16,7 @@ from tests.support.exactness import LIMIT
 from tests.support.oracle import worst_error
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("error:.*slow exact path")  # where laws hold for want of batches
+pytestmark = pytest.mark.filterwarnings("error:.*slow exact path")  # a loop obeys most laws by itself
 
 V = 5
 ESTIMATORS = {

@@ -50,11 +50,8 @@ def test_coverage_adds_up_to_the_size_of_the_model(family, which):
     parameters = dict(model.named_parameters())
     assert statistics.coverage.keys() == parameters.keys()
     assert all(covered.numel == parameters[name].numel() for name, covered in statistics.coverage.items())
-    wanted = {
-        "trainable": lambda name: parameters[name].requires_grad,
-        "all": lambda name: True,
-    }.get(which, lambda name: WHICH[which](name, parameters[name]))
-    assert list(statistics) == [name for name in parameters if wanted(name)]
+    wanted = {"trainable": lambda name, p: p.requires_grad, "all": lambda name, p: True}.get(which, WHICH[which])
+    assert list(statistics) == [name for name, parameter in parameters.items() if wanted(name, parameter)]
     left_out = {name: covered for name, covered in statistics.coverage.items() if covered.path == "left out"}
     assert left_out.keys() == parameters.keys() - statistics.keys()
     word = "requires_grad is False" if which == "trainable" else "the parameters argument"
@@ -123,8 +120,6 @@ def test_the_predicate_gets_canonical_names_and_parameters():
 
 
 class DistributedDataParallel(nn.Module):
-    """What the wrapper looks like from outside."""
-
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
@@ -234,13 +229,6 @@ def test_batches_of_tokenizers_and_what_is_no_tensor():
     assert fk.estimate(model, [encoding]) == fk.estimate(model, [batch])
 
 
-def test_pairs_come_as_lists_too():
-    """The default collator makes lists."""
-    model, pair = nn.Sequential(nn.Linear(4, 3)), (torch.randn(3, 4), torch.arange(3))
-    one, other = (fk.estimate(model, [form(pair)], likelihood=fk.Classification()) for form in (list, tuple))
-    assert one == other
-
-
 @pytest.mark.parametrize("sizes", [(3, 2), (1, 3), (2, 1, 2)], ids=str)
 def test_a_tensor_of_one_row_is_shared_by_all_examples(sizes):
     """Also where the first batch holds one example, which does not tell whether the row is its own."""
@@ -298,3 +286,14 @@ def test_an_expert_whose_rows_follow_the_data_is_counted_once(kind, by_position,
                 total += p * grad.square() / statistics.count
     error, name = worst_error(statistics, truth)
     assert error < LIMIT[torch.float64], f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.filterwarnings("ignore:.*slow exact path")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_in_another_order_are_told_apart_in_16_bits(dtype):
+    """As many rows as examples, of which the sixth is the first example's."""
+    batches = [(ids, torch.zeros_like(ids)) for ids in (torch.tensor(ROUTED[name]) for name in ("first", "six"))]
+    model, likelihood = Expert(by_position=True).to(dtype), fk.TokenClassification()
+    low, high = (fk.estimate(model.to(kind), batches, likelihood=likelihood) for kind in (dtype, torch.float64))
+    for name in high:
+        assert (low[name] - high[name]).abs().max() <= 8 * torch.finfo(dtype).eps * high[name].max(), name
