@@ -149,13 +149,10 @@ def packed_batch(batch: Mapping[str, Any]) -> str | None:
     positions = batch.get("position_ids")
     if isinstance(positions, Tensor) and positions.ndim == 2:
         mask = batch.get("attention_mask")
-        started = positions > 0
+        falls = positions.diff(dim=1) < 0
         if isinstance(mask, Tensor) and mask.shape == positions.shape:
-            started = started & mask.bool()
-            restarts = (positions == 0) & mask.bool()
-        else:
-            restarts = positions == 0
-        if (restarts[:, 1:] & (started.cumsum(1) > 0)[:, :-1]).any():
+            falls &= (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+        if falls.any():
             return "its 'position_ids' restart within a row"
     return None
 
