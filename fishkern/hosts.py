@@ -66,7 +66,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def task(model: nn.Module, labels: Tensor | None = None) -> Task | None:
-    """Recognise the task of a transformers model by the name of its class and its config.
+    """Recognise the task of a transformers model by the name of its class or of a base class, and its config.
 
     Args:
         model: A module, with or without PEFT around it.
@@ -77,10 +77,14 @@ def task(model: nn.Module, labels: Tensor | None = None) -> Task | None:
         The task, or ``None`` when the name says nothing.
     """
     model = base_model(unwrap(model))
-    name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None:
         return None
+    named = (_named_task(base.__name__, config, labels) for base in type(model).__mro__)  # a subclass keeps its head
+    return next((task for task in named if task), None)
+
+
+def _named_task(name: str, config: Any, labels: Tensor | None) -> Task | None:
     if name.endswith("ForConditionalGeneration"):
         return "seq2seq-lm" if getattr(config, "is_encoder_decoder", False) else "causal-lm"
     if name.endswith(_CLASSIFIER_SUFFIXES):

@@ -285,7 +285,7 @@ def _refuse_integers(model: nn.Module, chosen: Mapping[str, nn.Parameter], estim
     if estimator.per_example:
         for path, module in model.named_modules():
             if "weight" in QuantizedLinear().covers(module):
-                integers.discard(canonical_name(f"{path}.weight"))
+                integers.discard(canonical_name(f"{path}.weight".removeprefix(".")))
     if integers:
         raise UnsupportedModuleError(
             f"{sorted(integers)} are not floating point, so autograd gives them no gradient; only DiagonalFisher with "

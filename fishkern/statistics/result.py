@@ -151,11 +151,13 @@ class Statistics(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         definition = self.provenance["definition"]
+        unit = definition.get("unit", "unit")
+        counted = "example" if unit == "position" else unit  # squares of positions are summed over each example
         parts = [
             " ".join(str(definition[key]) for key in ("estimator", "fisher_type") if key in definition),
             _counted(len(self), "parameter"),
             _counted(self.total, "coordinate"),
-            f"mean over {_counted(self.count, definition.get('unit', 'unit'))}",
+            f"mean over {_counted(self.count, counted)}",
         ]
         if left_out := sum(covered.path == "left out" for covered in self._coverage.values()):
             parts.append(f"{left_out:,} left out")

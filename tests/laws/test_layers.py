@@ -225,6 +225,18 @@ def assert_exact(layer: nn.Module, make, **options) -> fk.Statistics:
     return statistics
 
 
+def test_a_layer_that_is_the_whole_model():
+    """Its parameters have no path in front of their names."""
+
+    def losses(model, batch):
+        return model(batch["input"]).sum((1, 2))
+
+    x = numbers(7, 5)(4).float()
+    statistics = fk.estimate(Int8Linear(5, 3), [{"input": x}], likelihood=losses, parameters="all")
+    inputs = x.double().sum(1)  # [N, I], and every output gradient is 1
+    torch.testing.assert_close(statistics["weight"], inputs.square().mean(0).float().expand(3, 5))
+
+
 @pytest.mark.filterwarnings("ignore:.*slow exact path")
 @pytest.mark.parametrize("case", FLAT | OTHERS)
 def test_a_model_of_one_layer_is_exact(case):

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 import fishkern as fk
 from tests.support import zoo
-from tests.support.exactness import as_dtype, assert_exact, paths
-from tests.support.oracle import squares_one_by_one
+from tests.support.exactness import LIMIT, as_dtype, assert_exact, paths
+from tests.support.oracle import squares_one_by_one, worst_error
 
 pytest.importorskip("transformers")
 
@@ -32,8 +32,8 @@ def test_activation_checkpointing(family, reentrant):
     specimen.model.train()
     statistics = assert_exact(specimen, [batch])
     assert "loop" not in paths(statistics)
-    for name in statistics:
-        torch.testing.assert_close(statistics[name], without[name])
+    error, name = worst_error(statistics, without, torch.float64)
+    assert error < LIMIT[torch.float64], name
 
 
 def test_checkpointing_stays_on_and_dropout_off():

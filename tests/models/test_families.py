@@ -7,7 +7,7 @@ import torch
 
 import fishkern as fk
 from tests.support import zoo
-from tests.support.exactness import as_dtype, assert_exact, paths
+from tests.support.exactness import LIMIT, as_dtype, assert_exact, paths
 from tests.support.oracle import squares_one_by_one, worst_error
 
 pytest.importorskip("transformers")
@@ -89,8 +89,8 @@ def test_order_of_the_data():
     batch = specimen.batch(6, 7)
     shuffled = {key: value[torch.tensor([4, 0, 5, 2, 1, 3])] for key, value in batch.items()}
     one, other = fk.estimate(model, [batch]), fk.estimate(model, [shuffled])
-    for name in one:
-        torch.testing.assert_close(one[name], other[name])
+    error, name = worst_error(one, other, torch.float32)
+    assert error < LIMIT[torch.float32], name
 
 
 @pytest.mark.parametrize("family", ["llama", "t5", "vit"])

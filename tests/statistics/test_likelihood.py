@@ -194,6 +194,13 @@ def test_a_likelihood_that_is_not_the_models_raises():
         fk.estimate(specimen.model, [specimen.batch()], likelihood=fk.MaskedLM())
 
 
+def test_a_subclass_of_a_known_model_is_known():
+    specimen = zoo.llama()
+    specimen.model.__class__ = type("MyModel", (type(specimen.model),), {})
+    statistics = fk.estimate(specimen.model, [specimen.batch()])
+    assert statistics.provenance["definition"]["likelihood"].startswith("CausalLM")
+
+
 def test_a_function_gives_what_the_model_alone_does_not():
     """The way out that the message names."""
     model, batch = penalised().double(), zoo.text_batch()

@@ -132,6 +132,9 @@ def test_repr():
     )
     one = Statistics({"w": torch.ones(2)}, count=1)
     assert repr(one) == "Statistics(1 parameter, 2 coordinates, mean over 1 unit)"
+    definition = {"estimator": "DiagonalFisher", "unit": "position"}
+    by_position = Statistics({"w": torch.ones(2)}, count=3, provenance={"definition": definition})
+    assert repr(by_position) == "Statistics(DiagonalFisher, 1 parameter, 2 coordinates, mean over 3 examples)"
 
 
 def test_rename():
