@@ -34,6 +34,9 @@ _TASK_BY_SUFFIX: dict[str, Task] = {
 }
 _CLASSIFIER_SUFFIXES = ("ForSequenceClassification", "ForImageClassification")
 
+HEADS = ("classifier", "pre_classifier", "score", "qa_outputs", "classification_head")
+"""What transformers calls a task's own layers, which start at random. A language model's head is not one of them."""
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Take off the wrappers that only change how a model runs (DDP, ``torch.compile``).
@@ -107,6 +110,19 @@ def _classifier_task(config: Any, labels: Tensor | None) -> Task:
         "multi_label_classification": "multi-label",
     }
     return by_problem[problem]
+
+
+def is_head(name: str, heads: tuple[str, ...] = HEADS) -> bool:
+    """Tell whether a parameter belongs to the head of a model, which fine-tuning trains whole.
+
+    Args:
+        name: The parameter's name.
+        heads: Names of modules that are heads.
+
+    Returns:
+        Whether a module on the parameter's path has one of these names.
+    """
+    return not set(heads).isdisjoint(name.split(".")[:-1])
 
 
 def accepts(model: nn.Module, keyword: str) -> bool:
