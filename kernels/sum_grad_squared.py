@@ -1,88 +1,237 @@
-"""Triton kernel of :func:`fishkern.ops.sum_grad_squared`.
+"""Launcher of the Triton kernel of :func:`fishkern.ops.sum_grad_squared`.
 
-One program owns one ``[BLOCK_O, BLOCK_I]`` tile of the result and visits the examples in order, so no atomics are
-needed, the order of every sum is fixed, and no per-example gradient leaves the registers.
+One program owns one tile of the result and visits the examples in order
+(:mod:`fishkern.kernels._sum_grad_squared_device`). Where the result has too few tiles to fill the device, the examples
+are split into parts, whose results a second kernel adds up in their order. Which way a call is cut depends on its
+shapes and the device alone.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import _sum_grad_squared_device as device
+from ._hardware import Hardware, hardware
+from ._sum_grad_squared_configs import FEW_POSITIONS, SUM_PARTS, Config, choose, takes_tma
 
 
-@triton.jit
-def _sum_grad_squared_kernel(
-    x_ptr, g_ptr, offsets_ptr, out_ptr,  # activations, output gradients, first positions of packed examples, result
-    N, T, I, O,  # T is not read when PACKED
-    stride_xn, stride_xt, stride_xi,
-    stride_gn, stride_gt, stride_go,
-    stride_oo, stride_oi,
-    PACKED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
-    # Addresses are int64 throughout: O * I, N * T * I and every single stride may pass 2**31.
-    tiles_i = tl.cdiv(I, BLOCK_I)
-    offs_o = (tl.program_id(0) // tiles_i).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
-    offs_i = (tl.program_id(0) % tiles_i).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
-    offs_t = tl.arange(0, BLOCK_T).to(tl.int64)
-    mask_o = offs_o < O
-    mask_i = offs_i < I
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with all that it is launched with.
 
-    x_columns = x_ptr + offs_i[None, :] * stride_xi  # [1, BLOCK_I]
-    g_columns = g_ptr + offs_o[None, :] * stride_go  # [1, BLOCK_O]
-    out_ptrs = out_ptr + offs_o[:, None] * stride_oo + offs_i[None, :] * stride_oi
-    mask_out = mask_o[:, None] & mask_i[None, :]
-    total = tl.load(out_ptrs, mask=mask_out, other=0.0)
-    for n in range(N):
-        if PACKED:
-            first = tl.load(offsets_ptr + n)
-            length = tl.load(offsets_ptr + n + 1) - first
-            x_ptrs = x_columns + (first + offs_t[:, None]) * stride_xt  # [BLOCK_T, BLOCK_I]
-            g_ptrs = g_columns + (first + offs_t[:, None]) * stride_gt  # [BLOCK_T, BLOCK_O]
-        else:
-            length = T
-            x_ptrs = x_columns + offs_t[:, None] * stride_xt
-            g_ptrs = g_columns + offs_t[:, None] * stride_gt
-            x_columns += stride_xn
-            g_columns += stride_gn
-        grad = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
-        for t in range(0, length, BLOCK_T):
-            mask_t = offs_t < length - t
-            x = tl.load(x_ptrs, mask=mask_t[:, None] & mask_i[None, :], other=0.0)
-            g = tl.load(g_ptrs, mask=mask_t[:, None] & mask_o[None, :], other=0.0)
-            grad = tl.dot(tl.trans(g), x, grad, input_precision="ieee")  # [BLOCK_O, BLOCK_T] @ [BLOCK_T, BLOCK_I]
-            x_ptrs += tl.full((), BLOCK_T, tl.int64) * stride_xt
-            g_ptrs += tl.full((), BLOCK_T, tl.int64) * stride_gt
-        total += grad * grad  # after the sum over positions: per example, not per position
-    tl.store(out_ptrs, total, mask=mask_out)
+    Args:
+        kernel: The device function.
+        grid: Number of programs on each axis.
+        arguments: By name.
+        options: Of the compiler.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        """Launch it on the current device."""
+        self.kernel[self.grid](**self.arguments, **self.options)
 
 
 def sum_grad_squared(
-    activations: Tensor, output_grads: Tensor, *, offsets: Tensor | None = None, out: Tensor | None = None
+    activations: Tensor,
+    output_grads: Tensor,
+    *,
+    offsets: Tensor | None = None,
+    out: Tensor | None = None,
+    grad_out: Tensor | None = None,
+    allow_tf32: bool = False,
 ) -> Tensor:
     """Launch the kernel; arguments as in :func:`fishkern.ops.sum_grad_squared`, already checked."""
-    I, O = activations.shape[-1], output_grads.shape[-1]
-    total = out if out is not None else torch.zeros(O, I, dtype=torch.float32, device=activations.device)
-    if offsets is None:
-        N, T, _ = activations.shape
-        stride_xn, stride_gn = activations.stride(0), output_grads.stride(0)
-    else:
-        offsets = offsets.to(activations.device, torch.int64).contiguous()
-        N, T, stride_xn, stride_gn = len(offsets) - 1, 0, 0, 0
-    if total.numel() == 0 or N == 0:
-        return total
-    BLOCK_T, BLOCK_I, BLOCK_O = 32, 64, 64
-    grid = (triton.cdiv(O, BLOCK_O) * triton.cdiv(I, BLOCK_I),)  # one axis: the others end at 65535
+    add = out is not None
+    if out is None:
+        shape = output_grads.shape[-1], activations.shape[-1]
+        out = torch.empty(shape, dtype=torch.float32, device=activations.device)
+    if out.numel() == 0:
+        return out
+    if activations.numel() == 0:  # no example, or none with a position
+        return out if add else out.zero_()
     with torch.cuda.device_of(activations):  # Triton launches on the current device
-        _sum_grad_squared_kernel[grid](
-            activations, output_grads, activations if offsets is None else offsets, total,
-            N, T, I, O,
-            stride_xn, *activations.stride()[-2:],
-            stride_gn, *output_grads.stride()[-2:],
-            *total.stride(),
-            offsets is not None,
-            BLOCK_T, BLOCK_I, BLOCK_O,
-        )  # fmt: skip
-    return total
+        for launch in launches(
+            activations, output_grads, offsets, out, add, grad_out, allow_tf32, hardware(activations.device)
+        ):
+            launch.run()
+    return out
+
+
+def launches(
+    x: Tensor,
+    g: Tensor,
+    offsets: Tensor | None,
+    out: Tensor,
+    add: bool,
+    grad_out: Tensor | None,
+    allow_tf32: bool,
+    on: Hardware,
+    config: Config | None = None,
+) -> list[Launch]:
+    """Prepare the launches of one call, in their order.
+
+    Args:
+        x: Activations, not empty.
+        g: Output gradients.
+        offsets: As in the operation.
+        out: The result, ``[O, I]``.
+        add: Whether to add to it.
+        grad_out: As in the operation.
+        allow_tf32: As in the operation.
+        on: The device to prepare for.
+        config: Tiles in place of those of the table, without a split; for tuning.
+
+    Returns:
+        The kernel, and where the examples are split, one that adds up the parts of each result.
+    """
+    O, I = out.shape
+    if O < I and O <= 64:
+        # The long side on the rows of the tiles, of which matrix units take 64 at least.
+        x, g, out, grad_out = g, x, out.mT, None if grad_out is None else grad_out.mT
+        O, I = I, O
+    dense = offsets is None
+    N, positions = (x.shape[0], x.shape[0] * x.shape[1]) if dense else (len(offsets) - 1, x.shape[0])
+    few = dense and x.shape[1] <= FEW_POSITIONS and config is None
+    tma = not few and takes_tma(on) and _tma_takes(x) and _tma_takes(g)
+    if config is None:
+        config, parts = choose(on, O, I, N, positions, dense, x.element_size(), tma, grad_out is not None)
+    else:
+        parts = 1
+
+    results = [(out, add)] if grad_out is None else [(out, add), (grad_out, True)]
+    targets = [_Target(result, adds, parts) for result, adds in results]
+    total, mean = targets[0], targets[-1]
+    tma_out = tma and all(target.tma for target in targets)
+    arguments = {
+        "x": x, "g": g, "N": N, "O": O, "I": I, "parts": parts,
+        "stride_xn": x.stride(0) if dense else 0, "stride_xt": x.stride(-2), "stride_xi": x.stride(-1),
+        "stride_gn": g.stride(0) if dense else 0, "stride_gt": g.stride(-2), "stride_go": g.stride(-1),
+        "stride_op": total.strides[0], "stride_oo": total.strides[1], "stride_oi": total.strides[2],
+        "stride_mp": mean.strides[0], "stride_mo": mean.strides[1], "stride_mi": mean.strides[2],
+        "out": total.argument(config, tma_out),
+        "grad_out": None if grad_out is None else mean.argument(config, tma_out),
+        "MEAN": grad_out is not None, "ADD": total.add, "ADD_MEAN": mean.add,
+        **config.constants,
+    }  # fmt: skip
+    grid = (triton.cdiv(O, config.BLOCK_O) * triton.cdiv(I, config.BLOCK_I), parts)
+    if few:
+        del arguments["BLOCK_T"]
+        main = Launch(device.few_positions_kernel, grid, {**arguments, "T": x.shape[1]}, config.options)
+    else:
+        if tma:
+            arguments["x"] = _descriptor(x, dense, config.BLOCK_T, config.BLOCK_I)
+            arguments["g"] = _descriptor(g, dense, config.BLOCK_T, config.BLOCK_O)
+        chunks, cuts = (None, None) if dense else _chunk_table(offsets, positions, parts, config.BLOCK_T, x.device)
+        arguments |= {
+            "chunks": chunks, "cuts": cuts, "T": x.shape[1] if dense else 0,
+            "PACKED": not dense, "TMA": tma, "TMA_OUT": tma_out,
+            "PRECISION": "tf32" if allow_tf32 and x.dtype is torch.float32 else "ieee",
+            # The interpreter multiplies the bit patterns of bfloat16 (triton issue 11584).
+            "UPCAST": on.family == "interpreter" and x.dtype is torch.bfloat16,
+        }  # fmt: skip
+        main = Launch(device.sum_grad_squared_kernel, grid, arguments, {**config.options, "enable_fp_fusion": True})
+    return [main, *(target.sum_parts() for target in targets if parts > 1)]
+
+
+class _Target:
+    """Where a kernel writes: the result itself, or a workspace for each part of the examples."""
+
+    def __init__(self, result: Tensor, add: bool, parts: int) -> None:
+        self.result, self.adds_to_result, self.parts = result, add, parts
+        self.add = add and parts == 1
+        self.tensor = result if parts == 1 else result.new_empty(parts, *result.shape)
+        self.strides = (0, *result.stride()) if parts == 1 else self.tensor.stride()
+        self.tma = _tma_takes(self.tensor)
+
+    def argument(self, config: Config, tma: bool) -> Tensor | TensorDescriptor:
+        if not tma:
+            return self.tensor
+        block = self.tensor if self.parts > 1 else self.tensor[None]
+        return TensorDescriptor(block, list(block.shape), _strides(block), [1, config.BLOCK_O, config.BLOCK_I])
+
+    def sum_parts(self) -> Launch:
+        O, I = self.result.shape
+        arguments = {
+            "values": self.tensor, "out": self.result, "parts": self.parts, "O": O, "I": I,
+            "stride_oo": self.result.stride(0), "stride_oi": self.result.stride(1), "ADD": self.adds_to_result,
+            "BLOCK_O": SUM_PARTS.BLOCK_O, "BLOCK_I": SUM_PARTS.BLOCK_I,
+        }  # fmt: skip
+        grid = (triton.cdiv(O, SUM_PARTS.BLOCK_O) * triton.cdiv(I, SUM_PARTS.BLOCK_I),)
+        return Launch(device.sum_parts_kernel, grid, arguments, SUM_PARTS.options)
+
+
+def _tma_takes(tensor: Tensor) -> bool:
+    """Whether blocks of the tensor can come through TMA: rows without gaps, pitches and address of 16 bytes each."""
+    *pitches, last = zip(tensor.shape, tensor.stride(), strict=True)
+    size = tensor.element_size()
+    return (
+        (last[1] == 1 or last[0] == 1)
+        and tensor.data_ptr() % 16 == 0
+        and max(tensor.shape) <= 2**30  # of what a descriptor of packed examples counts
+        and all(length == 1 or (0 < pitch * size < 2**40 and pitch * size % 16 == 0) for length, pitch in pitches)
+    )
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Strides that a descriptor accepts, also along axes of one entry, where any would do."""
+    unit = 16 // tensor.element_size()
+    pitches = [
+        unit if length == 1 else pitch for length, pitch in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    ]
+    return [*pitches, 1]
+
+
+def _descriptor(tensor: Tensor, dense: bool, BLOCK_T: int, BLOCK: int) -> TensorDescriptor:
+    if dense:
+        return TensorDescriptor(tensor, list(tensor.shape), _strides(tensor), [1, BLOCK_T, BLOCK])
+    return create_ragged_descriptor(tensor.as_strided(tensor.shape, _strides(tensor)), [BLOCK_T, BLOCK])
+
+
+def _chunk_table(
+    offsets: Tensor, positions: int, parts: int, BLOCK_T: int, to: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cut packed examples into chunks, and the chunks into parts of about equal work between examples.
+
+    It is computed where the offsets lie and nothing is read back, so that nobody waits for the device.
+
+    Args:
+        offsets: ``[N + 1]``.
+        positions: Where they end.
+        parts: Into how many parts.
+        BLOCK_T: Longest chunk.
+        to: Device of the kernel.
+
+    Returns:
+        ``[C, 2]``: position of each chunk, and how many positions its example has from there on; rows behind the last
+        chunk mean nothing. ``[parts + 1]``: the chunk at which each part begins. Both int32.
+
+    Raises:
+        ValueError: The positions pass what int32 counts.
+    """
+    if positions >= 2**31:
+        raise ValueError(f"the kernel takes up to 2**31 - 1 packed positions, got {positions}: split the call.")
+    offsets = offsets.long()
+    lengths = offsets.diff()
+    counts = (lengths + (BLOCK_T - 1)) // BLOCK_T
+    firsts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])  # first chunk of each example
+    most = positions // BLOCK_T + len(lengths)
+    chunk = torch.arange(most, device=offsets.device)
+    example = torch.searchsorted(firsts, chunk, right=True).sub_(1).clamp_(max=len(lengths) - 1)
+    done = (chunk - firsts[example]) * BLOCK_T
+    rows = torch.stack([offsets[example] + done, lengths[example] - done], dim=1)
+    even = torch.arange(parts + 1, device=offsets.device) * firsts[-1] // parts
+    cuts = firsts[torch.searchsorted(firsts, even)]
+    table = torch.cat([rows.flatten(), cuts]).to(torch.int32).to(to, non_blocking=True)
+    return table[: 2 * most], table[2 * most :]

@@ -36,13 +36,14 @@ def check_factors(activations: Tensor, output_grads: Tensor, offsets: Tensor | N
         _check_offsets(offsets, output_grads.shape[0])
 
 
-def accumulator(out: Tensor | None, shape: Sequence[int], grads: Tensor) -> Tensor:
+def accumulator(out: Tensor | None, shape: Sequence[int], grads: Tensor, name: str = "out") -> Tensor:
     """Give the tensor that squares are added to.
 
     Args:
         out: The caller's; ``None`` for zeros.
         shape: Shape that it must have.
         grads: Gradients to be squared, which set the device, and the dtype: float32, or float64 for float64.
+        name: What the caller calls it.
 
     Returns:
         ``out`` itself, or zeros.
@@ -55,8 +56,8 @@ def accumulator(out: Tensor | None, shape: Sequence[int], grads: Tensor) -> Tens
         return torch.zeros(shape, dtype=dtype, device=grads.device)
     if (tuple(out.shape), out.dtype, out.device) != (shape, dtype, grads.device):
         raise ValueError(
-            f"out must be {shape}, {dtype}, on {grads.device}, got {tuple(out.shape)}, {out.dtype}, on {out.device}: "
-            "pass such a tensor of zeros, or None."
+            f"{name} must be {shape}, {dtype}, on {grads.device}, got {tuple(out.shape)}, {out.dtype}, on "
+            f"{out.device}: pass such a tensor of zeros, or None."
         )
     return out
 

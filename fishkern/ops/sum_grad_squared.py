@@ -31,6 +31,8 @@ def sum_grad_squared(
     *,
     offsets: Tensor | None = None,
     out: Tensor | None = None,
+    grad_out: Tensor | None = None,
+    allow_tf32: bool = False,
     backend: Backend | None = None,
 ) -> Tensor:
     """Sum the squared per-example weight gradients of a linear layer.
@@ -57,6 +59,10 @@ def sum_grad_squared(
             ``output_grads`` is ``[S, O]``, the examples packed one after the other, and example ``n`` has the positions
             ``offsets[n]`` to ``offsets[n + 1] - 1``, possibly none. On the CPU they spare a synchronisation.
         out: ``[O, I]``, of the result's dtype, any strides: the sum is added to it, in place. ``None``: to zeros.
+        grad_out: ``[O, I]``, of the result's dtype, any strides, not overlapping ``out``: the sum of the gradients
+            themselves, ``sum_n sum_t output_grads[n, t, o] * activations[n, t, i]``, is added to it in the same pass.
+        allow_tf32: Whether a kernel may round float32 inputs to tf32, with 10 bits of mantissa, which matrix units
+            multiply faster. It is a permission: the reference makes no use of it.
         backend: ``None`` for the ambient choice, see :mod:`fishkern.backend`.
 
     Returns:
@@ -74,71 +80,87 @@ def sum_grad_squared(
             f"got {tuple(activations.shape)} and {tuple(output_grads.shape)}."
         )
     check_factors(activations, output_grads, offsets)
-    total = accumulator(out, (output_grads.shape[-1], activations.shape[-1]), output_grads)
-    run = choose(sum_grad_squared_torch, backend, activations, output_grads, total)
-    return run(activations, output_grads, offsets=offsets, out=total)
+    given = {name: tensor for name, tensor in (("out", out), ("grad_out", grad_out)) if tensor is not None}
+    for name, tensor in given.items():
+        accumulator(tensor, (output_grads.shape[-1], activations.shape[-1]), output_grads, name)
+    run = choose(sum_grad_squared_torch, backend, activations, output_grads, *given.values())
+    return run(activations, output_grads, offsets=offsets, out=out, grad_out=grad_out, allow_tf32=allow_tf32)
 
 
 @torch.no_grad()
 def sum_grad_squared_torch(
-    activations: Tensor, output_grads: Tensor, *, offsets: Tensor | None = None, out: Tensor | None = None
+    activations: Tensor,
+    output_grads: Tensor,
+    *,
+    offsets: Tensor | None = None,
+    out: Tensor | None = None,
+    grad_out: Tensor | None = None,
+    allow_tf32: bool = False,
 ) -> Tensor:
     """Compute :func:`sum_grad_squared` in plain PyTorch, one tile of the result after the other."""
     total = accumulator(out, (output_grads.shape[-1], activations.shape[-1]), output_grads)
     lengths = None if offsets is None else offsets.diff().tolist()
     scratch = None
-    for tile, x, g in _tiles(total, activations, output_grads):
+    for rows, columns in _tiles(total):
+        tile, x, g = total[rows, columns], activations[..., columns], output_grads[..., rows]
+        mean = None if grad_out is None else grad_out[rows, columns]
         if lengths is None and x.shape[1] == 1:
-            _add_single_positions_(tile, x[:, 0], g[:, 0])
+            _add_single_positions_(tile, mean, x[:, 0], g[:, 0])
         elif lengths is None and len(x) > 1 and tile.numel() <= _SMALL_TILE:
-            _add_several_(tile, x, g)
+            _add_several_(tile, mean, x, g)
         else:
             scratch = tile.new_empty(tile.numel()) if scratch is None else scratch  # no later tile is larger
             grad = scratch[: tile.numel()].view(tile.shape)
             if lengths is None:
-                _add_each_(tile, x.unbind(), g.mT.unbind(), grad)
+                _add_each_(tile, mean, x.unbind(), g.mT.unbind(), grad)
             else:
-                _add_each_(tile, x.split(lengths), g.mT.split(lengths, dim=1), grad)
+                _add_each_(tile, mean, x.split(lengths), g.mT.split(lengths, dim=1), grad)
     return total
 
 
-def _add_each_(tile: Tensor, xs: Iterable[Tensor], gs: Iterable[Tensor], grad: Tensor) -> None:
+def _add_each_(tile: Tensor, mean: Tensor | None, xs: Iterable[Tensor], gs: Iterable[Tensor], grad: Tensor) -> None:
     for x, g in zip(xs, gs, strict=True):  # [T, I], [O, T]
         if x.dtype != tile.dtype:
             x, g = x.to(tile.dtype), g.to(tile.dtype)
         torch.mm(g, x, out=grad)
         tile.addcmul_(grad, grad)
+        if mean is not None:
+            mean.add_(grad)
 
 
-def _add_several_(tile: Tensor, x: Tensor, g: Tensor) -> None:
-    if tile.shape[0] > tile.shape[1]:
-        tile, x, g = tile.mT, g, x  # the short side first: up to three times faster
+def _add_several_(tile: Tensor, mean: Tensor | None, x: Tensor, g: Tensor) -> None:
+    if tile.shape[0] > tile.shape[1]:  # the short side first: up to three times faster
+        tile, mean, x, g = tile.mT, None if mean is None else mean.mT, g, x
     grads = tile.new_empty(min(_EXAMPLES_PER_CALL, len(x)), *tile.shape)
     for x_part, g_part in zip(x.split(len(grads)), g.split(len(grads)), strict=True):  # [n, T, I], [n, T, O]
         part = torch.bmm(g_part.to(tile.dtype).mT, x_part.to(tile.dtype), out=grads[: len(x_part)])
+        if mean is not None:
+            mean.add_(part.sum(0))
         tile.add_(part.square_().sum(0))
 
 
-def _add_single_positions_(tile: Tensor, x: Tensor, g: Tensor) -> None:
+def _add_single_positions_(tile: Tensor, mean: Tensor | None, x: Tensor, g: Tensor) -> None:
     """Add ``(g x)^2 = g^2 x^2``, which is one matrix product for all examples."""
     for x_part, g_part in zip(x.split(_SQUARED_AT_ONCE), g.split(_SQUARED_AT_ONCE), strict=True):  # [N, I], [N, O]
-        tile.addmm_(g_part.to(tile.dtype).square().mT, x_part.to(tile.dtype).square())
+        x_part, g_part = x_part.to(tile.dtype), g_part.to(tile.dtype)
+        if mean is not None:
+            mean.addmm_(g_part.mT, x_part)
+        tile.addmm_(g_part.square().mT, x_part.square())
 
 
-def _tiles(total: Tensor, activations: Tensor, output_grads: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Cut the result, and give each tile with the columns of the inputs that it depends on."""
+def _tiles(total: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut the result into rows and columns."""
     O, I = total.shape
     if total.device.type == "cpu":
         entries, width = _TILE_ENTRIES, max(_TILE_COLUMNS, _TILE_ENTRIES // (4 * O + 1))
     else:
         entries, width = _TILE_ENTRIES_ON_GPU, I
     if total.numel() <= entries and width >= I:
-        yield total, activations, output_grads
+        yield slice(None), slice(None)
         return
     for columns in _spans(I, width):
-        x = activations[..., columns]
-        for rows in _spans(O, max(1, entries // x.shape[-1])):
-            yield total[rows, columns], x, output_grads[..., rows]
+        for rows in _spans(O, max(1, entries // (min(columns.stop, I) - columns.start))):
+            yield rows, columns
 
 
 def _spans(size: int, longest: int) -> Iterator[slice]:

@@ -1,0 +1,51 @@
+"""What the launchers ask of a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A device, as far as tile sizes depend on it.
+
+    Args:
+        family: The architecture whose tables it takes, the nearest below its own: ``"sm_80"``, ``"sm_90"`` or
+            ``"gfx942"``; ``"interpreter"`` for Triton's interpreter on the CPU.
+        processors: Streaming multiprocessors, or AMD's compute units.
+        shared: Bytes of shared memory that one program may have. Triton's compiler does not check them.
+    """
+
+    family: str
+    processors: int
+    shared: int
+
+
+A100 = Hardware("sm_80", 108, 166_912)
+H100 = Hardware("sm_90", 132, 232_448)
+MI300 = Hardware("gfx942", 304, 65_536)
+INTERPRETER = Hardware("interpreter", 1, 232_448)
+
+
+@cache
+def hardware(device: torch.device) -> Hardware:
+    """Look a device up.
+
+    Args:
+        device: Where the tensors lie; the CPU stands for the interpreter.
+
+    Returns:
+        Its description.
+    """
+    if device.type == "cpu":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Hardware("gfx942", properties.multi_processor_count, MI300.shared)
+    shared = properties.shared_memory_per_block_optin
+    # Consumer chips of any generation have less shared memory than the server chips that the tables are for.
+    family = "sm_90" if (properties.major, properties.minor) >= (9, 0) and shared >= H100.shared else "sm_80"
+    return Hardware(family, properties.multi_processor_count, shared)
