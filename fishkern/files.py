@@ -139,11 +139,14 @@ class StoredTensor:
         """
         return self.shape.numel()
 
-    def pieces(self, numel: int = PIECE) -> Iterator[Tensor]:
+    def pieces(self, numel: int = PIECE, *, start: int = 0, reuse: bool = False) -> Iterator[Tensor]:
         """Read the tensor in flat pieces, in order, one in memory at a time.
 
         Args:
             numel: Entries per piece.
+            start: Flat index of the first entry to read.
+            reuse: Read every piece into the memory of the one before, which saves the allocation and is valid only
+                until the next.
 
         Yields:
             ``[numel]`` (the last one shorter), of the dtype on disk, on the CPU.
@@ -154,13 +157,16 @@ class StoredTensor:
         """
         if not self.path.is_file():
             raise FileNotFoundError(errno.ENOENT, f"{self.path} is gone since it was opened: load it again.")
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            for start in range(0, self.numel(), numel):
-                buffer = bytearray(min(numel, self.numel() - start) * self.dtype.itemsize)
-                if _stamp(file) != self.stamp or file.readinto(buffer) < len(buffer):
+        buffer = bytearray()
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset + start * self.dtype.itemsize)
+            for first in range(start, self.numel(), numel):
+                nbytes = min(numel, self.numel() - first) * self.dtype.itemsize
+                if not reuse or len(buffer) < nbytes:
+                    buffer = bytearray(nbytes)
+                if _stamp(file) != self.stamp or not _filled(file, memoryview(buffer)[:nbytes]):
                     raise RuntimeError(f"{self.path} has changed since it was opened: load it again.")
-                yield torch.frombuffer(buffer, dtype=self.dtype)
+                yield torch.frombuffer(buffer, dtype=self.dtype, count=nbytes // self.dtype.itemsize)
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """Read the whole tensor.
@@ -494,6 +500,13 @@ def _remove_stale(single: Path, index: Path, format: Format) -> None:
             metadata, _ = _open(path, format)
             if metadata.get("index") == of_index:
                 path.unlink()
+
+
+def _filled(file: IO[bytes], into: memoryview) -> bool:
+    """Read until ``into`` is full; an unbuffered read may bring less than it was asked for."""
+    while into and (count := file.readinto(into)):
+        into = into[count:]
+    return not into
 
 
 def _stamp(file: IO[bytes]) -> tuple[int, int]:

@@ -1,12 +1,14 @@
 """Operations from tensors to tensors: contracts, checks and PyTorch references. No ``nn.Module`` is known here."""
 
 from fishkern.ops.embedding_sum_grad_squared import embedding_rows, embedding_sum_grad_squared
+from fishkern.ops.streaming_topk import streaming_topk
 from fishkern.ops.sum_grad_squared import sum_grad_squared
 from fishkern.ops.sum_position_grad_squared import sum_position_grad_squared
 
 __all__ = [
     "embedding_rows",
     "embedding_sum_grad_squared",
+    "streaming_topk",
     "sum_grad_squared",
     "sum_position_grad_squared",
 ]

@@ -1,0 +1,165 @@
+"""Scores that lie in many tensors, walked through and sampled as if they were one."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from fishkern.files import PIECE, AnyTensor, StoredTensor
+
+# On a GPU a piece is one round of launches, so that it must be larger than what a CPU's cache holds.
+_PIECE_ON_GPU = 2**26
+# Blocks below this share of a piece are worked on together, lest a hundred thousand small ones cost a call each.
+_SMALL_SHARE = 16
+# A sample is made of runs of neighbours: what one random access to memory, or one to a disk, brings anyway.
+_RUN, _RUN_ON_DISK, _MOST_RUNS_ON_DISK = 16, 1024, 4096
+
+
+class NaNScoreError(ValueError):
+    """A score is NaN, which has no rank.
+
+    Args:
+        block: Number of the block that holds it.
+        index: Its flat index there.
+    """
+
+    def __init__(self, block: int, index: int) -> None:
+        super().__init__(f"blocks[{block}] holds NaN at flat index {index}, which has no rank: clean the scores first.")
+        self.block, self.index = block, index
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some neighbouring scores.
+
+    Attributes:
+        block: Number of the block that they lie in, or of the first one.
+        offset: Flat index of the first score in that block.
+        values: ``[n]``, float32 or float64.
+        bounds: Where each of several whole blocks ends in ``values``; ``None`` for a part of one block.
+    """
+
+    block: int
+    offset: int
+    values: Tensor
+    bounds: Tensor | None = None
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Tell the block of one score, and its flat index there.
+
+        Args:
+            index: Place in :attr:`values`.
+
+        Returns:
+            The number of the block and the index in it.
+        """
+        if self.bounds is None:
+            return self.block, self.offset + index
+        ends = self.bounds.tolist()
+        number = bisect_right(ends, index)
+        return self.block + number, index - (ends[number - 1] if number else 0)
+
+
+class Scores:
+    """Blocks of scores in a row.
+
+    Args:
+        blocks: Floating tensors of any shapes, dtypes and devices, in memory or on disk.
+
+    Raises:
+        TypeError: A block is something else.
+    """
+
+    def __init__(self, blocks: Sequence[AnyTensor]) -> None:
+        for number, block in enumerate(blocks):
+            if not isinstance(block, Tensor | StoredTensor):
+                raise TypeError(f"blocks must be tensors, in memory or stored; blocks[{number}] is {type(block)}.")
+            if not block.dtype.is_floating_point or block.dtype.itemsize < 2:
+                raise TypeError(
+                    f"scores must be float64, float32, bfloat16 or float16; blocks[{number}] is {block.dtype}: cast it."
+                )
+        self.blocks = [block.detach() if isinstance(block, Tensor) else block for block in blocks]
+        self.numels = [block.numel() for block in blocks]
+        self.total = sum(self.numels)
+        double = any(block.dtype == torch.float64 for block in blocks)
+        self.dtype = torch.float64 if double else torch.float32  # which holds every block's values exactly
+
+    def pieces(self) -> Iterator[Piece]:
+        """Walk through all scores once, in order. A piece is valid until the next one is asked for.
+
+        Yields:
+            The pieces, none of them empty.
+        """
+        waiting: list[Tensor] = []  # small neighbours on one device
+        first = 0
+        for number, block in enumerate(self.blocks):
+            size = PIECE if block.device.type == "cpu" else _PIECE_ON_GPU
+            small = isinstance(block, Tensor) and block.numel() * _SMALL_SHARE <= size
+            full = sum(len(flat) for flat in waiting) + block.numel() > size
+            if waiting and (not small or full or waiting[0].device != block.device):
+                yield self._joined(first, waiting)
+                waiting = []
+            if small:
+                first = first if waiting else number
+                waiting.append(block.reshape(-1).to(self.dtype))
+                continue
+            offset = 0
+            parts = block.pieces(size, reuse=True) if isinstance(block, StoredTensor) else _split(block, size)
+            for part in parts:
+                yield Piece(number, offset, part.to(self.dtype))
+                offset += len(part)
+        if waiting:
+            yield self._joined(first, waiting)
+
+    def _joined(self, first: int, flats: list[Tensor]) -> Iterator[Piece]:
+        bounds = torch.tensor(list(accumulate(map(len, flats))), device=flats[0].device)
+        return Piece(first, 0, torch.cat(flats), bounds)
+
+    def sample(self, size: int) -> Tensor:
+        """Read runs of neighbours, spread evenly over all scores; the same ones whenever it is called.
+
+        Args:
+            size: About how many scores.
+
+        Returns:
+            ``[runs, length]``, one run in a row, on the CPU. What a run lacks is NaN.
+        """
+        on_disk = any(isinstance(block, StoredTensor) for block in self.blocks)
+        length = _RUN_ON_DISK if on_disk else _RUN
+        runs = max(1, min(size, self.total) // length)
+        runs = min(runs, _MOST_RUNS_ON_DISK) if on_disk else runs
+        generator = torch.Generator().manual_seed(0)
+        stride = self.total / runs
+        starts = (torch.arange(runs) + torch.rand(runs, generator=generator, dtype=torch.float64)) * stride
+        starts = starts.long().clamp_(max=self.total - 1)
+        ends = torch.tensor(list(accumulate(self.numels)))
+        numbers = torch.searchsorted(ends, starts, right=True)
+        rows = torch.full((runs, length), torch.nan, dtype=self.dtype)
+        row = 0
+        for number, count in zip(*(t.tolist() for t in numbers.unique_consecutive(return_counts=True)), strict=True):
+            inside = starts[row : row + count] - (ends[number] - self.numels[number])
+            width = min(length, self.numels[number])
+            inside.clamp_(max=self.numels[number] - width)
+            rows[row : row + count, :width] = _runs(self.blocks[number], inside, width)
+            row += count
+        return rows
+
+
+def _split(block: Tensor, size: int) -> Iterator[Tensor]:
+    if block.numel():
+        yield from block.reshape(-1).split(size)
+
+
+def _runs(block: AnyTensor, starts: Tensor, width: int) -> Tensor:
+    """Read ``width`` neighbours from each start."""
+    if isinstance(block, StoredTensor):
+        return torch.stack([next(block.pieces(width, start=start)) for start in starts.tolist()])
+    places = (starts[:, None] + torch.arange(width)).to(block.device)
+    if block.is_contiguous():
+        return block.view(-1)[places].cpu()
+    return block[torch.unravel_index(places, block.shape)].cpu()

@@ -1,0 +1,222 @@
+"""Exact top-k over scores that are spread over many tensors."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fishkern.backend import Backend, BackendUnavailableError, choose
+from fishkern.files import AnyTensor
+from fishkern.ops._candidates import Candidates
+from fishkern.ops._scores import NaNScoreError, Piece, Scores
+
+Order = Literal["largest", "smallest"]
+ORDERS = ("largest", "smallest")
+
+# Up to this many scores, or this share of all, are sampled for the bracket.
+_SMALLEST_SAMPLE, _LARGEST_SAMPLE, _SAMPLED_SHARE = 2**16, 2**22, 2**-10
+# Standard errors between the sample's estimate and either end of the bracket.
+_DEVIATIONS = 6.0
+# Up to this k the value of every candidate is kept, so that no upper end of the bracket can be missed.
+_KEEP_VALUES = 2**24
+_DIGIT = 16  # bits of a key that one histogram resolves
+
+
+def streaming_topk(
+    blocks: Sequence[AnyTensor], k: int, *, order: Order = "largest", backend: Backend | None = None
+) -> list[Tensor]:
+    """Select exactly ``k`` scores, the largest of all blocks together; nothing is concatenated or sorted as a whole.
+
+    Of equal scores the one in the earlier block comes first, then the one of smaller index: the result is that of a
+    stable sort, whatever the device, the number of threads and the sizes of the blocks. ``-0.0`` equals ``0.0``,
+    infinities are ordered, and scores of different dtypes compare by value.
+
+    A small sample says between which values the ``k``-th largest must lie; one pass over the scores keeps what is
+    above or inside this bracket, and what is inside decides exactly. Where the bracket fails, two passes that count the
+    scores by the bits of their values find a true one, and a last pass repeats the first. So scores on disk are read
+    once, plus the sample. Beside the indices, memory is needed for one piece of scores and for the values of the
+    candidates: 4 bytes for each of the ``k`` up to ``k = 2^24``, above that for those inside the bracket only.
+
+    Args:
+        blocks: Floating scores (float64, float32, bfloat16, float16), of any shapes, on any devices, also
+            :class:`~fishkern.files.StoredTensor`; read more than once.
+        k: How many to select in all, from 0 to the number of scores.
+        order: ``"largest"`` or ``"smallest"`` first.
+        backend: ``None`` for the ambient choice, see :mod:`fishkern.backend`. Triton takes blocks on one GPU.
+
+    Returns:
+        For each block the flat (row-major) indices of its selected scores, ascending, on its device; int32 for a block
+        of at most 2^31 scores, int64 for a larger one.
+
+    Raises:
+        TypeError: A block is not a floating tensor, or ``k`` is no integer.
+        ValueError: ``k`` is out of range, ``order`` is neither, or a score is NaN; its block is named.
+        BackendUnavailableError: Triton was named, and cannot run.
+    """  # noqa: DOC502
+    return topk_with_threshold(blocks, k, order=order, backend=backend)[0]
+
+
+def topk_with_threshold(
+    blocks: Sequence[AnyTensor], k: int, *, order: Order = "largest", backend: Backend | None = None
+) -> tuple[list[Tensor], float | None]:
+    """Select as :func:`streaming_topk`, and tell the last score that was selected.
+
+    Args:
+        blocks: As there.
+        k: As there.
+        order: As there.
+        backend: As there.
+
+    Returns:
+        The indices, and the ``k``-th score in this order; ``None`` for ``k = 0``, and where it is only known to lie
+        beyond the bracket of a sample.
+
+    Raises:
+        ValueError: ``k`` or ``order`` is none of the above.
+        BackendUnavailableError: Triton was named, and a block lies in a file.
+    """
+    blocks, k = list(blocks), operator.index(k)
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
+    total = Scores(blocks).total
+    if not 0 <= k <= total:
+        raise ValueError(f"k must be from 0 to the number of scores, {total}; got {k}.")
+    tensors = [block for block in blocks if isinstance(block, Tensor)]
+    run = choose(streaming_topk_torch, backend, *tensors)
+    if run is not streaming_topk_torch and len(tensors) < len(blocks):
+        if backend == "triton":
+            raise BackendUnavailableError(
+                "streaming_topk cannot run on Triton: a block lies in a file. Ask for 'auto' or 'torch'."
+            )
+        run = streaming_topk_torch
+    if run is streaming_topk_torch:
+        return _topk(Scores(blocks), k, order == "largest")
+    indices = run(blocks, k, order=order)
+    selected = [block.reshape(-1)[found].float() for block, found in zip(blocks, indices, strict=True) if len(found)]
+    extreme = torch.amin if order == "largest" else torch.amax
+    return indices, extreme(torch.stack([extreme(scores) for scores in selected])).item() if selected else None
+
+
+def streaming_topk_torch(blocks: Sequence[AnyTensor], k: int, *, order: Order = "largest") -> list[Tensor]:
+    """Compute :func:`streaming_topk` in plain PyTorch, piece by piece."""
+    return _topk(Scores(blocks), k, order == "largest")[0]
+
+
+@torch.no_grad()
+def _topk(scores: Scores, k: int, largest: bool) -> tuple[list[Tensor], float | None]:
+    if k == 0:
+        return _assembled(scores, iter(())), None
+    found = _collect(scores, k, *_bracket(scores, k, largest), largest)
+    if found is None:  # the sample was not like the scores
+        found = _collect(scores, k, *_counted_bracket(scores, k, largest), largest)
+    chosen, threshold = found.finish()
+    if threshold is not None and not largest:
+        threshold = -threshold
+    return _assembled(scores, chosen), threshold
+
+
+def _collect(scores: Scores, k: int, low: float, high: float, largest: bool) -> Candidates | None:
+    candidates = Candidates(k, low, high, largest)
+    for piece in scores.pieces():
+        candidates.add(piece)
+        if candidates.too_many:
+            return None
+    return None if candidates.too_few else candidates
+
+
+def _bracket(scores: Scores, k: int, largest: bool) -> tuple[float, float]:
+    """Estimate from a sample two values between which the ``k``-th largest lies."""
+    size = min(max(int(scores.total * _SAMPLED_SHARE), _SMALLEST_SAMPLE), _LARGEST_SAMPLE)
+    if scores.total <= size:
+        return -math.inf, math.inf
+    rows = scores.sample(size) if largest else -scores.sample(size)
+    values = rows[~rows.isnan()].sort(descending=True).values
+    if len(values) == 0:  # all NaN: the pass will say where
+        return -math.inf, math.inf
+    share = k / scores.total
+    rank = share * len(values)
+    estimate = values[min(int(rank), len(values) - 1)]
+    # Neighbours may resemble each other: then whole runs differ by more than independent draws would.
+    above = (rows > estimate).sum(1).double()
+    variance = max(len(rows) * above.var().item() if len(rows) > 1 else 0.0, len(values) * share * (1 - share))
+    margin = _DEVIATIONS * math.sqrt(variance) + _DEVIATIONS**2
+    low, high = math.ceil(rank + margin), min(math.floor(rank - margin), len(values) - 1)
+    return (
+        values[low].item() if low < len(values) else -math.inf,
+        values[high].item() if high >= 0 and k > _KEEP_VALUES else math.inf,
+    )
+
+
+def _counted_bracket(scores: Scores, k: int, largest: bool) -> tuple[float, float]:
+    """Find the ``k``-th largest value itself, by counting the scores digit by digit of their keys."""
+    bits = scores.dtype.itemsize * 8
+    prefix = None
+    for shift in range(bits - _DIGIT, -1, -_DIGIT):
+        counts = torch.zeros(2**_DIGIT, dtype=torch.int64)
+        for piece in scores.pieces():
+            counts += _histogram(piece, shift, prefix, largest).cpu()
+        reached = counts.flip(0).cumsum(0)  # from the largest digit downwards
+        place = int(torch.searchsorted(reached, k))
+        k -= int(reached[place - 1]) if place else 0
+        digit = 2**_DIGIT - 1 - place
+        prefix = digit - 2 ** (_DIGIT - 1) if prefix is None else prefix * 2**_DIGIT + digit
+    value = _value(prefix, scores.dtype)
+    return value, value
+
+
+def _histogram(piece: Piece, shift: int, prefix: int | None, largest: bool) -> Tensor:
+    """Count the keys that begin with ``prefix`` by their next digit."""
+    if piece.values.isnan().any():
+        raise NaNScoreError(*piece.place(int(piece.values.isnan().nonzero()[0])))
+    keys = _keys(piece.values if largest else -piece.values) >> shift
+    if prefix is None:
+        return torch.bincount(keys + 2 ** (_DIGIT - 1), minlength=2**_DIGIT)
+    return torch.bincount(keys[keys >> _DIGIT == prefix] & (2**_DIGIT - 1), minlength=2**_DIGIT)
+
+
+def _keys(values: Tensor) -> Tensor:
+    """Map floats to integers of the same order, and both zeros to one."""
+    integer = torch.int64 if values.dtype == torch.float64 else torch.int32
+    bits = (values + 0.0).view(integer)
+    return bits ^ (bits >> (8 * integer.itemsize - 1) & torch.iinfo(integer).max)
+
+
+def _value(key: int, dtype: torch.dtype) -> float:
+    integer = torch.int64 if dtype == torch.float64 else torch.int32
+    bits = torch.tensor(key if key >= 0 else key ^ torch.iinfo(integer).max, dtype=integer)
+    return bits.view(dtype).item()
+
+
+def _assembled(scores: Scores, chosen: Iterator[tuple[Piece, Tensor]]) -> list[Tensor]:
+    """Sort what was found in pieces by the blocks that it lies in."""
+    found: list[list[Tensor]] = [[] for _ in scores.blocks]
+    for piece, indices in chosen:
+        if piece.bounds is None:
+            found[piece.block].append(_shifted(indices, piece.offset, scores.numels[piece.block]))
+            continue
+        counts = torch.searchsorted(piece.bounds, indices, right=True).bincount(minlength=len(piece.bounds))
+        starts = [0, *piece.bounds.tolist()]
+        for number, part in enumerate(indices.split(counts.tolist())):
+            if len(part):
+                block = piece.block + number
+                found[block].append(_shifted(part, -starts[number], scores.numels[block]))
+    results = []
+    for number, block in enumerate(scores.blocks):
+        parts, found[number] = found[number], []
+        if not parts:
+            parts = [torch.empty(0, dtype=_index_dtype(scores.numels[number]), device=block.device)]
+        results.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+    return results
+
+
+def _shifted(indices: Tensor, offset: int, numel: int) -> Tensor:
+    return indices.to(_index_dtype(numel)) + offset
+
+
+def _index_dtype(numel: int) -> torch.dtype:
+    return torch.int32 if numel <= 2**31 else torch.int64
