@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -20,12 +18,14 @@ from fishkern.layers import UnsupportedModuleError, own_parameters, weight_shape
 from fishkern.layers.linear import QuantizedLinear
 from fishkern.names import canonical_name
 from fishkern.statistics.base import Estimator
-from fishkern.statistics.batches import Batch, checked_batch, num_examples, take, to_device
+from fishkern.statistics.batches import Batch, num_examples, take
+from fishkern.statistics.data import Data, Progress
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
-from fishkern.statistics.passes import Accumulators, GradientPass, PerExamplePass
+from fishkern.statistics.passes import Accumulators, GradientPass, PerExamplePass, slowest_paths
 from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.result import Covered, Statistics
+from fishkern.statistics.shards import Ranks
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 Predicate = Callable[[str, nn.Parameter], bool]
@@ -51,6 +51,10 @@ def estimate(
     examples run through capture and through ordinary autograd; a parameter on which they differ takes a slower exact
     path, and says so.
 
+    Under an initialised process group every rank estimates on its own part of the data, as a ``DistributedSampler`` or
+    accelerate deals it; sums and counts are reduced, examples that the sampler repeats to even out the ranks count
+    once, and every rank gets the same statistics.
+
     Cost of the default: one forward and one backward pass, without the weights' ordinary gradients; memory for one
     float32 accumulator of each parameter asked for, besides what a training step keeps of activations.
 
@@ -63,7 +67,7 @@ def estimate(
             function ``(model, batch) -> losses [N]``, which gives the empirical Fisher only.
         parameters: ``None``: every parameter with ``requires_grad``. ``"all"``: every parameter, also those stored as
             integers by a quantised linear. Or a predicate of canonical name and parameter.
-        max_examples: Stop after so many examples.
+        max_examples: Stop after so many examples, of all ranks together.
         accumulate_on: Device of the accumulators; ``None`` for each parameter's own.
         check: Whether to run the comparison with ordinary autograd; a parameter used past its module's call is found
             by it alone.
@@ -79,25 +83,28 @@ def estimate(
         ValueError: No data, no trainable parameter, labels missing, a loss not finite, or a loss that is not the
             model's own.
         UnsupportedModuleError: A module cannot be served exactly; the message names it and the way round.
-        RuntimeError: More than one rank.
+        RuntimeError: Another rank has failed, or was asked for other parameters.
     """  # noqa: DOC502
     estimator = DiagonalFisher() if estimator is None else estimator
     model = hosts.unwrap(model)
     _refuse(model, estimator, max_examples)
     chosen = _chosen(model, parameters)
     _refuse_integers(model, chosen, estimator)
+    shapes = {key: _shape(model, key, parameter) for key, parameter in chosen.items()}
     accumulators = Accumulators(
-        {key: _shape(model, key, parameter) for key, parameter in chosen.items()},
+        shapes,
         {key: torch.device(accumulate_on or parameter.device) for key, parameter in chosen.items()},
         {key: torch.promote_types(_real(parameter), torch.float32) for key, parameter in chosen.items()},
         estimator,
         backends.current() if backend is None else backend,
     )
     device = next(iter(chosen.values())).device
-    data = _Data(batches, device, max_examples)
-    report = _Progress(progress, data.total)
+    ranks = Ranks()
+    ranks.demand_equal({key: tuple(shape) for key, shape in shapes.items()}, "the parameters to estimate")
+    data = Data(batches, device, max_examples, ranks)
+    report = Progress(progress if ranks.rank == 0 else False, data.total)
     answering = _Answering(model, likelihood)
-    with _as_found(model):
+    with ranks.failing_together(), _as_found(model):
         way: GradientPass | PerExamplePass
         if estimator.per_example:
             way = PerExamplePass(model, chosen, answering, estimator, accumulators, check)
@@ -107,22 +114,25 @@ def estimate(
         units = 0
         for batch, examples in data:
             with _own_randomness(device):
-                if examples.start == 0:
+                if data.batches == 1:
                     answering.prepare(batch)
                 way.run(batch, examples)
             units += estimator.units(len(examples))
-            report(examples.stop)
+            report(data.examples)
     report.close()
+    counts = [sum(found) for found in zip(*ranks.gathered((units, data.examples, data.batches)), strict=True)]
+    units, num_examples, num_batches = counts
     if not units:
         raise ValueError("the data holds no example: batches was empty (an exhausted iterator, or max_examples=0).")
-    if not accumulators.touched:
+    if not any(ranks.gathered(accumulators.touched)):
         raise ValueError(
             f"the loss depends on none of the {len(chosen)} parameters asked for ({', '.join(list(chosen)[:3])}, ...): "
             "it was computed without gradients, or these parameters are not used."
         )
     tensors = {}
     for key in chosen:
-        tensors[key] = estimator.result(accumulators.states.pop(key), units)
+        ranks.sum_(state := accumulators.states.pop(key))
+        tensors[key] = estimator.result(state, units)
         if not tensors[key].isfinite().all():
             raise ValueError(
                 f"the statistic of {key} is not finite although every loss is: its gradients overflow in "
@@ -132,51 +142,17 @@ def estimate(
     run = {
         "model": type(model).__name__,
         "dtype": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in chosen.values()}),
-        "examples": data.examples,
-        "batches": data.batches,
+        "examples": num_examples,
+        "batches": num_batches,
+        **({"ranks": ranks.count} if ranks.count > 1 else {}),
         "checked": check if estimator.per_example else None,
         "torch": torch.__version__,
         **estimator.settings,
     }
-    coverage = _coverage(model, chosen, way.paths, parameters)
+    coverage = _coverage(model, chosen, slowest_paths(ranks.gathered(way.paths)), parameters)
     return Statistics(
         tensors, count=units, provenance={"definition": definition, "runs": [run]}, coverage=coverage
     )
-
-
-class _Data:
-    """Batches, moved, checked, cut at the number of examples, each with the places of its examples."""
-
-    def __init__(self, batches: Iterable[Any], device: torch.device, max_examples: int | None) -> None:
-        self._batches = batches
-        self._device = device
-        self._max = max_examples
-        self.examples = 0
-        self.batches = 0
-
-    @property
-    def total(self) -> int | None:
-        """Number of examples, where the source tells it."""
-        dataset = getattr(self._batches, "dataset", None)
-        try:
-            known = len(dataset) if dataset is not None else None
-        except TypeError:
-            known = None
-        return self._max if known is None else min(known, self._max or known)
-
-    def __iter__(self) -> Iterator[tuple[Batch, range]]:
-        for raw in self._batches:
-            batch = checked_batch(raw, self.batches)
-            if self._max is not None:
-                left = self._max - self.examples
-                if num_examples(batch) > left:
-                    batch = take(batch, slice(0, left))
-            N = num_examples(batch)
-            self.batches += 1
-            self.examples += N
-            yield to_device(batch, self._device), range(self.examples - N, self.examples)
-            if self.examples == self._max:
-                return
 
 
 class _Answering:
@@ -239,13 +215,6 @@ def _compare_with_own_loss(model: nn.Module, likelihood: Likelihood, example: Ba
 def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) -> None:
     if not isinstance(estimator, Estimator):
         raise TypeError(f"estimator must be an Estimator such as DiagonalFisher(), got {estimator!r}.")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size()
-        if ranks > 1:
-            raise RuntimeError(
-                f"estimate runs on one rank, and this process group has {ranks}: each would hold another estimate. "
-                "Estimate on one rank, or on every rank before the group is initialised, and merge the statistics."
-            )
     if reason := hosts.dispatched(model):
         raise UnsupportedModuleError(
             f"{type(model).__name__} cannot be estimated as it is dispatched: {reason}. Load it onto one device "
@@ -349,28 +318,3 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         yield
-
-
-class _Progress:
-    """A line on standard error, or the caller's function."""
-
-    def __init__(self, wanted: bool | Callable[[int, int | None], None], total: int | None) -> None:
-        self._wanted = wanted
-        self._total = total
-        self._start = self._shown = time.monotonic()
-
-    def __call__(self, done: int) -> None:
-        if callable(self._wanted):
-            self._wanted(done, self._total)
-        elif self._wanted and time.monotonic() - self._shown > 0.2:
-            self._shown = time.monotonic()
-            rate = done / (self._shown - self._start)
-            of_total = f"/{self._total}" if self._total else ""
-            left = f", {(self._total - done) / rate:.0f} s left" if self._total else ""
-            sys.stderr.write(f"\restimating: {done}{of_total} examples, {rate:.1f}/s{left}\033[K")
-            sys.stderr.flush()
-
-    def close(self) -> None:
-        """End the line."""
-        if self._wanted is True and self._shown != self._start:
-            sys.stderr.write("\n")

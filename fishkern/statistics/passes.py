@@ -105,6 +105,23 @@ class Accumulators:
             state.zero_()
 
 
+def slowest_paths(several: Iterable[Mapping[str, tuple[str, str]]]) -> dict[str, tuple[str, str]]:
+    """Join what several batches or ranks say about the paths of parameters.
+
+    Args:
+        several: Path and reason by canonical name.
+
+    Returns:
+        The slowest path that each parameter has taken, by the last word on it.
+    """
+    slowest: dict[str, tuple[str, str]] = {}
+    for paths in several:
+        for key, (path, reason) in paths.items():
+            if PATHS.index(path) >= PATHS.index(slowest.get(key, (path, ""))[0]):
+                slowest[key] = (path, reason)
+    return slowest
+
+
 class GradientPass:
     """Ordinary autograd: the gradient of each objective as a whole, squared.
 
@@ -198,13 +215,13 @@ class PerExamplePass:
         if withheld:
             self._refuse_integers(withheld)
             self._looped(withheld, batch, examples, add)
-            where = f"on examples {examples.start} to {examples.stop - 1}, where its rows could not yet be told apart"
+            where = f"on examples {examples[0]} to {examples[-1]}, where its rows could not yet be told apart"
             self._note_paths(dict.fromkeys(withheld, ("loop", where)))
             self._plan = None
 
     def _make_plan(self, batch: Batch, examples: range) -> Plan:
         two = take(batch, [0, 1] if num_examples(batch) > 1 else [0, 0])
-        places = range(examples.start, examples.start + 2)
+        places = range(examples.start, examples.start + 2 * examples.step, examples.step)
 
         def losses() -> Tensor:
             nonlocal place
@@ -245,9 +262,7 @@ class PerExamplePass:
 
     def _note_paths(self, paths: Mapping[str, tuple[str, str]]) -> None:
         """Keep the slowest path that each parameter has taken."""
-        for key, (path, reason) in paths.items():
-            if PATHS.index(path) >= PATHS.index(self.paths.get(key, (path, ""))[0]):
-                self.paths[key] = (path, reason)
+        self.paths = slowest_paths([self.paths, paths])
 
     def _refuse_integers(self, keys: Iterable[str]) -> None:
         lost = sorted(key for key in keys if not self._parameters[key].is_floating_point())

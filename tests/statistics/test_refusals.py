@@ -247,15 +247,6 @@ def test_a_dispatched_model():
         fk.estimate(linear().to("meta"), [pair()], likelihood=fk.Classification())
 
 
-def test_more_than_one_rank(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with refused(RuntimeError, "one rank", "has 2"):
-        classify([pair()])
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    assert classify([pair()]).count == 3
-
-
 @pytest.mark.parametrize("shape", ["()", "(3, 1)", "(1,)"])
 @pytest.mark.parametrize("kind", ["empirical", "batch", "sketched"])
 def test_a_function_that_does_not_give_one_loss_for_each_example(kind, shape):

@@ -1,0 +1,186 @@
+"""Several ranks: which examples of the whole data each one holds, and how their sums become one result on all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch import distributed as dist
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of the data.
+
+    A rank's examples are every ``count``-th of the whole, as ``torch.utils.data.DistributedSampler`` deals them, or
+    every ``count``-th batch, as accelerate does. Both repeat examples at the end, so that all ranks get equally many;
+    their places are not below ``limit``, and they do not count.
+
+    Args:
+        rank: This rank.
+        count: Number of ranks.
+        limit: Number of examples of the whole data, where it is known.
+        batch_size: Size of the batches that are dealt whole; ``None`` where examples are.
+    """
+
+    rank: int = 0
+    count: int = 1
+    limit: int | None = None
+    batch_size: int | None = None
+
+    def places(self, batch: int, before: int, N: int) -> range:
+        """Tell where in the whole data the examples of a batch stand.
+
+        Args:
+            batch: Number of the batch on this rank.
+            before: Number of examples in this rank's batches before it.
+            N: Number of its examples.
+
+        Returns:
+            ``N`` places, ascending.
+        """
+        if self.batch_size is not None:
+            start = (batch * self.count + self.rank) * self.batch_size
+            return range(start, start + N)
+        return range(self.rank + self.count * before, self.rank + self.count * (before + N), self.count)
+
+    @property
+    def size(self) -> int | None:
+        """Number of examples that count on this rank, where it is known."""
+        if self.limit is None or self.batch_size is None:
+            return None if self.limit is None else len(range(self.rank, self.limit, self.count))
+        starts = range(self.rank * self.batch_size, self.limit, self.count * self.batch_size)
+        return sum(min(self.batch_size, self.limit - start) for start in starts)
+
+
+def shard_of(batches: Iterable[Any], ranks: Ranks, max_examples: int | None) -> Shard:
+    """Recognise how a ``DataLoader`` deals its data to the ranks.
+
+    Args:
+        batches: What :func:`fishkern.estimate` was given.
+        ranks: Who takes part.
+        max_examples: Stop after so many examples of the whole data.
+
+    Returns:
+        The shard. An iterable that says nothing is taken for this rank's own part, of no known length.
+
+    Raises:
+        ValueError: The loader deals its data in another way, so that repeated examples could not be told.
+    """
+    if ranks.count == 1:
+        return Shard(limit=max_examples)
+    kind, sampler = type(batches).__name__, getattr(batches, "sampler", None)
+    batch_sampler = getattr(batches, "batch_sampler", None)
+    limit, batch_size = None, None
+    if type(batch_sampler).__name__ == "BatchSamplerShard" and not batch_sampler.split_batches:
+        limit, batch_size = length_of(batches.dataset), batch_sampler.batch_size
+    elif kind in ("DataLoaderShard", "DataLoaderDispatcher"):
+        raise ValueError(
+            f"this {kind} does not deal whole batches to the ranks, so that the examples it repeats at the end cannot "
+            "be told. Prepare it without split_batches and dispatch_batches, or use a DistributedSampler."
+        )
+    elif hasattr(sampler, "num_replicas"):
+        if (sampler.rank, sampler.num_replicas) != (ranks.rank, ranks.count):
+            raise ValueError(
+                f"the sampler deals to rank {sampler.rank} of {sampler.num_replicas}, and this is rank {ranks.rank} of "
+                f"{ranks.count}."
+            )
+        limit = length_of(sampler.dataset)
+    elif length_of(getattr(batches, "dataset", None)) is not None:
+        raise ValueError(
+            f"every one of the {ranks.count} ranks would see all of this DataLoader's data: give it a "
+            "torch.utils.data.DistributedSampler, or prepare it with accelerate. If its dataset is this rank's own "
+            "part of the data, pass iter(loader)."
+        )
+    limits = [size for size in (limit, max_examples) if size is not None]
+    return Shard(ranks.rank, ranks.count, min(limits, default=None), batch_size)
+
+
+class Ranks:
+    """The default process group, or this process alone."""
+
+    def __init__(self) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.count = dist.get_world_size() if together else 1
+        self.rank = dist.get_rank() if together else 0
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Collect a small value from every rank.
+
+        Args:
+            value: Anything that pickles.
+
+        Returns:
+            The values, by rank.
+        """
+        values = [value]
+        if self.count > 1:
+            values = [None] * self.count
+            dist.all_gather_object(values, value)
+        return values
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over the ranks.
+
+        Args:
+            tensor: Of the same shape and dtype on every rank.
+        """
+        if self.count == 1:
+            return
+        reduced = tensor
+        if tensor.device.type == "cpu" and dist.get_backend() == "nccl":  # which knows GPUs alone
+            reduced = tensor.cuda()
+        dist.all_reduce(reduced)
+        if reduced is not tensor:
+            tensor.copy_(reduced)
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Let an exception on one rank end the work on all, instead of leaving the others to wait for it.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            RuntimeError: Another rank has failed; the message says which, and with what.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.gathered(f"{type(error).__name__}: {error}")
+            raise
+        for rank, failure in enumerate(self.gathered(None)):
+            if failure is not None:
+                raise RuntimeError(f"rank {rank} failed with {failure}")
+
+    def demand_equal(self, value: Any, what: str) -> None:
+        """Refuse to go on where the ranks differ.
+
+        Args:
+            value: What must be equal.
+            what: Its name in words.
+
+        Raises:
+            RuntimeError: It is not.
+        """
+        for rank, other in enumerate(self.gathered(value)):
+            if other != value:
+                raise RuntimeError(f"rank {self.rank} and rank {rank} differ in {what}: {value!r} and {other!r}.")
+
+
+def length_of(data: Any) -> int | None:
+    """Ask for a length.
+
+    Args:
+        data: Anything.
+
+    Returns:
+        Its length, or ``None`` where it has none.
+    """
+    try:
+        return len(data)
+    except TypeError:  # nothing, or an iterable dataset
+        return None

@@ -1,0 +1,161 @@
+"""Two processes over gloo: both get what one process gets from all the data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fishkern.statistics.shards import Shard
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import torch
+from torch import distributed as dist, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+import fishkern as fk
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+torch.set_num_threads(1)
+
+class Rows(Dataset):
+    def __init__(self, size):
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(size, 4, generator=generator)
+        self.y = torch.randint(3, (size,), generator=generator)
+    def __len__(self):
+        return len(self.x)
+    def __getitem__(self, n):
+        return self.x[n], self.y[n]
+
+torch.manual_seed(1)
+model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+data = Rows(13)
+options = dict(likelihood=fk.Classification())
+alone = {
+    "exact": fk.estimate(model, DataLoader(data, 13), **options),
+    "eight": fk.estimate(model, DataLoader(data, 13), max_examples=8, **options),
+    "mc": fk.estimate(model, DataLoader(data, 13), fk.DiagonalFisher("mc", mc_samples=3), **options),
+    "three": fk.estimate(model, DataLoader(Rows(3), 3), **options),
+}
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+
+def dealt(rows=data, batch_size=4):
+    return DataLoader(rows, batch_size, sampler=DistributedSampler(rows, shuffle=False))
+
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+prepared = lambda rows, batch_size: accelerator.prepare(DataLoader(rows, batch_size))
+ddp = nn.parallel.DistributedDataParallel(model)
+ddp(torch.randn(2, 4)).sum().backward()
+
+def message(run):
+    try:
+        run()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+def broken(model, batch):
+    losses = fk.Classification().predictive(model, batch).losses()
+    return losses / 0 if rank == 1 else losses
+
+together = {
+    "exact": fk.estimate(model, dealt(), **options),
+    "ddp": fk.estimate(ddp, dealt(batch_size=3), **options),
+    "eight": fk.estimate(model, dealt(batch_size=3), max_examples=8, **options),
+    "mc": fk.estimate(model, dealt(batch_size=3), fk.DiagonalFisher("mc", mc_samples=3), **options),
+    "sketched": fk.estimate(model, dealt(batch_size=1), fk.SketchedFisher(draws=1), **options),
+    "accelerate": fk.estimate(model, prepared(data, 4), **options),
+    "accelerate, few": fk.estimate(model, prepared(Rows(3), 4), **options),
+    "own parts": fk.estimate(model, iter(DataLoader(torch.utils.data.Subset(data, range(rank, 13, 2)), 4)), **options),
+    "one has none": fk.estimate(model, [data[:]] if rank == 0 else [], **options),
+}
+failures = {
+    "nan": message(lambda: fk.estimate(model, dealt(), likelihood=broken)),
+    "parameters": message(lambda: fk.estimate(
+        model, dealt(), parameters=lambda name, _: name.startswith(str(2 * rank)), **options)),
+    "not dealt": message(lambda: fk.estimate(model, DataLoader(data, 4), **options)),
+    "after all that": message(lambda: fk.estimate(model, dealt(), **options)),
+}
+expected = dict.fromkeys(["ddp", "accelerate", "own parts", "one has none"], "exact")
+expected |= {"accelerate, few": "three", "sketched": "exact"}  # with one example in a batch a sketch is exact
+report = {"failures": failures}
+for name, found in together.items():
+    truth = alone[expected.get(name, name)]
+    gap = max((found[key] - truth[key]).abs().max() / truth[key].max() for key in truth)
+    run = found.provenance["runs"][0]
+    same = {key: covered.path for key, covered in found.coverage.items()}
+    report[name] = [gap.item(), found.count, truth.count, run["examples"], run["ranks"], sorted(set(same.values()))]
+report["bits"] = sum(value.double().sum().item() for value in together["exact"].values())
+(folder / f"{rank}.json").write_text(json.dumps(report))
+"""
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-c", PROGRAM]
+    launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29501"}
+    running = [
+        subprocess.Popen(
+            [*command, str(rank), str(folder)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)},  # which accelerate looks for
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(errors)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["exact", "ddp", "eight", "mc", "sketched", "accelerate", "accelerate, few", "own parts", "one has none"],
+)
+def test_two_ranks_give_what_one_gives(reports, case):
+    """13 examples do not divide by two: what the samplers repeat counts once."""
+    for report in reports:
+        gap, count, count_alone, examples, ranks, paths = report[case]
+        assert gap < 1e-5
+        assert count == count_alone == examples
+        assert ranks == 2
+        assert paths == ["sketch" if case == "sketched" else "fused"]
+
+
+def test_the_ranks_hold_the_same_bits(reports):
+    assert reports[0]["bits"] == reports[1]["bits"]
+
+
+def test_a_failure_ends_all(reports):
+    one, other = (report["failures"] for report in reports)
+    assert one["nan"].startswith("RuntimeError: rank 1 failed with ValueError: the loss of example 1 ")
+    assert other["nan"].startswith("ValueError: the loss of example 1 ")
+    assert "differ in the parameters to estimate" in one["parameters"]
+    assert "differ in the parameters to estimate" in other["parameters"]
+    assert "would see all of this DataLoader's data" in one["not dealt"]
+    assert one["after all that"] is other["after all that"] is None
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 3])
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("limit", [0, 1, 7, 30])
+def test_the_shards_of_all_ranks_are_the_data(batch_size, count, limit):
+    """Every place once, whatever a rank holds beyond the limit."""
+    found = []
+    for rank in range(count):
+        shard = Shard(rank, count, limit, batch_size)
+        N = batch_size or 2
+        held = [place for batch in range(40) for place in shard.places(batch, batch * N, N)]
+        counted = [place for place in held if place < limit]
+        assert len(counted) == shard.size
+        found += counted
+    assert sorted(found) == list(range(limit))
