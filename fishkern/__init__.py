@@ -3,6 +3,7 @@
 from fishkern.backend import BackendUnavailableError, use_backend, why_not_triton
 from fishkern.layers import UnsupportedModuleError
 from fishkern.names import canonical_name
+from fishkern.selection import GlobalTopK, PerRowTopK, PerTensorTopK, Random, Rule, Selection, select
 from fishkern.statistics import (
     CausalLM,
     Classification,
@@ -29,11 +30,17 @@ __all__ = [
     "Classification",
     "DiagonalFisher",
     "Estimator",
+    "GlobalTopK",
     "Likelihood",
     "MaskedLM",
     "MultiLabel",
+    "PerRowTopK",
+    "PerTensorTopK",
     "QuestionAnswering",
+    "Random",
     "Regression",
+    "Rule",
+    "Selection",
     "Seq2SeqLM",
     "SketchedFisher",
     "Statistics",
@@ -42,6 +49,7 @@ __all__ = [
     "canonical_name",
     "estimate",
     "merge",
+    "select",
     "use_backend",
     "why_not_triton",
 ]

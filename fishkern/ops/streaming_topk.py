@@ -86,16 +86,14 @@ def topk_with_threshold(
     total = Scores(blocks).total
     if not 0 <= k <= total:
         raise ValueError(f"k must be from 0 to the number of scores, {total}; got {k}.")
-    tensors = [block for block in blocks if isinstance(block, Tensor)]
-    run = choose(streaming_topk_torch, backend, *tensors)
-    if run is not streaming_topk_torch and len(tensors) < len(blocks):
-        if backend == "triton":
-            raise BackendUnavailableError(
-                "streaming_topk cannot run on Triton: a block lies in a file. Ask for 'auto' or 'torch'."
-            )
-        run = streaming_topk_torch
+    tensors = [block if isinstance(block, Tensor) else torch.empty(0, dtype=block.dtype) for block in blocks]
+    run = choose(streaming_topk_torch, backend, *tensors or [torch.empty(0)])  # files count as tensors on the CPU
     if run is streaming_topk_torch:
         return _topk(Scores(blocks), k, order == "largest")
+    if any(tensor is not block for tensor, block in zip(tensors, blocks, strict=True)):
+        raise BackendUnavailableError(
+            "streaming_topk cannot run on Triton: a block lies in a file. Ask for 'auto' or 'torch'."
+        )
     indices = run(blocks, k, order=order)
     selected = [block.reshape(-1)[found].float() for block, found in zip(blocks, indices, strict=True) if len(found)]
     extreme = torch.amin if order == "largest" else torch.amax

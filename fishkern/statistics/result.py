@@ -107,6 +107,11 @@ class Statistics(Mapping[str, Tensor]):
         return MappingProxyType({name: entry.shape for name, entry in self._entries.items()})
 
     @property
+    def blocks(self) -> Mapping[str, AnyTensor]:
+        """The entries as they are kept: tensors, or what stays on disk until it is read (of the dtype there)."""
+        return MappingProxyType(self._entries)
+
+    @property
     def total(self) -> int:
         """Number of coordinates held."""
         return sum(entry.numel() for entry in self._entries.values())

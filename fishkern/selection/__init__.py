@@ -1,0 +1,19 @@
+"""From statistics to a selection of coordinates."""
+
+from fishkern.selection.base import Rule
+from fishkern.selection.global_topk import GlobalTopK
+from fishkern.selection.per_row_topk import PerRowTopK
+from fishkern.selection.per_tensor_topk import PerTensorTopK
+from fishkern.selection.random import Random
+from fishkern.selection.result import Selection
+from fishkern.selection.select import select
+
+__all__ = [
+    "GlobalTopK",
+    "PerRowTopK",
+    "PerTensorTopK",
+    "Random",
+    "Rule",
+    "Selection",
+    "select",
+]

@@ -1,0 +1,178 @@
+"""What a rule is: a recipe that chooses coordinates by their scores."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from fractions import Fraction
+from typing import Any
+
+from torch import Tensor
+
+from fishkern.backend import Backend
+from fishkern.files import AnyTensor
+from fishkern.ops.streaming_topk import ORDERS, NaNScoreError, Order, topk_with_threshold
+
+Patterns = str | Iterable[str]
+
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """Recipe of a selection.
+
+    Patterns are those of a shell (``fnmatch``), for the whole canonical name, case-sensitive: ``"*.bias"``,
+    ``"classifier.*"``, ``"*.layers.[0-3].*"``. One that matches no name raises, and so does a name in both.
+
+    Args:
+        always: Patterns of parameters that are selected whole, beside what the rule chooses.
+        never: Patterns of parameters that belong to the pool and are selected nowhere.
+
+    Raises:
+        ValueError: A pattern is not a string.
+    """
+
+    always: Patterns = field(default=(), kw_only=True)
+    never: Patterns = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in ("always", "never"):
+            patterns = getattr(self, name)
+            patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+            if not all(isinstance(pattern, str) for pattern in patterns):
+                raise ValueError(f"{name} takes patterns of names, strings such as '*.bias'; got {patterns!r}.")
+            object.__setattr__(self, name, patterns)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The rule in plain values, for the header of a file."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"name": type(self).__name__, **plain}
+
+    @abstractmethod
+    def choose(
+        self, scores: Mapping[str, AnyTensor], total: int, backend: Backend | None = None
+    ) -> Mapping[str, Tensor]:
+        """Choose among the parameters that are neither selected always nor never.
+
+        Args:
+            scores: By name, floating, in memory or on disk.
+            total: Coordinates of the whole pool, those selected always or never included.
+            backend: Passed on to the operation behind it.
+
+        Returns:
+            Flat indices by name, each ascending; names may be missing.
+        """
+
+
+def matching(patterns: Iterable[str], names: Iterable[str], argument: str) -> list[str]:
+    """Find the names that match any pattern.
+
+    Args:
+        patterns: Of ``fnmatch``.
+        names: All names.
+        argument: Where the patterns come from, for the message.
+
+    Returns:
+        The matching names, in their order.
+
+    Raises:
+        ValueError: A pattern matches none.
+    """
+    names = list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            shown = f"{names[0]} to {names[-1]}" if names else "none"
+            raise ValueError(f"{argument}={pattern!r} matches no name of the pool ({len(names)} names: {shown}).")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def check_budget(k: int | None, density: float | None) -> None:
+    """Demand exactly one of the two, in its range.
+
+    Args:
+        k: A count.
+        density: A fraction.
+
+    Raises:
+        ValueError: Both or neither are given, ``k`` is negative, or ``density`` is outside (0, 1].
+    """
+    if (k is None) == (density is None):
+        raise ValueError(f"give either k or density, got k={k} and density={density}.")
+    if k is not None and operator.index(k) < 0:
+        raise ValueError(f"k must be at least 0, got {k}.")
+    if density is not None and not 0 < density <= 1:
+        raise ValueError(f"density must be above 0 and at most 1, got {density}.")
+
+
+def budget(k: int | None, density: float | None, total: int) -> int:
+    """Count what a rule may spend.
+
+    Args:
+        k: A count, or ``None``.
+        density: A fraction, taken as the decimal number it is written as: 0.005 of 1000 is 5.
+        total: What ``density`` is a fraction of.
+
+    Returns:
+        ``k``, or floor(density * total), exactly.
+    """
+    return operator.index(k) if k is not None else int(Fraction(repr(float(density))) * total)
+
+
+def check_order(order: str) -> None:
+    """Demand one of the two orders.
+
+    Args:
+        order: Which scores come first.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
+
+
+def topk(
+    scores: Mapping[str, AnyTensor], k: int, order: Order, backend: Backend | None
+) -> tuple[dict[str, Tensor], float | None]:
+    """Select the ``k`` first scores of several parameters together.
+
+    Args:
+        scores: By name.
+        k: How many.
+        order: Which come first.
+        backend: See :func:`fishkern.ops.streaming_topk`.
+
+    Returns:
+        Flat indices by name, and the last score selected (``None`` where it is not known).
+
+    Raises:
+        ValueError: A score is NaN; its parameter is named.
+    """
+    names = list(scores)
+    try:
+        indices, threshold = topk_with_threshold(list(scores.values()), k, order=order, backend=backend)
+    except NaNScoreError as error:
+        raise ValueError(
+            f"{names[error.block]} holds NaN at flat index {error.index}, which has no rank: leave it out (never=), "
+            "or look at the data and the loss that it comes from."
+        ) from None
+    return dict(zip(names, indices, strict=True)), threshold
+
+
+def warn_of_zeros(what: str) -> None:
+    """Say that scores of zero were selected.
+
+    Args:
+        what: Whose ``k`` is too large for its scores.
+    """
+    warnings.warn(
+        f"{what} exceeds the number of non-zero scores, so that entries which score exactly zero are selected by their "
+        "position alone. Where this is LoRA with its usual start B = 0, every entry of A scores zero: start from PiSSA "
+        "or another non-zero B, or select fewer.",
+        stacklevel=4,
+    )

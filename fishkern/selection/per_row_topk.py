@@ -1,0 +1,87 @@
+"""The ``k`` best connections of each output neuron."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fishkern.backend import Backend
+from fishkern.files import PIECE, AnyTensor, pieces
+from fishkern.ops.streaming_topk import Order
+from fishkern.selection.base import Rule, check_order, warn_of_zeros
+
+
+@dataclass(frozen=True)
+class PerRowTopK(Rule):
+    """Select the ``k`` first scores of each output neuron: of each row ``w[o]`` of a parameter.
+
+    A row is everything behind the first index, so a convolution's row is its whole filter. Of equal scores in a row
+    those of smaller index come first. Parameters with fewer than two dimensions (biases, norms) have no rows, and must
+    be named in ``always`` or ``never``.
+
+    Args:
+        k: How many of each row.
+        order: ``"largest"`` scores first, or ``"smallest"``.
+        always: As for every rule; for example ``"*.bias"``, as in Zhang et al. (2024, 2312.10136).
+        never: As for every rule.
+
+    Raises:
+        ValueError: ``k`` is negative, or ``order`` is neither.
+    """
+
+    k: int
+    order: Order = "largest"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if operator.index(self.k) < 0:
+            raise ValueError(f"k must be at least 0, got {self.k}.")
+        check_order(self.order)
+
+    def choose(
+        self, scores: Mapping[str, AnyTensor], total: int, backend: Backend | None = None
+    ) -> Mapping[str, Tensor]:
+        if flat := [name for name, score in scores.items() if len(score.shape) < 2]:
+            raise ValueError(
+                f"{len(flat)} of {len(scores)} parameters have no rows, such as {flat[0]} of shape "
+                f"{tuple(scores[flat[0]].shape)}: name them in always= or never=."
+            )
+        widths = {name: score.shape[1:].numel() for name, score in scores.items()}
+        if narrow := [name for name, width in widths.items() if width < self.k and scores[name].numel()]:
+            raise ValueError(
+                f"k={self.k} exceeds the rows of {len(narrow)} of {len(scores)} parameters, such as {narrow[0]} with "
+                f"rows of {widths[narrow[0]]}: lower k, or name them in always= or never=."
+            )
+        chosen = {}
+        zeros = []
+        for name, score in scores.items():
+            parts = list(self._of_rows(name, score, widths[name]))
+            chosen[name] = torch.cat([indices for indices, _ in parts]) if parts else torch.empty(0, dtype=torch.int64)
+            if any(found for _, found in parts):
+                zeros.append(name)
+        if zeros and self.order == "largest":
+            warn_of_zeros(f"in {len(zeros)} of {len(scores)} parameters, such as {zeros[0]}, k={self.k} for some rows")
+        return chosen
+
+    def _of_rows(self, name: str, score: AnyTensor, width: int) -> Iterator[tuple[Tensor, bool]]:
+        """Give the flat indices selected in some rows after the other, and whether any scores zero."""
+        if self.k == 0 or score.numel() == 0:
+            return
+        first = 0
+        for piece in pieces(score, max(1, PIECE // width) * width):
+            rows = piece.view(-1, width)
+            if rows.isnan().any():
+                index = first + int(piece.isnan().nonzero()[0])
+                raise ValueError(f"{name} holds NaN at flat index {index}, which has no rank: leave it out (never=).")
+            largest = self.order == "largest"
+            threshold = rows.topk(self.k, dim=1, largest=largest).values[:, -1:]
+            better = rows > threshold if largest else rows < threshold
+            equal = rows == threshold
+            room = self.k - better.sum(1, keepdim=True)
+            better |= equal & (equal.cumsum(1) <= room)
+            yield better.view(-1).nonzero().view(-1) + first, bool((threshold == 0).any())
+            first += len(piece)

@@ -1,0 +1,57 @@
+"""The ``k`` best coordinates of each parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fishkern.backend import Backend
+from fishkern.files import AnyTensor
+from fishkern.ops.streaming_topk import Order
+from fishkern.selection.base import Rule, budget, check_budget, check_order, topk, warn_of_zeros
+
+
+@dataclass(frozen=True)
+class PerTensorTopK(Rule):
+    """Select the ``k`` first scores of each parameter, so that every one of them gets its share.
+
+    Args:
+        k: How many of each parameter; or
+        density: floor(density * size) of each parameter.
+        order: ``"largest"`` scores first, or ``"smallest"``.
+        always: As for every rule.
+        never: As for every rule.
+
+    Raises:
+        ValueError: Not exactly one of ``k`` and ``density`` is given, or an argument is out of range.
+    """
+
+    k: int | None = None
+    density: float | None = None
+    order: Order = "largest"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_budget(self.k, self.density)
+        check_order(self.order)
+
+    def choose(
+        self, scores: Mapping[str, AnyTensor], total: int, backend: Backend | None = None
+    ) -> Mapping[str, Tensor]:
+        if small := [name for name, score in scores.items() if self.k is not None and score.numel() < self.k]:
+            raise ValueError(
+                f"k={self.k} exceeds the size of {len(small)} of {len(scores)} parameters, such as {small[0]}: take "
+                "density=, or name them in always= or never=."
+            )
+        chosen: dict[str, Tensor] = {}
+        zeros = []
+        for name, score in scores.items():
+            indices, threshold = topk({name: score}, budget(self.k, self.density, score.numel()), self.order, backend)
+            chosen |= indices
+            if threshold == 0:
+                zeros.append(name)
+        if zeros and self.order == "largest":
+            warn_of_zeros(f"in {len(zeros)} of {len(scores)} parameters, such as {zeros[0]}, k")
+        return chosen

@@ -1,0 +1,79 @@
+"""Coordinates at random: the control that every other rule is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from fishkern.backend import Backend
+from fishkern.files import AnyTensor
+from fishkern.selection.base import Rule, budget, check_budget
+
+
+@dataclass(frozen=True)
+class Random(Rule):
+    """Select ``k`` coordinates of the pool at random, each set of ``k`` with the same probability.
+
+    The scores are not read. The result depends on the seed and on the names and sizes alone, not on their order, on
+    values, on devices or on PyTorch's global random state, which it leaves as it is. Memory: 16 bytes for each of ``k``
+    or of those left out, whichever are fewer.
+
+    Args:
+        k: How many; or
+        density: floor(density * pool), as in :class:`GlobalTopK`.
+        seed: Of a generator of its own.
+        always: As for every rule: selected whole, beside the ``k``.
+        never: As for every rule.
+
+    Raises:
+        ValueError: Not exactly one of ``k`` and ``density`` is given, or an argument is out of range.
+    """
+
+    k: int | None = None
+    density: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_budget(self.k, self.density)
+
+    def choose(
+        self, scores: Mapping[str, AnyTensor], total: int, backend: Backend | None = None
+    ) -> Mapping[str, Tensor]:
+        names = sorted(scores)
+        ends = list(accumulate(scores[name].numel() for name in names))
+        available = ends[-1] if ends else 0
+        k = budget(self.k, self.density, total)
+        if k > available:
+            raise ValueError(
+                f"k={k:,} of a pool of {total:,} was asked for, but only {available:,} are left to choose from beside "
+                "always= and never=: lower k or density."
+            )
+        fewer = 2 * k <= available
+        drawn = _distinct(available, k if fewer else available - k, self.seed)
+        chosen = {}
+        for name, start, end in zip(names, [0, *ends], ends, strict=False):
+            low, high = torch.searchsorted(drawn, torch.tensor([start, end])).tolist()
+            inside = drawn[low:high] - start
+            chosen[name] = inside if fewer else _others(inside, end - start)
+        return chosen
+
+
+def _distinct(total: int, count: int, seed: int) -> Tensor:
+    """Draw ``count`` distinct numbers below ``total``, ascending: the first distinct ones of a row of draws."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.empty(0, dtype=torch.int64)
+    while len(drawn) < count:  # never too many, so that none has to be taken back
+        more = torch.randint(total, (count - len(drawn),), generator=generator)
+        drawn = torch.cat([drawn, more]).unique()
+    return drawn
+
+
+def _others(indices: Tensor, numel: int) -> Tensor:
+    left = torch.ones(numel, dtype=torch.bool)
+    left[indices] = False
+    return left.nonzero().view(-1)

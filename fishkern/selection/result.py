@@ -1,0 +1,479 @@
+"""What a rule hands back: which coordinates of which parameters, and out of which pool."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from fishkern.files import AnyTensor, Format, open_tensors, save_tensors
+from fishkern.names import canonical_name
+from fishkern.selection._packed import packed, unpacked
+from fishkern.selection.base import Patterns, matching
+
+FORMAT = Format("fishkern.selection", version=1, saved_by="Selection.save")
+
+
+class Selection:
+    """Which coordinates are selected, out of a pool of parameters.
+
+    The pool is every name that was scored, with its shape, also where nothing was selected. Of a parameter that is
+    selected whole no list of indices is kept. ``a | b``, ``a & b`` and ``a - b`` combine what is selected; the pool of
+    the result is that of both. ``==`` compares the pools and what is selected, not the provenance. Frozen.
+
+    Args:
+        shapes: The pool: the shape of each parameter by name, in the model's order. Wrappers are taken out of names.
+        indices: Flat (row-major) indices by name, ``[K]``, distinct integers in any order; names may be missing.
+        whole: Names that are selected whole.
+        provenance: Where it comes from, JSON: ``"rule"``, ``"k"``, ``"statistics"``.
+
+    Raises:
+        TypeError: Indices are not integer tensors, or ``provenance`` is not JSON.
+        ValueError: A name is not in the pool, two names become one without wrappers, or indices repeat or lie outside
+            their parameter.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        indices: Mapping[str, Tensor],
+        *,
+        whole: Iterable[str] = (),
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        pool = _renamed(shapes, canonical_name)
+        pool = {name: torch.Size(shape) for name, shape in pool.items()}
+        given = _renamed(indices, canonical_name)
+        all_of = {canonical_name(name) for name in whole}
+        for name in [*given, *all_of]:
+            if name not in pool:
+                raise ValueError(f"{name} is not in the pool of {len(pool)} names: give its shape.")
+        entries: dict[str, Tensor | None] = {}
+        for name, shape in pool.items():
+            entry = given.get(name, torch.empty(0, dtype=torch.int32))
+            entries[name] = None if name in all_of and shape.numel() else _checked(name, entry, shape.numel())
+        try:
+            text = json.dumps(dict(provenance or {}), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"provenance must be JSON: {error}.") from None
+        vars(self).update(_shapes=pool, _entries=entries, _provenance=text)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The pool: every scored name, in the model's order."""
+        return tuple(self._shapes)
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """The shape of each parameter of the pool."""
+        return MappingProxyType(self._shapes)
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many coordinates of each parameter of the pool are selected."""
+        return {name: self._count(name) for name in self._shapes}
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """The parameters of which every coordinate is selected, kept without a list of indices."""
+        return tuple(name for name, entry in self._entries.items() if entry is None)
+
+    @property
+    def count(self) -> int:
+        """Number of selected coordinates."""
+        return sum(self.counts.values())
+
+    @property
+    def total(self) -> int:
+        """Number of coordinates in the pool."""
+        return sum(shape.numel() for shape in self._shapes.values())
+
+    @property
+    def density(self) -> float:
+        """Selected fraction of the pool; 0 for an empty pool."""
+        return self.count / self.total if self.total else 0.0
+
+    @property
+    def k(self) -> int | None:
+        """How many the rule chose, without what was selected always; ``None`` where no single rule did."""
+        return self.provenance.get("k")
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the selection comes from (``"rule"``, ``"k"``, ``"statistics"``), as a fresh copy."""
+        return json.loads(self._provenance)
+
+    def indices(self, name: str) -> Tensor:
+        """Give the selected coordinates of one parameter.
+
+        Args:
+            name: A name of the pool.
+
+        Returns:
+            Flat (row-major) indices ``[K]``, ascending, on the CPU; int32, or int64 for a parameter of more than 2^31
+            coordinates. Not to be changed.
+        """
+        entry = self._entry(name)
+        if entry is None:
+            numel = self._shapes[name].numel()
+            return torch.arange(numel, dtype=_index_dtype(numel))
+        return entry
+
+    def mask(self, name: str) -> Tensor:
+        """Give one parameter's mask.
+
+        Args:
+            name: A name of the pool.
+
+        Returns:
+            Of the parameter's shape, bool on the CPU; True = selected, all False where nothing is.
+        """
+        entry = self._entry(name)
+        if entry is None:
+            return torch.ones(self._shapes[name], dtype=torch.bool)
+        mask = torch.zeros(self._shapes[name], dtype=torch.bool)
+        mask.view(-1)[entry.long()] = True
+        return mask
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Selection):
+            return NotImplemented
+        return self._shapes == other._shapes and all(
+            ours is theirs is None or (ours is not None and theirs is not None and torch.equal(ours, theirs))
+            for ours, theirs in ((entry, other._entries[name]) for name, entry in self._entries.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __or__(self, other: Selection) -> Selection:
+        return self.union(other)
+
+    def __and__(self, other: Selection) -> Selection:
+        return self.intersection(other)
+
+    def __sub__(self, other: Selection) -> Selection:
+        return self.difference(other)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"a Selection is frozen: {name} cannot be set.")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a Selection is frozen: {name} cannot be deleted.")
+
+    def __repr__(self) -> str:
+        touched = sum(map(bool, self.counts.values()))
+        rule = self.provenance.get("rule")
+        parts = [
+            rule["name"] if isinstance(rule, dict) and "name" in rule else "",
+            f"{self.count:,} of {self.total:,} coordinates",
+            f"density {self.density:.3g}",
+            f"in {touched} of {len(self._shapes)} parameters",
+            f"{len(self.whole)} whole" if self.whole else "",
+        ]
+        return f"Selection({', '.join(filter(None, parts))})"
+
+    def union(self, other: Selection) -> Selection:
+        """Select what either selects.
+
+        Args:
+            other: Another selection; parameters in both pools must have one shape.
+
+        Returns:
+            A new selection, out of both pools.
+
+        Raises:
+            ValueError: A parameter has different shapes.
+        """  # noqa: DOC502
+        return self._combined(other, "union", lambda a, b: torch.cat([a, b]).unique())
+
+    def intersection(self, other: Selection) -> Selection:
+        """Select what both select.
+
+        Args:
+            other: Another selection; parameters in both pools must have one shape.
+
+        Returns:
+            A new selection, out of both pools.
+
+        Raises:
+            ValueError: A parameter has different shapes.
+        """  # noqa: DOC502
+        return self._combined(other, "intersection", lambda a, b: a[_are_in(a, b)])
+
+    def difference(self, other: Selection) -> Selection:
+        """Select what this one selects and the other does not.
+
+        Args:
+            other: Another selection; parameters in both pools must have one shape.
+
+        Returns:
+            A new selection, out of both pools.
+
+        Raises:
+            ValueError: A parameter has different shapes.
+        """  # noqa: DOC502
+        return self._combined(other, "difference", lambda a, b: a[~_are_in(a, b)])
+
+    def overlap(self, other: Selection) -> float:
+        """Compare two selections by the Jaccard index: selected by both / selected by either.
+
+        Args:
+            other: Another selection. A parameter outside a pool counts as one of which nothing is selected.
+
+        Returns:
+            From 0 to 1; 1 where neither selects anything.
+
+        Raises:
+            ValueError: A parameter has different shapes.
+        """  # noqa: DOC502
+        shared = sum(self._shared(other).values())
+        return _jaccard(shared, self.count, other.count)
+
+    def overlap_by_parameter(self, other: Selection) -> dict[str, float]:
+        """Compare two selections parameter by parameter, as :meth:`overlap` does on the whole.
+
+        Args:
+            other: Another selection.
+
+        Returns:
+            The Jaccard index for each name of either pool.
+
+        Raises:
+            ValueError: A parameter has different shapes.
+        """  # noqa: DOC502
+        shared = self._shared(other)
+        ours, theirs = self.counts, other.counts
+        names = dict.fromkeys([*self.names, *other.names])
+        return {name: _jaccard(shared.get(name, 0), ours.get(name, 0), theirs.get(name, 0)) for name in names}
+
+    def restrict(self, keep: Patterns | Callable[[str], bool]) -> Selection:
+        """Narrow the pool.
+
+        Args:
+            keep: Patterns of names as in a rule's ``always``, or a predicate of the name.
+
+        Returns:
+            A new selection out of these parameters only.
+
+        Raises:
+            ValueError: A pattern matches no name.
+        """  # noqa: DOC502
+        if callable(keep):
+            names = [name for name in self.names if keep(name)]
+        else:
+            names = matching((keep,) if isinstance(keep, str) else keep, self.names, "keep")
+        return self._rebuilt({name: name for name in names})
+
+    def rename(self, fn: Callable[[str], str]) -> Selection:
+        """Give every parameter another name, for example that of the same parameter inside a PEFT model.
+
+        Args:
+            fn: From the old name to the new one.
+
+        Returns:
+            A new selection of the same coordinates.
+
+        Raises:
+            ValueError: Two names become one.
+        """  # noqa: DOC502
+        _renamed(self._shapes, lambda name: canonical_name(fn(name)))
+        return self._rebuilt({name: fn(name) for name in self.names})
+
+    def check(self, model: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
+        """Make sure that the selection fits a model: each name of the pool is a parameter of the shape scored.
+
+        Args:
+            model: The model, or its named parameters. It may have others besides.
+
+        Raises:
+            ValueError: It does not fit; the message says which names and shapes differ.
+        """
+        named = model.named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else model
+        shapes = {canonical_name(name): parameter.shape for name, parameter in named}
+        faults = []
+        if missing := [name for name in self._shapes if name not in shapes]:
+            faults.append(f"{len(missing)} of {len(self._shapes)} names are not in the model ({_some(missing)})")
+        differing = [
+            f"{name} is {tuple(shape)} here and {tuple(shapes[name])} there"
+            for name, shape in self._shapes.items()
+            if name in shapes and shapes[name] != shape
+        ]
+        if differing:
+            faults.append(f"{len(differing)} shapes differ ({_some(differing)})")
+        if faults:
+            raise ValueError(
+                f"the selection does not fit the model: {'; '.join(faults)}. Select on statistics of this model, or "
+                "adapt the selection with rename() or restrict()."
+            )
+
+    def save(self, path: str | os.PathLike[str], *, max_shard_size: str | int | None = "5GB") -> Path:
+        """Save as ``.safetensors``, whose header says what it is (pool, rule, k, digest of the statistics).
+
+        Of each parameter it holds the indices, or one bit for each coordinate where that is smaller, or nothing where
+        it is selected whole or not at all. It appears whole or not at all, as :meth:`Statistics.save` does.
+
+        Args:
+            path: ``name.safetensors`` (or ``name``; the suffix is added). Its folder must exist.
+            max_shard_size: Largest file in bytes, or as ``"5GB"``; ``None`` for one file.
+
+        Returns:
+            The file to give to :meth:`load`.
+
+        Raises:
+            FileExistsError: A file of that name holds something else, such as a model.
+            OSError: The folder is missing or read-only, or the disk is full.
+        """  # noqa: DOC502
+        tensors: dict[str, AnyTensor] = {}
+        pool = {}
+        for name, entry in self._entries.items():
+            numel = self._shapes[name].numel()
+            form = "whole" if entry is None else "indices" if len(entry) else "none"
+            if form == "indices":
+                if -(-numel // 8) < entry.nbytes:
+                    form, entry = "bits", packed(entry, numel)
+                tensors[name] = entry
+            pool[name] = [list(self._shapes[name]), form]
+        metadata = {"pool": json.dumps(pool), "provenance": self._provenance}
+        return save_tensors(path, tensors, format=FORMAT, metadata=metadata, max_shard_size=max_shard_size)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Selection:
+        """Load what :meth:`save` wrote.
+
+        Args:
+            path: The file, the index of its shards, or the name without suffix.
+
+        Returns:
+            The selection.
+
+        Raises:
+            FileNotFoundError: There is no such file, or a shard is missing.
+            ValueError: The file is truncated or damaged, holds no selection, or was written in a newer format.
+        """  # noqa: DOC502
+        metadata, stored = open_tensors(path, format=FORMAT)
+        try:
+            provenance = json.loads(metadata["provenance"])
+            pool = {name: (torch.Size(shape), form) for name, (shape, form) in json.loads(metadata["pool"]).items()}
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} has a damaged header ({error!r}): copy or save it again.") from None
+        if listed := stored.keys() ^ {name for name, (_, form) in pool.items() if form in ("indices", "bits")}:
+            raise ValueError(f"{path} is damaged: its header and its tensors disagree on {min(listed)}. Save it again.")
+        try:
+            indices = {}
+            for name, tensor in stored.items():
+                shape, form = pool[name]
+                read = tensor.read()
+                indices[name] = unpacked(read, _index_dtype(shape.numel())) if form == "bits" else read
+            whole = [name for name, (_, form) in pool.items() if form == "whole"]
+            shapes = {name: shape for name, (shape, _) in pool.items()}
+            return cls(shapes, indices, whole=whole, provenance=provenance)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} holds no valid selection: {error}") from None
+
+    def _entry(self, name: str) -> Tensor | None:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise KeyError(f"{name} is not in the pool of {len(self._shapes)} names") from None
+
+    def _count(self, name: str) -> int:
+        entry = self._entries[name]
+        return self._shapes[name].numel() if entry is None else len(entry)
+
+    def _rebuilt(self, names: Mapping[str, str]) -> Selection:
+        return Selection(
+            {new: self._shapes[old] for old, new in names.items()},
+            {new: entry for old, new in names.items() if (entry := self._entries[old]) is not None},
+            whole=[new for old, new in names.items() if self._entries[old] is None],
+            provenance=self.provenance,
+        )
+
+    def _combined(self, other: Selection, operation: str, combine: Callable[[Tensor, Tensor], Tensor]) -> Selection:
+        self._check_shapes(other)
+        pool = {**self._shapes, **other._shapes}
+        indices = {}
+        for name, shape in pool.items():
+            nothing = torch.empty(0, dtype=_index_dtype(shape.numel()))
+            ours = self.indices(name) if name in self else nothing
+            theirs = other.indices(name) if name in other else nothing
+            indices[name] = combine(ours, theirs)
+        return Selection(pool, indices, provenance={operation: [self.provenance, other.provenance]})
+
+    def _shared(self, other: Selection) -> dict[str, int]:
+        self._check_shapes(other)
+        shared = {}
+        for name, ours in self._entries.items():
+            if name in other:
+                theirs = other._entries[name]
+                if ours is None or theirs is None:
+                    shared[name] = min(self._count(name), other._count(name))
+                else:
+                    shared[name] = int(_are_in(ours, theirs).sum())
+        return shared
+
+    def _check_shapes(self, other: Selection) -> None:
+        for name, shape in self._shapes.items():
+            if name in other and other._shapes[name] != shape:
+                raise ValueError(
+                    f"{name} is {tuple(shape)} in one selection and {tuple(other._shapes[name])} in the other: they "
+                    "are not of one model."
+                )
+
+
+def _checked(name: str, indices: Tensor, numel: int) -> Tensor | None:
+    """Return them ascending, on the CPU, in the smallest dtype, or ``None`` where they are all."""
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32) or indices.ndim != 1:
+        what = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(f"indices are [K], int64 or int32; those of {name} are {what}.")
+    indices = indices.detach().cpu()
+    if len(indices) == 0:
+        return torch.empty(0, dtype=_index_dtype(numel))
+    if not bool((indices[1:] > indices[:-1]).all()):
+        indices = indices.sort().values
+    for end in (int(indices[0]), int(indices[-1])):
+        if not 0 <= end < numel:
+            raise ValueError(f"{name} has {numel} coordinates, but an index is {end}.")
+    if not bool((indices[1:] > indices[:-1]).all()):
+        raise ValueError(f"the indices of {name} repeat: each coordinate is selected once.")
+    return None if len(indices) == numel else indices.to(_index_dtype(numel))
+
+
+def _index_dtype(numel: int) -> torch.dtype:
+    return torch.int32 if numel <= 2**31 else torch.int64
+
+
+def _are_in(some: Tensor, others: Tensor) -> Tensor:
+    """Tell which of ``some`` are among ``others``; both ascending."""
+    if len(others) == 0:
+        return torch.zeros(len(some), dtype=torch.bool)
+    places = torch.searchsorted(others, some).clamp_(max=len(others) - 1)
+    return others[places] == some
+
+
+def _jaccard(shared: int, a: int, b: int) -> float:
+    return shared / (a + b - shared) if a or b else 1.0
+
+
+def _renamed(items: Mapping[str, Any], fn: Callable[[str], str]) -> dict[str, Any]:
+    olds: dict[str, str] = {}
+    renamed = {}
+    for old, item in items.items():
+        new = fn(old)
+        if new in renamed:
+            raise ValueError(f"{olds[new]} and {old} would both be named {new}.")
+        olds[new], renamed[new] = old, item
+    return renamed
+
+
+def _some(items: Iterable[str], most: int = 3) -> str:
+    items = list(items)
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
