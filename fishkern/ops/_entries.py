@@ -1,0 +1,215 @@
+"""What the masked optimizers share: what they ask of their arguments, and how they walk through selected entries.
+
+Layout: ``P`` parameters of one dtype on one device, flat in row-major order; parameter ``i`` has ``K_i`` selected
+entries at ``indices[i]``. State is compact: one ``[K]`` tensor for all of them, ``K = sum_i K_i``, parameter after
+parameter and ascending within each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Entries worked on at a time, for each thread: few enough that what a chunk gathers is still in the cache when it is
+# updated and scattered.
+_CHUNK = 2**14
+
+Update = Callable[[slice, float, Tensor, Tensor], None]
+
+
+class _Piece(NamedTuple):
+    """A part of one parameter's selected entries."""
+
+    parameter: int
+    start: int
+    stop: int
+
+
+def check_entries(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    indices: Sequence[Tensor | None],
+    steps: Tensor,
+    state: Mapping[str, Tensor | None],
+    master: Tensor | None,
+    starts: Tensor | None,
+) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    """Demand that parameters, gradients, indices and compact state go together, and flatten the first two.
+
+    Indices are not read: that they ascend within their parameter is the caller's word.
+
+    Args:
+        params: ``P`` tensors of one floating dtype and device.
+        grads: For each its gradient (its shape), the gradient of its selected entries alone (``[K_i]``), or ``None``.
+        indices: For each the selected entries, ``[K_i]``, or ``None`` for all.
+        steps: ``[P]``.
+        state: Compact tensors by name, ``[K]`` each, of one dtype: ``master``'s, else that of the parameters.
+        master: ``[K]`` or ``None``.
+        starts: ``[K]`` or ``None``.
+
+    Returns:
+        The parameters and the gradients as flat contiguous tensors, views wherever they are contiguous; and the
+        indices, ``None`` where they are all of a parameter.
+
+    Raises:
+        ValueError: Something does not go together; the message says what.
+    """
+    if not len(params) == len(grads) == len(indices) == len(steps):
+        raise ValueError(
+            "params, grads, indices and steps must have one entry for each parameter, "
+            f"got {len(params)}, {len(grads)}, {len(indices)} and {len(steps)}."
+        )
+    flat_params, flat_grads, partial, K = [], [], [], 0
+    index_dtype = None
+    for i, (param, grad, chosen) in enumerate(zip(params, grads, indices, strict=True)):
+        if param.dtype != params[0].dtype or param.device != params[0].device:
+            raise ValueError(
+                "the parameters of one call must have one dtype and device, got "
+                f"{params[0].dtype} on {params[0].device} and {param.dtype} on {param.device}: call once for each."
+            )
+        if chosen is not None:
+            if chosen.dtype not in (torch.int32, torch.int64):
+                raise ValueError(f"indices must be int32 or int64, got {chosen.dtype}.")
+            index_dtype = index_dtype or chosen.dtype
+            if chosen.dtype != index_dtype:
+                raise ValueError(
+                    "the indices of one call must have one dtype, got int32 and int64: cast them to int64."
+                )
+        count = param.numel() if chosen is None else len(chosen)
+        if grad is not None:
+            if grad.layout != torch.strided:
+                raise ValueError(f"gradient {i} is sparse ({grad.layout}): make it dense.")
+            if grad.shape != param.shape and grad.shape != (count,):
+                raise ValueError(
+                    f"gradient {i} must be {tuple(param.shape)}, the parameter's shape, or ({count},), that of its "
+                    f"selected entries, got {tuple(grad.shape)}."
+                )
+            grad = grad.contiguous().view(-1)
+        flat_params.append(param.detach().contiguous().view(-1))
+        flat_grads.append(grad)
+        partial.append(None if count == param.numel() else chosen)
+        K += count
+    dtype = params[0].dtype if params and master is None else torch.float32
+    dtypes = dict.fromkeys(state, dtype) | {"master": torch.float32, "starts": torch.float32}
+    for name, tensor in {**state, "master": master, "starts": starts}.items():
+        if tensor is not None and (tuple(tensor.shape), tensor.dtype) != ((K,), dtypes[name]):
+            raise ValueError(
+                f"{name} must be {dtypes[name]}, ({K},), one number for each selected entry, "
+                f"got {tensor.dtype}, {tuple(tensor.shape)}."
+            )
+    return flat_params, flat_grads, partial
+
+
+def write_back_(params: Sequence[Tensor], flat: Sequence[Tensor]) -> None:
+    """Copy flat parameters back into those that they are copies of, not views."""
+    for param, values in zip(params, flat, strict=True):
+        if not param.is_contiguous():
+            param.detach().copy_(values.view(param.shape))
+
+
+def update_entries_(
+    update: Update,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    indices: Sequence[Tensor | None],
+    steps: Tensor,
+    *,
+    dtype: torch.dtype,
+    maximize: bool,
+    master: Tensor | None,
+    scale: Tensor | None,
+) -> None:
+    """Gather weights and gradients of the selected entries, update them, and scatter the weights, chunk by chunk.
+
+    Args:
+        update: ``update(span, step, weight, grad)`` changes ``weight`` in place and reads ``grad`` (``[n]``, of
+            ``dtype``), entries ``span`` of the compact state, whose ``step``-th update this is.
+        params: Flat, contiguous; changed at their selected entries.
+        grads: Flat, contiguous; of all entries or of the selected ones, or ``None``.
+        indices: ``[K_i]`` or ``None``.
+        steps: ``[P]``.
+        dtype: What is computed in.
+        maximize: Whether gradients change their sign.
+        master: ``[K]``, the weights that are updated in the place of the rounded ones in ``params``.
+        scale: What gradients are multiplied by, zero-dimensional.
+    """
+    counts = [param.numel() if chosen is None else len(chosen) for param, chosen in zip(params, indices, strict=True)]
+    for pieces, span, step in _chunks(counts, grads, steps.tolist(), dtype):
+        grad = _gather([_source(grads, indices, piece, counts) for piece in pieces]).to(dtype)
+        if scale is not None:
+            grad = grad * scale
+        if maximize:
+            grad = -grad
+        if master is None:
+            weight = _gather([_source(params, indices, piece, counts) for piece in pieces])
+        else:
+            weight = master[span]
+        update(span, step, weight, grad)
+        _scatter_(params, indices, pieces, weight)
+
+
+def _chunks(
+    counts: Sequence[int], grads: Sequence[Tensor | None], steps: Sequence[float], dtype: torch.dtype
+) -> Iterator[tuple[list[_Piece], slice, float]]:
+    """Join neighbours that are at the same step, and cut what is large; leave out what has no gradient."""
+    # Some of PyTorch's 16-bit operations round otherwise at the end of a tensor: these are neither joined nor cut.
+    chunk = _CHUNK * torch.get_num_threads() if dtype.itemsize >= 4 else None
+    pieces: list[_Piece] = []
+    first = end = 0  # of the pieces, within the compact state
+    for i, count in enumerate(counts):
+        alone = chunk is None or end - first + count > chunk or grads[i] is None
+        if pieces and (alone or steps[i] != steps[pieces[0].parameter]):
+            yield pieces, slice(first, end), steps[pieces[0].parameter]
+            pieces = []
+        if not pieces:
+            first = end
+        if grads[i] is not None and count > (chunk or 0):
+            size = chunk or count
+            for start in range(0, count, size):
+                stop = min(start + size, count)
+                yield [_Piece(i, start, stop)], slice(end + start, end + stop), steps[i]
+        elif grads[i] is not None and count:
+            pieces.append(_Piece(i, 0, count))
+        end += count
+    if pieces:
+        yield pieces, slice(first, end), steps[pieces[0].parameter]
+
+
+def _source(
+    tensors: Sequence[Tensor], indices: Sequence[Tensor | None], piece: _Piece, counts: Sequence[int]
+) -> tuple[Tensor, Tensor | None]:
+    """Where a piece's numbers stand: a tensor, and the places in it unless it is all of it."""
+    i, start, stop = piece
+    tensor, chosen = tensors[i], indices[i]
+    whole = stop - start == counts[i]
+    if chosen is None or len(tensor) == counts[i]:  # all are selected, or these are the selected ones already
+        return tensor if whole else tensor[start:stop], None
+    return tensor, chosen if whole else chosen[start:stop]
+
+
+def _gather(sources: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """Read the numbers of a chunk one after the other; a view where they stand so."""
+    if len(sources) == 1:
+        ((tensor, chosen),) = sources
+        return tensor if chosen is None else tensor.index_select(0, chosen)
+    sizes = [len(tensor if chosen is None else chosen) for tensor, chosen in sources]
+    gathered = sources[0][0].new_empty(sum(sizes))
+    for (tensor, chosen), part in zip(sources, gathered.split(sizes), strict=True):
+        if chosen is None:
+            part.copy_(tensor)
+        else:
+            torch.index_select(tensor, 0, chosen, out=part)
+    return gathered
+
+
+def _scatter_(params: Sequence[Tensor], indices: Sequence[Tensor | None], pieces: list[_Piece], weight: Tensor) -> None:
+    """Write the weights of a chunk to where they belong."""
+    weight = weight.to(params[0].dtype)
+    for (i, start, stop), values in zip(pieces, weight.split([p.stop - p.start for p in pieces]), strict=True):
+        if indices[i] is not None:
+            params[i].scatter_(0, indices[i][start:stop].long(), values)
+        elif values.data_ptr() != params[i][start:].data_ptr():  # else it was updated where it stands
+            params[i][start:stop] = values

@@ -1,0 +1,100 @@
+"""Tables through which one launch reaches many tensors: the address and size of each, and which block does what.
+
+Row ``i`` of the table is parameter ``i``, ``COLUMNS`` int64 numbers: addresses of the weights, the gradient and the
+indices (0: all entries), the number of its selected entries, the first of them in the compact state, its first block,
+and whether the gradient is that of the selected entries alone. ``blocks [B]``, int32, is the parameter of each block
+of ``BLOCK`` selected entries; a parameter without gradient has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+COLUMNS = tl.constexpr(7)
+BLOCK = 1024
+
+
+@triton.jit
+def entries_of_block(
+    table_ptr, blocks_ptr,  # see above
+    param_like, grad_like, index_like,  # pointers whose dtypes those in the table have; never read
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Find the entries of this program: ``(mask, parameter, compact places, weight pointers, gradient pointers)``."""
+    block = tl.program_id(0)
+    parameter = tl.load(blocks_ptr + block)
+    row = table_ptr + parameter * COLUMNS
+    params = tl.load(row).to(param_like.dtype)
+    grads = tl.load(row + 1).to(grad_like.dtype)
+    indices = tl.load(row + 2)
+    count = tl.load(row + 3)
+    offs = (block - tl.load(row + 5)) * BLOCK + tl.arange(0, BLOCK)  # int64, as the table is
+    mask = offs < count
+    places = offs
+    if indices != 0:
+        places = tl.load(indices.to(index_like.dtype) + offs, mask=mask, other=0).to(tl.int64)
+    grad_places = places
+    if tl.load(row + 6) != 0:
+        grad_places = offs
+    return mask, parameter, tl.load(row + 4) + offs, params + places, grads + grad_places
+
+
+def tables(
+    params: Sequence[Tensor], grads: Sequence[Tensor | None], indices: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Make the table, the blocks, and one tensor of each kind to tell their dtypes.
+
+    They are kept by what stands in them, so that a step with the same addresses as one before copies nothing.
+
+    Args:
+        params: Flat, contiguous, on one device.
+        grads: Flat, contiguous; of all entries or of the selected ones, or ``None``.
+        indices: ``[K_i]`` of one dtype, or ``None``.
+
+    Returns:
+        ``table [P, COLUMNS]`` int64, ``blocks [B]`` int32, and ``[param, grad, index]``.
+    """
+    device = params[0].device
+    rows, counts, first, block = [], [], 0, 0
+    for param, grad, chosen in zip(params, grads, indices, strict=True):
+        count = param.numel() if chosen is None else len(chosen)
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (param, grad, chosen)]
+        compact = grad is not None and grad.numel() == count
+        rows.append((*addresses, count, first, block, int(compact)))
+        counts.append(0 if grad is None else count)
+        first += count
+        block += triton.cdiv(counts[-1], BLOCK)
+    one_grad = next((grad for grad in grads if grad is not None), params[0])
+    one_index = next((chosen for chosen in indices if chosen is not None), None)
+    if one_index is None:
+        one_index = torch.empty(0, dtype=torch.int32, device=device)
+    return _table(tuple(rows), device), _blocks(tuple(counts), device), [params[0], one_grad, one_index]
+
+
+@lru_cache(maxsize=64)  # gradients may lie elsewhere after each backward pass, but the allocator returns to few places
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    return _moved(torch.tensor(rows, dtype=torch.int64), device)
+
+
+@lru_cache(maxsize=64)
+def _blocks(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    sizes = torch.tensor([triton.cdiv(count, BLOCK) for count in counts])
+    return _moved(torch.arange(len(counts), dtype=torch.int32).repeat_interleave(sizes), device)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to a GPU without waiting for it."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def as_tensor(number: float | Tensor, device: torch.device) -> Tensor:
+    """Give a zero-dimensional float32 tensor on the device, without waiting for it."""
+    if isinstance(number, Tensor):
+        return number.to(device, torch.float32, non_blocking=True)
+    return torch.full((), number, dtype=torch.float32, device=device)

@@ -1,0 +1,101 @@
+"""Triton kernel of :func:`fishkern.ops.masked_adamw_`.
+
+One launch for all parameters: a program owns a block of one parameter's selected entries and reaches weights and
+gradient through a table of addresses. The learning rate, the steps and the scale of the gradients are read on the
+device, so that neither a schedule nor a CUDA graph needs another kernel, and nothing waits for the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._table import BLOCK, as_tensor, entries_of_block, tables
+
+
+@triton.jit
+def _masked_adamw_kernel(
+    table_ptr, blocks_ptr, param_like, grad_like, index_like,  # see _table.py
+    exp_avg_ptr, exp_avg_sq_ptr, master_ptr, starts_ptr,  # compact state; the last two may be None
+    steps_ptr, lr_ptr, scale_ptr,  # scale may be None
+    log_beta1, log_beta2, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay,
+    MAXIMIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    mask, parameter, offs, param_ptrs, grad_ptrs = entries_of_block(
+        table_ptr, blocks_ptr, param_like, grad_like, index_like, BLOCK
+    )
+    lr = tl.load(lr_ptr)
+    grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        grad = grad * tl.load(scale_ptr)
+    if MAXIMIZE:
+        grad = -grad
+    if master_ptr is not None:
+        weight = tl.load(master_ptr + offs, mask=mask, other=0.0)
+    else:
+        weight = tl.load(param_ptrs, mask=mask, other=0.0).to(tl.float32)
+    exp_avg = tl.load(exp_avg_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    exp_avg_sq = tl.load(exp_avg_sq_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+
+    # In float64, since 1 - beta^t of a beta close to 1 would keep four digits in float32.
+    age = tl.load(steps_ptr + parameter).to(tl.float64)
+    if starts_ptr is not None:
+        age = age - tl.load(starts_ptr + offs, mask=mask, other=0.0).to(tl.float64)
+    correction1 = (1.0 - tl.exp(age * log_beta1)).to(tl.float32)
+    correction2 = (1.0 - tl.exp(age * log_beta2)).to(tl.float32)
+
+    weight = weight * (1.0 - lr * weight_decay)
+    exp_avg = exp_avg + (grad - exp_avg) * one_minus_beta1
+    exp_avg_sq = exp_avg_sq * beta2 + grad * grad * one_minus_beta2
+    denom = tl.sqrt(exp_avg_sq / correction2) + eps
+    weight = weight - lr / correction1 * (exp_avg / denom)
+
+    tl.store(exp_avg_ptr + offs, exp_avg.to(exp_avg_ptr.dtype.element_ty), mask=mask)
+    tl.store(exp_avg_sq_ptr + offs, exp_avg_sq.to(exp_avg_sq_ptr.dtype.element_ty), mask=mask)
+    if master_ptr is not None:
+        tl.store(master_ptr + offs, weight, mask=mask)
+    tl.store(param_ptrs, weight.to(param_like.dtype.element_ty), mask=mask)
+
+
+def masked_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    indices: Sequence[Tensor | None],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    steps: Tensor,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    master: Tensor | None = None,
+    starts: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
+    """Launch the kernel; arguments as in :func:`fishkern.ops.masked_adamw_`, already checked and flat."""
+    table, blocks, likes = tables(params, grads, indices)
+    if len(blocks) == 0:
+        return
+    with torch.cuda.device_of(params[0]):  # Triton launches on the current device
+        _masked_adamw_kernel[(len(blocks),)](
+            table, blocks, *likes,
+            exp_avg, exp_avg_sq, master, starts,
+            steps, as_tensor(lr, steps.device), scale,
+            _log(beta1), _log(beta2), 1 - beta1, beta2, 1 - beta2, eps, weight_decay,
+            maximize,
+            BLOCK,
+        )  # fmt: skip
+    torch.autograd.graph.increment_version(params)  # else autograd would not notice
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta else -math.inf
