@@ -18,8 +18,10 @@ from fishkern.statistics import (
     SketchedFisher,
     Statistics,
     TokenClassification,
+    Verification,
     estimate,
     merge,
+    verify,
 )
 
 __version__ = "0.1.0"
@@ -46,10 +48,12 @@ __all__ = [
     "Statistics",
     "TokenClassification",
     "UnsupportedModuleError",
+    "Verification",
     "canonical_name",
     "estimate",
     "merge",
     "select",
     "use_backend",
+    "verify",
     "why_not_triton",
 ]

@@ -17,12 +17,14 @@ from fishkern.statistics.likelihood import (
 from fishkern.statistics.predictive import Bernoulli, Categorical, Gaussian, Predictive
 from fishkern.statistics.result import Covered, Statistics, merge
 from fishkern.statistics.sketched_fisher import SketchedFisher
+from fishkern.statistics.verify import Compared, Verification, verify
 
 __all__ = [
     "Bernoulli",
     "Categorical",
     "CausalLM",
     "Classification",
+    "Compared",
     "Covered",
     "DiagonalFisher",
     "Estimator",
@@ -37,6 +39,8 @@ __all__ = [
     "SketchedFisher",
     "Statistics",
     "TokenClassification",
+    "Verification",
     "estimate",
     "merge",
+    "verify",
 ]

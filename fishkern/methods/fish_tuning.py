@@ -1,0 +1,189 @@
+"""FISH-Tuning (Xue et al., 2025, arXiv:2504.04050) and the FISH Mask that it stands on (Sung et al., 2021, 2111.09839).
+
+Score every entry of a pool by the exact diagonal empirical Fisher over some examples, select the ``k`` largest of the
+whole pool together, train those alone; the head, which starts at random, is trained whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fishkern import adapters, hosts
+from fishkern.backend import Backend
+from fishkern.names import canonical_name
+from fishkern.selection import GlobalTopK, Random, Selection, select
+from fishkern.selection.base import budget
+from fishkern.statistics import DiagonalFisher, Likelihood, Statistics, estimate
+
+Order = Literal["largest", "smallest", "random", "magnitude"]
+ORDERS: tuple[Order, ...] = ("largest", "smallest", "random", "magnitude")
+
+
+def fish_tuning(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    k: int | None = None,
+    density: float | None = None,
+    trainable: int | None = None,
+    match: Any = None,
+    order: Order = "largest",
+    pool: Literal["adapter", "model"] = "adapter",
+    max_examples: int | None = 128,
+    likelihood: Likelihood | Callable[[nn.Module, Any], Tensor] | None = None,
+    heads: Iterable[str] = hosts.HEADS,
+    allow_zeros: bool = False,
+    seed: int = 42,
+    accumulate_on: str | torch.device | None = None,
+    backend: Backend | None = None,
+    progress: bool | Callable[[int, int | None], None] = False,
+) -> Selection:
+    """Select the entries of an adapter that FISH-Tuning trains.
+
+    The pool is ranked globally, across matrices and layers, on the model as it stands: the selection holds for these
+    very values of adapter and head. For LoRA and DoRA the paper starts from PiSSA; with LoRA's usual start ``B = 0``
+    every entry of ``A`` scores exactly zero and there is nothing to rank.
+
+    Cost: one forward and one backward pass for each batch (none for ``"random"`` and ``"magnitude"``), and a float32
+    for each entry of the pool.
+
+    Args:
+        model: A model with an adapter of PEFT or of :mod:`fishkern.adapters`. Every parameter that is trained belongs
+            to the pool, but for the head's.
+        batches: What a ``DataLoader`` over the training data yields, see :func:`fishkern.estimate`; not read for
+            ``"random"`` and ``"magnitude"``.
+        k: Budget in entries of the pool; the head comes on top. Give exactly one of the four budgets.
+        density: Budget as a fraction of the pool: floor(density * pool); the head comes on top.
+        trainable: Budget of everything that is trained, the head included.
+        match: As many entries of the pool as this adapter would train on this model: a PEFT config, as in the paper's
+            comparison ``LoraConfig(r=1, layers_to_transform=[0], ...)``, or a :class:`fishkern.adapters.Adapter`.
+        order: ``"largest"`` Fisher information, as in the paper; its controls ``"smallest"`` ("rev") and ``"random"``;
+            and ``"magnitude"``, the largest absolute values.
+        pool: ``"adapter"``; or ``"model"`` for the FISH Mask over all parameters of a model without one, where the
+            head is paid out of ``density`` and ``trainable``, which then speak of the whole model.
+        max_examples: How many examples to look at; 128 in the paper.
+        likelihood: See :func:`fishkern.estimate`.
+        heads: Names of the modules that are the head.
+        allow_zeros: Go on although half of the pool or more scores exactly zero.
+        seed: Of the random order, independent of all other generators.
+        accumulate_on: See :func:`fishkern.estimate`.
+        backend: ``None`` for the ambient choice, see :mod:`fishkern.backend`.
+        progress: See :func:`fishkern.estimate`.
+
+    Returns:
+        A selection whose pool is the adapter and the head, the head selected whole; ``.k`` counts without the head.
+
+    Raises:
+        ValueError: Not exactly one budget is given, it is not in the pool's range, the model has no adapter, or half
+            of the pool scores exactly zero.
+        TypeError: ``match`` is no adapter.
+    """  # noqa: DOC502
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
+    heads = tuple(heads)
+    parameters = _pool(model, pool)
+    head = [name for name in parameters if hosts.is_head(name, heads)]
+    ranked = {name: parameter for name, parameter in parameters.items() if name not in head}
+    if not ranked:
+        raise ValueError(f"nothing but the head ({', '.join(head)}) is trained, so there is nothing to select from.")
+    entries = sum(parameter.numel() for parameter in ranked.values())
+    head_entries = sum(parameters[name].numel() for name in head)
+    k = _budget(k, density, trainable, match, model, heads, entries, head_entries, whole=pool == "model")
+    if order == "random":
+        return select(_values(parameters), Random(k=k, seed=seed, always=_exactly(head)), backend=backend)
+    if order == "magnitude":
+        return select(_values(parameters, absolute=True), GlobalTopK(k=k, always=_exactly(head)), backend=backend)
+    statistics = estimate(
+        model,
+        batches,
+        DiagonalFisher(),
+        likelihood=likelihood,
+        parameters=lambda name, parameter: name in parameters,
+        max_examples=max_examples,
+        accumulate_on=accumulate_on,
+        backend=backend,
+        progress=progress,
+    )
+    if not allow_zeros:
+        _refuse_zeros(statistics, list(ranked), entries)
+    return select(statistics, GlobalTopK(k=k, order=order, always=_exactly(head)), backend=backend)
+
+
+def _pool(model: nn.Module, pool: str) -> dict[str, nn.Parameter]:
+    named = {canonical_name(name): parameter for name, parameter in hosts.unwrap(model).named_parameters()}
+    if pool == "model":
+        return named
+    if pool != "adapter":
+        raise ValueError(f"pool must be 'adapter' or 'model', got {pool!r}.")
+    if not hasattr(hosts.unwrap(model), "peft_config") and not adapters.adapter_parameters(model):
+        raise ValueError(
+            f"{type(model).__name__} has no adapter: pass a model of PEFT or one that fishkern.adapters.attach has "
+            "changed, or take pool='model' for the FISH Mask over all of its parameters."
+        )
+    trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    if not trained:
+        raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: its adapter is frozen.")
+    return trained
+
+
+def _budget(
+    k: int | None,
+    density: float | None,
+    trainable: int | None,
+    match: Any,
+    model: nn.Module,
+    heads: tuple[str, ...],
+    entries: int,
+    head: int,
+    *,
+    whole: bool,
+) -> int:
+    """Turn one of the four budgets into a number of entries beside the head."""
+    given = {"k": k, "density": density, "trainable": trainable, "match": match}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) != 1:
+        names = ", ".join(given) or "none"
+        raise ValueError(f"give exactly one budget of k=, density=, trainable= and match=, got {names}.")
+    said = ", ".join(f"{name}={value}" for name, value in given.items() if name != "match") or "match="
+    if match is not None:
+        from fishkern.integrations.budgets import trained_by
+
+        k = trained_by(match, model, heads)
+    elif density is not None:
+        if not 0 < density <= 1:
+            raise ValueError(f"density must be above 0 and at most 1, got {density}.")
+        k = budget(None, density, entries + head) - head if whole else budget(None, density, entries)
+    elif trainable is not None:
+        k = trainable - head
+    if trainable is not None or (whole and density is not None):
+        if k < 1:
+            raise ValueError(f"{said} does not pay for the head of {head:,} entries, which is trained whole.")
+    elif k < 1:
+        raise ValueError(f"{said} selects nothing out of a pool of {entries:,} entries.")
+    if k > entries:
+        raise ValueError(f"{said} asks for {k:,} entries, and the pool has {entries:,} beside the head.")
+    return k
+
+
+def _values(parameters: dict[str, nn.Parameter], absolute: bool = False) -> dict[str, Tensor]:
+    return {name: value.detach().abs() if absolute else value.detach() for name, value in parameters.items()}
+
+
+def _exactly(names: Iterable[str]) -> tuple[str, ...]:
+    """Patterns that match these names alone."""
+    return tuple(name.replace("[", "[[]") for name in names)
+
+
+def _refuse_zeros(statistics: Statistics, names: list[str], entries: int) -> None:
+    zeros = {name: statistics[name].numel() - int(statistics[name].count_nonzero()) for name in names}
+    if 2 * sum(zeros.values()) >= entries:
+        worst = max(zeros, key=zeros.get)
+        raise ValueError(
+            f"{sum(zeros.values()):,} of {entries:,} entries of the pool score exactly zero (most of them in {worst}), "
+            "so that a ranking would go by position. LoRA's usual start B = 0 does that: start from PiSSA "
+            "(init_lora_weights='pissa'), or pass allow_zeros=True."
+        )

@@ -1,0 +1,461 @@
+"""``verify``: statistics against a batch-size-1 loop, on the user's own model and data."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fishkern import hosts
+from fishkern.names import canonical_name
+from fishkern.statistics.autograd import backward, check_finite, take_grad
+from fishkern.statistics.batches import Batch, checked_batch, num_examples, take, to_device
+from fishkern.statistics.estimate import LossFunction, Predicate, estimate
+from fishkern.statistics.likelihood import Likelihood, call, recognise_likelihood
+from fishkern.statistics.result import Covered, Statistics
+
+# What rounding alone may do to a squared gradient, relative to the parameter's largest.
+_ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
+# Batch noise above this is no rounding any more: the examples of a batch see each other.
+_NOISE = {torch.float64: 1e-3, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
+_SLACK = 2  # times the noise: it is measured on fewer examples than the error
+_NOISE_EXAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One parameter, by the statistics and by the loop.
+
+    Attributes:
+        name: Its name.
+        path: The path that computed it, as in :class:`Covered`; empty where the statistics do not say.
+        numel: Its coordinates.
+        error: Largest difference from the loop, relative to the loop's largest entry.
+        noise: The same between the model's own gradients of an example in a batch and of the example alone.
+        allowed: The error up to which it holds.
+        holds: Whether it does.
+        note: What is to be said of it, in words.
+    """
+
+    name: str
+    path: str
+    numel: int
+    error: float
+    noise: float
+    allowed: float
+    holds: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found.
+
+    Attributes:
+        compared: Every parameter that was compared, in the model's order.
+        missing: Parameters asked for that the statistics do not hold.
+        coverage: Coordinates of the model by the path that computed them, those left out included.
+        size: Coordinates of the model.
+        examples: How many examples the loop ran over.
+        noise_examples: How many of them the batch noise was measured on.
+        density: The fraction of entries that is selected for :attr:`overlap`.
+        overlap: The part of that selection which statistics and loop have in common.
+        noise_overlap: The same between the model's own gradients in a batch and alone.
+        loop_seconds: Time of the loop.
+        estimate_seconds: Time of ``estimate``, its survey and self-check included; ``None`` for given statistics.
+    """
+
+    compared: tuple[Compared, ...]
+    missing: tuple[str, ...]
+    coverage: Mapping[str, int]
+    size: int
+    examples: int
+    noise_examples: int
+    density: float
+    overlap: float
+    noise_overlap: float
+    loop_seconds: float
+    estimate_seconds: float | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether it holds: nothing is missing, every parameter is within its allowance, and so is the selection."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Why not, in words; empty where it holds."""
+        found = [f"{name} is missing from the statistics" for name in self.missing]
+        for one in self.compared:
+            if not one.holds:
+                found.append(f"{one.name}: {one.note or f'error {one.error:.1e}, allowed {one.allowed:.1e}'}")
+        if self.overlap < self.allowed_overlap:
+            found.append(
+                f"the selections of the top {self.density:.2%} have {self.overlap:.1%} in common, "
+                f"at least {self.allowed_overlap:.1%} was expected"
+            )
+        if self.coverage and sum(self.coverage.values()) != self.size:
+            found.append(f"the coverage speaks of {sum(self.coverage.values()):,} of {self.size:,} coordinates")
+        return tuple(found)
+
+    @property
+    def allowed_overlap(self) -> float:
+        """The overlap from which on it holds: one percent and twice what the model's batch noise moves may differ."""
+        return max(0.0, 0.99 - _SLACK * (1 - self.noise_overlap))
+
+    @property
+    def worst_first(self) -> list[Compared]:
+        """The compared parameters by how much of their allowance they use; at the end what is zero but for rounding."""
+        return sorted(self.compared, key=lambda one: (one.holds and one.note != "", -one.error / one.allowed))
+
+    def to_json(self) -> str:
+        """Say it all as JSON.
+
+        Returns:
+            An object with ``ok``, ``failures`` and every attribute.
+        """
+        plain = {"ok": self.ok, "failures": self.failures, "allowed_overlap": self.allowed_overlap, **asdict(self)}
+        for one in plain["compared"]:
+            for key in ("error", "noise", "allowed"):
+                one[key] = one[key] if one[key] < math.inf else None  # JSON has no infinity
+        return json.dumps(plain, indent=2)
+
+    def __str__(self) -> str:
+        worst_first = self.worst_first[:10]
+        width = max(len(one.name) for one in worst_first)
+        lines = [f"{'parameter':{width}}  path     error    noise    allowed"]
+        lines += [
+            f"{one.name:{width}}  {one.path:7}  {one.error:.1e}  {one.noise:.1e}  {one.allowed:.1e}"
+            f"{'' if one.holds else '  FAILS'}"
+            for one in worst_first
+        ]
+        return "\n".join([*lines, *self.summary])
+
+    @property
+    def summary(self) -> list[str]:
+        """What was found, in a few lines."""
+        lines = [f"{len(self.compared)} parameters compared with a loop over {self.examples} examples"]
+        if self.coverage:
+            paths = ", ".join(f"{path} {numel:,}" for path, numel in self.coverage.items())
+            lines.append(f"coverage: {paths} of {self.size:,} coordinates")
+        lines.append(f"the largest {self.density:.2%} of all entries: {self.overlap:.2%} in common")
+        if self.estimate_seconds is not None:
+            lines.append(f"fishkern took {self.estimate_seconds:.2f} s, the loop {self.loop_seconds:.2f} s")
+        return lines + (["It does not hold:", *self.failures] if self.failures else ["It holds."])
+
+
+def verify(
+    model: nn.Module,
+    batches: Iterable[Any],
+    statistics: Mapping[str, Tensor] | None = None,
+    parameters: Predicate | Literal["all"] | None = None,
+    *,
+    likelihood: Likelihood | LossFunction | None = None,
+    max_examples: int | None = None,
+    density: float = 0.005,
+    progress: Callable[[int, int | None], None] | bool = False,
+) -> Verification:
+    """Compare the diagonal empirical Fisher with a loop that back-propagates one example at a time.
+
+    The loop takes each row of a batch as it stands, runs the model on it alone, takes the loss that the model itself
+    returns where it returns one, and squares what autograd leaves in ``.grad``. A difference is judged by what the
+    model does by itself: on the first batch (up to 8 examples) the gradient of each example in its batch is compared
+    with that of the example alone, and a parameter holds while its error stays below rounding plus twice that noise.
+    Noise that no rounding explains is a failure: then the examples of a batch are not independent.
+
+    Cost: the loop, once, and one backward pass of the first batch for each of its examples. Memory: two float32
+    accumulators for each parameter, three for the first batch; one gradient at a time.
+
+    Args:
+        model: A module; left as found.
+        batches: As for :func:`estimate`; read once and kept.
+        statistics: What to verify, estimated on these very examples; also a plain mapping made by other means.
+            ``None``: estimated here.
+        parameters: Which to compare, as for :func:`estimate`; ``None``: those that require a gradient, or where
+            statistics are given, those they hold.
+        likelihood: As for :func:`estimate`.
+        max_examples: Stop after so many examples.
+        density: Fraction of the entries for the comparison of selections.
+        progress: A function of the examples done by the loop and of their number; or ``True`` for that of
+            :func:`estimate`.
+
+    Returns:
+        The report; ``.ok`` says whether it holds.
+
+    Raises:
+        ValueError: The statistics are of another kind or of other examples, or no parameter can be compared; and as
+            :func:`estimate`.
+        UnsupportedModuleError: As :func:`estimate`.
+    """  # noqa: DOC502
+    model = hosts.unwrap(model)
+    kept = _kept(batches, max_examples)
+    examples = sum(map(num_examples, kept))
+    estimate_seconds = None
+    if statistics is None:
+        start = _clock(model)
+        statistics = estimate(model, kept, likelihood=likelihood, parameters=parameters, progress=progress is True)
+        estimate_seconds = _clock(model) - start
+    _check_kind(statistics, examples)
+    named = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    wanted = _wanted(named, statistics, parameters)
+    chosen = {name: named[name] for name in wanted if name in statistics and named[name].is_floating_point()}
+    if not chosen:
+        raise ValueError(f"nothing to verify: the statistics hold no parameter of {type(model).__name__} asked for.")
+    for name, parameter in chosen.items():
+        if statistics[name].shape != parameter.shape:
+            raise ValueError(
+                f"the statistics hold {name} with shape {tuple(statistics[name].shape)}, the model has "
+                f"{tuple(parameter.shape)}: they are of another model."
+            )
+    squares = _Squares(model, chosen, likelihood)
+    with squares.collecting():
+        noise, noise_overlap, noise_examples = _batch_noise(squares, kept[0], density)
+        start = _clock(model)
+        for n, row in enumerate(_rows(kept, squares.device)):
+            squares.add_alone(row, n)
+            if callable(progress):
+                progress(n + 1, examples)
+        loop_seconds = _clock(model) - start
+        truth = {name: total.div_(examples) for name, total in squares.taken().items()}
+    covered = statistics.coverage if isinstance(statistics, Statistics) else {}
+    compared = _judged(chosen, statistics, truth, noise, covered)
+    coverage: Counter[str] = Counter()
+    for one in covered.values():
+        coverage[one.path] += one.numel
+    return Verification(
+        compared=compared,
+        missing=tuple(name for name in wanted if name not in statistics),
+        coverage=dict(coverage),
+        size=sum(covered[name].numel if name in covered else named[name].numel() for name in named),
+        examples=examples,
+        noise_examples=noise_examples,
+        density=density,
+        overlap=_overlap({name: statistics[name] for name in chosen}, truth, density),
+        noise_overlap=noise_overlap,
+        loop_seconds=loop_seconds,
+        estimate_seconds=estimate_seconds,
+    )
+
+
+class _Squares:
+    """Squared gradients of single losses, summed as autograd hands them over, one gradient alive at a time."""
+
+    def __init__(
+        self, model: nn.Module, chosen: Mapping[str, nn.Parameter], likelihood: Likelihood | LossFunction | None
+    ) -> None:
+        self._model = model
+        self._chosen = chosen
+        self._likelihood = likelihood
+        self._totals: dict[str, Tensor] = {}
+        self.device = next(iter(chosen.values())).device
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Listen to the parameters, and leave the model as found."""
+        found = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self._model.parameters()]
+        names = {parameter: name for name, parameter in self._chosen.items()}
+        handles = []
+        modes = {module: module.training for module in self._model.modules()}
+        devices = [self.device] if self.device.type == "cuda" else []
+        with (
+            torch.compiler.set_stance("force_eager"),
+            torch.enable_grad(),
+            torch.random.fork_rng(devices),
+        ):
+            try:
+                for module in modes:
+                    module.training = False  # activation checkpointing included: single examples need none
+                for parameter, _, _ in found:
+                    parameter.grad = None
+                    parameter.requires_grad_(parameter in names)
+                for parameter in names:
+                    handles.append(parameter.register_post_accumulate_grad_hook(lambda p: self._square(names[p], p)))
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+                for module, mode in modes.items():
+                    module.training = mode
+                for parameter, required, grad in found:
+                    parameter.requires_grad_(required)
+                    parameter.grad = grad
+
+    def taken(self) -> dict[str, Tensor]:
+        """Take the sums so far; zeros where no gradient arrived."""
+        totals, self._totals = self._totals, {}
+        return {
+            name: totals[name] if name in totals else torch.zeros_like(parameter, dtype=_wide(parameter))
+            for name, parameter in self._chosen.items()
+        }
+
+    def add_alone(self, row: Batch, place: int) -> None:
+        """Add the squared gradient of one example, by the loss that the model itself returns where it does."""
+        losses = self._own_loss(row)
+        losses = self._losses(row) if losses is None else losses
+        check_finite(losses, range(place, place + 1))
+        backward(losses[0])
+
+    def add_in_batch(self, batch: Batch) -> None:
+        """Add the squared gradient of each example, back-propagated through the batch."""
+        losses = self._losses(batch)
+        check_finite(losses, range(len(losses)))
+        for loss in losses:
+            backward(loss, retain_graph=True)
+
+    def _own_loss(self, row: Batch) -> Tensor | None:
+        if self._likelihood is not None or not isinstance(row, Mapping):
+            return None
+        loss = getattr(call(self._model, row), "loss", None)
+        return loss[None] if isinstance(loss, Tensor) and loss.ndim == 0 else None
+
+    def _losses(self, batch: Batch) -> Tensor:
+        likelihood = recognise_likelihood(self._model, batch) if self._likelihood is None else self._likelihood
+        if isinstance(likelihood, Likelihood):
+            return likelihood.predictive(self._model, batch).losses()
+        return likelihood(self._model, batch)
+
+    def _square(self, name: str, parameter: nn.Parameter) -> None:
+        grad = take_grad(parameter).to(_wide(parameter))
+        if name in self._totals:
+            self._totals[name].addcmul_(grad, grad)
+        else:
+            self._totals[name] = grad.square()
+
+
+def _batch_noise(squares: _Squares, batch: Batch, density: float) -> tuple[dict[str, float], float, int]:
+    """Measure how far the model's own gradients move when an example runs in a batch."""
+    batch = to_device(take(batch, slice(0, _NOISE_EXAMPLES)), squares.device)
+    N = num_examples(batch)
+    for n, row in enumerate(_rows([batch], squares.device)):
+        squares.add_alone(row, n)
+    alone = squares.taken()
+    if N == 1:
+        squares.add_alone(batch, 0)
+    else:
+        squares.add_in_batch(batch)
+    together = squares.taken()
+    return {name: _error(together[name], alone[name]) for name in alone}, _overlap(together, alone, density), N
+
+
+def _judged(
+    chosen: Mapping[str, nn.Parameter],
+    statistics: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    noise: Mapping[str, float],
+    covered: Mapping[str, Covered],
+) -> tuple[Compared, ...]:
+    largest = max(_largest(value) for value in truth.values())
+    compared = []
+    for name, parameter in chosen.items():
+        error = _error(statistics[name], truth[name])
+        limit, most = _ROUNDING[parameter.dtype], _NOISE[parameter.dtype]
+        # the gradient of a key's bias is zero but for rounding, and all of it is noise
+        steps = 256 if parameter.dtype in (torch.float32, torch.float64) else 16
+        tiny = (steps * torch.finfo(parameter.dtype).eps) ** 2 * largest
+        vanishes = _largest(truth[name]) <= tiny and _largest(statistics[name]) <= tiny
+        allowed = limit + _SLACK * min(noise[name], most)
+        note = ""
+        if vanishes:
+            note = "zero but for rounding"
+        elif noise[name] > most:
+            note = (
+                f"its gradient moves by {noise[name]:.1e} when an example runs in a batch, more than rounding does: "
+                "examples of a batch are not independent in this model"
+            )
+        holds = vanishes or (error <= allowed and noise[name] <= most)
+        path = covered[name].path if name in covered else ""
+        compared.append(Compared(name, path, parameter.numel(), error, noise[name], allowed, holds, note))
+    return tuple(compared)
+
+
+def _error(actual: Tensor, truth: Tensor) -> float:
+    if not truth.numel():
+        return 0.0
+    difference = _largest(actual.to(truth.device, truth.dtype) - truth)
+    scale = _largest(truth)
+    if not math.isfinite(difference) or (difference and not scale):
+        return math.inf
+    return difference / scale if scale else 0.0
+
+
+def _largest(values: Tensor) -> float:
+    return values.abs().max().item() if values.numel() else 0.0
+
+
+def _overlap(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], density: float) -> float:
+    """Tell which part of the largest ``density`` of all entries two mappings have in common."""
+    size = sum(value.numel() for value in theirs.values())
+    k = max(1, int(density * size))
+    chosen = []
+    for scores in (ours, theirs):
+        flat = torch.cat([scores[name].detach().flatten().to("cpu", torch.float32) for name in theirs])
+        chosen.append(torch.zeros(size, dtype=torch.bool).index_fill_(0, flat.topk(k).indices, True))
+    return int((chosen[0] & chosen[1]).sum()) / k
+
+
+def _kept(batches: Iterable[Any], max_examples: int | None) -> list[Batch]:
+    kept: list[Batch] = []
+    left = max_examples
+    for number, raw in enumerate(batches):
+        if left is not None and left <= 0:
+            break
+        batch = checked_batch(raw, number)
+        kept.append(batch if left is None else take(batch, slice(0, min(left, num_examples(batch)))))
+        left = None if left is None else left - num_examples(kept[-1])
+    if not kept:
+        raise ValueError("the data holds no example: batches was empty (an exhausted iterator, or max_examples=0).")
+    return kept
+
+
+def _rows(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    for batch in batches:
+        for n in range(num_examples(batch)):
+            yield to_device(take(batch, slice(n, n + 1)), device)
+
+
+def _check_kind(statistics: Mapping[str, Tensor], examples: int) -> None:
+    if not isinstance(statistics, Statistics):
+        return
+    definition = statistics.provenance["definition"]
+    expected = {"estimator": "DiagonalFisher", "fisher_type": "empirical", "unit": "example"}
+    if wrong := {key: definition[key] for key in expected if definition.get(key, expected[key]) != expected[key]}:
+        raise ValueError(
+            f"verify compares the empirical Fisher of single examples, these statistics are of {wrong}: estimate with "
+            "DiagonalFisher()."
+        )
+    if statistics.count != examples:
+        raise ValueError(
+            f"the statistics are the mean over {statistics.count} examples and the data holds {examples}: give the "
+            "examples that they were estimated on."
+        )
+
+
+def _wanted(
+    named: Mapping[str, nn.Parameter],
+    statistics: Mapping[str, Tensor],
+    parameters: Predicate | Literal["all"] | None,
+) -> list[str]:
+    if parameters is None:
+        return [name for name, parameter in named.items() if parameter.requires_grad or name in statistics]
+    if parameters == "all":
+        return list(named)
+    return [name for name, parameter in named.items() if parameters(name, parameter)]
+
+
+def _wide(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _clock(model: nn.Module) -> float:
+    """Tell the time at which all that was asked for is done."""
+    if (device := next(model.parameters()).device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

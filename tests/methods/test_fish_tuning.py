@@ -1,0 +1,221 @@
+"""FISH-Tuning: the budgets of the paper, the pool, the head, the controls."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fishkern as fk
+from fishkern import adapters
+from fishkern.methods import fish_tuning
+from tests.support import zoo
+from tests.support.oracle import one_class, squares_one_by_one
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+TARGETS = ["query", "key", "value"]
+
+
+def classifier(**changes) -> nn.Module:
+    torch.manual_seed(0)
+    settings = dict(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        num_labels=3,
+    )
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**{**settings, **changes}))
+
+
+def lora(model: nn.Module, **changes) -> nn.Module:
+    settings = dict(r=2, target_modules=TARGETS, init_lora_weights="pissa", task_type="SEQ_CLS")
+    return peft.get_peft_model(model, peft.LoraConfig(**{**settings, **changes}))
+
+
+def batches(count: int = 3) -> list[dict]:
+    return [zoo.class_batch(4, 7, seed=seed) for seed in range(count)]
+
+
+def bert_base(layers: range, **settings) -> nn.Module:
+    """bert-base-cased's shapes; the values do not matter, and their pages are never touched."""
+    with torch.device("meta"):
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=28_996))
+    return model.to_empty(device="cpu")
+
+
+FAMILIES = {
+    "LoRA": (
+        lambda layers: peft.LoraConfig(r=1, target_modules=TARGETS, layers_to_transform=layers, task_type="SEQ_CLS"),
+        (1, 2, 3, 4),
+        ("0.0057", "0.0099", "0.0142", "0.0184"),
+    ),
+    "DoRA": (
+        lambda layers: peft.LoraConfig(
+            r=1, target_modules=TARGETS, layers_to_transform=layers, use_dora=True, task_type="SEQ_CLS"
+        ),
+        (1, 2, 3, 4),
+        ("0.0078", "0.0142", "0.0206", "0.0269"),
+    ),
+    "adapter": (lambda layers: adapters.BottleneckAdapter(width=48, layers=layers), (1, 2, 3, 4),
+                ("0.1389", "0.2760", "0.4127", "0.5490")),
+    "prefix": (lambda layers: adapters.PrefixAdapter(length=30, layers=layers), (1, 2, 3, 4),
+               ("0.0439", "0.0864", "0.1289", "0.1713")),
+    "(IA)^3": (
+        lambda layers: peft.IA3Config(
+            target_modules=rf".*layer\.({'|'.join(map(str, layers))})\.(attention\.self\.(key|value)|output\.dense)",
+            feedforward_modules=r".*layer\.\d+\.output\.dense",
+            task_type="SEQ_CLS",
+        ),
+        (3, 5, 8, 10),
+        ("0.0142", "0.0227", "0.0354", "0.0439"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_papers_budgets(family):
+    """Asked for what n layers would train, out of a pool of more, it trains the percentages that the paper prints."""
+    make, budgets, printed = FAMILIES[family]
+    model = bert_base(range(12))
+    backbone = sum(parameter.numel() for name, parameter in model.named_parameters() if "classifier" not in name)
+    assert backbone == 108_310_272
+    pool = make(list(range(12 if family == "(IA)^3" else 5)))
+    if isinstance(pool, adapters.Adapter):
+        adapters.attach(model, pool)
+    else:
+        model = peft.get_peft_model(model, pool)
+    found = []
+    for layers in budgets:
+        selection = fish_tuning(model, [], match=make(list(range(layers))), order="random")
+        assert len(selection.whole) == 2
+        assert selection.count == selection.k + 1538
+        found.append(f"{100 * selection.count / (backbone + selection.count):.4f}")
+    assert tuple(found) == printed
+
+
+def test_it_selects_the_largest_fisher_information_of_the_whole_pool():
+    model, data = lora(classifier()).double(), batches()
+    selection = fish_tuning(model, data, k=40)
+    truth = squares_one_by_one(model, data, one_class)
+    head = {name for name in truth if "classifier" in name}
+    flat = torch.cat([value.flatten() for name, value in truth.items() if name not in head])
+    chosen = torch.cat([selection.mask(name).flatten() for name in truth if name not in head])
+    assert set(selection.whole) == head
+    assert selection.k == int(chosen.sum()) == 40
+    assert flat[chosen].min() > flat[~chosen].max()
+
+
+def test_batches_select_what_single_examples_select():
+    model = lora(classifier())
+    one_by_one = [{key: value[n : n + 1] for key, value in batch.items()} for batch in batches() for n in range(4)]
+    assert fish_tuning(model, batches(), density=0.2).overlap(fish_tuning(model, one_by_one, density=0.2)) > 0.99
+
+
+@pytest.mark.parametrize("order", ["largest", "smallest", "random", "magnitude"])
+def test_every_order_has_the_same_budget(order):
+    model = lora(classifier())
+    pool = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "classifier" not in name)
+    selection = fish_tuning(model, batches(), density=0.1, order=order)
+    assert selection.k == pool // 10
+    assert selection.count == selection.k + 3 * 16 + 3
+    again = fish_tuning(model, batches(), density=0.1, order=order)
+    assert selection == again
+
+
+def test_controls_are_what_they_say():
+    model = lora(classifier())
+    largest, smallest = (fish_tuning(model, batches(), density=0.3, order=order) for order in ("largest", "smallest"))
+    assert (largest & smallest).count == 3 * 16 + 3
+    assert fish_tuning(model, [], density=0.3, order="random", seed=1) != fish_tuning(
+        model, [], density=0.3, order="random", seed=2
+    )
+    by_size = fish_tuning(model, [], k=5, order="magnitude")
+    values = {name: value.detach().abs() for name, value in model.named_parameters() if "lora_" in name}
+    chosen = torch.cat([value[by_size.mask(name)] for name, value in values.items()])
+    assert torch.equal(chosen.sort().values, torch.cat([v.flatten() for v in values.values()]).sort().values[-5:])
+
+
+def test_budgets_say_what_they_count():
+    model = lora(classifier())
+    head = 3 * 16 + 3
+    assert fish_tuning(model, [], trainable=100, order="random").count == 100
+    assert fish_tuning(model, [], k=100, order="random").count == 100 + head
+    same = peft.LoraConfig(r=2, target_modules=TARGETS, layers_to_transform=[0], task_type="SEQ_CLS")
+    assert fish_tuning(model, [], match=same, order="random").k == 3 * 2 * (16 + 16)
+    assert fish_tuning(model, [], match=adapters.PrefixAdapter(length=2, layers=(0,)), order="random").k == 2 * 32
+
+
+def test_fish_mask_over_the_model_pays_for_its_head():
+    model = classifier()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    selection = fish_tuning(model, batches(), density=0.05, pool="model")
+    assert selection.total == total
+    assert selection.count == int(0.05 * total)
+    assert {"classifier.weight", "classifier.bias"} <= set(selection.whole)
+    assert fish_tuning(model, batches(), trainable=500, pool="model").count == 500
+
+
+def test_an_adapter_of_ours():
+    model = classifier()
+    names = adapters.attach(model, adapters.BottleneckAdapter(width=2))
+    selection = fish_tuning(model, batches(), density=0.5)
+    assert set(selection.names) == {*names, "classifier.weight", "classifier.bias"}
+
+
+def test_the_model_is_left_as_found():
+    model = lora(classifier()).train()
+    before = copy.deepcopy(model.state_dict())
+    required = [parameter.requires_grad for parameter in model.parameters()]
+    fish_tuning(model, batches(), density=0.1)
+    assert model.training
+    assert required == [parameter.requires_grad for parameter in model.parameters()]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_start_with_zeros_is_refused():
+    model = lora(classifier(), init_lora_weights=True)
+    with pytest.raises(ValueError, match=r"of 576 entries of the pool score exactly zero .*lora_A.*pissa.*allow_zeros"):
+        fish_tuning(model, batches(), k=10)
+    selection = fish_tuning(model, batches(), k=10, allow_zeros=True)
+    assert all("lora_B" in name for name, count in selection.counts.items() if count and "classifier" not in name)
+
+
+def test_refusals():
+    model = lora(classifier())
+    pool = 3 * 3 * 2 * 32
+    for budget, message in [
+        ({}, "exactly one budget .* got none"),
+        ({"k": 1, "density": 0.1}, "exactly one budget .* got k, density"),
+        ({"k": 0}, f"k=0 selects nothing out of a pool of {pool} entries"),
+        ({"k": -1}, "k=-1 selects nothing"),
+        ({"k": pool + 1}, f"k={pool + 1} asks for {pool + 1} entries, and the pool has {pool} beside the head"),
+        ({"density": 0.0}, "above 0 and at most 1, got 0.0"),
+        ({"density": 1.5}, "above 0 and at most 1, got 1.5"),
+        ({"trainable": 51}, "trainable=51 does not pay for the head of 51 entries"),
+        ({"k": 1, "order": "best"}, "order must be one of"),
+        ({"k": 1, "pool": "all"}, "pool must be 'adapter' or 'model'"),
+    ]:
+        with pytest.raises(ValueError, match=message.replace(",", ",?")):
+            fish_tuning(model, batches(), **budget)
+    with pytest.raises(TypeError, match="takes a PEFT config or a fishkern adapter, got int"):
+        fish_tuning(model, batches(), match=3)
+    with pytest.raises(ValueError, match="has no adapter"):
+        fish_tuning(classifier(), batches(), k=1)
+    with pytest.raises(ValueError, match="adapter is frozen"):
+        fish_tuning(lora(classifier()).requires_grad_(False), batches(), k=1)
+    only_head = lora(classifier())
+    for name, parameter in only_head.named_parameters():
+        parameter.requires_grad_("classifier" in name)
+    with pytest.raises(ValueError, match="nothing but the head"):
+        fish_tuning(only_head, batches(), k=1)
+
+
+def test_it_is_exported():
+    assert fk.fish_tuning is fish_tuning

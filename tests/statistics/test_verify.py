@@ -1,0 +1,203 @@
+"""``fishkern.verify`` accepts what equals the loop, judged by the model's own noise, and nothing else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import fishkern as fk
+from tests.support import zoo
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def bert() -> tuple[nn.Module, list[dict]]:
+    torch.manual_seed(0)
+    specimen = zoo.bert_classifier()
+    return specimen.model, [specimen.batch(5, 7, seed=0), specimen.batch(4, 6, seed=1)]
+
+
+def changed(statistics: fk.Statistics, name: str, change) -> dict[str, torch.Tensor]:
+    return {key: change(value) if key == name else value for key, value in statistics.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("llama", torch.float64),
+        ("bert", torch.float32),
+        ("vit", torch.float32),
+        ("llama", torch.bfloat16),
+        ("bert", torch.bfloat16),
+        pytest.param("t5", torch.float32, marks=pytest.mark.slow),
+        pytest.param("t5", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_an_estimate_holds(family, dtype):
+    specimen = zoo.FAMILIES[family]()
+    model = specimen.model.to(dtype)
+    batches = [
+        {key: value.to(dtype) if value.is_floating_point() else value for key, value in specimen.batch(5, 7).items()}
+    ]
+    found = fk.verify(model, batches)
+    assert found.ok, found
+    assert [one.name for one in found.compared] == [name for name, _ in model.named_parameters()]
+    assert sum(found.coverage.values()) == found.size == sum(p.numel() for p in model.parameters())
+    assert found.examples == found.noise_examples == 5
+    assert found.overlap >= 0.9
+
+
+def test_a_loaded_file_holds(bert, tmp_path):
+    model, batches = bert
+    path = fk.estimate(model, batches).save(tmp_path / "fisher.safetensors")
+    assert fk.verify(model, batches, fk.Statistics.load(path, lazy=True)).ok
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda value: 1.01 * value, torch.zeros_like, lambda value: value.flip(0), lambda value: value * torch.nan],
+    ids=["one percent", "zeros", "flipped", "nan"],
+)
+def test_one_wrong_parameter_fails_by_name(bert, change):
+    model, batches = bert
+    name = "bert.encoder.layer.1.output.dense.weight"
+    found = fk.verify(model, batches, changed(fk.estimate(model, batches), name, change))
+    assert not found.ok
+    assert [one.name for one in found.compared if not one.holds] == [name]
+    assert found.failures[0].startswith(name)
+    assert found.worst_first[0].name == name
+    assert name in str(found)
+
+
+@pytest.mark.parametrize("unit", ["position", "batch"])
+def test_another_unit_is_another_quantity(unit):
+    specimen = zoo.llama()
+    batch = specimen.batch(5, 7)
+    other = dict(fk.estimate(specimen.model, [batch], fk.DiagonalFisher(unit=unit)))
+    found = fk.verify(specimen.model, [batch], other)
+    assert sum(not one.holds for one in found.compared) > len(found.compared) / 2
+
+
+def test_a_missing_parameter_fails(bert):
+    model, batches = bert
+    statistics = dict(fk.estimate(model, batches))
+    del statistics["classifier.bias"]
+    found = fk.verify(model, batches, statistics)
+    assert found.missing == ("classifier.bias",)
+    assert not found.ok
+
+
+def test_a_sample_of_the_parameters(bert):
+    model, batches = bert
+    found = fk.verify(model, batches, parameters=lambda name, _: name.startswith("classifier"))
+    assert [one.name for one in found.compared] == ["classifier.weight", "classifier.bias"]
+    assert found.ok
+
+
+class Crosstalk(nn.Module):
+    """Examples that see their batch, in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 4)
+        self.outer = nn.Linear(4, 2)
+
+    def forward(self, inputs):
+        hidden = self.inner(inputs)
+        return self.outer(torch.tanh(hidden - hidden.mean(0)))
+
+
+def test_examples_that_see_each_other_fail():
+    """Noise that no rounding explains excuses nothing."""
+    torch.manual_seed(0)
+    model = Crosstalk()
+    batch = torch.randn(6, 3), torch.randint(0, 2, (6,))
+    truth = fk.verify(model, [batch], {k: torch.zeros_like(p) for k, p in model.named_parameters()},
+                      likelihood=fk.Classification())  # fmt: skip
+    assert not truth.ok
+    assert any("not independent" in failure for failure in truth.failures)
+
+
+def test_a_gradient_of_rounding_alone_is_not_judged():
+    """A key's bias moves no attention weight: its gradient is zero in exact arithmetic."""
+    torch.manual_seed(0)
+    specimen = zoo.bert()
+    found = fk.verify(specimen.model, [specimen.batch(5, 7)])
+    notes = {one.name: one.note for one in found.compared}
+    assert notes["bert.encoder.layer.0.attention.self.key.bias"] == "zero but for rounding"
+    assert found.ok
+
+
+def test_a_loss_of_ones_own(bert):
+    model, batches = bert
+
+    def twice(model, batch):
+        return 2 * fk.Classification().predictive(model, batch).losses()
+
+    ours = fk.estimate(model, batches, likelihood=twice)
+    assert fk.verify(model, batches, ours, likelihood=twice).ok
+    assert not fk.verify(model, batches, ours).ok
+
+
+def test_the_report_as_json(bert):
+    model, batches = bert
+    found = fk.verify(model, batches)
+    plain = json.loads(found.to_json())
+    assert plain["ok"] is True
+    assert plain["failures"] == []
+    assert len(plain["compared"]) == len(found.compared)
+    assert plain["compared"][0]["error"] == found.compared[0].error
+    broken = changed(fk.estimate(model, batches), "classifier.bias", lambda value: value + torch.inf)
+    broken = json.loads(fk.verify(model, batches, broken).to_json())
+    assert broken["ok"] is False
+    assert next(one for one in broken["compared"] if one["name"] == "classifier.bias")["error"] is None
+
+
+def test_the_model_comes_back_as_found(bert):
+    model, batches = bert
+    model.train()
+    first = next(model.parameters())
+    first.requires_grad_(False)
+    first.grad = torch.ones_like(first)
+    state, grad = torch.get_rng_state(), first.grad
+    try:
+        fk.verify(model, batches)
+        with pytest.raises(ValueError, match="not finite|is nan"):
+            fk.verify(model, batches, likelihood=lambda model, batch: model(**batch).logits[:, 0] * torch.nan)
+        assert all(module.training for module in model.modules())
+        assert not first.requires_grad
+        assert first.grad is grad
+        assert all(parameter.grad is None for parameter in model.parameters() if parameter is not first)
+        assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+        assert torch.equal(torch.get_rng_state(), state)
+    finally:
+        first.grad = None
+        first.requires_grad_(True)
+        model.eval()
+
+
+def test_max_examples_and_progress(bert):
+    model, batches = bert
+    told = []
+    found = fk.verify(model, batches, max_examples=6, progress=lambda done, total: told.append((done, total)))
+    assert found.examples == 6
+    assert told == [(n, 6) for n in range(1, 7)]
+
+
+def test_what_cannot_be_compared_is_refused(bert):
+    model, batches = bert
+    with pytest.raises(ValueError, match="the mean over 5 examples and the data holds 9"):
+        fk.verify(model, batches, fk.estimate(model, batches[:1]))
+    with pytest.raises(ValueError, match="'unit': 'position'"):
+        fk.verify(model, batches, fk.estimate(model, batches, fk.DiagonalFisher(unit="position")))
+    with pytest.raises(ValueError, match="holds no example"):
+        fk.verify(model, [])
+    with pytest.raises(ValueError, match="of another model"):
+        fk.verify(model, batches, changed(fk.estimate(model, batches), "classifier.bias", lambda value: value[:2]))
+    with pytest.raises(ValueError, match="nothing to verify"):
+        fk.verify(model, batches, {})
