@@ -21,8 +21,7 @@ HAS_TRITON = find_spec("triton") is not None
 
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores
+torch.set_num_threads(1)  # the models are small: threads that wait for each other cost more than they bring
 
 settings.register_profile("fishkern", deadline=None)  # the first call of an operation pays for its set-up
 settings.load_profile("fishkern")
