@@ -5,8 +5,9 @@ The tiles were chosen by registers, spills and shared memory of offline compilat
 and writes what it finds.
 
 Two float32 tiles, the gradient and the total, live in registers: 128 x 256 of them take all 255 of 8 warps, and spill
-a little after each example, not within one. That is only so where blocks come through TMA, whose addresses cost no
-registers. The mean gradient is a third tile, so that it takes 128 x 128.
+a little after each example, not within one. That is only so where blocks come and go through TMA, whose addresses cost
+no registers. The mean gradient is a third tile, so that it takes 128 x 128. Blocks that are loaded entry by entry pass
+through registers, which leaves room for 128 x 64.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Literal
 
 from ._hardware import Hardware
 
@@ -55,79 +57,110 @@ class Config:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# (bytes of an input's element, through TMA) -> rows of (columns, positions): from the widest and longest on.
-TABLES: dict[str, dict[tuple[int, bool], tuple[Config, ...]]] = {
+# How blocks are loaded: by the copy engine, as vectors of 16 bytes, or entry by entry where pitches are odd.
+Loads = Literal["tma", "vectors", "elements"]
+
+# (bytes of an input's entry, how it is loaded) -> tiles, from the widest and longest on.
+TABLES: dict[str, dict[tuple[int, Loads], tuple[Config, ...]]] = {
     "sm_90": {
-        (2, True): (
+        (2, "tma"): (
             Config(128, 256, 64, 8, 4), Config(128, 256, 32, 8, 6), Config(128, 256, 16, 8, 6),
             Config(128, 128, 64, 8, 5), Config(128, 128, 32, 8, 6), Config(128, 128, 16, 8, 6),
             Config(128, 64, 64, 4, 4), Config(128, 64, 16, 4, 4),
             Config(128, 32, 64, 4, 4), Config(128, 32, 16, 4, 4),
             Config(128, 16, 64, 4, 4), Config(128, 16, 16, 4, 4),
         ),
-        (2, False): (
+        (2, "vectors"): (
             Config(128, 128, 64, 8, 4), Config(128, 128, 32, 8, 4), Config(128, 128, 16, 8, 4),
             Config(128, 64, 64, 8, 4), Config(128, 64, 16, 8, 4),
-            Config(128, 32, 64, 4, 4), Config(128, 32, 16, 4, 4),
             Config(128, 16, 64, 4, 4), Config(128, 16, 16, 4, 4),
         ),
-        (4, True): (
+        (2, "elements"): (
+            Config(128, 64, 64, 8, 3), Config(128, 64, 16, 8, 3),
+            Config(128, 16, 64, 8, 3), Config(128, 16, 16, 4, 3),
+        ),
+        (4, "tma"): (
             Config(128, 128, 32, 8, 3), Config(128, 128, 16, 8, 4),
             Config(128, 64, 32, 8, 3), Config(128, 64, 16, 8, 4),
             Config(128, 16, 32, 4, 3), Config(128, 16, 16, 4, 4),
         ),
-        (4, False): (
-            Config(128, 128, 32, 8, 3), Config(128, 128, 16, 8, 4),
+        (4, "vectors"): (
             Config(128, 64, 32, 8, 3), Config(128, 64, 16, 8, 4),
             Config(128, 16, 32, 4, 3), Config(128, 16, 16, 4, 4),
+        ),
+        (4, "elements"): (
+            Config(128, 64, 32, 8, 3), Config(128, 64, 16, 8, 3),
+            Config(128, 16, 32, 4, 3), Config(128, 16, 16, 4, 3),
         ),
     },
     "sm_80": {
-        (2, False): (
+        (2, "vectors"): (
             Config(128, 128, 32, 8, 4), Config(128, 128, 16, 8, 4),
             Config(128, 64, 32, 8, 4), Config(128, 64, 16, 8, 4),
-            Config(128, 32, 32, 4, 4), Config(128, 32, 16, 4, 4),
             Config(128, 16, 64, 4, 4), Config(128, 16, 16, 4, 4),
         ),
-        (4, False): (
+        (2, "elements"): (
+            Config(128, 64, 32, 8, 3), Config(128, 64, 16, 8, 3),
+            Config(128, 16, 32, 4, 3), Config(128, 16, 16, 4, 3),
+        ),
+        (4, "vectors"): (
             Config(128, 128, 16, 8, 3),
+            Config(128, 64, 16, 8, 3),
+            Config(128, 16, 32, 4, 3), Config(128, 16, 16, 4, 3),
+        ),
+        (4, "elements"): (
             Config(128, 64, 16, 8, 3),
             Config(128, 16, 32, 4, 3), Config(128, 16, 16, 4, 3),
         ),
     },
     "gfx942": {
-        (2, False): (
+        (2, "vectors"): (
             Config(128, 128, 64, 4, 2), Config(128, 128, 32, 4, 2), Config(128, 128, 16, 4, 2),
             Config(128, 64, 64, 4, 2), Config(128, 64, 16, 4, 2),
             Config(128, 16, 64, 4, 2), Config(128, 16, 16, 4, 2),
         ),
-        (4, False): (
+        (2, "elements"): (
+            Config(128, 64, 32, 4, 2), Config(128, 64, 16, 4, 2),
+            Config(128, 16, 32, 4, 2), Config(128, 16, 16, 4, 2),
+        ),
+        (4, "vectors"): (
             Config(128, 128, 32, 4, 2), Config(128, 128, 16, 4, 2),
+            Config(128, 64, 32, 4, 2), Config(128, 64, 16, 4, 2),
+            Config(128, 16, 32, 4, 2), Config(128, 16, 16, 4, 2),
+        ),
+        (4, "elements"): (
             Config(128, 64, 32, 4, 2), Config(128, 64, 16, 4, 2),
             Config(128, 16, 32, 4, 2), Config(128, 16, 16, 4, 2),
         ),
     },
     # Small, so that small tensors have several tiles, and uneven, so that rows and columns cannot be confused.
     "interpreter": {
-        (size, tma): (Config(32, 64, 32, 4, 1, 2), Config(32, 64, 16, 4, 1, 2), Config(32, 16, 16, 4, 1, 2))
+        (size, loads): (Config(32, 64, 32, 4, 1, 2), Config(32, 64, 16, 4, 1, 2), Config(32, 16, 16, 4, 1, 2))
         for size in (2, 4)
-        for tma in (True, False)
+        for loads in ("tma", "vectors", "elements")
     },
 }  # fmt: skip
 
 FEW = {"interpreter": Config(32, 64, 1, 4, 1, 2)}
-FEW_ELSEWHERE = Config(64, 128, 1, 4, 1)  # 64 entries of the result for each thread
+FEW_ELSEWHERE = Config(32, 128, 1, 4, 1)  # 32 entries of the result for each thread
 SUM_PARTS = Config(16, 128, 1, 4, 1, 1)
 
 
 def takes_tma(hardware: Hardware) -> bool:
-    """Whether there is a table for blocks that come through TMA."""
-    return any(tma for _, tma in TABLES[hardware.family])
+    """Tell whether there are tables for blocks that the copy engine brings.
+
+    Args:
+        hardware: Where it will run.
+
+    Returns:
+        Whether there are.
+    """
+    return any(loads == "tma" for _, loads in TABLES[hardware.family])
 
 
 @lru_cache(maxsize=4096)
 def choose(
-    hardware: Hardware, O: int, I: int, N: int, positions: int, dense: bool, itemsize: int, tma: bool, mean: bool
+    hardware: Hardware, O: int, I: int, N: int, positions: int, dense: bool, itemsize: int, loads: Loads, wide: bool
 ) -> tuple[Config, int]:
     """Choose the tiles and the split, from shapes and the device alone, so that equal calls give equal bits.
 
@@ -138,24 +171,22 @@ def choose(
         N: Number of examples.
         positions: All their positions together.
         dense: Whether all examples are equally long.
-        itemsize: Bytes of an input's element.
-        tma: Whether the inputs come through TMA.
-        mean: Whether the mean gradient is asked for as well.
+        itemsize: Bytes of an input's entry.
+        loads: How the inputs are loaded.
+        wide: Whether there are registers for tiles wider than 128.
 
     Returns:
         The tiles, and the number of parts.
     """
-    table = TABLES[hardware.family][itemsize, tma]
     length = positions / N
     if dense and length <= FEW_POSITIONS:
         config = FEW.get(hardware.family, FEW_ELSEWHERE)
     else:
+        table = TABLES[hardware.family][itemsize, loads]
         widths = sorted({config.BLOCK_I for config in table})
-        if mean and widths[-1] > 128:
-            widths.pop()
         tiles = -(-O // 128) * -(-I // 256)
-        if widths[-1] > 128 and tiles < 2 * hardware.processors:
-            widths.pop()  # too few tiles to go round twice
+        if widths[-1] > 128 and (not wide or tiles < 2 * hardware.processors):  # too few to go round twice
+            widths.pop()
         width = next((width for width in widths if width >= I), widths[-1])
         steps = [config for config in table if width == config.BLOCK_I]
         config = next((config for config in steps if _padding(length, config.BLOCK_T, dense) <= 0.15), steps[-1])
@@ -181,15 +212,15 @@ def _parts(hardware: Hardware, config: Config, O: int, I: int, N: int) -> int:
     return min(range(1, max(most, 1) + 1), key=lambda parts: (cost(parts), parts))
 
 
-def configs(hardware: Hardware) -> Iterator[tuple[int, bool, Config]]:
+def configs(hardware: Hardware) -> Iterator[tuple[int, Loads, Config]]:
     """List the tables of one architecture, for tests and tuning.
 
     Args:
         hardware: Which.
 
     Yields:
-        Bytes of an element, whether through TMA, and the tiles.
+        Bytes of an entry, how it is loaded, and the tiles.
     """
-    for (itemsize, tma), table in TABLES[hardware.family].items():
+    for (itemsize, loads), table in TABLES[hardware.family].items():
         for config in table:
-            yield itemsize, tma, config
+            yield itemsize, loads, config

@@ -77,7 +77,7 @@ def _store_tile(
         tl.store(ptrs, value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "T", "parts"])
+@triton.jit(do_not_specialize=["N", "parts"])
 def sum_grad_squared_kernel(
     x, g, out, grad_out,  # pointers, or descriptors of blocks where TMA and TMA_OUT say so
     chunks, cuts,  # when PACKED: [C, 2] position and remaining positions of each; [parts + 1] first chunk of each part
@@ -99,9 +99,12 @@ def sum_grad_squared_kernel(
     n = _first_example(part, parts, N)
     t = n * 0
     chunk = t
+    remaining = t + T
     if PACKED:
         chunk = tl.load(cuts + part)
         steps = tl.load(cuts + part + 1) - chunk
+        t = tl.load(chunks + 2 * chunk)
+        remaining = tl.load(chunks + 2 * chunk + 1)
     else:
         steps = (_first_example(part + 1, parts, N) - n) * tl.cdiv(T, BLOCK_T)
 
@@ -110,11 +113,6 @@ def sum_grad_squared_kernel(
     if MEAN:
         mean = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
     for _ in range(steps):
-        if PACKED:
-            t = tl.load(chunks + 2 * chunk)
-            remaining = tl.load(chunks + 2 * chunk + 1)
-        else:
-            remaining = T - t
         x_chunk = _load_chunk(
             x, n, t, remaining, column, I, stride_xn, stride_xt, stride_xi, False, PACKED, TMA, BLOCK_T, BLOCK_I
         )
@@ -131,12 +129,15 @@ def sum_grad_squared_kernel(
             if MEAN:
                 mean += grad
             grad = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
-        # Selected, not branched on: the addresses of the next loads must not wait for the squares.
+        # Known one chunk ahead and selected, not branched on: the next loads must wait for neither table nor squares.
         if PACKED:
             chunk += 1
+            t = tl.load(chunks + 2 * chunk)
+            remaining = tl.load(chunks + 2 * chunk + 1)
         else:
             n = tl.where(last, n + 1, n)
-            t = tl.where(last, 0, t + BLOCK_T)
+            t = tl.multiple_of(tl.where(last, 0, t + BLOCK_T), BLOCK_T)
+            remaining = T - t
 
     _store_tile(out, total, part, row, column, O, I, stride_op, stride_oo, stride_oi, ADD, TMA_OUT, BLOCK_O, BLOCK_I)
     if MEAN:

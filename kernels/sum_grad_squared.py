@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _sum_grad_squared_device as device
 from ._hardware import Hardware, hardware
-from ._sum_grad_squared_configs import FEW_POSITIONS, SUM_PARTS, Config, choose, takes_tma
+from ._sum_grad_squared_configs import FEW_POSITIONS, SUM_PARTS, Config, Loads, choose, takes_tma
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,14 @@ def launches(
     dense = offsets is None
     N, positions = (x.shape[0], x.shape[0] * x.shape[1]) if dense else (len(offsets) - 1, x.shape[0])
     few = dense and x.shape[1] <= FEW_POSITIONS and config is None
-    tma = not few and takes_tma(on) and _tma_takes(x) and _tma_takes(g)
-    if config is None:
-        config, parts = choose(on, O, I, N, positions, dense, x.element_size(), tma, grad_out is not None)
-    else:
-        parts = 1
-
     results = [(out, add)] if grad_out is None else [(out, add), (grad_out, True)]
+    loads = _loads(x, g, on)
+    tma = loads == "tma" and not few
+    parts = 1
+    if config is None:
+        wide = grad_out is None and _tma_takes(out)
+        config, parts = choose(on, O, I, N, positions, dense, x.element_size(), loads, wide)
+
     targets = [_Target(result, adds, parts) for result, adds in results]
     total, mean = targets[0], targets[-1]
     tma_out = tma and all(target.tma for target in targets)
@@ -172,16 +173,29 @@ class _Target:
         return Launch(device.sum_parts_kernel, grid, arguments, SUM_PARTS.options)
 
 
+def _loads(x: Tensor, g: Tensor, on: Hardware) -> Loads:
+    if takes_tma(on) and _tma_takes(x) and _tma_takes(g):
+        return "tma"
+    return "vectors" if _has_vectors(x) and _has_vectors(g) else "elements"
+
+
 def _tma_takes(tensor: Tensor) -> bool:
-    """Whether blocks of the tensor can come through TMA: rows without gaps, pitches and address of 16 bytes each."""
-    *pitches, last = zip(tensor.shape, tensor.stride(), strict=True)
-    size = tensor.element_size()
+    """Whether the copy engine takes blocks of the tensor: rows without gaps, no pitch of zero, nothing too large."""
+    pitches = [pitch for length, pitch in zip(tensor.shape, tensor.stride(), strict=True) if length > 1]
     return (
-        (last[1] == 1 or last[0] == 1)
-        and tensor.data_ptr() % 16 == 0
-        and max(tensor.shape) <= 2**30  # of what a descriptor of packed examples counts
-        and all(length == 1 or (0 < pitch * size < 2**40 and pitch * size % 16 == 0) for length, pitch in pitches)
+        (tensor.shape[-1] == 1 or tensor.stride(-1) == 1)
+        and _has_vectors(tensor)
+        and max(tensor.shape) <= 2**30  # what a descriptor of packed examples counts to
+        and all(0 < pitch * tensor.element_size() < 2**40 for pitch in pitches)
     )
+
+
+def _has_vectors(tensor: Tensor) -> bool:
+    """Whether 16 bytes can be loaded at once: along one axis entries are neighbours, and all else is aligned."""
+    size = tensor.element_size()
+    pitches = [pitch for length, pitch in zip(tensor.shape, tensor.stride(), strict=True) if length > 1]
+    odd = [pitch for pitch in pitches if pitch * size % 16]
+    return tensor.data_ptr() % 16 == 0 and odd in ([], [1])
 
 
 def _strides(tensor: Tensor) -> list[int]:
@@ -226,7 +240,7 @@ def _chunk_table(
     lengths = offsets.diff()
     counts = (lengths + (BLOCK_T - 1)) // BLOCK_T
     firsts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])  # first chunk of each example
-    most = positions // BLOCK_T + len(lengths)
+    most = positions // BLOCK_T + len(lengths) + 1  # the kernel reads one row ahead
     chunk = torch.arange(most, device=offsets.device)
     example = torch.searchsorted(firsts, chunk, right=True).sub_(1).clamp_(max=len(lengths) - 1)
     done = (chunk - firsts[example]) * BLOCK_T

@@ -1,0 +1,170 @@
+"""What the operation's own tests do not reach: each way the kernel cuts, loads, splits and writes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fishkern.ops.sum_grad_squared import sum_grad_squared_torch as reference
+from tests.support.closeness import assert_as_accurate
+
+pytest.importorskip("triton")
+
+from fishkern.kernels._hardware import A100, H100, INTERPRETER, MI300, Hardware, hardware
+
+from fishkern.kernels import _sum_grad_squared_configs as configs
+from fishkern.kernels import sum_grad_squared as kernels
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+HERE = hardware(torch.device(DEVICE, 0) if ON_GPU else torch.device(DEVICE))
+
+
+def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def check(x: Tensor, g: Tensor, **options) -> kernels.Launch:
+    """Compare squares and sums of the gradients with float64, and give the launch that made them."""
+    shape = g.shape[-1], x.shape[-1]
+    out, mean = (torch.full(shape, 0.5, device=DEVICE) for _ in range(2))
+    assert kernels.sum_grad_squared(x, g, out=out, grad_out=mean, **options) is out
+    alone = kernels.sum_grad_squared(x, g, **options)
+    truth, plain = ([torch.full(shape, 0.5, dtype=dtype, device=DEVICE) for _ in range(2)] for dtype in DTYPES)
+    for dtype, (squares, sums) in zip(DTYPES, (truth, plain), strict=True):
+        reference(x.to(dtype), g.to(dtype), out=squares, grad_out=sums, **options)
+    assert_as_accurate(out, plain[0], truth[0])
+    assert_as_accurate(alone, plain[0] - 0.5, truth[0] - 0.5)
+    # Summands of both signs: the error is one of their size, not of the sum's.
+    magnitude = torch.full_like(truth[1], (x.double().norm() * g.double().norm()).item())
+    assert_as_accurate(magnitude + mean.double() - truth[1], magnitude, magnitude)
+    return kernels.launches(x, g, options.get("offsets"), out, True, None, False, HERE)[0]
+
+
+DTYPES = torch.float64, torch.float32
+
+# [N, T, I, O]: several tiles each way, several chunks, parts of one example and of several, the long side either way.
+SHAPES = [
+    (5, 40, 72, 88), (7, 33, 8, 40), (3, 17, 136, 8), (3, 17, 8, 136), (1, 16, 64, 32), (9, 20, 24, 16), (6, 3, 72, 40),
+    (4, 40, 71, 88), (4, 40, 72, 87),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dense(shape, dtype):
+    """Also bfloat16, which the launcher lets the interpreter multiply in float32."""
+    N, T, I, O = shape
+    check(make(N, T, I, dtype=dtype), make(N, T, O, dtype=dtype))
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+@pytest.mark.parametrize("lengths", [[0, 1, 3, 130, 0], [33, 32, 31, 64, 1, 1, 1], [5] * 9, [96]], ids=str)
+def test_packed(lengths, where):
+    x, g = make(sum(lengths), 72), make(sum(lengths), 40)
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE if where == "device" else "cpu")
+    check(x, g, offsets=offsets)
+    check(x[:, :3], g, offsets=offsets)
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 4])
+def test_few_positions_take_no_matrix_units(T):
+    launch = check(make(5, T, 72), make(5, T, 40))
+    assert launch.kernel is kernels.device.few_positions_kernel
+
+
+def test_addresses_past_int32(tmp_path):
+    """Sparse files stand for tensors of which single rows are read and written."""
+    if ON_GPU:
+        pytest.skip("test_more_entries_than_int32_counts does it with memory")
+    far = 2**30
+    x = torch.from_file(str(tmp_path / "x"), shared=True, size=2 * far + 512, dtype=torch.float16)
+    out = torch.from_file(str(tmp_path / "out"), shared=True, size=2 * far + 64, dtype=torch.float32)
+    for T in (3, 20):
+        x_far = x.as_strided((3, T, 11), (far, 11, 1)).copy_(make(3, T, 11))
+        x_wide = x.as_strided((2, T, 3), (11 * T, 11, far)).copy_(make(2, T, 3))
+        g = make(3, T, 5, dtype=torch.float16)
+        torch.testing.assert_close(kernels.sum_grad_squared(x_far, g), reference(x_far, g))
+        torch.testing.assert_close(kernels.sum_grad_squared(g[:2], x_wide), reference(g[:2], x_wide))
+        far_rows = out.as_strided((3, 11), (far, 1)).zero_()
+        kernels.sum_grad_squared(x_far, g[..., :3], out=far_rows)
+        torch.testing.assert_close(far_rows, reference(x_far, g[..., :3]))
+
+
+def test_loads():
+    """The copy engine brings what it can, where there is one; else come vectors of 16 bytes, or single entries."""
+    x, g = torch.empty(4, 64, 4096, dtype=torch.bfloat16), torch.empty(4, 64, 2048, dtype=torch.bfloat16)
+    odd = torch.empty(4, 64, 4097, dtype=torch.bfloat16)
+    expected = {
+        "contiguous": (x, "tma"),
+        "columns of a wider tensor": (torch.empty(4, 64, 8192, dtype=torch.bfloat16)[..., 4096:], "tma"),
+        "one example of many": (x[:1], "tma"),
+        "position first": (x.transpose(0, 1).contiguous().transpose(0, 1), "tma"),
+        "position last": (x.mT.contiguous().mT, "vectors"),
+        "expanded": (x[:1].expand(4, 64, 4096), "vectors"),
+        "odd pitch": (odd[..., :-1], "elements"),
+        "odd address": (odd.flatten()[1 : 1 + x.numel()].view(x.shape), "elements"),
+        "every other": (odd[..., ::2], "elements"),
+    }
+    for name, (tensor, loads) in expected.items():
+        assert kernels._loads(tensor, g, H100) == kernels._loads(tensor, g, INTERPRETER) == loads, name
+        for on in (A100, MI300):
+            assert kernels._loads(tensor, g, on) == loads.replace("tma", "vectors"), name
+
+
+@pytest.mark.parametrize("on", [A100, H100, MI300, INTERPRETER], ids=lambda on: on.family)
+def test_choice(on: Hardware):
+    """Every shape has tiles; partial results fit the workspace; no part is without an example."""
+    for loads in {loads for _, loads, _ in configs.configs(on)}:
+        for itemsize in (2, 4):
+            for O, I in ((1, 1), (4096, 16), (1024, 1024), (1024, 4096), (11008, 4096), (128256, 4096)):
+                for N, positions in ((1, 1), (8, 4096), (256, 4096), (4096, 4096), (3, 5), (55, 16384)):
+                    for dense in (True, False):
+                        tiles, parts = configs.choose(on, O, I, N, positions, dense, itemsize, loads, True)
+                        assert 1 <= parts <= N
+                        assert parts == 1 or parts * O * I * 4 <= configs.WORKSPACE
+                        assert tiles.BLOCK_T >= 16 or (dense and positions / N <= configs.FEW_POSITIONS)
+    assert configs.choose(H100, 11008, 4096, 8, 4096, True, 2, "tma", True)[1] == 1
+    assert configs.choose(H100, 1024, 1024, 8, 4096, True, 2, "tma", True)[1] > 1
+
+
+def test_only_named_tiles_are_used_when_named():
+    x, g, out = make(3, 20, 24), make(3, 20, 40), torch.zeros(40, 24, device=DEVICE)
+    config = configs.Config(16, 16, 16, 4, 1)
+    (launch,) = kernels.launches(x, g, None, out, True, None, False, HERE, config)
+    assert config.constants.items() <= launch.arguments.items()
+    launch.run()
+    torch.testing.assert_close(out, reference(x, g))
+
+
+def test_tf32_is_for_float32_by_permission():
+    out = torch.empty(64, 128)
+    for dtype, allowed, precision in [
+        (torch.float32, False, "ieee"), (torch.float32, True, "tf32"), (torch.bfloat16, True, "ieee"),
+    ]:  # fmt: skip
+        x, g = torch.empty(8, 16, 128, dtype=dtype), torch.empty(8, 16, 64, dtype=dtype)
+        launch = kernels.launches(x, g, None, out, True, None, allowed, H100)[0]
+        assert launch.arguments["PRECISION"] == precision
+
+
+@pytest.mark.parametrize("lengths", [[3], [0, 0], [16, 17, 15], [1] * 20, [100, 0, 0, 1, 30]], ids=str)
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_chunk_table(lengths, parts):
+    """Every position is in one chunk, no chunk holds two examples, no part ends within one."""
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    chunks, cuts = kernels._chunk_table(offsets, sum(lengths), parts, 16, torch.device("cpu"))
+    cuts = cuts.tolist()
+    rows = chunks.view(-1, 2)[: cuts[-1]].tolist()
+    assert len(chunks) > 2 * cuts[-1]  # the kernel reads one row ahead
+    seen = [
+        [(position, remaining) for position, remaining in rows if first <= position < last]
+        for first, last in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    ]
+    for (position, length), own in zip(zip(offsets.tolist(), lengths, strict=False), seen, strict=True):
+        assert own == [(position + t, length - t) for t in range(0, length, 16)]
+    assert cuts[0] == 0
+    assert cuts == sorted(cuts)
+    begins = {sum(map(len, seen[:n])) for n in range(len(lengths) + 1)}
+    assert set(cuts) <= begins
+    assert cuts[-1] == sum(map(len, seen))
