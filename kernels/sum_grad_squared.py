@@ -181,12 +181,13 @@ def _loads(x: Tensor, g: Tensor, on: Hardware) -> Loads:
 
 def _tma_takes(tensor: Tensor) -> bool:
     """Whether the copy engine takes blocks of the tensor: rows without gaps, no pitch of zero, nothing too large."""
-    pitches = [pitch for length, pitch in zip(tensor.shape, tensor.stride(), strict=True) if length > 1]
+    *outer, (columns, stride) = zip(tensor.shape, tensor.stride(), strict=True)
+    pitches = [pitch * tensor.element_size() for length, pitch in outer if length > 1]
     return (
-        (tensor.shape[-1] == 1 or tensor.stride(-1) == 1)
-        and _has_vectors(tensor)
+        (columns == 1 or stride == 1)
+        and tensor.data_ptr() % 16 == 0
         and max(tensor.shape) <= 2**30  # what a descriptor of packed examples counts to
-        and all(0 < pitch * tensor.element_size() < 2**40 for pitch in pitches)
+        and all(0 < pitch < 2**40 and pitch % 16 == 0 for pitch in pitches)
     )
 
 

@@ -47,7 +47,7 @@ DTYPES = torch.float64, torch.float32
 # [N, T, I, O]: several tiles each way, several chunks, parts of one example and of several, the long side either way.
 SHAPES = [
     (5, 40, 72, 88), (7, 33, 8, 40), (3, 17, 136, 8), (3, 17, 8, 136), (1, 16, 64, 32), (9, 20, 24, 16), (6, 3, 72, 40),
-    (4, 40, 71, 88), (4, 40, 72, 87),
+    (4, 40, 71, 88), (4, 40, 72, 87), (4, 20, 1, 40), (4, 20, 40, 1),
 ]  # fmt: skip
 
 
