@@ -1,12 +1,11 @@
-"""The ``fishkern`` command: one plain function for each subcommand, listed in ``COMMANDS``."""
+"""The ``fishkern`` command: the application, and how it ends. The subcommands are in :mod:`fishkern.commands`."""
 
 from __future__ import annotations
 
 import re
 import sys
 import traceback
-from collections.abc import Callable
-from pathlib import Path
+import warnings
 from typing import Annotated, NoReturn
 
 try:
@@ -14,14 +13,6 @@ try:
     import typer
 except ModuleNotFoundError:  # main says what to install
     typer = None
-
-EXTRAS = {
-    "cli": ("rich", "typer"),
-    "hf": ("accelerate", "datasets", "peft", "transformers"),
-    "plot": ("matplotlib",),
-}
-"""Which extra brings which package."""
-
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command and exit: 0 when all went well, 2 with one line on standard error when not.
@@ -34,12 +25,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments  # wherever it stands
     try:
-        status = application()(
-            [argument for argument in arguments if argument != "--debug"],
-            prog_name="fishkern",
-            standalone_mode=False,  # else typer draws a box around an error
-        )
-    except typer.Abort:
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            status = application()(
+                [argument for argument in arguments if argument != "--debug"],
+                prog_name="fishkern",
+                standalone_mode=False,  # else typer draws a box around an error
+            )
+    except (typer.Abort, KeyboardInterrupt):
         status = 130
     except Exception as error:
         if debug:
@@ -53,7 +46,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def application() -> typer.Typer:
-    """Make the typer application of ``COMMANDS``.
+    """Make the typer application of :data:`fishkern.commands.COMMANDS`.
 
     Returns:
         The application.
@@ -64,32 +57,12 @@ def application() -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback(invoke_without_command=True, epilog="Example:  [bold]fishkern demo --seconds 10[/bold]")(_options)
-    for command in COMMANDS:
-        app.command()(command)
+    from fishkern.commands import COMMANDS
+
+    app.callback(invoke_without_command=True, epilog="Start with:  [bold]fishkern demo --seconds 10[/bold]")(_options)
+    for command, example in COMMANDS.items():
+        app.command(epilog=f"Example:  [bold]{example}[/bold]")(command)
     return app
-
-
-def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for fisher.safetensors; made if missing.")] = Path(),
-    seconds: Annotated[float, typer.Option(min=1, metavar="N", help="How long to train the model.")] = 25.0,
-    examples: Annotated[int, typer.Option(min=2, metavar="N", help="How many texts to estimate on.")] = 256,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the weights and of the training data.")] = 0,
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="Where to run: cpu, cuda; by default cuda where there is one.")
-    ] = "",
-) -> None:
-    """Train a small LLaMA, estimate its exact Fisher, check it against a loop, save it.
-
-    Needs no network and no data: the text is the documentation that Python itself carries.
-    """
-    from fishkern.demo import run
-
-    run(out, seconds=seconds, examples=examples, seed=seed, device=device or None)
-
-
-COMMANDS: tuple[Callable[..., int | None], ...] = (demo,)
-"""The subcommands: what a function returns is the exit status; its parameters are the options."""
 
 
 def _options(
@@ -107,9 +80,17 @@ def _options(
         print(context.get_help())
 
 
+def _note(message: Warning | str, category: type[Warning], *place: object) -> None:
+    """Show a warning in one line, without the place in the code; those for developers not at all."""
+    if not issubclass(category, DeprecationWarning | FutureWarning | PendingDeprecationWarning):
+        print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def _in_one_line(error: Exception) -> str:
     """Say what went wrong, and what to install where a package is missing."""
     if isinstance(error, ModuleNotFoundError):
+        from fishkern.commands.doctor import EXTRAS
+
         package = (error.name or "").partition(".")[0]
         for extra, packages in EXTRAS.items():
             if package in packages:

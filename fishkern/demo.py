@@ -1,29 +1,28 @@
-"""What ``fishkern demo`` shows: a real model, its exact Fisher, the loop that it equals, and the file that stays."""
+"""What ``fishkern demo`` shows: a real model, its exact Fisher, the loop that it equals, and the files that stay."""
 
 from __future__ import annotations
 
 import ast
 import math
-import os
 import re
 import sysconfig
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 import fishkern as fk
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+from fishkern.commands.output import checked_path, progress
+from fishkern.report import Summary, plots, summarise
+from fishkern.report.tables import summary_table
 
 MODEL = dict(
     vocab_size=256,  # a token is a byte
@@ -40,23 +39,19 @@ HELD_OUT = 8  # every 8th paragraph is kept from training
 SHORTEST, LONGEST = 16, 64  # bytes of such a paragraph; longer ones are cut
 BATCH = 32
 COMPARED = 128  # at most so many examples go through the loop
-DENSITY = 0.005
 
 NEXT = """\
-Next, on a model and a DataLoader of your own:
-
-    import fishkern as fk
-    statistics = fk.estimate(model, batches, max_examples=128, progress=True)
-    statistics.save("fisher.safetensors")"""
+Look at it again:  fishkern show {path}
+Your own model:    fishkern estimate ./your-model --data ./your-texts.jsonl --out your-fisher.safetensors"""
 
 Report = Callable[[float, str], None]
 
 
 def run(folder: Path, *, seconds: float = 25.0, examples: int = 256, seed: int = 0, device: str | None = None) -> Path:
-    """Train, estimate, show, compare, save, and say each while it happens.
+    """Train, estimate, show, verify, save, and say each while it happens.
 
     Args:
-        folder: Where ``fisher.safetensors`` goes; made if missing.
+        folder: Where ``fisher.safetensors`` and ``fisher.png`` go; made if missing.
         seconds: How long to train.
         examples: How many held-out paragraphs to estimate on.
         seed: Seed of the weights and of the order of the training data.
@@ -67,12 +62,12 @@ def run(folder: Path, *, seconds: float = 25.0, examples: int = 256, seed: int =
 
     Raises:
         OSError: ``folder`` is a file or read-only, or the file in it exists and holds something else.
-        RuntimeError: torch knows no such device, or what was saved loads back as something else.
+        RuntimeError: torch knows no such device, the estimate is not the loop's, or what was saved loads back as
+            something else.
     """  # noqa: DOC502
-    from rich.console import Console
-
     console = Console(highlight=False, soft_wrap=True)
-    path = _free_path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = checked_path(folder / "fisher.safetensors")
     console.print(f"fishkern {fk.__version__}, torch {torch.__version__}\n")
     console.print("[bold]1. A small LLaMA[/bold] with random weights; its tokens are bytes")
     model = make_model(seed).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -80,9 +75,12 @@ def run(folder: Path, *, seconds: float = 25.0, examples: int = 256, seed: int =
         console.print(f"   {sum(parameter.numel() for parameter in model.parameters()):,} parameters, {where}\n")
         rows = _train(console, model, seconds, examples, seed)
         statistics = _estimate(console, model, rows)
-        _compare(console, model, rows[:COMPARED])
+        summary = summarise(statistics)
+        console.print(summary_table(summary))
+        _verify(console, model, rows[:COMPARED])
     _save(console, statistics, path)
-    console.print(NEXT)
+    _draw(console, summary, path.with_suffix(".png"))
+    console.print(NEXT.format(path=escape(str(path))))
     return path
 
 
@@ -93,7 +91,7 @@ def _train(console: Console, model: nn.Module, seconds: float, examples: int, se
     chosen = held_out[:: max(1, len(held_out) // examples)][:examples]
     rows = [row.to(next(model.parameters()).device) for row in chosen]
     before = evaluate(model, _batches(rows))
-    with _progress(console) as report:
+    with _seconds_left(console) as report:
         steps = train(model, text, seconds, seed, report)
     after = evaluate(model, _batches(rows))
     console.print(f"   {steps} steps on {len(text):,} bytes; bits per held-out byte: {before:.2f}, then {after:.2f}\n")
@@ -104,34 +102,34 @@ def _estimate(console: Console, model: nn.Module, rows: list[Tensor]) -> fk.Stat
     lengths = [len(row) for row in rows]
     console.print(f"[bold]3. Estimating its exact diagonal Fisher[/bold] over {len(rows)} held-out paragraphs")
     console.print(f"   of {min(lengths)} to {max(lengths)} bytes, padded to batches of {BATCH}")
-    with _progress(console) as report:
-        start = _clock(model)
+    start = time.perf_counter()
+    with progress("   estimating", "paragraphs") as report:
         statistics = fk.estimate(
-            model,
-            _batches(rows),
-            fk.DiagonalFisher(),
-            progress=lambda done, _: report(done / len(rows), f"{done} of {len(rows)} paragraphs"),
+            model, _batches(rows), fk.DiagonalFisher(), progress=lambda done, _: report(done, len(rows))
         )
-        taken = _clock(model) - start
+    taken = time.perf_counter() - start
     console.print(f"   {taken:.1f} s; before the first batch it was checked against ordinary autograd\n")
-    console.print(table(statistics))
     return statistics
 
 
-def _compare(console: Console, model: nn.Module, rows: list[Tensor]) -> None:
-    console.print(f"\n[bold]4. Comparing with a loop[/bold] over {len(rows)} of them, each alone and without padding")
-    with _progress(console) as report:
-        found = compare(model, rows, report)
-    console.print(f"   largest relative error {found.error:.1e}, in {found.name}")
+def _verify(console: Console, model: nn.Module, rows: list[Tensor]) -> None:
+    console.print(f"\n[bold]4. Verifying[/bold] on {len(rows)} of them, against a loop that takes one at a time")
+    with progress("   looping", "paragraphs") as report:
+        found = fk.verify(model, _batches(rows), progress=report)
+    worst = max(found.compared, key=lambda one: one.error)
+    for failure in found.failures:
+        console.print(f"   [bold]{escape(failure)}[/bold]")
+    console.print(f"   largest relative error {worst.error:.1e}, in {worst.name}")
+    console.print(f"   the largest {found.density:.1%} of all entries: {found.overlap:.2%} the same")
     console.print(
-        f"   {found.fishkern_seconds:.2f} s with its check, the loop {found.loop_seconds:.2f} s: "
-        f"{found.loop_seconds / found.fishkern_seconds:.1f} times as fast\n"
+        f"   {found.estimate_seconds:.2f} s with its check, the loop {found.loop_seconds:.2f} s: "
+        f"{found.loop_seconds / found.estimate_seconds:.1f} times as fast\n"
     )
+    if not found.ok:
+        raise RuntimeError("the estimate does not equal the loop: please report this.")
 
 
 def _save(console: Console, statistics: fk.Statistics, path: Path) -> None:
-    from rich.markup import escape
-
     statistics.save(path)
     console.print(f"[bold]5. Saved[/bold] as {escape(str(path))}, {path.stat().st_size / 1e6:.1f} MB")
     loaded = fk.Statistics.load(path)
@@ -140,7 +138,16 @@ def _save(console: Console, statistics: fk.Statistics, path: Path) -> None:
     console.print("   it loads back the same, and its header says what it is:")
     for key, value in {**loaded.provenance["definition"], "mean over": f"{loaded.count} examples"}.items():
         console.print(f"      {key:12} {value}")
-    console.print()
+
+
+def _draw(console: Console, summary: Summary, path: Path) -> None:
+    if find_spec("matplotlib") is None:
+        console.print('   no picture without matplotlib: pip install "fishkern[plot]"\n')
+        return
+    figure = plots.draw(
+        summary, title="A small LLaMA", quantity="Fisher information", unit="nats² per parameter unit²"
+    )
+    console.print(f"   Its picture, by layer and module, is {escape(str(plots.save(figure, path)))}\n")
 
 
 def read_text() -> tuple[bytes, list[Tensor]]:
@@ -249,111 +256,6 @@ def evaluate(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
     return nats / sum(counts) / math.log(2)
 
 
-def table(statistics: Mapping[str, Tensor]) -> Table:
-    """Show where the Fisher information lies: by layer, and by type of module.
-
-    Args:
-        statistics: Diagonal Fisher by parameter name.
-
-    Returns:
-        The table.
-    """
-    from rich.table import Table
-
-    total = sum(value.sum(dtype=torch.float64).item() for value in statistics.values())
-    everything = torch.cat([value.flatten() for value in statistics.values()])
-    k = max(1, int(DENSITY * everything.numel()))
-    threshold = everything.topk(k).values[-1]
-    found = Table()
-    found.add_column("part", no_wrap=True)
-    for heading in ("coordinates", "share of the Fisher", "mean", f"among the top {DENSITY:.1%}"):
-        found.add_column(heading, justify="right")
-    for part_of in (_layer, _module):
-        groups: dict[str, list[Tensor]] = defaultdict(list)
-        for name, value in statistics.items():
-            groups[part_of(name)].append(value)
-        for part, values in groups.items():
-            numel = sum(value.numel() for value in values)
-            fisher = sum(value.sum(dtype=torch.float64).item() for value in values)
-            top = sum(int((value >= threshold).sum()) for value in values)
-            found.add_row(part, f"{numel:,}", f"{fisher / total:.1%}", f"{fisher / numel:.1e}", f"{top / numel:.2%}")
-        found.add_section()
-    return found
-
-
-def _layer(name: str) -> str:
-    number = re.search(r"\.layers\.(\d+)\.", name)
-    return f"layer {number[1]}" if number else _module(name)
-
-
-def _module(name: str) -> str:
-    return name.split(".")[-2]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What a comparison with the loop found.
-
-    Attributes:
-        error: Largest difference in a parameter, relative to that parameter's largest entry.
-        name: The parameter where it is.
-        loop_seconds: Time of the loop.
-        fishkern_seconds: Time of ``fishkern.estimate`` as called, its survey and self-check included.
-    """
-
-    error: float
-    name: str
-    loop_seconds: float
-    fishkern_seconds: float
-
-
-def compare(model: nn.Module, rows: list[Tensor], report: Report) -> Comparison:
-    """Estimate on the same rows with fishkern in padded batches, and in a loop over single rows; twice each, in turn.
-
-    Args:
-        model: The model.
-        rows: ``[T_n]`` each.
-        report: Told how far it is.
-
-    Returns:
-        What was found; times are the better ones of two.
-    """
-    times = []
-    for turn in range(2):
-        start = _clock(model)
-        statistics = fk.estimate(model, _batches(rows))
-        between = _clock(model)
-        truth = loop(model, rows, lambda done, text, turn=turn: report((turn + done) / 2, text))
-        times.append((between - start, _clock(model) - between))
-    errors = {name: ((statistics[name] - value).abs().max() / value.max()).item() for name, value in truth.items()}
-    worst = max(errors, key=errors.__getitem__)
-    ours, theirs = map(min, zip(*times, strict=True))
-    return Comparison(errors[worst], worst, theirs, ours)
-
-
-def loop(model: nn.Module, rows: list[Tensor], report: Report) -> dict[str, Tensor]:
-    """Square the gradient of one example after another: what one writes without fishkern.
-
-    Args:
-        model: The model.
-        rows: ``[T_n]`` each, without padding.
-        report: Told how far it is.
-
-    Returns:
-        The diagonal Fisher by parameter name.
-    """
-    model.eval()
-    parameters = dict(model.named_parameters())
-    totals = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    for n, row in enumerate(rows, start=1):
-        loss = model(input_ids=row[None], labels=row[None], use_cache=False).loss
-        grads = torch.autograd.grad(loss, list(parameters.values()))
-        for total, grad in zip(totals.values(), grads, strict=True):
-            total.addcmul_(grad, grad)
-        report(n / len(rows), f"{n} of {len(rows)} paragraphs in the loop")
-    return {name: total.div_(len(rows)) for name, total in totals.items()}
-
-
 def _batches(rows: list[Tensor]) -> list[dict[str, Tensor]]:
     return [collate(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
 
@@ -385,33 +287,10 @@ def _fastest_threads(model: nn.Module) -> Iterator[str]:
         torch.set_num_threads(found)
 
 
-def _clock(model: nn.Module) -> float:
-    """Tell the time at which all that was asked for is done."""
-    if (device := next(model.parameters()).device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _free_path(folder: Path) -> Path:
-    """Find out before the training whether the file can be written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder.absolute()} may not be written to: choose another folder with --out.")
-    path = folder / "fisher.safetensors"
-    if path.exists():
-        try:
-            fk.Statistics.load(path, lazy=True)
-        except ValueError as error:
-            raise FileExistsError(f"{error} It is not overwritten: choose another folder with --out.") from None
-    return path
-
-
 @contextmanager
-def _progress(console: Console) -> Iterator[Report]:
+def _seconds_left(console: Console) -> Iterator[Report]:
     """Show a bar on a terminal, nothing elsewhere."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("  "), BarColumn(30), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=1.0)
-        yield lambda done, text: progress.update(task, completed=done, description=text)
+    columns = (TextColumn("  "), BarColumn(30), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda done, text: bar.update(task, completed=done, description=text)

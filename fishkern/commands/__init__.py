@@ -1,0 +1,22 @@
+"""The subcommands of ``fishkern``, one file each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fishkern.commands.demo import demo
+from fishkern.commands.doctor import doctor
+from fishkern.commands.estimate import estimate
+from fishkern.commands.show import show
+from fishkern.commands.verify import verify
+
+COMMANDS: dict[Callable[..., int | None], str] = {
+    estimate: "fishkern estimate Qwen/Qwen3-0.6B --data corpus.jsonl --text body --out fisher.safetensors",
+    verify: "fishkern verify ./my-adapter --data ./squad --samples 32 --json report.json",
+    show: "fishkern show fisher.safetensors --plot fisher.png",
+    doctor: "fishkern doctor",
+    demo: "fishkern demo --seconds 10",
+}
+"""Each subcommand and an example of it: what a function returns is the exit status; its parameters are the options."""
+
+__all__ = ["COMMANDS"]

@@ -1,0 +1,28 @@
+"""``fishkern demo``: what fishkern does, on a small model, without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+
+def demo(
+    out: Annotated[
+        Path, Option(metavar="DIR", help="Folder for fisher.safetensors and fisher.png; made if missing.")
+    ] = Path(),
+    seconds: Annotated[float, Option(min=1, metavar="N", help="How long to train the model.")] = 25.0,
+    examples: Annotated[int, Option(min=2, metavar="N", help="How many texts to estimate on.")] = 256,
+    seed: Annotated[int, Option(metavar="N", help="Seed of the weights and of the training data.")] = 0,
+    device: Annotated[
+        str, Option(metavar="NAME", help="Where to run: cpu, cuda; by default cuda where there is one.")
+    ] = "",
+) -> None:
+    """Train a small LLaMA, estimate its exact Fisher, draw it, verify it, save it.
+
+    Needs no network and no data: the text is the documentation that Python itself carries.
+    """
+    from fishkern.demo import run
+
+    run(out, seconds=seconds, examples=examples, seed=seed, device=device or None)

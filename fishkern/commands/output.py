@@ -1,0 +1,106 @@
+"""What commands say and where: results on standard output, notes and progress on standard error."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from fishkern.statistics import Statistics
+
+Report = Callable[[int, int | None], None]
+
+
+def console() -> Console:
+    """Make the console for results; lines are not wrapped, so that paths can be copied.
+
+    Returns:
+        A console on standard output; where that is no terminal, wide enough for every table.
+    """
+    made = Console(highlight=False, soft_wrap=True, markup=False)
+    if not made.is_terminal:
+        made.width = 160
+    return made
+
+
+def note(text: str) -> None:
+    """Say something that is not the result.
+
+    Args:
+        text: One line.
+    """
+    Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(f"note: {text}")
+
+
+@contextmanager
+def progress(what: str, unit: str) -> Iterator[Report]:
+    """Show how far it is, how fast it goes and how long it takes; nothing where standard error is no terminal.
+
+    Args:
+        what: ``"estimating"``.
+        unit: What is counted: ``"examples"``.
+
+    Yields:
+        A function of how many are done and how many there are, if known.
+    """
+    stream = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(30), TextColumn("{task.description}"))
+    start = time.monotonic()
+    with Progress(*columns, console=stream, transient=True, disable=not stream.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def report(done: int, total: int | None) -> None:
+            rate = done / max(time.monotonic() - start, 1e-9)
+            left = f", {(total - done) / rate:,.0f} s left" if total and rate else ""
+            of = f" of {total:,}" if total else ""
+            bar.update(task, completed=done, total=total, description=f"{done:,}{of} {unit}, {rate:,.1f}/s{left}")
+
+        yield report
+
+
+def checked_path(path: Path) -> Path:
+    """Find out before the work whether statistics can be saved there.
+
+    Args:
+        path: Where they shall go.
+
+    Returns:
+        The path with its suffix.
+
+    Raises:
+        FileNotFoundError: Its folder does not exist.
+        PermissionError: Its folder may not be written to.
+        FileExistsError: It holds something else.
+    """
+    path = path.with_name(path.name.removesuffix(".safetensors") + ".safetensors")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist: create it, or choose another --out.")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent.absolute()} may not be written to: choose another folder with --out.")
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a folder: choose another name with --out.")
+    if path.exists():
+        try:
+            Statistics.load(path, lazy=True)
+        except ValueError as error:
+            raise FileExistsError(f"{error} It is not overwritten: choose another name with --out.") from None
+    return path
+
+
+def size_on_disk(path: Path) -> str:
+    """Say how large a save is.
+
+    Args:
+        path: What :meth:`Statistics.save` returned.
+
+    Returns:
+        Megabytes, with all shards.
+    """
+    stem = path.name.removesuffix(".index.json").removesuffix(".safetensors")
+    total = sum(file.stat().st_size for file in path.parent.glob(f"{stem}*.safetensors"))
+    return f"{total / 1e6:,.1f} MB"

@@ -1,0 +1,79 @@
+"""``fishkern verify``: the Fisher against a loop with batch size 1, on one's own model and data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
+
+from fishkern.commands.options import Workload, with_options
+from fishkern.commands.output import console, progress
+
+if TYPE_CHECKING:
+    from fishkern.statistics import Statistics
+
+
+@with_options
+def verify(
+    work: Workload,
+    samples: Annotated[
+        int | None,
+        Option(min=1, metavar="N", help="On how many examples; with --statistics on theirs.", show_default="32"),
+    ] = None,
+    statistics: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Verify this file, made with the same options; else estimated afresh."),
+    ] = None,
+    density: Annotated[float, Option(metavar="D", help="Compare the largest fraction D of all entries.")] = 0.005,
+    json_: Annotated[
+        str, Option("--json", metavar="FILE", help="Also write the whole report as JSON; - for standard output.")
+    ] = "",
+) -> int:
+    """Compare the Fisher with a loop that back-propagates one example at a time.
+
+    The exit status is 0 when every parameter equals the loop up to rounding and the model's own batch noise, else 1.
+    """  # noqa: DOC201 - it is the help text
+    import fishkern as fk
+    from fishkern.commands.workload import fitting, predicate, prepare
+    from fishkern.files import atomic_write
+    from fishkern.report.tables import verification_table
+
+    given = None if statistics is None else fk.Statistics.load(statistics, lazy=True)
+    prepared = prepare(work, samples or (32 if given is None else given.count))
+    if given is not None:
+        _check_same(given, prepared.described, statistics)
+    device = next(prepared.model.parameters()).device
+    with progress("comparing", "examples") as report:
+        found = fitting(
+            lambda size: fk.verify(
+                prepared.model,
+                prepared.batches(size),
+                given,
+                predicate(work.parameters),
+                density=density,
+                progress=report,
+            ),
+            work.batch_size,
+            device,
+            len(prepared.examples),
+        )
+    if json_ == "-":
+        print(found.to_json())
+    else:
+        console().print(verification_table(found))
+        for line in found.summary:
+            console().print(line)
+        if json_:
+            with atomic_write(json_, "w") as file:
+                file.write(found.to_json() + "\n")
+            console().print(f"The report is in {json_}.")
+    return 0 if found.ok else 1
+
+
+def _check_same(given: Statistics, described: dict, path: Path) -> None:
+    """Refuse statistics that were estimated on other examples."""
+    for run in given.provenance["runs"]:
+        for key in described.keys() & run.keys():
+            if run[key] != described[key]:
+                raise ValueError(f"{path} was estimated with {key} {run[key]!r}, here it is {described[key]!r}.")

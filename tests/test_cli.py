@@ -1,0 +1,68 @@
+"""The ``fishkern`` command as a whole: help, versions, and how it ends when something is wrong."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+import fishkern as fk
+from tests.support.command import command, fresh, refused
+
+pytest.importorskip("typer")
+
+COMMANDS = ("estimate", "verify", "show", "doctor", "demo")
+
+
+def test_version(capsys):
+    assert command(capsys, "--version") == (0, f"fishkern {fk.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=str)
+def test_help_lists_the_commands(capsys, arguments):
+    status, output, _ = command(capsys, *arguments)
+    assert status == 0
+    assert all(re.search(rf"{name}\b", output) for name in COMMANDS)
+    assert "fishkern demo --seconds 10" in output
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_has_an_example(capsys, name):
+    status, output, _ = command(capsys, name, "--help")
+    assert status == 0
+    assert re.search(rf"Example:\s+fishkern {name}", output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["selct"], "selct"),
+        (["demo", "--wrong"], "--wrong"),
+        (["demo", "--seconds", "soon"], "--seconds"),
+        (["demo", "--seconds", "0"], "--seconds"),
+        (["estimate", "model"], "--data"),
+        (["estimate", "model", "--data", "rows.csv", "--samples", "0"], "--samples"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_line_and_status_2(capsys, arguments, word):
+    assert word in refused(capsys, *arguments)
+
+
+def test_debug_shows_the_traceback(capsys):
+    status, _, error = command(capsys, "selct", "--debug")
+    assert status == 2
+    assert error.startswith("Traceback")
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_the_extra_it_says_what_to_install(missing):
+    done = fresh(["doctor"], without=(missing,))
+    assert done.returncode != 0
+    assert re.fullmatch(r'fishkern: .*pip install "fishkern\[cli\]"\n', done.stderr)
+
+
+def test_without_transformers_a_command_says_what_to_install(tmp_path):
+    done = fresh(["demo", "--out", str(tmp_path)], without=("transformers",))
+    assert done.returncode == 2
+    assert done.stderr == 'fishkern: this needs transformers: pip install "fishkern[hf]"\n'
