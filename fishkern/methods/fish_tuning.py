@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fishkern import adapters, hosts
 from fishkern.backend import Backend
 from fishkern.names import canonical_name
-from fishkern.selection import GlobalTopK, Random, Selection, select
+from fishkern.selection import GlobalTopK, Random, Selection, bound_to_start, select
 from fishkern.selection.base import budget
 from fishkern.statistics import DiagonalFisher, Likelihood, Statistics, estimate
 
@@ -75,7 +75,8 @@ def fish_tuning(
         progress: See :func:`fishkern.estimate`.
 
     Returns:
-        A selection whose pool is the adapter and the head, the head selected whole; ``.k`` counts without the head.
+        A selection whose pool is the adapter and the head, the head selected whole; ``.k`` counts without the head. It
+        carries a digest of the values that both stand at, which the first step of a masked optimizer compares.
 
     Raises:
         ValueError: Not exactly one budget is given, it is not in the pool's range, the model has no adapter, or half
@@ -94,9 +95,10 @@ def fish_tuning(
     head_entries = sum(parameters[name].numel() for name in head)
     k = _budget(k, density, trainable, match, model, heads, entries, head_entries, whole=pool == "model")
     if order == "random":
-        return select(_values(parameters), Random(k=k, seed=seed, always=_exactly(head)), backend=backend)
+        return _bound(select(_values(parameters), Random(k=k, seed=seed, always=_exactly(head))), model, pool)
     if order == "magnitude":
-        return select(_values(parameters, absolute=True), GlobalTopK(k=k, always=_exactly(head)), backend=backend)
+        by_size = GlobalTopK(k=k, always=_exactly(head))
+        return _bound(select(_values(parameters, absolute=True), by_size, backend=backend), model, pool)
     statistics = estimate(
         model,
         batches,
@@ -110,7 +112,13 @@ def fish_tuning(
     )
     if not allow_zeros:
         _refuse_zeros(statistics, list(ranked), entries)
-    return select(statistics, GlobalTopK(k=k, order=order, always=_exactly(head)), backend=backend)
+    rule = GlobalTopK(k=k, order=order, always=_exactly(head))
+    return _bound(select(statistics, rule, backend=backend), model, pool)
+
+
+def _bound(selection: Selection, model: nn.Module, pool: str) -> Selection:
+    """Bind a selection to the random start of an adapter; a pretrained model is no start that could be another."""
+    return bound_to_start(selection, hosts.unwrap(model)) if pool == "adapter" else selection
 
 
 def _pool(model: nn.Module, pool: str) -> dict[str, nn.Parameter]:

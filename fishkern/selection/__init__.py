@@ -7,6 +7,7 @@ from fishkern.selection.per_tensor_topk import PerTensorTopK
 from fishkern.selection.random import Random
 from fishkern.selection.result import Selection
 from fishkern.selection.select import select
+from fishkern.selection.start import bound_to_start, check_start, load_start, save_start
 
 __all__ = [
     "GlobalTopK",
@@ -15,5 +16,9 @@ __all__ = [
     "Random",
     "Rule",
     "Selection",
+    "bound_to_start",
+    "check_start",
+    "load_start",
+    "save_start",
     "select",
 ]

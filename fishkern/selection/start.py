@@ -1,0 +1,118 @@
+"""The start that a selection belongs to: the values of adapter and head on which its scores were computed.
+
+A selection ranks the entries of one random start. On another the same entries mean nothing, so the selection carries a
+digest of its start, and the values themselves can be saved beside it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fishkern.files import Format, open_tensors, save_tensors
+from fishkern.names import canonical_name
+from fishkern.selection.result import Selection
+
+FORMAT = Format("fishkern.start", version=1, saved_by="fishkern.selection.save_start")
+
+# An SVD that another number of threads computes, or a cast to bfloat16, moves the digest less; another seed moves it by
+# about the norm of the parameter.
+_TOLERANCE = 1e-2
+
+
+def bound_to_start(selection: Selection, model: nn.Module) -> Selection:
+    """Let a selection carry a digest of the values that its pool has in a model.
+
+    Args:
+        selection: The selection.
+        model: The model that it was made for, as it stands.
+
+    Returns:
+        The same selection with ``provenance["start"]``: for each name the norm, and the sum under random signs.
+
+    Raises:
+        ValueError: The selection does not fit the model.
+    """  # noqa: DOC502
+    selection.check(model)
+    named = _named(model)
+    digests = {name: _digest(named[name]) for name in selection.names}
+    indices = {name: selection.indices(name) for name in selection.names if name not in selection.whole}
+    return Selection(
+        selection.shapes, indices, whole=selection.whole, provenance={**selection.provenance, "start": digests}
+    )
+
+
+def check_start(selection: Selection, model: nn.Module) -> None:
+    """Make sure that a model stands where it stood when the selection was made.
+
+    Args:
+        selection: The selection; one that carries no digest passes.
+        model: The model, before its first step.
+
+    Raises:
+        ValueError: A parameter has other values.
+    """
+    named = _named(model)
+    for name, (norm, signed) in selection.provenance.get("start", {}).items():
+        found = _digest(named[name])
+        if max(abs(found[0] - norm), abs(found[1] - signed)) > _TOLERANCE * norm:
+            raise ValueError(
+                f"the selection was made for another start: {name} had norm {norm:.6g} and has {found[0]:.6g} (sums "
+                f"under random signs {signed:.6g} and {found[1]:.6g}). Load the start that was saved with it "
+                "(fishkern.selection.load_start), or select anew."
+            )
+
+
+def save_start(model: nn.Module, selection: Selection, path: str | os.PathLike[str]) -> Path:
+    """Save the values that the pool of a selection has in a model.
+
+    Args:
+        model: The model, before its first step.
+        selection: Says which parameters.
+        path: ``name.safetensors``.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: The selection does not fit the model, or was made for other values.
+    """  # noqa: DOC502
+    selection.check(model)
+    check_start(selection, model)
+    named = _named(model)
+    return save_tensors(path, {name: named[name].detach() for name in selection.names}, format=FORMAT, metadata={})
+
+
+def load_start(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Give a model the values that were saved.
+
+    Args:
+        model: Changed in place.
+        path: What :func:`save_start` wrote.
+
+    Raises:
+        ValueError: The model lacks a parameter, or has it in another shape; it is then left as it was.
+    """
+    _, stored = open_tensors(path, format=FORMAT)
+    named = _named(model)
+    for name, tensor in stored.items():
+        if name not in named or named[name].shape != tensor.shape:
+            has = f"has it as {tuple(named[name].shape)}" if name in named else "has no such parameter"
+            raise ValueError(f"{path} holds {name} {tuple(tensor.shape)}, and {type(model).__name__} {has}.")
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            named[name].copy_(tensor.read())
+
+
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {canonical_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+@torch.no_grad()
+def _digest(tensor: Tensor) -> list[float]:
+    values = tensor.detach().double().cpu().flatten()
+    signs = torch.randint(0, 2, values.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return [values.norm().item(), (values @ signs.double()).item()]

@@ -1,0 +1,89 @@
+"""A selection belongs to the start that it was made on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from fishkern.selection import GlobalTopK, Selection, bound_to_start, check_start, load_start, save_start, select
+
+
+def model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1))
+
+
+def plain(of: nn.Module) -> Selection:
+    scores = {name: parameter.detach().square() for name, parameter in of.named_parameters()}
+    return select(scores, GlobalTopK(k=5, always="1.*"))
+
+
+def selected(of: nn.Module) -> Selection:
+    return bound_to_start(plain(of), of)
+
+
+def test_the_same_start_passes_and_another_raises():
+    selection = selected(model())
+    check_start(selection, model())
+    with pytest.raises(ValueError, match=r"made for another start: 0.weight had norm .*load_start"):
+        check_start(selection, model(seed=1))
+    flipped = model()
+    flipped[0].bias.data *= -1  # of the same norm
+    with pytest.raises(ValueError, match=r"another start: 0.bias"):
+        check_start(selection, flipped)
+
+
+def test_rounding_passes():
+    check_start(selected(model()), model().bfloat16())
+    nudged = model()
+    nudged[0].weight.data *= 1 + 1e-5
+    check_start(selected(model()), nudged)
+
+
+def test_the_selection_itself_is_unchanged_and_the_digest_is_saved(tmp_path):
+    selection, expected = selected(model()), plain(model())
+    assert (selection, selection.whole, selection.k) == (expected, expected.whole, expected.k)
+    loaded = Selection.load(selection.save(tmp_path / "selection"))
+    with pytest.raises(ValueError, match="another start"):
+        check_start(loaded, model(seed=1))
+
+
+def test_one_without_a_digest_passes():
+    check_start(plain(model()), model(seed=1))
+
+
+def test_a_saved_start_comes_back(tmp_path):
+    selection, other = selected(model()), model(seed=1)
+    path = save_start(model(), selection, tmp_path / "start")
+    with pytest.raises(ValueError, match="another start"):
+        save_start(other, selection, tmp_path / "wrong")
+    load_start(other, path)
+    check_start(selection, other)
+    assert all(torch.equal(a, b) for a, b in zip(model().parameters(), other.parameters(), strict=True))
+    small = nn.Sequential(nn.Linear(4, 2))
+    before = small[0].weight.clone()
+    with pytest.raises(ValueError, match=r"0.weight \(3, 4\), and Sequential has it as \(2, 4\)"):
+        load_start(small, path)
+    assert torch.equal(small[0].weight, before)
+
+
+def test_another_number_of_threads_passes():
+    """The singular vectors that PiSSA starts from need not be the same to the bit."""
+    program = """
+import json, sys, torch
+torch.set_num_threads(int(sys.argv[1]))
+torch.manual_seed(0)
+left, values, right = torch.linalg.svd(torch.randn(96, 64))
+print(json.dumps([left[:, :4].flatten().tolist(), right[:4].flatten().tolist()]))
+"""
+    starts = []
+    for threads in (1, 2):
+        out = subprocess.run([sys.executable, "-c", program, str(threads)], capture_output=True, text=True, check=True)
+        starts.append(nn.ParameterList([torch.tensor(factor) for factor in json.loads(out.stdout)]))
+    scores = {name: parameter.detach().abs() for name, parameter in starts[0].named_parameters()}
+    check_start(bound_to_start(select(scores, GlobalTopK(k=9)), starts[0]), starts[1])
