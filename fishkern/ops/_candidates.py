@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fishkern.ops._scores import NaNScoreError, Piece
+from fishkern.ops._scores import Piece, refuse_nan
 
 # The largest of so many scores that stand equally far apart tells whether any of them matters. One pass over a piece
 # then writes a sixteenth of it; with fewer, the columns that hold something get too many.
@@ -143,8 +143,8 @@ def _reaching(piece: Piece, floor: float, strict: bool, largest: bool) -> Tensor
     columns = len(values) // _GROUP
     table, rest = values[: columns * _GROUP].view(_GROUP, columns), values[columns * _GROUP :]
     best = torch.cat([table.amax(0) if largest else table.amin(0), rest])  # NaN wins
-    if best.sum().isnan() and values.isnan().any():  # the sum is also NaN when infinities of both signs meet
-        raise NaNScoreError(*piece.place(int(values.isnan().nonzero()[0])))
+    if best.sum().isnan():  # also where infinities of both signs meet
+        refuse_nan(piece)
     hits = reaches(best, floor).nonzero().view(-1)
     if len(hits) == 0:
         return hits

@@ -65,6 +65,19 @@ class Piece:
         return self.block + number, index - (ends[number - 1] if number else 0)
 
 
+def refuse_nan(piece: Piece) -> None:
+    """Demand scores that can be ordered.
+
+    Args:
+        piece: Some scores.
+
+    Raises:
+        NaNScoreError: One of them is NaN; the first is named.
+    """
+    if (nan := piece.values.isnan()).any():
+        raise NaNScoreError(*piece.place(int(nan.nonzero()[0])))
+
+
 class Scores:
     """Blocks of scores in a row.
 
@@ -96,17 +109,17 @@ class Scores:
             The pieces, none of them empty.
         """
         waiting: list[Tensor] = []  # small neighbours on one device
-        first = 0
+        first = held = 0
         for number, block in enumerate(self.blocks):
             size = PIECE if block.device.type == "cpu" else _PIECE_ON_GPU
             small = isinstance(block, Tensor) and block.numel() * _SMALL_SHARE <= size
-            full = sum(len(flat) for flat in waiting) + block.numel() > size
-            if waiting and (not small or full or waiting[0].device != block.device):
+            if waiting and (not small or held + block.numel() > size or waiting[0].device != block.device):
                 yield self._joined(first, waiting)
                 waiting = []
             if small:
-                first = first if waiting else number
+                first, held = (first, held) if waiting else (number, 0)
                 waiting.append(block.reshape(-1).to(self.dtype))
+                held += block.numel()
                 continue
             offset = 0
             parts = block.pieces(size, reuse=True) if isinstance(block, StoredTensor) else _split(block, size)
@@ -116,7 +129,7 @@ class Scores:
         if waiting:
             yield self._joined(first, waiting)
 
-    def _joined(self, first: int, flats: list[Tensor]) -> Iterator[Piece]:
+    def _joined(self, first: int, flats: list[Tensor]) -> Piece:
         bounds = torch.tensor(list(accumulate(map(len, flats))), device=flats[0].device)
         return Piece(first, 0, torch.cat(flats), bounds)
 

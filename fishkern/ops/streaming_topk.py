@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fishkern.backend import Backend, BackendUnavailableError, choose
-from fishkern.files import AnyTensor
+from fishkern.files import AnyTensor, StoredTensor
 from fishkern.ops._candidates import Candidates
-from fishkern.ops._scores import NaNScoreError, Piece, Scores
+from fishkern.ops._scores import NaNScoreError, Piece, Scores, refuse_nan
+
+__all__ = ["NaNScoreError", "Order", "streaming_topk", "streaming_topk_torch", "topk_with_threshold"]
 
 Order = Literal["largest", "smallest"]
 ORDERS = ("largest", "smallest")
@@ -83,21 +85,30 @@ def topk_with_threshold(
     blocks, k = list(blocks), operator.index(k)
     if order not in ORDERS:
         raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
-    total = Scores(blocks).total
-    if not 0 <= k <= total:
-        raise ValueError(f"k must be from 0 to the number of scores, {total}; got {k}.")
+    scores = Scores(blocks)
+    if not 0 <= k <= scores.total:
+        raise ValueError(f"k must be from 0 to the number of scores, {scores.total}; got {k}.")
     tensors = [block if isinstance(block, Tensor) else torch.empty(0, dtype=block.dtype) for block in blocks]
     run = choose(streaming_topk_torch, backend, *tensors or [torch.empty(0)])  # files count as tensors on the CPU
     if run is streaming_topk_torch:
-        return _topk(Scores(blocks), k, order == "largest")
-    if any(tensor is not block for tensor, block in zip(tensors, blocks, strict=True)):
+        return _topk(scores, k, order == "largest")
+    if any(isinstance(block, StoredTensor) for block in blocks):
         raise BackendUnavailableError(
             "streaming_topk cannot run on Triton: a block lies in a file. Ask for 'auto' or 'torch'."
         )
-    indices = run(blocks, k, order=order)
+    indices = _launched(run, blocks, k, order)
     selected = [block.reshape(-1)[found].float() for block, found in zip(blocks, indices, strict=True) if len(found)]
     extreme = torch.amin if order == "largest" else torch.amax
     return indices, extreme(torch.stack([extreme(scores) for scores in selected])).item() if selected else None
+
+
+def _launched(run: Callable[..., list[Tensor]], blocks: list[Tensor], k: int, order: Order) -> list[Tensor]:
+    try:
+        return run(blocks, k, order=order)
+    except ArithmeticError:  # the kernel has seen NaN, but not where
+        for piece in Scores(blocks).pieces():
+            refuse_nan(piece)
+        raise
 
 
 def streaming_topk_torch(blocks: Sequence[AnyTensor], k: int, *, order: Order = "largest") -> list[Tensor]:
@@ -169,8 +180,7 @@ def _counted_bracket(scores: Scores, k: int, largest: bool) -> tuple[float, floa
 
 def _histogram(piece: Piece, shift: int, prefix: int | None, largest: bool) -> Tensor:
     """Count the keys that begin with ``prefix`` by their next digit."""
-    if piece.values.isnan().any():
-        raise NaNScoreError(*piece.place(int(piece.values.isnan().nonzero()[0])))
+    refuse_nan(piece)
     keys = _keys(piece.values if largest else -piece.values) >> shift
     if prefix is None:
         return torch.bincount(keys + 2 ** (_DIGIT - 1), minlength=2**_DIGIT)

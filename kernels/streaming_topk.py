@@ -1,0 +1,324 @@
+"""Triton kernels of :func:`fishkern.ops.streaming_topk`, for blocks that lie on one GPU.
+
+The scores are cut into chunks, one program each; a table of addresses makes all tensors of one dtype one launch. The
+first kernel reads every score once. Given a bracket from a sample, in which the ``k``-th largest must lie, it writes
+one bit for each score above it, collects the ones inside, and counts those equal to its ends, which may be very many
+(zeros). The host decides among the collected ones; the second kernel takes the first so many of those equal to an end;
+the third writes the indices of all bits that are set. Only which candidates come first in memory depends on scheduling,
+and they are sorted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_CHUNK = 4096
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# The sample: so many chunks, and of each so many scores.
+_SAMPLED_CHUNKS, _SAMPLED_SCORES = 8192, 256
+_DEVIATIONS = 6.0
+# Room for this share of all scores between the ends of the bracket; all of them where there are few.
+_ROOM_SHARE, _SMALLEST_ROOM = 128, 2**16
+
+
+@triton.jit
+def _load_chunk(table_ptr, num_tensors, number, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr,
+                CHUNK: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
+    """Load the first ``COUNT`` scores of a chunk: values, negated unless LARGEST; which exist; the chunk's place."""
+    low = num_tensors * 0
+    high = num_tensors - 1
+    while low < high:  # the last tensor whose first chunk is not behind this one
+        middle = (low + high + 1) // 2
+        behind = tl.load(table_ptr + middle) > number
+        low = tl.where(behind, low, middle)
+        high = tl.where(behind, middle - 1, high)
+    inside = number - tl.load(table_ptr + low)
+    address = tl.load(table_ptr + num_tensors + low)
+    left = tl.load(table_ptr + 2 * num_tensors + low) - inside * CHUNK
+    place = tl.load(table_ptr + 3 * num_tensors + low) + inside
+    # The hint counts only behind the cast, and loads are wide only where nothing is masked.
+    ptr = address.to(tl.pointer_type(DTYPE)) + inside * CHUNK
+    if ALIGNED:
+        ptr = tl.multiple_of(ptr, 16)
+    offs = tl.arange(0, COUNT)
+    exists = offs < left
+    values = tl.load(ptr + offs) if left >= COUNT else tl.load(ptr + offs, mask=exists, other=0.0)
+    values = values.to(tl.float32)
+    return values if LARGEST else -values, exists, place
+
+
+@triton.jit(do_not_specialize=["num_tensors"])
+def _sample_kernel(
+    table_ptr, numbers_ptr, out_ptr,  # tensors; which chunks; [chunks, COUNT], NaN where a chunk is shorter
+    num_tensors,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    number = tl.load(numbers_ptr + tl.program_id(0))
+    values, exists, _ = _load_chunk(table_ptr, num_tensors, number, DTYPE, ALIGNED, LARGEST, CHUNK, COUNT)
+    offs = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
+    tl.store(out_ptr + offs, tl.where(exists, values, float("nan")))
+
+
+@triton.jit(do_not_specialize=["num_tensors", "low", "high", "room"])
+def _select_kernel(
+    table_ptr, bits_ptr,  # tensors; [chunks, CHUNK / 32], set above high
+    counts_ptr,  # [4, chunks]: above high, at high, at low, NaN
+    inside_ptr, slots_ptr, values_ptr,  # how many are inside; where they lie, [room]; what they are, [room]
+    num_tensors, num_chunks, room,
+    low, high,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0).to(tl.int64)
+    values, exists, place = _load_chunk(table_ptr, num_tensors, number, DTYPE, ALIGNED, LARGEST, CHUNK, CHUNK)
+    above = exists & (values > high)
+    at_high = exists & (values == high)
+    at_low = exists & (values == low) & (values < high)
+    inside = exists & (values > low) & (values < high)
+    bits = tl.reshape(above.to(tl.int32), (CHUNK // 32, 32)) << tl.arange(0, 32)[None, :]
+    tl.store(bits_ptr + place * (CHUNK // 32) + tl.arange(0, CHUNK // 32), tl.sum(bits, 1))
+    tl.store(counts_ptr + place, tl.sum(above.to(tl.int32)))
+    tl.store(counts_ptr + num_chunks + place, tl.sum(at_high.to(tl.int32)))
+    tl.store(counts_ptr + 2 * num_chunks + place, tl.sum(at_low.to(tl.int32)))
+    tl.store(counts_ptr + 3 * num_chunks + place, tl.sum((exists & (values != values)).to(tl.int32)))
+    count = tl.sum(inside.to(tl.int32))
+    if count > 0:
+        ranks = tl.cumsum(inside.to(tl.int32), 0) - 1 + tl.atomic_add(inside_ptr, count.to(tl.int64))
+        fits = inside & (ranks < room)
+        tl.store(slots_ptr + ranks, place * CHUNK + tl.arange(0, CHUNK), mask=fits)
+        tl.store(values_ptr + ranks, values, mask=fits)
+
+
+@triton.jit(do_not_specialize=["num_tensors", "end"])
+def _take_ties_kernel(
+    table_ptr, bits_ptr, quotas_ptr,  # tensors; bits to be set; [chunks] how many of each chunk
+    num_tensors,
+    end,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0).to(tl.int64)
+    values, exists, place = _load_chunk(table_ptr, num_tensors, number, DTYPE, ALIGNED, LARGEST, CHUNK, CHUNK)
+    quota = tl.load(quotas_ptr + place)
+    if quota > 0:
+        equal = (exists & (values == end)).to(tl.int32)
+        taken = equal * (tl.cumsum(equal, 0) <= quota).to(tl.int32)
+        bits = tl.sum(tl.reshape(taken, (CHUNK // 32, 32)) << tl.arange(0, 32)[None, :], 1)
+        ptrs = bits_ptr + place * (CHUNK // 32) + tl.arange(0, CHUNK // 32)
+        tl.store(ptrs, tl.load(ptrs) | bits)
+
+
+@triton.jit
+def _emit_kernel(
+    bits_ptr, starts_ptr,  # [chunks, CHUNK / 32]; [chunks], where a chunk's indices begin in out
+    offsets_ptr, out_ptr,  # [chunks], where it begins in its tensor; indices
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    words = tl.load(bits_ptr + place * (CHUNK // 32) + tl.arange(0, CHUNK // 32))
+    taken = tl.reshape((words[:, None] >> tl.arange(0, 32)[None, :]) & 1, (CHUNK,))
+    if tl.sum(taken) > 0:
+        ptrs = out_ptr + tl.load(starts_ptr + place) + tl.cumsum(taken, 0) - 1
+        indices = tl.load(offsets_ptr + place) + tl.arange(0, CHUNK)
+        tl.store(ptrs, indices.to(out_ptr.dtype.element_ty), mask=taken > 0)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """The tensors of one dtype.
+
+    Attributes:
+        table: ``[4, tensors]``, int64: number of its first chunk in this launch, address, size, place of that chunk
+            among all.
+        chunks: Number of programs.
+        constants: What the kernels are compiled for.
+    """
+
+    table: Tensor
+    chunks: int
+    constants: dict[str, object]
+
+
+def streaming_topk(blocks: Sequence[Tensor], k: int, *, order: str = "largest") -> list[Tensor]:
+    """Launch the kernels; arguments as in :func:`fishkern.ops.streaming_topk`, already checked but for NaN."""
+    flats = [block.detach().reshape(-1) for block in blocks]
+    dtypes = [torch.int32 if flat.numel() <= 2**31 else torch.int64 for flat in flats]
+    if k == 0:
+        return [flat.new_empty(0, dtype=dtype) for flat, dtype in zip(flats, dtypes, strict=True)]
+    with torch.cuda.device_of(flats[0]):  # Triton launches on the current device
+        pool = _Pool(flats, order == "largest")
+        bits = pool.select(k)
+        indices, counts = pool.emit(bits, torch.int64 if torch.int64 in dtypes else torch.int32)
+    parts = indices.split(counts)
+    return [part.to(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
+
+
+class _Pool:
+    """The scores of one call, cut into chunks."""
+
+    def __init__(self, flats: list[Tensor], largest: bool) -> None:
+        self.flats = flats
+        self.device = flats[0].device
+        self.chunks_of = [triton.cdiv(flat.numel(), _CHUNK) for flat in flats]
+        self.chunks = sum(self.chunks_of)
+        self.total = sum(flat.numel() for flat in flats)
+        self.room = min(self.total, max(_SMALLEST_ROOM, self.total // _ROOM_SHARE))
+        self.launches = list(self._launches(largest))
+
+    def _launches(self, largest: bool) -> Iterator[_Launch]:
+        places = [0, *accumulate(self.chunks_of)]
+        for dtype in dict.fromkeys(flat.dtype for flat in self.flats):
+            numbers = [n for n, flat in enumerate(self.flats) if flat.dtype == dtype and flat.numel()]
+            if not numbers:
+                continue
+            chunks = [self.chunks_of[n] for n in numbers]
+            rows = [
+                [0, *accumulate(chunks)][:-1],
+                [self.flats[n].data_ptr() for n in numbers],
+                [self.flats[n].numel() for n in numbers],
+                [places[n] for n in numbers],
+            ]
+            aligned = all(address % 16 == 0 for address in rows[1])
+            constants = {"DTYPE": _DTYPES[dtype], "ALIGNED": aligned, "LARGEST": largest, "CHUNK": _CHUNK}
+            yield _Launch(torch.tensor(rows, device=self.device), sum(chunks), constants)
+
+    def select(self, k: int) -> Tensor:
+        """Give the bits of the ``k`` first scores, ``[chunks, CHUNK / 32]``."""
+        low, high = self._bracket(k)
+        counts, bits, slots, values = self._pass(low, high)
+        above, at_high, at_low, nan, inside = counts.sums
+        if nan:
+            raise ArithmeticError("a score is NaN")
+        if above > k or above + at_high + inside + at_low < k or inside > self.room:
+            low = high = self._bisect(k)  # the sample was not like the scores
+            counts, bits, slots, values = self._pass(low, high)
+            above, at_high, at_low, _, inside = counts.sums
+        need = k - above
+        self._take_ties(bits, counts.of_chunks[1], min(need, at_high), high)
+        need -= min(need, at_high)
+        taken = _first(slots[:inside], values[:inside], min(need, inside))
+        ones = (1 << (taken % 32)).to(torch.int32)  # no slot comes twice, so that adding sets the bits
+        bits.view(-1).index_add_(0, taken // 32, ones)
+        need -= len(taken)
+        self._take_ties(bits, counts.of_chunks[2], need, low)
+        return bits
+
+    def emit(self, bits: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[int]]:
+        """Write the indices in their blocks of all bits that are set, and how many there are of each block."""
+        counts = _popcount(bits).sum(1)
+        ends = counts.cumsum(0)
+        chunks_of = torch.tensor(self.chunks_of, device=self.device)
+        last = chunks_of.cumsum(0)
+        firsts = torch.repeat_interleave(last - chunks_of, chunks_of)
+        offsets = (torch.arange(self.chunks, device=self.device) - firsts) * _CHUNK
+        before = torch.cat([ends.new_zeros(1), ends])
+        out = torch.empty(int(ends[-1]), dtype=dtype, device=self.device)
+        _emit_kernel[(self.chunks,)](bits, ends - counts, offsets, out, CHUNK=_CHUNK)
+        return out, (before[last] - before[last - chunks_of]).tolist()
+
+    def _pass(self, low: float, high: float) -> tuple[_Counts, Tensor, Tensor, Tensor]:
+        bits = torch.empty(self.chunks, _CHUNK // 32, dtype=torch.int32, device=self.device)
+        counts = torch.zeros(4, self.chunks, dtype=torch.int32, device=self.device)
+        inside = torch.zeros(1, dtype=torch.int64, device=self.device)
+        slots = torch.empty(self.room, dtype=torch.int64, device=self.device)
+        values = torch.empty(self.room, dtype=torch.float32, device=self.device)
+        for launch in self.launches:
+            _select_kernel[(launch.chunks,)](
+                launch.table, bits,
+                counts,
+                inside, slots, values,
+                launch.table.shape[1], self.chunks, self.room,
+                low, high,
+                **launch.constants,
+            )  # fmt: skip
+        sums = torch.cat([counts.sum(1, dtype=torch.int64), inside]).tolist()
+        return _Counts(counts, sums), bits, slots, values
+
+    def _take_ties(self, bits: Tensor, ties: Tensor, take: int, end: float) -> None:
+        """Set the bits of the first ``take`` scores that equal an end of the bracket."""
+        if take == 0:
+            return
+        before = ties.cumsum(0) - ties
+        quotas = (take - before).clamp_(min=0).minimum(ties).to(torch.int32)
+        for launch in self.launches:
+            _take_ties_kernel[(launch.chunks,)](
+                launch.table, bits, quotas, launch.table.shape[1], end, **launch.constants
+            )
+
+    def _bracket(self, k: int) -> tuple[float, float]:
+        if self.total <= _SMALLEST_ROOM:
+            return -math.inf, math.inf
+        rows = []
+        for launch in self.launches:
+            wanted = max(1, _SAMPLED_CHUNKS * launch.chunks // self.chunks)
+            numbers = torch.arange(min(wanted, launch.chunks), device=self.device) * launch.chunks // wanted
+            out = torch.empty(len(numbers), _SAMPLED_SCORES, device=self.device)
+            _sample_kernel[(len(numbers),)](
+                launch.table, numbers, out, launch.table.shape[1], **launch.constants, COUNT=_SAMPLED_SCORES
+            )
+            rows.append(out)
+        rows = torch.cat(rows)
+        values = rows[~rows.isnan()].sort(descending=True).values
+        if len(values) == 0:
+            return -math.inf, math.inf
+        share = k / self.total
+        rank = share * len(values)
+        above = (rows > values[min(int(rank), len(values) - 1)]).sum(1).double()
+        # Neighbours may resemble each other: then whole chunks differ by more than independent draws would.
+        spread = len(rows) * above.var().item() if len(rows) > 1 else 0.0
+        margin = _DEVIATIONS * math.sqrt(max(spread, len(values) * share * (1 - share))) + _DEVIATIONS**2
+        low, high = math.ceil(rank + margin), min(math.floor(rank - margin), len(values) - 1)
+        return (
+            values[low].item() if low < len(values) else -math.inf,
+            values[high].item() if high >= 0 else math.inf,
+        )
+
+    def _bisect(self, k: int) -> float:
+        """Find the ``k``-th largest value by counting, one bit of its key for each pass."""
+        low, high = _key(-math.inf), _key(math.inf)
+        while low < high:
+            middle = (low + high + 1) // 2
+            value = _value(middle)
+            above, at_value, *_ = self._pass(value, value)[0].sums
+            low, high = (middle, high) if above + at_value >= k else (low, middle - 1)
+        return _value(low)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """How many scores are above the bracket, at its upper end, at its lower end, NaN; and, in all, inside."""
+
+    of_chunks: Tensor
+    sums: list[int]
+
+
+def _first(slots: Tensor, values: Tensor, count: int) -> Tensor:
+    """Return the slots of the ``count`` largest values, of equal ones the smaller slots."""
+    slots, order = slots.sort()
+    return slots[values[order].sort(descending=True, stable=True).indices[:count]]
+
+
+def _popcount(words: Tensor) -> Tensor:
+    """Count the bits of int32 words."""
+    words = words - (words >> 1 & 0x55555555)
+    words = (words & 0x33333333) + (words >> 2 & 0x33333333)
+    words = words + (words >> 4) & 0x0F0F0F0F
+    words = words + (words >> 8)
+    return words + (words >> 16) & 0x3F
+
+
+def _key(value: float) -> int:
+    """Map a float32 to an integer of the same order."""
+    bits = int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
+    return bits if bits >= 0 else bits ^ 0x7FFFFFFF
+
+
+def _value(key: int) -> float:
+    bits = torch.tensor(key if key >= 0 else key ^ 0x7FFFFFFF, dtype=torch.int32)
+    return bits.view(torch.float32).item()
