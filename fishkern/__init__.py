@@ -3,6 +3,7 @@
 from fishkern.backend import BackendUnavailableError, use_backend, why_not_triton
 from fishkern.layers import UnsupportedModuleError
 from fishkern.names import canonical_name
+from fishkern.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
 from fishkern.selection import GlobalTopK, PerRowTopK, PerTensorTopK, Random, Rule, Selection, select
 from fishkern.statistics import (
     CausalLM,
@@ -34,7 +35,10 @@ __all__ = [
     "Estimator",
     "GlobalTopK",
     "Likelihood",
+    "MaskedAdamW",
     "MaskedLM",
+    "MaskedOptimizer",
+    "MaskedSGD",
     "MultiLabel",
     "PerRowTopK",
     "PerTensorTopK",

@@ -1,0 +1,7 @@
+"""From a selection to an optimizer that touches only what was selected."""
+
+from fishkern.optim.base import MaskedOptimizer, Reselected
+from fishkern.optim.masked_adamw import MaskedAdamW
+from fishkern.optim.masked_sgd import MaskedSGD
+
+__all__ = ["MaskedAdamW", "MaskedOptimizer", "MaskedSGD", "Reselected"]

@@ -1,0 +1,400 @@
+"""What every masked optimizer is: one of torch's that moves, and keeps state for, selected entries only."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fishkern.optim.compact import Bucket, carried_over, gather
+from fishkern.optim.groups import OUTSIDE, Group, Outside, Parameters, all_named, named_groups, settle
+from fishkern.optim.release import LARGE, LITTLE, ReleasedGrads, dense
+from fishkern.selection import Selection
+
+
+class Reselected(NamedTuple):
+    """How many entries of the pool :meth:`MaskedOptimizer.reselect` kept, dropped and added."""
+
+    kept: int
+    dropped: int
+    added: int
+
+
+class MaskedOptimizer(torch.optim.Optimizer):
+    """Moves the selected entries of its parameters, and nothing else.
+
+    A real :class:`torch.optim.Optimizer`: parameter groups with their own ``lr`` and ``weight_decay``, schedulers,
+    closures, hooks, ``state_dict``, pickling, :class:`torch.amp.GradScaler`, gradient accumulation. A parameter in the
+    selection's pool moves at its selected entries only: elsewhere there is no decay, no momentum and no state. One of
+    which nothing is selected never moves.
+
+    State is compact: ``state[parameter]`` holds the keys of torch's optimizer with one number for each selected entry
+    (``[K]``, ascending), and beside them ``"indices"``, ``"master"``, and after :meth:`reselect` ``"start"``, the step
+    at which an entry came in. A state is loaded by the parameters' names, nothing in it is cast, and one of other
+    entries is refused.
+
+    With ``master_weights`` the selected entries of 16-bit parameters are also kept in float32, with state in float32,
+    and rounded into the parameter at each step: this is the float32 optimizer, rounded. Without, it is torch's on
+    16-bit weights, where small steps are lost. Weights that something else changes in the meantime are overwritten.
+
+    Released gradients are gathered at the selected entries as soon as backward has accumulated them, in float32, and
+    ``.grad`` is set to ``None``: dense gradients do not pile up beside the model. They add up over backward passes
+    until ``step`` takes them or :meth:`zero_grad` drops them (``model.zero_grad()`` cannot). ``clip_grad_norm_`` and a
+    ``GradScaler`` do not see them, hence ``max_grad_norm``.
+
+    Args:
+        model_or_named_parameters: A model, its ``named_parameters()``, or groups of them.
+        selection: What moves. Each name of its pool must be among the parameters.
+        defaults: Options of the algorithm, for groups that do not set them.
+        outside: What becomes of a trainable parameter outside the pool: ``"error"`` raises, ``"freeze"`` sets its
+            ``requires_grad`` to False, ``"train"`` trains it whole.
+        master_weights: See above.
+        max_grad_norm: Scale the gradients of each step down to this norm over all entries that move, as
+            ``clip_grad_norm_`` does over whole gradients; on the device. The norm is left in :attr:`grad_norm`.
+        release_grads: ``True`` releases the gradient of every parameter that is not selected whole, ``None`` of those
+            with more than a million entries of which at most one in ten is selected (base weights, not adapters).
+
+    Raises:
+        TypeError: A parameter has no name.
+        ValueError: Selection and parameters do not fit, a trainable parameter is outside the pool, a selected one is
+            frozen, nothing would move, or an option is out of range.
+    """
+
+    grad_norm: Tensor | None
+    """Norm of the gradients of the last step before clipping, zero-dimensional; ``None`` without ``max_grad_norm``."""
+
+    def __init__(
+        self,
+        model_or_named_parameters: Parameters,
+        selection: Selection,
+        defaults: dict[str, Any],
+        *,
+        outside: Outside = "error",
+        master_weights: bool = True,
+        max_grad_norm: float | None = None,
+        release_grads: bool | None = None,
+    ) -> None:
+        if outside not in OUTSIDE:
+            raise ValueError(f"outside must be one of {OUTSIDE}, got {outside!r}.")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be above 0 (math.inf: no clipping), got {max_grad_norm}.")
+        self.selection, self.grad_norm = selection, None
+        self._settings = {
+            "outside": outside,
+            "master_weights": master_weights,
+            "max_grad_norm": max_grad_norm,
+            "release_grads": release_grads,
+        }
+        groups = named_groups(model_or_named_parameters, selection)
+        selection.check(all_named(groups))
+        groups = settle(groups, selection, outside)
+        counts = selection.counts
+        if not any(counts.get(name, parameter.numel()) for name, parameter in all_named(groups)):
+            raise ValueError("nothing would move: the selection selects no entry, and nothing is trained outside it.")
+        self._released: ReleasedGrads | None = None
+        super().__init__(groups, defaults)
+        self._attach()
+        if self._released is not None and max_grad_norm is None:
+            warnings.warn(
+                f"the gradients of {self._released.count} parameters are released during backward, so that "
+                "clip_grad_norm_ does not see them: clip with max_grad_norm= (math.inf for no clipping), or keep the "
+                "gradients with release_grads=False.",
+                stacklevel=3,
+            )
+
+    @abstractmethod
+    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Name what is kept for each selected entry with the options of this group."""
+
+    @abstractmethod
+    def _update_(
+        self, bucket: Bucket, grads: Sequence[Tensor | None], group: dict[str, Any], scale: Tensor | None
+    ) -> None:
+        """Run the operation on a bucket, whose steps are already counted."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Do one step.
+
+        Args:
+            closure: Computes the loss and the gradients again.
+
+        Returns:
+            The closure's loss, or ``None``.
+
+        Raises:
+            RuntimeError: A ``GradScaler`` calls, or several processes train, while gradients are released.
+            ValueError: A gradient is sparse.
+        """  # noqa: DOC502
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_released()
+        work = [
+            (bucket, group, [self._grad_of(parameter) for parameter in bucket.params])
+            for group, buckets in zip(self.param_groups, self._current_buckets(), strict=True)
+            for bucket in buckets
+        ]
+        scale = None
+        if self._settings["max_grad_norm"] not in (None, math.inf):
+            work, scale = self._clipped(work)
+        for bucket, group, grads in work:
+            if all(grad is None for grad in grads):
+                continue
+            for i, (parameter, grad) in enumerate(zip(bucket.params, grads, strict=True)):
+                if grad is not None:
+                    bucket.own(i, self.state[parameter])
+            bucket.advance(grads)
+            self._update_(bucket, grads, group, None if scale is None else scale.to(bucket.device))
+        if self._released is not None:
+            self._released.grads.clear()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, those that were released included.
+
+        Args:
+            set_to_none: Whether ``.grad`` becomes ``None`` or zeros.
+        """
+        super().zero_grad(set_to_none)
+        if self._released is not None:
+            self._released.grads.clear()
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of named parameters.
+
+        Args:
+            param_group: ``{"params": [(name, parameter), ...], ...}`` with options of its own.
+        """
+        (group,) = settle(named_groups([param_group], self.selection), self.selection, self._settings["outside"])
+        if not group["params"]:
+            group["param_names"] = []  # torch forgets that an empty group has names
+        super().add_param_group(group)
+        self._buckets: list[list[Bucket]] | None = None
+        if self._released is not None:
+            self._attach()
+
+    def reselect(self, selection: Selection) -> Reselected:
+        """Go on with another selection out of the same pool.
+
+        Entries that stay keep their state; others lose theirs, and their weights stay where they are; those that come
+        in begin with a state and a step count of their own.
+
+        Args:
+            selection: What moves from here on.
+
+        Returns:
+            How many entries of the pool were kept, dropped and added.
+
+        Raises:
+            RuntimeError: Released gradients of the old entries wait for a step.
+            ValueError: The pool is another one, or selects from a frozen parameter.
+        """
+        if self._released is not None and self._released.grads:
+            raise RuntimeError("released gradients wait for a step: call reselect after step() or zero_grad().")
+        if selection.shapes != self.selection.shapes:
+            raise ValueError(
+                "reselect takes a selection out of the same pool, with the same names and shapes: select again from "
+                "statistics of the same parameters, or make another optimizer."
+            )
+        groups = [{"params": list(zip(g["param_names"], g["params"], strict=True))} for g in self.param_groups]
+        settle(groups, selection, "train")
+        counts, kept = selection.counts, 0
+        for name, parameter in all_named(groups):
+            if name in selection:
+                old = self.selection.indices(name).to(parameter.device)
+                new = selection.indices(name).to(parameter.device) if counts[name] < parameter.numel() else None
+                moved, stay = carried_over(self.state.pop(parameter, {}), old, new, parameter)
+                kept += stay
+                if moved:
+                    self.state[parameter] = moved
+        reselected = Reselected(kept, self.selection.count - kept, selection.count - kept)
+        self.selection = selection
+        self._attach()
+        return reselected
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, for the same selection; nothing is cast, parameters are told by name.
+
+        Args:
+            state_dict: Of an optimizer of this class.
+
+        Raises:
+            ValueError: It has other groups, names or entries.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        saved_groups = state_dict["param_groups"]
+        if len(saved_groups) != len(self.param_groups):
+            raise ValueError(f"the state has {len(saved_groups)} groups, the optimizer {len(self.param_groups)}.")
+        keys: dict[str, Any] = {}
+        for group in saved_groups:
+            if "param_names" not in group:
+                raise ValueError("the state holds no names of parameters: it is not that of a masked optimizer.")
+            keys |= zip(group["param_names"], group["params"], strict=True)
+        own = dict(self._named())
+        if differing := keys.keys() ^ own.keys():
+            raise ValueError(
+                f"the state is of other parameters; {len(differing)} are in one and not the other, such as "
+                f"{min(differing)}: make the optimizer as it was when the state was saved."
+            )
+        state: defaultdict[Tensor, Any] = defaultdict(dict)
+        for name, parameter in own.items():
+            if saved := state_dict["state"].get(keys[name]):
+                state[parameter] = self._loaded(name, parameter, saved)
+        groups = [
+            {**copy.deepcopy(saved), "params": group["params"], "param_names": group["param_names"]}
+            for group, saved in zip(self.param_groups, saved_groups, strict=True)
+        ]
+        self.__setstate__({"state": state, "param_groups": groups})
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def close(self) -> None:
+        """Take off the hooks that release gradients, if there are any; from then on gradients stay in ``.grad``."""
+        if self._released is not None:
+            self._released.close()
+            self._released = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A view would bring the memory of all others along.
+        state = {
+            parameter: {key: value.clone() if isinstance(value, Tensor) else value for key, value in held.items()}
+            for parameter, held in self.state.items()
+        }
+        own = {"selection": self.selection, "_settings": self._settings}
+        return {**super().__getstate__(), "state": defaultdict(dict, state), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buckets = None
+        if "_settings" in state:  # a copy, or from a pickle
+            self.grad_norm, self._released = None, None
+            self._attach()
+
+    def _current_buckets(self) -> list[list[Bucket]]:
+        """For each group its buckets: the parameters with selected entries, by dtype and device."""
+        if self._buckets is not None and all(bucket.fits() for buckets in self._buckets for bucket in buckets):
+            return self._buckets
+        self._buckets = []
+        for group in self.param_groups:
+            parts: dict[Any, list[tuple[Tensor, Tensor | None]]] = defaultdict(list)
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                chosen = self._places(name, parameter)
+                if chosen is None or len(chosen):
+                    wide = chosen is not None and chosen.dtype == torch.int64
+                    parts[parameter.dtype, parameter.device, wide].append((parameter, chosen))
+            buckets = []
+            for (dtype, _, _), entries in parts.items():
+                with_master = self._settings["master_weights"] and dtype.itemsize < 4
+                buckets.append(Bucket(*zip(*entries, strict=True), self._names(group), with_master))
+            self._buckets.append(buckets)
+        return self._buckets
+
+    def _grad_of(self, parameter: Tensor) -> Tensor | None:
+        if self._released is not None and parameter in self._released.grads:
+            return self._released.grads[parameter]
+        grad = parameter.grad
+        if grad is not None and grad.layout is not torch.strided:
+            dense(next(name for name, other in self._named() if other is parameter), grad)
+        return grad
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        for group in self.param_groups:
+            yield from zip(group["param_names"], group["params"], strict=True)
+
+    def _places(self, name: str, parameter: Tensor) -> Tensor | None:
+        """Tell where a parameter moves, on its device; ``None`` where it moves whole, as it does outside the pool."""
+        chosen = self._chosen.get(name)
+        if chosen is not None and chosen.device != parameter.device:
+            chosen = self._chosen[name] = chosen.to(parameter.device)
+        return chosen
+
+    def _clipped(self, work: list[tuple[Bucket, dict, list[Tensor | None]]]) -> tuple[list, Tensor | None]:
+        """Gather all gradients, and find what they must be multiplied by."""
+        gathered = [
+            (
+                bucket,
+                group,
+                [
+                    grad if grad is None or grad.shape != parameter.shape else gather(grad, chosen)
+                    for parameter, chosen, grad in zip(bucket.params, bucket.indices, grads, strict=True)
+                ],
+            )
+            for bucket, group, grads in work
+        ]
+        moving = [grad for *_, grads in gathered for grad in grads if grad is not None]
+        if not moving:
+            return work, None
+        self.grad_norm = torch.nn.utils.get_total_norm(
+            [g.to(torch.promote_types(g.dtype, torch.float32)) for g in moving]
+        )
+        return gathered, (self._settings["max_grad_norm"] / (self.grad_norm + 1e-6)).clamp(max=1.0)
+
+    def _attach(self) -> None:
+        """Put on the hooks of this selection, and forget how the state was laid out."""
+        self.close()
+        self._buckets = None
+        counts, shapes = self.selection.counts, self.selection.shapes
+        partial = [name for name, count in counts.items() if count < shapes[name].numel()]
+        self._chosen = {name: self.selection.indices(name) for name in partial}
+        release = self._settings["release_grads"]
+        if release is None and _several_processes():
+            release = False
+        entries = []
+        for name, parameter in self._named():
+            chosen = self._places(name, parameter)
+            if chosen is None or not parameter.requires_grad:
+                continue
+            large = parameter.numel() > LARGE and len(chosen) <= LITTLE * parameter.numel()
+            if large if release is None else release:
+                entries.append((name, parameter, chosen))
+        if entries:
+            self._released = ReleasedGrads(self, entries)
+        # Makes a GradScaler hand over to step(), which refuses it, instead of failing without a word why.
+        self._step_supports_amp_scaling = bool(entries)
+
+    def _check_released(self) -> None:
+        if self._released is None:
+            return
+        if hasattr(self, "found_inf"):  # set by GradScaler.step
+            del self.found_inf, self.grad_scale
+            raise RuntimeError(
+                "a GradScaler cannot check gradients that are released during backward: make the optimizer with "
+                "release_grads=False, or train in bfloat16 without a scaler."
+            )
+        if self._released.grads and _several_processes():
+            raise RuntimeError(
+                "gradients are released before processes exchange them: make the optimizer with release_grads=False."
+            )
+
+    def _loaded(self, name: str, parameter: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+        """Copy one parameter's saved state to its device, if it is of the same entries."""
+        chosen = self._places(name, parameter)
+        count = parameter.numel() if chosen is None else len(chosen)
+        theirs = saved.get("indices")
+        same = (chosen is None) == (theirs is None) and (chosen is None or torch.equal(chosen, theirs.to(chosen)))
+        sizes = {key: tuple(v.shape) for key, v in saved.items() if isinstance(v, Tensor) and key != "step"}
+        if not same or any(size != (count,) for size in sizes.values()):
+            raise ValueError(
+                f"the state of {name} belongs to other entries than are selected here: make the optimizer with the "
+                "selection that was in use when the state was saved."
+            )
+        return {
+            key: value.detach().to(parameter.device, copy=True) if isinstance(value, Tensor) else value
+            for key, value in saved.items()
+        }
+
+
+def _several_processes() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -1,0 +1,126 @@
+"""From a model or named parameters to the groups of an optimizer: what the selection is of, and what else trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+
+from fishkern.names import canonical_name
+from fishkern.selection import Selection
+
+Outside = Literal["error", "freeze", "train"]
+OUTSIDE: tuple[Outside, ...] = ("error", "freeze", "train")
+
+Named: TypeAlias = tuple[str, Tensor]
+Group: TypeAlias = dict[str, Any]  # {"params": [(name, parameter), ...], ...}
+Parameters: TypeAlias = nn.Module | Iterable[Named] | Iterable[Group]
+
+
+def named_groups(parameters: Parameters, selection: Selection) -> list[Group]:
+    """Bring what a user hands over into groups of named parameters.
+
+    Args:
+        parameters: A model, its named parameters, or groups of them, ``{"params": [(name, parameter), ...], ...}``.
+        selection: Decides between the names of a tied parameter: the one in its pool.
+
+    Returns:
+        New dicts, whose ``"params"`` is a list of ``(canonical name, parameter)``.
+
+    Raises:
+        TypeError: A parameter has no name.
+        ValueError: A parameter or a name comes twice.
+    """  # noqa: DOC502
+    if isinstance(parameters, nn.Module):
+        groups = [{"params": _of_model(parameters, selection)}]
+    else:
+        groups = list(parameters)
+        if not groups or not isinstance(groups[0], dict):
+            groups = [{"params": groups}]
+    groups = [{**group, "params": list(_named(group["params"]))} for group in groups]
+    names: dict[Tensor, str] = {}
+    for name, parameter in all_named(groups):
+        if parameter in names:
+            raise ValueError(f"{names[parameter]} and {name} are one parameter: pass it once.")
+        names[parameter] = name
+    if len(set(names.values())) < len(names):
+        twice = next(name for name in names.values() if list(names.values()).count(name) > 1)
+        raise ValueError(f"two parameters are named {twice}: pass the names of model.named_parameters().")
+    return groups
+
+
+def all_named(groups: Iterable[Group]) -> list[Named]:
+    """Join the parameters of several groups.
+
+    Args:
+        groups: As from :func:`named_groups`.
+
+    Returns:
+        ``(name, parameter)`` of all groups, in order.
+    """
+    return [entry for group in groups for entry in group["params"]]
+
+
+def settle(groups: Sequence[Group], selection: Selection, outside: Outside) -> list[Group]:
+    """Keep what the optimizer is for: the pool, and with ``outside="train"`` all else that is trainable.
+
+    Args:
+        groups: As from :func:`named_groups`; all that are trainable.
+        selection: What is selected.
+        outside: What becomes of a trainable parameter outside the pool.
+
+    Returns:
+        The groups, narrowed.
+
+    Raises:
+        ValueError: A trainable parameter is outside the pool and ``outside`` is ``"error"``; a selected one is frozen,
+            complex or sharded.
+    """
+    strangers = [(n, p) for n, p in all_named(groups) if n not in selection and p.requires_grad]
+    if strangers and outside == "error":
+        raise ValueError(
+            f"{len(strangers)} trainable parameters, {sum(p.numel() for _, p in strangers):,} entries, are outside the "
+            f"selection's pool ({_some(n for n, _ in strangers)}): freeze them, estimate and select with them, or pass "
+            "outside='freeze' or outside='train' to train them whole."
+        )
+    if outside == "freeze":
+        for _, parameter in strangers:
+            parameter.requires_grad_(False)
+    counts = selection.counts
+    trained = [(n, p) for n, p in all_named(groups) if counts.get(n)] + (strangers if outside == "train" else [])
+    if frozen := [name for name, parameter in trained if not parameter.requires_grad]:
+        raise ValueError(
+            f"{len(frozen)} parameters with selected entries have requires_grad=False ({_some(frozen)}) and would get "
+            "no gradient: call requires_grad_(True) on them, or select with never=."
+        )
+    for name, parameter in trained:
+        if not parameter.is_floating_point():
+            raise ValueError(f"{name} is {parameter.dtype}, and only floating parameters are trained.")
+        if hasattr(parameter, "device_mesh"):
+            raise ValueError(f"{name} is sharded over processes (a DTensor), which masked optimizers do not support.")
+    kept = {name for name, _ in trained} | {name for name, _ in all_named(groups) if name in selection}
+    return [{**group, "params": [(n, p) for n, p in group["params"] if n in kept]} for group in groups]
+
+
+def _of_model(model: nn.Module, selection: Selection) -> list[Named]:
+    """Name every parameter of a model once."""
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(canonical_name(name))
+    return [(next((n for n in aliases if n in selection), aliases[0]), p) for p, aliases in names.items()]
+
+
+def _named(entries: Iterable[Named]) -> Iterator[Named]:
+    for entry in entries:
+        if not isinstance(entry, tuple) or len(entry) != 2 or not isinstance(entry[1], Tensor):
+            raise TypeError(
+                "a masked optimizer knows parameters by their names: pass the model, model.named_parameters(), or "
+                f"groups of (name, parameter) pairs; got {type(entry).__name__}."
+            )
+        yield canonical_name(entry[0]), entry[1]
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

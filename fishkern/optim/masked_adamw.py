@@ -1,0 +1,93 @@
+"""AdamW on the selected entries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fishkern.ops import masked_adamw_
+from fishkern.optim.base import MaskedOptimizer
+from fishkern.optim.compact import Bucket
+from fishkern.optim.groups import Outside, Parameters
+from fishkern.selection import Selection
+
+
+class MaskedAdamW(MaskedOptimizer):
+    """AdamW that moves, and keeps state for, only the selected entries.
+
+    With everything selected it takes the steps of :class:`torch.optim.AdamW`; see
+    :func:`fishkern.ops.masked_adamw_` for the formula and :class:`fishkern.optim.MaskedOptimizer` for what all masked
+    optimizers share.
+
+    Args:
+        model_or_named_parameters: A model, its ``named_parameters()``, or groups of them.
+        selection: What moves.
+        lr: Learning rate, a number or a zero-dimensional tensor.
+        betas: Decay of the averages of gradient and squared gradient.
+        eps: Added to the denominator.
+        weight_decay: Decoupled decay, of the selected entries.
+        maximize: Go up the gradient.
+        outside: See :class:`fishkern.optim.MaskedOptimizer`, as for the arguments below.
+        master_weights: Keep the selected entries of 16-bit weights in float32.
+        max_grad_norm: Clip by the norm of the entries that move.
+        release_grads: Whose gradients are gathered and released during backward.
+
+    Raises:
+        ValueError: An option is out of range, or the selection does not fit.
+    """
+
+    def __init__(
+        self,
+        model_or_named_parameters: Parameters,
+        selection: Selection,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        outside: Outside = "error",
+        master_weights: bool = True,
+        max_grad_norm: float | None = None,
+        release_grads: bool | None = None,
+    ) -> None:
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
+            raise ValueError(
+                "lr, eps and weight_decay must be at least 0 and betas in [0, 1), "
+                f"got lr={lr}, eps={eps}, weight_decay={weight_decay}, betas={betas}."
+            )
+        super().__init__(
+            model_or_named_parameters,
+            selection,
+            dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize),
+            outside=outside,
+            master_weights=master_weights,
+            max_grad_norm=max_grad_norm,
+            release_grads=release_grads,
+        )
+
+    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    def _update_(
+        self, bucket: Bucket, grads: Sequence[Tensor | None], group: dict[str, Any], scale: Tensor | None
+    ) -> None:
+        masked_adamw_(
+            bucket.params,
+            grads,
+            bucket.indices,
+            bucket.flat["exp_avg"],
+            bucket.flat["exp_avg_sq"],
+            bucket.steps,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            master=bucket.master,
+            starts=bucket.starts,
+            scale=scale,
+        )

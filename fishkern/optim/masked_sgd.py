@@ -1,0 +1,104 @@
+"""SGD with momentum on the selected entries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fishkern.ops import masked_sgd_
+from fishkern.optim.base import MaskedOptimizer
+from fishkern.optim.compact import Bucket
+from fishkern.optim.groups import Outside, Parameters
+from fishkern.selection import Selection
+
+
+class MaskedSGD(MaskedOptimizer):
+    """SGD that moves, and keeps momentum for, only the selected entries.
+
+    With everything selected it takes the steps of :class:`torch.optim.SGD`; see :func:`fishkern.ops.masked_sgd_` for
+    the formula and :class:`fishkern.optim.MaskedOptimizer` for what all masked optimizers share.
+
+    Args:
+        model_or_named_parameters: A model, its ``named_parameters()``, or groups of them.
+        selection: What moves.
+        lr: Learning rate, a number or a zero-dimensional tensor.
+        momentum: How much of the last direction stays.
+        dampening: How much of a gradient is kept out of it.
+        weight_decay: Decay of the selected entries, added to their gradient.
+        nesterov: Nesterov's momentum.
+        maximize: Go up the gradient.
+        outside: See :class:`fishkern.optim.MaskedOptimizer`, as for the arguments below.
+        master_weights: Keep the selected entries of 16-bit weights in float32.
+        max_grad_norm: Clip by the norm of the entries that move.
+        release_grads: Whose gradients are gathered and released during backward.
+
+    Raises:
+        ValueError: An option is out of range, or the selection does not fit.
+    """
+
+    def __init__(
+        self,
+        model_or_named_parameters: Parameters,
+        selection: Selection,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        outside: Outside = "error",
+        master_weights: bool = True,
+        max_grad_norm: float | None = None,
+        release_grads: bool | None = None,
+    ) -> None:
+        if not (lr >= 0 and momentum >= 0 and weight_decay >= 0):
+            raise ValueError(
+                "lr, momentum and weight_decay must be at least 0, "
+                f"got lr={lr}, momentum={momentum}, weight_decay={weight_decay}."
+            )
+        if nesterov and (momentum == 0 or dampening != 0):
+            raise ValueError(
+                f"Nesterov needs a momentum and no dampening, got momentum={momentum}, dampening={dampening}."
+            )
+        super().__init__(
+            model_or_named_parameters,
+            selection,
+            dict(
+                lr=lr,
+                momentum=momentum,
+                dampening=dampening,
+                weight_decay=weight_decay,
+                nesterov=nesterov,
+                maximize=maximize,
+            ),
+            outside=outside,
+            master_weights=master_weights,
+            max_grad_norm=max_grad_norm,
+            release_grads=release_grads,
+        )
+
+    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    def _update_(
+        self, bucket: Bucket, grads: Sequence[Tensor | None], group: dict[str, Any], scale: Tensor | None
+    ) -> None:
+        masked_sgd_(
+            bucket.params,
+            grads,
+            bucket.indices,
+            bucket.flat.get("momentum_buffer"),
+            bucket.steps,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            master=bucket.master,
+            starts=bucket.starts,
+            scale=scale,
+        )

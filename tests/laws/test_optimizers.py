@@ -1,0 +1,467 @@
+"""What every masked optimizer obeys, whatever its algorithm."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fishkern as fk
+from tests.support.closeness import assert_as_accurate
+
+
+class Kind(NamedTuple):
+    """An optimizer, what it is torch's of, and options that both take."""
+
+    masked: type[torch.optim.Optimizer]
+    dense: type[torch.optim.Optimizer]
+    options: dict
+
+    def make(self, model, selection, **options):
+        return self.masked(model, selection, **{**self.options, **options})
+
+    def make_dense(self, params, **options):
+        return self.dense(params, foreach=False, fused=False, **{**self.options, **options})
+
+
+OPTIMIZERS = {
+    "adamw": Kind(fk.MaskedAdamW, torch.optim.AdamW, dict(lr=1e-2, weight_decay=0.1)),
+    "sgd": Kind(fk.MaskedSGD, torch.optim.SGD, dict(lr=0.05, weight_decay=0.1)),
+    "momentum": Kind(fk.MaskedSGD, torch.optim.SGD, dict(lr=0.05, momentum=0.9, dampening=0.2, weight_decay=0.1)),
+    "nesterov": Kind(fk.MaskedSGD, torch.optim.SGD, dict(lr=0.05, momentum=0.9, nesterov=True)),
+}
+every_optimizer = pytest.mark.parametrize("kind", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+def tiny(dtype=torch.float32) -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 11), nn.Tanh(), nn.Linear(11, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+
+
+def some(model: nn.Module, density: float = 0.3, *, seed: int = 0, bare: str = "2.weight") -> fk.Selection:
+    """A random selection: one parameter whole, one not at all."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    masks = {n: torch.rand(s.numel(), generator=generator) < density for n, s in shapes.items() if n != bare}
+    indices = {n: mask.nonzero().view(-1) for n, mask in masks.items() if n != "4.bias"}
+    return fk.Selection(shapes, indices, whole=["4.bias"])
+
+
+def everything(model: nn.Module) -> fk.Selection:
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    return fk.Selection(shapes, {}, whole=list(shapes))
+
+
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    x, y = torch.randn(4, 6, generator=generator), torch.randn(4, 3, generator=generator)
+    dtype = next(model.parameters()).dtype
+    return F.mse_loss(model(x.to(dtype)), y.to(dtype))
+
+
+def train(model: nn.Module, optimizer, steps, *, lr: float | None = None) -> None:
+    for step in steps:
+        if lr is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = lr / (1 + step)
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def chosen(selection: fk.Selection) -> Tensor:
+    return torch.cat([selection.mask(name).view(-1) for name in selection.names])
+
+
+def same_state(a, b) -> bool:
+    """Whether two state dicts hold equal tensors under equal keys."""
+    return a["param_groups"] == b["param_groups"] and all(
+        ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+        for ours, theirs in zip(a["state"].values(), b["state"].values(), strict=True)
+    )
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_density_1_is_torch(kind, dtype, maximize):
+    """Bit for bit over 100 steps of two groups with options of their own and a schedule."""
+    ours, theirs = tiny(dtype), tiny(dtype)
+
+    def groups(named):
+        decay = [entry for entry in named if entry[0].endswith("weight")]
+        return [{"params": decay}, {"params": [e for e in named if e not in decay], "lr": 3e-3, "weight_decay": 0.0}]
+
+    options = dict(maximize=maximize)
+    masked = kind.make(groups(list(ours.named_parameters())), everything(ours), master_weights=False, **options)
+    dense = kind.make_dense(groups(list(theirs.named_parameters())), **options)
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100) for optimizer in (masked, dense)]
+    for step in range(100):
+        for model, optimizer, schedule in zip((ours, theirs), (masked, dense), schedules, strict=True):
+            train(model, optimizer, [step])
+            schedule.step()
+    assert torch.equal(weights(ours), weights(theirs))
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        for key in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+            assert (key in masked.state[p]) == (key in dense.state[q])
+            assert key not in dense.state[q] or torch.equal(masked.state[p][key], dense.state[q][key].view(-1))
+
+
+@every_optimizer
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.5])
+def test_any_density_is_a_dense_simulation(kind, density):
+    """torch's optimizer in float64, put back after each step where nothing is selected."""
+
+    def simulated(dtype):
+        model = tiny(dtype)
+        start = [p.detach().clone() for p in model.parameters()]
+        optimizer = kind.make_dense(model.parameters())
+        for step in range(20):
+            train(model, optimizer, [step])
+            with torch.no_grad():
+                for (name, p), before in zip(model.named_parameters(), start, strict=True):
+                    p.copy_(torch.where(selection.mask(name), p, before))
+        return weights(model)
+
+    model = tiny()
+    selection = some(model, density)
+    train(model, kind.make(model, selection), range(20))
+    assert_as_accurate(weights(model), simulated(torch.float32), simulated(torch.float64))
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_else_moves(kind, dtype):
+    """Neither by decay, momentum or a changed lr, nor with a loaded state."""
+    model = tiny(dtype)
+    selection, start = some(model), weights(model)
+    optimizer = kind.make(model, selection)
+    train(model, optimizer, range(10), lr=0.5)
+    other = kind.make(model, selection)
+    other.load_state_dict(optimizer.state_dict())
+    train(model, other, range(10, 20))
+    mask = chosen(selection)
+    assert torch.equal(weights(model)[~mask], start[~mask])
+    assert (weights(model)[mask] != start[mask]).float().mean() > 0.9
+
+
+@every_optimizer
+def test_state_is_of_the_selection(kind):
+    """One number for each selected entry, and none for a parameter of which nothing is selected."""
+    model = tiny(torch.bfloat16)
+    selection = some(model)
+    optimizer = kind.make(model, selection)
+    assert not optimizer.state
+    train(model, optimizer, range(2))
+    for name, p in model.named_parameters():
+        count = selection.counts[name]
+        assert (p in optimizer.state) == (count > 0)
+        for key, value in optimizer.state.get(p, {}).items():
+            assert value.shape == (() if key == "step" else (count,))
+            assert value.dtype == (torch.int32 if key == "indices" else torch.float32)
+
+
+@every_optimizer
+def test_master_is_float32_rounded(kind):
+    """With a master, 16-bit weights are those of the float32 optimizer, rounded; small steps are not lost."""
+    narrow, wide = tiny(torch.bfloat16), tiny(torch.bfloat16).float()
+    selection = some(narrow, 0.5)
+    options = dict(lr=1e-4, weight_decay=0.0)
+    masked, exact = kind.make(narrow, selection, **options), kind.make(wide, selection, **options)
+    for step in range(30):
+        train(narrow, masked, [step])
+        exact.zero_grad()
+        for p, q in zip(narrow.parameters(), wide.parameters(), strict=True):
+            q.grad = p.grad.float()
+        exact.step()
+    assert torch.equal(weights(narrow), weights(wide).bfloat16())
+    assert not torch.equal(weights(wide), weights(tiny(torch.bfloat16)).float())
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_load_continue(kind, dtype):
+    """Saved, loaded with weights_only and continued equals not stopping."""
+    model = tiny(dtype)
+    selection = some(model)
+    optimizer = kind.make(model, selection)
+    train(model, optimizer, range(5))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    train(model, optimizer, range(5, 10))
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = tiny(dtype)
+    resumed.load_state_dict(saved["model"])
+    another = kind.make(resumed, selection, lr=7.0)  # the saved one counts
+    another.load_state_dict(saved["optimizer"])
+    assert same_state(another.state_dict(), saved["optimizer"])
+    train(resumed, another, range(5, 10))
+    assert torch.equal(weights(resumed), weights(model))
+    assert same_state(another.state_dict(), optimizer.state_dict())
+
+
+@every_optimizer
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
+)
+def test_copies_continue(kind, how):
+    model = tiny(torch.bfloat16)
+    optimizer = kind.make(model, some(model))
+    train(model, optimizer, range(3))
+    twin, twins = how((model, optimizer))
+    train(model, optimizer, range(3, 6))
+    train(twin, twins, range(3, 6))
+    assert torch.equal(weights(model), weights(twin))
+    assert same_state(optimizer.state_dict(), twins.state_dict())
+
+
+@every_optimizer
+def test_accelerate_keeps_the_state(kind):
+    """``prepare`` saves and loads the state; torch's own load would round indices and masters to 16 bits."""
+    accelerate = pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    model = nn.Linear(300, 300).bfloat16()
+    places = torch.tensor([5, 70_001, 89_999])
+    selection = fk.Selection({"weight": (300, 300), "bias": (300,)}, {"weight": places})
+    optimizer = kind.make(model, selection, lr=1e-4)
+    for _ in range(10):
+        optimizer.zero_grad()
+        model(torch.randn(4, 300, dtype=torch.bfloat16)).square().mean().backward()
+        optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    _, prepared = accelerate.Accelerator(cpu=True).prepare(model, optimizer)
+    assert same_state(prepared.state_dict(), before)
+    assert torch.equal(prepared.state_dict()["state"][0]["indices"], places.int())
+    prepared.step()
+    prepared.zero_grad()
+
+
+@every_optimizer
+def test_grad_scaler(kind):
+    """Scaled gradients give the same steps, and a step that is skipped leaves weights and state alone."""
+    plain, scaled = tiny(), tiny()
+    selection = some(plain)
+    ours, with_scaler = kind.make(plain, selection), kind.make(scaled, selection)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    train(plain, ours, range(4))
+    for step in range(4):
+        with_scaler.zero_grad()
+        scaler.scale(loss_of(scaled, step)).backward()
+        scaler.step(with_scaler)
+        scaler.update()
+    assert torch.equal(weights(plain), weights(scaled))
+    state = copy.deepcopy(with_scaler.state_dict())
+    next(scaled.parameters()).grad[0, 0] = torch.inf
+    scaler.step(with_scaler)
+    scaler.update()
+    assert torch.equal(weights(plain), weights(scaled))
+    assert same_state(with_scaler.state_dict(), state)
+
+
+@every_optimizer
+@pytest.mark.parametrize("release", [False, True], ids=["kept", "released"])
+def test_gradient_accumulation(kind, release):
+    """Two backward passes before a step are one pass over both losses."""
+    apart, together = tiny(), tiny()
+    selection = some(apart)
+    options = dict(release_grads=release, max_grad_norm=1e6)
+    first, second = kind.make(apart, selection, **options), kind.make(together, selection, **options)
+    for step in range(0, 6, 2):
+        for model, optimizer, losses in ((apart, first, (step, step + 1)), (together, second, None)):
+            optimizer.zero_grad()
+            if losses:
+                for number in losses:
+                    loss_of(model, number).backward()
+            else:
+                (loss_of(model, step) + loss_of(model, step + 1)).backward()
+            optimizer.step()
+    torch.testing.assert_close(weights(apart), weights(together))
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_released_gradients_change_nothing(kind, dtype):
+    kept, released = tiny(dtype), tiny(dtype)
+    selection = some(kept)
+    train(kept, kind.make(kept, selection, release_grads=False), range(5))
+    with pytest.warns(UserWarning, match="clip_grad_norm_ does not see them"):
+        optimizer = kind.make(released, selection, release_grads=True)
+    train(released, optimizer, range(5))
+    assert torch.equal(weights(kept), weights(released))
+    assert [p.grad is None for p in released.parameters()] == [name not in selection.whole for name in selection.names]
+
+
+@every_optimizer
+@pytest.mark.parametrize("release", [False, True], ids=["kept", "released"])
+def test_clipping_is_that_of_the_selected_entries(kind, release):
+    """As masked gradients, torch's clip_grad_norm_ and torch's optimizer, put back elsewhere."""
+    model, dense = tiny(), tiny()
+    selection = some(model)
+    optimizer = kind.make(model, selection, max_grad_norm=1e-2, release_grads=release)
+    theirs = kind.make_dense(dense.parameters())
+    for step in range(5):
+        train(model, optimizer, [step])
+        theirs.zero_grad()
+        loss_of(dense, step).backward()
+        start = [p.detach().clone() for p in dense.parameters()]
+        for name, p in dense.named_parameters():
+            p.grad *= selection.mask(name)
+        norm = torch.nn.utils.clip_grad_norm_(dense.parameters(), 1e-2)
+        theirs.step()
+        with torch.no_grad():
+            for (name, p), before in zip(dense.named_parameters(), start, strict=True):
+                p.copy_(torch.where(selection.mask(name), p, before))
+        torch.testing.assert_close(optimizer.grad_norm, norm)
+    torch.testing.assert_close(weights(model), weights(dense))
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reselect(kind, dtype):
+    """Entries that stay go on as if nothing had happened, those that come in as if training began with them."""
+    torch.manual_seed(0)
+    shape = (9, 8)
+    old, new = ({"weight": (torch.rand(72) < 0.5).nonzero().view(-1)} for _ in range(2))
+    selections = [fk.Selection({"weight": shape}, indices) for indices in (old, new)]
+    weight, full, late = (nn.Parameter(torch.full(shape, 0.5).to(dtype)) for _ in range(3))
+    grads = [torch.randn(shape).to(dtype) for _ in range(8)]
+
+    def run(optimizer, parameter, some_grads):
+        for grad in some_grads:
+            parameter.grad = grad.clone()
+            optimizer.step()
+
+    optimizer = kind.make([("weight", weight)], selections[0])
+    run(optimizer, weight, grads[:5])
+    shared = len(set(old["weight"].tolist()) & set(new["weight"].tolist()))
+    counts = optimizer.reselect(selections[1])
+    assert counts == (shared, len(old["weight"]) - shared, len(new["weight"]) - shared)
+    before = weight.detach().clone()
+    run(optimizer, weight, grads[5:])
+    run(kind.make([("weight", full)], everything(nn.ParameterDict({"weight": full}))), full, grads)
+    run(kind.make([("weight", late)], everything(nn.ParameterDict({"weight": late}))), late, grads[5:])
+
+    was, now = (selection.mask("weight") for selection in selections)
+    torch.testing.assert_close(weight[was & now], full[was & now])
+    torch.testing.assert_close(weight[~was & now], late[~was & now])
+    assert torch.equal(weight[~now], before[~now])
+    state = optimizer.state[weight]
+    assert torch.equal(state["start"], torch.where(was[now], 0.0, 5.0))
+    loaded = kind.make([("weight", weight)], selections[1])
+    loaded.load_state_dict(optimizer.state_dict())
+    run(loaded, weight, grads[:1])
+    assert loaded.state[weight]["step"] == 9
+
+
+@every_optimizer
+def test_parameters_without_gradient_wait(kind):
+    """They neither move nor count, and state begins with the first gradient."""
+    model = tiny()
+    optimizer = kind.make(model, some(model, 0.5))
+    first, start = model[0].weight, model[0].weight.detach().clone()
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        first.grad = None
+        optimizer.step()
+    assert torch.equal(first, start)
+    assert first not in optimizer.state
+    train(model, optimizer, [3])
+    assert optimizer.state[first]["step"] == 1
+    assert optimizer.state[model[4].bias]["step"] == 4
+
+
+@every_optimizer
+def test_state_put_in_by_hand_counts(kind):
+    """``optimizer.state`` is the state, not a copy of it: people move it between devices entry by entry."""
+    model, twin = tiny(), tiny()
+    selection = some(model)
+    optimizer, other = kind.make(model, selection), kind.make(twin, selection)
+    for step in range(6):
+        train(model, optimizer, [step])
+        train(twin, other, [step])
+        for held in other.state.values():
+            for key, value in held.items():
+                held[key] = value.clone()
+    assert torch.equal(weights(model), weights(twin))
+
+
+@every_optimizer
+def test_closure_and_hooks(kind):
+    model = tiny()
+    optimizer = kind.make(model, some(model))
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    optimizer.register_load_state_dict_post_hook(lambda *_: calls.append("loaded"))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, 0)
+        loss.backward()
+        return loss
+
+    start = weights(model)
+    assert torch.equal(optimizer.step(closure), loss_of(tiny(), 0))
+    assert not torch.equal(weights(model), start)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["before", "after", "loaded"]
+
+
+@every_optimizer
+def test_tied_and_strided_parameters(kind):
+    """A tied parameter moves once, under the name in the pool; one in another memory order moves at the same places."""
+
+    class Tied(nn.Module):
+        def __init__(self, strided: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            weight = torch.randn(7, 5)
+            self.table = nn.Embedding(7, 5)
+            self.table.weight = nn.Parameter(weight.mT.contiguous().mT if strided else weight)
+            self.head = nn.Linear(5, 7, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.table(ids))
+
+    results = []
+    for name, strided in (("head.weight", False), ("table.weight", False), ("table.weight", True)):
+        model = Tied(strided)
+        selection = fk.Selection({name: (7, 5)}, {name: torch.tensor([0, 8, 30])})
+        optimizer = kind.make(model, selection)
+        start = model.table.weight.detach().clone()
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.tensor([1, 2, 6])).square().sum().backward()
+            optimizer.step()
+        mask = selection.mask(name)
+        assert torch.equal(model.table.weight[~mask], start[~mask])
+        results.append(model.table.weight.detach())
+    assert torch.equal(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
+
+
+@every_optimizer
+def test_hooks_go_with_the_optimizer(kind):
+    model = tiny()
+    optimizer = kind.make(model, some(model), release_grads=True, max_grad_norm=1.0)
+    loss_of(model, 0).backward()
+    assert model[0].weight.grad is None
+    del optimizer
+    gc.collect()
+    loss_of(model, 0).backward()
+    assert model[0].weight.grad is not None
