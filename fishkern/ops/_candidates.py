@@ -66,10 +66,9 @@ class Candidates:
         Raises:
             NaNScoreError: One of them is NaN.
         """  # noqa: DOC502
-        indices = _reaching(piece, self.floor, self.strict, self.largest)
+        indices, values = _reaching(piece, self.floor, self.strict, self.largest)
         if len(indices) == 0:
             return
-        values = piece.values[indices]
         values = values if self.largest else values.neg_()
         sure = indices[:0]
         if self.high < float("inf"):
@@ -135,8 +134,8 @@ def _without_values(piece: Piece) -> Piece:
     return Piece(piece.block, piece.offset, piece.values[:0], piece.bounds)
 
 
-def _reaching(piece: Piece, floor: float, strict: bool, largest: bool) -> Tensor:
-    """Return the indices, ascending, of the scores at or above the floor (only above it, if strict); int32 or int64."""
+def _reaching(piece: Piece, floor: float, strict: bool, largest: bool) -> tuple[Tensor, Tensor]:
+    """Find the scores at or above the floor (only above it, if strict): their indices, ascending, and new values."""
     values = piece.values
     reaches = (torch.gt if strict else torch.ge) if largest else (torch.lt if strict else torch.le)
     floor = floor if largest else -floor
@@ -146,12 +145,14 @@ def _reaching(piece: Piece, floor: float, strict: bool, largest: bool) -> Tensor
     if best.sum().isnan():  # also where infinities of both signs meet
         refuse_nan(piece)
     hits = reaches(best, floor).nonzero().view(-1)
-    if len(hits) == 0:
-        return hits
     dtype = torch.int32 if len(values) <= 2**31 else torch.int64
     if 2 * len(hits) > columns:
-        return reaches(values, floor).nonzero().view(-1).to(dtype)
+        indices = reaches(values, floor).nonzero().view(-1)
+        return indices.to(dtype), values[indices]
     in_table = int(torch.searchsorted(hits, columns))
     hits, others = hits[:in_table], hits[in_table:] + columns * (_GROUP - 1)
-    rows, places = reaches(table.index_select(1, hits), floor).nonzero().unbind(1)
-    return torch.cat([rows * columns + hits[places], others]).to(dtype)
+    rows = torch.arange(0, columns * _GROUP, max(1, columns), device=values.device)
+    places = torch.cat([(rows[:, None] + hits).view(-1), others])  # ascending
+    looked_at = values[places]
+    found = reaches(looked_at, floor).nonzero().view(-1)
+    return places[found].to(dtype), looked_at[found]

@@ -118,7 +118,7 @@ class Scores:
                 waiting = []
             if small:
                 first, held = (first, held) if waiting else (number, 0)
-                waiting.append(block.reshape(-1).to(self.dtype))
+                waiting.append(block.reshape(-1))
                 held += block.numel()
                 continue
             offset = 0
@@ -131,7 +131,7 @@ class Scores:
 
     def _joined(self, first: int, flats: list[Tensor]) -> Piece:
         bounds = torch.tensor(list(accumulate(map(len, flats))), device=flats[0].device)
-        return Piece(first, 0, torch.cat(flats), bounds)
+        return Piece(first, 0, torch.cat(flats).to(self.dtype), bounds)
 
     def sample(self, size: int) -> Tensor:
         """Read runs of neighbours, spread evenly over all scores; the same ones whenever it is called.

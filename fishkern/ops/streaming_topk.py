@@ -207,12 +207,11 @@ def _assembled(scores: Scores, chosen: Iterator[tuple[Piece, Tensor]]) -> list[T
         if piece.bounds is None:
             found[piece.block].append(_shifted(indices, piece.offset, scores.numels[piece.block]))
             continue
-        counts = torch.searchsorted(piece.bounds, indices, right=True).bincount(minlength=len(piece.bounds))
-        starts = [0, *piece.bounds.tolist()]
-        for number, part in enumerate(indices.split(counts.tolist())):
-            if len(part):
-                block = piece.block + number
-                found[block].append(_shifted(part, -starts[number], scores.numels[block]))
+        numbers = torch.searchsorted(piece.bounds, indices, right=True)
+        indices = (indices - (piece.bounds - piece.bounds.diff(prepend=piece.bounds[:1] * 0))[numbers]).to(torch.int32)
+        counts = numbers.bincount(minlength=len(piece.bounds)).tolist()
+        for number, part in enumerate(indices.split(counts)):  # whole blocks of a piece are small
+            found[piece.block + number].append(part)
     results = []
     for number, block in enumerate(scores.blocks):
         parts, found[number] = found[number], []
