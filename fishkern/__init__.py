@@ -2,9 +2,21 @@
 
 from fishkern.backend import BackendUnavailableError, use_backend, why_not_triton
 from fishkern.layers import UnsupportedModuleError
+from fishkern.methods import fish_tuning
 from fishkern.names import canonical_name
 from fishkern.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
-from fishkern.selection import GlobalTopK, PerRowTopK, PerTensorTopK, Random, Rule, Selection, select
+from fishkern.selection import (
+    Delta,
+    GlobalTopK,
+    PerRowTopK,
+    PerTensorTopK,
+    Random,
+    Rule,
+    Selection,
+    apply_delta,
+    delta,
+    select,
+)
 from fishkern.statistics import (
     CausalLM,
     Classification,
@@ -31,6 +43,7 @@ __all__ = [
     "BackendUnavailableError",
     "CausalLM",
     "Classification",
+    "Delta",
     "DiagonalFisher",
     "Estimator",
     "GlobalTopK",
@@ -53,8 +66,11 @@ __all__ = [
     "TokenClassification",
     "UnsupportedModuleError",
     "Verification",
+    "apply_delta",
     "canonical_name",
+    "delta",
     "estimate",
+    "fish_tuning",
     "merge",
     "select",
     "use_backend",

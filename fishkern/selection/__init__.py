@@ -1,6 +1,7 @@
 """From statistics to a selection of coordinates."""
 
 from fishkern.selection.base import Rule
+from fishkern.selection.delta import Delta, apply_delta, delta
 from fishkern.selection.global_topk import GlobalTopK
 from fishkern.selection.per_row_topk import PerRowTopK
 from fishkern.selection.per_tensor_topk import PerTensorTopK
@@ -10,14 +11,17 @@ from fishkern.selection.select import select
 from fishkern.selection.start import bound_to_start, check_start, load_start, save_start
 
 __all__ = [
+    "Delta",
     "GlobalTopK",
     "PerRowTopK",
     "PerTensorTopK",
     "Random",
     "Rule",
     "Selection",
+    "apply_delta",
     "bound_to_start",
     "check_start",
+    "delta",
     "load_start",
     "save_start",
     "select",
