@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,9 +11,8 @@ from torch import Tensor
 
 from fishkern.ops._scores import Piece, refuse_nan
 
-# The largest of so many scores that stand equally far apart tells whether any of them matters. One pass over a piece
-# then writes a sixteenth of it; with fewer, the columns that hold something get too many.
-_GROUP = 16
+# A piece is folded into so many rows, at least and at most, and only columns whose largest score matters are looked at.
+_FEWEST_ROWS, _MOST_ROWS = 4, 32
 # Undecided scores are thinned out when there are twice as many as needed, and so many more.
 _SLACK = 2**22
 
@@ -39,12 +39,14 @@ class Candidates:
         low: Lower end of the bracket.
         high: Upper end; infinity to keep the value of everything above ``low``.
         largest: Whether larger scores come first. If not, all values here are the negated scores.
+        density: Which share of all scores ``k`` is; sets how the work is done, and nothing else.
     """
 
-    def __init__(self, k: int, low: float, high: float, largest: bool) -> None:
+    def __init__(self, k: int, low: float, high: float, largest: bool, density: float) -> None:
         self.k, self.high, self.largest = k, high, largest
         self.floor, self.strict = low, False
         self.num_sure = self.num_open = 0
+        self._rows = _rows(density)
         self._chunks: list[_Chunk] = []
 
     @property
@@ -66,7 +68,7 @@ class Candidates:
         Raises:
             NaNScoreError: One of them is NaN.
         """  # noqa: DOC502
-        indices, values = _reaching(piece, self.floor, self.strict, self.largest)
+        indices, values = _reaching(piece, self.floor, self.strict, self.largest, self._rows)
         if len(indices) == 0:
             return
         values = values if self.largest else values.neg_()
@@ -134,25 +136,34 @@ def _without_values(piece: Piece) -> Piece:
     return Piece(piece.block, piece.offset, piece.values[:0], piece.bounds)
 
 
-def _reaching(piece: Piece, floor: float, strict: bool, largest: bool) -> tuple[Tensor, Tensor]:
+def _rows(density: float) -> int:
+    """Fold so that finding the columns costs about as much as looking at them, where this share of scores is found."""
+    wanted = 2 ** round(math.log2(0.5 / math.sqrt(density)))
+    return min(max(wanted, _FEWEST_ROWS), _MOST_ROWS)
+
+
+def _reaching(piece: Piece, floor: float, strict: bool, largest: bool, rows: int) -> tuple[Tensor, Tensor]:
     """Find the scores at or above the floor (only above it, if strict): their indices, ascending, and new values."""
     values = piece.values
     reaches = (torch.gt if strict else torch.ge) if largest else (torch.lt if strict else torch.le)
     floor = floor if largest else -floor
-    columns = len(values) // _GROUP
-    table, rest = values[: columns * _GROUP].view(_GROUP, columns), values[columns * _GROUP :]
-    best = torch.cat([table.amax(0) if largest else table.amin(0), rest])  # NaN wins
-    if best.sum().isnan():  # also where infinities of both signs meet
+    columns = len(values) // rows
+    table, rest = values[: columns * rows].view(rows, columns), values[columns * rows :]
+    best = table.amax(0) if largest else table.amin(0)  # NaN wins
+    if (best.sum() + rest.sum()).isnan():  # also where infinities of both signs meet
         refuse_nan(piece)
     hits = reaches(best, floor).nonzero().view(-1)
-    dtype = torch.int32 if len(values) <= 2**31 else torch.int64
     if 2 * len(hits) > columns:
         indices = reaches(values, floor).nonzero().view(-1)
-        return indices.to(dtype), values[indices]
-    in_table = int(torch.searchsorted(hits, columns))
-    hits, others = hits[:in_table], hits[in_table:] + columns * (_GROUP - 1)
-    rows = torch.arange(0, columns * _GROUP, max(1, columns), device=values.device)
-    places = torch.cat([(rows[:, None] + hits).view(-1), others])  # ascending
+        return _narrow(indices, values), values[indices]
+    starts = torch.arange(0, columns * rows, max(1, columns), device=values.device)
+    places = (starts[:, None] + hits).view(-1)  # ascending
     looked_at = values[places]
     found = reaches(looked_at, floor).nonzero().view(-1)
-    return places[found].to(dtype), looked_at[found]
+    in_rest = reaches(rest, floor).nonzero().view(-1)
+    indices = torch.cat([places[found], in_rest + columns * rows])
+    return _narrow(indices, values), torch.cat([looked_at[found], rest[in_rest]])
+
+
+def _narrow(indices: Tensor, values: Tensor) -> Tensor:
+    return indices.to(torch.int32) if len(values) <= 2**31 else indices

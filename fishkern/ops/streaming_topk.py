@@ -130,7 +130,7 @@ def _topk(scores: Scores, k: int, largest: bool) -> tuple[list[Tensor], float | 
 
 
 def _collect(scores: Scores, k: int, low: float, high: float, largest: bool) -> Candidates | None:
-    candidates = Candidates(k, low, high, largest)
+    candidates = Candidates(k, low, high, largest, k / scores.total)
     for piece in scores.pieces():
         candidates.add(piece)
         if candidates.too_many:

@@ -73,7 +73,7 @@ KS = [1, N // 10_000, N // 200, N // 10, N // 2, 3 * N // 4, N - 1, N]
 # Which way through the algorithm: all scores are candidates; a sampled bracket; one with an upper end, thinned at once.
 WAYS = {
     "all": {},
-    "sampled": {"_SMALLEST_SAMPLE": 2048, "_GROUP": 16, "PIECE": 4096},
+    "sampled": {"_SMALLEST_SAMPLE": 2048, "PIECE": 4096},
     "upper end": {"_SMALLEST_SAMPLE": 2048, "_KEEP_VALUES": 0, "_SLACK": 0, "PIECE": 1000},
 }
 
