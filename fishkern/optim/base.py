@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from abc import abstractmethod
@@ -16,6 +15,7 @@ from torch import Tensor
 from fishkern.optim.compact import Bucket, carried_over, gather
 from fishkern.optim.groups import OUTSIDE, Group, Outside, Parameters, all_named, named_groups, settle
 from fishkern.optim.release import LARGE, LITTLE, ReleasedGrads, dense
+from fishkern.optim.stored import loaded
 from fishkern.selection import Selection, check_start
 
 
@@ -241,32 +241,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: It has other groups, names or entries.
-        """
+        """  # noqa: DOC502
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        saved_groups = state_dict["param_groups"]
-        if len(saved_groups) != len(self.param_groups):
-            raise ValueError(f"the state has {len(saved_groups)} groups, the optimizer {len(self.param_groups)}.")
-        keys: dict[str, Any] = {}
-        for group in saved_groups:
-            if "param_names" not in group:
-                raise ValueError("the state holds no names of parameters: it is not that of a masked optimizer.")
-            keys |= zip(group["param_names"], group["params"], strict=True)
-        own = dict(self._named())
-        if differing := keys.keys() ^ own.keys():
-            raise ValueError(
-                f"the state is of other parameters; {len(differing)} are in one and not the other, such as "
-                f"{min(differing)}: make the optimizer as it was when the state was saved."
-            )
-        state: defaultdict[Tensor, Any] = defaultdict(dict)
-        for name, parameter in own.items():
-            if saved := state_dict["state"].get(keys[name]):
-                state[parameter] = self._loaded(name, parameter, saved)
-        groups = [
-            {**copy.deepcopy(saved), "params": group["params"], "param_names": group["param_names"]}
-            for group, saved in zip(self.param_groups, saved_groups, strict=True)
-        ]
+        places = {name: self._places(name, parameter) for name, parameter in self._named()}
+        state, groups = loaded(state_dict, self.param_groups, places)
         self.__setstate__({"state": state, "param_groups": groups})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -388,23 +368,6 @@ class MaskedOptimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 "gradients are released before processes exchange them: make the optimizer with release_grads=False."
             )
-
-    def _loaded(self, name: str, parameter: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
-        """Copy one parameter's saved state to its device, if it is of the same entries."""
-        chosen = self._places(name, parameter)
-        count = parameter.numel() if chosen is None else len(chosen)
-        theirs = saved.get("indices")
-        same = (chosen is None) == (theirs is None) and (chosen is None or torch.equal(chosen, theirs.to(chosen)))
-        sizes = {key: tuple(v.shape) for key, v in saved.items() if isinstance(v, Tensor) and key != "step"}
-        if not same or any(size != (count,) for size in sizes.values()):
-            raise ValueError(
-                f"the state of {name} belongs to other entries than are selected here: make the optimizer with the "
-                "selection that was in use when the state was saved."
-            )
-        return {
-            key: value.detach().to(parameter.device, copy=True) if isinstance(value, Tensor) else value
-            for key, value in saved.items()
-        }
 
 
 def _several_processes() -> bool:

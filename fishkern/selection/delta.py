@@ -237,7 +237,7 @@ def _taken(named: Mapping[str, Tensor], selection: Selection, digests: Mapping[s
 
 
 def _digest_of_others(parameter: Tensor, selection: Selection, name: str) -> str:
-    """Hash dtype and bytes, with zeros where it is selected; a parameter that is selected whole has no bytes to hash."""
+    """Hash dtype and bytes, with zeros where it is selected; one that is selected whole has no bytes to hash."""
     digest = blake2b(str(parameter.dtype).encode(), digest_size=8)
     if name in selection.whole:
         return digest.hexdigest()
