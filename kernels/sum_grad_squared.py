@@ -142,7 +142,7 @@ def launches(
             # The interpreter multiplies the bit patterns of bfloat16 (triton issue 11584).
             "UPCAST": on.family == "interpreter" and x.dtype is torch.bfloat16,
         }  # fmt: skip
-        main = Launch(device.sum_grad_squared_kernel, grid, arguments, {**config.options, "enable_fp_fusion": True})
+        main = Launch(device.sum_grad_squared_kernel, grid, arguments, config.options)
     return [main, *(target.sum_parts() for target in targets if parts > 1)]
 
 

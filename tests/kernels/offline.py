@@ -139,9 +139,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
             signature[parameter.name] = f"*{NAMES[value.dtype]}" if tensor else "i64" if wide else "i32"
             if tensor or (value % 16 == 0 and not parameter.do_not_specialize):
                 attributes[(number,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    # What the default is depends on the version of Triton.
-    return triton.compile(source, target=target, options={"enable_fp_fusion": True, **launch.options})
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=launch.options)
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -19,6 +19,7 @@ from fishkern.kernels import sum_grad_squared as kernels
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 HERE = hardware(torch.device(DEVICE, 0) if ON_GPU else torch.device(DEVICE))
+TABLE = list(configs.configs(HERE))
 
 
 def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -136,6 +137,33 @@ def test_only_named_tiles_are_used_when_named():
     assert config.constants.items() <= launch.arguments.items()
     launch.run()
     torch.testing.assert_close(out, reference(x, g))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", range(len(TABLE) if ON_GPU else 1))
+def test_every_tile_of_the_table(number):
+    """On the device, at sizes off the tile; the interpreter has tiles of its own."""
+    itemsize, loads, config = TABLE[number]
+    dtype = torch.bfloat16 if itemsize == 2 else torch.float32
+    O, I = 2 * config.BLOCK_O + 8 - (loads == "elements"), config.BLOCK_I + 8
+    x, g = make(5, 150, I, dtype=dtype), make(5, 150, O, dtype=dtype)
+    if loads == "vectors":
+        g = make(5, O, 152, dtype=dtype).mT[:, :150]
+    out = torch.ones(O, I, device=DEVICE)
+    (launch,) = kernels.launches(x, g, None, out, True, None, False, HERE, config)
+    assert (kernels._loads(x, g, HERE), launch.options["num_warps"]) == (loads, config.num_warps)
+    launch.run()
+    truth, plain = (1 + reference(x.to(dtype), g.to(dtype)) for dtype in DTYPES)
+    assert_as_accurate(out, plain, truth)
+
+
+@pytest.mark.gpu
+def test_bits_repeat_at_the_size_of_a_layer():
+    """With tiles that go round the device several times, and with parts."""
+    for O, I in ((4096, 4096), (1024, 256), (4096, 16)):
+        x, g = make(8, 300, I, dtype=torch.bfloat16), make(8, 300, O, dtype=torch.bfloat16)
+        first = kernels.sum_grad_squared(x, g)
+        assert all(torch.equal(first, kernels.sum_grad_squared(x, g)) for _ in range(10))
 
 
 def test_tf32_is_for_float32_by_permission():

@@ -170,6 +170,39 @@ def test_accumulates_into_out(backend):
     torch.testing.assert_close(out, 5 + sum_grad_squared(x, g, backend=backend))
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 7, 5), (5, 7, 13, 11), (2, 33, 65, 63), (17, 3, 4, 6), (0, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_gradients_themselves(shape, packed, backend):
+    """``grad_out`` gets the batch gradient on top of what it held, and ``out`` is what it is without."""
+    x, g = make(*shape)
+    N, T, I, O = shape
+    grad_out = torch.full((I, O), 2.0, device=DEVICE).mT
+    flat = {"offsets": torch.arange(N + 1) * T} if packed else {}
+    x, g = (tensor.flatten(0, 1) if packed else tensor for tensor in (x, g))
+    out = sum_grad_squared(x, g, grad_out=grad_out, backend=backend, **flat)
+    batch = g.reshape(N * T, O).double().mT @ x.reshape(N * T, I).double()
+    torch.testing.assert_close(grad_out, (2 + batch).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, sum_grad_squared(x, g, backend=backend, **flat))
+
+
+def test_gradients_themselves_in_several_tiles():
+    """Of the reference, whose tiles are large."""
+    x, g = make(2, 3, 1000, 1100, torch.float64)
+    grad_out = torch.zeros(1100, 1000, dtype=torch.float64, device=DEVICE)
+    sum_grad_squared_torch(x, g, grad_out=grad_out)
+    torch.testing.assert_close(grad_out, g.flatten(0, 1).mT @ x.flatten(0, 1))
+
+
+@pytest.mark.parametrize("T", [1, 20])
+def test_tf32_is_a_permission(T, backend):
+    """The reference makes no use of it; a kernel stays within the rounding to 10 bits of both factors."""
+    x, g = make(3, T, 40, 24)
+    exact, allowed = (sum_grad_squared(x, g, allow_tf32=allow, backend=backend) for allow in (False, True))
+    if backend == "torch":
+        assert torch.equal(exact, allowed)
+    torch.testing.assert_close(allowed, exact, rtol=1e-2, atol=1e-2 * exact.max().item())
+
+
 @pytest.mark.parametrize("T", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_squares_of_16_bit_gradients_do_not_vanish(T, dtype, backend):
@@ -241,6 +274,8 @@ REFUSED = {
     "out of another shape": (x, g, dict(out=torch.zeros(4, 5)), r"out must be \(5, 4\)"),
     "out in 16 bits": (x.half(), g.half(), dict(out=torch.zeros(5, 4).half()), "out must be .*float32"),
     "out short of float64": (x.double(), g.double(), dict(out=torch.zeros(5, 4)), "out must be .*float64"),
+    "grad_out of another shape": (x, g, dict(grad_out=torch.zeros(4, 5)), r"grad_out must be \(5, 4\)"),
+    "grad_out in 16 bits": (x.half(), g.half(), dict(grad_out=torch.zeros(5, 4).half()), "grad_out must be .*float32"),
     "out elsewhere": (x, g, dict(out=torch.zeros(5, 4, device="meta")), "out must be .*on cpu"),
     "floating offsets": (x1, g1, dict(offsets=torch.tensor([0.0, 6.0])), "int64 or int32"),
     "no offsets": (x1, g1, dict(offsets=torch.tensor([], dtype=torch.int64)), r"\[N \+ 1\]"),

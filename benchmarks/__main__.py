@@ -1,0 +1,51 @@
+"""``python -m benchmarks gpu | tune``: measurements on the GPU that is here. ``--help`` says more."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: Of the command line.
+
+    Returns:
+        Exit status.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure speed on this machine's GPU.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    gpu = commands.add_parser("gpu", help="run the kernels' tests, then measure what is not recorded yet")
+    gpu.add_argument("--only", nargs="+", default=[], metavar="PART", help="files of benchmarks/gpu, or FILE/PART")
+    gpu.add_argument("--seconds", type=float, default=420, help="begin no part after so long (default: %(default)s)")
+    gpu.add_argument("--tested", action="store_true", help="the tests passed on this device just before")
+    tune = commands.add_parser("tune", help="time tiles of the kernels and write a table; nothing else uses it")
+    for command in (gpu, tune):
+        command.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+        command.add_argument("--revision", metavar="TEXT", help="what the sources are, where git does not say it")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("No CUDA device is here, and a CPU's times say nothing about it: nothing is measured.", file=sys.stderr)
+        return 2
+
+    if options.command == "tune":
+        from benchmarks.gpu._tune import tune as run_tune
+
+        return run_tune(options.results, options.revision)
+    from benchmarks.gpu import _session
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    return _session.run(
+        _session.discover(), device, options.results, options.revision, options.only, options.seconds, options.tested
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Times by device events, in interleaved rounds with a cold L2 cache, and peaks of device memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+Provider = Callable[[], object]
+
+# What one measurement of one provider should take, and how often it is repeated at least and at most.
+SECONDS = 0.5
+ROUNDS = (5, 50)
+# Several times the L2 cache of any GPU so far.
+FLUSHED_BYTES = 512 * 2**20
+
+
+def compare(providers: dict[str, Provider], *, ours: str, device: torch.device, flush: bool = True) -> dict[str, dict]:
+    """Time providers in turns, so that a device that slows down slows all of them.
+
+    A rival that fails is left out and says why; ours must not fail.
+
+    Args:
+        providers: What to time; each allocates its own result.
+        ours: Name of the one that is not a rival.
+        device: A CUDA device.
+        flush: Whether each run starts with nothing of its inputs in the L2 cache.
+
+    Returns:
+        For each provider ``ms`` (median, min, max), ``rounds`` and ``peak_mib``, what it allocated at most on top of
+        what was there before; or ``failed``.
+    """
+    found: dict[str, dict] = {}
+    alive: dict[str, Provider] = {}
+    rounds = ROUNDS[1]
+    cache = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device) if flush else None
+
+    def time(provider: Provider) -> float:
+        if cache is not None:
+            cache.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = provider()
+        end.record()
+        end.synchronize()
+        del result
+        return start.elapsed_time(end)
+
+    for name, provider in providers.items():
+        try:
+            time(provider)  # compiles, and lets libraries make their workspaces
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            once = min(time(provider), time(provider))
+            peak = torch.cuda.max_memory_allocated(device) - before
+        except Exception as error:
+            if name == ours:
+                raise
+            torch.cuda.empty_cache()
+            found[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+            continue
+        alive[name] = provider
+        found[name] = {"peak_mib": round(peak / 2**20, 1)}
+        rounds = max(ROUNDS[0], min(rounds, round(1000 * SECONDS / max(once, 1e-3))))
+    for name, values in take_turns(alive, rounds, time).items():
+        found[name] |= {
+            "ms": {"median": median(values), "min": min(values), "max": max(values)},
+            "rounds": len(values),
+            "cold_l2": flush,
+        }
+    return found
+
+
+def take_turns(
+    providers: dict[str, Provider], rounds: int, time: Callable[[Provider], float]
+) -> dict[str, list[float]]:
+    """Let each provider run once a round, first forwards, then backwards.
+
+    Args:
+        providers: What to run.
+        rounds: How often.
+        time: Runs one, and returns how long it took.
+
+    Returns:
+        The times of each.
+    """
+    times: dict[str, list[float]] = {name: [] for name in providers}
+    for number in range(rounds):
+        for name in list(providers)[:: -1 if number % 2 else 1]:
+            times[name].append(time(providers[name]))
+    return times

@@ -1,0 +1,138 @@
+"""The whole Fisher pass on models of LLaMA's shapes with random weights, against the ways to it that people use.
+
+``forward_backward`` is one ordinary forward and backward pass of the same batches. Times are for each batch; those of
+``fishkern`` include the set-up of the pass (hooks, comparison of the loss with the model's own), spread over batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import fishkern as fk
+from benchmarks import rivals
+from benchmarks.gpu import Part, Record
+from benchmarks.gpu._timing import compare
+
+# The comparison of both backends on a small model of every layer, which runs on the device where there is one.
+TESTS = ["tests/models/test_backends.py"]
+BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and batches of full rows.
+
+    Args:
+        N: Examples in each batch.
+        T: Tokens of each example.
+        layers: Decoder layers.
+        hidden: Hidden size.
+        intermediate: Size of the feed-forward layers.
+        vocabulary: Number of tokens known.
+        heads: Attention heads; a quarter of them for keys and values.
+        tied: Whether embedding and head share their weight.
+        lora: Rank of LoRA on all linears, whose factors alone are estimated; 0 for none.
+        dtype: Of the weights.
+    """
+
+    N: int = 8
+    T: int = 512
+    layers: int = 22
+    hidden: int = 2048
+    intermediate: int = 5632
+    vocabulary: int = 32000
+    heads: int = 32
+    tied: bool = False
+    lora: int = 0
+    dtype: str = "bfloat16"
+
+    def model(self, device: torch.device) -> nn.Module:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads // 4,
+            tie_word_embeddings=self.tied,
+            attn_implementation="sdpa",
+        )
+        with device:
+            model = LlamaForCausalLM(config).to(getattr(torch, self.dtype)).eval()
+        if self.lora:
+            from peft import LoraConfig, get_peft_model
+
+            adapters = LoraConfig(r=self.lora, target_modules="all-linear", init_lora_weights=False)
+            model = get_peft_model(model, adapters).eval()
+        return model
+
+    def data(self, device: torch.device) -> list[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(0, self.vocabulary, (BATCHES, self.N, self.T), generator=generator).to(device)
+        return [{"input_ids": rows, "labels": rows} for rows in ids]
+
+
+CASES = {  # the shapes of TinyLlama 1.1B
+    "1B 8x512": Case(),
+    "1B 8x128": Case(T=128),
+    "1B 64x16": Case(N=64, T=16),
+    "1B 8x512 tied": Case(tied=True),
+    "1B 8x512 lora r=16": Case(lora=16),
+}
+
+
+def parts(device: torch.device) -> list[Part]:
+    return [Part(name, partial(measure, case, device)) for name, case in CASES.items()]
+
+
+def measure(case: Case, device: torch.device) -> Iterator[Record]:
+    """Time all providers on one case."""
+    model, batches = case.model(device), case.data(device)
+    found = compare(providers(case, model, batches), ours="fishkern", device=device, flush=False)
+    accumulators = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    error = disagreement(model, batches[:1])
+    for provider, figures in found.items():
+        if "ms" in figures:
+            figures["ms"] = {key: value / BATCHES for key, value in figures["ms"].items()}
+        record = {"provider": provider, "case": asdict(case), "attention": "sdpa", "dtype": case.dtype, **figures}
+        if provider == "fishkern":
+            record |= {"error": f"{error:.1e}", "accumulators_mib": round(accumulators / 2**20, 1)}
+        yield {**record, "batches": BATCHES}
+
+
+def providers(case: Case, model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Callable[[], object]]:
+    """What is timed; with LoRA or a tied head only what is ours and the yardstick."""
+    found: dict[str, Callable[[], object]] = {
+        "fishkern": lambda: fk.estimate(model, batches, check=False, backend="triton"),
+        "forward_backward": lambda: rivals.forward_backward(model, batches),
+        "fishkern_checked": lambda: fk.estimate(model, batches, backend="triton"),
+    }
+    if case.tied or case.lora:
+        return found
+    graphed: list[Callable] = []
+
+    def replay() -> object:
+        if not graphed:
+            graphed.append(rivals.graphed_one_by_one(model, case.T))
+        return graphed[0](batches)
+
+    return found | {
+        "fishkern_torch": lambda: fk.estimate(model, batches, check=False, backend="torch"),
+        "one_by_one": lambda: rivals.one_by_one(model, batches),
+        "one_by_one_graphed": replay,
+        "per_layer_bmm": lambda: rivals.per_layer_bmm(model, batches),
+    }
+
+
+def disagreement(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
+    """The largest ``|triton - torch| / |torch|`` of a parameter."""
+    ours, theirs = (fk.estimate(model, batches, check=False, backend=backend) for backend in ("triton", "torch"))
+    return max(((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in ours)

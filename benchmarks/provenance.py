@@ -1,0 +1,69 @@
+"""Where a measurement comes from: the machine, the versions, the revision."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine() -> dict[str, Any]:
+    """The device, and its folder's name in the records."""
+    if torch.cuda.is_available():
+        return {"machine": torch.cuda.get_device_name().lower().replace(" ", "-")}
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {"machine": f"cpu-{os.cpu_count()}-cores", "cpu": model, "threads": torch.get_num_threads()}
+
+
+def software(revision: str | None = None) -> dict[str, Any]:
+    """Versions, and the commit, or the revision that a checkout without git is said to be."""
+    import fishkern
+
+    if revision is None:
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", "fishkern", "kernels", "benchmarks")
+        source = {"commit": _git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    else:
+        source = {"commit": revision, "dirty": None}
+    packages = ("torch", "triton", "transformers")
+    return {
+        **{name: found for name in packages if (found := _version(name))},
+        "python": platform.python_version(),
+        "fishkern": fishkern.__version__,
+        **source,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def gpu_state() -> dict[str, Any]:
+    """Driver, clocks and power as ``nvidia-smi`` tells them, nothing where it does not."""
+    fields = ["driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu"]
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = done.stdout.splitlines()[0].split(", ")
+    return dict(zip([field.replace(".", "_") for field in fields], values, strict=False))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*command: str) -> str:
+    try:
+        done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()

@@ -1,0 +1,231 @@
+"""What of the measurements on a GPU can be told without one: nothing here is a measurement."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks.gpu import Part, Record, _session, _timing, _tune, roofs, sum_grad_squared, whole_pass
+from fishkern.ops.sum_grad_squared import sum_grad_squared_torch
+
+CPU = torch.device("cpu")
+COPY = {"provider": "torch", "bytes": 4e12, "ms": {"median": 2000.0}}  # 2 TB/s
+GEMM = {"provider": "torch", "dtype": "bfloat16", "flops": 5e14, "ms": {"median": 1000.0}}
+
+
+class Work:
+    """A file of measurements that counts how often its parts run."""
+
+    def __init__(self, tests: list[str], **parts: list[Record] | Exception) -> None:
+        self.TESTS, self.results, self.ran = tests, parts, []
+
+    def parts(self, device: torch.device) -> list[Part]:
+        return [Part(name, lambda name=name: self.run(name)) for name in self.results]
+
+    def run(self, name: str) -> Iterator[Record]:
+        self.ran.append(name)
+        result = self.results[name]
+        if isinstance(result, Exception):
+            raise result
+        yield from result
+
+
+@pytest.fixture
+def session(monkeypatch, tmp_path):
+    """Runs on a machine of which only the name is known."""
+    origin = {"commit": "abc", "dirty": False}
+    monkeypatch.setattr(_session, "machine", lambda: {"machine": "some-gpu"})
+    monkeypatch.setattr(_session, "gpu_state", dict)
+    monkeypatch.setattr(_session, "software", lambda revision: {**origin, "commit": revision or origin["commit"]})
+
+    def run(modules: dict, **options) -> int:
+        return _session.run(modules, CPU, tmp_path, **{"revision": None, **options})
+
+    return SimpleNamespace(run=run, folder=tmp_path / "some-gpu", origin=origin)
+
+
+def passing(tmp_path: Path, outcome: str = "True") -> list[str]:
+    path = tmp_path / f"test_{outcome}.py"
+    path.write_text(f"def test():\n    assert {outcome}\n")
+    return [str(path)]
+
+
+def test_one_line_for_each_measurement_one_file_for_each_call(session, capsys):
+    work = Work([], first=[COPY, GEMM], second=[{"provider": "ours", "failed": "OutOfMemoryError: 1 TiB"}])
+    assert session.run({"op": work}) == 0
+    (path,) = session.folder.glob("*.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(r["op"], r["part"], r["provider"]) for r in records] == [
+        ("op", "first", "torch"), ("op", "first", "torch"), ("op", "second", "ours"),
+    ]  # fmt: skip
+    assert all({"commit", "dirty", "machine", "time"} <= r.keys() for r in records)
+    assert "failed: OutOfMemoryError: 1 TiB" in capsys.readouterr().out
+
+
+def test_takes_up_where_it_stopped(session):
+    work = Work([], first=[COPY], second=RuntimeError("the device is gone"), third=[COPY])
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        session.run({"op": work})
+    work.results["second"] = [COPY]
+    assert session.run({"op": work}) == 0
+    assert work.ran == ["first", "second", "second", "third"]
+    assert session.run({"op": work}) == 0
+    assert len(work.ran) == 4
+    assert session.run({"op": work}, revision="another") == 0
+    assert len(work.ran) == 7
+    session.origin["dirty"] = True  # who knows what was measured
+    assert session.run({"op": work}) == 0
+    assert len(work.ran) == 10
+
+
+def test_begins_nothing_after_its_time(session, capsys):
+    work = Work([], first=[COPY], second=[COPY])
+    assert session.run({"op": work}, seconds=-1) == 3
+    assert not work.ran
+    assert "Left for the next call: op/first, op/second." in capsys.readouterr().out
+
+
+def test_nothing_is_recorded_on_red(session, tmp_path, capfd):
+    work = Work(passing(tmp_path) + passing(tmp_path, "False"), first=[COPY])
+    assert session.run({"op": work}) == 1
+    assert not work.ran
+    assert not session.folder.exists()
+    assert "Nothing is recorded" in capfd.readouterr().err
+    work.TESTS = passing(tmp_path)
+    assert session.run({"op": work}) == 0
+    assert work.ran == ["first"]
+
+
+def test_only(session):
+    modules = {"one": Work([], a=[COPY], b=[COPY]), "two": Work([], a=[COPY], b=[COPY])}
+    assert session.run(modules, only=["two", "one/b"]) == 0
+    assert (modules["one"].ran, modules["two"].ran) == (["b"], ["a", "b"])
+    with pytest.raises(ValueError, match="there is nothing called one/c; there are one, two"):
+        session.run(modules, only=["one/c"])
+
+
+def test_sources_without_git_must_be_named(session):
+    session.origin["commit"] = ""
+    with pytest.raises(ValueError, match="name the revision with --revision"):
+        session.run({"op": Work([], first=[COPY])})
+
+
+def test_shares_of_the_machines_own_roofs(session, capsys):
+    """2e14 flops take 400 ms at 5e14 a second, 1e12 bytes 500 ms at 2e12: the larger is the floor."""
+    ours = {"provider": "fishkern", "dtype": "bfloat16", "flops": 2e14, "bytes": 1e12, "ms": {"median": 1000.0}}
+    modules = {"roofs": Work([], copy=[COPY], **{"gemm bfloat16": [GEMM]}), "op": Work([], a=[ours])}
+    assert session.run(modules) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("op/a  "))
+    assert re.split(r"\s+", line.strip()) == ["op/a", "fishkern", "1000.000", "200.0", "1.00", "0.50"]
+    assert _session.share_of_roof({"op": "op", "part": "a", **ours}, {}) is None
+
+
+def test_files_join_by_being_there():
+    modules = _session.discover()
+    assert next(iter(modules)) == "roofs"
+    assert list(modules)[-1] == "whole_pass"
+    assert "sum_grad_squared" in modules
+    for path in _session.tests_of(modules):
+        assert (_session.ROOT / path).is_file(), path
+    assert "tests/ops/test_sum_grad_squared.py" in _session.tests_of(modules)
+    for module in modules.values():
+        names = [part.name for part in module.parts(CPU)]
+        assert len(names) == len(set(names))
+
+
+def test_turns():
+    """Providers alternate, and the order of a round is that of the one before backwards."""
+    order = []
+    times = _timing.take_turns({"a": "a", "b": "b"}, 3, lambda provider: order.append(provider) or len(order))
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert times == {"a": [1, 4, 5], "b": [2, 3, 6]}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to measure")
+@pytest.mark.parametrize("name", ["gpu", "tune"])
+def test_nothing_is_measured_without_a_device(name, capsys):
+    assert command.main([name]) == 2
+    assert "nothing is measured" in capsys.readouterr().err
+
+
+SMALL = {
+    name: sum_grad_squared.Case(**{**vars(case), "O": 24, "I": 20, "N": 5, "T": 6, "dtype": "float32"})
+    for name, case in sum_grad_squared.CASES.items()
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_inputs_and_error_of_a_case(name):
+    """Of the case's kind and in small: the inputs are what the case says, and the operation is right on them."""
+    pytest.importorskip("triton")
+    case = SMALL[name]
+    x, g, offsets = case.inputs(CPU)
+    assert (x.shape[-1], g.shape[-1], g.numel()) == (20, 24, 5 * 6 * 24)
+    assert (offsets is not None) == (case.lengths == "packed")
+    assert (g.stride(-1) != 1) == (case.grads == "transposed")
+    if not torch.cuda.is_available():
+        assert sum_grad_squared.relative_error(case, x, g, offsets) < 1e-5
+
+
+def test_lengths_of_packed_examples():
+    case = sum_grad_squared.CASES["c gate packed"]
+    lengths = sum_grad_squared.lognormal_offsets(case.N, case.N * case.T).diff()
+    assert lengths.sum() == case.N * case.T
+    assert 1 <= lengths.min() <= lengths.max() <= 8192
+    assert lengths.max() > 4 * lengths.double().median()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 24])
+def test_stored_gradients_are_a_fair_rival(rows):
+    x, g, _ = SMALL["a gate 8x512"].inputs(CPU)
+    out = sum_grad_squared.bmm_squares(x, g, torch.zeros(24, 20), rows)
+    torch.testing.assert_close(out, sum_grad_squared_torch(x, g))
+
+
+TINY = whole_pass.Case(N=2, T=5, layers=1, hidden=16, intermediate=24, vocabulary=31, heads=4, dtype="float32")
+
+
+@pytest.mark.parametrize("change", [{}, {"tied": True}, {"lora": 2}], ids=str)
+def test_whole_pass_on_a_tiny_model(change, monkeypatch):
+    """All that is timed runs, and computes the Fisher of the same batches up to the number of examples."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the CPU stands in for the device")
+    monkeypatch.setattr(whole_pass, "BATCHES", 1)
+    case = whole_pass.Case(**{**vars(TINY), **change})
+    model, batches = case.model(CPU), case.data(CPU)
+    assert whole_pass.disagreement(model, batches) < 1e-5
+    providers = whole_pass.providers(case, model, batches)
+    providers.pop("one_by_one_graphed", None)
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    results = {name: provider() for name, provider in providers.items()}
+    assert wanted == [parameter.requires_grad for parameter in model.parameters()]
+    expected = results["fishkern"]
+    examples = case.N * len(batches)
+    for name in results.keys() & {"one_by_one", "fishkern_torch"}:
+        scale = examples if name == "one_by_one" else 1
+        for parameter, values in expected.items():
+            torch.testing.assert_close(results[name][parameter], scale * values, rtol=1e-3, atol=1e-9)
+    for module, values in results.get("per_layer_bmm", {}).items():
+        expectation = examples * expected[f"{module}.weight"]
+        torch.testing.assert_close(values, expectation, rtol=1e-3, atol=1e-3 * expectation.max().item())
+
+
+def test_tiles_to_tune_fit():
+    pytest.importorskip("triton")
+    for I, T, itemsize in [(4096, 512, 2), (16, 16, 2), (4096, 512, 4)]:
+        found = list(_tune.candidates(I, T, itemsize, 232_448))
+        assert found
+        assert all(max(16, I) >= config.BLOCK_I and max(16, T) >= config.BLOCK_T for config in found)
+
+
+def test_roofs_name_what_records_look_for():
+    names = {part.name for part in roofs.parts(CPU)}
+    assert names == {"copy", *(f"gemm {case.dtype}" for case in sum_grad_squared.CASES.values())}
