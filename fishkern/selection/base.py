@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fishkern.backend import Backend
-from fishkern.files import AnyTensor
+from fishkern.files import AnyTensor, pieces
 from fishkern.ops.streaming_topk import ORDERS, NaNScoreError, Order, topk_with_threshold
 
 Patterns = str | Iterable[str]
@@ -164,15 +164,27 @@ def topk(
     return dict(zip(names, indices, strict=True)), threshold
 
 
+def num_non_zero(scores: Iterable[AnyTensor]) -> int:
+    """Count the scores that are not zero.
+
+    Args:
+        scores: In memory or on disk; read once.
+
+    Returns:
+        Their number.
+    """
+    return sum(int(piece.count_nonzero()) for score in scores for piece in pieces(score))
+
+
 def warn_of_zeros(what: str) -> None:
     """Say that scores of zero were selected.
 
     Args:
-        what: Whose ``k`` is too large for its scores.
+        what: Which ``k`` exceeds which number of non-zero scores.
     """
     warnings.warn(
-        f"{what} exceeds the number of non-zero scores, so that entries which score exactly zero are selected by their "
-        "position alone. Where this is LoRA with its usual start B = 0, every entry of A scores zero: start from PiSSA "
-        "or another non-zero B, or select fewer.",
+        f"{what} non-zero scores, so that entries which score exactly zero are selected by their position alone. Where "
+        "this is LoRA with its usual start B = 0, every entry of A scores zero: start from PiSSA or another non-zero "
+        "B, or select fewer.",
         stacklevel=4,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor
 from fishkern.ops.streaming_topk import Order
-from fishkern.selection.base import Rule, budget, check_budget, check_order, topk, warn_of_zeros
+from fishkern.selection.base import Rule, budget, check_budget, check_order, num_non_zero, topk, warn_of_zeros
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,6 @@ class GlobalTopK(Rule):
                 "always= and never=: lower k or density."
             )
         indices, threshold = topk(scores, k, self.order, backend)
-        if threshold == 0 and self.order == "largest":
-            warn_of_zeros(f"k={k:,}")
+        if threshold == 0 and self.order == "largest" and k > (non_zero := num_non_zero(scores.values())):
+            warn_of_zeros(f"k={k:,} exceeds the {non_zero:,}")
         return indices

@@ -61,14 +61,15 @@ class PerRowTopK(Rule):
         for name, score in scores.items():
             parts = list(self._of_rows(name, score, widths[name]))
             chosen[name] = torch.cat([indices for indices, _ in parts]) if parts else torch.empty(0, dtype=torch.int64)
-            if any(found for _, found in parts):
+            if any(too_many for _, too_many in parts):
                 zeros.append(name)
-        if zeros and self.order == "largest":
-            warn_of_zeros(f"in {len(zeros)} of {len(scores)} parameters, such as {zeros[0]}, k={self.k} for some rows")
+        if zeros:
+            where = f"in some rows of {len(zeros)} of {len(scores)} parameters, such as {zeros[0]},"
+            warn_of_zeros(f"{where} k={self.k} exceeds the number of")
         return chosen
 
     def _of_rows(self, name: str, score: AnyTensor, width: int) -> Iterator[tuple[Tensor, bool]]:
-        """Give the flat indices selected in some rows after the other, and whether any scores zero."""
+        """Give the flat indices selected in some rows after the other, and whether ``k`` is too many for any."""
         if self.k == 0 or score.numel() == 0:
             return
         first = 0
@@ -83,5 +84,6 @@ class PerRowTopK(Rule):
             equal = rows == threshold
             room = self.k - better.sum(1, keepdim=True)
             better |= equal & (equal.cumsum(1) <= room)
-            yield better.view(-1).nonzero().view(-1) + first, bool((threshold == 0).any())
+            too_many = largest and bool((rows.count_nonzero(1) < self.k).any())
+            yield better.view(-1).nonzero().view(-1) + first, too_many
             first += len(piece)

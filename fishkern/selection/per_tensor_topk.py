@@ -10,7 +10,7 @@ from torch import Tensor
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor
 from fishkern.ops.streaming_topk import Order
-from fishkern.selection.base import Rule, budget, check_budget, check_order, topk, warn_of_zeros
+from fishkern.selection.base import Rule, budget, check_budget, check_order, num_non_zero, topk, warn_of_zeros
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ class PerTensorTopK(Rule):
         chosen: dict[str, Tensor] = {}
         zeros = []
         for name, score in scores.items():
-            indices, threshold = topk({name: score}, budget(self.k, self.density, score.numel()), self.order, backend)
+            k = budget(self.k, self.density, score.numel())
+            indices, threshold = topk({name: score}, k, self.order, backend)
             chosen |= indices
-            if threshold == 0:
+            if threshold == 0 and self.order == "largest" and k > num_non_zero([score]):
                 zeros.append(name)
-        if zeros and self.order == "largest":
-            warn_of_zeros(f"in {len(zeros)} of {len(scores)} parameters, such as {zeros[0]}, k")
+        if zeros:
+            warn_of_zeros(f"in {len(zeros)} of {len(scores)} parameters, such as {zeros[0]}, k exceeds the number of")
         return chosen

@@ -371,6 +371,8 @@ class Selection:
             indices = {}
             for name, tensor in stored.items():
                 shape, form = pool[name]
+                if form == "bits" and (tensor.dtype, tensor.numel()) != (torch.uint8, -(-shape.numel() // 8)):
+                    raise ValueError(f"{name} is said to be bits of {tuple(shape)}, and is not.")
                 read = tensor.read()
                 indices[name] = unpacked(read, _index_dtype(shape.numel())) if form == "bits" else read
             whole = [name for name, (_, form) in pool.items() if form == "whole"]
