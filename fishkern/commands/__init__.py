@@ -7,13 +7,17 @@ from collections.abc import Callable
 from fishkern.commands.demo import demo
 from fishkern.commands.doctor import doctor
 from fishkern.commands.estimate import estimate
+from fishkern.commands.select import select
 from fishkern.commands.show import show
+from fishkern.commands.tune import tune
 from fishkern.commands.verify import verify
 
 COMMANDS: dict[Callable[..., int | None], str] = {
     estimate: "fishkern estimate Qwen/Qwen3-0.6B --data corpus.jsonl --text body --out fisher.safetensors",
     verify: "fishkern verify ./my-adapter --data ./squad --samples 32 --json report.json",
+    select: "fishkern select fisher.safetensors --density 0.005 --rule global --out selection.safetensors",
     show: "fishkern show fisher.safetensors --plot fisher.png",
+    tune: "fishkern tune bert-base-cased --data ./cola --density 0.2 --eval-split validation --out tuned",
     doctor: "fishkern doctor",
     demo: "fishkern demo --seconds 10",
 }

@@ -47,7 +47,7 @@ def estimate(
             prepared.model,
             prepared.batches(size),
             recipe,
-            parameters=predicate(work.parameters),
+            parameters=predicate(work.parameters, prepared.model),
             progress=lambda done, _: report(done, len(prepared.examples)),
         )
 

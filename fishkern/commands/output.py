@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from fishkern.selection import Selection
 from fishkern.statistics import Statistics
 
 Report = Callable[[int, int | None], None]
@@ -63,11 +64,12 @@ def progress(what: str, unit: str) -> Iterator[Report]:
         yield report
 
 
-def checked_path(path: Path) -> Path:
-    """Find out before the work whether statistics can be saved there.
+def checked_path(path: Path, kind: type[Statistics | Selection] = Statistics) -> Path:
+    """Find out before the work whether statistics or a selection can be saved there.
 
     Args:
         path: Where they shall go.
+        kind: Which of them.
 
     Returns:
         The path with its suffix.
@@ -86,7 +88,7 @@ def checked_path(path: Path) -> Path:
         raise FileExistsError(f"{path} is a folder: choose another name with --out.")
     if path.exists():
         try:
-            Statistics.load(path, lazy=True)
+            kind.load(path, **({"lazy": True} if kind is Statistics else {}))
         except ValueError as error:
             raise FileExistsError(f"{error} It is not overwritten: choose another name with --out.") from None
     return path
@@ -99,8 +101,8 @@ def size_on_disk(path: Path) -> str:
         path: What :meth:`Statistics.save` returned.
 
     Returns:
-        Megabytes, with all shards.
+        Kilobytes or megabytes, with all shards.
     """
     stem = path.name.removesuffix(".index.json").removesuffix(".safetensors")
     total = sum(file.stat().st_size for file in path.parent.glob(f"{stem}*.safetensors"))
-    return f"{total / 1e6:,.1f} MB"
+    return f"{total / 1e6:,.1f} MB" if total >= 1e5 else f"{total / 1e3:.1f} kB"

@@ -10,45 +10,96 @@ from typer import Argument, Option
 
 from fishkern.commands.options import Json
 from fishkern.commands.output import console, progress
+from fishkern.report import locate, summarise
+from fishkern.report.tables import comparison_table, selection_table, summary_table
+from fishkern.selection import Selection
+from fishkern.statistics import Statistics
 
 
 def show(
-    file: Annotated[Path, Argument(metavar="FILE", help="What fishkern estimate saved.")],
+    file: Annotated[Path, Argument(metavar="FILE", help="Statistics or a selection.")],
+    other: Annotated[Path | None, Argument(metavar="OTHER", help="A selection to compare it with.")] = None,
     plot: Annotated[Path | None, Option(metavar="PNG", help="Also draw a picture: .png, .pdf or .svg.")] = None,
     density: Annotated[float, Option(metavar="D", help="The fraction that counts as the top.")] = 0.005,
     json_: Json = False,
 ) -> None:
-    """Show where the Fisher information lies: by layer, by type of module, as a picture."""
-    import fishkern as fk
-    from fishkern.report import summarise
-    from fishkern.report.tables import summary_table
+    """Show what lies where: by layer, by type of module, as a picture.
 
+    Of statistics the Fisher information, of a selection its density, of two selections what they have in common.
+    """  # noqa: DOC501 - it is the help text
     if plot is not None:
-        from fishkern.report import plots
+        from fishkern.report.plots import checked_picture
 
-        plots.checked_picture(plot)
-    statistics = fk.Statistics.load(file, lazy=True)
+        checked_picture(plot)
+    held = _load(file)
+    if other is not None:
+        if plot is not None:
+            raise ValueError("two selections are compared in a table: leave out --plot, or show one file.")
+        _show_comparison(held, _load(other), json_)
+    elif isinstance(held, Statistics):
+        _show_statistics(held, file, plot, density, json_)
+    else:
+        _show_selection(held, file, plot, json_)
+    if plot is not None and not json_:
+        console().print(f"The picture is in {plot}.")
+
+
+def _load(path: Path) -> Statistics | Selection:
+    try:
+        return Statistics.load(path, lazy=True)
+    except ValueError as error:
+        if "format=fishkern.selection" not in str(error):
+            raise
+    return Selection.load(path)
+
+
+def _show_statistics(statistics: Statistics, file: Path, plot: Path | None, density: float, as_json: bool) -> None:
     with progress("reading", "entries") as report:
         summary = summarise(statistics, density, report)
-    if json_:
+    if as_json:
         held = {"file": str(file), "count": statistics.count, **statistics.provenance, **summary.to_dict()}
         print(json.dumps(held, indent=2))
     else:
         console().print(f"{file}: {statistics!r}\n")
         for run in statistics.provenance["runs"]:
-            described = {key: run[key] for key in ("model", "from", "task", "data", "rows", "dtype") if key in run}
-            for key, value in described.items():
-                console().print(f"{key:6} {', '.join(value) if isinstance(value, list) else value}")
+            for key in ("model", "from", "task", "data", "rows", "dtype"):
+                if key in run:
+                    value = run[key]
+                    console().print(f"{key:6} {', '.join(value) if isinstance(value, list) else value}")
             console().print()
         console().print(summary_table(summary))
     if plot is not None:
+        from fishkern.report.plots import draw, save
+
         name = (statistics.provenance["runs"] or [{}])[0].get("model", "")
-        figure = plots.draw(
-            summary,
-            title=f"{name} ({file.name}, mean over {statistics.count:,})".strip(),
-            quantity="Fisher information",
-            unit="nats² per parameter unit²",
-        )
-        plots.save(figure, plot)
-        if not json_:
-            console().print(f"The picture is in {plot}.")
+        title = f"{name} ({file.name}, mean over {statistics.count:,})".strip()
+        save(draw(summary, title=title, quantity="Fisher information", unit="nats² per parameter unit²"), plot)
+
+
+def _show_selection(selection: Selection, file: Path, plot: Path | None, as_json: bool) -> None:
+    parts = locate(selection)
+    if as_json:
+        held = {"file": str(file), "count": selection.count, "total": selection.total, "density": selection.density}
+        print(json.dumps({**held, **selection.provenance, **parts.to_dict()}, indent=2))
+    else:
+        console().print(f"{file}: {selection!r}\n")
+        console().print(selection_table(parts))
+    if plot is not None:
+        from fishkern.report.plots import draw_selection, save
+
+        save(draw_selection(parts, title=f"{file.name}: {selection.count:,} of {selection.total:,}"), plot)
+
+
+def _show_comparison(one: Statistics | Selection, other: Statistics | Selection, as_json: bool) -> None:
+    if not isinstance(one, Selection) or not isinstance(other, Selection):
+        raise ValueError("only two selections are compared, and one of these files holds statistics: show it alone.")
+    overlap = one.overlap(other)
+    shared = one & other
+    if as_json:
+        by_parameter = one.overlap_by_parameter(other)
+        print(json.dumps({"overlap": overlap, "shared": shared.count, "parameters": by_parameter}, indent=2))
+        return
+    console().print(f"first   {one!r}")
+    console().print(f"second  {other!r}")
+    console().print(f"overlap {overlap:.2%} (selected by both / selected by either): {shared.count:,} coordinates\n")
+    console().print(comparison_table(locate(one), locate(other), locate(shared)))

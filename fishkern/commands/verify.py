@@ -50,7 +50,7 @@ def verify(
                 prepared.model,
                 prepared.batches(size),
                 given,
-                predicate(work.parameters),
+                predicate(work.parameters, prepared.model),
                 density=density,
                 progress=report,
             ),
@@ -74,6 +74,6 @@ def verify(
 def _check_same(given: Statistics, described: dict, path: Path) -> None:
     """Refuse statistics that were estimated on other examples."""
     for run in given.provenance["runs"]:
-        for key in described.keys() & run.keys():
-            if run[key] != described[key]:
-                raise ValueError(f"{path} was estimated with {key} {run[key]!r}, here it is {described[key]!r}.")
+        for key, value in described.items():
+            if run.get(key, value) != value:
+                raise ValueError(f"{path} was estimated with {key} = {run[key]}, these options give {value}.")

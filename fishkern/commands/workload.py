@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fishkern.commands.options import Workload
 from fishkern.commands.output import note
 from fishkern.integrations import data, hub, models, processors
-from fishkern.integrations.examples import Encoder, Example, choose_columns, read_head
+from fishkern.integrations.examples import CANDIDATES, Encoder, Example, choose_columns, pad_token, read_head
+from fishkern.names import canonical_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 BATCH_SIZE = {"cpu": 8}  # a guess, halved while memory does not suffice
@@ -65,13 +66,12 @@ def prepare(work: Workload, samples: int) -> Prepared:
     Raises:
         ValueError: An option, a column, a label or a text does not fit; the message says which.
         OSError: Something is neither here nor to be had.
-        RuntimeError: torch knows no such device.
     """  # noqa: DOC502
     if work.dtype not in DTYPES:
         raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, got {work.dtype!r}.")
     if work.task and work.task not in models.TASKS:
         raise ValueError(f"--task is one of {', '.join(models.TASKS)}, got {work.task!r}.")
-    device = work.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(work.device)
     terminal = Console(stderr=True)
     with terminal.status("loading model and data") as status, hub.quiet(downloads=False) as warned:
         if not terminal.is_terminal:
@@ -83,15 +83,13 @@ def prepare(work: Workload, samples: int) -> Prepared:
             raise ValueError(
                 f"{work.model} does not say what it is trained for: give --task, one of {', '.join(models.TASKS)}."
             )
-        named = {role: getattr(work, role) or None for role in
-                 ("text", "text_pair", "target", "label", "words", "image")}  # fmt: skip
-        columns = choose_columns(task, rows, named)
+        columns = choose_columns(task, rows, {role: getattr(work, role) or None for role in CANDIDATES})
         head = read_head(rows, columns, work.num_labels)
         processor, max_length = _processor(source, task, work)
         model, fresh = models.load(source, task, head=head, dtype=work.dtype, device=device, seed=work.seed)
         config = _config(model)
         encoder = Encoder(task, columns, processor, config, max_length, work.seed)
-        if "text" in task or task in ("causal-lm", "masked-lm", "sequence-classification"):
+        if task == "sequence-classification":
             _set_pad_token(config, processor)
         examples = list(encoder.examples(rows, samples))
     for text in warned:
@@ -103,7 +101,7 @@ def prepare(work: Workload, samples: int) -> Prepared:
     described = {
         "data": work.data,
         "split": rows.split,
-        "rows": f"{len(examples)} {rows.drawn}" if work.first else f"{len(examples)}, {rows.drawn}",
+        "rows": f"{len(examples)}, {rows.drawn}",
         "columns": dict(columns),
         "task": task,
         **({"max_length": max_length} if max_length else {}),
@@ -113,16 +111,24 @@ def prepare(work: Workload, samples: int) -> Prepared:
     return Prepared(model, encoder, examples, described)
 
 
-def predicate(patterns: list[str]) -> Callable[[str, nn.Parameter], bool] | None:
+def predicate(patterns: Sequence[str], model: nn.Module) -> Callable[[str, nn.Parameter], bool] | None:
     """Make of patterns what ``parameters=`` takes.
 
     Args:
         patterns: As a shell has them.
+        model: Whose parameters they shall match.
 
     Returns:
         A predicate, or ``None`` where there is no pattern.
+
+    Raises:
+        ValueError: A pattern matches no parameter.
     """
-    return (lambda name, _: any(fnmatch(name, pattern) for pattern in patterns)) if patterns else None
+    names = [canonical_name(name) for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"--parameters {pattern!r} matches none of {len(names)} names such as {names[0]}.")
+    return (lambda name, _: any(fnmatchcase(name, pattern) for pattern in patterns)) if patterns else None
 
 
 def fitting(run: Callable[[int], Result], asked: int | None, device: torch.device, examples: int) -> Result:
@@ -158,6 +164,16 @@ def fitting(run: Callable[[int], Result], asked: int | None, device: torch.devic
         note(f"out of memory: trying again with a batch size of {size}")
 
 
+def _device(name: str) -> str:
+    """Find out before the weights are read whether torch has such a device."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # what a torch without CUDA raises
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return name
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
@@ -183,8 +199,6 @@ def _config(model: nn.Module) -> Any:
 
 def _set_pad_token(config: Any, tokenizer: Any) -> None:
     """Tell a decoder that classifies where a text ends, where its config does not."""
-    from fishkern.integrations.examples import pad_token
-
     if config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = pad_token(tokenizer)
 

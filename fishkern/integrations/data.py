@@ -48,8 +48,8 @@ class Rows:
         for place in torch.randperm(len(self._dataset), generator=generator).tolist():
             yield place, self._dataset[place]
 
-    def distinct(self, column: str) -> list[Any] | None:
-        """List the values of a column.
+    def distinct(self, column: str) -> set[Any] | None:
+        """List the values of a column; where it holds lists, those in them.
 
         Args:
             column: Its name.
@@ -57,7 +57,12 @@ class Rows:
         Returns:
             Every value once, or ``None`` where the rows are read one by one and not all of them.
         """
-        return None if self._seed is None else self._dataset.unique(column)
+        if self._seed is None:
+            return None
+        found: set[Any] = set()
+        for value in self._dataset[column]:
+            found.update(value if isinstance(value, list) else [value])
+        return found - {None}
 
 
 def read(source: str, *, name: str | None = None, split: str = "train", first: bool = False, seed: int = 0) -> Rows:
@@ -132,6 +137,6 @@ def _innermost(error: BaseException) -> str:
     """Say what lies under datasets' own "an error occurred"."""
     while error.__cause__ is not None or (error.__context__ is not None and not error.__suppress_context__):
         error = error.__cause__ or error.__context__
-    if isinstance(error, SystemError | StopIteration) or not str(error):
+    if isinstance(error, SystemError | StopIteration) or not str(error) or "corresponds to no data" in str(error):
         return "it holds no row."
     return " ".join(str(error).split())

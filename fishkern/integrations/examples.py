@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,17 +110,13 @@ def read_head(rows: Rows, columns: Mapping[str, str], num_labels: int | None = N
     if num_labels is not None:
         return Head(num_labels, "multi_label_classification" if several else None)
     values = rows.distinct(columns["label"])
-    if values is None:
-        raise ValueError("the data does not say how many labels there are: give --num-labels, or leave --first out.")
-    if several:
-        return Head(max((len(value) for value in values if value), default=1), "multi_label_classification")
-    flat = list(itertools.chain.from_iterable(values) if values and isinstance(values[0], list) else values)
-    flat = [value for value in flat if value is not None]
-    if flat and isinstance(flat[0], str):
-        return Head(len(set(flat)), None, tuple(sorted(set(flat))))
-    if not flat or max(flat) > 10_000:
+    if values is None or several:
+        raise ValueError("the data does not say how many labels there are: give --num-labels.")
+    if any(isinstance(value, str) for value in values):
+        return Head(len(values), None, tuple(sorted(map(str, values))))
+    if not values or max(values) > 10_000:
         raise ValueError(f"the column {columns['label']!r} does not hold labels 0, 1, ...: name another with --label.")
-    return Head(int(max(flat)) + 1)
+    return Head(int(max(values)) + 1)
 
 
 @dataclass

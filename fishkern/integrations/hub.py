@@ -75,13 +75,14 @@ def locate(source: str, what: str) -> tuple[str, str | None]:
 
 
 @contextmanager
-def explained(source: str, what: str, reason: str | None) -> Iterator[None]:
+def explained(source: str, what: str, reason: str | None, advice: str = "") -> Iterator[None]:
     """Turn what the libraries raise while they load something into one line.
 
     Args:
         source: What is loaded.
         what: ``"model"``, ``"tokenizer"``.
         reason: Why the hub is not asked, from :func:`locate`.
+        advice: What to do, instead of the library's own words.
 
     Yields:
         Nothing.
@@ -100,8 +101,8 @@ def explained(source: str, what: str, reason: str | None) -> Iterator[None]:
                 f"there is no folder {source} here, no {what} of that id in the cache, and the hub cannot be asked "
                 f"({reason})."
             ) from error
-        sentence = re.split(r"(?<=[.:!?])\s", " ".join(str(error).split()))[0]
-        raise ValueError(f"no {what} can be loaded from {source}: {sentence}") from error
+        why = advice or re.split(r"(?<=[.!?])\s", " ".join(str(error).split()))[0]
+        raise ValueError(f"no {what} can be loaded from {source}: {why}") from error
 
 
 @contextmanager

@@ -47,7 +47,6 @@ class Source:
         adapter: Folder or id of the adapter, or ``None``.
         config: The model's config.
         task: The task that the config or the adapter tells, or ``None``.
-        has_head: Whether the checkpoint's own head serves that task.
         reason: Why the hub is not asked for it, or ``None``.
     """
 
@@ -147,15 +146,13 @@ def load(
 
     Raises:
         ValueError: This model cannot serve the task, or the files are damaged.
-        RuntimeError: torch knows no such device, or it is out of memory.
+        RuntimeError: The device is out of memory.
     """  # noqa: DOC502
     import transformers
 
     auto = getattr(transformers, TASKS[task])
     if type(source.config) not in auto._model_mapping.keys():  # noqa: SIM118 - no dict; asked before it is loaded
         raise ValueError(f"a {source.config.model_type} model cannot serve the task {task}: choose another --task.")
-    place = torch.device(device)
-    torch.empty(0, device=place)  # an unknown or missing device, before the weights are read
     options: dict[str, Any] = {}
     if head is not None and task_of(source.config) != task:
         names = head.names or tuple(f"LABEL_{n}" for n in range(head.size))
@@ -181,7 +178,7 @@ def load(
             model = PeftModel.from_pretrained(model, source.adapter, is_trainable=True)
         wrapped = {name.partition("base_model.model.")[2] for name, _ in model.named_parameters()}
         fresh = [name for name in fresh if name in wrapped]  # a head that the adapter brought is not random
-    return model.to(place), fresh
+    return model.to(device), fresh
 
 
 def _adapter_config(folder: str, reason: str | None) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ def load_tokenizer(source: Source, named: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     folder, reason = (source.folder, source.reason) if named is None else locate(named, "tokenizer")
-    with explained(folder, "tokenizer", reason):
+    with explained(folder, "tokenizer", reason, "name another folder or id with --tokenizer."):
         return AutoTokenizer.from_pretrained(folder, local_files_only=reason is not None)
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from fishkern.files import atomic_write
-from fishkern.report.summary import Part, Summary
+from fishkern.report.summary import Part, Parts, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import QuadMesh
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
 _COLOURS = "viridis"  # its lightness rises evenly: it can be told apart without colour, and in grey print
 
@@ -23,7 +24,7 @@ _COLOURS = "viridis"  # its lightness rises evenly: it can be told apart without
 def draw(summary: Summary, *, title: str = "", quantity: str = "score", unit: str = "") -> Figure:
     """Draw a heat map of the mean score by layer and type of module, and the distribution of all scores.
 
-    Both are on logarithmic scales. A part outside the layers has a row of its own beside the map, in the same colours.
+    Both are on logarithmic scales. What lies outside the layers stands beside the map, in the same colours.
 
     Args:
         summary: What :func:`fishkern.report.summarise` found.
@@ -34,35 +35,30 @@ def draw(summary: Summary, *, title: str = "", quantity: str = "score", unit: st
     Returns:
         A matplotlib figure.
     """
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-
-    layers = list(dict.fromkeys(place.layer for place in summary.cells if place.layer))
-    modules = list(dict.fromkeys(place.module for place in summary.cells if place.layer))
-    outside = {place.module: part for place, part in summary.cells.items() if place.layer is None}
-    inside = {(place.layer, place.module): part for place, part in summary.cells.items() if place.layer}
-    means = [part.mean for part in summary.cells.values() if part.mean > 0] or [1.0]
-    norm = LogNorm(min(means), max(max(means), min(means) * 1.01))
-
-    height = min(20.0, max(3.0, 0.26 * max(len(layers), len(outside)) + 1.6))
-    figure = Figure(figsize=(max(9.0, 4.5 + 0.42 * len(modules)), height + 3.4), layout="constrained")
     unit = f" [{unit}]" if unit else ""
-    above, below = figure.subfigures(2, 1, height_ratios=[height, 3.4])
-    widths = [max(len(modules), 4)] * bool(layers) + [1.2] * bool(outside)
+    map_height, width = _size(summary)
+    figure = _figure(width, map_height + 3.4)
+    above, below = figure.subfigures(2, 1, height_ratios=[map_height, 3.4])
     above.suptitle("\n".join(filter(None, [title, f"mean {quantity} of a coordinate{unit}"])), fontsize=10)
-    axes = list(above.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0])
-    used = list(axes)
-    if layers:
-        image = _heat_map(axes.pop(0), layers, modules, inside, norm)
-    if outside:
-        column = {(name, "mean"): part for name, part in outside.items()}
-        image = _heat_map(axes.pop(0), list(outside), ["mean"], column, norm)
-        used[-1].set_title("outside the layers", fontsize=9)
-        used[-1].set_xticks([])
-    bar = above.colorbar(image, ax=used)
-    bar.set_label(f"mean{unit}", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
+    _map(above, summary, lambda part: part.mean, f"mean{unit}")
     _distribution(below.subplots(), summary, f"{quantity} of a coordinate{unit}")
+    return figure
+
+
+def draw_selection(parts: Parts, *, title: str = "") -> Figure:
+    """Draw a heat map of the selected fraction by layer and type of module, on a logarithmic scale.
+
+    Args:
+        parts: What :func:`fishkern.report.locate` found.
+        title: Above the picture.
+
+    Returns:
+        A matplotlib figure; grey is where nothing is selected.
+    """
+    map_height, width = _size(parts)
+    figure = _figure(width, map_height)
+    figure.suptitle("\n".join(filter(None, [title, "selected fraction of the coordinates"])), fontsize=10)
+    _map(figure, parts, lambda part: part.density, "selected / coordinates (grey: none)")
     return figure
 
 
@@ -97,19 +93,55 @@ def checked_picture(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         ValueError: It ends in something else than ``.png``, ``.pdf`` or ``.svg``.
+        FileNotFoundError: Its folder does not exist.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist: create it, or write elsewhere.")
     if path.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"a picture ends in .png, .pdf or .svg, got {path}.")
     return path
 
 
-def _heat_map(
-    axes: Axes, rows: list[str], columns: list[str], parts: dict[tuple[str, str], Part], norm: LogNorm
-) -> QuadMesh:
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # without pyplot, which keeps every figure and looks for a display
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _size(parts: Parts) -> tuple[float, float]:
+    rows = max(len({place.layer for place in parts.cells}), sum(place.layer is None for place in parts.cells))
+    columns = len({place.module for place in parts.cells if place.layer})
+    return min(20.0, max(3.0, 0.26 * rows + 1.6)), max(9.0, 4.5 + 0.42 * columns)
+
+
+def _map(figure: FigureBase, parts: Parts, value: Callable[[Part], float], label: str) -> None:
+    """Draw the layers by type of module, what lies outside beside them, and the bar of the colours."""
+    from matplotlib.colors import LogNorm
+
+    inside = {(place.layer, place.module): value(part) for place, part in parts.cells.items() if place.layer}
+    outside = {(place.module, "mean"): value(part) for place, part in parts.cells.items() if place.layer is None}
+    shown = [one for one in (*inside.values(), *outside.values()) if one > 0] or [1.0]
+    norm = LogNorm(min(shown), max(max(shown), min(shown) * 1.01))
+    grids = [cells for cells in (inside, outside) if cells]
+    widths = [max(len({column for _, column in inside}), 4)] * bool(inside) + [1.2] * bool(outside)
+    row = figure.subplots(1, len(grids), width_ratios=widths, squeeze=False)[0]
+    for axes, cells in zip(row, grids, strict=True):
+        image = _heat_map(axes, cells, norm)
+        if cells is outside:
+            axes.set_title("outside the layers", fontsize=9)
+            axes.set_xticks([])
+    bar = figure.colorbar(image, ax=list(row))
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+
+
+def _heat_map(axes: Axes, cells: Mapping[tuple[str, str], float], norm: LogNorm) -> QuadMesh:
+    rows = list(dict.fromkeys(row for row, _ in cells))
+    columns = list(dict.fromkeys(column for _, column in cells))
     values = torch.full((len(rows), len(columns)), torch.nan, dtype=torch.float64)
-    for (row, column), part in parts.items():
-        values[rows.index(row), columns.index(column)] = part.mean if part.mean > 0 else torch.nan
+    for (row, column), value in cells.items():
+        values[rows.index(row), columns.index(column)] = value if value > 0 else torch.nan
     axes.set_facecolor("0.85")
     image = axes.pcolormesh(values.numpy(), norm=norm, cmap=_COLOURS, edgecolors="white", linewidth=0.5)
     every = max(1, len(rows) // 40)
@@ -123,7 +155,7 @@ def _distribution(axes: Axes, summary: Summary, label: str) -> None:
     edges, counts = summary.edges.tolist(), summary.counts.tolist()
     axes.stairs(counts, edges, fill=True, color="0.75")
     axes.stairs(counts, edges, color="black", linewidth=1)
-    if summary.threshold > 0:
+    if summary.threshold:
         begins = f"the top {summary.density:.2%} begins at {summary.threshold:.1e}"
         axes.axvline(summary.threshold, color="black", linestyle="--", linewidth=1, label=begins)
         axes.legend(fontsize=8, frameon=False)

@@ -1,19 +1,21 @@
-"""Where a diagonal Fisher lies: sums by layer and type of module, and the distribution of its entries."""
+"""Where scores and selected coordinates lie: sums by layer and type of module, and the distribution of the scores."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fishkern.files import pieces
+from fishkern.files import AnyTensor, pieces
+from fishkern.ops.streaming_topk import topk_with_threshold
 from fishkern.report.parts import Layout, Place
+from fishkern.selection import Selection
 from fishkern.statistics import Statistics
 
-_HALF = 2**16  # a float32 above zero sorts as its bits do; they are counted half by half
+_BINS = 2**16  # a float32 above zero sorts as its bits do; it is counted by the upper half of them
 
 
 @dataclass
@@ -22,18 +24,23 @@ class Part:
 
     Attributes:
         coordinates: How many entries it has.
-        total: Their sum.
-        top: How many of them are among the largest of the whole.
+        selected: How many of them are selected, or among the largest of the whole.
+        total: Sum of the scores.
     """
 
     coordinates: int = 0
+    selected: int = 0
     total: float = 0.0
-    top: int = 0
 
     @property
     def mean(self) -> float:
         """Mean score of an entry."""
         return self.total / self.coordinates if self.coordinates else 0.0
+
+    @property
+    def density(self) -> float:
+        """Which part of the entries is selected."""
+        return self.selected / self.coordinates if self.coordinates else 0.0
 
     def add(self, other: Part) -> None:
         """Take another part in.
@@ -42,31 +49,24 @@ class Part:
             other: What to add.
         """
         self.coordinates += other.coordinates
+        self.selected += other.selected
         self.total += other.total
-        self.top += other.top
 
 
 @dataclass
-class Summary:
-    """What :func:`summarise` finds.
+class Parts:
+    """A model's parts.
 
     Attributes:
-        density: Fraction of the entries that is called the top.
-        threshold: The smallest score among the top.
-        whole: Everything.
         cells: Each layer and type of module, in the model's order; layer ``None`` is outside the layers.
-        edges: Limits of the bins of the distribution, ``[B + 1]``, float64, equal steps of the logarithm.
-        counts: Number of entries in each bin, ``[B]``.
-        zeros: Number of entries that are zero (or below), which no bin holds.
     """
 
-    density: float
-    threshold: float
-    whole: Part = field(default_factory=Part)
-    cells: dict[Place, Part] = field(default_factory=dict)
-    edges: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64))
-    counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    zeros: int = 0
+    cells: dict[Place, Part]
+
+    @property
+    def whole(self) -> Part:
+        """Everything."""
+        return self._grouped(lambda _: "").get("", Part())
 
     @property
     def layers(self) -> dict[str, Part]:
@@ -92,15 +92,39 @@ class Summary:
         """
 
         def plain(part: Part) -> dict[str, Any]:
-            return {**vars(part), "mean": part.mean}
+            return {**vars(part), "mean": part.mean, "density": part.density}
 
+        return {
+            "whole": plain(self.whole),
+            "layers": {name: plain(part) for name, part in self.layers.items()},
+            "modules": {name: plain(part) for name, part in self.modules.items()},
+        }
+
+
+@dataclass
+class Summary(Parts):
+    """What :func:`summarise` finds; in its parts, selected means among the top.
+
+    Attributes:
+        density: Fraction of the entries that is called the top.
+        threshold: The smallest score among the top; ``None`` where it is not known.
+        edges: Limits of the bins of the distribution, ``[B + 1]``, float64, equal steps of the logarithm.
+        counts: Number of entries in each bin, ``[B]``.
+        zeros: Number of entries that are zero (or below), which no bin holds.
+    """
+
+    density: float
+    threshold: float | None
+    edges: Tensor
+    counts: Tensor
+    zeros: int
+
+    def to_dict(self) -> dict[str, Any]:
         return {
             "density": self.density,
             "threshold": self.threshold,
             "zeros": self.zeros,
-            "whole": plain(self.whole),
-            "layers": {name: plain(part) for name, part in self.layers.items()},
-            "modules": {name: plain(part) for name, part in self.modules.items()},
+            **super().to_dict(),
             "distribution": {"edges": self.edges.tolist(), "counts": self.counts.tolist()},
         }
 
@@ -108,90 +132,72 @@ class Summary:
 def summarise(
     scores: Mapping[str, Tensor], density: float = 0.005, report: Callable[[int, int], None] | None = None
 ) -> Summary:
-    """Sum scores by layer and by type of module, and count their distribution.
+    """Sum scores by layer and by type of module, count their distribution, and find the largest.
 
-    Reads every entry three times (once to count, once to find the exact threshold of the top, once to count the top),
-    one piece in memory at a time; lazily loaded statistics are read from disk.
+    Reads every entry twice, one piece in memory at a time; lazily loaded statistics are read from disk.
 
     Args:
-        scores: Statistics, or float tensors by parameter name.
+        scores: Statistics, or floating tensors by parameter name.
         density: Fraction of the entries that is called the top, in (0, 1].
-        report: Told how many entries were read, and how many reads there will be.
+        report: Told how many entries were counted, and how many there are.
 
     Returns:
         The summary.
 
     Raises:
-        ValueError: ``density`` is out of range, or there is no entry.
+        ValueError: ``density`` is out of range, there is no entry, or one is NaN.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}.")
-    layout = Layout(scores)
-    shapes = scores.shapes if isinstance(scores, Statistics) else {name: t.shape for name, t in scores.items()}
-    size = sum(shape.numel() for shape in shapes.values())
+    blocks: Mapping[str, AnyTensor] = scores.blocks if isinstance(scores, Statistics) else scores
+    size = sum(block.numel() for block in blocks.values())
     if not size:
         raise ValueError("there is nothing to summarise: no parameter has an entry.")
-    k = max(1, int(density * size))
-    read = 0
-
-    def walk(name: str) -> Iterator[Tensor]:
-        nonlocal read
-        for piece in scores.pieces(name) if isinstance(scores, Statistics) else pieces(scores[name]):
-            yield piece
+    layout = Layout(blocks)
+    indices, threshold = topk_with_threshold(list(blocks.values()), max(1, int(density * size)))
+    cells: dict[Place, Part] = {}
+    counts = torch.zeros(_BINS, dtype=torch.long)
+    read = zeros = 0
+    for (name, block), top in zip(blocks.items(), indices, strict=True):
+        part = cells.setdefault(layout[name], Part())
+        part.add(Part(block.numel(), len(top)))
+        for piece in pieces(block):
+            bits = torch.where(piece > 0, piece, 0.0).float().cpu().view(torch.int32)
+            counts += (bits >> 16).bincount(minlength=_BINS)
+            zeros += int((bits == 0).sum())
+            part.total += piece.sum(dtype=torch.float64).item()
             read += piece.numel()
             if report:
-                report(read, 3 * size)
+                report(read, size)
+    counts[0] -= zeros
+    return Summary(cells, density, threshold, *_distribution(counts), zeros)
 
+
+def locate(selection: Selection) -> Parts:
+    """Count what is selected by layer and by type of module.
+
+    Args:
+        selection: Which coordinates.
+
+    Returns:
+        The parts of its pool; they carry no scores.
+    """
+    layout = Layout(selection.names)
     cells: dict[Place, Part] = {}
-    high = torch.zeros(_HALF, dtype=torch.long)
-    zeros = 0
-    for name in scores:
-        part = cells.setdefault(layout[name], Part())
-        for piece in walk(name):
-            bits = _bits(piece)
-            high += (bits >> 16).bincount(minlength=_HALF)
-            zeros += int((bits == 0).sum())
-            part.add(Part(piece.numel(), piece.sum(dtype=torch.float64).item()))
-    upper, above = _kth(high, k)
-    low = torch.zeros(_HALF, dtype=torch.long)
-    for name in scores:
-        for piece in walk(name):
-            bits = _bits(piece)
-            low += (bits[bits >> 16 == upper] & (_HALF - 1)).bincount(minlength=_HALF)
-    lower, _ = _kth(low, k - above)
-    threshold = torch.tensor((upper << 16) + lower, dtype=torch.int32).view(torch.float32).item()
-    for name in scores:
-        for piece in walk(name):
-            cells[layout[name]].top += int((piece >= threshold).sum())
-    high[0] -= zeros
-    summary = Summary(density, threshold, cells=cells, zeros=zeros)
-    for part in cells.values():
-        summary.whole.add(part)
-    summary.edges, summary.counts = _distribution(high)
-    return summary
+    for name, count in selection.counts.items():
+        cells.setdefault(layout[name], Part()).add(Part(selection.shapes[name].numel(), count))
+    return Parts(cells)
 
 
-def _bits(piece: Tensor) -> Tensor:
-    """Read float32 scores as integers of the same order; those that are not above zero become zero."""
-    return torch.where(piece > 0, piece, 0.0).float().cpu().view(torch.int32)
-
-
-def _kth(counts: Tensor, k: int) -> tuple[int, int]:
-    """Find the bin of the k-th largest, and how many lie above that bin."""
-    from_the_top = counts.flip(0).cumsum(0)
-    place = int((from_the_top >= k).nonzero()[0])
-    return len(counts) - 1 - place, int(from_the_top[place] - counts.flip(0)[place])
-
-
-def _distribution(high: Tensor, per_decade: int = 8) -> tuple[Tensor, Tensor]:
+def _distribution(counts: Tensor, per_decade: int = 8) -> tuple[Tensor, Tensor]:
     """Gather counts by the upper halves of float32 into bins of equal steps of the logarithm."""
-    filled = high.nonzero().flatten()
+    filled = counts.nonzero().flatten()
     if not len(filled):
         return torch.ones(1, dtype=torch.float64), torch.zeros(0, dtype=torch.long)
     # the middle of what one upper half stands for: 128 of them in each factor of two
-    values = ((filled.int() << 16) + _HALF // 2).view(torch.float32).double()
+    values = ((filled.int() << 16) + _BINS // 2).view(torch.float32).double()
     places = (values.log10() * per_decade).floor().long()
     first, last = int(places.min()), int(places.max())
-    counts = torch.zeros(last - first + 1, dtype=torch.long).index_add_(0, places - first, high[filled])
+    gathered = torch.zeros(last - first + 1, dtype=torch.long).index_add_(0, places - first, counts[filled])
     edges = 10 ** (torch.arange(first, last + 2, dtype=torch.float64) / per_decade)
-    return edges, counts
+    return edges, gathered

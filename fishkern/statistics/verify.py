@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
+from fishkern.files import AnyTensor
 from fishkern.names import canonical_name
+from fishkern.ops.streaming_topk import NaNScoreError, streaming_topk
 from fishkern.statistics.autograd import backward, check_finite, take_grad
 from fishkern.statistics.batches import Batch, checked_batch, num_examples, take, to_device
 from fishkern.statistics.estimate import LossFunction, Predicate, estimate
@@ -238,7 +240,7 @@ def verify(
         examples=examples,
         noise_examples=noise_examples,
         density=density,
-        overlap=_overlap({name: statistics[name] for name in chosen}, truth, density),
+        overlap=_overlap(statistics.blocks if isinstance(statistics, Statistics) else statistics, truth, density),
         noise_overlap=noise_overlap,
         loop_seconds=loop_seconds,
         estimate_seconds=estimate_seconds,
@@ -390,15 +392,14 @@ def _largest(values: Tensor) -> float:
     return values.abs().max().item() if values.numel() else 0.0
 
 
-def _overlap(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], density: float) -> float:
+def _overlap(ours: Mapping[str, AnyTensor], theirs: Mapping[str, Tensor], density: float) -> float:
     """Tell which part of the largest ``density`` of all entries two mappings have in common."""
-    size = sum(value.numel() for value in theirs.values())
-    k = max(1, int(density * size))
-    chosen = []
-    for scores in (ours, theirs):
-        flat = torch.cat([scores[name].detach().flatten().to("cpu", torch.float32) for name in theirs])
-        chosen.append(torch.zeros(size, dtype=torch.bool).index_fill_(0, flat.topk(k).indices, True))
-    return int((chosen[0] & chosen[1]).sum()) / k
+    k = max(1, int(density * sum(value.numel() for value in theirs.values())))
+    try:
+        chosen = [streaming_topk([scores[name] for name in theirs], k) for scores in (ours, theirs)]
+    except NaNScoreError:  # its parameter fails by its error
+        return 0.0
+    return sum(int(torch.isin(a.cpu(), b.cpu()).sum()) for a, b in zip(*chosen, strict=True)) / k
 
 
 def _kept(batches: Iterable[Any], max_examples: int | None) -> list[Batch]:
