@@ -1,0 +1,71 @@
+"""``fishkern select``: which coordinates to train, out of statistics in a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from fishkern.commands.options import Json
+from fishkern.commands.output import checked_path, console, size_on_disk
+
+if TYPE_CHECKING:
+    from fishkern.selection import Rule
+
+RULES = ("global", "per-tensor", "per-row", "random")
+
+
+def select(
+    file: Annotated[Path, Argument(metavar="FILE", help="Statistics, as fishkern estimate saves them.")],
+    density: Annotated[
+        float | None, Option(metavar="D", help="Which fraction of the coordinates.", show_default="0.005")
+    ] = None,
+    k: Annotated[int | None, Option(metavar="N", help="How many coordinates instead.")] = None,
+    rule: Annotated[
+        str, Option(metavar="RULE", help="global, per-tensor, per-row (k of each row), random.")
+    ] = "global",
+    smallest: Annotated[bool, Option("--smallest", help="The smallest scores instead of the largest.")] = False,
+    always: Annotated[list[str], Option(metavar="PATTERN", help="Parameters to select whole; repeatable.")] = (),
+    never: Annotated[list[str], Option(metavar="PATTERN", help="Parameters to select nowhere; repeatable.")] = (),
+    seed: Annotated[int, Option(metavar="N", help="Seed of the random rule.")] = 0,
+    out: Annotated[Path, Option(metavar="FILE", help="Where the selection goes.")] = Path("selection.safetensors"),
+    json_: Json = False,
+) -> None:
+    """Select the coordinates to train by their scores; exact, whatever the size of the file.
+
+    Reads the statistics piece by piece, never as a whole.
+    """
+    import fishkern as fk
+
+    recipe = _recipe(rule, k, density, smallest, seed, always=always, never=never)
+    out = checked_path(out, fk.Selection)
+    selection = fk.select(fk.Statistics.load(file, lazy=True), recipe)
+    path = selection.save(out)
+    if json_:
+        found = {"file": str(path), "count": selection.count, "total": selection.total, "density": selection.density}
+        print(json.dumps({**found, **selection.provenance}, indent=2))
+        return
+    console().print(repr(selection))
+    console().print(f"saved as {path}, {size_on_disk(path)}")
+    console().print(f"\nNext:  fishkern show {path}")
+
+
+def _recipe(
+    rule: str, k: int | None, density: float | None, smallest: bool, seed: int, **patterns: list[str]
+) -> Rule:
+    from fishkern.selection import GlobalTopK, PerRowTopK, PerTensorTopK, Random
+
+    order = "smallest" if smallest else "largest"
+    if rule not in RULES:
+        raise ValueError(f"--rule is one of {', '.join(RULES)}, got {rule!r}.")
+    if rule == "per-row":
+        if k is None or density is not None:
+            raise ValueError("--rule per-row takes --k, the number of coordinates of each row, and no --density.")
+        return PerRowTopK(k, order, **patterns)
+    if k is None and density is None:
+        density = 0.005
+    if rule == "random":
+        return Random(k, density, seed, **patterns)
+    return (GlobalTopK if rule == "global" else PerTensorTopK)(k, density, order, **patterns)
