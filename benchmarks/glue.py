@@ -208,6 +208,7 @@ def adapted(arm: str, seed: int, setting: Setting, encoder: Path) -> nn.Module:
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # that the classifier is new is known
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     labels = 1 if setting.task == "stsb" else 2
     model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=labels)

@@ -1,0 +1,257 @@
+"""``fishkern tune``: an adapter, its Fisher, a selection, and training of what is selected."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
+
+from fishkern.commands.options import Json, Workload, with_options
+from fishkern.commands.output import console, note, progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fishkern.commands.workload import Prepared
+    from fishkern.selection import Selection
+
+MOST_HELD_OUT = 10_000  # examples that are measured on
+
+_ADAPTER, _BUDGET, _TRAINING = "Adapter", "Selection", "Training"
+
+
+@dataclass(frozen=True)
+class Adapting:
+    """The adapter that a model gets."""
+
+    adapter: Annotated[
+        str,
+        Option(
+            metavar="NAME",
+            help="lora, dora, ia3, bottleneck, prefix or unipelt; none is added where MODEL is an adapter.",
+            rich_help_panel=_ADAPTER,
+        ),
+    ] = "lora"
+    size: Annotated[
+        int | None,
+        Option(min=1, metavar="N", help="Rank, width or length; by default 8, 48, 30.", rich_help_panel=_ADAPTER),
+    ] = None
+    layers: Annotated[
+        str, Option(metavar="RANGE", help="Which layers: 0-4 or 0,2,5; by default all.", rich_help_panel=_ADAPTER)
+    ] = ""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of it is trained, and which."""
+
+    density: Annotated[
+        float | None,
+        Option(metavar="D", help="Train this fraction of the adapter; by default 0.2.", rich_help_panel=_BUDGET),
+    ] = None
+    k: Annotated[
+        int | None, Option("--k", metavar="N", help="Or so many of its entries.", rich_help_panel=_BUDGET)
+    ] = None
+    trainable: Annotated[
+        int | None, Option(metavar="N", help="Or so many entries, head included.", rich_help_panel=_BUDGET)
+    ] = None
+    order: Annotated[
+        str,
+        Option(
+            metavar="ORDER",
+            help="largest Fisher information; smallest, random and magnitude are controls.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = "largest"
+    fisher_samples: Annotated[
+        int, Option(min=1, metavar="N", help="Select by so many examples.", rich_help_panel=_BUDGET)
+    ] = 128
+
+
+@dataclass(frozen=True)
+class Training:
+    """How it is trained."""
+
+    epochs: Annotated[
+        int, Option(min=1, metavar="N", help="How often each example is seen.", rich_help_panel=_TRAINING)
+    ] = 3
+    lr: Annotated[
+        float, Option(metavar="LR", help="Learning rate, falling to 0.", rich_help_panel=_TRAINING)
+    ] = 5e-4
+    weight_decay: Annotated[
+        float, Option(metavar="W", help="Decay of the selected entries.", rich_help_panel=_TRAINING)
+    ] = 0.0
+    max_grad_norm: Annotated[
+        float, Option(metavar="G", help="Clip the gradient of what moves to this norm.", rich_help_panel=_TRAINING)
+    ] = 1.0
+    eval_split: Annotated[
+        str,
+        Option(metavar="NAME", help="Measure on this part of the data, before and after.", rich_help_panel=_TRAINING),
+    ] = ""
+
+
+@with_options
+def tune(
+    work: Workload,
+    adapting: Adapting,
+    budget: Budget,
+    training: Training,
+    out: Annotated[Path, Option(metavar="DIR", help="Folder for all that is saved.")] = Path("tuned"),
+    samples: Annotated[int, Option(min=1, metavar="N", help="Train on so many examples.")] = 10_000,
+    json_: Json = False,
+) -> None:
+    """Train the entries of an adapter that carry the most Fisher information, and no others (FISH-Tuning).
+
+    The folder gets the adapter with its head, the selection, the start that it was made on, the trained values alone
+    (delta.safetensors), and report.json.
+    """
+    import fishkern as fk
+    from fishkern.commands.training import evaluate, train
+    from fishkern.commands.workload import prepare
+    from fishkern.files import atomic_write
+    from fishkern.integrations import adapting as by_name
+    from fishkern.selection import save_start
+
+    _check_parameters(work)
+    by_name.check(adapting.adapter, adapting.size)
+    layers = _layers(adapting.layers)
+    _check_folder(out)
+    prepared = prepare(work, samples)
+    encoder, examples = prepared.encoder, prepared.examples
+    held_out = _held_out(prepared, work, training.eval_split)
+    model, recipe, kind = prepared.model, None, adapting.adapter
+    if hasattr(model, "peft_config"):
+        note(f"{work.model} is an adapter: no other is added, and it is trained from where it stands")
+        kind = "the given adapter"
+    else:
+        task = prepared.described["task"]
+        model, recipe = by_name.adapt(model, kind, task=task, layers=layers, size=adapting.size, seed=work.seed)
+
+    selecting = time.perf_counter()
+    selection = _select(model, prepared, budget, work)
+    selecting = time.perf_counter() - selecting
+    optimizer = fk.MaskedAdamW(
+        model, selection, training.lr, weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm
+    )
+    out.mkdir(exist_ok=True)
+    selection.save(out / "selection.safetensors")
+    save_start(model, selection, out / "start.safetensors")
+
+    batch_size = work.batch_size or 16
+    before = evaluate(model, encoder, held_out, batch_size) if held_out else {}
+    taken = time.perf_counter()
+    with progress("training", "examples") as report:
+        losses = train(
+            model, optimizer, encoder, examples,
+            epochs=training.epochs, batch_size=batch_size, seed=work.seed, report=report,
+        )  # fmt: skip
+    taken = time.perf_counter() - taken
+    after = evaluate(model, encoder, held_out, batch_size) if held_out else {}
+    fk.delta(model, selection).save(out / "delta.safetensors")
+    saved = by_name.save_adapter(model, recipe, out)
+    found: dict[str, Any] = {
+        "folder": str(out),
+        "from": work.model,
+        **prepared.described,
+        "adapter": kind,
+        "pool": selection.total,
+        "trained": selection.count,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **vars(budget),
+        **vars(training),
+        "loss": losses,
+        "before": before,
+        "after": after,
+        "seconds": {"selecting": round(selecting, 3), "training": round(taken, 3)},
+    }
+    with atomic_write(out / "report.json", "w") as file:
+        file.write(json.dumps(found, indent=2) + "\n")
+    if json_:
+        print(json.dumps(found, indent=2))
+    else:
+        _tell(found, saved, len(held_out))
+
+
+def _select(model: nn.Module, prepared: Prepared, budget: Budget, work: Workload) -> Selection:
+    import fishkern as fk
+    from fishkern.commands.workload import fitting
+
+    total = len(prepared.examples)
+    count = min(total, budget.fisher_samples)
+    few = [prepared.examples[n * total // count] for n in range(count)]  # they are sorted by length: of every length
+    unset = (budget.k, budget.density, budget.trainable) == (None, None, None)
+
+    def run(size: int) -> Selection:
+        return fk.fish_tuning(
+            model,
+            [prepared.encoder.collate(few[start : start + size]) for start in range(0, count, size)],
+            k=budget.k,
+            density=0.2 if unset else budget.density,
+            trainable=budget.trainable,
+            order=budget.order,
+            max_examples=count,
+            seed=work.seed,
+            progress=lambda done, _: report(done, count),
+        )
+
+    with progress("selecting", "examples") as report:
+        return fitting(run, work.batch_size, next(model.parameters()).device, count)
+
+
+def _held_out(prepared: Prepared, work: Workload, split: str) -> list[dict[str, Any]]:
+    from fishkern.integrations import data
+
+    if not split:
+        return []
+    rows = data.read(work.data, name=work.subset or None, split=split, first=True)
+    if not (examples := list(prepared.encoder.examples(rows, MOST_HELD_OUT))):
+        raise ValueError(f"{work.data} has no row in {split!r} with anything to measure on.")
+    return examples
+
+
+def _tell(found: dict[str, Any], saved: Path, held_out: int) -> None:
+    say = console().print
+    for key in ("task", "data", "rows"):
+        say(f"{key:9} {found[key]}")
+    share = found["trained"] / found["parameters"]
+    say(f"{'trained':9} {found['trained']:,} of {found['pool']:,} entries of {found['adapter']} and head")
+    say(f"{'':9} ({share:.4%} of the model; {found['order']}, the head whole)")
+    say(f"{'loss':9} {', '.join(f'{loss:.4f}' for loss in found['loss'])} by epoch")
+    for name, value in found["after"].items():
+        say(f"{name:9} {found['before'][name]:.4f}, then {value:.4f} on {held_out:,} examples of {found['eval_split']}")
+    seconds = found["seconds"]
+    say(f"{'took':9} {seconds['selecting']:.1f} s to select, {seconds['training']:.1f} s to train")
+    say(f"{'saved':9} {saved}, with selection, start, delta and report beside it")
+
+
+def _layers(text: str) -> list[int] | None:
+    """Read ``0-4`` or ``0,2,5``."""
+    if not text:
+        return None
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"--layers is like 0-4 or 0,2,5, got {text!r}.")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+def _check_parameters(work: Workload) -> None:
+    if work.parameters:
+        raise ValueError("tune trains the adapter and the head: it has no use for --parameters.")
+
+
+def _check_folder(out: Path) -> None:
+    """Find out before the work whether there can be such a folder."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file: choose another folder with --out.")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"the folder {out.parent} does not exist: create it, or choose another --out.")
+    if not os.access(out if out.is_dir() else out.parent, os.W_OK):
+        raise PermissionError(f"{out.absolute()} may not be written to: choose another folder with --out.")

@@ -1,0 +1,115 @@
+"""``fishkern tune`` on real text: what it trains, what it saves, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import fishkern as fk
+from tests.support.command import command, refused
+
+pytest.importorskip("typer")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytest.importorskip("datasets")
+
+
+@pytest.fixture(scope="module")
+def arguments(shared_data) -> list:
+    model, data = shared_data / "models" / "stories260K", shared_data / "glue" / "cola"
+    return ["tune", model, "--data", data, "--task", "sequence-classification", "--samples", 48, "--epochs", 1]
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.randint(3, 500, (3, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+def base(shared_data: Path) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        shared_data / "models" / "stories260K", num_labels=2
+    )
+    model.config.pad_token_id = 0
+    return model
+
+
+@pytest.fixture(scope="module")
+def tuned(arguments, tmp_path_factory) -> Path:
+    from fishkern import cli
+
+    folder = tmp_path_factory.mktemp("tuned") / "lora"
+    with pytest.raises(SystemExit) as exit:
+        cli.main([str(argument) for argument in [*arguments, "--eval-split", "validation", "--out", folder]])
+    assert not exit.value.code
+    return folder
+
+
+def test_it_saves_all_that_it_takes_to_go_on(tuned):
+    report = json.loads((tuned / "report.json").read_text())
+    selection = fk.Selection.load(tuned / "selection.safetensors")
+    delta = fk.Delta.load(tuned / "delta.safetensors")
+    assert report["trained"] == selection.count == delta.count
+    assert selection.whole == ("base_model.model.score.modules_to_save.default.weight",)
+    assert selection.k == int(0.2 * (selection.total - 2 * 64))
+    assert report["after"]["loss"] < report["before"]["loss"]
+    assert 0 <= report["after"]["accuracy"] <= 1
+
+
+def test_the_adapter_loads_with_plain_peft_and_answers_the_same(tuned, shared_data):
+    """PiSSA takes the residual out of the base again; the trained entries are those of the delta, the others stayed."""
+    model = peft.PeftModel.from_pretrained(base(shared_data), tuned / "adapter")
+    again = peft.PeftModel.from_pretrained(base(shared_data), tuned / "adapter")
+    fk.selection.load_start(again, tuned / "start.safetensors")
+    assert not torch.allclose(logits(again), logits(model))
+    fk.apply_delta(again, fk.Delta.load(tuned / "delta.safetensors"))
+    torch.testing.assert_close(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("adapter", ["ia3", "bottleneck", "prefix"])
+def test_other_adapters(capsys, arguments, tmp_path, shared_data, adapter):
+    options = ["--out", tmp_path / "a", *([] if adapter == "ia3" else ["--layers", "0-1", "--size", 4])]
+    status, output, error = command(capsys, *arguments, "--adapter", adapter, *options, "--json")
+    assert status == 0, error
+    report = json.loads(output)
+    assert report["adapter"] == adapter
+    assert 0 < report["trained"] < report["pool"]
+    if adapter != "ia3":
+        model = base(shared_data)
+        recipe = fk.adapters.load(model, tmp_path / "a" / "adapter.safetensors")
+        assert recipe.layers == (0, 1)
+
+
+def test_an_adapter_is_trained_further(capsys, arguments, tuned, shared_data, tmp_path):
+    arguments = ["tune", tuned / "adapter", *arguments[2:]]
+    status, output, error = command(capsys, *arguments, "--k", 100, "--out", tmp_path / "a")
+    assert status == 0, error
+    assert "is an adapter: no other is added" in error
+    assert "of the given adapter and head" in output
+    assert fk.Selection.load(tmp_path / "a" / "selection.safetensors").k == 100
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--adapter", "lore"], "--adapter is one of lora, dora"),
+        (["--adapter", "ia3", "--size", 3], "ia3 has no size"),
+        (["--layers", "1-x"], "--layers is like 0-4 or 0,2,5, got '1-x'"),
+        (["--k", 0], "k=0 selects nothing"),
+        (["--k", 10**9], "asks for 1,000,000,000 entries"),
+        (["--k", 5, "--density", 0.5], "exactly one budget"),
+        (["--order", "best"], "order must be one of"),
+        (["--eval-split", "test"], "test"),
+        (["--out", "missing/folder"], "the folder missing does not exist"),
+        (["--parameters", "*"], "no use for --parameters"),
+    ],
+    ids=str,
+)
+def test_refusals(capsys, arguments, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, *arguments, *options)
+    assert list(tmp_path.iterdir()) == []
