@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, cached_property
 from typing import Literal
 
 from ._hardware import Hardware
@@ -46,12 +46,12 @@ class Config:
     num_stages: int
     GROUP_O: int = 8
 
-    @property
+    @cached_property
     def constants(self) -> dict[str, int]:
         """What the kernel is compiled with."""
         return {name: value for name, value in asdict(self).items() if name.isupper()}
 
-    @property
+    @cached_property
     def options(self) -> dict[str, int]:
         """What the compiler is told; whether it fuses by default depends on the version of Triton."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
@@ -146,6 +146,7 @@ FEW_ELSEWHERE = Config(32, 128, 1, 4, 1)  # 32 entries of the result for each th
 SUM_PARTS = Config(16, 128, 1, 4, 1, 1)
 
 
+@cache
 def takes_tma(hardware: Hardware) -> bool:
     """Tell whether there are tables for blocks that the copy engine brings.
 
@@ -158,7 +159,6 @@ def takes_tma(hardware: Hardware) -> bool:
     return any(loads == "tma" for _, loads in TABLES[hardware.family])
 
 
-@lru_cache(maxsize=4096)
 def choose(
     hardware: Hardware, O: int, I: int, N: int, positions: int, dense: bool, itemsize: int, loads: Loads, wide: bool
 ) -> tuple[Config, int]:

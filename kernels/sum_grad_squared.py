@@ -9,10 +9,10 @@ shapes and the device alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -100,116 +100,158 @@ def launches(
     if O < I and O <= 64:
         # The long side on the rows of the tiles, of which matrix units take 64 at least.
         x, g, out, grad_out = g, x, out.mT, None if grad_out is None else grad_out.mT
-        O, I = I, O
-    dense = offsets is None
-    N, positions = (x.shape[0], x.shape[0] * x.shape[1]) if dense else (len(offsets) - 1, x.shape[0])
-    few = dense and x.shape[1] <= FEW_POSITIONS and config is None
-    results = [(out, add)] if grad_out is None else [(out, add), (grad_out, True)]
+    results = [out] if grad_out is None else [out, grad_out]
+    N = x.shape[0] if offsets is None else len(offsets) - 1
+    layouts = tuple(Layout.of(result) for result in results)
+    tf32 = allow_tf32 and x.dtype is torch.float32
+    # The interpreter multiplies the bit patterns of bfloat16 (triton issue 11584).
+    upcast = on.family == "interpreter" and x.dtype is torch.bfloat16
+    plan = _plan(Layout.of(x), Layout.of(g), layouts, N, offsets is None, add, tf32, upcast, on, config)
+
+    targets = results
+    if plan.parts > 1:
+        targets = [result.new_empty(plan.parts, *result.shape) for result in results]
+    config, blocks = plan.config, [target if plan.parts > 1 else target[None] for target in targets]
+    if plan.tma_out:
+        block_shape = [1, config.BLOCK_O, config.BLOCK_I]
+        targets = [TensorDescriptor(block, list(block.shape), _strides(block), block_shape) for block in blocks]
+    pointers = {"x": x, "g": g, "out": targets[0], "grad_out": targets[1] if grad_out is not None else None}
+    if plan.tma:
+        pointers["x"] = _descriptor(x, config.BLOCK_T, config.BLOCK_I)
+        pointers["g"] = _descriptor(g, config.BLOCK_T, config.BLOCK_O)
+    if not plan.few:
+        table = (None, None)
+        if offsets is not None:
+            table = _chunk_table(offsets, x.shape[0], plan.parts, config.BLOCK_T, x.device)
+        pointers["chunks"], pointers["cuts"] = table
+    kernel = device.few_positions_kernel if plan.few else device.sum_grad_squared_kernel
+    found = [Launch(kernel, plan.grid, {**pointers, **plan.arguments}, config.options)]
+    if plan.parts > 1:
+        adds = (add, True)
+        found += [_sum_parts(*pair) for pair in zip(blocks, results, adds[: len(results)], strict=True)]
+    return found
+
+
+class Layout(NamedTuple):
+    """Where the entries of a tensor lie; all that the choice of a kernel's code depends on."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+    aligned: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        return cls(tensor.shape, tensor.stride(), tensor.element_size(), tensor.data_ptr() % 16 == 0)
+
+
+class Plan(NamedTuple):
+    """What is the same for all calls with tensors of the same layouts."""
+
+    config: Config
+    parts: int
+    few: bool
+    tma: bool
+    tma_out: bool
+    grid: tuple[int, int]
+    arguments: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    x: Layout,
+    g: Layout,
+    results: tuple[Layout, ...],
+    N: int,
+    dense: bool,
+    add: bool,
+    tf32: bool,
+    upcast: bool,
+    on: Hardware,
+    config: Config | None,
+) -> Plan:
+    O, I = results[0].shape
+    T = x.shape[1] if dense else 0
+    positions = N * T if dense else x.shape[0]
+    few = dense and T <= FEW_POSITIONS and config is None
     loads = _loads(x, g, on)
-    tma = loads == "tma" and not few
     parts = 1
     if config is None:
-        wide = grad_out is None and _tma_takes(out)
-        config, parts = choose(on, O, I, N, positions, dense, x.element_size(), loads, wide)
+        wide = len(results) == 1 and _tma_takes(results[0])
+        config, parts = choose(on, O, I, N, positions, dense, x.itemsize, loads, wide)
+    if parts > 1:
+        parts_of = Layout((parts, O, I), (O * I, I, 1), 4, True)
+        targets = [parts_of for _ in results]
+    else:
+        targets = [Layout((1, *result.shape), (0, *result.strides), 4, result.aligned) for result in results]
+    tma = loads == "tma" and not few
+    tma_out = tma and all(_tma_takes(target) for target in targets)
 
-    targets = [_Target(result, adds, parts) for result, adds in results]
     total, mean = targets[0], targets[-1]
-    tma_out = tma and all(target.tma for target in targets)
     arguments = {
-        "x": x, "g": g, "N": N, "O": O, "I": I, "parts": parts,
-        "stride_xn": x.stride(0) if dense else 0, "stride_xt": x.stride(-2), "stride_xi": x.stride(-1),
-        "stride_gn": g.stride(0) if dense else 0, "stride_gt": g.stride(-2), "stride_go": g.stride(-1),
+        "N": N, "O": O, "I": I, "parts": parts, "T": T,
+        "stride_xn": x.strides[0] if dense else 0, "stride_xt": x.strides[-2], "stride_xi": x.strides[-1],
+        "stride_gn": g.strides[0] if dense else 0, "stride_gt": g.strides[-2], "stride_go": g.strides[-1],
         "stride_op": total.strides[0], "stride_oo": total.strides[1], "stride_oi": total.strides[2],
         "stride_mp": mean.strides[0], "stride_mo": mean.strides[1], "stride_mi": mean.strides[2],
-        "out": total.argument(config, tma_out),
-        "grad_out": None if grad_out is None else mean.argument(config, tma_out),
-        "MEAN": grad_out is not None, "ADD": total.add, "ADD_MEAN": mean.add,
+        "MEAN": len(results) == 2, "ADD": add and parts == 1, "ADD_MEAN": parts == 1,
         **config.constants,
     }  # fmt: skip
-    grid = (triton.cdiv(O, config.BLOCK_O) * triton.cdiv(I, config.BLOCK_I), parts)
     if few:
         del arguments["BLOCK_T"]
-        main = Launch(device.few_positions_kernel, grid, {**arguments, "T": x.shape[1]}, config.options)
     else:
-        if tma:
-            arguments["x"] = _descriptor(x, dense, config.BLOCK_T, config.BLOCK_I)
-            arguments["g"] = _descriptor(g, dense, config.BLOCK_T, config.BLOCK_O)
-        chunks, cuts = (None, None) if dense else _chunk_table(offsets, positions, parts, config.BLOCK_T, x.device)
-        arguments |= {
-            "chunks": chunks, "cuts": cuts, "T": x.shape[1] if dense else 0,
-            "PACKED": not dense, "TMA": tma, "TMA_OUT": tma_out,
-            "PRECISION": "tf32" if allow_tf32 and x.dtype is torch.float32 else "ieee",
-            # The interpreter multiplies the bit patterns of bfloat16 (triton issue 11584).
-            "UPCAST": on.family == "interpreter" and x.dtype is torch.bfloat16,
-        }  # fmt: skip
-        main = Launch(device.sum_grad_squared_kernel, grid, arguments, config.options)
-    return [main, *(target.sum_parts() for target in targets if parts > 1)]
+        precision = "tf32" if tf32 else "ieee"
+        arguments |= {"PACKED": not dense, "TMA": tma, "TMA_OUT": tma_out, "PRECISION": precision, "UPCAST": upcast}
+    grid = (-(-O // config.BLOCK_O) * -(-I // config.BLOCK_I), parts)
+    return Plan(config, parts, few, tma, tma_out, grid, arguments)
 
 
-class _Target:
-    """Where a kernel writes: the result itself, or a workspace for each part of the examples."""
-
-    def __init__(self, result: Tensor, add: bool, parts: int) -> None:
-        self.result, self.adds_to_result, self.parts = result, add, parts
-        self.add = add and parts == 1
-        self.tensor = result if parts == 1 else result.new_empty(parts, *result.shape)
-        self.strides = (0, *result.stride()) if parts == 1 else self.tensor.stride()
-        self.tma = _tma_takes(self.tensor)
-
-    def argument(self, config: Config, tma: bool) -> Tensor | TensorDescriptor:
-        if not tma:
-            return self.tensor
-        block = self.tensor if self.parts > 1 else self.tensor[None]
-        return TensorDescriptor(block, list(block.shape), _strides(block), [1, config.BLOCK_O, config.BLOCK_I])
-
-    def sum_parts(self) -> Launch:
-        O, I = self.result.shape
-        arguments = {
-            "values": self.tensor, "out": self.result, "parts": self.parts, "O": O, "I": I,
-            "stride_oo": self.result.stride(0), "stride_oi": self.result.stride(1), "ADD": self.adds_to_result,
-            "BLOCK_O": SUM_PARTS.BLOCK_O, "BLOCK_I": SUM_PARTS.BLOCK_I,
-        }  # fmt: skip
-        grid = (triton.cdiv(O, SUM_PARTS.BLOCK_O) * triton.cdiv(I, SUM_PARTS.BLOCK_I),)
-        return Launch(device.sum_parts_kernel, grid, arguments, SUM_PARTS.options)
+def _sum_parts(parts: Tensor, result: Tensor, add: bool) -> Launch:
+    O, I = result.shape
+    arguments = {
+        "values": parts, "out": result, "parts": len(parts), "O": O, "I": I,
+        "stride_oo": result.stride(0), "stride_oi": result.stride(1), "ADD": add,
+        "BLOCK_O": SUM_PARTS.BLOCK_O, "BLOCK_I": SUM_PARTS.BLOCK_I,
+    }  # fmt: skip
+    grid = (-(-O // SUM_PARTS.BLOCK_O) * -(-I // SUM_PARTS.BLOCK_I),)
+    return Launch(device.sum_parts_kernel, grid, arguments, SUM_PARTS.options)
 
 
-def _loads(x: Tensor, g: Tensor, on: Hardware) -> Loads:
+def _loads(x: Layout, g: Layout, on: Hardware) -> Loads:
     if takes_tma(on) and _tma_takes(x) and _tma_takes(g):
         return "tma"
     return "vectors" if _has_vectors(x) and _has_vectors(g) else "elements"
 
 
-def _tma_takes(tensor: Tensor) -> bool:
+def _tma_takes(layout: Layout) -> bool:
     """Whether the copy engine takes blocks of the tensor: rows without gaps, no pitch of zero, nothing too large."""
-    *outer, (columns, stride) = zip(tensor.shape, tensor.stride(), strict=True)
-    pitches = [pitch * tensor.element_size() for length, pitch in outer if length > 1]
+    *outer, (columns, stride) = zip(layout.shape, layout.strides, strict=True)
+    pitches = [pitch * layout.itemsize for length, pitch in outer if length > 1]
     return (
         (columns == 1 or stride == 1)
-        and tensor.data_ptr() % 16 == 0
-        and max(tensor.shape) <= 2**30  # what a descriptor of packed examples counts to
+        and layout.aligned
+        and max(layout.shape) <= 2**30  # what a descriptor of packed examples counts to
         and all(0 < pitch < 2**40 and pitch % 16 == 0 for pitch in pitches)
     )
 
 
-def _has_vectors(tensor: Tensor) -> bool:
+def _has_vectors(layout: Layout) -> bool:
     """Whether 16 bytes can be loaded at once: along one axis entries are neighbours, and all else is aligned."""
-    size = tensor.element_size()
-    pitches = [pitch for length, pitch in zip(tensor.shape, tensor.stride(), strict=True) if length > 1]
-    odd = [pitch for pitch in pitches if pitch * size % 16]
-    return tensor.data_ptr() % 16 == 0 and odd in ([], [1])
+    pitches = [pitch for length, pitch in zip(layout.shape, layout.strides, strict=True) if length > 1]
+    odd = [pitch for pitch in pitches if pitch * layout.itemsize % 16]
+    return layout.aligned and odd in ([], [1])
 
 
 def _strides(tensor: Tensor) -> list[int]:
     """Strides that a descriptor accepts, also along axes of one entry, where any would do."""
     unit = 16 // tensor.element_size()
-    pitches = [
-        unit if length == 1 else pitch for length, pitch in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
-    ]
-    return [*pitches, 1]
+    shape, strides = tensor.shape[:-1], tensor.stride()[:-1]
+    return [*(unit if length == 1 else pitch for length, pitch in zip(shape, strides, strict=True)), 1]
 
 
-def _descriptor(tensor: Tensor, dense: bool, BLOCK_T: int, BLOCK: int) -> TensorDescriptor:
-    if dense:
+def _descriptor(tensor: Tensor, BLOCK_T: int, BLOCK: int) -> TensorDescriptor:
+    """Blocks of ``[N, T, columns]``, or of ``[S, columns]`` with examples of any length."""
+    if tensor.ndim == 3:
         return TensorDescriptor(tensor, list(tensor.shape), _strides(tensor), [1, BLOCK_T, BLOCK])
     return create_ragged_descriptor(tensor.as_strided(tensor.shape, _strides(tensor)), [BLOCK_T, BLOCK])
 

@@ -28,14 +28,13 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "gradient not reset after an example": (
         DEVICE, "            grad = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)\n        # Known", "        # Known"
     ),
-    "last part of a split dropped": (LAUNCHER, '"values": self.tensor, "out": self.result, "parts": self.parts,',
-                                     '"values": self.tensor, "out": self.result, "parts": self.parts - 1,'),
+    "last part of a split dropped": (LAUNCHER, '"parts": len(parts),', '"parts": len(parts) - 1,'),
     "examples between parts lost": (DEVICE, "(part.to(tl.int64) * N // parts)", "(part.to(tl.int64) * (N // parts))"),
     "out overwritten": (LAUNCHER, "add = out is not None", "add = False"),
-    "out not initialised": (LAUNCHER, "self.add = add and parts == 1", "self.add = parts == 1"),
+    "out not initialised": (LAUNCHER, '"ADD": add and parts == 1', '"ADD": parts == 1'),
     "mean gradient of the last example": (DEVICE, "mean += grad\n            grad", "mean = grad\n            grad"),
     "packed chunks one behind": (DEVICE, "            chunk += 1\n            t = tl.load", "            t = tl.load"),
-    "strides of activations ignored": (LAUNCHER, '"stride_xi": x.stride(-1)', '"stride_xi": 1'),
+    "strides of activations ignored": (LAUNCHER, '"stride_xi": x.strides[-1]', '"stride_xi": 1'),
     "few positions: the second forgotten": (DEVICE, "tl.static_range(T)", "tl.static_range(1)"),
 }  # fmt: skip
 

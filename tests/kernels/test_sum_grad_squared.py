@@ -109,9 +109,10 @@ def test_loads():
         "every other": (odd[..., ::2], "elements"),
     }
     for name, (tensor, loads) in expected.items():
-        assert kernels._loads(tensor, g, H100) == kernels._loads(tensor, g, INTERPRETER) == loads, name
+        layouts = kernels.Layout.of(tensor), kernels.Layout.of(g)
+        assert kernels._loads(*layouts, H100) == kernels._loads(*layouts, INTERPRETER) == loads, name
         for on in (A100, MI300):
-            assert kernels._loads(tensor, g, on) == loads.replace("tma", "vectors"), name
+            assert kernels._loads(*layouts, on) == loads.replace("tma", "vectors"), name
 
 
 @pytest.mark.parametrize("on", [A100, H100, MI300, INTERPRETER], ids=lambda on: on.family)
@@ -151,7 +152,8 @@ def test_every_tile_of_the_table(number):
         g = make(5, O, 152, dtype=dtype).mT[:, :150]
     out = torch.ones(O, I, device=DEVICE)
     (launch,) = kernels.launches(x, g, None, out, True, None, False, HERE, config)
-    assert (kernels._loads(x, g, HERE), launch.options["num_warps"]) == (loads, config.num_warps)
+    layouts = kernels.Layout.of(x), kernels.Layout.of(g)
+    assert (kernels._loads(*layouts, HERE), launch.options["num_warps"]) == (loads, config.num_warps)
     launch.run()
     truth, plain = (1 + reference(x.to(dtype), g.to(dtype)) for dtype in DTYPES)
     assert_as_accurate(out, plain, truth)
