@@ -1,4 +1,7 @@
-"""The kernels compile for GPUs that are not here, and fit into their shared memory."""
+"""The kernels compile for GPUs that are not here, and take what ``resources.json`` says and no more than there is.
+
+After a change of a kernel or its tiles: ``python -m tests.kernels.offline record``, and read the difference.
+"""
 
 from __future__ import annotations
 
@@ -12,45 +15,82 @@ import pytest
 
 pytest.importorskip("triton")
 
-# Bytes of shared memory that one program may have; Triton does not check them before the launch.
-SHARED_MEMORY = {80: 166_912, 90: 232_448}
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = json.loads(Path(__file__).with_name("resources.json").read_text())
+OLDEST = "3.6.0"  # that pyproject.toml allows
 
-CASES = [("bf16", False), ("fp16", True), ("fp32", False), ("fp32", True)]
-
-COMPILE = """
-import json, sys, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fishkern.kernels.sum_grad_squared import _sum_grad_squared_kernel as kernel
-
-def compile(capability, dtype, packed):
-    pointers = {"x_ptr": f"*{dtype}", "g_ptr": f"*{dtype}", "offsets_ptr": "*i64", "out_ptr": "*fp32"}
-    constants = {"PACKED": packed, "BLOCK_T": 32, "BLOCK_I": 64, "BLOCK_O": 64}
-    constants |= {"stride_xi": 1, "stride_go": 1, "stride_oi": 1}  # as the launcher specialises them
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
-    place = {name: (number,) for number, name in enumerate(kernel.arg_names)}
-    compiled = triton.compile(
-        ASTSource(
-            kernel, signature, {place[name]: value for name, value in constants.items()},
-            {place[name]: [["tt.divisibility", 16]] for name in [*pointers, "T", "I", "O"]},
-        ),
-        target=GPUTarget("cuda", capability, 32),
-    )
-    return {"shared": compiled.metadata.shared, "tensor cores": "mma" in compiled.asm["ptx"]}
-
-capabilities, cases = map(json.loads, sys.argv[1:])
-print(json.dumps([[compile(capability, *case) for case in cases] for capability in capabilities]))
-"""
+# Bytes of shared memory that one program may have, which the compiler does not check; registers of a thread.
+SHARED = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}
+REGISTERS = {"sm_80": 255, "sm_90": 255, "gfx942": 512}
+# Bytes a thread may spill, all of it after an example's last chunk: an accumulator of these tiles is hundreds.
+SPILLED = 96
+# Instructions that save or restore an address inside the loop over chunks.
+LOOP_SPILLS = 4
 
 
-def test_sum_grad_squared():
-    """In a process of its own: in this one the kernels may be interpreted."""
+def compiled(which: str, *first_on_path: str) -> tuple[str, dict[str, dict[str, int]]]:
+    """Version of Triton, and what each case takes; in a process of its own: here the kernels may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
-    command = [sys.executable, "-c", COMPILE, json.dumps(list(SHARED_MEMORY)), json.dumps(CASES)]
+    environment["PYTHONPATH"] = os.pathsep.join([*first_on_path, str(ROOT)])
+    command = [sys.executable, "-m", "tests.kernels.offline", "compile", which]
     done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for limit, results in zip(SHARED_MEMORY.values(), json.loads(done.stdout), strict=True):
-        for (dtype, _), result in zip(CASES, results, strict=True):
-            assert result["shared"] <= limit
-            assert result["tensor cores"] is (dtype != "fp32")  # which would round float32 to tf32
+    result = json.loads(done.stdout)
+    return result["triton"], result["taken"]
+
+
+def check(version: str, taken: dict[str, dict[str, int]]) -> None:
+    wrong = []
+    for case, values in taken.items():
+        family, dtype, *rest = case.split()
+        if values["shared"] > SHARED[family]:
+            wrong.append(f"{case}: {values['shared']} bytes of shared memory")
+        if values["registers"] > REGISTERS[family] or values["spilled"] > SPILLED:
+            wrong.append(f"{case}: {values['registers']} registers, {values['spilled']} spilled")
+        if values.get("loop_spills", 0) > LOOP_SPILLS:
+            wrong.append(f"{case}: {values['loop_spills']} spills in the loop over chunks")
+        few = any(word.startswith("T=") for word in rest)
+        # Matrix units would round float32 to tf32; AMD's multiply it exactly.
+        wanted = not few and (dtype != "fp32" or "tf32" in rest or family == "gfx942")
+        if (values["matrix"] > 0) is not wanted:
+            wrong.append(f"{case}: {values['matrix']} matrix instructions")
+        record = RECORDS.get(version)
+        if record is not None and record[case] != values:
+            wrong.append(f"{case}: recorded {record[case]}, took {values}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_widest_tiles():
+    """For each architecture and way of loading, with the installed Triton."""
+    version, taken = compiled("some")
+    assert len(taken) > 20
+    check(version, taken)
+
+
+def test_records_hold_every_configuration():
+    """For the oldest Triton that we allow and the one that is pinned, with the same cases."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = next(line.removeprefix("triton==") for line in lines if line.startswith("triton=="))
+    assert {OLDEST, pinned} <= RECORDS.keys()
+    assert len({frozenset(record) for record in RECORDS.values()}) == 1
+
+
+@pytest.mark.slow
+def test_every_configuration():
+    version, taken = compiled("all")
+    if version in RECORDS:
+        assert taken.keys() == RECORDS[version].keys()
+    check(version, taken)
+
+
+@pytest.mark.slow
+def test_every_configuration_with_the_oldest_triton(tmp_path: Path):
+    """Triton alone comes from a folder of its own; torch does not mind while nothing is launched."""
+    folder = str(tmp_path / "triton")
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, f"triton=={OLDEST}"]
+    if subprocess.run(install).returncode:
+        pytest.skip(f"triton {OLDEST} could not be downloaded")
+    version, taken = compiled("all", folder)
+    assert version == OLDEST
+    assert taken.keys() == RECORDS[OLDEST].keys()
+    check(version, taken)
