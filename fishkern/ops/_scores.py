@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -105,9 +106,15 @@ class Scores:
     def pieces(self) -> Iterator[Piece]:
         """Walk through all scores once, in order. A piece is valid until the next one is asked for.
 
+        While the caller works on a piece, the next one is read where any lies on disk.
+
         Yields:
             The pieces, none of them empty.
         """
+        on_disk = any(isinstance(block, StoredTensor) for block in self.blocks)
+        yield from _read_ahead(self._pieces()) if on_disk else self._pieces()
+
+    def _pieces(self) -> Iterator[Piece]:
         waiting: list[Tensor] = []  # small neighbours on one device
         first = held = 0
         for number, block in enumerate(self.blocks):
@@ -122,7 +129,7 @@ class Scores:
                 held += block.numel()
                 continue
             offset = 0
-            parts = block.pieces(size, reuse=True) if isinstance(block, StoredTensor) else _split(block, size)
+            parts = block.pieces(size, buffers=2) if isinstance(block, StoredTensor) else _split(block, size)
             for part in parts:
                 yield Piece(number, offset, part.to(self.dtype))
                 offset += len(part)
@@ -161,6 +168,14 @@ class Scores:
             rows[row : row + count, :width] = _runs(self.blocks[number], inside, width)
             row += count
         return rows
+
+
+def _read_ahead(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    with ThreadPoolExecutor(1, "fishkern-read") as reader:
+        coming = reader.submit(next, pieces, None)
+        while (piece := coming.result()) is not None:
+            coming = reader.submit(next, pieces, None)
+            yield piece
 
 
 def _split(block: Tensor, size: int) -> Iterator[Tensor]:
