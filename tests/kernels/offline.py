@@ -3,6 +3,7 @@
 It runs in a process of its own, since in that of the tests the kernels may be interpreted::
 
     python -m tests.kernels.offline compile [all]    prints what each case takes, as JSON
+    python -m tests.kernels.offline calls            compiles all launches of the benchmark's calls, prints how many
     python -m tests.kernels.offline record           writes it for this version of Triton into resources.json
 
 The cases go through the launcher, so that what is compiled is what it would launch.
@@ -160,7 +161,28 @@ def _blocks(sass: str) -> Iterator[str]:
     yield "\n".join(block)
 
 
+def calls(on: Hardware) -> Iterator[Launch]:
+    """All that the benchmark's calls launch: splits, swapped sides, results that are overwritten."""
+    from benchmarks.gpu.sum_grad_squared import CASES, DTYPES, lognormal_offsets
+
+    for case in CASES.values():
+        dtype, offsets = DTYPES[case.dtype], None
+        x, g = (torch.empty(case.N, case.T, width, dtype=dtype, device="meta") for width in (case.I, case.O))
+        if case.grads == "transposed":
+            g = torch.empty(*g.mT.shape, dtype=dtype, device="meta").mT
+        if case.lengths != "equal":
+            x, g, offsets = x.flatten(0, 1), g.flatten(0, 1), lognormal_offsets(case.N, case.N * case.T)
+        out = torch.empty(case.O, case.I, device="meta")
+        mean = torch.empty_like(out) if case.mean else None
+        for add in (True, False):
+            yield from launches(x, g, offsets, out, add, mean, case.allow_tf32, on)
+
+
 def main(command: str, which: str = "some") -> None:
+    if command == "calls":
+        found = [compile_launch(launch, TARGETS[on.family]) for on in (A100, H100, MI300) for launch in calls(on)]
+        print(json.dumps({"triton": triton.__version__, "compiled": len(found)}))
+        return
     every = command == "record" or which == "all"
     taken = {str(case): resources(case) for case in cases(every)}
     if command == "compile":

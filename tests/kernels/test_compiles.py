@@ -28,18 +28,18 @@ SPILLED = 96
 LOOP_SPILLS = 4
 
 
-def compiled(which: str, *first_on_path: str) -> tuple[str, dict[str, dict[str, int]]]:
-    """Version of Triton, and what each case takes; in a process of its own: here the kernels may be interpreted."""
+def offline(*arguments: str, first_on_path: str = "") -> dict:
+    """What ``tests.kernels.offline`` prints; in a process of its own: in this one the kernels may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([*first_on_path, str(ROOT)])
-    command = [sys.executable, "-m", "tests.kernels.offline", "compile", which]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [first_on_path, str(ROOT)]))
+    command = [sys.executable, "-m", "tests.kernels.offline", *arguments]
     done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    return result["triton"], result["taken"]
+    return json.loads(done.stdout)
 
 
 def check(version: str, taken: dict[str, dict[str, int]]) -> None:
+    """Demand the limits from every version of Triton, and the recorded figures from those with a record."""
     wrong = []
     for case, values in taken.items():
         family, dtype, *rest = case.split()
@@ -62,9 +62,9 @@ def check(version: str, taken: dict[str, dict[str, int]]) -> None:
 
 def test_widest_tiles():
     """For each architecture and way of loading, with the installed Triton."""
-    version, taken = compiled("some")
-    assert len(taken) > 20
-    check(version, taken)
+    result = offline("compile")
+    assert len(result["taken"]) > 20
+    check(result["triton"], result["taken"])
 
 
 def test_records_hold_every_configuration():
@@ -77,10 +77,15 @@ def test_records_hold_every_configuration():
 
 @pytest.mark.slow
 def test_every_configuration():
-    version, taken = compiled("all")
-    if version in RECORDS:
-        assert taken.keys() == RECORDS[version].keys()
-    check(version, taken)
+    result = offline("compile", "all")
+    assert result["taken"].keys() == RECORDS[OLDEST].keys()
+    check(result["triton"], result["taken"])
+
+
+@pytest.mark.slow
+def test_every_call_of_the_benchmark():
+    """No compiler fails on what will be measured."""
+    assert offline("calls")["compiled"] > 150
 
 
 @pytest.mark.slow
@@ -90,7 +95,8 @@ def test_every_configuration_with_the_oldest_triton(tmp_path: Path):
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, f"triton=={OLDEST}"]
     if subprocess.run(install).returncode:
         pytest.skip(f"triton {OLDEST} could not be downloaded")
-    version, taken = compiled("all", folder)
-    assert version == OLDEST
-    assert taken.keys() == RECORDS[OLDEST].keys()
-    check(version, taken)
+    result = offline("compile", "all", first_on_path=folder)
+    assert result["triton"] == OLDEST
+    assert result["taken"].keys() == RECORDS[OLDEST].keys()
+    check(OLDEST, result["taken"])
+    assert offline("calls", first_on_path=folder)["triton"] == OLDEST
