@@ -12,9 +12,10 @@ Batches = Iterable[dict[str, Tensor]]
 
 def one_by_one(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
     """Batch size 1; a hook squares each gradient as soon as it is there, so that one is alive at a time."""
-    total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in model.named_parameters()}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in trained.items()}
     handles = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained.items():
 
         def square(parameter: nn.Parameter, into: Tensor = total[name]) -> None:
             into.addcmul_(parameter.grad, parameter.grad)

@@ -7,6 +7,7 @@ whole pool together, train those alone; the head, which starts at random, is tra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from hashlib import blake2b
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from fishkern.names import canonical_name
 from fishkern.selection import GlobalTopK, Random, Selection, bound_to_start, select
 from fishkern.selection.base import budget
 from fishkern.statistics import DiagonalFisher, Likelihood, Statistics, estimate
+from fishkern.statistics.shards import Ranks
 
 Order = Literal["largest", "smallest", "random", "magnitude"]
 ORDERS: tuple[Order, ...] = ("largest", "smallest", "random", "magnitude")
@@ -82,6 +84,7 @@ def fish_tuning(
         ValueError: Not exactly one budget is given, it is not in the pool's range, the model has no adapter, or half
             of the pool scores exactly zero.
         TypeError: ``match`` is no adapter.
+        RuntimeError: Under a process group, the ranks have selected different entries.
     """  # noqa: DOC502
     if order not in ORDERS:
         raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
@@ -118,7 +121,17 @@ def fish_tuning(
 
 def _bound(selection: Selection, model: nn.Module, pool: str) -> Selection:
     """Bind a selection to the random start of an adapter; a pretrained model is no start that could be another."""
+    Ranks().demand_equal(_digest(selection), "the digest of the selection")
     return bound_to_start(selection, hosts.unwrap(model)) if pool == "adapter" else selection
+
+
+def _digest(selection: Selection) -> str:
+    digest = blake2b(digest_size=16)
+    for name in selection.names:
+        digest.update(f"{name} {name in selection.whole} ".encode())
+        if name not in selection.whole:
+            digest.update(selection.indices(name).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _pool(model: nn.Module, pool: str) -> dict[str, nn.Parameter]:

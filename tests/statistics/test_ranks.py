@@ -77,7 +77,15 @@ together = {
     "own parts": fk.estimate(model, iter(DataLoader(torch.utils.data.Subset(data, range(rank, 13, 2)), 4)), **options),
     "one has none": fk.estimate(model, [data[:]] if rank == 0 else [], **options),
 }
+def tuned(batches, of=model, **changes):
+    return fk.fish_tuning(of, batches, pool="model", k=7, heads=("2",), **{**options, **changes})
+
+selections = [tuned(dealt(batch_size=3)), tuned([], order="random")]
+other = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+for parameter in other.parameters():
+    parameter.data.mul_(1 + rank).add_(rank * torch.rand_like(parameter))
 failures = {
+    "selection": message(lambda: tuned([], other, order="magnitude")),
     "nan": message(lambda: fk.estimate(model, dealt(), likelihood=broken)),
     "parameters": message(lambda: fk.estimate(
         model, dealt(), parameters=lambda name, _: name.startswith(str(2 * rank)), **options)),
@@ -93,6 +101,7 @@ for name, found in together.items():
     run = found.provenance["runs"][0]
     same = {key: covered.path for key, covered in found.coverage.items()}
     report[name] = [gap.item(), found.count, truth.count, run["examples"], run["ranks"], sorted(set(same.values()))]
+report["selected"] = [[s.count, *(s.indices("0.weight").tolist())] for s in selections]
 report["bits"] = sum(value.double().sum().item() for value in together["exact"].values())
 (folder / f"{rank}.json").write_text(json.dumps(report))
 """
@@ -133,6 +142,11 @@ def test_two_ranks_give_what_one_gives(reports, case):
 
 def test_the_ranks_hold_the_same_bits(reports):
     assert reports[0]["bits"] == reports[1]["bits"]
+
+
+def test_the_ranks_select_the_same(reports):
+    assert reports[0]["selected"] == reports[1]["selected"]
+    assert all("differ in the digest of the selection" in report["failures"]["selection"] for report in reports)
 
 
 def test_a_failure_ends_all(reports):

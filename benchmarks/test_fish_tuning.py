@@ -1,0 +1,87 @@
+"""FISH-Tuning's selection over 128 examples, in batches, against the loop that its published code runs.
+
+Random weights and tokens; shapes of MiniLM with LoRA (r = 1, PiSSA) on query, key and value of five layers.
+"""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+import fishkern as fk
+from benchmarks.rivals import one_by_one
+
+ROUNDS = 3
+EXAMPLES, BATCH = 128, 16
+LENGTHS = (6, 24)  # of a CoLA sentence with its special tokens
+DENSITY = 0.2
+
+
+def adapted() -> nn.Module:
+    import peft
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    lora = peft.LoraConfig(
+        r=1,
+        lora_alpha=2,
+        target_modules=["query", "key", "value"],
+        layers_to_transform=list(range(5)),
+        init_lora_weights="pissa",
+        task_type="SEQ_CLS",
+    )
+    return peft.get_peft_model(BertForSequenceClassification(config), lora).eval()
+
+
+def data() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for _ in range(EXAMPLES // BATCH):
+        lengths = torch.randint(LENGTHS[0], LENGTHS[1] + 1, (BATCH,), generator=generator)
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        ids = torch.randint(1000, 30_000, mask.shape, generator=generator) * mask
+        labels = torch.randint(2, (BATCH,), generator=generator)
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return batches
+
+
+def selected_by_loop(model: nn.Module, batches: list[dict[str, Tensor]]) -> fk.Selection:
+    return fk.select(one_by_one(model, batches), fk.GlobalTopK(k=selected(model, batches).k, always="*classifier*"))
+
+
+def selected(model: nn.Module, batches: list[dict[str, Tensor]]) -> fk.Selection:
+    return fk.fish_tuning(model, batches, density=DENSITY)
+
+
+def test_selection(benchmark, record):
+    model, batches = adapted(), data()
+    loop: list[float] = []
+
+    def take_turns() -> None:
+        start = time.perf_counter()
+        one_by_one(model, batches)
+        loop.append(time.perf_counter() - start)
+
+    benchmark.pedantic(selected, args=(model, batches), setup=take_turns, rounds=ROUNDS)
+    overlap = selected(model, batches).overlap(selected_by_loop(model, batches))
+    ours = median(benchmark.stats.stats.data)
+    record(
+        "fish_tuning",
+        {
+            "op": "fish_tuning",
+            "case": {"examples": EXAMPLES, "batch": BATCH, "lengths": LENGTHS, "density": DENSITY},
+            "model": {"layers": 6, "hidden": 384},
+            "dtype": "float32",
+            "attention": "sdpa",
+            "seconds": {"fishkern, selection included": ours, "one_by_one, scores alone": median(loop)},
+            "ratio": median(loop) / ours,
+            "overlap": overlap,
+            "rounds": ROUNDS,
+        },
+    )
+    benchmark.extra_info |= {"overlap": overlap, "loop": median(loop)}
+    assert overlap > 0.99
