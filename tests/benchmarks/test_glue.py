@@ -1,0 +1,91 @@
+"""The comparison on GLUE: its metrics, its patience, and that a stopped one goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("datasets")
+from benchmarks import glue
+
+
+def logits(predicted: list[int]) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(predicted), 2).float()
+
+
+def test_metrics():
+    labels = torch.tensor([1, 1, 1, 0, 0, 0, 0, 1])
+    predicted = [1, 1, 0, 0, 0, 1, 0, 1]  # 3 true and 3 false ones right, one of each wrong
+    matthews = (3 * 3 - 1 * 1) / math.sqrt(4 * 4 * 4 * 4)
+    assert glue.metric("cola", logits(predicted), labels) == pytest.approx(matthews)
+    assert glue.metric("cola", logits([1] * 8), labels) == 0.0
+    assert glue.metric("rte", logits(predicted), labels) == 6 / 8
+    assert glue.metric("mrpc", logits(predicted), labels) == pytest.approx((6 / 8 + 2 * 3 / 8) / 2)
+
+
+def test_correlations():
+    """Of a monotone curve the ranks correlate fully, the values less; equal values share their rank."""
+    values = torch.tensor([[1.0], [2.0], [3.0], [10.0]])
+    labels = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    pearson = torch.corrcoef(torch.stack([values[:, 0], labels]))[0, 1].item()
+    assert glue.metric("stsb", values, labels) == pytest.approx((pearson + 1) / 2)
+    assert glue.ranks(torch.tensor([5.0, 1.0, 5.0, 9.0])).tolist() == [2.5, 1.0, 2.5, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("scores", "out"),
+    [([], False), ([0.1], False), ([0.3, 0.2], False), ([0.3, 0.2, 0.1], True), ([0.3, 0.2, 0.3], True),
+     ([0.3, 0.2, 0.4], False), ([0.0, 0.0, 0.0], True)],
+)  # fmt: skip
+def test_patience(scores, out):
+    assert glue._patience_is_out(scores, 2) is out
+
+
+def test_it_goes_on_where_it_stopped(shared_data, tmp_path, monkeypatch, capsys):
+    """With a small real model; the arms differ in what they train, not in how much."""
+    trained = []
+
+    def run(arm, lr, seed, setting, encoder, data):
+        trained.append((arm, lr, seed))
+        return {"score": lr * (seed + 1), "trained": 10, "seconds": 1.0}
+
+    monkeypatch.setattr(glue, "run", run)
+    monkeypatch.setattr(glue, "load", lambda *_: None)
+    options = ["--data", str(shared_data / "glue"), "--encoder", str(tmp_path), "--results", str(tmp_path)]
+    options += ["--seeds", "2", "--arms", "original", "fish"]
+    glue.main(options)
+    assert len(trained) == 2 * (len(glue.RATES) + 2)
+    assert trained[len(glue.RATES)] == ("original", max(glue.RATES), 0)  # the best of the choosing runs
+    table = capsys.readouterr().out
+    assert "fish - arm" in table
+    lines = (tmp_path / "cola.jsonl").read_text().splitlines()
+    (tmp_path / "cola.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # as if stopped before the last run
+    del trained[:]
+    glue.main(options)
+    assert trained == [("fish", max(glue.RATES), 1)]
+    assert capsys.readouterr().out == table
+    assert [json.loads(line)["arm"] for line in (tmp_path / "cola.jsonl").read_text().splitlines()].count("fish") == 5
+
+
+def test_one_run_of_each_arm(shared_data, tmp_path):
+    """A few rows, one epoch: every arm trains as many entries of the adapter as original, and the head."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(shared_data / "models" / "stories260K")
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    setting = glue.Setting(layers=1, pool=2, examples=16, epochs=1, batch_size=8, max_length=32, fisher_examples=8)
+    data = glue.load(shared_data / "glue" / "cola", tmp_path, setting)
+    data = glue.Data(data.train, data.validation[:16], data.pad or 0)
+    found = {arm: glue.run(arm, 1e-3, 0, setting, tmp_path, data) for arm in glue.ARMS}
+    assert {record["trained"] for record in found.values()} == {3 * 2 * 16 + 2 * 16 + 2}
+    assert all(-1 <= record["score"] <= 1 for record in found.values())
