@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,6 +141,40 @@ def test_files_join_by_being_there():
         assert len(names) == len(set(names))
 
 
+class Stopwatch:
+    """Stands for a device event; the device stands still."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Stopwatch) -> float:
+        return 1000 * (end.at - self.at)
+
+
+def test_a_rival_may_fail_and_we_may_not(monkeypatch):
+    for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "Event", Stopwatch)
+    monkeypatch.setattr(_timing, "FLUSHED_BYTES", 8)
+
+    def fails() -> None:
+        raise RuntimeError("out of memory\nand a long trace")
+
+    found = _timing.compare({"ours": list, "theirs": fails}, ours="ours", device=CPU)
+    assert found["theirs"] == {"failed": "RuntimeError: out of memory"}
+    assert found["ours"].keys() == {"ms", "rounds", "cold_l2", "peak_mib"}
+    assert found["ours"]["ms"]["min"] <= found["ours"]["ms"]["median"] <= found["ours"]["ms"]["max"]
+    assert found["ours"]["rounds"] == _timing.ROUNDS[1]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        _timing.compare({"ours": fails, "theirs": list}, ours="ours", device=CPU)
+
+
 def test_turns():
     """Providers alternate, and the order of a round is that of the one before backwards."""
     order = []
@@ -202,10 +237,10 @@ def test_whole_pass_on_a_tiny_model(change, monkeypatch):
     case = whole_pass.Case(**{**vars(TINY), **change})
     model, batches = case.model(CPU), case.data(CPU)
     assert whole_pass.disagreement(model, batches) < 1e-5
-    providers = whole_pass.providers(case, model, batches)
+    providers = whole_pass.providers(case, model)
     providers.pop("one_by_one_graphed", None)
     wanted = [parameter.requires_grad for parameter in model.parameters()]
-    results = {name: provider() for name, provider in providers.items()}
+    results = {name: provider(batches) for name, provider in providers.items()}
     assert wanted == [parameter.requires_grad for parameter in model.parameters()]
     expected = results["fishkern"]
     examples = case.N * len(batches)
