@@ -83,7 +83,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     ) -> None:
         if outside not in OUTSIDE:
             raise ValueError(f"outside must be one of {OUTSIDE}, got {outside!r}.")
-        self.selection, self.grad_norm = selection, None
+        self.selection, self.grad_norm, self._at_start = selection, None, True
         self._settings: dict[str, Any] = {
             "outside": outside,
             "master_weights": master_weights,
@@ -148,8 +148,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_released()
-        if not self.state:  # the first step, and no state was loaded
+        if self._at_start and not self.state:  # the first step, and no state was loaded
             check_start(self.selection, self._named())
+        self._at_start = False
         work = [
             (bucket, group, [self._grad_of(parameter) for parameter in bucket.params])
             for group, buckets in zip(self.param_groups, self._current_buckets(), strict=True)
@@ -229,7 +230,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 if moved:
                     self.state[parameter] = moved
         reselected = Reselected(kept, self.selection.count - kept, selection.count - kept)
-        self.selection = selection
+        self.selection, self._at_start = selection, False
         self._attach()
         return reselected
 
@@ -270,7 +271,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._buckets = None
         if "_settings" in state:  # a copy, or from a pickle
-            self.grad_norm, self._released = None, None
+            self.grad_norm, self._released, self._at_start = None, None, not self.state
             self._attach()
 
     def _current_buckets(self) -> list[list[Bucket]]:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fishkern as fk
+from fishkern.selection import bound_to_start
 
 
 class Model(nn.Module):
@@ -242,3 +243,16 @@ def test_reselect_keeps_the_pool():
     optimizer = fk.MaskedAdamW(model, adapter(model), outside="freeze")
     with pytest.raises(ValueError, match="out of the same pool"):
         optimizer.reselect(adapter(model).restrict("*.weight"))
+
+
+def test_a_start_is_looked_at_once():
+    """At the first step; a selection that comes later does not ask the trained weights to stand where they began."""
+    model = Model()
+    first, second = (bound_to_start(adapter(model, entries), model) for entries in ((1, 7), (2, 8)))
+    optimizer = fk.MaskedSGD(model, first, lr=50.0, outside="freeze")
+    step(model, optimizer)
+    step(model, optimizer)
+    assert optimizer.reselect(second) == (0, 2, 2)
+    step(model, optimizer)
+    with pytest.raises(ValueError, match="start"):
+        step(model, fk.MaskedSGD(model, second))
