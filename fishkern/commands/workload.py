@@ -84,7 +84,8 @@ def prepare(work: Workload, samples: int) -> Prepared:
                 f"{work.model} does not say what it is trained for: give --task, one of {', '.join(models.TASKS)}."
             )
         columns = choose_columns(task, rows, {role: getattr(work, role) or None for role in CANDIDATES})
-        head = read_head(rows, columns, work.num_labels)
+        models.check_task(source, task)
+        head = None if models.task_of(source.config) == task else read_head(rows, columns, work.num_labels)
         processor, max_length = _processor(source, task, work)
         model, fresh = models.load(source, task, head=head, dtype=work.dtype, device=device, seed=work.seed)
         config = _config(model)

@@ -65,9 +65,9 @@ def locate(source: str, what: str) -> tuple[str, str | None]:
         NotADirectoryError: It is a file.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if source and path.is_dir():
         return str(path), "it is a folder"
-    if path.exists():
+    if path.is_file():
         raise NotADirectoryError(f"{source} is a file: a {what} is a folder, or an id on the hub.")
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
         raise FileNotFoundError(f"there is no folder {source}: a {what} is a folder, or an id on the hub.")
@@ -143,7 +143,6 @@ def quiet(downloads: bool = False) -> Iterator[list[str]]:
         for logger in loggers:
             logger.handlers, logger.propagate = [Collector(logging.WARNING)], False
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("default")
             yield notes
         for warning in caught:
             if not issubclass(warning.category, DeprecationWarning | PendingDeprecationWarning | FutureWarning):

@@ -128,6 +128,23 @@ def task_of(config: Any) -> str | None:
     return None
 
 
+def check_task(source: Source, task: str) -> None:
+    """Find out before anything is loaded whether a model can serve a task.
+
+    Args:
+        source: What :func:`find` returned.
+        task: One of :data:`TASKS`.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    import transformers
+
+    served = getattr(transformers, TASKS[task])._model_mapping.keys()  # no dict: its "in" does not see new models
+    if type(source.config) not in served:
+        raise ValueError(f"a {source.config.model_type} model cannot serve the task {task}: choose another --task.")
+
+
 def load(
     source: Source, task: str, *, head: Head | None = None, dtype: str = "auto", device: str, seed: int = 0
 ) -> tuple[nn.Module, list[str]]:
@@ -145,16 +162,14 @@ def load(
         The model, and the parameters that the checkpoint lacks: they have random weights.
 
     Raises:
-        ValueError: This model cannot serve the task, or the files are damaged.
+        ValueError: The files are damaged.
         RuntimeError: The device is out of memory.
     """  # noqa: DOC502
     import transformers
 
     auto = getattr(transformers, TASKS[task])
-    if type(source.config) not in auto._model_mapping.keys():  # noqa: SIM118 - no dict; asked before it is loaded
-        raise ValueError(f"a {source.config.model_type} model cannot serve the task {task}: choose another --task.")
     options: dict[str, Any] = {}
-    if head is not None and task_of(source.config) != task:
+    if head is not None:
         names = head.names or tuple(f"LABEL_{n}" for n in range(head.size))
         options = {
             "id2label": dict(enumerate(names)),

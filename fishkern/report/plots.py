@@ -53,12 +53,12 @@ def draw_selection(parts: Parts, *, title: str = "") -> Figure:
         title: Above the picture.
 
     Returns:
-        A matplotlib figure; grey is where nothing is selected.
+        A matplotlib figure; hatched is where nothing is selected.
     """
     map_height, width = _size(parts)
     figure = _figure(width, map_height)
     figure.suptitle("\n".join(filter(None, [title, "selected fraction of the coordinates"])), fontsize=10)
-    _map(figure, parts, lambda part: part.density, "selected / coordinates (grey: none)")
+    _map(figure, parts, lambda part: part.density, "selected / coordinates (hatched: none)")
     return figure
 
 
@@ -142,7 +142,7 @@ def _heat_map(axes: Axes, cells: Mapping[tuple[str, str], float], norm: LogNorm)
     values = torch.full((len(rows), len(columns)), torch.nan, dtype=torch.float64)
     for (row, column), value in cells.items():
         values[rows.index(row), columns.index(column)] = value if value > 0 else torch.nan
-    axes.set_facecolor("0.85")
+    axes.patch.set(facecolor="white", hatch="////", edgecolor="0.6")  # no shade of grey, which print gives to colours
     image = axes.pcolormesh(values.numpy(), norm=norm, cmap=_COLOURS, edgecolors="white", linewidth=0.5)
     every = max(1, len(rows) // 40)
     axes.set_yticks([place + 0.5 for place in range(0, len(rows), every)], rows[::every], fontsize=8)
@@ -159,8 +159,9 @@ def _distribution(axes: Axes, summary: Summary, label: str) -> None:
         begins = f"the top {summary.density:.2%} begins at {summary.threshold:.1e}"
         axes.axvline(summary.threshold, color="black", linestyle="--", linewidth=1, label=begins)
         axes.legend(fontsize=8, frameon=False)
-    axes.set(xscale="log", yscale="log")
-    axes.set_ylim(bottom=0.7)
+    if counts:
+        axes.set(xscale="log", yscale="log")
+        axes.set_ylim(bottom=0.7)
     axes.set_xlabel(label, fontsize=8)
     axes.set_ylabel("coordinates in a bin\n(8 bins to a factor of 10)", fontsize=8)
     axes.tick_params(labelsize=8)

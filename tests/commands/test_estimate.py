@@ -1,0 +1,149 @@
+"""``fishkern estimate``: from files to a file, equal to what Python gives on the same examples."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import fishkern as fk
+from tests.support.command import command, fresh
+
+
+def estimated(capsys, tmp_path, *arguments: object, samples: int = 6) -> tuple[fk.Statistics, dict, str]:
+    """The statistics that the command saves, its JSON, and what it noted."""
+    out = tmp_path / "fisher.safetensors"
+    status, output, error = command(capsys, "estimate", *arguments, "--samples", samples, "--out", out, "--json")
+    assert status == 0, error
+    found = json.loads(output)
+    assert found["file"] == str(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["fisher.safetensors"]
+    return fk.Statistics.load(out), found, error
+
+
+TASKS = {
+    "causal-lm": ("llama", "text.jsonl", "CausalLM"),
+    "masked-lm": ("bert", "lines.txt", "MaskedLM"),
+    "seq2seq-lm": ("t5", "text.jsonl", "Seq2SeqLM"),
+    "sequence-classification": ("classifier", "table.csv", "Classification"),
+    "an adapter": ("lora", "text.jsonl", "CausalLM"),
+    "an adapter that classifies": ("lora-classifier", "table.tsv", "Classification"),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_task_is_found(capsys, tmp_path, models, rows, task):
+    model, data, likelihood = TASKS[task]
+    statistics, found, _ = estimated(capsys, tmp_path, models / model, "--data", rows / data)
+    assert statistics.count == 6
+    assert found["task"] in (task, "causal-lm", "sequence-classification")
+    assert statistics.provenance["definition"]["likelihood"].startswith(likelihood)
+    assert statistics.provenance["runs"][0]["data"] == str(rows / data)
+    if "adapter" in task:
+        assert all("lora" in name or "classifier" in name for name in statistics)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "likelihood", "lacking"),
+    [
+        (("llama", "--task", "sequence-classification", "--text-pair", "other"), "Classification", "score.weight"),
+        (("llama", "--task", "sequence-classification", "--label", "score"), "Regression", "score.weight"),
+        (("llama", "--task", "sequence-classification", "--label", "name"), "Classification", "score.weight"),
+        (("bert", "--task", "token-classification"), "TokenClassification", "classifier.weight"),
+    ],
+    ids=str,
+)
+def test_a_fresh_head_is_announced(capsys, tmp_path, models, rows, arguments, likelihood, lacking):
+    data = rows / ("words.jsonl" if "token-classification" in arguments else "text.jsonl")
+    statistics, _, error = estimated(capsys, tmp_path, models / arguments[0], "--data", data, *arguments[1:])
+    assert lacking in error
+    assert "random weights" in error
+    assert statistics.provenance["definition"]["likelihood"].startswith(likelihood)
+
+
+def test_it_equals_the_library(capsys, tmp_path, models, rows):
+    """The same rows, tokenised by hand, whatever the size of the batches."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    arguments = (models / "llama", "--data", rows / "text.jsonl", "--first")
+    ours, _, _ = estimated(capsys, tmp_path, *arguments, "--batch-size", 4)
+    texts = [json.loads(line)["text"] for line in (rows / "text.jsonl").read_text().splitlines()[:6]]
+    tokenizer = AutoTokenizer.from_pretrained(models / "llama")
+    batch = dict(tokenizer(texts, padding=True, padding_side="right", return_tensors="pt"))
+    batch.pop("token_type_ids", None)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    theirs = fk.estimate(AutoModelForCausalLM.from_pretrained(models / "llama"), [batch])
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name])
+
+
+def test_the_seed_decides_which_rows(capsys, tmp_path, models, rows):
+    arguments = (models / "bert", "--data", rows / "text.jsonl")
+    first, again, other = (
+        estimated(capsys, tmp_path, *arguments, "--seed", seed, samples=4)[0] for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_masks_do_not_depend_on_the_batch(capsys, tmp_path, models, rows):
+    arguments = (models / "bert", "--data", rows / "text.jsonl")
+    one, five = (estimated(capsys, tmp_path, *arguments, "--batch-size", size)[0] for size in (1, 5))
+    for name in one:
+        torch.testing.assert_close(one[name], five[name], rtol=1e-3, atol=1e-9)
+
+
+def test_patterns_types_and_dtypes(capsys, tmp_path, models, rows):
+    arguments = (models / "llama", "--data", rows / "text.jsonl", "--parameters", "*q_proj*", "--parameters", "*norm*")
+    options = ("--fisher-type", "mc", "--mc-samples", 2, "--dtype", "bfloat16")
+    statistics, _, _ = estimated(capsys, tmp_path, *arguments, *options)
+    assert all("q_proj" in name or "norm" in name for name in statistics)
+    assert statistics.provenance["definition"]["fisher_type"] == "mc"
+    assert statistics.provenance["runs"][0]["dtype"] == ["bfloat16"]
+    assert statistics.provenance["runs"][0]["mc_samples"] == 2
+
+
+def test_only_the_answer_is_learned(capsys, tmp_path, models, rows):
+    arguments = (models / "llama", "--data", rows / "text.jsonl", "--target", "summary")
+    statistics, found, _ = estimated(capsys, tmp_path, *arguments)
+    assert found["columns"] == {"target": "summary", "text": "text"}
+    assert statistics.count == 6
+
+
+def test_empty_rows_are_passed_over_and_few_are_announced(capsys, tmp_path, models, rows):
+    statistics, _, error = estimated(capsys, tmp_path, models / "llama", "--data", rows / "lines.txt", samples=50)
+    assert statistics.count == 12
+    assert "11 rows passed over" in error
+    assert "12 examples, fewer than the 50 asked for" in error
+
+
+def test_a_batch_that_does_not_fit_is_halved(capsys, tmp_path, models, rows, monkeypatch):
+    estimate, sizes = fk.estimate, []
+
+    def small_memory(model, batches, *arguments, **options):
+        sizes.append(len(batches[0]["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return estimate(model, batches, *arguments, **options)
+
+    monkeypatch.setattr(fk, "estimate", small_memory)
+    arguments = (models / "llama", "--data", rows / "text.jsonl")
+    _, found, error = estimated(capsys, tmp_path, *arguments, samples=9)
+    assert sizes == [8, 4, 2]
+    assert found["batch_size"] == 2
+    assert "batch size of 4" in error
+    status, _, error = command(capsys, "estimate", *arguments, "--batch-size", 4, "--out", tmp_path / "b")
+    assert status == 2
+    assert "smaller --batch-size" in error
+
+
+def test_a_command_of_its_own(tmp_path, models, rows):
+    """Nothing but the result on standard output, no noise of the libraries beside it."""
+    arguments = ["estimate", str(models / "lora"), "--data", str(rows / "table.csv"), "--first", "--samples", "4"]
+    done = fresh([*arguments, "--out", str(tmp_path / "fisher")])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "fused" in done.stdout
+    assert done.stdout.rstrip().splitlines()[-1].startswith("Next:  fishkern show")
+    assert [path.name for path in tmp_path.iterdir()] == ["fisher.safetensors"]

@@ -1,0 +1,168 @@
+"""Bad input of every kind: one clear line, exit status 2, nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import fishkern as fk
+from tests.support.command import command, refused
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the command would write; empty when the test ends."""
+    out = tmp_path / "out"
+    out.mkdir()
+    yield out
+    assert not list(out.iterdir())
+
+
+def estimate(capsys, folder, model, data, *arguments: object) -> str:
+    return refused(capsys, "estimate", model, "--data", data, "--samples", 4, "--out", folder / "f", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "arguments", "words"),
+    [
+        ("none", "text.jsonl", (), ("no folder", "none")),
+        ("llama/config.json", "text.jsonl", (), ("is a file", "folder")),
+        ("llama", "none.csv", (), ("no file or folder", "none.csv")),
+        ("llama", "text.jsonl", ("--task", "poetry"), ("--task", "causal-lm", "'poetry'")),
+        ("llama", "text.jsonl", ("--task", "image-classification"), ("--image", "text, other")),
+        ("vit", "text.jsonl", ("--task", "causal-lm"), ("vit", "causal-lm")),
+        ("llama", "text.jsonl", ("--text", "body"), ("'body'", "--text", "text, other")),
+        ("llama", "text.jsonl", ("--label", "label"), ("causal-lm", "--label", "--text")),
+        ("llama", "text.jsonl", ("--text", "label"), ("int", "'label'", "--text")),
+        ("bert", "text.jsonl", ("--task", "token-classification"), ("--words",)),
+        ("llama", "text.jsonl", ("--task", "masked-lm"), ("llama", "masked-lm")),
+        ("llama", "text.jsonl", ("--dtype", "int4"), ("--dtype", "'int4'")),
+        ("llama", "text.jsonl", ("--device", "abacus"), ("--device", "abacus")),
+        ("llama", "text.jsonl", ("--max-length", 5000), ("5000", "2048")),
+        ("llama", "text.jsonl", ("--parameters", "zzz"), ("zzz", "model.embed_tokens.weight")),
+        ("llama", "text.jsonl", ("--fisher-type", "true"), ("fisher_type", "'true'")),
+        ("llama", "text.jsonl", ("--tokenizer", "nowhere/at/all"), ("tokenizer", "nowhere/at/all")),
+        ("llama", "text.jsonl", ("--base", "llama"), ("adapter_config.json", "--base")),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_named_wrongly(capsys, folder, models, rows, model, data, arguments, words):
+    line = estimate(capsys, folder, models / model, rows / data, *arguments)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "", ("empty",)),
+        ("a.csv", "text,label\n", ("no row",)),
+        ("a.jsonl", '{"text": "sea"', ("cannot be read",)),
+        ("a.parquet", "no parquet", ("cannot be read",)),
+        ("a.xlsx", "?", (".parquet", ".csv")),
+        ("a.txt", "\n\n\n", ("no row with something to learn from",)),
+    ],
+    ids=str,
+)
+def test_data_that_cannot_be_used(capsys, folder, tmp_path, models, name, content, words):
+    (tmp_path / name).write_text(content)
+    line = estimate(capsys, folder, models / "llama", tmp_path / name)
+    assert all(word in line for word in (*words, name)), line
+
+
+def test_a_split_that_is_not_there(capsys, folder, tmp_path, models, rows):
+    (tmp_path / "data").mkdir()
+    shutil.copy(rows / "table.csv", tmp_path / "data" / "train.csv")
+    assert "validation" in estimate(capsys, folder, models / "llama", tmp_path / "data", "--split", "validation")
+
+
+@pytest.mark.parametrize("label", [3, -1, None, "blue", 0.5], ids=str)
+def test_labels_out_of_range(capsys, folder, tmp_path, models, label):
+    rows = [{"text": "the sea", "label": label}] * 3
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    line = estimate(capsys, folder, models / "classifier", tmp_path / "a.jsonl", "--first")
+    assert "label" in line
+    assert "the model knows" in line
+
+
+def test_another_models_tokenizer(capsys, folder, tmp_path, models, rows):
+    """Its tokens are beyond the embedding."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models / "llama")
+    tokenizer.add_tokens([f"word{n}" for n in range(60)])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "a.txt").write_text("the sea word59\n")
+    line = estimate(capsys, folder, models / "llama", tmp_path / "a.txt", "--tokenizer", tmp_path / "tokenizer")
+    assert "--tokenizer" in line
+    assert "41" in line
+
+
+def test_a_model_without_tokenizer(capsys, folder, tmp_path, models, rows):
+    shutil.copytree(models / "llama", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert "--tokenizer" in estimate(capsys, folder, tmp_path / "bare", rows / "text.jsonl")
+
+
+def test_a_damaged_model(capsys, folder, tmp_path, models, rows):
+    shutil.copytree(models / "llama", tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"\0" * 100)
+    assert "damaged" in estimate(capsys, folder, tmp_path / "damaged", rows / "text.jsonl")
+
+
+def test_an_adapter_whose_base_has_moved(capsys, folder, tmp_path, models, rows):
+    shutil.copytree(models / "lora", tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/moved/away"
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    line = estimate(capsys, folder, tmp_path / "lora", rows / "text.jsonl")
+    assert "/moved/away" in line
+    assert "--base" in line
+    arguments = ("--base", models / "llama", "--samples", 2, "--out", tmp_path / "f")
+    assert command(capsys, "estimate", tmp_path / "lora", "--data", rows / "text.jsonl", *arguments)[0] == 0
+
+
+def test_no_hub(capsys, folder, models, rows):
+    """At once: the libraries' own attempts take half a minute."""
+    assert "the hub cannot be asked" in estimate(capsys, folder, "nobody/nothing", rows / "text.jsonl")
+    assert "the hub cannot be asked" in estimate(capsys, folder, models / "llama", "nobody/nothing")
+
+
+def test_no_space_left(capsys, folder, models, rows, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "no space left" in estimate(capsys, folder, models / "llama", rows / "text.jsonl")
+
+
+def test_a_read_only_folder_is_noticed_before_the_work(capsys, folder, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # chmod does not stop root
+    assert "may not be written to" in estimate(capsys, folder, "never/loaded", "never/loaded")
+
+
+def test_a_missing_folder_is_noticed_before_the_work(capsys, folder):
+    line = estimate(capsys, folder / "none", "never/loaded", "never/loaded")
+    assert "does not exist" in line
+
+
+def test_a_model_is_not_overwritten(capsys, models):
+    path = models / "llama" / "model.safetensors"
+    before = path.read_bytes()
+    assert "not overwritten" in refused(capsys, "estimate", "never", "--data", "never", "--out", path)
+    assert path.read_bytes() == before
+
+
+def test_an_interrupt_leaves_nothing(capsys, folder, models, rows, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fk, "estimate", interrupted)
+    status, _, error = command(
+        capsys, "estimate", models / "llama", "--data", rows / "text.jsonl", "--out", folder / "f", "--samples", 2
+    )
+    assert status == 130
+    assert "interrupted" in error

@@ -1,0 +1,109 @@
+"""``fishkern show`` and ``fishkern select``: what a file holds, and what is chosen out of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import fishkern as fk
+from tests.support.command import command, refused
+
+NAMES = ["embed.weight", *(f"layers.{n}.{m}.weight" for n in range(3) for m in ("up", "down"))]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    scores = {name: torch.rand(8, 25) for name in NAMES}
+    definition = {"estimator": "DiagonalFisher", "fisher_type": "empirical", "unit": "example"}
+    runs = [{"model": "LlamaForCausalLM", "dtype": ["float32"], "data": "glue/cola"}]
+    statistics = fk.Statistics(scores, count=7, provenance={"definition": definition, "runs": runs})
+    return statistics.save(tmp_path / "fisher.safetensors")
+
+
+def test_statistics(capsys, saved):
+    status, output, error = command(capsys, "show", saved)
+    assert (status, error) == (0, "")
+    assert all(word in output for word in ("embed", "layer 2", "down", "glue/cola", "mean over 7 examples"))
+
+
+def test_statistics_as_json(capsys, saved):
+    status, output, _ = command(capsys, "show", saved, "--json", "--density", 0.1)
+    found = json.loads(output)
+    assert status == 0
+    assert found["count"] == 7
+    assert found["whole"]["coordinates"] == 1400
+    assert found["whole"]["selected"] == 140
+    assert found["runs"][0]["data"] == "glue/cola"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
+def test_a_picture(capsys, saved, tmp_path, suffix):
+    pytest.importorskip("matplotlib")
+    status, output, error = command(capsys, "show", saved, "--plot", tmp_path / f"a{suffix}")
+    assert (status, error) == (0, "")
+    assert f"a{suffix}" in output
+    assert (tmp_path / f"a{suffix}").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ((), fk.GlobalTopK(density=0.005)),
+        (("--density", 0.1, "--never", "embed.*"), fk.GlobalTopK(density=0.1, never="embed.*")),
+        (("--rule", "per-tensor", "--k", 3, "--smallest"), fk.PerTensorTopK(k=3, order="smallest")),
+        (("--rule", "per-row", "--k", 2, "--always", "*.up.*"), fk.PerRowTopK(2, always="*.up.*")),
+        (("--rule", "random", "--density", 0.1, "--seed", 4), fk.Random(density=0.1, seed=4)),
+    ],
+    ids=str,
+)
+def test_a_selection_is_that_of_its_rule(capsys, saved, tmp_path, arguments, rule):
+    out = tmp_path / "selection.safetensors"
+    status, output, _ = command(capsys, "select", saved, *arguments, "--out", out)
+    assert status == 0
+    assert str(out) in output
+    assert fk.Selection.load(out) == fk.select(fk.Statistics.load(saved), rule)
+
+
+def test_a_selection_is_shown_drawn_and_compared(capsys, saved, tmp_path):
+    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    status, output, _ = command(capsys, "select", saved, "--density", 0.1, "--out", one, "--json")
+    assert status == 0
+    assert json.loads(output)["count"] == 140
+    command(capsys, "select", saved, "--density", 0.05, "--out", other)
+    status, output, _ = command(capsys, "show", one)
+    assert status == 0
+    assert "140 of 1,400" in output
+    assert "layer 2" in output
+    found = json.loads(command(capsys, "show", one, "--json")[1])
+    assert sum(part["selected"] for part in found["layers"].values()) == 140
+    status, output, _ = command(capsys, "show", one, other)
+    assert status == 0
+    assert "overlap 50.00%" in output
+    assert json.loads(command(capsys, "show", one, other, "--json")[1])["shared"] == 70
+    pytest.importorskip("matplotlib")
+    assert command(capsys, "show", one, "--plot", tmp_path / "a.png")[0] == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_shown_is_refused(capsys, saved, tmp_path):
+    assert "nothing to load" in refused(capsys, "show", tmp_path / "none.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(saved.read_bytes()[:-10])
+    assert "truncated" in refused(capsys, "show", tmp_path / "cut.safetensors")
+    assert ".png" in refused(capsys, "show", saved, "--plot", tmp_path / "a.gif")
+    assert "does not exist" in refused(capsys, "show", saved, "--plot", tmp_path / "none" / "a.png")
+    assert "density" in refused(capsys, "show", saved, "--density", 2)
+    assert "only two selections" in refused(capsys, "show", saved, saved)
+
+
+def test_what_cannot_be_selected_is_refused(capsys, saved, tmp_path):
+    out = ("--out", tmp_path / "selection.safetensors")
+    assert "--rule" in refused(capsys, "select", saved, "--rule", "best", *out)
+    assert "--k" in refused(capsys, "select", saved, "--rule", "per-row", *out)
+    assert "k or density" in refused(capsys, "select", saved, "--k", 1, "--density", 0.1, *out)
+    assert "density" in refused(capsys, "select", saved, "--density", 0, *out)
+    assert "2,000" in refused(capsys, "select", saved, "--k", 2000, *out)
+    assert "no.such" in refused(capsys, "select", saved, "--always", "no.such", *out)
+    assert "not overwritten" in refused(capsys, "select", saved, "--out", saved)
+    assert [path.name for path in tmp_path.iterdir()] == ["fisher.safetensors"]

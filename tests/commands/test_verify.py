@@ -1,0 +1,93 @@
+"""``fishkern verify``: status 0 where the loop agrees, 1 where it does not, 2 where nothing can be compared."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+
+import pytest
+
+import fishkern as fk
+from tests.support.command import command, refused
+
+
+@pytest.fixture
+def arguments(models, rows) -> tuple:
+    return (models / "lora", "--data", rows / "text.jsonl")
+
+
+@pytest.fixture
+def saved(capsys, tmp_path, arguments):
+    path = tmp_path / "fisher.safetensors"
+    assert command(capsys, "estimate", *arguments, "--samples", 6, "--out", path)[0] == 0
+    return path
+
+
+def test_an_estimate_holds(capsys, tmp_path, arguments):
+    report = tmp_path / "report.json"
+    status, output, error = command(capsys, "verify", *arguments, "--samples", 6, "--json", report)
+    assert (status, error) == (0, "")
+    assert "q_proj.lora_A" in output
+    assert "It holds." in output
+    found = json.loads(report.read_text())
+    assert found["ok"] is True
+    assert found["examples"] == 6
+    assert found["coverage"].keys() == {"fused", "left out"}
+
+
+def test_the_report_alone(capsys, arguments):
+    status, output, _ = command(capsys, "verify", *arguments, "--samples", 3, "--json", "-")
+    assert status == 0
+    assert json.loads(output)["ok"] is True
+
+
+def test_a_file_holds(capsys, saved, arguments):
+    status, output, _ = command(capsys, "verify", *arguments, "--statistics", saved)
+    assert status == 0
+    assert "6 examples" in output
+
+
+def test_a_wrong_file_fails_by_name(capsys, saved, arguments):
+    held = fk.Statistics.load(saved)
+    name = next(iter(held))
+    wrong = {key: value * (1.5 if key == name else 1.0) for key, value in held.items()}
+    fk.Statistics(wrong, count=held.count, provenance=held.provenance, coverage=held.coverage).save(saved)
+    status, output, _ = command(capsys, "verify", *arguments, "--statistics", saved)
+    assert status == 1
+    assert "FAILS" in output
+    assert f"{name}: error 5.0e-01" in output
+
+
+def test_a_file_of_other_examples_is_refused(capsys, saved, arguments, rows):
+    assert "seed 1" in refused(capsys, "verify", *arguments, "--statistics", saved, "--seed", 1)
+    assert "these options give 3" in refused(capsys, "verify", *arguments, "--statistics", saved, "--samples", 3)
+    other = (arguments[0], "--data", rows / "table.csv", "--statistics", saved)
+    assert "table.csv" in refused(capsys, "verify", *other)
+
+
+def test_only_some_parameters(capsys, arguments):
+    status, output, _ = command(capsys, "verify", *arguments, "--samples", 3, "--parameters", "*lora_B*")
+    assert status == 0
+    assert "lora_A" not in output
+
+
+def test_bfloat16_is_judged_by_its_own_noise(capsys, arguments):
+    assert command(capsys, "verify", *arguments, "--samples", 4, "--dtype", "bfloat16")[0] == 0
+
+
+def test_a_report_that_cannot_be_written(capsys, arguments, tmp_path):
+    status, _, error = command(capsys, "verify", *arguments, "--samples", 2, "--json", tmp_path / "none" / "r.json")
+    assert status == 2
+    assert "does not exist" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_whose_statistics_are_not_the_loops(capsys, arguments, monkeypatch):
+    """What the command is for: a wrong estimate does not pass."""
+    def batch_gradient(model, batches, **options):
+        return dict(fk.estimate(model, batches, fk.DiagonalFisher(unit="batch"), parameters=options["parameters"]))
+
+    monkeypatch.setattr(import_module("fishkern.statistics.verify"), "estimate", batch_gradient)
+    status, output, _ = command(capsys, "verify", *arguments, "--samples", 6)
+    assert status == 1
+    assert "It does not hold" in output
