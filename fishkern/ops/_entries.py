@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 # Entries worked on at a time, for each thread: few enough that what a chunk gathers is still in the cache when it is
-# updated and scattered.
-_CHUNK = 2**14
+# updated and scattered, many enough that the calls cost little.
+_CHUNK = 2**16
 
 Update = Callable[[slice, float, Tensor, Tensor], None]
 
 
 class _Piece(NamedTuple):
-    """A part of one parameter's selected entries."""
+    """Selected entries of one parameter, from ``start`` to before ``stop``."""
 
     parameter: int
     start: int
@@ -63,22 +63,13 @@ def check_entries(
             f"got {len(params)}, {len(grads)}, {len(indices)} and {len(steps)}."
         )
     flat_params, flat_grads, partial, K = [], [], [], 0
-    index_dtype = None
+    dtypes, index_dtypes = set(), set()
     for i, (param, grad, chosen) in enumerate(zip(params, grads, indices, strict=True)):
-        if param.dtype != params[0].dtype or param.device != params[0].device:
-            raise ValueError(
-                "the parameters of one call must have one dtype and device, got "
-                f"{params[0].dtype} on {params[0].device} and {param.dtype} on {param.device}: call once for each."
-            )
+        dtypes.add((param.dtype, param.device))
+        numel = count = param.numel()
         if chosen is not None:
-            if chosen.dtype not in (torch.int32, torch.int64):
-                raise ValueError(f"indices must be int32 or int64, got {chosen.dtype}.")
-            index_dtype = index_dtype or chosen.dtype
-            if chosen.dtype != index_dtype:
-                raise ValueError(
-                    "the indices of one call must have one dtype, got int32 and int64: cast them to int64."
-                )
-        count = param.numel() if chosen is None else len(chosen)
+            index_dtypes.add(chosen.dtype)
+            count = chosen.numel()
         if grad is not None:
             if grad.layout != torch.strided:
                 raise ValueError(f"gradient {i} is sparse ({grad.layout}): make it dense.")
@@ -87,17 +78,23 @@ def check_entries(
                     f"gradient {i} must be {tuple(param.shape)}, the parameter's shape, or ({count},), that of its "
                     f"selected entries, got {tuple(grad.shape)}."
                 )
-            grad = grad.contiguous().view(-1)
-        flat_params.append(param.detach().contiguous().view(-1))
+            grad = _flat(grad)
+        flat_params.append(_flat(param))
         flat_grads.append(grad)
-        partial.append(None if count == param.numel() else chosen)
+        partial.append(None if count == numel else chosen)
         K += count
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"the parameters of one call must have one dtype and device, got {_listed(dtypes)}: call once for each."
+        )
+    if len(index_dtypes) > 1 or not index_dtypes <= {torch.int32, torch.int64}:
+        raise ValueError(f"indices must be int32 or int64, one dtype in one call, got {_listed(index_dtypes)}.")
     dtype = params[0].dtype if params and master is None else torch.float32
-    dtypes = dict.fromkeys(state, dtype) | {"master": torch.float32, "starts": torch.float32}
+    wanted = dict.fromkeys(state, dtype) | {"master": torch.float32, "starts": torch.float32}
     for name, tensor in {**state, "master": master, "starts": starts}.items():
-        if tensor is not None and (tuple(tensor.shape), tensor.dtype) != ((K,), dtypes[name]):
+        if tensor is not None and (tuple(tensor.shape), tensor.dtype) != ((K,), wanted[name]):
             raise ValueError(
-                f"{name} must be {dtypes[name]}, ({K},), one number for each selected entry, "
+                f"{name} must be {wanted[name]}, ({K},), one number for each selected entry, "
                 f"got {tensor.dtype}, {tuple(tensor.shape)}."
             )
     return flat_params, flat_grads, partial
@@ -136,17 +133,16 @@ def update_entries_(
         master: ``[K]``, the weights that are updated in the place of the rounded ones in ``params``.
         scale: What gradients are multiplied by, zero-dimensional.
     """
-    counts = [param.numel() if chosen is None else len(chosen) for param, chosen in zip(params, indices, strict=True)]
+    counts = [
+        param.numel() if chosen is None else chosen.numel() for param, chosen in zip(params, indices, strict=True)
+    ]
     for pieces, span, step in _chunks(counts, grads, steps.tolist(), dtype):
-        grad = _gather([_source(grads, indices, piece, counts) for piece in pieces]).to(dtype)
+        grad = _gather(grads, indices, counts, pieces).to(dtype)
         if scale is not None:
             grad = grad * scale
         if maximize:
             grad = -grad
-        if master is None:
-            weight = _gather([_source(params, indices, piece, counts) for piece in pieces])
-        else:
-            weight = master[span]
+        weight = _gather(params, indices, counts, pieces) if master is None else master[span]
         update(span, step, weight, grad)
         _scatter_(params, indices, pieces, weight)
 
@@ -178,38 +174,49 @@ def _chunks(
         yield pieces, slice(first, end), steps[pieces[0].parameter]
 
 
-def _source(
-    tensors: Sequence[Tensor], indices: Sequence[Tensor | None], piece: _Piece, counts: Sequence[int]
-) -> tuple[Tensor, Tensor | None]:
-    """Where a piece's numbers stand: a tensor, and the places in it unless it is all of it."""
-    i, start, stop = piece
-    tensor, chosen = tensors[i], indices[i]
-    whole = stop - start == counts[i]
-    if chosen is None or len(tensor) == counts[i]:  # all are selected, or these are the selected ones already
-        return tensor if whole else tensor[start:stop], None
-    return tensor, chosen if whole else chosen[start:stop]
+def _listed(things: set) -> str:
+    return " and ".join(sorted(map(str, things)))
 
 
-def _gather(sources: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.view(-1) if tensor.is_contiguous() else tensor.contiguous().view(-1)
+
+
+def _gather(
+    tensors: Sequence[Tensor], indices: Sequence[Tensor | None], counts: Sequence[int], pieces: list[_Piece]
+) -> Tensor:
     """Read the numbers of a chunk one after the other; a view where they stand so."""
-    if len(sources) == 1:
-        ((tensor, chosen),) = sources
-        return tensor if chosen is None else tensor.index_select(0, chosen)
-    sizes = [len(tensor if chosen is None else chosen) for tensor, chosen in sources]
-    gathered = sources[0][0].new_empty(sum(sizes))
-    for (tensor, chosen), part in zip(sources, gathered.split(sizes), strict=True):
-        if chosen is None:
-            part.copy_(tensor)
+    if len(pieces) == 1:
+        ((i, start, stop),) = pieces
+        if indices[i] is None or tensors[i].numel() == counts[i]:  # all are selected, or these are the selected ones
+            return tensors[i][start:stop]
+        return tensors[i].index_select(0, indices[i][start:stop])
+    sizes = [counts[i] for i, _, _ in pieces]  # several pieces are whole
+    gathered = tensors[pieces[0].parameter].new_empty(sum(sizes))
+    for (i, _, _), part in zip(pieces, gathered.split(sizes), strict=True):
+        if indices[i] is None or tensors[i].numel() == counts[i]:
+            part.copy_(tensors[i])
         else:
-            torch.index_select(tensor, 0, chosen, out=part)
+            torch.index_select(tensors[i], 0, indices[i], out=part)
     return gathered
 
 
 def _scatter_(params: Sequence[Tensor], indices: Sequence[Tensor | None], pieces: list[_Piece], weight: Tensor) -> None:
     """Write the weights of a chunk to where they belong."""
     weight = weight.to(params[0].dtype)
-    for (i, start, stop), values in zip(pieces, weight.split([p.stop - p.start for p in pieces]), strict=True):
+    if len(pieces) == 1:
+        ((i, start, stop),) = pieces
         if indices[i] is not None:
-            params[i].scatter_(0, indices[i][start:stop].long(), values)
-        elif values.data_ptr() != params[i][start:].data_ptr():  # else it was updated where it stands
-            params[i][start:stop] = values
+            params[i].scatter_(0, indices[i][start:stop].long(), weight)
+        elif weight.data_ptr() != params[i][start:].data_ptr():  # else it was updated where it stands
+            params[i][start:stop] = weight
+        return
+    partial = [i for i, _, _ in pieces if indices[i] is not None]
+    places = iter(())
+    if partial:  # one conversion for all: scatter_ takes no int32
+        places = iter(torch.cat([indices[i] for i in partial]).long().split([indices[i].numel() for i in partial]))
+    for (i, _, _), values in zip(pieces, weight.split([stop for _, _, stop in pieces]), strict=True):
+        if indices[i] is None:
+            params[i].copy_(values)
+        else:
+            params[i].scatter_(0, next(places), values)

@@ -92,6 +92,12 @@ def same_state(a, b) -> bool:
     )
 
 
+def test_every_optimizer_is_listed():
+    exported = [value for value in vars(fk).values() if isinstance(value, type)]
+    optimizers = {cls for cls in exported if issubclass(cls, fk.MaskedOptimizer)} - {fk.MaskedOptimizer}
+    assert optimizers == {kind.masked for kind in OPTIMIZERS.values()}
+
+
 @every_optimizer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("maximize", [False, True])
