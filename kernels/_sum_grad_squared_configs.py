@@ -28,7 +28,7 @@ MOST_PARTS = 64
 
 @dataclass(frozen=True)
 class Config:
-    """One way to cut the work, in the launch options' order.
+    """One way to cut the work.
 
     Args:
         BLOCK_O: Rows of a tile of the result.

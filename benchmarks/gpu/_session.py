@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +23,7 @@ from benchmarks.provenance import gpu_state, machine, software
 ROOT = Path(__file__).resolve().parents[2]
 # The machine comes first, since records tell shares of its roofs, and what takes longest comes last.
 FIRST, LAST = "roofs", "whole_pass"
+WORKERS = 8
 
 
 def discover() -> dict[str, ModuleType]:
@@ -44,8 +47,10 @@ def pass_on_device(tests: list[str]) -> bool:
     """Run tests on the device; those that need much of its memory too."""
     if not tests:
         return True
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "gpu or not slow", *tests]
-    return subprocess.run(command, cwd=ROOT).returncode == 0
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "gpu or not slow"]
+    if torch.cuda.is_available() and find_spec("xdist"):
+        options += ["-n", str(min(WORKERS, os.cpu_count() or 1))]  # most of the time goes into compiling, one each
+    return subprocess.run([sys.executable, "-m", "pytest", *options, *tests], cwd=ROOT).returncode == 0
 
 
 def recorded(folder: Path) -> list[Record]:
