@@ -68,7 +68,7 @@ class TopK:
             os.fsync(file.fileno())  # only what is on the disk can be dropped from the page cache
 
 
-IN_MEMORY = [TopK(10**8), TopK(10**9)]
+IN_MEMORY = [TopK(10**8, blocks=50), TopK(10**9)]
 IN_FILE = [TopK(2 * 10**9)]
 
 

@@ -11,12 +11,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from fishkern.files import PIECE, AnyTensor, StoredTensor
+from fishkern.files import AnyTensor, StoredTensor
 
-# On a GPU a piece is one round of launches, so that it must be larger than what a CPU's cache holds.
-_PIECE_ON_GPU = 2**26
-# Blocks below this share of a piece are worked on together, lest a hundred thousand small ones cost a call each.
-_SMALL_SHARE = 16
+# A piece is a dozen calls, which two threads share: larger than what a cache holds is no slower, and wakes them less.
+_PIECE, _PIECE_ON_GPU = 2**22, 2**26
+# Small blocks are copied together into one piece, lest a hundred thousand of them cost a piece each.
+_SMALL, _PACKED = 2**16, 2**20
 # A sample is made of runs of neighbours: what one random access to memory, or one to a disk, brings anyway.
 _RUN, _RUN_ON_DISK, _MOST_RUNS_ON_DISK = 16, 1024, 4096
 
@@ -118,9 +118,9 @@ class Scores:
         waiting: list[Tensor] = []  # small neighbours on one device
         first = held = 0
         for number, block in enumerate(self.blocks):
-            size = PIECE if block.device.type == "cpu" else _PIECE_ON_GPU
-            small = isinstance(block, Tensor) and block.numel() * _SMALL_SHARE <= size
-            if waiting and (not small or held + block.numel() > size or waiting[0].device != block.device):
+            size = _PIECE if block.device.type == "cpu" else _PIECE_ON_GPU
+            small = isinstance(block, Tensor) and block.numel() <= _SMALL
+            if waiting and (not small or held + block.numel() > _PACKED or waiting[0].device != block.device):
                 yield self._joined(first, waiting)
                 waiting = []
             if small:

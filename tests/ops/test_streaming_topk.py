@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from itertools import pairwise
 from math import inf, nan
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def oracle(blocks: list[Tensor], k: int, order: str) -> list[Tensor]:
     starts = torch.tensor([0, *(block.numel() for block in blocks)]).cumsum(0)
     return [
         first[(first >= start) & (first < end)].sort().values - start
-        for start, end in zip(starts[:-1], starts[1:], strict=True)
+        for start, end in pairwise(starts)
     ]
 
 
@@ -73,8 +74,8 @@ KS = [1, N // 10_000, N // 200, N // 10, N // 2, 3 * N // 4, N - 1, N]
 # Which way through the algorithm: all scores are candidates; a sampled bracket; one with an upper end, thinned at once.
 WAYS = {
     "all": {},
-    "sampled": {"_SMALLEST_SAMPLE": 2048, "PIECE": 4096},
-    "upper end": {"_SMALLEST_SAMPLE": 2048, "_KEEP_VALUES": 0, "_SLACK": 0, "PIECE": 1000},
+    "sampled": {"_SMALLEST_SAMPLE": 2048, "_PIECE": 4096, "_SMALL": 256},
+    "upper end": {"_SMALLEST_SAMPLE": 2048, "_KEEP_VALUES": 0, "_SLACK": 0, "_PIECE": 1000, "_SMALL": 62},
 }
 
 
@@ -198,7 +199,9 @@ def test_property(data: st.DataObject):
     blocks = [scores[start:end].to(data.draw(dtypes)) for start, end in ends]
     k = data.draw(st.integers(0, total))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_scores, "PIECE", data.draw(st.sampled_from([16, 50, 2**20])))
+        patch.setattr(_scores, "_PIECE", data.draw(st.sampled_from([16, 50, 2**22])))
+        patch.setattr(_scores, "_SMALL", data.draw(st.sampled_from([0, 5, 2**16])))
+        patch.setattr(_scores, "_PACKED", data.draw(st.sampled_from([8, 2**20])))
         patch.setattr(op, "_SMALLEST_SAMPLE", data.draw(st.sampled_from([16, 64, 2**16])))
         patch.setattr(op, "_KEEP_VALUES", data.draw(st.sampled_from([0, 2**24])))
         patch.setattr(_candidates, "_SLACK", data.draw(st.sampled_from([0, 2**22])))
