@@ -156,12 +156,11 @@ def _reaching(piece: Piece, floor: float, strict: bool, largest: bool, rows: int
     if 2 * len(hits) > columns:
         indices = reaches(values, floor).nonzero().view(-1)
         return _narrow(indices, values), values[indices]
-    starts = torch.arange(0, columns * rows, max(1, columns), device=values.device)
-    places = (starts[:, None] + hits).view(-1)  # ascending
-    looked_at = values[places]
-    found = reaches(looked_at, floor).nonzero().view(-1)
+    looked_at = table.index_select(1, hits).view(-1)
+    found = reaches(looked_at, floor).nonzero().view(-1)  # ascending in the table too
+    row = found.div(max(1, len(hits)), rounding_mode="floor")
     in_rest = reaches(rest, floor).nonzero().view(-1)
-    indices = torch.cat([places[found], in_rest + columns * rows])
+    indices = torch.cat([row * columns + hits[found - row * len(hits)], in_rest + columns * rows])
     return _narrow(indices, values), torch.cat([looked_at[found], rest[in_rest]])
 
 
