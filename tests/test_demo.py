@@ -23,7 +23,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     from typer.testing import CliRunner
 
     folder = tmp_path_factory.mktemp("demo") / "made" / "on the way"
-    arguments = ["demo", "--seconds", "1", "--examples", "20", "--device", "cpu", "--out", str(folder)]
+    arguments = ["demo", "--seconds", "1", "--examples", "20", "--steps", "6", "--device", "cpu", "--out", str(folder)]
     done = CliRunner().invoke(cli.application(), arguments, catch_exceptions=False)
     assert done.exit_code == 0
     return done.output, folder
@@ -32,9 +32,10 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 def test_the_file_is_there_and_loads(shown):
     _, folder = shown
     names = {path.name for path in folder.iterdir()}
-    assert names - {"fisher.png"} == {"fisher.safetensors"}
+    assert names - {"fisher.png", "tuning.png"} == {"fisher.safetensors"}
     if find_spec("matplotlib"):
-        assert (folder / "fisher.png").read_bytes().startswith(b"\x89PNG")
+        for name in ("fisher.png", "tuning.png"):
+            assert (folder / name).read_bytes().startswith(b"\x89PNG")
     statistics = fk.Statistics.load(folder / "fisher.safetensors")
     assert statistics.count == 20
     assert statistics.provenance["definition"]["unit"] == "example"
@@ -58,6 +59,16 @@ def test_the_verification_holds(shown):
     (error,) = re.findall(r"largest relative error (\S+),", output)
     assert float(error) < 1e-4
     assert "the largest 0.5% of all entries: 100.00% the same" in output
+
+
+def test_every_way_trains_as_many_entries_and_learns(shown):
+    output, _ = shown
+    rows = {cells[0].strip(): cells[1:] for cells in (line.strip("│").split("│") for line in output.splitlines())
+            if cells[0].strip() in ("Fisher", "random", "reverse", "plain LoRA")}  # fmt: skip
+    assert len(rows) == 4
+    assert len({cells[0] for cells in rows.values()}) == 1  # trained
+    assert len({cells[1] for cells in rows.values()}) == 1  # before: PiSSA changes nothing
+    assert all(float(cells[2]) < float(cells[1]) for cells in rows.values())
 
 
 def test_the_last_line_says_what_to_try(shown):
