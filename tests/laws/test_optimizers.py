@@ -471,3 +471,21 @@ def test_hooks_go_with_the_optimizer(kind):
     gc.collect()
     loss_of(model, 0).backward()
     assert model[0].weight.grad is not None
+
+
+@every_optimizer
+def test_backends_agree(kind, backend):
+    """The kernel trains a model to the weights that the reference gives."""
+    model, expected = tiny(), tiny()
+    selection = some(model)
+    with fk.use_backend(backend):
+        optimizer = kind.make(model, selection, max_grad_norm=0.1)
+        train(model, optimizer, range(3))
+        optimizer.reselect(some(model, seed=1))
+        train(model, optimizer, range(3, 5))
+    with fk.use_backend("torch"):
+        optimizer = kind.make(expected, selection, max_grad_norm=0.1)
+        train(expected, optimizer, range(3))
+        optimizer.reselect(some(expected, seed=1))
+        train(expected, optimizer, range(3, 5))
+    torch.testing.assert_close(weights(model), weights(expected))
