@@ -63,12 +63,14 @@ def check_entries(
             f"got {len(params)}, {len(grads)}, {len(indices)} and {len(steps)}."
         )
     flat_params, flat_grads, partial, K = [], [], [], 0
-    dtypes, index_dtypes = set(), set()
+    dtypes, index_dtypes, devices = set(), set(), {steps.device}
     for i, (param, grad, chosen) in enumerate(zip(params, grads, indices, strict=True)):
-        dtypes.add((param.dtype, param.device))
+        dtypes.add(param.dtype)
+        devices.add(param.device)
         numel = count = param.numel()
         if chosen is not None:
             index_dtypes.add(chosen.dtype)
+            devices.add(chosen.device)
             count = chosen.numel()
         if grad is not None:
             if grad.layout != torch.strided:
@@ -78,25 +80,29 @@ def check_entries(
                     f"gradient {i} must be {tuple(param.shape)}, the parameter's shape, or ({count},), that of its "
                     f"selected entries, got {tuple(grad.shape)}."
                 )
+            devices.add(grad.device)
             grad = _flat(grad)
         flat_params.append(_flat(param))
         flat_grads.append(grad)
         partial.append(None if count == numel else chosen)
         K += count
     if len(dtypes) > 1:
-        raise ValueError(
-            f"the parameters of one call must have one dtype and device, got {_listed(dtypes)}: call once for each."
-        )
+        raise ValueError(f"the parameters of one call must have one dtype, got {_listed(dtypes)}: call once for each.")
     if len(index_dtypes) > 1 or not index_dtypes <= {torch.int32, torch.int64}:
         raise ValueError(f"indices must be int32 or int64, one dtype in one call, got {_listed(index_dtypes)}.")
     dtype = params[0].dtype if params and master is None else torch.float32
     wanted = dict.fromkeys(state, dtype) | {"master": torch.float32, "starts": torch.float32}
     for name, tensor in {**state, "master": master, "starts": starts}.items():
-        if tensor is not None and (tuple(tensor.shape), tensor.dtype) != ((K,), wanted[name]):
+        if tensor is None:
+            continue
+        devices.add(tensor.device)
+        if (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous()) != ((K,), wanted[name], True):
             raise ValueError(
-                f"{name} must be {wanted[name]}, ({K},), one number for each selected entry, "
-                f"got {tensor.dtype}, {tuple(tensor.shape)}."
+                f"{name} must be contiguous, {wanted[name]}, ({K},), one number for each selected entry, "
+                f"got {tensor.dtype}, {tuple(tensor.shape)}, stride {tensor.stride()}."
             )
+    if len(devices) > 1:
+        raise ValueError(f"all tensors of one call must lie on one device, got {_listed(devices)}: call once for each.")
     return flat_params, flat_grads, partial
 
 

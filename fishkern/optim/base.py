@@ -192,8 +192,6 @@ class MaskedOptimizer(torch.optim.Optimizer):
             group["param_names"] = []  # torch forgets that an empty group has names
         super().add_param_group(group)
         self._buckets: list[list[Bucket]] | None = None
-        if self._released is not None:
-            self._attach()
 
     def reselect(self, selection: Selection) -> Reselected:
         """Go on with another selection out of the same pool.
@@ -254,6 +252,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Take off the hooks that release gradients, if there are any; from then on gradients stay in ``.grad``."""
+        self._step_supports_amp_scaling = False
         if self._released is not None:
             self._released.close()
             self._released = None

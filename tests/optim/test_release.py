@@ -124,6 +124,11 @@ def test_closed():
     assert model.weight.grad is not None
     optimizer.step()
     assert optimizer.state[model.weight]["step"] == 1
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer.zero_grad()
+    scaler.scale(model.weight.sum()).backward()
+    scaler.step(optimizer)
+    assert model.weight.grad.eq(1).all()
 
 
 def test_reselect_waits_for_the_step():
