@@ -71,6 +71,8 @@ def test_one_line_for_each_measurement_one_file_for_each_call(session, capsys):
 
 
 def test_takes_up_where_it_stopped(session):
+    session.folder.mkdir()
+    (session.folder / "whole_pass.jsonl").write_text('{"op": "op", "commit": "abc", "provider": "of pytest"}\n')
     work = Work([], first=[COPY], second=RuntimeError("the device is gone"), third=[COPY])
     with pytest.raises(RuntimeError, match="the device is gone"):
         session.run({"op": work})
