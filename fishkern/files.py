@@ -139,14 +139,16 @@ class StoredTensor:
         """
         return self.shape.numel()
 
-    def pieces(self, numel: int = PIECE, *, start: int = 0, buffers: int | None = None) -> Iterator[Tensor]:
+    def pieces(
+        self, numel: int = PIECE, *, start: int = 0, buffers: Iterator[bytearray] | None = None
+    ) -> Iterator[Tensor]:
         """Read the tensor in flat pieces, in order, one in memory at a time.
 
         Args:
             numel: Entries per piece.
             start: Flat index of the first entry to read.
-            buffers: Read into so many buffers in turn, which saves the allocations; a piece is then valid until
-                as many further ones were read. ``None`` for a new one each time.
+            buffers: Where to read each piece, large enough; it is valid as long as its buffer holds it. ``None`` for
+                new memory each time.
 
         Yields:
             ``[numel]`` (the last one shorter), of the dtype on disk, on the CPU.
@@ -157,14 +159,11 @@ class StoredTensor:
         """
         if not self.path.is_file():
             raise FileNotFoundError(errno.ENOENT, f"{self.path} is gone since it was opened: load it again.")
-        turns = [bytearray() for _ in range(buffers or 1)]
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset + start * self.dtype.itemsize)
-            for turn, first in enumerate(range(start, self.numel(), numel)):
+            for first in range(start, self.numel(), numel):
                 nbytes = min(numel, self.numel() - first) * self.dtype.itemsize
-                buffer = turns[turn % len(turns)]
-                if buffers is None or len(buffer) < nbytes:
-                    buffer = turns[turn % len(turns)] = bytearray(nbytes)
+                buffer = bytearray(nbytes) if buffers is None else next(buffers)
                 if _stamp(file) != self.stamp or not _filled(file, memoryview(buffer)[:nbytes]):
                     raise RuntimeError(f"{self.path} has changed since it was opened: load it again.")
                 yield torch.frombuffer(buffer, dtype=self.dtype, count=nbytes // self.dtype.itemsize)

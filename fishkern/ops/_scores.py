@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, cycle
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch import Tensor
 from fishkern.files import AnyTensor, StoredTensor
 
 # A piece is a dozen calls, which two threads share: larger than what a cache holds is no slower, and wakes them less.
-_PIECE, _PIECE_ON_GPU = 2**22, 2**26
+# From a disk it comes through the cache, and should still be there.
+_PIECE, _PIECE_ON_DISK, _PIECE_ON_GPU = 2**22, 2**20, 2**26
 # Small blocks are copied together into one piece, lest a hundred thousand of them cost a piece each.
 _SMALL, _PACKED = 2**16, 2**20
 # A sample is made of runs of neighbours: what one random access to memory, or one to a disk, brings anyway.
@@ -100,6 +101,7 @@ class Scores:
         self.blocks = [block.detach() if isinstance(block, Tensor) else block for block in blocks]
         self.numels = [block.numel() for block in blocks]
         self.total = sum(self.numels)
+        self._on_disk = any(isinstance(block, StoredTensor) for block in blocks)
         double = any(block.dtype == torch.float64 for block in blocks)
         self.dtype = torch.float64 if double else torch.float32  # which holds every block's values exactly
 
@@ -111,10 +113,11 @@ class Scores:
         Yields:
             The pieces, none of them empty.
         """
-        on_disk = any(isinstance(block, StoredTensor) for block in self.blocks)
-        yield from _read_ahead(self._pieces()) if on_disk else self._pieces()
+        yield from _read_ahead(self._pieces()) if self._on_disk else self._pieces()
 
     def _pieces(self) -> Iterator[Piece]:
+        # One is filled while the other is worked on, across blocks; 8 bytes are the largest dtype.
+        buffers = cycle([bytearray(8 * _PIECE_ON_DISK) for _ in range(2)] if self._on_disk else [])
         waiting: list[Tensor] = []  # small neighbours on one device
         first = held = 0
         for number, block in enumerate(self.blocks):
@@ -129,7 +132,10 @@ class Scores:
                 held += block.numel()
                 continue
             offset = 0
-            parts = block.pieces(size, buffers=2) if isinstance(block, StoredTensor) else _split(block, size)
+            if isinstance(block, StoredTensor):
+                parts = block.pieces(_PIECE_ON_DISK, buffers=buffers)
+            else:
+                parts = _split(block, size)
             for part in parts:
                 yield Piece(number, offset, part.to(self.dtype))
                 offset += len(part)
@@ -149,7 +155,7 @@ class Scores:
         Returns:
             ``[runs, length]``, one run in a row, on the CPU. What a run lacks is NaN.
         """
-        on_disk = any(isinstance(block, StoredTensor) for block in self.blocks)
+        on_disk = self._on_disk
         length = _RUN_ON_DISK if on_disk else _RUN
         runs = max(1, min(size, self.total) // length)
         runs = min(runs, _MOST_RUNS_ON_DISK) if on_disk else runs

@@ -72,10 +72,11 @@ DISTRIBUTIONS = {
 KS = [1, N // 10_000, N // 200, N // 10, N // 2, 3 * N // 4, N - 1, N]
 
 # Which way through the algorithm: all scores are candidates; a sampled bracket; one with an upper end, thinned at once.
+SIZES = {"_PIECE": 1000, "_PIECE_ON_DISK": 700, "_SMALL": 62, "_SMALLEST_SAMPLE": 2048}
 WAYS = {
     "all": {},
-    "sampled": {"_SMALLEST_SAMPLE": 2048, "_PIECE": 4096, "_SMALL": 256},
-    "upper end": {"_SMALLEST_SAMPLE": 2048, "_KEEP_VALUES": 0, "_SLACK": 0, "_PIECE": 1000, "_SMALL": 62},
+    "sampled": SIZES | {"_PIECE": 4096, "_SMALL": 256},
+    "upper end": SIZES | {"_KEEP_VALUES": 0, "_SLACK": 0},
 }
 
 
