@@ -11,7 +11,7 @@ from tests.support.command import command, fresh, refused
 
 pytest.importorskip("typer")
 
-COMMANDS = ("estimate", "verify", "show", "doctor", "demo")
+COMMANDS = ("estimate", "verify", "select", "show", "doctor", "demo")
 
 
 def test_version(capsys):

@@ -28,8 +28,11 @@ def estimate(
 ) -> None:
     """Estimate the exact diagonal Fisher of a model on data.
 
-    The text, label or image columns are found by their usual names, or named by options. Rows are drawn at random with
-    the seed, or from the start with --first. What was done stands in the file: fishkern show FILE.
+    Columns are found by their usual names, or named by options.
+
+    Rows are drawn at random with the seed, or from the start with --first.
+
+    What was done stands in the file: fishkern show FILE.
     """
     import fishkern as fk
     from fishkern.commands.workload import fitting, predicate, prepare
