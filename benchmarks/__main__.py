@@ -49,9 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
     from benchmarks.gpu import _session
 
     device = torch.device("cuda", torch.cuda.current_device())
-    return _session.run(
-        _session.discover(), device, options.results, options.revision, options.only, options.seconds, options.tested
-    )
+    how = (options.results, options.revision, options.only, options.seconds, options.tested)
+    try:
+        return _session.run(_session.discover(), device, *how)
+    except _session.RefusedError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

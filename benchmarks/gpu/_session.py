@@ -26,6 +26,10 @@ FIRST, LAST = "roofs", "whole_pass"
 WORKERS = 8
 
 
+class RefusedError(ValueError):
+    """What was asked for cannot be measured or recorded."""
+
+
 def discover() -> dict[str, ModuleType]:
     """Find every file of measurements, in the order in which they run."""
     names = {path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_")}
@@ -83,12 +87,12 @@ def run(
         Exit status: 0 when all that was asked for is recorded, 1 when a test failed, 3 when parts are left.
 
     Raises:
-        ValueError: ``only`` names what there is not, or the revision is unknown.
+        RefusedError: ``only`` names what there is not, or the revision is unknown.
     """
     start = time.monotonic()
     origin = {**machine(), **software(revision), **gpu_state()}
     if not origin["commit"]:
-        raise ValueError("there is no git here: name the revision with --revision TEXT.")
+        raise RefusedError("there is no git here: name the revision with --revision TEXT.")
     print(f"{origin['machine']}: " + ", ".join(f"{key} {value}" for key, value in origin.items() if key != "machine"))
     wanted = dict(_chosen(modules, device, set(only)))
     chosen = {name: module for name, module in modules.items() if any(key[0] == name for key in wanted)}
@@ -125,7 +129,7 @@ def _chosen(
     every = {(name, part.name): part for name, module in modules.items() for part in module.parts(device)}
     unknown = only - {"/".join(key) for key in every} - modules.keys()
     if unknown:
-        raise ValueError(f"there is nothing called {', '.join(sorted(unknown))}; there are {', '.join(modules)}.")
+        raise RefusedError(f"there is nothing called {', '.join(sorted(unknown))}; there are {', '.join(modules)}.")
     for key, part in every.items():
         if not only or key[0] in only or "/".join(key) in only:
             yield key, part
