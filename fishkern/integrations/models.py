@@ -106,7 +106,7 @@ def find(source: str, base: str | None = None) -> Source:
     elif base is not None:
         raise ValueError(f"{source} is no PEFT adapter (it has no adapter_config.json): --base has no use for it.")
     with explained(folder, "model", reason):
-        config = AutoConfig.from_pretrained(folder, local_files_only=reason is not None)
+        config = AutoConfig.from_pretrained(folder, local_files_only=reason is not None, trust_remote_code=False)
     return Source(folder, adapter, config, task or task_of(config), reason)
 
 
@@ -182,6 +182,7 @@ def load(
             source.folder,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             local_files_only=source.reason is not None,
+            trust_remote_code=False,  # said outright, else it asks on the terminal
             output_loading_info=True,
             **options,
         )

@@ -28,7 +28,7 @@ def load_tokenizer(source: Source, named: str | None = None) -> Any:
 
     folder, reason = (source.folder, source.reason) if named is None else locate(named, "tokenizer")
     with explained(folder, "tokenizer", reason, "name another folder or id with --tokenizer."):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=reason is not None)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=reason is not None, trust_remote_code=False)
 
 
 def load_image_processor(source: Source, named: str | None = None) -> tuple[Any, bool]:
@@ -51,7 +51,8 @@ def load_image_processor(source: Source, named: str | None = None) -> tuple[Any,
     folder, reason = (source.folder, source.reason) if named is None else locate(named, "image processor")
     try:
         with explained(folder, "image processor", reason):
-            return AutoImageProcessor.from_pretrained(folder, local_files_only=reason is not None), False
+            options = {"local_files_only": reason is not None, "trust_remote_code": False}
+            return AutoImageProcessor.from_pretrained(folder, **options), False
     except (ValueError, FileNotFoundError):
         size = getattr(source.config, "image_size", None)
         if named is not None or not isinstance(size, int):

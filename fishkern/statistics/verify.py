@@ -64,6 +64,7 @@ class Verification:
     Attributes:
         compared: Every parameter that was compared, in the model's order.
         missing: Parameters asked for that the statistics do not hold.
+        integers: Parameters that the statistics hold and no loop can: autograd gives an integer weight no gradient.
         coverage: Coordinates of the model by the path that computed them, those left out included.
         size: Coordinates of the model.
         examples: How many examples the loop ran over.
@@ -77,6 +78,7 @@ class Verification:
 
     compared: tuple[Compared, ...]
     missing: tuple[str, ...]
+    integers: tuple[str, ...]
     coverage: Mapping[str, int]
     size: int
     examples: int
@@ -145,6 +147,8 @@ class Verification:
     def summary(self) -> list[str]:
         """What was found, in a few lines."""
         lines = [f"{len(self.compared)} parameters compared with a loop over {self.examples} examples"]
+        if self.integers:
+            lines.append(f"{len(self.integers)} integer weights not compared: autograd gives them no gradient")
         if self.coverage:
             paths = ", ".join(f"{path} {numel:,}" for path, numel in self.coverage.items())
             lines.append(f"coverage: {paths} of {self.size:,} coordinates")
@@ -235,6 +239,7 @@ def verify(
     return Verification(
         compared=compared,
         missing=tuple(name for name in wanted if name not in statistics),
+        integers=tuple(name for name in wanted if name in statistics and name not in chosen),
         coverage=dict(coverage),
         size=sum(covered[name].numel if name in covered else named[name].numel() for name in named),
         examples=examples,

@@ -113,6 +113,16 @@ def test_a_damaged_model(capsys, folder, tmp_path, models, rows):
     assert "damaged" in estimate(capsys, folder, tmp_path / "damaged", rows / "text.jsonl")
 
 
+def test_code_of_a_model_is_not_run(capsys, folder, tmp_path, models, rows):
+    """Nor asked for on the terminal."""
+    shutil.copytree(models / "llama", tmp_path / "custom")
+    config = json.loads((tmp_path / "custom" / "config.json").read_text())
+    config |= {"model_type": "of-its-own", "auto_map": {"AutoConfig": "custom.Config"}}
+    (tmp_path / "custom" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "custom" / "custom.py").write_text("raise SystemExit('it was run')")
+    assert "no model can be loaded" in estimate(capsys, folder, tmp_path / "custom", rows / "text.jsonl")
+
+
 def test_an_adapter_whose_base_has_moved(capsys, folder, tmp_path, models, rows):
     shutil.copytree(models / "lora", tmp_path / "lora")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())

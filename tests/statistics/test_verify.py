@@ -201,3 +201,31 @@ def test_what_cannot_be_compared_is_refused(bert):
         fk.verify(model, batches, changed(fk.estimate(model, batches), "classifier.bias", lambda value: value[:2]))
     with pytest.raises(ValueError, match="nothing to verify"):
         fk.verify(model, batches, {})
+
+
+class Quantised(nn.Module):
+    """A linear whose weight is stored as integers, as in a quantised model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 3, 2
+        self.weight = nn.Parameter(torch.randint(-8, 8, (2, 3), dtype=torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(torch.tensor([0.1, 0.2]))
+
+    def forward(self, inputs):
+        return inputs @ (self.weight * self.scale[:, None].detach()).T * self.scale
+
+
+def test_integer_weights_are_named_not_compared():
+    """Autograd gives them no gradient, so that no loop can tell."""
+    torch.manual_seed(0)
+    model = Quantised()
+    batch = torch.randn(4, 3), torch.randint(0, 2, (4,))
+    given = {
+        "weight": torch.zeros(2, 3),
+        **fk.estimate(model, [batch], likelihood=fk.Classification(), parameters=lambda name, _: name == "scale"),
+    }
+    found = fk.verify(model, [batch], given, likelihood=fk.Classification())
+    assert found.integers == ("weight",)
+    assert [one.name for one in found.compared] == ["scale"]
+    assert "1 integer weights not compared" in str(found)
