@@ -72,7 +72,7 @@ class Candidates:
         if len(indices) == 0:
             return
         values = values if self.largest else values.neg_()
-        sure = indices[:0]
+        sure = indices.new_empty(0)
         if self.high < float("inf"):
             above = values > self.high
             sure, indices, values = indices[above], indices[~above], values[~above]
@@ -108,7 +108,7 @@ class Candidates:
         need = self.k - self.num_sure
         if need <= 0:
             for chunk in self._chunks:
-                chunk.open, chunk.values = chunk.open[:0], chunk.values[:0]
+                chunk.open, chunk.values = chunk.open.new_empty(0), chunk.values.new_empty(0)
             self.num_open, self.floor, self.strict = 0, self.high, True
             return None
         if self.num_open < need:
@@ -133,7 +133,7 @@ def _nth_largest(values: Tensor, n: int) -> float:
 
 
 def _without_values(piece: Piece) -> Piece:
-    return Piece(piece.block, piece.offset, piece.values[:0], piece.bounds)
+    return Piece(piece.block, piece.offset, torch.empty(0), piece.bounds)  # a view would keep the memory
 
 
 def _rows(density: float) -> int:

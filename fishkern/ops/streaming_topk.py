@@ -42,7 +42,8 @@ def streaming_topk(
     above or inside this bracket, and what is inside decides exactly. Where the bracket fails, two passes that count the
     scores by the bits of their values find a true one, and a last pass repeats the first. So scores on disk are read
     once, plus the sample. Beside the indices, memory is needed for one piece of scores and for the values of the
-    candidates: 4 bytes for each of the ``k`` up to ``k = 2^24``, above that for those inside the bracket only.
+    candidates: 4 bytes for each of the ``k`` up to ``k = 2^24``, above that for those inside the bracket only. A block
+    that is not contiguous is copied while it is worked on.
 
     Args:
         blocks: Floating scores (float64, float32, bfloat16, float16), of any shapes, on any devices, also

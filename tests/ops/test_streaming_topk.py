@@ -230,6 +230,18 @@ def test_neither_scores_nor_random_state_change(way: str):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("high", [inf, 2.5])
+def test_what_is_kept_is_no_more_than_what_is_needed(high: float):
+    """Of pieces that are copies (16-bit scores, small blocks) nothing else stays in memory."""
+    candidates = _candidates.Candidates(400, 2.0, high, True, 0.01)
+    for piece in _scores.Scores([normal(N).bfloat16(), normal(100), normal(100)]).pieces():
+        candidates.add(piece)
+    chunks = candidates._chunks
+    held = [tensor for chunk in chunks for tensor in (chunk.piece.values, chunk.sure, chunk.open, chunk.values)]
+    assert candidates.num_sure + candidates.num_open >= 400
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held) <= 8 * (candidates.num_sure + candidates.num_open)
+
+
 @pytest.fixture
 def stored(tmp_path: Path):
     """Put blocks into a file."""
