@@ -1,4 +1,4 @@
-"""More scores than 32 bits can count: a sparse file, so that neither memory nor disk is needed."""
+"""Scores in files: what is refused, and, in a sparse file, more of them than 32 bits can count."""
 
 from __future__ import annotations
 
@@ -9,12 +9,33 @@ from pathlib import Path
 import pytest
 import torch
 
-from fishkern.files import Format, open_tensors
+from fishkern.backend import BackendUnavailableError
+from fishkern.files import Format, open_tensors, save_tensors
 from fishkern.ops import streaming_topk
 
 FORMAT = Format("fishkern.test", version=1, saved_by="Test.save")
 LARGE = 2**31 + 2**22 + 77  # its last indices need int64
 SMALL = 2**31 - 1
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> list:
+    save_tensors(tmp_path / "scores", {"a": torch.rand(100)}, format=FORMAT, metadata={})
+    return list(open_tensors(tmp_path / "scores", format=FORMAT)[1].values())
+
+
+def test_a_file_that_changes_is_noticed(stored: list, tmp_path: Path):
+    (tmp_path / "scores.safetensors").write_bytes(b"other")
+    with pytest.raises(RuntimeError, match="has changed since it was opened: load it again"):
+        streaming_topk(stored, 3)
+    (tmp_path / "scores.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="is gone since it was opened: load it again"):
+        streaming_topk(stored, 3)
+
+
+def test_a_file_does_not_go_through_triton(stored: list):
+    with pytest.raises(BackendUnavailableError, match="streaming_topk cannot run on Triton"):
+        streaming_topk([*stored, torch.rand(3)], 3, backend="triton")
 
 
 @pytest.fixture
