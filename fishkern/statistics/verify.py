@@ -185,8 +185,8 @@ def verify(
         batches: As for :func:`estimate`; read once and kept.
         statistics: What to verify, estimated on these very examples; also a plain mapping made by other means.
             ``None``: estimated here.
-        parameters: Which to compare, as for :func:`estimate`; ``None``: those that require a gradient, or where
-            statistics are given, those they hold.
+        parameters: Which to compare, as for :func:`estimate`; ``None``: those that the statistics hold, and those that
+            require a gradient and were not left out by somebody's word.
         likelihood: As for :func:`estimate`.
         max_examples: Stop after so many examples.
         density: Fraction of the entries for the comparison of selections.
@@ -450,7 +450,13 @@ def _wanted(
     parameters: Predicate | Literal["all"] | None,
 ) -> list[str]:
     if parameters is None:
-        return [name for name, parameter in named.items() if parameter.requires_grad or name in statistics]
+        covered = statistics.coverage if isinstance(statistics, Statistics) else {}
+        left_out = {name for name, one in covered.items() if one.path == "left out"}
+        return [
+            name
+            for name, parameter in named.items()
+            if name in statistics or (parameter.requires_grad and name not in left_out)
+        ]
     if parameters == "all":
         return list(named)
     return [name for name, parameter in named.items() if parameters(name, parameter)]

@@ -92,6 +92,15 @@ def test_a_missing_parameter_fails(bert):
     assert not found.ok
 
 
+def test_what_was_left_out_by_the_users_word_is_not_missing(bert):
+    model, batches = bert
+    part = fk.estimate(model, batches, parameters=lambda name, _: name.startswith("classifier"))
+    found = fk.verify(model, batches, part)
+    assert found.ok, found
+    assert len(found.compared) == 2
+    assert found.missing == ()
+
+
 def test_a_sample_of_the_parameters(bert):
     model, batches = bert
     found = fk.verify(model, batches, parameters=lambda name, _: name.startswith("classifier"))
