@@ -17,7 +17,8 @@ from fishkern.statistics.likelihood import (
 from fishkern.statistics.predictive import Bernoulli, Categorical, Gaussian, Predictive
 from fishkern.statistics.result import Covered, Statistics, merge
 from fishkern.statistics.sketched_fisher import SketchedFisher
-from fishkern.statistics.verify import Compared, Verification, verify
+from fishkern.statistics.verification import Compared, Verification
+from fishkern.statistics.verify import verify
 
 __all__ = [
     "Bernoulli",

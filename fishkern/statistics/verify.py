@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,139 +21,13 @@ from fishkern.statistics.batches import Batch, checked_batch, num_examples, take
 from fishkern.statistics.estimate import LossFunction, Predicate, estimate
 from fishkern.statistics.likelihood import Likelihood, call, recognise_likelihood
 from fishkern.statistics.result import Covered, Statistics
+from fishkern.statistics.verification import SLACK, Compared, Verification
 
 # What rounding alone may do to a squared gradient, relative to the parameter's largest.
 _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
 # Batch noise above this is no rounding any more: the examples of a batch see each other.
 _NOISE = {torch.float64: 1e-3, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
-_SLACK = 2  # times the noise: it is measured on fewer examples than the error
 _NOISE_EXAMPLES = 8
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One parameter, by the statistics and by the loop.
-
-    Attributes:
-        name: Its name.
-        path: The path that computed it, as in :class:`Covered`; empty where the statistics do not say.
-        numel: Its coordinates.
-        error: Largest difference from the loop, relative to the loop's largest entry.
-        noise: The same between the model's own gradients of an example in a batch and of the example alone.
-        allowed: The error up to which it holds.
-        holds: Whether it does.
-        note: What is to be said of it, in words.
-    """
-
-    name: str
-    path: str
-    numel: int
-    error: float
-    noise: float
-    allowed: float
-    holds: bool
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What :func:`verify` found.
-
-    Attributes:
-        compared: Every parameter that was compared, in the model's order.
-        missing: Parameters asked for that the statistics do not hold.
-        integers: Parameters that the statistics hold and no loop can: autograd gives an integer weight no gradient.
-        coverage: Coordinates of the model by the path that computed them, those left out included.
-        size: Coordinates of the model.
-        examples: How many examples the loop ran over.
-        noise_examples: How many of them the batch noise was measured on.
-        density: The fraction of entries that is selected for :attr:`overlap`.
-        overlap: The part of that selection which statistics and loop have in common.
-        noise_overlap: The same between the model's own gradients in a batch and alone.
-        loop_seconds: Time of the loop.
-        estimate_seconds: Time of ``estimate``, its survey and self-check included; ``None`` for given statistics.
-    """
-
-    compared: tuple[Compared, ...]
-    missing: tuple[str, ...]
-    integers: tuple[str, ...]
-    coverage: Mapping[str, int]
-    size: int
-    examples: int
-    noise_examples: int
-    density: float
-    overlap: float
-    noise_overlap: float
-    loop_seconds: float
-    estimate_seconds: float | None
-
-    @property
-    def ok(self) -> bool:
-        """Whether it holds: nothing is missing, every parameter is within its allowance, and so is the selection."""
-        return not self.failures
-
-    @property
-    def failures(self) -> tuple[str, ...]:
-        """Why not, in words; empty where it holds."""
-        found = [f"{name} is missing from the statistics" for name in self.missing]
-        for one in self.compared:
-            if not one.holds:
-                found.append(f"{one.name}: {one.note or f'error {one.error:.1e}, allowed {one.allowed:.1e}'}")
-        if self.overlap < self.allowed_overlap:
-            found.append(
-                f"the selections of the top {self.density:.2%} have {self.overlap:.1%} in common, "
-                f"at least {self.allowed_overlap:.1%} was expected"
-            )
-        if self.coverage and sum(self.coverage.values()) != self.size:
-            found.append(f"the coverage speaks of {sum(self.coverage.values()):,} of {self.size:,} coordinates")
-        return tuple(found)
-
-    @property
-    def allowed_overlap(self) -> float:
-        """The overlap from which on it holds: one percent and twice what the model's batch noise moves may differ."""
-        return max(0.0, 0.99 - _SLACK * (1 - self.noise_overlap))
-
-    @property
-    def worst_first(self) -> list[Compared]:
-        """The compared parameters by how much of their allowance they use; at the end what is zero but for rounding."""
-        return sorted(self.compared, key=lambda one: (one.holds and one.note != "", -one.error / one.allowed))
-
-    def to_json(self) -> str:
-        """Say it all as JSON.
-
-        Returns:
-            An object with ``ok``, ``failures`` and every attribute.
-        """
-        plain = {"ok": self.ok, "failures": self.failures, "allowed_overlap": self.allowed_overlap, **asdict(self)}
-        for one in plain["compared"]:
-            for key in ("error", "noise", "allowed"):
-                one[key] = one[key] if one[key] < math.inf else None  # JSON has no infinity
-        return json.dumps(plain, indent=2)
-
-    def __str__(self) -> str:
-        worst_first = self.worst_first[:10]
-        width = max(len(one.name) for one in worst_first)
-        lines = [f"{'parameter':{width}}  path     error    noise    allowed"]
-        lines += [
-            f"{one.name:{width}}  {one.path:7}  {one.error:.1e}  {one.noise:.1e}  {one.allowed:.1e}"
-            f"{'' if one.holds else '  FAILS'}"
-            for one in worst_first
-        ]
-        return "\n".join([*lines, *self.summary])
-
-    @property
-    def summary(self) -> list[str]:
-        """What was found, in a few lines."""
-        lines = [f"{len(self.compared)} parameters compared with a loop over {self.examples} examples"]
-        if self.integers:
-            lines.append(f"{len(self.integers)} integer weights not compared: autograd gives them no gradient")
-        if self.coverage:
-            paths = ", ".join(f"{path} {numel:,}" for path, numel in self.coverage.items())
-            lines.append(f"coverage: {paths} of {self.size:,} coordinates")
-        lines.append(f"the largest {self.density:.2%} of all entries: {self.overlap:.2%} in common")
-        if self.estimate_seconds is not None:
-            lines.append(f"fishkern took {self.estimate_seconds:.2f} s, the loop {self.loop_seconds:.2f} s")
-        return lines + (["It does not hold:", *self.failures] if self.failures else ["It holds."])
 
 
 def verify(
@@ -368,7 +240,7 @@ def _judged(
         steps = 256 if parameter.dtype in (torch.float32, torch.float64) else 16
         tiny = (steps * torch.finfo(parameter.dtype).eps) ** 2 * largest
         vanishes = _largest(truth[name]) <= tiny and _largest(statistics[name]) <= tiny
-        allowed = limit + _SLACK * min(noise[name], most)
+        allowed = limit + SLACK * min(noise[name], most)
         note = ""
         if vanishes:
             note = "zero but for rounding"
