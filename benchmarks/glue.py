@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import fishkern as fk
+from fishkern.integrations import hub
 
 ARMS = ("original", "fish", "random", "reverse", "magnitude")
 ORDERS = {"fish": "largest", "random": "random", "reverse": "smallest", "magnitude": "magnitude"}
@@ -205,13 +206,11 @@ def _patience_is_out(scores: list[float], patience: int) -> bool:
 def adapted(arm: str, seed: int, setting: Setting, encoder: Path) -> nn.Module:
     import peft
     from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()  # that the classifier is new is known
-    logging.disable_progress_bar()
     torch.manual_seed(seed)
     labels = 1 if setting.task == "stsb" else 2
-    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=labels)
+    with hub.quiet():  # that the classifier is new is known
+        model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=labels)
     return peft.get_peft_model(model, lora(range(setting.layers if arm == "original" else setting.pool)))
 
 
