@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Entries worked on at a time, for each thread: few enough that what a chunk gathers is still in the cache when it is
 # updated and scattered, many enough that the calls cost little.
-_CHUNK = 2**16
+_CHUNK = 2**14
 
 Update = Callable[[slice, float, Tensor, Tensor], None]
 
@@ -143,14 +143,15 @@ def update_entries_(
         param.numel() if chosen is None else chosen.numel() for param, chosen in zip(params, indices, strict=True)
     ]
     for pieces, span, step in _chunks(counts, grads, steps.tolist(), dtype):
-        grad = _gather(grads, indices, counts, pieces).to(dtype)
+        places = _places(indices, pieces)
+        grad = _gather(grads, places, counts, pieces).to(dtype)
         if scale is not None:
             grad = grad * scale
         if maximize:
             grad = -grad
-        weight = _gather(params, indices, counts, pieces) if master is None else master[span]
+        weight = _gather(params, places, counts, pieces) if master is None else master[span]
         update(span, step, weight, grad)
-        _scatter_(params, indices, pieces, weight)
+        _scatter_(params, places, pieces, weight)
 
 
 def _chunks(
@@ -188,41 +189,42 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.view(-1) if tensor.is_contiguous() else tensor.contiguous().view(-1)
 
 
+def _places(indices: Sequence[Tensor | None], pieces: list[_Piece]) -> list[Tensor | None]:
+    """Give the places of each piece of a chunk as int64, which is what PyTorch is fastest with; ``None`` for all."""
+    chosen = [None if indices[i] is None else indices[i][start:stop] for i, start, stop in pieces]
+    partial = [part for part in chosen if part is not None]
+    if not partial:
+        return chosen
+    joined = partial[0] if len(partial) == 1 else torch.cat(partial)  # one conversion for all
+    parts = iter(joined.long().split([len(part) for part in partial]))
+    return [None if part is None else next(parts) for part in chosen]
+
+
 def _gather(
-    tensors: Sequence[Tensor], indices: Sequence[Tensor | None], counts: Sequence[int], pieces: list[_Piece]
+    tensors: Sequence[Tensor], places: list[Tensor | None], counts: Sequence[int], pieces: list[_Piece]
 ) -> Tensor:
     """Read the numbers of a chunk one after the other; a view where they stand so."""
     if len(pieces) == 1:
         ((i, start, stop),) = pieces
-        if indices[i] is None or tensors[i].numel() == counts[i]:  # all are selected, or these are the selected ones
+        if places[0] is None or tensors[i].numel() == counts[i]:  # all are selected, or these are the selected ones
             return tensors[i][start:stop]
-        return tensors[i].index_select(0, indices[i][start:stop])
+        return tensors[i].index_select(0, places[0])
     sizes = [counts[i] for i, _, _ in pieces]  # several pieces are whole
     gathered = tensors[pieces[0].parameter].new_empty(sum(sizes))
-    for (i, _, _), part in zip(pieces, gathered.split(sizes), strict=True):
-        if indices[i] is None or tensors[i].numel() == counts[i]:
+    for (i, _, _), chosen, part in zip(pieces, places, gathered.split(sizes), strict=True):
+        if chosen is None or tensors[i].numel() == counts[i]:
             part.copy_(tensors[i])
         else:
-            torch.index_select(tensors[i], 0, indices[i], out=part)
+            torch.index_select(tensors[i], 0, chosen, out=part)
     return gathered
 
 
-def _scatter_(params: Sequence[Tensor], indices: Sequence[Tensor | None], pieces: list[_Piece], weight: Tensor) -> None:
+def _scatter_(params: Sequence[Tensor], places: list[Tensor | None], pieces: list[_Piece], weight: Tensor) -> None:
     """Write the weights of a chunk to where they belong."""
     weight = weight.to(params[0].dtype)
-    if len(pieces) == 1:
-        ((i, start, stop),) = pieces
-        if indices[i] is not None:
-            params[i].scatter_(0, indices[i][start:stop].long(), weight)
-        elif weight.data_ptr() != params[i][start:].data_ptr():  # else it was updated where it stands
-            params[i][start:stop] = weight
-        return
-    partial = [i for i, _, _ in pieces if indices[i] is not None]
-    places = iter(())
-    if partial:  # one conversion for all: scatter_ takes no int32
-        places = iter(torch.cat([indices[i] for i in partial]).long().split([indices[i].numel() for i in partial]))
-    for (i, _, _), values in zip(pieces, weight.split([stop for _, _, stop in pieces]), strict=True):
-        if indices[i] is None:
-            params[i].copy_(values)
-        else:
-            params[i].scatter_(0, next(places), values)
+    sizes = [stop - start for _, start, stop in pieces]
+    for (i, start, stop), chosen, values in zip(pieces, places, weight.split(sizes), strict=True):
+        if chosen is not None:
+            params[i].index_copy_(0, chosen, values)
+        elif values.data_ptr() != params[i][start:].data_ptr():  # else it was updated where it stands
+            params[i][start:stop] = values
