@@ -70,7 +70,7 @@ def fishkern(model: nn.Module, selection: fk.Selection) -> Step:
 
 def six_lines(model: nn.Module, selection: fk.Selection) -> Step:
     """Gather into one flat vector, fused AdamW, scatter."""
-    chosen = [(p, selection.indices(n).long()) for n, p in model.named_parameters() if selection.counts[n]]
+    chosen = [(p, selection.indices(n).long().to(p.device)) for n, p in model.named_parameters() if selection.counts[n]]
     flat = torch.cat([p.detach().view(-1)[i] for p, i in chosen]).requires_grad_()
     optimizer = torch.optim.AdamW([flat], fused=True)
 
@@ -85,7 +85,7 @@ def six_lines(model: nn.Module, selection: fk.Selection) -> Step:
 
 
 def _masked_gradients(model: nn.Module, selection: fk.Selection, **options: bool) -> Step:
-    masks = [(p, selection.mask(n)) for n, p in model.named_parameters()]
+    masks = [(p, selection.mask(n).to(p.device)) for n, p in model.named_parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), **options)
 
     def step() -> None:

@@ -22,7 +22,8 @@ def test_time(case, benchmark, record):
     model = case.build()
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    steps = {name: provider(model, case.selection(model)) for name, provider in PROVIDERS.items()}
+    selection = case.selection(model)
+    steps = {name: provider(model, selection) for name, provider in PROVIDERS.items()}
     for step in steps.values():  # which makes its state
         step()
     seconds: dict[str, list[float]] = {name: [] for name in PROVIDERS}

@@ -13,14 +13,17 @@ from fishkern.backend import Backend
 from fishkern.files import AnyTensor
 from fishkern.selection.base import Rule, budget, check_budget
 
+# From this share on, marks for all coordinates take no more memory than a list of the drawn ones, and no sorting.
+_MARKED_SHARE = 16
+
 
 @dataclass(frozen=True)
 class Random(Rule):
     """Select ``k`` coordinates of the pool at random, each set of ``k`` with the same probability.
 
     The scores are not read. The result depends on the seed and on the names and sizes alone, not on their order, on
-    values, on devices or on PyTorch's global random state, which it leaves as it is. Memory: 16 bytes for each of ``k``
-    or of those left out, whichever are fewer.
+    values, on devices or on PyTorch's global random state, which it leaves as it is. Memory: about 16 bytes for each of
+    ``k`` or of those left out, whichever are fewer.
 
     Args:
         k: How many; or
@@ -66,8 +69,13 @@ class Random(Rule):
 def _distinct(total: int, count: int, seed: int) -> Tensor:
     """Draw ``count`` distinct numbers below ``total``, ascending: the first distinct ones of a row of draws."""
     generator = torch.Generator().manual_seed(seed)
+    if _MARKED_SHARE * count > total:
+        marked = torch.zeros(total, dtype=torch.bool)
+        while missing := count - int(marked.sum()):  # never too many, so that none has to be taken back
+            marked[torch.randint(total, (missing,), generator=generator)] = True
+        return marked.nonzero().view(-1)
     drawn = torch.empty(0, dtype=torch.int64)
-    while len(drawn) < count:  # never too many, so that none has to be taken back
+    while len(drawn) < count:
         more = torch.randint(total, (count - len(drawn),), generator=generator)
         drawn = torch.cat([drawn, more]).unique()
     return drawn

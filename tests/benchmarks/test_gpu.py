@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks.gpu import Part, Record, _session, _timing, _tune, roofs, sum_grad_squared, whole_pass
+from benchmarks.gpu import Part, Record, _session, _timing, _tune, masked_adamw, roofs, sum_grad_squared, whole_pass
 from fishkern.ops.sum_grad_squared import sum_grad_squared_torch
 
 CPU = torch.device("cpu")
@@ -266,3 +266,33 @@ def test_tiles_to_tune_fit():
 def test_roofs_name_what_records_look_for():
     names = {part.name for part in roofs.parts(CPU)}
     assert names == {"copy", *(f"gemm {case.dtype}" for case in sum_grad_squared.CASES.values())}
+
+
+@pytest.mark.parametrize("name", masked_adamw.CASES)
+def test_masked_steps_on_tiny_parameters(name, monkeypatch):
+    """Every provider takes steps on each case, and all that is measured besides times is in the records."""
+    made = masked_adamw.CASES[name].parameters(torch.device("meta"))
+    entries = sum(parameter.numel() for parameter in made)
+    assert entries == (39_976_960 if name.startswith("lora") else 6_738_149_376)
+
+    def tiny(self, device):
+        made = torch.nn.ParameterList([torch.ones(16, size, dtype=getattr(torch, self.dtype)) for size in (4, 8)])
+        for parameter in made:
+            parameter.grad = torch.ones_like(parameter)
+        return made
+
+    def once(providers, **options):
+        for provider in providers.values():
+            provider()
+        return {provider: {"ms": {"median": 1.0}} for provider in providers}
+
+    monkeypatch.setattr(masked_adamw.Step, "parameters", tiny)
+    monkeypatch.setattr(masked_adamw, "compare", once)
+    monkeypatch.setattr(masked_adamw, "_host_ms", lambda step: 0.5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10**9))
+    case = masked_adamw.Step("lora", 0.5, masked_adamw.CASES[name].dtype)
+    records = list(masked_adamw._measure(case, CPU))
+    rivals = ["six_lines", "masked_fused", "masked_foreach", "dense_fused"]
+    assert [record["against"] for record in records[::2]] == rivals
+    assert all(record["provider"] == "fishkern" for record in records[::2])
+    assert all(record["entries"] == 96 for record in records)
