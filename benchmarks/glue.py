@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import fishkern as fk
+from benchmarks.provenance import machine, software
 from fishkern.integrations import hub
 
 ARMS = ("original", "fish", "random", "reverse", "magnitude")
@@ -292,7 +293,7 @@ class Log:
         if self.find(arm, lr, seed):
             return
         print(f"{arm}, lr {lr:g}, seed {seed}", file=sys.stderr, flush=True)
-        record = {**self._shared, "arm": arm, "lr": lr, "seed": seed, **work(), "torch": torch.__version__}
+        record = {**self._shared, "arm": arm, "lr": lr, "seed": seed, **work(), **machine(), **software()}
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         self._records.append(record)
