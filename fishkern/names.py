@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
 # What torch.compile, FSDP1 and torch's activation checkpointing put into a path; no model uses these names.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
@@ -24,3 +29,26 @@ def canonical_name(name: str) -> str:
     while path and path[0] == "module":
         del path[0]
     return ".".join([*path, own])
+
+
+def renamed(items: Mapping[str, Item], fn: Callable[[str], str]) -> dict[str, Item]:
+    """Give every item another name.
+
+    Args:
+        items: By the old names.
+        fn: From the old name to the new one.
+
+    Returns:
+        The same items in the same order, by the new names.
+
+    Raises:
+        ValueError: Two names become one.
+    """
+    olds: dict[str, str] = {}
+    found = {}
+    for old, item in items.items():
+        new = fn(old)
+        if new in found:
+            raise ValueError(f"{olds[new]} and {old} would both be named {new}.")
+        olds[new], found[new] = old, item
+    return found

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.files import AnyTensor, Format, open_tensors, save_tensors
-from fishkern.names import canonical_name
+from fishkern.names import canonical_name, renamed
 from fishkern.selection._packed import packed, unpacked
 from fishkern.selection.base import Patterns, matching
 
@@ -47,9 +47,9 @@ class Selection:
         whole: Iterable[str] = (),
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        pool = _renamed(shapes, canonical_name)
+        pool = renamed(shapes, canonical_name)
         pool = {name: torch.Size(shape) for name, shape in pool.items()}
-        given = _renamed(indices, canonical_name)
+        given = renamed(indices, canonical_name)
         all_of = {canonical_name(name) for name in whole}
         for name in [*given, *all_of]:
             if name not in pool:
@@ -285,7 +285,7 @@ class Selection:
         Raises:
             ValueError: Two names become one.
         """  # noqa: DOC502
-        _renamed(self._shapes, lambda name: canonical_name(fn(name)))
+        renamed(self._shapes, lambda name: canonical_name(fn(name)))
         return self._rebuilt({name: fn(name) for name in self.names})
 
     def check(self, model: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
@@ -463,17 +463,6 @@ def _are_in(some: Tensor, others: Tensor) -> Tensor:
 
 def _jaccard(shared: int, a: int, b: int) -> float:
     return shared / (a + b - shared) if a or b else 1.0
-
-
-def _renamed(items: Mapping[str, Any], fn: Callable[[str], str]) -> dict[str, Any]:
-    olds: dict[str, str] = {}
-    renamed = {}
-    for old, item in items.items():
-        new = fn(old)
-        if new in renamed:
-            raise ValueError(f"{olds[new]} and {old} would both be named {new}.")
-        olds[new], renamed[new] = old, item
-    return renamed
 
 
 def _some(items: Iterable[str], most: int = 3) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fishkern.files import PIECE, AnyTensor, Format, StoredTensor, check_cast, open_tensors, pieces, save_tensors
-from fishkern.names import canonical_name
+from fishkern.names import canonical_name, renamed
 
 FORMAT = Format("fishkern.statistics", version=1, saved_by="Statistics.save")
 
@@ -78,8 +78,8 @@ class Statistics(Mapping[str, Tensor]):
         count = operator.index(count)
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}.")
-        entries = {name: _float32(name, tensor) for name, tensor in _renamed(tensors, canonical_name).items()}
-        coverage = _renamed(coverage or {}, canonical_name)
+        entries = {name: _float32(name, tensor) for name, tensor in renamed(tensors, canonical_name).items()}
+        coverage = renamed(coverage or {}, canonical_name)
         _check_coverage(entries, coverage)
         # Past the lock below. The provenance is kept as text: a copy nobody can change, and exactly what a file holds.
         vars(self).update(
@@ -196,10 +196,10 @@ class Statistics(Mapping[str, Tensor]):
             ValueError: Two names become one.
         """  # noqa: DOC502
         return Statistics(
-            _renamed(self._entries, fn),
+            renamed(self._entries, fn),
             count=self.count,
             provenance=self.provenance,
-            coverage=_renamed(self._coverage, fn),
+            coverage=renamed(self._coverage, fn),
         )
 
     def save(
@@ -330,17 +330,6 @@ def _float32(name: str, tensor: AnyTensor) -> AnyTensor:
     if tensor.dtype == torch.float64:
         check_cast(name, tensor, single)
     return single
-
-
-def _renamed(items: Mapping[str, Any], fn: Callable[[str], str]) -> dict[str, Any]:
-    olds: dict[str, str] = {}
-    renamed = {}
-    for old, item in items.items():
-        new = fn(old)
-        if new in renamed:
-            raise ValueError(f"{olds[new]} and {old} would both be named {new}.")
-        olds[new], renamed[new] = old, item
-    return renamed
 
 
 def _check_coverage(entries: Mapping[str, AnyTensor], coverage: Mapping[str, Covered]) -> None:
