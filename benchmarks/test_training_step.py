@@ -1,0 +1,70 @@
+"""A whole training step of LoRA: FISH-Tuning's masked AdamW against plain LoRA with torch's fused AdamW.
+
+Shapes and data are those of :mod:`benchmarks.test_fish_tuning`; both take turns on the same batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+import fishkern as fk
+from benchmarks.test_fish_tuning import DENSITY, adapted, data
+
+ROUNDS = 15
+NEVER_SLOWER = 1.05
+
+
+def stepper(fused: bool) -> Callable[[dict], float]:
+    """Forward, backward and step, in seconds."""
+    model, batches = adapted(), data()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if fused:
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    else:
+        selection = fk.fish_tuning(model, batches, density=DENSITY)
+        optimizer = fk.MaskedAdamW(model, selection, lr=1e-4)
+    model.train()
+
+    def step(batch: dict) -> float:
+        start = time.perf_counter()
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    return step
+
+
+def test_training_step(benchmark, record):
+    steps = {"fishkern": stepper(fused=False), "plain_lora_fused_adamw": stepper(fused=True)}
+    batch = data()[0]
+    for step in steps.values():
+        step(batch)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+
+    def take_turns() -> None:
+        for name, step in steps.items():
+            seconds[name].append(step(batch))
+
+    benchmark.pedantic(take_turns, rounds=ROUNDS)
+    for name, values in seconds.items():
+        record(
+            "training_step",
+            {
+                "op": "training_step",
+                "quantity": "time",
+                "case": {"batch": len(batch["labels"]), "tokens": batch["input_ids"].shape[1], "density": DENSITY},
+                "model": {"layers": 6, "hidden": 384},
+                "dtype": "float32",
+                "attention": "sdpa",
+                "provider": name,
+                "seconds": {"median": median(values), "min": min(values), "max": max(values)},
+                "rounds": ROUNDS,
+            },
+        )
+        benchmark.extra_info[name] = round(median(values), 4)
+    assert median(seconds["fishkern"]) <= NEVER_SLOWER * median(seconds["plain_lora_fused_adamw"])
