@@ -1,6 +1,6 @@
 """Adapter modules that PEFT lacks: bottlenecks, prefixes on chosen layers, UniPELT."""
 
-from fishkern.adapters.base import Adapter, adapter_parameters, attach, detach, load, save
+from fishkern.adapters.base import Adapter, adapter_parameters, attach, detach, gates, load, save
 from fishkern.adapters.bottleneck import BottleneckAdapter
 from fishkern.adapters.prefix import PrefixAdapter
 from fishkern.adapters.unipelt import UniPELTAdapter
@@ -13,6 +13,7 @@ __all__ = [
     "adapter_parameters",
     "attach",
     "detach",
+    "gates",
     "load",
     "save",
 ]

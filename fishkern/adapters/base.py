@@ -161,6 +161,18 @@ def adapter_parameters(model: nn.Module) -> list[str]:
     return [canonical_name(name) for name, _ in model.named_parameters() if name in own]
 
 
+def gates(model: nn.Module) -> list[str]:
+    """List the parameters of an attached adapter that only say how much of it comes through.
+
+    Args:
+        model: A model.
+
+    Returns:
+        Canonical names, in the model's order.
+    """
+    return [name for name in adapter_parameters(model) if "gate" in name.split(".")]
+
+
 def save(model: nn.Module, adapter: Adapter, path: str | os.PathLike[str]) -> Path:
     """Save an attached adapter, with the head and whatever else is trained.
 

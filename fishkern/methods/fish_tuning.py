@@ -38,6 +38,7 @@ def fish_tuning(
     max_examples: int | None = 128,
     likelihood: Likelihood | Callable[[nn.Module, Any], Tensor] | None = None,
     heads: Iterable[str] = hosts.HEADS,
+    rank_gates: bool = False,
     allow_zeros: bool = False,
     seed: int = 42,
     accumulate_on: str | torch.device | None = None,
@@ -70,6 +71,8 @@ def fish_tuning(
         max_examples: How many examples to look at; 128 in the paper.
         likelihood: See :func:`fishkern.estimate`.
         heads: Names of the modules that are the head.
+        rank_gates: Whether UniPELT's gates are ranked with the rest; by default they are trained whole, as the head is,
+            and paid for by ``match``. A reconstruction: the paper does not say.
         allow_zeros: Go on although half of the pool or more scores exactly zero.
         seed: Of the random order, independent of all other generators.
         accumulate_on: See :func:`fishkern.estimate`.
@@ -90,13 +93,17 @@ def fish_tuning(
         raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
     heads = tuple(heads)
     parameters = _pool(model, pool)
-    head = [name for name in parameters if hosts.is_head(name, heads)]
+    gates = [] if rank_gates else [name for name in adapters.gates(model) if name in parameters]
+    head = [name for name in parameters if hosts.is_head(name, heads) or name in gates]
     ranked = {name: parameter for name, parameter in parameters.items() if name not in head}
     if not ranked:
         raise ValueError(f"nothing but the head ({', '.join(head)}) is trained, so there is nothing to select from.")
     entries = sum(parameter.numel() for parameter in ranked.values())
     head_entries = sum(parameters[name].numel() for name in head)
-    k = _budget(k, density, trainable, match, model, heads, entries, head_entries, whole=pool == "model")
+    if match is not None:
+        gate_entries = sum(parameters[name].numel() for name in gates)
+        match = _trained_by(match, model, heads) - gate_entries
+    k = _budget(k, density, trainable, match, entries, head_entries, whole=pool == "model")
     if order == "random":
         return _bound(select(_values(parameters), Random(k=k, seed=seed, always=_exactly(head))), model, pool)
     if order == "magnitude":
@@ -155,9 +162,7 @@ def _budget(
     k: int | None,
     density: float | None,
     trainable: int | None,
-    match: Any,
-    model: nn.Module,
-    heads: tuple[str, ...],
+    match: int | None,
     entries: int,
     head: int,
     *,
@@ -171,9 +176,7 @@ def _budget(
         raise ValueError(f"give exactly one budget of k=, density=, trainable= and match=, got {names}.")
     said = ", ".join(f"{name}={value}" for name, value in given.items() if name != "match") or "match="
     if match is not None:
-        from fishkern.integrations.budgets import trained_by
-
-        k = trained_by(match, model, heads)
+        k = match
     elif density is not None:
         if not 0 < density <= 1:
             raise ValueError(f"density must be above 0 and at most 1, got {density}.")
@@ -188,6 +191,12 @@ def _budget(
     if k > entries:
         raise ValueError(f"{said} asks for {k:,} entries, and the pool has {entries:,} beside the head.")
     return k
+
+
+def _trained_by(adapter: Any, model: nn.Module, heads: tuple[str, ...]) -> int:
+    from fishkern.integrations.budgets import trained_by  # which imports PEFT
+
+    return trained_by(adapter, model, heads)
 
 
 def _values(parameters: dict[str, nn.Parameter], absolute: bool = False) -> dict[str, Tensor]:

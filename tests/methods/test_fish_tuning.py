@@ -70,6 +70,8 @@ FAMILIES = {
                 ("0.1389", "0.2760", "0.4127", "0.5490")),
     "prefix": (lambda layers: adapters.PrefixAdapter(length=30, layers=layers), (1, 2, 3, 4),
                ("0.0439", "0.0864", "0.1289", "0.1713")),
+    "UniPELT": (lambda layers: adapters.UniPELTAdapter(layers=layers), (1, 2, 3, 4),
+                ("0.0213", "0.0411", "0.0610", "0.0808")),
     "(IA)^3": (
         lambda layers: peft.IA3Config(
             target_modules=rf".*layer\.({'|'.join(map(str, layers))})\.(attention\.self\.(key|value)|output\.dense)",
@@ -97,8 +99,9 @@ def test_the_papers_budgets(family):
     found = []
     for layers in budgets:
         selection = fish_tuning(model, [], match=make(list(range(layers))), order="random")
-        assert len(selection.whole) == 2
-        assert selection.count == selection.k + 1538
+        gates = sum(selection.shapes[name].numel() for name in adapters.gates(model))
+        assert set(selection.whole) >= {*adapters.gates(model), *(n for n in selection.names if "classifier" in n)}
+        assert selection.count == selection.k + 1538 + gates
         found.append(f"{100 * selection.count / (backbone + selection.count):.4f}")
     assert tuple(found) == printed
 
@@ -170,6 +173,20 @@ def test_an_adapter_of_ours():
     names = adapters.attach(model, adapters.BottleneckAdapter(width=2))
     selection = fish_tuning(model, batches(), density=0.5)
     assert set(selection.names) == {*names, "classifier.weight", "classifier.bias"}
+
+
+def test_gates_are_trained_whole_or_ranked():
+    model = classifier()
+    adapters.attach(model, adapters.UniPELTAdapter(layers=(0, 2), width=2))
+    gates = set(adapters.gates(model))
+    assert len(gates) == 2 * 3 * 2  # weight and bias of three gates in two layers
+    whole = fish_tuning(model, batches(), density=0.3)
+    assert set(whole.whole) >= {*gates, "classifier.weight", "classifier.bias"}
+    ranked = fish_tuning(model, batches(), density=0.3, rank_gates=True)
+    assert ranked.k > whole.k
+    assert not gates <= set(ranked.whole)
+    match = adapters.UniPELTAdapter(layers=(0, 2), width=2)
+    assert fish_tuning(model, [], match=match, order="random").density == 1.0
 
 
 def test_the_model_is_left_as_found():
