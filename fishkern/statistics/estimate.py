@@ -83,7 +83,8 @@ def estimate(
         ValueError: No data, no trainable parameter, labels missing, a loss not finite, or a loss that is not the
             model's own.
         UnsupportedModuleError: A module cannot be served exactly; the message names it and the way round.
-        RuntimeError: Another rank has failed, or was asked for other parameters.
+        RuntimeError: It runs under ``torch.inference_mode()``; another rank has failed, or was asked for other
+            parameters.
     """  # noqa: DOC502
     estimator = DiagonalFisher() if estimator is None else estimator
     model = hosts.unwrap(model)
@@ -215,6 +216,11 @@ def _compare_with_own_loss(model: nn.Module, likelihood: Likelihood, example: Ba
 def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) -> None:
     if not isinstance(estimator, Estimator):
         raise TypeError(f"estimator must be an Estimator such as DiagonalFisher(), got {estimator!r}.")
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise RuntimeError(
+            "estimate takes gradients, which torch.inference_mode() rules out, also for parameters made under it: call "
+            "it, and load the model, outside (torch.no_grad() does no harm)."
+        )
     if reason := hosts.dispatched(model):
         raise UnsupportedModuleError(
             f"{type(model).__name__} cannot be estimated as it is dispatched: {reason}. Load it onto one device "

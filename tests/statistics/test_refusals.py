@@ -289,3 +289,14 @@ def test_a_wrong_argument(case):
     kind, call, words = ARGUMENTS[case]
     with refused(kind, *words):
         call()
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        with refused(RuntimeError, "torch.inference_mode()", "outside"):
+            classify([pair()])
+        model = linear()
+    with refused(RuntimeError, "parameters made under it"):
+        fk.estimate(model, [pair()], likelihood=fk.Classification(), parameters="all")
+    with torch.no_grad():
+        assert classify([pair()]).count == 3
