@@ -198,6 +198,20 @@ def dispatched(model: nn.Module) -> str | None:
     return None
 
 
+def loses_prefix(model: nn.Module) -> bool:
+    """Tell whether transformers would drop the prefix that PEFT hands over as a cache.
+
+    Args:
+        model: A module.
+
+    Returns:
+        Whether it is tuned by a prefix and checkpoints its activations, which excludes a cache.
+    """
+    configs = getattr(unwrap(model), "peft_config", {})
+    prefixes = any(str(getattr(config, "peft_type", "")).endswith("PREFIX_TUNING") for config in configs.values())
+    return prefixes and any(module.training and _checkpoints_itself(module) for module in model.modules())
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch every module to evaluation mode, but leave activation checkpointing on where it was.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fishkern as fk
 from tests.support import zoo
 from tests.support.exactness import assert_exact, paths
 
@@ -123,3 +124,14 @@ def test_a_gradient_that_shows_up_late():
     statistics = assert_exact(specimen, [first, second, third])
     name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.default.weight"
     assert statistics[name].any()
+
+
+def test_a_prefix_that_checkpointing_would_drop_is_refused_by_name():
+    """transformers hands no cache to a checkpointed layer, and PEFT's prefix is one."""
+    specimen = CASES["prefix"]()
+    specimen.model.gradient_checkpointing_enable()
+    specimen.model.train()
+    with pytest.raises(fk.UnsupportedModuleError, match=r"loses its prefix.*PrefixAdapter"):
+        fk.estimate(specimen.model, [specimen.batch()])
+    specimen.model.eval()
+    assert_exact(specimen, [specimen.batch()])
