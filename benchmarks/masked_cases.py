@@ -133,7 +133,7 @@ def peak_memory(provider: str, case: MaskedStep) -> dict[str, float]:
 def main(provider: str, described: str) -> None:
     """Peak of two training steps of the LLaMA above what the loaded model takes, selection included, in MiB."""
     case = eval(described, {"MaskedStep": MaskedStep})
-    model = case.build()
+    model, trained = _to_train(case)
     ids: Tensor = torch.randint(0, 12288, (2, 32))
 
     def train(step: Step | None) -> None:
@@ -146,10 +146,22 @@ def main(provider: str, described: str) -> None:
     weights = sum(parameter.nbytes for parameter in model.parameters()) / MIB
     model.requires_grad_(False).get_input_embeddings().requires_grad_(True)
     activations = _peak_of(lambda: train(None))
-    model.requires_grad_(True)
-    peak = _peak_of(lambda: train(PROVIDERS[provider](model, case.selection(model))))
+    model.requires_grad_(False)
+    trained.requires_grad_(True)
+    peak = _peak_of(lambda: train(PROVIDERS[provider](trained, case.selection(trained))))
     figures = {"weights_mib": weights, "activations_mib": activations, "peak_mib": peak}
     print(json.dumps({key: round(value, 1) for key, value in figures.items()}))
+
+
+def _to_train(case: MaskedStep) -> tuple[nn.Module, nn.Module]:
+    """The LLaMA, and what of it is trained: itself, or adapters of rank 16 on all its linears."""
+    if case.model == "llama":
+        model = case.build()
+        return model, model
+    import peft
+
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return model, nn.ParameterList([parameter for parameter in model.parameters() if parameter.requires_grad])
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def test_time(case, benchmark, record):
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("case", [case for case in CASES if case.model == "llama"], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_peak_memory(case, provider, record):
     """Of forward, backward and step together."""
     figures = peak_memory(provider, case)
