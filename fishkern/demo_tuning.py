@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ def compare(model: nn.Module, evaluate: Evaluate, steps: int, seed: int, report:
             named = {name: value for name, value in adapted.named_parameters() if value.requires_grad}
             selection = fk.Selection({name: value.shape for name, value in named.items()}, {}, whole=named)
         else:
-            selection = fk.fish_tuning(adapted, examples, k=size_of_plain_lora(model), order=ARMS[arm], seed=seed)
+            selection = fk.fish_tuning(adapted, examples, match=_lora(1), order=ARMS[arm], seed=seed)
         run = Run(selection.count, time.perf_counter() - start)
         optimizer = fk.MaskedAdamW(adapted, selection, lr=RATE, weight_decay=0.0, max_grad_norm=1.0)
         run.curve.append((0, evaluate(adapted, batches)))
@@ -88,21 +88,6 @@ def compare(model: nn.Module, evaluate: Evaluate, steps: int, seed: int, report:
             report(number * steps + step, (len(ARMS) + 1) * steps)
         runs[arm] = run
     return runs
-
-
-def size_of_plain_lora(model: nn.Module) -> int:
-    """Count what plain LoRA of rank 1 trains.
-
-    Args:
-        model: The base model.
-
-    Returns:
-        Its entries.
-    """
-    linears = [
-        module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lm_head" not in name
-    ]
-    return sum(module.in_features + module.out_features for module in linears)
 
 
 def table(runs: dict[str, Run]) -> Table:
@@ -141,19 +126,20 @@ def read_code() -> tuple[Tensor, Tensor]:
     return kept, others
 
 
+def _lora(rank: int) -> Any:
+    import peft
+
+    return peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights="pissa", task_type="CAUSAL_LM"
+    )
+
+
 def _adapted(model: nn.Module, rank: int, seed: int) -> nn.Module:
     import peft
 
     with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        config = peft.LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            target_modules="all-linear",
-            init_lora_weights="pissa",
-            task_type="CAUSAL_LM",
-        )
-        return peft.get_peft_model(copy.deepcopy(model), config)
+        torch.default_generator.manual_seed(seed)  # that of the CPU: only it is restored
+        return peft.get_peft_model(copy.deepcopy(model), _lora(rank))
 
 
 def _windows(text: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -52,3 +52,17 @@ def renamed(items: Mapping[str, Item], fn: Callable[[str], str]) -> dict[str, It
             raise ValueError(f"{olds[new]} and {old} would both be named {new}.")
         olds[new], found[new] = old, item
     return found
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """Name the first few, for a message.
+
+    Args:
+        names: All names.
+        most: How many to spell out.
+
+    Returns:
+        ``"a, b, c and 4 more"``.
+    """
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -116,7 +116,7 @@ def attach(model: nn.Module, adapter: Adapter, *, train: tuple[str, ...] = hosts
     if outside := [number for number in chosen if not 0 <= number < len(blocks)]:
         raise ValueError(f"{prefix} has the layers 0 to {len(blocks) - 1}, and the adapter names {outside}.")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # that of the CPU: only it is restored
         made = {number: adapter.wrappers(blocks[number], places) for number in chosen}
     model.requires_grad_(False)
     for number, wrappers in made.items():

@@ -18,8 +18,8 @@ class UniPELTAdapter(Adapter):
 
     A gate is ``sigmoid(w x + b)`` of what goes into the part that it guards: one number for each position, and for the
     prefix, which has no positions of the text, their mean. So a padded position changes nothing but through that mean.
-    The defaults are a reconstruction: the only sizes with three gates that give the parameter counts which FISH-Tuning
-    (arXiv:2504.04050) prints are those near them.
+    The sizes are a reconstruction: they give the parameter counts that FISH-Tuning (arXiv:2504.04050) prints, as some
+    others would.
 
     Args:
         rank: LoRA's rank ``R``.

@@ -102,7 +102,7 @@ def adapt(
     if kind == "ia3" and model.config.model_type not in known:
         raise ValueError(f"PEFT does not know where (IA)^3 goes in a {model.config.model_type} model: take lora.")
     with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # that of the CPU: only it is restored
         return peft.get_peft_model(model, config), None
 
 

@@ -177,7 +177,7 @@ def load(
             "problem_type": head.problem,
         }
     with explained(source.folder, "model", source.reason), torch.random.fork_rng([]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # that of the CPU: only it is restored
         model, report = auto.from_pretrained(
             source.folder,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),

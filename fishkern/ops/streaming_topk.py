@@ -217,14 +217,22 @@ def _assembled(scores: Scores, chosen: Iterator[tuple[Piece, Tensor]]) -> list[T
     for number, block in enumerate(scores.blocks):
         parts, found[number] = found[number], []
         if not parts:
-            parts = [torch.empty(0, dtype=_index_dtype(scores.numels[number]), device=block.device)]
+            parts = [torch.empty(0, dtype=index_dtype(scores.numels[number]), device=block.device)]
         results.append(parts[0] if len(parts) == 1 else torch.cat(parts))
     return results
 
 
 def _shifted(indices: Tensor, offset: int, numel: int) -> Tensor:
-    return indices.to(_index_dtype(numel)) + offset
+    return indices.to(index_dtype(numel)) + offset
 
 
-def _index_dtype(numel: int) -> torch.dtype:
+def index_dtype(numel: int) -> torch.dtype:
+    """Choose the dtype of indices into a tensor.
+
+    Args:
+        numel: Its number of entries.
+
+    Returns:
+        int32 up to 2^31 entries, else int64.
+    """
     return torch.int32 if numel <= 2**31 else torch.int64

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from fishkern.names import canonical_name
+from fishkern.names import canonical_name, listed
 from fishkern.selection import Selection
 
 Outside = Literal["error", "freeze", "train"]
@@ -81,8 +81,8 @@ def settle(groups: Sequence[Group], selection: Selection, outside: Outside) -> l
     if strangers and outside == "error":
         raise ValueError(
             f"{len(strangers)} trainable parameters, {sum(p.numel() for _, p in strangers):,} entries, are outside the "
-            f"selection's pool ({_some(n for n, _ in strangers)}): freeze them, estimate and select with them, or pass "
-            "outside='freeze' or outside='train' to train them whole."
+            f"selection's pool ({listed(n for n, _ in strangers)}): freeze them, estimate and select with them, or "
+            "pass outside='freeze' or outside='train' to train them whole."
         )
     if outside == "freeze":
         for _, parameter in strangers:
@@ -91,7 +91,7 @@ def settle(groups: Sequence[Group], selection: Selection, outside: Outside) -> l
     trained = [(n, p) for n, p in all_named(groups) if counts.get(n)] + (strangers if outside == "train" else [])
     if frozen := [name for name, parameter in trained if not parameter.requires_grad]:
         raise ValueError(
-            f"{len(frozen)} parameters with selected entries have requires_grad=False ({_some(frozen)}) and would get "
+            f"{len(frozen)} parameters with selected entries have requires_grad=False ({listed(frozen)}) and would get "
             "no gradient: call requires_grad_(True) on them, or select with never=."
         )
     for name, parameter in trained:
@@ -119,8 +119,3 @@ def _named(entries: Iterable[Named]) -> Iterator[Named]:
                 f"groups of (name, parameter) pairs; got {type(entry).__name__}."
             )
         yield canonical_name(entry[0]), entry[1]
-
-
-def _some(names: Iterable[str], most: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.files import PIECE, AnyTensor, Format, open_tensors, save_tensors
-from fishkern.names import canonical_name
 from fishkern.selection._packed import packed, unpacked
-from fishkern.selection.result import Selection
+from fishkern.selection.result import Selection, index_dtype
+from fishkern.selection.start import named_tensors
 
 FORMAT = Format("fishkern.delta", version=1, saved_by="Delta.save")
 
@@ -140,8 +140,7 @@ class Delta:
             for name, (shape, form, _) in pool.items():
                 if form in ("indices", "bits"):
                     entries = stored[f"entries:{name}"].read()
-                    dtype = torch.int32 if shape.numel() <= 2**31 else torch.int64
-                    indices[name] = unpacked(entries, dtype) if form == "bits" else entries
+                    indices[name] = unpacked(entries, index_dtype(shape.numel())) if form == "bits" else entries
                 if form != "none":
                     values[name] = stored[f"values:{name}"].read()
             shapes = {name: shape for name, (shape, _, _) in pool.items()}
@@ -156,7 +155,7 @@ class Delta:
 def delta(model: nn.Module, selection: Selection) -> Delta:
     """Take the selected values of a trained model.
 
-    The digest of what is not selected reads the whole pool once, about a second for each GB.
+    The digest of what is not selected reads the whole pool once.
 
     Args:
         model: The model, after training.
@@ -169,7 +168,7 @@ def delta(model: nn.Module, selection: Selection) -> Delta:
         ValueError: The selection does not fit the model.
     """  # noqa: DOC502
     selection.check(model)
-    named = _named(model)
+    named = named_tensors(model)
     digests = {name: _digest_of_others(named[name], selection, name) for name in selection.names}
     return _taken(named, selection, digests)
 
@@ -196,7 +195,7 @@ def apply_delta(model: nn.Module, delta: Delta, *, check: bool = True) -> Delta:
     """
     selection = delta.selection
     selection.check(model)
-    named = _named(model)
+    named = named_tensors(model)
     if check:
         for name, values in delta._values.items():
             if values.dtype != named[name].dtype:
@@ -217,10 +216,6 @@ def apply_delta(model: nn.Module, delta: Delta, *, check: bool = True) -> Delta:
         if not parameter.is_contiguous():
             parameter.copy_(flat.view(parameter.shape))
     return before
-
-
-def _named(model: nn.Module) -> dict[str, Tensor]:
-    return {canonical_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def _places(selection: Selection, name: str, parameter: Tensor) -> Tensor | slice:

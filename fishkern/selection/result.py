@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.files import AnyTensor, Format, open_tensors, save_tensors
-from fishkern.names import canonical_name, renamed
+from fishkern.names import canonical_name, listed, renamed
+from fishkern.ops.streaming_topk import index_dtype
 from fishkern.selection._packed import packed, unpacked
 from fishkern.selection.base import Patterns, matching
 
@@ -122,7 +123,7 @@ class Selection:
         entry = self._entry(name)
         if entry is None:
             numel = self._shapes[name].numel()
-            return torch.arange(numel, dtype=_index_dtype(numel))
+            return torch.arange(numel, dtype=index_dtype(numel))
         return entry
 
     def mask(self, name: str) -> Tensor:
@@ -301,14 +302,14 @@ class Selection:
         shapes = {canonical_name(name): parameter.shape for name, parameter in named}
         faults = []
         if missing := [name for name in self._shapes if name not in shapes]:
-            faults.append(f"{len(missing)} of {len(self._shapes)} names are not in the model ({_some(missing)})")
+            faults.append(f"{len(missing)} of {len(self._shapes)} names are not in the model ({listed(missing)})")
         differing = [
             f"{name} is {tuple(shape)} here and {tuple(shapes[name])} there"
             for name, shape in self._shapes.items()
             if name in shapes and shapes[name] != shape
         ]
         if differing:
-            faults.append(f"{len(differing)} shapes differ ({_some(differing)})")
+            faults.append(f"{len(differing)} shapes differ ({listed(differing)})")
         if faults:
             raise ValueError(
                 f"the selection does not fit the model: {'; '.join(faults)}. Select on statistics of this model, or "
@@ -374,7 +375,7 @@ class Selection:
                 if form == "bits" and (tensor.dtype, tensor.numel()) != (torch.uint8, -(-shape.numel() // 8)):
                     raise ValueError(f"{name} is said to be bits of {tuple(shape)}, and is not.")
                 read = tensor.read()
-                indices[name] = unpacked(read, _index_dtype(shape.numel())) if form == "bits" else read
+                indices[name] = unpacked(read, index_dtype(shape.numel())) if form == "bits" else read
             whole = [name for name, (_, form) in pool.items() if form == "whole"]
             shapes = {name: shape for name, (shape, _) in pool.items()}
             return cls(shapes, indices, whole=whole, provenance=provenance)
@@ -404,7 +405,7 @@ class Selection:
         pool = {**self._shapes, **other._shapes}
         indices = {}
         for name, shape in pool.items():
-            nothing = torch.empty(0, dtype=_index_dtype(shape.numel()))
+            nothing = torch.empty(0, dtype=index_dtype(shape.numel()))
             ours = self.indices(name) if name in self else nothing
             theirs = other.indices(name) if name in other else nothing
             indices[name] = combine(ours, theirs)
@@ -438,7 +439,7 @@ def _checked(name: str, indices: Tensor, numel: int) -> Tensor | None:
         raise TypeError(f"indices are [K], int64 or int32; those of {name} are {what}.")
     indices = indices.detach().cpu()
     if len(indices) == 0:
-        return torch.empty(0, dtype=_index_dtype(numel))
+        return torch.empty(0, dtype=index_dtype(numel))
     if not bool((indices[1:] > indices[:-1]).all()):
         indices = indices.sort().values
     for end in (int(indices[0]), int(indices[-1])):
@@ -446,11 +447,7 @@ def _checked(name: str, indices: Tensor, numel: int) -> Tensor | None:
             raise ValueError(f"{name} has {numel} coordinates, but an index is {end}.")
     if not bool((indices[1:] > indices[:-1]).all()):
         raise ValueError(f"the indices of {name} repeat: each coordinate is selected once.")
-    return None if len(indices) == numel else indices.to(_index_dtype(numel))
-
-
-def _index_dtype(numel: int) -> torch.dtype:
-    return torch.int32 if numel <= 2**31 else torch.int64
+    return None if len(indices) == numel else indices.to(index_dtype(numel))
 
 
 def _are_in(some: Tensor, others: Tensor) -> Tensor:
@@ -463,8 +460,3 @@ def _are_in(some: Tensor, others: Tensor) -> Tensor:
 
 def _jaccard(shared: int, a: int, b: int) -> float:
     return shared / (a + b - shared) if a or b else 1.0
-
-
-def _some(items: Iterable[str], most: int = 3) -> str:
-    items = list(items)
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -38,7 +38,7 @@ def bound_to_start(selection: Selection, model: nn.Module) -> Selection:
         ValueError: The selection does not fit the model.
     """  # noqa: DOC502
     selection.check(model)
-    named = _named(model)
+    named = named_tensors(model)
     digests = {name: _digest(named[name]) for name in selection.names}
     indices = {name: selection.indices(name) for name in selection.names if name not in selection.whole}
     return Selection(
@@ -58,7 +58,7 @@ def check_start(selection: Selection, model: nn.Module | Iterable[tuple[str, Ten
     """
     if (digests := selection.provenance.get("start")) is None:
         return
-    named = _named(model)
+    named = named_tensors(model)
     for name, (norm, signed) in digests.items():
         if name not in named:
             continue
@@ -87,7 +87,7 @@ def save_start(model: nn.Module, selection: Selection, path: str | os.PathLike[s
     """  # noqa: DOC502
     selection.check(model)
     check_start(selection, model)
-    named = _named(model)
+    named = named_tensors(model)
     return save_tensors(path, {name: named[name].detach() for name in selection.names}, format=FORMAT, metadata={})
 
 
@@ -102,7 +102,7 @@ def load_start(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: The model lacks a parameter, or has it in another shape; it is then left as it was.
     """
     _, stored = open_tensors(path, format=FORMAT)
-    named = _named(model)
+    named = named_tensors(model)
     for name, tensor in stored.items():
         if name not in named or named[name].shape != tensor.shape:
             has = f"has it as {tuple(named[name].shape)}" if name in named else "has no such parameter"
@@ -112,7 +112,15 @@ def load_start(model: nn.Module, path: str | os.PathLike[str]) -> None:
             named[name].copy_(tensor.read())
 
 
-def _named(model: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Give every parameter by its canonical name, a shared one by each of them.
+
+    Args:
+        model: A model, or its named parameters.
+
+    Returns:
+        Name to parameter.
+    """
     named = model.named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else model
     return {canonical_name(name): parameter for name, parameter in named}
 

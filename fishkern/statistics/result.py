@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fishkern.files import PIECE, AnyTensor, Format, StoredTensor, check_cast, open_tensors, pieces, save_tensors
-from fishkern.names import canonical_name, renamed
+from fishkern.names import canonical_name, listed, renamed
 
 FORMAT = Format("fishkern.statistics", version=1, saved_by="Statistics.save")
 
@@ -376,7 +376,7 @@ def _check_mergeable(a: Statistics, b: Statistics) -> None:
         raise ValueError(f"only statistics of one definition merge; these differ in {', '.join(values)}.")
     for some, others in ((a, b), (b, a)):
         if missing := [name for name in some if name not in others]:
-            raise ValueError(f"only statistics of the same parameters merge; one lacks {_some(missing)}.")
+            raise ValueError(f"only statistics of the same parameters merge; one lacks {listed(missing)}.")
     for name, shape in a.shapes.items():
         if shape != b.shapes[name]:
             raise ValueError(f"{name} has shape {tuple(shape)} in one and {tuple(b.shapes[name])} in the other.")
@@ -398,11 +398,6 @@ def _slower(name: str, a: Covered, b: Covered) -> Covered:
 
 def _shown(definition: Mapping[str, Any], key: str) -> str:
     return repr(definition[key]) if key in definition else "absent"
-
-
-def _some(names: Iterable[str], most: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _counted(number: int, noun: str) -> str:
