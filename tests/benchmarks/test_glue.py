@@ -51,24 +51,41 @@ def test_it_goes_on_where_it_stopped(shared_data, tmp_path, monkeypatch, capsys)
 
     def run(arm, lr, seed, setting, encoder, data):
         trained.append((arm, lr, seed))
-        return {"score": lr * (seed + 1), "trained": 10, "seconds": 1.0}
+        return {"score": lr * (seed + 1), "trained": 10, "seconds": 1.0, "selecting": 0.5}
 
     monkeypatch.setattr(glue, "run", run)
     monkeypatch.setattr(glue, "load", lambda *_: None)
     options = ["--data", str(shared_data / "glue"), "--encoder", str(tmp_path), "--results", str(tmp_path)]
     options += ["--seeds", "2", "--arms", "original", "fish"]
     glue.main(options)
-    assert len(trained) == 2 * (len(glue.RATES) + 2)
-    assert trained[len(glue.RATES)] == ("original", max(glue.RATES), 0)  # the best of the choosing runs
+    rates = glue.Setting().rates
+    assert len(trained) == 2 * (len(rates) + 2)
+    assert trained[2 * len(rates)] == ("original", max(rates), 0)  # the best of the choosing runs
     table = capsys.readouterr().out
     assert "fish - arm" in table
-    lines = (tmp_path / "cola.jsonl").read_text().splitlines()
-    (tmp_path / "cola.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # as if stopped before the last run
+    (path,) = tmp_path.glob("*/glue.jsonl")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:-1]) + "\n")  # as if stopped before the last run
     del trained[:]
     glue.main(options)
-    assert trained == [("fish", max(glue.RATES), 1)]
+    assert trained == [("fish", max(rates), 1)]
     assert capsys.readouterr().out == table
-    assert [json.loads(line)["arm"] for line in (tmp_path / "cola.jsonl").read_text().splitlines()].count("fish") == 5
+    assert [json.loads(line)["arm"] for line in path.read_text().splitlines()].count("fish") == 5
+
+
+def test_the_average_leaves_wnli_out(tmp_path, monkeypatch, capsys):
+    scores = {"cola": 0.2, "rte": 0.6, "wnli": 0.9}
+
+    def run(arm, lr, seed, setting, encoder, data):
+        return {"score": scores[setting.task], "trained": 10, "seconds": 1.0, "selecting": 0.5}
+
+    monkeypatch.setattr(glue, "run", run)
+    monkeypatch.setattr(glue, "load", lambda *_: None)
+    options = ["--data", str(tmp_path), "--encoder", str(tmp_path), "--results", str(tmp_path)]
+    glue.main([*options, "--task", *scores, "--arms", "fish", "--seeds", "2"])
+    printed = capsys.readouterr().out
+    assert all(f"{100 * score:.2f} +- 0.00" in printed for score in scores.values())
+    assert printed.splitlines()[-1].split() == ["fish", "40.00", "+-", "0.00"]
 
 
 def test_one_run_of_each_arm(shared_data, tmp_path):
