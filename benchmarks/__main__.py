@@ -1,14 +1,21 @@
-"""``python -m benchmarks gpu | tune | glue``: speed on the GPU that is here, and quality. ``--help`` says more."""
+"""``python -m benchmarks``: speed against rivals, quality at equal budget, pictures of both. ``--help`` says more."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 RESULTS = Path(__file__).parent / "results"
+# Each is benchmarks/<name>.py with main(arguments) and options of its own.
+STUDIES = {
+    "exactness": "how far other squares are from the per-example Fisher, and what that changes",
+    "failures": "known failures of rivals, reproduced, beside what fishkern says or does",
+    "glue": "FISH-Tuning and its controls on GLUE, on any machine",
+    "demonstration": "a whole LLaMA: exact Fisher, selection, sparse training, delta, verify",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,32 +27,74 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         Exit status.
     """
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure speed, and quality.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in STUDIES:
+        return _study(arguments[0], arguments[1:])
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command in ("gpu", "tune"):
+        return _on_gpu(parser, options)
+    if options.command == "run":
+        from benchmarks._run import run
+
+        return run(options.cases, options.results, replace=options.replace)
+    if options.command == "compare":
+        from benchmarks._compare import compare
+
+        return compare(options.ref, options.cases, rounds=options.rounds, only=options.only)
+    from benchmarks._plot import plot
+
+    return plot(options.names, options.results)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure speed, and quality; draw what was measured.",
+        epilog="benchmarks/README.md says what each measures.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="test what speed cases measure, then measure and record it")
+    run.add_argument("cases", nargs="*", metavar="CASE", help="benchmarks/test_CASE.py (default: all)")
+    run.add_argument("--replace", action="store_true", help="drop this machine's earlier records of these cases")
+    compare = commands.add_parser("compare", help="another revision and this tree, in turns; nothing is recorded")
+    compare.add_argument("ref", metavar="REF", help="of git, such as main or a tag")
+    compare.add_argument("cases", nargs="*", metavar="CASE", help="benchmarks/test_CASE.py (default: all)")
+    compare.add_argument("--rounds", type=int, default=7, metavar="N", help="default: %(default)s")
+    compare.add_argument("--only", default="", metavar="TEXT", help="what has TEXT in its name")
+    plot = commands.add_parser("plot", help="draw records")
+    plot.add_argument("names", nargs="*", metavar="NAME", help="of a file of records (default: all)")
     gpu = commands.add_parser("gpu", help="run the kernels' tests, then measure what is not recorded yet")
     gpu.add_argument("--only", nargs="+", default=[], metavar="PART", help="files of benchmarks/gpu, or FILE/PART")
     gpu.add_argument("--seconds", type=float, default=420, help="begin no part after so long (default: %(default)s)")
     gpu.add_argument("--tested", action="store_true", help="the tests passed on this device just before")
-    commands.add_parser("glue", help="FISH-Tuning and its controls on GLUE, on any machine", add_help=False)
     tune = commands.add_parser("tune", help="time tiles of the kernels and write a table; nothing else uses it")
     for command in (gpu, tune):
-        command.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
         command.add_argument("--revision", metavar="TEXT", help="what the sources are, where git does not say it")
-    options, rest = parser.parse_known_args(arguments)
-    if options.command == "glue":
-        from benchmarks import glue
+    for command in (run, plot, gpu, tune):
+        command.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    for name, text in STUDIES.items():
+        commands.add_parser(name, help=text)
+    return parser
 
-        glue.main(rest)
-        return 0
-    parser.parse_args(arguments)  # which refuses what it does not know
+
+def _study(name: str, arguments: list[str]) -> int:
+    if find_spec(f"benchmarks.{name}") is None:
+        print(f"benchmarks/{name}.py is not here: this checkout has no such study.", file=sys.stderr)
+        return 2
+    return import_module(f"benchmarks.{name}").main(arguments) or 0
+
+
+def _on_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    import torch
+
     if not torch.cuda.is_available():
         print("No CUDA device is here, and a CPU's times say nothing about it: nothing is measured.", file=sys.stderr)
         return 2
-
     if options.command == "tune":
-        from benchmarks.gpu._tune import tune as run_tune
+        from benchmarks.gpu._tune import tune
 
-        return run_tune(options.results, options.revision)
+        return tune(options.results, options.revision)
     from benchmarks.gpu import _session
 
     device = torch.device("cuda", torch.cuda.current_device())

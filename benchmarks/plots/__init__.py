@@ -1,0 +1,34 @@
+"""Pictures of records: ``python -m benchmarks plot``.
+
+``<name>.py`` here draws ``<results>/<machine>/<name>.jsonl``. It has one function, which reads nothing but the records:
+
+    draw(records: list[dict[str, Any]]) -> matplotlib.figure.Figure
+
+and is listed in :data:`PLOTS` with what it shows. What all pictures share is in :mod:`benchmarks.plots.style`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PLOTS = {
+    "whole_pass": "time and peak memory of a pass over data",
+    "streaming_topk": "time of exact top-k, in memory and from a file",
+    "masked_step": "time and peak memory of a masked optimizer's step",
+    "scaling": "time and peak memory as sizes grow, with exponents",
+    "glue": "scores of FISH-Tuning's arms on GLUE, seed by seed",
+}
+# Records without a picture, and why.
+WITHOUT = {
+    "fish_tuning": "one measurement, which the README tells",
+    "training_step": "two numbers",
+}
+
+
+def draw(name: str, records: list[dict[str, Any]]) -> Figure:
+    """Draw the records of one file by the module of its name."""
+    return import_module(f"benchmarks.plots.{name}").draw(records)

@@ -1,0 +1,29 @@
+"""Time of exact top-k: over scores in memory against torch, from a file against one cold read of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.plots import style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def draw(records: list[dict[str, Any]]) -> Figure:
+    """Draw bars for each number of scores, on a scale of its own."""
+    records = style.newest(records, "quantity", "where", "case", "provider")
+    times = [record for record in records if record["quantity"] == "time"]
+    panels = list({(record["where"], record["case"]["n"], record["case"]["density"]): None for record in times})
+    figure = style.figure(0.9 + 1.35 * len(panels), title="Exact top-k: where the largest scores are")
+    for (axes,), key in zip(figure.subplots(len(panels), 1, squeeze=False), panels, strict=True):
+        found = [r for r in records if (r["where"], r["case"]["n"], r["case"]["density"]) == key]
+        where, n, density = key
+        title = f"{density:.1%} of {n:.0e} float32 scores in {'memory' if where == 'memory' else 'a file'}"
+        for record in found:
+            if record["quantity"] == "memory":
+                beside = record["peak_mib"] - record["indices_mib"]
+                title += f"; peak memory beside the indices {style.number(beside, 'MiB')}"
+        style.bars(axes, style.values(found, "time"), "s", title)
+    style.origin(figure, records)
+    return figure
