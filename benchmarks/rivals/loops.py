@@ -1,4 +1,4 @@
-"""The ways to a diagonal Fisher that people use today, written as they write them."""
+"""The loop over single examples, eager and as a CUDA graph, and the yardstick of one ordinary pass."""
 
 from __future__ import annotations
 
@@ -34,26 +34,6 @@ def one_by_one(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
     return total
 
 
-def vmap_grad(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
-    """``torch.func``: the gradients of a whole batch at once, ``[N, *shape]`` for every parameter.
-
-    The rows must be full: transformers looks into an attention mask, which vmap does not allow.
-    """
-    model.eval()
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-
-    def loss(parameters: dict[str, Tensor], row: dict[str, Tensor]) -> Tensor:
-        row = {key: value[None] for key, value in row.items() if key != "attention_mask"}
-        return torch.func.functional_call(model, parameters, kwargs={**row, "use_cache": False}).loss
-
-    per_example = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
-    for batch in batches:
-        for name, grads in per_example(parameters, batch).items():
-            total[name] += grads.square().sum(0)
-    return total
-
-
 def graphed_one_by_one(model: nn.Module, T: int) -> Callable[[Batches], dict[str, Tensor]]:
     """The same loop as a CUDA graph, which is captured here once, for rows of ``T`` full positions."""
     total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in model.named_parameters()}
@@ -86,42 +66,6 @@ def graphed_one_by_one(model: nn.Module, T: int) -> Callable[[Batches], dict[str
         return total
 
     return loop
-
-
-def per_layer_bmm(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
-    """Hooks on linears that store ``[N, O, I]`` for each and square it, as ``kronfluence`` and ``nngeometry`` do.
-
-    Linears alone, no norms and no embeddings; the weights are frozen, so that no ordinary weight gradient is taken.
-    """
-    total: dict[str, Tensor] = {}
-    handles = []
-    inputs: dict[nn.Module, Tensor] = {}
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval().requires_grad_(False)
-    try:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):
-                total[name] = torch.zeros_like(module.weight, dtype=torch.float32)
-
-                def keep(module: nn.Module, args: tuple[Tensor]) -> None:
-                    inputs[module] = args[0]
-
-                def square(module: nn.Module, _: object, grads: tuple[Tensor], into: Tensor = total[name]) -> None:
-                    per_example = torch.bmm(grads[0].mT, inputs.pop(module))
-                    into.add_(per_example.float().square_().sum(0))
-
-                handles += [module.register_forward_pre_hook(keep), module.register_full_backward_hook(square)]
-        embedding = model.get_input_embeddings()
-        handles.append(embedding.register_forward_hook(lambda module, args, output: output.requires_grad_()))
-        for batch in batches:
-            loss = model(**batch, use_cache=False).loss  # of full rows, so that the mean is one over examples too
-            (len(batch["input_ids"]) * loss).backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-    return total
 
 
 def forward_backward(model: nn.Module, batches: Batches) -> None:

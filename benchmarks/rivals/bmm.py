@@ -1,0 +1,44 @@
+"""What ``kronfluence`` and ``nngeometry`` do to a linear, without what is around it in them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.rivals.loops import Batches
+
+
+def per_layer_bmm(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
+    """Hooks on linears that store ``[N, O, I]`` for each and square it, as ``kronfluence`` and ``nngeometry`` do.
+
+    Linears alone, no norms and no embeddings; the weights are frozen, so that no ordinary weight gradient is taken.
+    """
+    total: dict[str, Tensor] = {}
+    handles = []
+    inputs: dict[nn.Module, Tensor] = {}
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                total[name] = torch.zeros_like(module.weight, dtype=torch.float32)
+
+                def keep(module: nn.Module, args: tuple[Tensor]) -> None:
+                    inputs[module] = args[0]
+
+                def square(module: nn.Module, _: object, grads: tuple[Tensor], into: Tensor = total[name]) -> None:
+                    per_example = torch.bmm(grads[0].mT, inputs.pop(module))
+                    into.add_(per_example.float().square_().sum(0))
+
+                handles += [module.register_forward_pre_hook(keep), module.register_full_backward_hook(square)]
+        embedding = model.get_input_embeddings()
+        handles.append(embedding.register_forward_hook(lambda module, args, output: output.requires_grad_()))
+        for batch in batches:
+            loss = model(**batch, use_cache=False).loss  # of full rows, so that the mean is one over examples too
+            (len(batch["input_ids"]) * loss).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+    return total
