@@ -1,14 +1,20 @@
-"""transformers' Trainer with a masked optimizer, without a subclass."""
+"""transformers' Trainer with a masked optimizer: by a callback, or by a mixin that also selects inside ``train()``."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.training_args import OptimizerNames
 
-from fishkern.optim import MaskedOptimizer
+from fishkern import hosts
+from fishkern.optim import MaskedAdamW, MaskedOptimizer
 from fishkern.selection import Selection
 
 FILE = "selection.safetensors"
@@ -103,3 +109,93 @@ class FisherCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             self._selection.save(folder / FILE)
+
+
+class FisherMixin:
+    """A Trainer that selects at the start of ``train()``, on its own data, and trains what it selected.
+
+        class FisherTrainer(FisherMixin, Trainer): ...
+
+        FisherTrainer(model, args, train_dataset=rows, select=partial(fk.fish_tuning, density=0.2)).train()
+
+    This is only for estimating inside ``train()``; with a selection at hand, ``optimizers=`` and a
+    :class:`FisherCallback` do it without a subclass. The model is the one that training starts from (``model_init``
+    included), and the batches are those of the Trainer's own ``DataLoader``, with its collator, its shuffling and,
+    under several processes, its shards. Resuming from a checkpoint takes the selection from there. The optimizer is a
+    :class:`fishkern.MaskedAdamW` with the arguments' options, and their exceptions from weight decay.
+
+    The scores are those of the model's own loss, or of the ``likelihood`` that ``select`` is given; what the Trainer
+    may do to a loss besides (``compute_loss_func``, label smoothing) has no part in them.
+
+    Args:
+        args: The Trainer's own.
+        select: Called as ``select(model, batches)`` at the start of training.
+        kwargs: The Trainer's own.
+    """
+
+    def __init__(self, *args: Any, select: Callable[[nn.Module, Iterable[Any]], Selection], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._select = select
+        self._checkpoint: str | None = None
+        self._callback: FisherCallback | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or ``True`` for the last one: its selection is taken.
+            args: The Trainer's own.
+            kwargs: The Trainer's own.
+
+        Returns:
+            What the Trainer returns.
+        """
+        found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        self._checkpoint = found or None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Select, and make the optimizer of what is selected; the Trainer asks for it when training starts.
+
+        Args:
+            model: The model as the Trainer has wrapped it, or ``None``.
+
+        Returns:
+            The masked optimizer.
+
+        Raises:
+            ValueError: The arguments ask for another algorithm than AdamW.
+        """
+        if self.optimizer is not None:
+            return self.optimizer
+        asked = OptimizerNames(self.args.optim)
+        if asked not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
+            raise ValueError(f"FisherMixin trains with MaskedAdamW: leave optim='adamw_torch', got {asked.value!r}.")
+        model = hosts.unwrap(self.model if model is None else model)
+        if self._checkpoint is not None:
+            selection = Selection.load(Path(self._checkpoint) / FILE)
+        else:
+            with torch.random.fork_rng(devices=[]):  # the order of training is what it would be without
+                selection = self._select(model, self.get_train_dataloader())
+        decayed = set(self.get_decay_parameter_names(model))
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        groups = [
+            {
+                "params": [(name, parameter) for name, parameter in trained if (name in decayed) is decays],
+                "weight_decay": self.args.weight_decay if decays else 0.0,
+            }
+            for decays in (True, False)
+        ]
+        self.optimizer = MaskedAdamW(
+            groups,
+            selection,
+            lr=self.args.learning_rate,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+            max_grad_norm=self.args.max_grad_norm or None,
+        )
+        if self._callback is not None:
+            self.remove_callback(self._callback)
+        self._callback = FisherCallback(selection)
+        self.add_callback(self._callback)
+        return self.optimizer
