@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fishkern.files import _DTYPES, Format, StoredTensor, atomic_write, open_tensors, save_tensors
+from fishkern.files import Format, StoredTensor, atomic_write, open_tensors, save_tensors
+from fishkern.files.loading import DTYPES
 
 FORMAT = Format("fishkern.test", version=1, saved_by="Test.save")
 
@@ -124,7 +125,7 @@ def test_full_disk(tmp_path: Path, monkeypatch, number: int):
 def test_every_dtype_and_shape_survives(tmp_path: Path):
     tensors = {
         f"{dtype}.{shape}".removeprefix("torch."): (torch.randn(shape) * 3).to(dtype)
-        for dtype in _DTYPES.values()
+        for dtype in DTYPES.values()
         for shape in [(), (0,), (1,), (7, 3), (2, 0, 3)]
     }
     tensors["strided"] = torch.randn(4, 6).T[::2]

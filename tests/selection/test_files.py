@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fishkern as fk
-from fishkern import Selection, files
+from fishkern import Selection
+from fishkern.files import saving
 from fishkern.selection._packed import packed, unpacked
 
 SHAPES = {"dense": (16, 5), "sparse": (1000,), "none": (3, 4), "all": (7,), "scalar": (), "empty": (0, 2)}
@@ -100,7 +101,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: py
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "_encoded", interrupted)
+    monkeypatch.setattr(saving, "_encoded", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Selection(SHAPES, {"sparse": torch.tensor([1])}).save(tmp_path / "s")
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]

@@ -1,0 +1,23 @@
+"""How every artefact reaches the disk and comes back: whole, or not at all.
+
+:func:`atomic_write` is for one file of any kind. :func:`save_tensors` and :func:`open_tensors` keep named tensors as
+``.safetensors``, in shards when large (the convention of transformers: ``name-00001-of-00003.safetensors`` beside
+``name.safetensors.index.json``), and say in the header what they are.
+"""
+
+from fishkern.files.atomic import atomic_write
+from fishkern.files.loading import Format, open_tensors
+from fishkern.files.saving import check_cast, save_tensors
+from fishkern.files.stored import PIECE, AnyTensor, StoredTensor, pieces
+
+__all__ = [
+    "PIECE",
+    "AnyTensor",
+    "Format",
+    "StoredTensor",
+    "atomic_write",
+    "check_cast",
+    "open_tensors",
+    "pieces",
+    "save_tensors",
+]

@@ -1,0 +1,212 @@
+"""Save named tensors as ``.safetensors``, in shards when large, replacing an older set in one step.
+
+At every moment of a save exactly one set is the valid one. Shards are written under names that no older set uses; the
+index beats a single file of the same name; so one rename (of the index) or one removal (of an older index) moves from
+the old set to the new. What that leaves behind is removed afterwards. Only one process may save to one name at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishkern.files.atomic import atomic_write, sync
+from fishkern.files.loading import CODES, Format, open_one, read_header, read_index, single_and_index
+from fishkern.files.stored import AnyTensor, pieces
+
+
+def save_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, AnyTensor],
+    *,
+    format: Format,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None = None,
+    max_shard_size: str | int | None = None,
+) -> Path:
+    """Save named tensors in their order, replacing what stood under that name in one step.
+
+    Beside the tensors, only one piece of one tensor is held in memory. Whenever the save is cut short, the old set or
+    the new one can be read, whole.
+
+    Args:
+        path: ``name.safetensors`` (or ``name``; the suffix is added).
+        tensors: The tensors by name, on any device or on disk.
+        format: What the file shall say it is.
+        metadata: What the header says besides.
+        dtype: Cast to this dtype on the way; ``None`` keeps each tensor's own.
+        max_shard_size: Largest size of one file in bytes, or as ``"5GB"`` or ``"500MiB"``; a single tensor above it
+            gets a shard of its own. ``None`` for one file.
+
+    Returns:
+        The file to open: ``name.safetensors``, or the index of the shards.
+
+    Raises:
+        FileExistsError: Under that name stands a file of another format, such as a model.
+        OSError: As in :func:`atomic_write`.
+        ValueError: A value overflows ``dtype``, or a non-zero one becomes zero in float16; or ``max_shard_size`` is
+            no size.
+    """  # noqa: DOC502
+    single, index = single_and_index(path)
+    _refuse_foreign(single, index, format)
+    metadata = {"format": format.name, "format_version": str(format.version), **metadata}
+    shards = _shards(tensors, dtype, max_shard_size)
+    try:
+        if len(shards) <= 1:
+            _write(single, tensors, metadata, dtype)
+            index.unlink(missing_ok=True)  # an older sharded set is the valid one up to here
+            sync(single.parent)
+            return single
+        weight_map = {}
+        for file, shard in zip(_free_names(single, len(shards)), shards, strict=True):
+            _write(file, shard, metadata | {"index": index.name}, dtype)
+            weight_map |= dict.fromkeys(shard, file.name)
+        total_size = sum(_nbytes(tensor, dtype) for tensor in tensors.values())
+        with atomic_write(index, "w") as file:
+            json.dump({"metadata": {"total_size": total_size, **metadata}, "weight_map": weight_map}, file, indent=2)
+        return index
+    finally:
+        _remove_stale(single, index, format)
+
+
+def _write(
+    path: Path, tensors: Mapping[str, AnyTensor], metadata: Mapping[str, str], dtype: torch.dtype | None
+) -> None:
+    """Write one ``.safetensors`` file piece by piece; ``safetensors.torch.save_file`` wants all of it in memory."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + _nbytes(tensor, dtype)
+        shape = list(tensor.shape)
+        header[name] = {"dtype": CODES[dtype or tensor.dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+    with atomic_write(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            for piece in pieces(tensor):
+                file.write(_encoded(piece, dtype or tensor.dtype, name))
+
+
+def _encoded(piece: Tensor, dtype: torch.dtype, name: str) -> bytearray:
+    """Cast a flat piece into bytes, refusing what the dtype cannot hold."""
+    buffer = bytearray(piece.numel() * dtype.itemsize)
+    encoded = torch.frombuffer(buffer, dtype=dtype).copy_(piece)
+    if piece.dtype != dtype and dtype.is_floating_point:
+        check_cast(name, piece.cpu(), encoded)
+    return buffer
+
+
+def check_cast(name: str, before: Tensor, after: Tensor) -> None:
+    """Refuse a cast that turned a finite value infinite or, in float16, a non-zero one into zero.
+
+    float16 ends at 6e-8, where most of a Fisher information lies below. bfloat16 has the range of float32, and what
+    vanishes there (below 1e-40) is let go.
+
+    Args:
+        name: What the tensor is called in the message.
+        before: The tensor before the cast.
+        after: The same tensor after it.
+
+    Raises:
+        ValueError: A value overflowed or vanished.
+    """
+    dtype = str(after.dtype).removeprefix("torch.")
+    overflowed = after.isinf() & before.isfinite()
+    if overflowed.any():
+        value, largest = before[overflowed].abs().max().item(), torch.finfo(after.dtype).max
+        raise ValueError(f"{name} holds {value:.3g}, which {dtype} cannot (largest {largest:.3g}): use a wider dtype.")
+    vanished = (after == 0) & (before != 0)
+    if after.dtype == torch.float16 and vanished.any():
+        value = before[vanished].abs().min().item()
+        raise ValueError(f"{name} holds {value:.3g}, which becomes zero in float16: use bfloat16 or float32.")
+
+
+def _shards(
+    tensors: Mapping[str, AnyTensor], dtype: torch.dtype | None, max_shard_size: str | int | None
+) -> list[dict[str, AnyTensor]]:
+    limit = math.inf if max_shard_size is None else _bytes(max_shard_size)
+    shards: list[dict[str, AnyTensor]] = []
+    room = 0.0
+    for name, tensor in tensors.items():
+        nbytes = _nbytes(tensor, dtype)
+        if not shards or nbytes > room:
+            shards.append({})
+            room = limit
+        shards[-1][name] = tensor
+        room -= nbytes
+    return shards
+
+
+def _nbytes(tensor: AnyTensor, dtype: torch.dtype | None) -> int:
+    return tensor.numel() * (dtype or tensor.dtype).itemsize
+
+
+def _bytes(size: str | int) -> int:
+    """Read a size as huggingface_hub does: ``"5GB"`` is 5 * 1000**3 bytes, ``"5GiB"`` 5 * 1024**3."""
+    if match := re.fullmatch(r"(\d+) *(?:([KMGT])(I?)B)?", str(size).strip().upper()):
+        number, prefix, binary = match.groups()
+        nbytes = int(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " ")
+        if nbytes:
+            return nbytes
+    raise ValueError(f'max_shard_size must be a positive number of bytes or like "5GB", "500MiB"; got {size!r}.')
+
+
+def _free_names(single: Path, count: int) -> list[Path]:
+    """Name the shards, with a random tag if any plain name is taken: an older set must stay readable meanwhile."""
+    stem = single.name.removesuffix(".safetensors")
+    while True:
+        names = [single.with_name(f"{stem}-{n:05d}-of-{count:05d}.safetensors") for n in range(1, count + 1)]
+        if not any(name.exists() for name in names):
+            return names
+        stem = f"{single.name.removesuffix('.safetensors')}-{token_hex(4)}"
+
+
+def _refuse_foreign(single: Path, index: Path, format: Format) -> None:
+    """Overwrite one's own kind or a damaged file, but no model that happens to have this name."""
+    metadata = []
+    with suppress(ValueError, OSError):
+        metadata.append((single, read_header(single)[0].get("__metadata__", {})))
+    with suppress(ValueError, OSError):
+        metadata.append((index, read_index(index)["metadata"]))
+    for path, said in metadata:
+        if said.get("format") != format.name or "index" in said:
+            is_what = f"is a shard of {said['index']}" if "index" in said else f"holds no {format.noun}"
+            raise FileExistsError(
+                errno.EEXIST,
+                f"{path} {is_what} and is not overwritten: choose another name, or delete it first.",
+            )
+
+
+def _remove_stale(single: Path, index: Path, format: Format) -> None:
+    """Remove what :func:`open_tensors` would not read: leftovers of older or unfinished saves, on failure of this one.
+
+    It never raises, since by now the save has succeeded, or failed for a reason of its own.
+    """
+    try:
+        valid = set(read_index(index)["weight_map"].values()) if index.is_file() else set()
+    except (ValueError, OSError):
+        return  # a damaged index cannot say what is stale
+    stem = single.name.removesuffix(".safetensors")
+    shard = re.compile(re.escape(stem) + r"(-[0-9a-f]{8})?-\d{5}-of-\d{5}\.safetensors")
+    candidates = [(single, None)] if valid else []
+    with suppress(OSError):
+        paths = single.parent.glob(f"{glob.escape(stem)}-*.safetensors")
+        candidates += [(path, index.name) for path in paths if shard.fullmatch(path.name) and path.name not in valid]
+    for path, of_index in candidates:
+        with suppress(ValueError, OSError):
+            metadata, _ = open_one(path, format)
+            if metadata.get("index") == of_index:
+                path.unlink()
