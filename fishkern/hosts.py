@@ -198,18 +198,32 @@ def dispatched(model: nn.Module) -> str | None:
     return None
 
 
-def loses_prefix(model: nn.Module) -> bool:
-    """Tell whether transformers would drop the prefix that PEFT hands over as a cache.
+def lost_prefix(model: nn.Module) -> str | None:
+    """Say why a model would not see the prefix that PEFT hands over as a cache; most of them drop it without a word.
 
     Args:
         model: A module.
 
     Returns:
-        Whether it is tuned by a prefix and checkpoints its activations, which excludes a cache.
+        The reason and the way out, or ``None`` where there is no such prefix, or it is seen.
     """
-    configs = getattr(unwrap(model), "peft_config", {})
-    prefixes = any(str(getattr(config, "peft_type", "")).endswith("PREFIX_TUNING") for config in configs.values())
-    return prefixes and any(module.training and _checkpoints_itself(module) for module in model.modules())
+    model = unwrap(model)
+    configs = getattr(model, "peft_config", {})
+    if not any(str(getattr(config, "peft_type", "")).endswith("PREFIX_TUNING") for config in configs.values()):
+        return None
+    base = base_model(model)
+    forwards = [base.forward, getattr(base, "base_model", base).forward]  # PEFT calls either
+    if not any("past_key_values" in inspect.signature(forward).parameters for forward in forwards):
+        return (
+            f"{type(base).__name__} takes no past_key_values, as which PEFT's prefix comes, and would not see it: take "
+            "another adapter, such as LoRA"
+        )
+    if any(module.training and _checkpoints_itself(module) for module in model.modules()):
+        return (
+            f"under activation checkpointing {type(model).__name__} loses its prefix: switch checkpointing off "
+            "(gradient_checkpointing_disable()) or the model to eval(), or take fishkern.adapters.PrefixAdapter"
+        )
+    return None
 
 
 @contextmanager

@@ -265,7 +265,7 @@ def places_of(layer: nn.Module, model: nn.Module) -> Places:
             return places
     raise ValueError(
         f"the layers of {type(model).__name__} ({type(layer).__name__}) are built neither like BERT's nor like "
-        "LLaMA's: take one of PEFT's adapters."
+        "LLaMA's: take one of PEFT's adapters, such as LoRA."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +42,18 @@ class Prefixed(Wrapper):
         length: Prefix positions.
         key: Its key projection.
         value: Its value projection.
+
+    Raises:
+        ValueError: The module takes no ``past_key_values``.
     """
 
     def __init__(self, base_layer: nn.Module, length: int, key: nn.Linear, value: nn.Linear) -> None:
         super().__init__(base_layer)
+        if "past_key_values" not in inspect.signature(base_layer.forward).parameters:  # **kwargs would swallow it
+            raise ValueError(
+                f"a prefix goes into attention as past_key_values, which {type(base_layer).__name__} does not take: "
+                "take a BottleneckAdapter, or one of PEFT's adapters."
+            )
         self.sizes = (key.out_features, value.out_features)
         self.prefix = nn.Embedding(length, sum(self.sizes))
         nn.init.normal_(self.prefix.weight, std=0.02)

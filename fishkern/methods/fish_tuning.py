@@ -212,8 +212,10 @@ def _refuse_zeros(statistics: Statistics, names: list[str], entries: int) -> Non
     zeros = {name: statistics[name].numel() - int(statistics[name].count_nonzero()) for name in names}
     if 2 * sum(zeros.values()) >= entries:
         worst = max(zeros, key=zeros.get)
+        why = "LoRA's usual start B = 0 does that: start from PiSSA (init_lora_weights='pissa')"
+        if "prompt_encoder" in worst:
+            why = "Where PEFT's prefix is for cross-attention, it is not seen: take LoRA"
         raise ValueError(
             f"{sum(zeros.values()):,} of {entries:,} entries of the pool score exactly zero (most of them in {worst}), "
-            "so that a ranking would go by position. LoRA's usual start B = 0 does that: start from PiSSA "
-            "(init_lora_weights='pissa'), or pass allow_zeros=True."
+            f"so that a ranking would go by position. {why}, or pass allow_zeros=True."
         )

@@ -221,11 +221,8 @@ def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) ->
             "estimate takes gradients, which torch.inference_mode() rules out, also for parameters made under it: call "
             "it, and load the model, outside (torch.no_grad() does no harm)."
         )
-    if hosts.loses_prefix(model):
-        raise UnsupportedModuleError(
-            f"under activation checkpointing {type(model).__name__} loses its prefix: switch checkpointing off "
-            "(gradient_checkpointing_disable()) or the model to eval(), or take fishkern.adapters.PrefixAdapter."
-        )
+    if reason := hosts.lost_prefix(model):
+        raise UnsupportedModuleError(f"{reason}.")
     if reason := hosts.dispatched(model):
         raise UnsupportedModuleError(
             f"{type(model).__name__} cannot be estimated as it is dispatched: {reason}. Load it onto one device "

@@ -244,3 +244,17 @@ def test_refusals(tmp_path):
         adapters.attach(zoo.FAMILIES["gpt2"]().model, BottleneckAdapter())
     with pytest.raises(ValueError, match="has no list of layers"):
         adapters.attach(nn.Linear(2, 2), BottleneckAdapter())
+
+
+@pytest.mark.parametrize("kind", ["prefix", "unipelt"])
+@pytest.mark.parametrize("family", ["Esm", "ConvBert", "LayoutLM", "Nystromformer"])
+def test_a_prefix_that_attention_would_not_see_is_refused(family, kind):
+    """Layers like BERT's, around attention that takes no cache; ESM's would swallow it without a word."""
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = getattr(transformers, f"{family}Config")(**sizes, pad_token_id=0)
+    model = getattr(transformers, f"{family}ForSequenceClassification")(config)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with pytest.raises(ValueError, match=rf"{family}SelfAttention does not take: take a BottleneckAdapter"):
+        adapters.attach(model, SMALL[kind])
+    assert before == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    adapters.attach(model, SMALL["bottleneck"])

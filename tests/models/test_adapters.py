@@ -135,3 +135,17 @@ def test_a_prefix_that_checkpointing_would_drop_is_refused_by_name():
         fk.estimate(specimen.model, [specimen.batch()])
     specimen.model.eval()
     assert_exact(specimen, [specimen.batch()])
+
+
+@pytest.mark.parametrize("family", [zoo.modernbert, zoo.deberta])
+def test_a_prefix_that_the_model_would_not_see_is_refused_by_name(family):
+    """PEFT hands it over all the same; ModernBERT's forward swallows it without a word."""
+    config = peft.PrefixTuningConfig(
+        task_type="FEATURE_EXTRACTION", num_virtual_tokens=3, token_dim=24, num_attention_heads=4, num_layers=2
+    )
+    specimen = adapted(family, config)
+    message = rf"{type(specimen.model.get_base_model()).__name__} takes no past_key_values.*such as LoRA"
+    with pytest.raises(fk.UnsupportedModuleError, match=message):
+        fk.estimate(specimen.model, [specimen.batch()])
+    bert = adapted(zoo.bert, config)
+    assert fk.estimate(bert.model, [bert.batch()])["prompt_encoder.default.embedding.weight"].all()
