@@ -103,6 +103,13 @@ def test_an_example_without_a_label_is_named(kind, place):
         fk.estimate(model, batches, ESTIMATORS[kind])
 
 
+def test_a_lone_example_without_a_label_is_one():
+    batch = {key: value[:1] for key, value in zoo.text_batch().items()}
+    batch["labels"][:] = -100
+    with refused(ValueError, "the loss of example 0 (row 0 of its batch) is nan: "):
+        fk.estimate(zoo.llama().model, [batch])
+
+
 @pytest.mark.filterwarnings("ignore:.*slow exact path")
 def test_an_example_without_a_label_is_named_where_all_is_looped():
     peft = pytest.importorskip("peft")
