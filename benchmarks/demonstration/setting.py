@@ -1,0 +1,129 @@
+"""What the demonstration runs on: shapes of LLaMA, batches, and what they need of a device's memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A LLaMA, as its config says it.
+
+    Args:
+        layers: Decoder layers.
+        hidden: Hidden size.
+        intermediate: Size of the feed-forward layers.
+        vocabulary: Number of tokens known.
+        heads: Attention heads.
+        key_value_heads: Of these, those of keys and values.
+        tied: Whether embedding and head share their weight.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    heads: int
+    key_value_heads: int
+    tied: bool = False
+
+    def model(self, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+        """Make one with random weights, the same ones each time, on the device itself and in this dtype."""
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+        config = LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_value_heads,
+            tie_word_embeddings=self.tied,
+            attn_implementation="sdpa",
+        )
+        torch.manual_seed(0)
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+    def sizes(self) -> list[int]:
+        """How many entries each parameter has."""
+        return [parameter.numel() for parameter in self.model("meta", torch.float32).parameters()]
+
+
+SHAPES = {
+    "llama-3.1-8b": Shape(32, 4096, 14336, 128256, 32, 8),
+    "llama-3.2-1b": Shape(16, 2048, 8192, 128256, 32, 8, tied=True),
+    "small": Shape(8, 512, 1376, 8192, 8, 4),
+    "tiny": Shape(3, 32, 48, 64, 4, 2),  # for a look at the command, and its test
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that the figures depend on, besides machine and versions.
+
+    Args:
+        shape: Key of ``SHAPES``.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: Of the weights.
+        examples: How many the Fisher is estimated on.
+        batch_size: Examples in each batch.
+        tokens: Tokens in each example; all rows are full, and the tokens are random.
+        density: Selected fraction of all entries.
+        steps: Training steps, all on the first batch.
+        lr: Learning rate of these.
+        rival_examples: How many the slower ways to the Fisher are timed on.
+        accumulate_on: Where the Fisher's float32 accumulators lie, ``"cpu"`` or ``"cuda"``.
+        save: Whether the statistics go to disk and come back lazily.
+    """
+
+    shape: str
+    device: str
+    dtype: str
+    examples: int
+    batch_size: int
+    tokens: int
+    density: float
+    steps: int
+    lr: float
+    rival_examples: int
+    accumulate_on: str
+    save: bool
+
+    def model(self) -> nn.Module:
+        return SHAPES[self.shape].model(self.device, getattr(torch, self.dtype))
+
+    def batches(self, examples: int | None = None) -> list[dict[str, Tensor]]:
+        """The first examples, all by default, in batches."""
+        shape = (self.examples, self.tokens)
+        ids = torch.randint(0, SHAPES[self.shape].vocabulary, shape, generator=torch.Generator().manual_seed(1))
+        ids = ids[:examples].to(self.device)
+        return [{"input_ids": rows, "labels": rows} for rows in ids.split(self.batch_size)]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a shape takes, in bytes, as far as arithmetic can tell it beforehand.
+
+    Args:
+        weights: The weights.
+        accumulators: A float32 number for each.
+        work: A batch's activations and logits, and what is compared of the largest parameter.
+    """
+
+    weights: int
+    accumulators: int
+    work: int
+
+    @classmethod
+    def of(cls, shape: Shape, dtype: torch.dtype, batch_size: int, tokens: int) -> Needs:
+        sizes, itemsize = shape.sizes(), dtype.itemsize
+        activations = (16 * shape.hidden + 5 * shape.intermediate) * shape.layers * itemsize
+        logits = shape.vocabulary * (3 * 4 + itemsize)  # in float32 for the loss, with their gradient and softmax
+        work = batch_size * tokens * (activations + logits) + 3 * 4 * max(sizes)
+        return cls(itemsize * sum(sizes), 4 * sum(sizes), work)
