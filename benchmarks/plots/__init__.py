@@ -20,6 +20,7 @@ PLOTS = {
     "streaming_topk": "time of exact top-k, in memory and from a file",
     "masked_step": "time and peak memory of a masked optimizer's step",
     "scaling": "time and peak memory as sizes grow, with exponents",
+    "demonstration": "the Fisher of all parameters of a LLaMA, and training a few of them",
     "glue": "scores of FISH-Tuning's arms on GLUE, seed by seed",
 }
 # Records without a picture, and why.

@@ -201,3 +201,17 @@ def test_the_table_names_who_is_ahead():
     text = "\n".join(table([ours, loop]))
     assert "1000.0 ms an example; fused 7" in text
     assert "500.0 ms an example, 0.50x ours" in text
+
+
+def test_the_picture(run):
+    """One bar for each way that was measured, its reason for each that was not."""
+    pytest.importorskip("matplotlib")
+    from benchmarks.plots.demonstration import draw
+
+    records, *_ = run()
+    figure = draw(records)
+    figure.draw_without_rendering()
+    times, _, steps, _ = figure.axes
+    assert [label.get_text() for label in times.get_yticklabels()] == ["fishkern", "batch-size-1 loop", "Opacus"]
+    assert [label.get_text() for label in steps.get_yticklabels()] == ["fishkern", "everything, fused AdamW"]
+    assert "tiny" in figure.get_suptitle()
