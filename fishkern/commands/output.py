@@ -39,12 +39,13 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def progress(what: str, unit: str) -> Iterator[Report]:
+def progress(what: str, unit: str, begun: int = 0) -> Iterator[Report]:
     """Show how far it is, how fast it goes and how long it takes; nothing where standard error is no terminal.
 
     Args:
         what: ``"estimating"``.
         unit: What is counted: ``"examples"``.
+        begun: How many were done before.
 
     Yields:
         A function of how many are done and how many there are, if known.
@@ -56,7 +57,7 @@ def progress(what: str, unit: str) -> Iterator[Report]:
         task = bar.add_task("", total=None)
 
         def report(done: int, total: int | None) -> None:
-            rate = done / max(time.monotonic() - start, 1e-9)
+            rate = (done - begun) / max(time.monotonic() - start, 1e-9)
             left = f", {(total - done) / rate:,.0f} s left" if total and rate else ""
             of = f" of {total:,}" if total else ""
             bar.update(task, completed=done, total=total, description=f"{done:,}{of} {unit}, {rate:,.1f}/s{left}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -103,26 +105,36 @@ def tune(
     training: Training,
     out: Annotated[Path, Option(metavar="DIR", help="Folder for all that is saved.")] = Path("tuned"),
     samples: Annotated[int, Option(min=1, metavar="N", help="Train on so many examples.")] = 10_000,
+    save_every: Annotated[
+        float, Option(min=0, metavar="SECONDS", help="How much training an interrupt may cost.")
+    ] = 60,
+    restart: Annotated[bool, Option("--restart", help="Do not go on with an unfinished run in the folder.")] = False,
     json_: Json = False,
 ) -> None:
     """Train the entries of an adapter that carry the most Fisher information, and no others (FISH-Tuning).
 
     The folder gets the adapter with its head, the selection, the start that it was made on, the trained values alone
-    (delta.safetensors), and report.json.
+    (delta.safetensors), and report.json. After an interrupt the same command goes on where training stood, and ends as
+    it would have ended without.
     """
     import fishkern as fk
+    from fishkern.commands.resuming import Checkpoint, digest_of
     from fishkern.commands.training import evaluate, train
     from fishkern.commands.workload import prepare
     from fishkern.files import atomic_write
     from fishkern.integrations import adapting as by_name
-    from fishkern.selection import save_start
+    from fishkern.selection import check_start, save_start
 
     _check_parameters(work)
     by_name.check(adapting.adapter, adapting.size)
     layers = _layers(adapting.layers)
     _check_folder(out)
+    settings = {**vars(work), **vars(adapting), **vars(budget), **vars(training), "samples": samples}
+    checkpoint = Checkpoint.open(out, settings, save_every, restart=restart)
     prepared = prepare(work, samples)
     encoder, examples = prepared.encoder, prepared.examples
+    data = digest_of(examples)
+    checkpoint.demand_same_data(data)
     held_out = _held_out(prepared, work, training.eval_split)
     model, recipe, kind = prepared.model, None, adapting.adapter
     if hasattr(model, "peft_config"):
@@ -132,23 +144,31 @@ def tune(
         task = prepared.described["task"]
         model, recipe = by_name.adapt(model, kind, task=task, layers=layers, size=adapting.size, seed=work.seed)
 
-    selecting = time.perf_counter()
-    selection = _select(model, prepared, budget, work)
-    selecting = time.perf_counter() - selecting
+    batch_size, total = work.batch_size or 16, training.epochs * len(examples)
+    if (held := checkpoint.state) is None:
+        selecting = time.perf_counter()
+        selection = _select(model, prepared, budget, work)
+        selecting = time.perf_counter() - selecting
+        out.mkdir(exist_ok=True)
+        (out / "report.json").unlink(missing_ok=True)  # comes last: a folder without one is not finished
+        selection.save(out / "selection.safetensors")
+        save_start(model, selection, out / "start.safetensors")
+        before = evaluate(model, encoder, held_out, batch_size) if held_out else {}
+        seen = 0
+    else:
+        selecting, before, seen = held["selecting"], held["before"], held["seen"]
+        note(f"going on with the unfinished run in {out}: {seen:,} of {total:,} examples are seen")
+        selection = fk.Selection.load(out / "selection.safetensors")
+        check_start(selection, model)
     optimizer = fk.MaskedAdamW(
         model, selection, training.lr, weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm
     )
-    out.mkdir(exist_ok=True)
-    selection.save(out / "selection.safetensors")
-    save_start(model, selection, out / "start.safetensors")
-
-    batch_size = work.batch_size or 16
-    before = evaluate(model, encoder, held_out, batch_size) if held_out else {}
     taken = time.perf_counter()
-    with progress("training", "examples") as report:
+    with _interruptible(), progress("training", "examples", seen) as report:
         losses = train(
             model, optimizer, encoder, examples,
             epochs=training.epochs, batch_size=batch_size, seed=work.seed, report=report,
+            checkpoint=checkpoint, described={"data": data, "selecting": selecting, "before": before},
         )  # fmt: skip
     taken = time.perf_counter() - taken
     after = evaluate(model, encoder, held_out, batch_size) if held_out else {}
@@ -171,10 +191,21 @@ def tune(
     }
     with atomic_write(out / "report.json", "w") as file:
         file.write(json.dumps(found, indent=2) + "\n")
+    checkpoint.remove()
     if json_:
         print(json.dumps(found, indent=2))
     else:
         _tell(found, saved, len(held_out))
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Say what to do after an interrupt."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note("the same command goes on from there")
+        raise
 
 
 def _select(model: nn.Module, prepared: Prepared, budget: Budget, work: Workload) -> Selection:
