@@ -85,7 +85,7 @@ def run_python(block: Block, namespace: dict[str, Any]) -> None:
     with warnings.catch_warnings(record=True) as warned, logged() as records, redirect_stdout(printed):
         warnings.simplefilter("always")
         for statement in body:
-            result = RESULT.search(lines[statement.end_lineno - 1])
+            result = RESULT.search(lines[statement.end_lineno - 1]) if isinstance(statement, ast.Expr) else None
             kind = "eval" if result else "exec"
             node = ast.Expression(statement.value) if result else ast.Module([statement], [])
             code = compile(ast.increment_lineno(node, block.line - 1), str(block.page), kind)
@@ -134,6 +134,38 @@ def run_console(block: Block) -> None:
             done = subprocess.run(line, shell=True, capture_output=True, text=True)
             status, output = done.returncode, done.stdout + done.stderr
         assert not shown or matches(output, shown), f"{block}: '{line}' gives:\n{output}"
+
+
+SHOWN = {
+    "another result": ("1 + 1  # -> 3", None),
+    "a result behind no expression": ("x = 1  # -> 1", None),
+    "printed and not shown": ("print(1)", None),
+    "another output": ("print(1)", "2\n"),
+    "a warning that is not shown": ("import warnings\nwarnings.warn('mind')", None),
+    "a warning that is logged": ("import logging\nlogging.getLogger('transformers').warning('mind')", None),
+    "an error before the end": ("1 / 0\nx = 1", "ZeroDivisionError: division by zero\n"),
+    "an error that does not come": ("x = 1", "ZeroDivisionError: division by zero\n"),
+}
+
+
+@pytest.mark.parametrize("what", SHOWN)
+def test_a_page_that_is_wrong_fails(what):
+    text, shown = SHOWN[what]
+    with pytest.raises((AssertionError, ZeroDivisionError, SyntaxError)):
+        run_python(Block(DOCS[0], 1, "python", f"{text}\n", shown), {})
+
+
+def test_what_a_page_shows_is_compared():
+    text = "import warnings\n[1, 2]  # -> [1, ...]\nprint('a  b')\nwarnings.warn('mind')\n1 / 0\n"
+    shown = "a b\nUserWarning: mind\nZeroDivisionError: ...\n"
+    run_python(Block(DOCS[0], 1, "python", text, shown), {})
+
+
+def test_a_command_that_is_wrong_fails():
+    run_console(Block(DOCS[0], 1, "console", "$ fishkern --version\nfishkern ...\n$ fishkern no\n$ echo $?\n2\n", None))
+    for text in ("$ fishkern --version\nfishkern zero\n", "$ fishkern no\n", "$ fishkern no\n$ echo $?\n0\n"):
+        with pytest.raises(AssertionError):
+            run_console(Block(DOCS[0], 1, "console", text, None))
 
 
 @pytest.fixture
@@ -220,6 +252,13 @@ def test_the_index_has_every_page():
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     pages = {page.name for page in DOCS} - {"README.md"}
     assert pages == set(re.findall(r"\]\(([\w-]+\.md)\)", index))
+
+
+@pytest.mark.parametrize("page", [page for page in DOCS if page.stem != "README"], ids=lambda page: page.stem)
+def test_a_page_begins_with_an_example(page):
+    first = blocks(page)[0]
+    assert first.language == "python"
+    assert "\n## " not in page.read_text(encoding="utf-8").split("```")[0]
 
 
 @pytest.fixture(scope="module")
