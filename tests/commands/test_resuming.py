@@ -188,7 +188,8 @@ def test_control_c_in_a_process_of_its_own(capsys, arguments, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from fishkern.cli import main; main()"
     line = [sys.executable, "-c", code, *map(str, arguments), "--out", str(stopped)]
     # one thread, as in this process, so that the singular values have the same bits
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment)
     until = time.monotonic() + 120
     while not (stopped / UNFINISHED).exists() and time.monotonic() < until:
         time.sleep(0.05)

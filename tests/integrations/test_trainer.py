@@ -35,6 +35,14 @@ def adapted(dtype: torch.dtype = torch.float32) -> nn.Module:
     return peft.get_peft_model(zoo.bert_classifier().model, config).to(dtype)
 
 
+def undropped() -> nn.Module:
+    model = adapted()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def selected(model: nn.Module) -> fk.Selection:
     return fish_tuning(model, [Rows().batch], density=0.3)
 
@@ -101,6 +109,22 @@ def test_only_the_selection_moves(tmp_path, options):
     assert_only_the_selection_moved(model, selection, start)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, {"gradient_checkpointing": True}],
+    ids=["accumulation", "checkpointing"],
+)
+def test_what_is_trained_does_not_depend_on_how(tmp_path, options):
+    """Adam is blind to the scale of a loss, which accumulation may change, as long as nothing is clipped."""
+    found = []
+    for name, changes in (("plain", {}), ("other", options)):
+        model = undropped()
+        trainer(model, tmp_path / name, selected(model), max_grad_norm=0, **changes).train()
+        found.append(values(model))
+    for name, value in found[1].items():
+        torch.testing.assert_close(value, found[0][name], rtol=0, atol=1e-4)
+
+
 def test_clipping_is_by_the_norm_of_what_moves(tmp_path):
     model = adapted()
     selection = selected(model)
@@ -121,6 +145,8 @@ def test_stopping_and_going_on_is_not_stopping(tmp_path):
     trainer(stopped, tmp_path / "part", selection, max_steps=4).train()
     checkpoint = tmp_path / "part" / "checkpoint-2"
     assert fk.Selection.load(checkpoint / FILE) == selection
+    state = torch.load(checkpoint / "optimizer.pt")["state"]
+    assert sum(len(held["exp_avg"].view(-1)) for held in state.values()) == selection.count  # compact
     resumed = adapted()
     trainer(resumed, tmp_path / "part", selection).train(resume_from_checkpoint=str(checkpoint))
     expected = values(whole)

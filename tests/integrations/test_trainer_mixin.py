@@ -13,7 +13,15 @@ import torch
 from torch import nn
 
 import fishkern as fk
-from tests.integrations.test_trainer import Rows, adapted, assert_only_the_selection_moved, selected, trainer, values
+from tests.integrations.test_trainer import (
+    Rows,
+    adapted,
+    assert_only_the_selection_moved,
+    selected,
+    trainer,
+    undropped,
+    values,
+)
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -22,14 +30,6 @@ from fishkern.integrations.trainer import FILE, FisherMixin  # noqa: E402
 
 
 class FisherTrainer(FisherMixin, transformers.Trainer): ...
-
-
-def undropped() -> nn.Module:
-    model = adapted()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 def selecting(folder: Path, model: nn.Module | None = None, select=None, **options) -> FisherTrainer:
@@ -133,8 +133,8 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from tests.integrations.test_trainer import values
-from tests.integrations.test_trainer_mixin import selecting, undropped
+from tests.integrations.test_trainer import undropped, values
+from tests.integrations.test_trainer_mixin import selecting
 folder, rank = Path(sys.argv[1]), sys.argv[2]
 options = dict(per_device_train_batch_size=2, weight_decay=0.1, max_grad_norm=0, ddp_backend="gloo")
 training = selecting(folder / "run", undropped(), **options)

@@ -21,6 +21,19 @@ def attached(adapter: adapters.Adapter) -> nn.Module:
     return model
 
 
+def away_from_zero(model: nn.Module) -> nn.Module:
+    """Where a fresh adapter does nothing, half of it or more has no Fisher information."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "classifier" not in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+OURS = {
+    "bottleneck": adapters.BottleneckAdapter(width=2),
+    "prefix": adapters.PrefixAdapter(length=3, layers=(0, 2)),
+    "UniPELT": adapters.UniPELTAdapter(width=2),
+}
 FAMILIES = {
     "LoRA": lambda: lora(classifier()),
     "DoRA": lambda: lora(classifier(), use_dora=True),
@@ -33,9 +46,18 @@ FAMILIES = {
     "PEFT's prefix": lambda: peft.get_peft_model(
         classifier(), peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS")
     ),
-    "bottleneck": lambda: attached(adapters.BottleneckAdapter(width=2)),
-    "prefix": lambda: attached(adapters.PrefixAdapter(length=3, layers=(0, 2))),
-    "UniPELT": lambda: attached(adapters.UniPELTAdapter(width=2)),
+    "VeRA": lambda: away_from_zero(
+        peft.get_peft_model(classifier(), peft.VeraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"))
+    ),
+    "OFT": lambda: away_from_zero(
+        peft.get_peft_model(
+            classifier(), peft.OFTConfig(oft_block_size=4, r=0, target_modules=["query"], task_type="SEQ_CLS")
+        )
+    ),
+    "LoHa": lambda: away_from_zero(
+        peft.get_peft_model(classifier(), peft.LoHaConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    ),
+    **{name: lambda adapter=adapter: attached(adapter) for name, adapter in OURS.items()},
 }
 
 
@@ -55,6 +77,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore:.*slow exact path")
 def test_only_what_is_selected_moves(family):
     model = FAMILIES[family]()
     selection = fk.fish_tuning(model, batches(), density=0.3)
@@ -83,3 +106,32 @@ def test_plain_peft_loads_what_was_saved(family, dtype, tmp_path):
     loaded = peft.PeftModel.from_pretrained(base, tmp_path)
     tolerance = dict(rtol=1e-4, atol=1e-5) if dtype is torch.float32 else dict(rtol=5e-2, atol=5e-2)
     torch.testing.assert_close(logits(loaded), logits(model), **tolerance)
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_our_own_files_hold_what_was_trained(family, tmp_path):
+    model = attached(OURS[family])
+    train(model, fk.fish_tuning(model, batches(), density=0.3))
+    path = adapters.save(model, OURS[family], tmp_path / "adapter.safetensors")
+    loaded = classifier()
+    assert adapters.load(loaded, path) == OURS[family]
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("family", ["LoRA", "DoRA", "bottleneck", "prefix"])
+def test_a_base_in_bfloat16_stays_as_it_is(family):
+    """PEFT keeps its adapters in float32; ours have the dtype of the base, and master weights."""
+    base = classifier().to(torch.bfloat16)
+    if family in OURS:
+        adapters.attach(base, OURS[family])
+        model = base
+    else:
+        model = lora(base, use_dora=family == "DoRA")
+    selection = fk.fish_tuning(model, batches(), density=0.3)
+    start = {name: value.detach().clone() for name, value in model.named_parameters()}
+    train(model, selection)
+    moved = {name: value != start[name] for name, value in model.named_parameters()}
+    for name, where in moved.items():
+        assert not (where & ~selection.mask(name) if name in selection else where).any(), name
+    # a step below half the spacing of bfloat16 moves the master weight alone
+    assert sum(int(where.sum()) for where in moved.values()) > 0.8 * selection.count

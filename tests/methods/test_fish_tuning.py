@@ -210,9 +210,7 @@ def test_a_start_with_zeros_is_refused():
 def test_a_prefix_for_cross_attention_is_refused():
     """PEFT makes one for both attentions of a decoder, and transformers computes the second's keys and values anew."""
     specimen = zoo.t5()
-    model = peft.get_peft_model(
-        specimen.model, peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3)
-    )
+    model = peft.get_peft_model(specimen.model, peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3))
     with pytest.raises(ValueError, match=r"144 of 288 .*prompt_encoder.*cross-attention, it is not seen: take LoRA"):
         fish_tuning(model, [specimen.batch()], k=10)
 
