@@ -1,4 +1,7 @@
-"""Models and data of the whole-pass benchmarks and of the comparison with rivals. Weights are random: speed does not depend on them."""
+"""Models and data of the whole-pass benchmarks and of the comparison with rivals.
+
+Weights are random: speed does not depend on them.
+"""
 
 from __future__ import annotations
 

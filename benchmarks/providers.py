@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -82,5 +83,5 @@ def squares(result: Any) -> dict[str, Tensor]:
 
 def in_short(error: Exception) -> str:
     """An error as a record says it: its class, and the first line of what it says."""
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0][:160]}" if said else type(error).__name__
+    said = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {textwrap.shorten(said, 120, placeholder=' ...')}".removesuffix(": ")

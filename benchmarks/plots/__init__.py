@@ -17,14 +17,17 @@ if TYPE_CHECKING:
 
 PLOTS = {
     "whole_pass": "time and peak memory of a pass over data",
+    "rivals": "examples per second and peak memory of a pass, by all ways to it",
     "streaming_topk": "time of exact top-k, in memory and from a file",
     "masked_step": "time and peak memory of a masked optimizer's step",
     "scaling": "time and peak memory as sizes grow, with exponents",
     "demonstration": "the Fisher of all parameters of a LLaMA, and training a few of them",
+    "exactness": "overlap of other squares with the exact Fisher, beside the noise floor",
     "glue": "scores of FISH-Tuning's arms on GLUE, seed by seed",
 }
 # Records without a picture, and why.
 WITHOUT = {
+    "failures": "a table, which the command prints",
     "fish_tuning": "one measurement, which the README tells",
     "training_step": "two numbers",
 }

@@ -8,17 +8,20 @@ from torch import Tensor, nn
 from benchmarks.rivals.loops import Batches
 
 
-def vmap_grad(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
+def vmap_grad(model: nn.Module, batches: Batches, keep_mask: bool = False) -> dict[str, Tensor]:
     """``torch.func``: the gradients of a whole batch at once, ``[N, *shape]`` for every parameter.
 
-    The rows must be full: transformers looks into an attention mask, which vmap does not allow.
+    Args:
+        model: A model of transformers.
+        batches: Of full rows: transformers looks into an attention mask, which vmap does not allow.
+        keep_mask: Give the mask to the model all the same.
     """
     model.eval()
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
 
     def loss(parameters: dict[str, Tensor], row: dict[str, Tensor]) -> Tensor:
-        row = {key: value[None] for key, value in row.items() if key != "attention_mask"}
+        row = {key: value[None] for key, value in row.items() if keep_mask or key != "attention_mask"}
         return torch.func.functional_call(model, parameters, kwargs={**row, "use_cache": False}).loss
 
     per_example = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))

@@ -1,0 +1,51 @@
+"""Examples per second and peak memory of everybody's pass over data, for each shape of model."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.plots import style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KINDS = {"bert": "BERT", "llama": "LLaMA"}
+_REASON = 62  # characters of a reason that fit into an axes
+
+
+def draw(records: list[dict[str, Any]]) -> Figure:
+    """Draw a row of bars for each case: speed left, memory right; what covers a part of the model says how much."""
+    records = style.newest(records, "quantity", "case", "provider")
+    timed = [record for record in records if record["quantity"] == "time"]
+    cases = style.cases(timed)
+    providers = list(dict.fromkeys(record["provider"] for record in timed))
+    height = 0.9 + len(cases) * (0.75 + 0.19 * len(providers))
+    figure = style.figure(height, width=11, title="A Fisher pass over data, by all ways to it")
+    for row, case in zip(figure.subplots(len(cases), 2, squeeze=False), cases, strict=True):
+        of_case = [record for record in records if record["case"] == case]
+        covered = {record["provider"]: record["coverage"]["entries"] for record in of_case if "coverage" in record}
+        speeds = {r["provider"]: _value(r, "examples_per_second") for r in of_case if r["quantity"] == "time"}
+        peaks = {r["provider"]: _value(r, "peak_mib") for r in of_case if r["quantity"] == "memory"}
+        _bars(row[0], speeds, "examples/s", _words(case), covered)
+        _bars(row[1], peaks, "MiB", "peak memory beside the weights", covered)
+    return style.finish(figure, records)
+
+
+def _value(record: dict[str, Any], field: str) -> float | str:
+    if field in record:
+        return float(record[field])
+    return textwrap.shorten(record.get("left out", "not measured"), _REASON, placeholder=" ...")
+
+
+def _bars(axes: Axes, values: dict[str, float | str], unit: str, title: str, covered: dict[str, float]) -> None:
+    style.bars(axes, values, unit, title)
+    names = {name: style.name_of(name).replace("_unchecked", " without self-check") for name in values}
+    parts = {name: f" ({100 * share:.3g} % of entries)" for name, share in covered.items() if share < 1}
+    axes.set_yticks(range(len(values)), [names[name] + parts.get(name, "") for name in values])
+
+
+def _words(case: dict[str, Any]) -> str:
+    examples, kind = case["N"] * case["batches"], KINDS[case["kind"]]
+    return f"{kind} {case['layers']} x {case['hidden']}, {case['dtype']}: {examples} examples of {case['T']} tokens"

@@ -1,0 +1,131 @@
+"""A Fisher pass over data by everybody's ways to it: time, peak memory, error, and how much of the model is covered.
+
+Shapes are those of BERT and LLaMA, scaled to a CPU; on a GPU they are the real ones. Weights are random and rows are
+full, which suits the rivals best. Each is used as its documentation does, with the settings that its records name; one
+that is not installed or fails is recorded with the reason. Providers take turns within each round.
+
+A library that leaves layers out does less work: its time stands beside its coverage. Errors are of small float32
+models of the same kinds, against batch size 1 in float64. A pass of few examples is dear for ``fishkern``, which first
+compares two of them with autograd; ``fishkern_unchecked`` shows the rest.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.cases import BERT_BASE, BERT_MINI, LLAMA_1B, LLAMA_SMALL, SHAPES_CPU, SHAPES_GPU, Shape
+from benchmarks.memory import peak_memory
+from benchmarks.providers import RIVALS, in_short, squares
+from benchmarks.rivals import as_found
+from benchmarks.rivals.oracle import coverage, float64_loop, largest_error
+
+TESTS = ["tests/models/test_traps.py", "tests/benchmarks/test_rivals.py"]
+ROUNDS = 3
+ON_GPU = torch.cuda.is_available()
+CASES = SHAPES_GPU if ON_GPU else SHAPES_CPU
+KINDS = [BERT_BASE, LLAMA_1B] if ON_GPU else [BERT_MINI, LLAMA_SMALL]
+
+
+def description(case: Shape, name: str, quantity: str) -> dict[str, Any]:
+    """What each record of a provider says beside the measurement."""
+    rival = RIVALS[name]
+    return {
+        "op": "rivals",
+        "quantity": quantity,
+        "case": vars(case),
+        "attention": "sdpa",
+        "dtype": case.dtype,
+        "provider": name,
+        **({rival.package: rival.version} if rival.version else {}),
+        "settings": rival.settings,
+        "opt_einsum": torch.backends.opt_einsum.is_available(),  # BackPACK's einsum needs it to be fast
+    }
+
+
+def run(name: str, model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> tuple[float, Any]:
+    """The seconds of one pass, and its result; whatever it leaves on the model is taken away after."""
+    with as_found(model):
+        synchronize()
+        start = time.perf_counter()
+        result = RIVALS[name].run(model, data)
+        synchronize()
+        return time.perf_counter() - start, result
+
+
+def synchronize() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def tried(name: str, model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """Coverage from a pass over some data, or why there is none; ours must not fail."""
+    try:
+        if RIVALS[name].why_not:
+            return {"left out": RIVALS[name].why_not}
+        return {"coverage": coverage(model, squares(run(name, model, data)[1]))}
+    except Exception as error:
+        if name.startswith("fishkern"):
+            raise
+        return {"left out": in_short(error)}
+    finally:
+        gc.collect()  # the traceback of a failure holds its tensors
+        if ON_GPU:
+            torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_time(case, benchmark, record):
+    model, data = case.model(), case.data()
+    found = {name: tried(name, model, data[:1]) for name in RIVALS}
+    seconds: dict[str, list[float]] = {name: [] for name in RIVALS if "left out" not in found[name]}
+
+    def take_turns() -> None:
+        for name, values in seconds.items():
+            if name != "fishkern":
+                values.append(run(name, model, data)[0])
+
+    benchmark.pedantic(
+        lambda: seconds["fishkern"].append(run("fishkern", model, data)[0]), setup=take_turns, rounds=ROUNDS
+    )
+    examples = case.N * case.batches
+    for name, measured in found.items():
+        if values := seconds.get(name):
+            measured |= {
+                "examples_per_second": examples / median(values),
+                "seconds": {"median": median(values), "min": min(values), "max": max(values)},
+                "examples": examples,
+                "rounds": ROUNDS,
+            }
+            benchmark.extra_info[name] = round(median(values), 3)
+        record("rivals", {**description(case, name, "time"), **measured})
+
+
+@pytest.mark.parametrize("name", [name for name in RIVALS if name != "fishkern_unchecked"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_peak_memory(case, name, record):
+    why_not = RIVALS[name].why_not
+    figures = {"left out": why_not} if why_not else peak_memory(name, case)
+    record("rivals", {**description(case, name, "memory"), **figures})
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda case: case.kind)
+def test_error(kind, record):
+    case = kind.small()
+    model, data = case.model(), case.data()
+    truth = float64_loop(model, data)
+    for name in RIVALS:
+        measured = tried(name, model, data)
+        if "coverage" in measured:
+            measured |= largest_error(squares(run(name, model, data)[1]), truth)
+        record(
+            "rivals", {**description(case, name, "error"), "of": "a small model of this kind in float32", **measured}
+        )
+        if name.startswith("fishkern"):
+            assert not measured["wrong"]
+            assert measured["coverage"]["entries"] == 1
