@@ -88,7 +88,8 @@ def run_python(block: Block, namespace: dict[str, Any]) -> None:
             result = RESULT.search(lines[statement.end_lineno - 1]) if isinstance(statement, ast.Expr) else None
             kind = "eval" if result else "exec"
             node = ast.Expression(statement.value) if result else ast.Module([statement], [])
-            code = compile(ast.increment_lineno(node, block.line - 1), str(block.page), kind)
+            node = ast.increment_lineno(node, block.line - 1)
+            code = compile(node, str(block.page), kind, dont_inherit=True)  # not this file's __future__
             try:
                 value = eval(code, namespace)
             except Exception as error:
