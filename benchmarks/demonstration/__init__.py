@@ -193,7 +193,8 @@ def _measure(setting: Setting, options: argparse.Namespace, folder: Path, origin
                 print(f"ours ended with status {status}: nothing is recorded of it.", file=sys.stderr)
                 return 1
             if status:
-                read.append({"arm": arm, "stage": "estimate", "left out": f"its process ended with status {status}"})
+                why = f"signal {-status}, as when the system runs out of memory" if status < 0 else f"status {status}"
+                read.append({"arm": arm, "stage": "ended", "left out": f"its process was ended by {why}"})
             found = [{**shared, **line, **origin} for line in read]
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:  # an arm at once, so that an interrupted one is measured again
@@ -204,9 +205,8 @@ def _measure(setting: Setting, options: argparse.Namespace, folder: Path, origin
 
 
 def _too_much(records: list[Record]) -> bool:
-    """Whether Opacus ran, and could not take a whole batch."""
-    tried = [record for record in records if record["arm"] == "opacus" and "left out" in record]
-    return any("not installed" not in record["left out"] for record in tried)
+    """Whether a whole batch was too much for Opacus."""
+    return any(record["arm"] == "opacus" and "memory" in record.get("left out", "") for record in records)
 
 
 def _recorded(path: Path, shared: Record, origin: Record) -> list[Record]:

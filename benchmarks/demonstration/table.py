@@ -8,6 +8,7 @@ from typing import Any
 
 Record = dict[str, Any]
 WIDTH = 100
+PLACES = {"cpu": "CPU", "cuda": "GPU"}
 NAMES = {
     "one_by_one": "one by one",
     "opacus": "Opacus",
@@ -32,7 +33,7 @@ def table(records: list[Record]) -> Iterator[str]:
     yield from _wrapped(
         f"A LLaMA of the shape {setting['shape']} with random weights in {setting['dtype']}, on {where}. The Fisher of "
         f"all its parameters from {setting['examples']} examples of {setting['tokens']} random tokens, "
-        f"{setting['batch_size']} in a batch, accumulated in float32 on the {setting['accumulate_on']}; "
+        f"{setting['batch_size']} in a batch, accumulated in float32 on the {PLACES[setting['accumulate_on']]}; "
         f"{100 * setting['density']:g} % of all entries selected; {setting['steps']} training steps on one batch."
     )
     yield ""
@@ -72,8 +73,8 @@ def _outcome(record: Record) -> str:
             worst = record["worst"]
             return (
                 f"holds: {record['compared']} tensors ({record['entries']:,} entries), worst error "
-                f"{worst['error']:.1e} of {worst['allowed']:.1e} allowed; of the largest {record['density']:.1%} "
-                f"{record['overlap']:.1%} in common with the loop"
+                f"{worst['error']:.1e} of {worst['allowed']:.1e} allowed; {record['overlap']:.1%} of their largest "
+                f"{record['density']:.1%} are the loop's"
             )
         case "train":
             return f"{_step(record)}; loss on that batch {record['losses'][0]:.2f} -> {record['losses'][-1]:.2f}"
@@ -89,11 +90,16 @@ def _beside(record: Record, ours: dict[str, Record]) -> str:
         return record["left out"]
     if record["arm"] == "dense_adamw":
         mine = ours.get("train")
-        more = f", {record['peak_mib'] / mine['peak_mib']:.2f}x the peak of ours" if mine else ""
-        losses = record["losses"]
-        return f"{_step(record)}{more}; loss {losses[0]:.2f} -> {losses[-1]:.2f}"
+        ratio = ""
+        if mine:
+            slower, larger = record["step_seconds"] / mine["step_seconds"], record["peak_mib"] / mine["peak_mib"]
+            ratio = f", {slower:.2f}x the time and {larger:.2f}x the peak of ours"
+        return f"{_step(record)}{ratio}; loss {record['losses'][0]:.2f} -> {record['losses'][-1]:.2f}"
     mine = ours.get("estimate")
-    ratio = f", {_seconds_each(record) / _seconds_each(mine):.2f}x ours" if mine else ""
+    ratio = ""
+    if mine:
+        slower, larger = _seconds_each(record) / _seconds_each(mine), record["peak_mib"] / mine["peak_mib"]
+        ratio = f", {slower:.2f}x the time and {larger:.2f}x the peak of ours"
     return f"{_each(record)} an example{ratio}; {record['examples']} examples, {record['batch_size']} in a batch"
 
 
