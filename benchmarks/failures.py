@@ -244,9 +244,7 @@ FAILURES = [
     Failure("opacus", "rows of several lengths, token-mean loss", partial(against, opacus, models.llama, RAGGED)),
     Failure("vmap_grad", "rows of several lengths", partial(against, models.vmap_with_mask, models.llama, RAGGED)),
     Failure("Avalanche's EWC, RoSA", "square of the batch's gradient", partial(against, batch_gradient, *LLAMA)),
-    Failure(
-        "ASDL, TrueGrad", "square of each position, k_proj", partial(against, each_position, *LLAMA, only="k_proj")
-    ),
+    Failure("ASDL, TrueGrad", "square of each position, keys", partial(against, each_position, *LLAMA, only="k_proj")),
     Failure("SqueezeLLM's gradients", "sums of squares in bfloat16", partial(against, bf16_sums, *IN_BF16)),
     Failure("loops over .grad", "squares in float16", partial(against, fp16_squares, *IN_FP16)),
     Failure("FISH-Tuning, LT-SFT, mttl", "scores >= threshold, with ties", threshold_on_ties),
