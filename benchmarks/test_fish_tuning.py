@@ -6,6 +6,7 @@ Random weights and tokens; shapes of MiniLM with LoRA (r = 1, PiSSA) on query, k
 from __future__ import annotations
 
 import time
+from functools import partial
 from statistics import median
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import fishkern as fk
 from benchmarks.rivals import one_by_one
 
+TESTS = ["tests/methods/test_fish_tuning.py", "tests/models/test_adapters.py"]
 ROUNDS = 3
 EXAMPLES, BATCH = 128, 16
 LENGTHS = (6, 24)  # of a CoLA sentence with its special tokens
@@ -55,6 +57,14 @@ def selected_by_loop(model: nn.Module, batches: list[dict[str, Tensor]]) -> fk.S
 
 def selected(model: nn.Module, batches: list[dict[str, Tensor]]) -> fk.Selection:
     return fk.fish_tuning(model, batches, density=DENSITY)
+
+
+COMPARED = {"selection": ["fishkern", "one_by_one"]}  # by `python -m benchmarks compare`
+
+
+def prepare(_: str, provider: str) -> partial:
+    """Make one of :data:`COMPARED`."""
+    return partial({"fishkern": selected, "one_by_one": one_by_one}[provider], adapted(), data())
 
 
 def test_selection(benchmark, record):

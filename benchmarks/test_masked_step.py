@@ -11,9 +11,20 @@ from statistics import median
 import pytest
 import torch
 
-from benchmarks.masked_cases import CASES, PROVIDERS, peak_memory
+from benchmarks.masked_cases import CASES, PROVIDERS, Step, peak_memory
 
+TESTS = ["tests/ops/test_masked_adamw.py", "tests/laws/test_optimizers.py", "tests/optim"]
 ROUNDS = 9
+COMPARED = {str(case): ["fishkern", "six_lines"] for case in CASES}  # by `python -m benchmarks compare`
+
+
+def prepare(described: str, provider: str) -> Step:
+    """Make one of :data:`COMPARED`."""
+    (case,) = (case for case in CASES if str(case) == described)
+    model = case.build()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    return PROVIDERS[provider](model, case.selection(model))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -7,6 +7,7 @@ All providers take turns within each round. The file is dropped from the page ca
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -27,10 +28,18 @@ from benchmarks.topk_cases import (
 from benchmarks.topk_memory import peak_memory
 from fishkern.files import Format, open_tensors
 
+TESTS = ["tests/ops/test_streaming_topk.py", "tests/ops/test_streaming_topk_files.py"]
 ROUNDS = 5
 SLOW_ROUNDS = 1  # of what takes a minute
 SLOW = {"cat_topk", "kthvalue"}
 FORMAT = Format("scores", 1, "a benchmark")
+COMPARED = {str(IN_MEMORY[0]): ["fishkern", "sampled_threshold"]}  # by `python -m benchmarks compare`
+
+
+def prepare(described: str, provider: str) -> partial:
+    """Make one of :data:`COMPARED`."""
+    (case,) = (case for case in IN_MEMORY if str(case) == described)
+    return partial(PROVIDERS[provider], case.scores(), case.k)
 
 
 def summary(values: list[float]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -14,6 +15,7 @@ import torch
 import fishkern as fk
 from benchmarks.test_fish_tuning import DENSITY, adapted, data
 
+TESTS = ["tests/methods/test_fish_training.py", "tests/laws/test_optimizers.py"]
 ROUNDS = 15
 NEVER_SLOWER = 1.05
 
@@ -37,6 +39,14 @@ def stepper(fused: bool) -> Callable[[dict], float]:
         return time.perf_counter() - start
 
     return step
+
+
+COMPARED = {"step": ["fishkern", "plain_lora_fused_adamw"]}  # by `python -m benchmarks compare`
+
+
+def prepare(_: str, provider: str) -> partial:
+    """Make one of :data:`COMPARED`."""
+    return partial(stepper(fused=provider != "fishkern"), data()[0])
 
 
 def test_training_step(benchmark, record):

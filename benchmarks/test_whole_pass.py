@@ -7,6 +7,7 @@ recorded first and judged then: ours is never slower than the loop, and keeps wi
 from __future__ import annotations
 
 import time
+from functools import partial
 from statistics import median
 
 import pytest
@@ -15,9 +16,17 @@ from benchmarks.cases import CPU_CASES
 from benchmarks.memory import peak_memory
 from benchmarks.providers import PROVIDERS
 
+TESTS = ["tests/models/test_families.py", "tests/models/test_conditions.py"]
 ROUNDS = 3
 NEVER_SLOWER = 1.05  # of the loop's median time
 MEMORY = 1.3  # of model, accumulators and the activations of the batch
+COMPARED = {str(case): ["fishkern", "one_by_one"] for case in CPU_CASES[:2]}  # by `python -m benchmarks compare`
+
+
+def prepare(described: str, provider: str) -> partial:
+    """Make one of :data:`COMPARED`."""
+    (case,) = (case for case in CPU_CASES if str(case) == described)
+    return partial(PROVIDERS[provider], case.model(), case.data())
 
 
 @pytest.mark.parametrize("case", CPU_CASES, ids=str)

@@ -22,9 +22,8 @@ def draw(records: list[dict[str, Any]]) -> Figure:
         found = [record for record in records if record["case"]["model"] == model]
         name = MODELS.get(model, model)
         _lines(row[0], found, "time", "s", f"{name}: one step")
-        _lines(row[1], found, "memory", "MiB", f"{name}: peak of training above the loaded model")
-    style.origin(figure, records)
-    return figure
+        _lines(row[1], found, "memory", "MiB", f"{name}: peak memory of training")
+    return style.finish(figure, records)
 
 
 def _lines(axes: Axes, records: list[dict[str, Any]], quantity: str, unit: str, title: str) -> None:

@@ -25,5 +25,4 @@ def draw(records: list[dict[str, Any]]) -> Figure:
                 beside = record["peak_mib"] - record["indices_mib"]
                 title += f"; peak memory beside the indices {style.number(beside, 'MiB')}"
         style.bars(axes, style.values(found, "time"), "s", title)
-    style.origin(figure, records)
-    return figure
+    return style.finish(figure, records)

@@ -46,6 +46,7 @@ COLOURS = {
 }
 SPARE = ("#CC79A7", "#56B4E9", "#000000", "#999933", "#882255", "#44AA99")
 MARKERS = "osD^vPX*"
+_END = "end of a line"
 NAMES = {
     "one_by_one": "batch-size-1 loop",
     "vmap_grad": "torch.func vmap",
@@ -87,14 +88,14 @@ def name_of(provider: str) -> str:
     return NAMES.get(provider, provider)
 
 
-def number(value: float, unit: str = "") -> str:
-    """Write a number with three figures; seconds (``"s"``) as s, ms or us, MiB from 1024 on as GiB."""
+def number(value: float, unit: str = "", digits: int = 3) -> str:
+    """Write a number with at least so many figures; seconds (``"s"``) as s, ms or us, MiB from 1024 on as GiB."""
     if unit == "s" and value < 1:
         value, unit = (1e3 * value, "ms") if value >= 1e-3 else (1e6 * value, "us")
     if unit == "MiB" and value >= 1024:
         value, unit = value / 1024, "GiB"
-    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
-    return f"{value:,.{min(digits, 3)}f} {unit}".rstrip()
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:,.{min(decimals, 3)}f} {unit}".rstrip()
 
 
 def bars(axes: Axes, values: Mapping[str, float | str], unit: str, title: str = "") -> None:
@@ -134,20 +135,29 @@ def lines(
         unit: Of the values, such as ``"s"`` or ``"MiB"``.
         notes: By provider, what is said behind its name.
     """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     shades = colours(points)
-    ends = []
     axes.set(xscale="log", yscale="log")
     for (provider, line), marker in zip(points.items(), itertools.cycle(MARKERS), strict=False):
-        strong = shades[provider] == OURS
         x, y = zip(*line, strict=True)
+        strong = shades[provider] == OURS
         axes.plot(x, y, color=shades[provider], marker=marker, markersize=4, linewidth=2 if strong else 1.2)
-        note = (notes or {}).get(provider, "")
-        ends.append((x[-1], y[-1], f"{name_of(provider)} {note}".rstrip(), shades[provider]))
-    axes.set_ylabel(unit, fontsize=SMALL)
-    plain(axes)
+        axes.annotate(
+            f"{name_of(provider)} {(notes or {}).get(provider, '')}".rstrip(), (x[-1], y[-1]), (6, 0),
+            textcoords="offset points", va="center", fontsize=SMALL - 1, color=shades[provider], gid=_END,
+        )  # fmt: skip
+    found = [y for line in points.values() for _, y in line]
+    if found:
+        axes.set_ylim(min(found) / 1.4, max(found) * 1.4)
+    few = bool(found) and max(found) < 30 * min(found)
+    locator = LogLocator(base=2, numticks=6) if unit == "MiB" else LogLocator(subs=(1, 2, 5) if few else (1,))
+    axes.yaxis.set_major_locator(locator)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value, unit, digits=1)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(color="0.92", linewidth=0.6)
     axes.set_axisbelow(True)
-    label_ends(axes, ends)
+    plain(axes)
 
 
 def plain(axes: Axes) -> None:
@@ -156,31 +166,22 @@ def plain(axes: Axes) -> None:
     axes.tick_params(labelsize=SMALL)
 
 
-def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 10.0) -> None:
-    """Write labels to the right of the ends of lines, moved up or down until they are ``gap`` points apart.
-
-    Call it when the limits and scales of the axes stand.
-
-    Args:
-        axes: Where.
-        ends: For each line x and y of its end, its label and its colour.
-        gap: In points.
-    """
-    places = [axes.transData.transform((x, y))[1] * 72 / axes.figure.dpi for x, y, _, _ in ends]
-    order = sorted(range(len(ends)), key=places.__getitem__)
-    heights = [places[n] for n in order]
-    for _ in range(100):
-        for low in range(len(heights) - 1):
-            short = gap - (heights[low + 1] - heights[low])
-            if short > 0.01:
-                heights[low] -= short / 2
-                heights[low + 1] += short / 2
-    for n, height in zip(order, heights, strict=True):
-        x, y, text, colour = ends[n]
-        axes.annotate(
-            text, (x, y), (6, height - places[n]), textcoords="offset points", va="center", fontsize=SMALL - 1,
-            color=colour, annotation_clip=False,
-        )  # fmt: skip
+def _spread(figure: Figure, gap: float = 9.5) -> None:
+    """Move the labels at the ends of lines up or down until they are so many points apart."""
+    figure.draw_without_rendering()  # the layout decides how high the axes are
+    for axes in figure.axes:
+        labels = [text for text in axes.texts if text.get_gid() == _END]
+        places = [axes.transData.transform(label.xy)[1] * 72 / figure.dpi for label in labels]
+        order = sorted(range(len(labels)), key=places.__getitem__)
+        heights = [places[n] for n in order]
+        for _ in range(200):
+            for low in range(len(heights) - 1):
+                short = gap - (heights[low + 1] - heights[low])
+                if short > 0.01:
+                    heights[low] -= short / 2
+                    heights[low + 1] += short / 2
+        for n, height in zip(order, heights, strict=True):
+            labels[n].set_position((6, height - places[n]))
 
 
 def values(records: Iterable[dict[str, Any]], quantity: str) -> dict[str, float | str]:
@@ -203,15 +204,16 @@ def newest(records: Iterable[dict[str, Any]], *fields: str) -> list[dict[str, An
     return list({json.dumps([record.get(field) for field in fields]): record for record in records}.values())
 
 
-def origin(figure: Figure, records: Iterable[dict[str, Any]]) -> None:
-    """Say below the picture where its records come from: machine, versions, commits, days."""
+def finish(figure: Figure, records: Iterable[dict[str, Any]]) -> Figure:
+    """Say below where the records come from (machine, versions, commits, last day), and part the labels of lines."""
     records = list(records)
 
-    def all_of(*fields: str) -> str:
-        found = dict.fromkeys(str(r[field]) for r in records for field in fields if r.get(field) is not None)
-        return ", ".join(found)
+    def all_of(field: str) -> str:
+        return ", ".join(dict.fromkeys(str(record[field]) for record in records if record.get(field) is not None))
 
     commits = dict.fromkeys(r["commit"][:7] + " with changes" * bool(r.get("dirty")) for r in records if "commit" in r)
-    days = sorted({r["time"][:10] for r in records if "time" in r})
-    parts = [all_of("machine"), all_of("cpu"), "torch " + all_of("torch"), "fishkern " + ", ".join(commits), *days[-1:]]
+    day = max((record["time"][:10] for record in records if "time" in record), default="")
+    parts = [all_of("machine"), all_of("cpu"), "torch " + all_of("torch"), "fishkern " + ", ".join(commits), day]
     figure.supxlabel(" · ".join(filter(None, parts)), fontsize=SMALL - 1, color=GREY, x=0.01, ha="left")
+    _spread(figure)
+    return figure

@@ -20,8 +20,7 @@ def draw(records: list[dict[str, Any]]) -> Figure:
         of_case = [record for record in records if record["case"] == case]
         style.bars(row[0], style.values(of_case, "time"), "s", _words(case))
         style.bars(row[1], style.values(of_case, "memory"), "MiB", "peak memory beside the weights")
-    style.origin(figure, records)
-    return figure
+    return style.finish(figure, records)
 
 
 def _words(case: dict[str, Any]) -> str:
