@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import BERT_BASE, BERT_MINI, LLAMA_1B, LLAMA_SMALL, SHAPES_CPU, SHAPES_GPU, Shape
+from benchmarks.cases import BERT_BASE, BERT_MINI, LLAMA_1B, LLAMA_8B, LLAMA_SMALL, SHAPES_CPU, SHAPES_GPU, Shape
 from benchmarks.memory import peak_memory
 from benchmarks.providers import RIVALS, in_short, squares
 from benchmarks.rivals import as_found
@@ -29,7 +29,7 @@ TESTS = ["tests/models/test_traps.py", "tests/benchmarks/test_rivals.py"]
 ROUNDS = 3
 ON_GPU = torch.cuda.is_available()
 CASES = SHAPES_GPU if ON_GPU else SHAPES_CPU
-KINDS = [BERT_BASE, LLAMA_1B] if ON_GPU else [BERT_MINI, LLAMA_SMALL]
+KINDS = [BERT_BASE, LLAMA_1B, LLAMA_8B] if ON_GPU else [BERT_MINI, LLAMA_SMALL]
 
 
 def description(case: Shape, name: str, quantity: str) -> dict[str, Any]:
@@ -63,6 +63,13 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def release() -> None:
+    """Give memory back: to the next provider, and to processes of their own."""
+    gc.collect()  # the traceback of a failure holds its tensors
+    if ON_GPU:
+        torch.cuda.empty_cache()
+
+
 def tried(name: str, model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
     """Coverage from a pass over some data, or why there is none; ours must not fail."""
     try:
@@ -74,9 +81,7 @@ def tried(name: str, model: torch.nn.Module, data: list[dict[str, torch.Tensor]]
             raise
         return {"left out": in_short(error)}
     finally:
-        gc.collect()  # the traceback of a failure holds its tensors
-        if ON_GPU:
-            torch.cuda.empty_cache()
+        release()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -109,6 +114,7 @@ def test_time(case, benchmark, record):
 @pytest.mark.parametrize("name", [name for name in RIVALS if name != "fishkern_unchecked"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_peak_memory(case, name, record):
+    release()
     why_not = RIVALS[name].why_not
     figures = {"left out": why_not} if why_not else peak_memory(name, case)
     record("rivals", {**description(case, name, "memory"), **figures})

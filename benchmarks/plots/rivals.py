@@ -28,9 +28,19 @@ def draw(records: list[dict[str, Any]]) -> Figure:
         covered = {record["provider"]: record["coverage"]["entries"] for record in of_case if "coverage" in record}
         speeds = {r["provider"]: _value(r, "examples_per_second") for r in of_case if r["quantity"] == "time"}
         peaks = {r["provider"]: _value(r, "peak_mib") for r in of_case if r["quantity"] == "memory"}
-        _bars(row[0], speeds, "examples/s", _words(case), covered)
-        _bars(row[1], peaks, "MiB", "peak memory beside the weights", covered)
+        notes = {name: f"{100 * share:.3g} % of entries" for name, share in covered.items() if share < 1}
+        for record in of_kind(records, case):
+            if record.get("wrong"):
+                notes[record["provider"]] = f"{len(record['wrong'])} parameters wrong"
+        _bars(row[0], speeds, "examples/s", _words(case), notes)
+        _bars(row[1], peaks, "MiB", "peak memory beside the weights", notes)
     return style.finish(figure, records)
+
+
+def of_kind(records: list[dict[str, Any]], case: dict[str, Any]) -> list[dict[str, Any]]:
+    """Records of errors on the small model that stands for this case."""
+    errors = [record for record in records if record["quantity"] == "error"]
+    return [record for record in errors if all(record["case"][key] == case[key] for key in ("kind", "tied"))]
 
 
 def _value(record: dict[str, Any], field: str) -> float | str:
@@ -39,11 +49,11 @@ def _value(record: dict[str, Any], field: str) -> float | str:
     return textwrap.shorten(record.get("left out", "not measured"), _REASON, placeholder=" ...")
 
 
-def _bars(axes: Axes, values: dict[str, float | str], unit: str, title: str, covered: dict[str, float]) -> None:
+def _bars(axes: Axes, values: dict[str, float | str], unit: str, title: str, notes: dict[str, str]) -> None:
     style.bars(axes, values, unit, title)
     names = {name: style.name_of(name).replace("_unchecked", " without self-check") for name in values}
-    parts = {name: f" ({100 * share:.3g} % of entries)" for name, share in covered.items() if share < 1}
-    axes.set_yticks(range(len(values)), [names[name] + parts.get(name, "") for name in values])
+    labels = [f"{names[name]} ({notes[name]})" if name in notes else names[name] for name in values]
+    axes.set_yticks(range(len(values)), labels)
 
 
 def _words(case: dict[str, Any]) -> str:
