@@ -12,7 +12,8 @@ examples: how well does it find what matters on data that it has not seen?
 A pair is two disjoint sets of rows; no row stands in two pairs, and draws have a seed for each set. Estimators run on
 the first set of each pair. An estimator stands *beyond* the floor if each of its overlaps is below each of the floor's,
 *closer* if each is above, else *within*: with three pairs, one in twenty such verdicts comes by chance. The figures are
-of small models and short texts; they say nothing about how well a selection trains.
+of small models and short texts; they say nothing about how well a selection trains. Rows of *stories* have one length,
+so that a sum over tokens differs from a mean by its scale alone there.
 
 Overlap is the part of the k entries that two selections share; ``jaccard`` of the records is shared / selected by
 either. The chance level is the density itself.
@@ -360,7 +361,7 @@ def table(records: list[dict[str, Any]]) -> str:
         groups = grouped(records, examples)
         for label, found in groups.items():
             middle = {key: _median(found, key) for key in ("relative_l2", "scale", "relative_l2_scaled")}
-            line = f"{label:28}{middle['relative_l2']:8.3f}{middle['scale']:8.2f}{middle['relative_l2_scaled']:8.3f}"
+            line = f"{label:28}{middle['relative_l2']:8.3f}{middle['scale']:8.2g}{middle['relative_l2_scaled']:8.3f}"
             for density in densities:
                 values = overlaps(found, density)
                 place = "floor" if label == FLOOR else standing(values, overlaps(groups[FLOOR], density))
@@ -399,13 +400,18 @@ def verdicts(records: list[dict[str, Any]]) -> Iterator[str]:
             unseen = {label: _unseen(found, density) for label, found in groups.items()}
             exact = _unseen(floor, density)
             yield f"{head}, of the selection by unseen examples: the exact Fisher finds {_range(list(exact.values()))}"
-            gains = {label: {found[pair] > exact[pair] for pair in found} for label, found in unseen.items()}
-            signs = {label: gain.pop() if len(gain) == 1 else None for label, gain in gains.items()}
-            yield from _listed({False: "no more than it, in every pair", True: "more than it, in every pair"}, signs)
+            signs = {label: _sign([found[pair] - exact[pair] for pair in found]) for label, found in unseen.items()}
+            yield from _listed({"fewer": "fewer than it, in every pair", "more": "more than it, in every pair"}, signs)
 
 
 def _unseen(records: list[dict[str, Any]], density: str) -> dict[int, float]:
     return {record["pair"]: record["others"]["top"][density]["overlap"] for record in records}
+
+
+def _sign(gains: list[float]) -> str:
+    if max(gains) < 0:
+        return "fewer"
+    return "more" if min(gains) > 0 else "neither"
 
 
 def _range(values: list[float]) -> str:

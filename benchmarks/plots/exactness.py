@@ -27,7 +27,6 @@ def draw(records: list[dict[str, Any]]) -> Figure:
     labels = list(dict.fromkeys(record["label"] for record in records if record["quantity"] != "floor"))
     labels.sort(key=lambda label: label.startswith("exact"))  # what is exact, below the others
     figure = style.figure(1.0 + 0.21 * len(labels) * len(subjects) + 0.5 * len(subjects), width=11.0)
-    figure.suptitle("Same entries selected as by the exact Fisher of the same examples", fontsize=11, x=0.01, ha="left")
     grid = figure.subplots(len(subjects), len(sizes), squeeze=False, sharex=True, sharey=True)
     for row, subject in zip(grid, subjects, strict=True):
         for axes, size in zip(row, sizes, strict=True):
@@ -68,4 +67,7 @@ def _legend(figure: Figure, densities: list[str]) -> None:
         for (marker, colour), density in zip(MARKS, densities, strict=False)
     ]
     band = Patch(color="0.75", label="noise floor: two exact Fishers of disjoint examples (band: range, line: median)")
-    figure.legend(handles=[*dots, band], loc="outside upper right", ncols=3, fontsize=style.SMALL, frameon=False)
+    figure.legend(
+        handles=[*dots, band], loc="outside upper left", ncols=3, fontsize=style.SMALL, frameon=False,
+        title="Entries selected as by the exact Fisher of the same examples", title_fontsize=11, alignment="left",
+    )  # fmt: skip
