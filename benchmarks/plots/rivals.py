@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 KINDS = {"bert": "BERT", "llama": "LLaMA"}
 _REASON = 62  # characters of a reason that fit into an axes
+_NEARLY_ALL = 0.99
 
 
 def draw(records: list[dict[str, Any]]) -> Figure:
@@ -25,10 +26,10 @@ def draw(records: list[dict[str, Any]]) -> Figure:
     figure = style.figure(height, width=11, title="A Fisher pass over data, by all ways to it")
     for row, case in zip(figure.subplots(len(cases), 2, squeeze=False), cases, strict=True):
         of_case = [record for record in records if record["case"] == case]
-        covered = {record["provider"]: record["coverage"]["entries"] for record in of_case if "coverage" in record}
+        parts = {record["provider"]: record["coverage"] for record in of_case if "coverage" in record}
         speeds = {r["provider"]: _value(r, "examples_per_second") for r in of_case if r["quantity"] == "time"}
         peaks = {r["provider"]: _value(r, "peak_mib") for r in of_case if r["quantity"] == "memory"}
-        notes = {name: f"{100 * share:.3g} % of entries" for name, share in covered.items() if share < 1}
+        notes = {name: _missing(part) for name, part in parts.items() if part["entries"] < 1}
         for record in of_kind(records, case):
             if record.get("wrong"):
                 notes[record["provider"]] = f"{len(record['wrong'])} parameters wrong"
@@ -47,6 +48,13 @@ def _value(record: dict[str, Any], field: str) -> float | str:
     if field in record:
         return float(record[field])
     return textwrap.shorten(record.get("left out", "not measured"), _REASON, placeholder=" ...")
+
+
+def _missing(coverage: dict[str, Any]) -> str:
+    """What a library leaves out: a share that shows, or kinds of modules that are small."""
+    if coverage["entries"] > _NEARLY_ALL:
+        return "without " + ", ".join(coverage["missed"])
+    return f"{100 * coverage['entries']:.3g} % of entries"
 
 
 def _bars(axes: Axes, values: dict[str, float | str], unit: str, title: str, notes: dict[str, str]) -> None:
