@@ -31,9 +31,9 @@ demo: $(VENV)/.demo ## install what is needed, and show what fishkern does
 	@echo "==> Running the demo"
 	$(BIN)/fishkern demo
 
-bench: $(VENV)/.dev ## measure speed
+bench: $(VENV)/.dev ## measure speed and record it (see benchmarks/README.md)
 	@echo "==> Running the benchmarks"
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m benchmarks run
 
 clean: ## remove the environment, caches and builds
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache

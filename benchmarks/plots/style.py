@@ -90,7 +90,7 @@ def name_of(provider: str) -> str:
 
 def number(value: float, unit: str = "", digits: int = 3) -> str:
     """Write a number with at least so many figures; seconds (``"s"``) as s, ms or us, MiB from 1024 on as GiB."""
-    if unit == "s" and value < 1:
+    if unit == "s" and 0 < value < 1:
         value, unit = (1e3 * value, "ms") if value >= 1e-3 else (1e6 * value, "us")
     if unit == "MiB" and value >= 1024:
         value, unit = value / 1024, "GiB"
