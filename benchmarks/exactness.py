@@ -126,7 +126,7 @@ def arms(subject: Subject, setting: Setting) -> list[Arm]:
         found.append(Arm(f"batch gradient, N = {size}", _squared_batch, size, fits))
     found += [
         Arm(f"sketch of 1 draw, N = {passes}", lambda seed: fk.SketchedFisher(1, seed), passes, sizes),
-        Arm(f"sketch of 8 draws, N = {passes}", lambda seed: fk.SketchedFisher(8, seed), passes, sizes),
+        Arm(f"sketch of 8 draws, N = {passes}", lambda seed: fk.SketchedFisher(8, seed), passes, sizes[:-1] or sizes),
         Arm("each position squared", lambda _: fk.DiagonalFisher(unit="position"), passes, sizes),
         Arm("drawn labels (mc)", lambda seed: fk.DiagonalFisher(fisher_type="mc", seed=seed), passes, sizes),
     ]
@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--encoder", type=Path, metavar="FOLDER", help="a BERT; by default the packaged MiniLM")
     found.add_argument("--results", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
     found.add_argument("--pairs", type=int, default=Setting.pairs, metavar="N", help="default: %(default)s")
-    found.add_argument("--sizes", nargs="+", type=int, metavar="N", help="examples, instead of 64 256 (1024)")
+    found.add_argument("--sizes", nargs="+", type=int, metavar="N", help="examples, instead of the subject's own")
     found.add_argument("--only", nargs="+", choices=names, default=names, metavar="SUBJECT", help="one of %(choices)s")
     return found
 

@@ -74,7 +74,7 @@ def subjects(data: Path, llama: Path, encoder: Callable[[], Path]) -> list[Subje
         encoder: Finds the folder of MiniLM.
     """
     return [
-        Subject("stories", (64, 256, 1024), True, lambda count, seed: stories(llama, count, seed)),
+        Subject("stories", (64, 256), True, lambda count, seed: stories(llama, count, seed)),
         Subject("cola", (64, 256, 1024), True, lambda count, seed: cola(llama, data / "cola", count, seed)),
         Subject("sst2", (64, 256), False, lambda count, seed: sst2(encoder(), data / "sst2", count, seed)),
     ]
