@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -11,11 +13,16 @@ from tests.support.command import command, fresh, refused
 
 pytest.importorskip("typer")
 
-COMMANDS = ("estimate", "verify", "select", "show", "doctor", "demo")
+COMMANDS = ("estimate", "verify", "select", "tune", "show", "doctor", "demo")
 
 
 def test_version(capsys):
     assert command(capsys, "--version") == (0, f"fishkern {fk.__version__}\n", "")
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "fishkern", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"fishkern {fk.__version__}\n"), done.stderr
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=str)

@@ -218,8 +218,7 @@ def test_the_examples_of_the_readme_run(monkeypatch):
     small = model("", torch.float32)
     ids = torch.randint(64, (8, 6))
     batches = [{"input_ids": rows, "labels": rows} for rows in ids.split(4)]
-    first, second = (fk.estimate(small, [batch]) for batch in batches)
-    given = {"model": small, "batches": batches, "first": first, "second": second}
+    given = {"model": small, "batches": batches, "of_other_data": fk.estimate(small, batches)}
     namespace = {"fk": fk, "peft": peft, "Trainer": transformers.Trainer, "FisherCallback": FisherCallback, **given}
     for block in blocks(README):
         if block.language == "python":

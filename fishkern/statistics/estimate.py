@@ -225,8 +225,8 @@ def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) ->
         raise UnsupportedModuleError(f"{reason}.")
     if reason := hosts.dispatched(model):
         raise UnsupportedModuleError(
-            f"{type(model).__name__} cannot be estimated as it is dispatched: {reason}. Load it onto one device "
-            "(without device_map='auto'), or take SketchedFisher on one device."
+            f"{type(model).__name__} cannot be estimated as it is dispatched: {reason}. Load it onto one device, "
+            "without device_map='auto'."
         )
     if max_examples is not None and max_examples < 1:
         raise ValueError(f"max_examples must be at least 1, got {max_examples}.")

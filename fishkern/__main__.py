@@ -1,0 +1,5 @@
+"""``python -m fishkern``: the same as the ``fishkern`` command."""
+
+from fishkern.cli import main
+
+main()
