@@ -54,12 +54,8 @@ def draw(records: list[dict[str, Any]]) -> Figure:
 def _panel(axes: Axes, records: list[dict[str, Any]], grows: str, quantity: str, unit: str) -> None:
     lines = points_of(records, grows, quantity)
     drawn = {name: line for name, line in lines.items() if line}
-    style.lines(axes, drawn, unit, {name: f"^{exponent(line):.2f}" for name, line in drawn.items() if len(line) > 1})
-    shades = style.colours(lines)
-    for provider, size in out_of_memory(records, grows).items():
-        if line := lines.get(provider):  # the cross stands at the size that failed, as high as the last that did not
-            axes.plot([line[-1][0], size], [line[-1][1]] * 2, color=shades[provider], linestyle=":", linewidth=1)
-            axes.plot(size, line[-1][1], "x", color=shades[provider], markersize=8, markeredgewidth=2)
+    exponents = {name: f"^{exponent(line):.2f}" for name, line in drawn.items() if len(line) > 1}
+    style.lines(axes, drawn, unit, exponents, out_of_memory(records, grows))
     others = {key: value for key, value in records[0]["case"].items() if key != grows} if records else {}
     said = ", ".join(f"{WORDS[key]} = {value:,}" for key, value in others.items())
     axes.set_xlabel(f"{WORDS[grows]}   ({said})", fontsize=style.SMALL)

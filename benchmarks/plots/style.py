@@ -125,7 +125,11 @@ def bars(axes: Axes, values: Mapping[str, float | str], unit: str, title: str = 
 
 
 def lines(
-    axes: Axes, points: Mapping[str, Sequence[tuple[float, float]]], unit: str, notes: Mapping[str, str] | None = None
+    axes: Axes,
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    unit: str,
+    notes: Mapping[str, str] | None = None,
+    failed: Mapping[str, float] | None = None,
 ) -> None:
     """Draw one line for each provider on logarithmic scales, its name at its end.
 
@@ -134,6 +138,7 @@ def lines(
         points: By provider, from left to right.
         unit: Of the values, such as ``"s"`` or ``"MiB"``.
         notes: By provider, what is said behind its name.
+        failed: By provider, the x at which it failed: a cross, as high as its last point.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -143,10 +148,17 @@ def lines(
         x, y = zip(*line, strict=True)
         strong = shades[provider] == OURS
         axes.plot(x, y, color=shades[provider], marker=marker, markersize=4, linewidth=2 if strong else 1.2)
+        end = (failed or {}).get(provider, x[-1])
+        if end != x[-1]:
+            axes.plot([x[-1], end], [y[-1]] * 2, color=shades[provider], linestyle=":", linewidth=1)
+            axes.plot(end, y[-1], "x", color=shades[provider], markersize=8, markeredgewidth=2)
         axes.annotate(
-            f"{name_of(provider)} {(notes or {}).get(provider, '')}".rstrip(), (x[-1], y[-1]), (6, 0),
+            f"{name_of(provider)} {(notes or {}).get(provider, '')}".rstrip(), (end, y[-1]), (8, 0),
             textcoords="offset points", va="center", fontsize=SMALL - 1, color=shades[provider], gid=_END,
         )  # fmt: skip
+    sizes = sorted({x for line in points.values() for x, _ in line} | set((failed or {}).values()))
+    axes.set_xticks(sizes, [_size(x) for x in sizes])
+    axes.xaxis.set_minor_formatter(NullFormatter())
     found = [y for line in points.values() for _, y in line]
     if found:
         axes.set_ylim(min(found) / 1.4, max(found) * 1.4)
@@ -158,6 +170,11 @@ def lines(
     axes.grid(color="0.92", linewidth=0.6)
     axes.set_axisbelow(True)
     plain(axes)
+
+
+def _size(x: float) -> str:
+    power = math.log2(x) if x > 0 else 0.5
+    return f"$2^{{{power:.0f}}}$" if power.is_integer() and power > 12 else f"{x:g}"
 
 
 def plain(axes: Axes) -> None:
@@ -181,7 +198,7 @@ def _spread(figure: Figure, gap: float = 9.5) -> None:
                     heights[low] -= short / 2
                     heights[low + 1] += short / 2
         for n, height in zip(order, heights, strict=True):
-            labels[n].set_position((6, height - places[n]))
+            labels[n].set_position((8, height - places[n]))
 
 
 def values(records: Iterable[dict[str, Any]], quantity: str) -> dict[str, float | str]:

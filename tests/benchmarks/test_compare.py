@@ -62,8 +62,8 @@ def test_an_interrupt_leaves_no_worktree(tmp_path):
     code = "import sys, pathlib; from benchmarks import _compare; "
     code += "_compare.compare('HEAD', [], rounds=3, folder=pathlib.Path(sys.argv[1]))"
     running = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=_run.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env=os.environ | {"TMPDIR": str(tmp_path)},
+        [sys.executable, "-c", code, str(tmp_path)], cwd=_run.ROOT, env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("fishkern-compare-*/tree/fishkern")) and time.monotonic() < deadline:
@@ -108,5 +108,3 @@ def test_a_worker_runs_out_of_its_memory_and_goes_on(tmp_path):
             worker.prepare()
     finally:
         worker.close()
-
-
