@@ -86,4 +86,4 @@ def _rates(axes: Axes, runs: Runs, arms: list[str]) -> None:
     axes.margins(y=0.1)
     axes.autoscale(axis="y")
     axes.set_xlabel("learning rate (a seed of its own)", fontsize=style.SMALL)
-    axes.set_title("choosing it: score x 100", fontsize=9, loc="left")
+    axes.set_title("choosing the rate: score x 100", fontsize=9, loc="left")
