@@ -139,11 +139,11 @@ class Shape:
 BERT_MINI = Shape("bert", 128, layers=4, hidden=256, intermediate=1024, vocabulary=30522, heads=4)
 LLAMA_SMALL = Shape("llama", 128, layers=4, hidden=512, intermediate=1376, vocabulary=8192, heads=8)
 SHAPES_CPU = [
-    replace(BERT_MINI, T=32, batches=4),
-    replace(BERT_MINI, T=128, batches=3),
+    replace(BERT_MINI, T=32, batches=12),
+    replace(BERT_MINI, T=128, batches=4),
     replace(BERT_MINI, T=512, N=4, batches=3),
-    replace(LLAMA_SMALL, T=32, batches=4),
-    replace(LLAMA_SMALL, T=128, batches=2),
+    replace(LLAMA_SMALL, T=32, batches=6),
+    replace(LLAMA_SMALL, T=128, batches=4),
     replace(LLAMA_SMALL, T=512, N=4, batches=2),
 ]
 
