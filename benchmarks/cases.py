@@ -141,10 +141,10 @@ LLAMA_SMALL = Shape("llama", 128, layers=4, hidden=512, intermediate=1376, vocab
 SHAPES_CPU = [
     replace(BERT_MINI, T=32, batches=12),
     replace(BERT_MINI, T=128, batches=4),
-    replace(BERT_MINI, T=512, N=4, batches=3),
+    replace(BERT_MINI, T=512, N=4, batches=16),
     replace(LLAMA_SMALL, T=32, batches=6),
     replace(LLAMA_SMALL, T=128, batches=4),
-    replace(LLAMA_SMALL, T=512, N=4, batches=2),
+    replace(LLAMA_SMALL, T=512, N=4, batches=8),
 ]
 
 BERT_BASE = Shape("bert", 128, 32, 8, 12, 768, 3072, 30522, heads=12, device="cuda")
