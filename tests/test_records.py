@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
+from statistics import mean, median, stdev
 
 import pytest
 
@@ -20,12 +22,18 @@ def records(name: str) -> list[dict]:
     return found
 
 
-def rows_of(section: str) -> list[list[str]]:
-    """The cells of every table row of a subsection that begins with a figure."""
-    text = re.search(rf"^### {section}$(.*?)(^##|\Z)", README, re.MULTILINE | re.DOTALL)[1]
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| \d", line)]
+def text_of(section: str, level: str = "### ") -> str:
+    """What stands below a heading, up to the next one of its level or above."""
+    return re.search(rf"^{level}{section}$(.*?)(^#{{2,{len(level) - 1}}} |\Z)", README, re.MULTILINE | re.DOTALL)[1]
+
+
+def rows_of(section: str, level: str = "### ") -> list[list[str]]:
+    """The cells of every table row of a subsection, without the heads."""
+    lines = text_of(section, level).splitlines()
+    heads = {n - 1 for n, line in enumerate(lines) if line.startswith("|---")}
+    rows = [line for n, line in enumerate(lines) if line.startswith("| ") and n not in heads]
     assert rows
-    return rows
+    return [[cell.strip() for cell in row[1:-1].split("|")] for row in rows]
 
 
 @pytest.mark.parametrize("row", rows_of("Whole pass"), ids=lambda row: f"T={row[0]}")
@@ -70,3 +78,142 @@ def test_selection_of_fish_tuning():
     said = f"takes {ours:.1f} s against the loop's {loop:.1f} s, and selects the same entries"
     assert said in " ".join(README.split())
     assert record["overlap"] == 1.0
+
+
+def test_the_model_of_the_picture():
+    """Its size, as the README says it."""
+    said = {int(number) for number in re.findall(r"LLaMA of (\d+) million parameters on two", README)}
+    assert said == {round(record["weights"] / 1e6) for record in records("demonstration") if record["stage"] == "build"}
+
+
+WAYS = {  # what the README calls what the records call so
+    "`fk.estimate`": "fishkern",
+    "`fk.estimate(check=False)`": "fishkern_unchecked",
+    "batch-size-1 loop": "one_by_one",
+    "`torch.func` vmap": "vmap_grad",
+    "Opacus": "opacus",
+    "BackPACK": "backpack",
+    "kronfluence": "kronfluence",
+    "nngeometry": "nngeometry",
+}
+
+
+def of_rivals(kind: str, way: str, quantity: str) -> dict[int, dict]:
+    """The records of a library by tokens."""
+    found = [r for r in records("rivals") if (r["provider"], r["quantity"], r["case"]["kind"]) == (way, quantity, kind)]
+    return {record["case"]["T"]: record for record in found}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        (kind, row)
+        for section, kind in (("A LLaMA", "llama"), ("A BERT", "bert"))
+        for row in rows_of(section, "#### ")
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_other_libraries(kind, row):
+    name, *version = row[0].rsplit(" ", 1) if row[0][-1].isdecimal() else [row[0]]
+    times, peaks = of_rivals(kind, WAYS[name], "time"), of_rivals(kind, WAYS[name], "memory")
+    package = {"BackPACK": "backpack-for-pytorch"}.get(name, WAYS[name])
+    assert name.startswith("`fk.") or {*version} == {record[package] for record in times.values() if package in record}
+    if "left out" in times[128]:
+        assert all("left out" in record for record in (*times.values(), *peaks.values()))
+        assert row[1:] == ["raises", *4 * [""]]
+        return
+    speeds = [f"{times[T]['examples_per_second']:.1f}" for T in (32, 128, 512)]
+    memory = f"{peaks[128]['peak_mib']:.0f} MiB" if peaks else ""
+    entries = times[128]["coverage"]["entries"]
+    covers = "all" if entries == 1 else f"{math.floor(1000 * entries) / 10}%"
+    assert row[1:] == [covers, *speeds, memory]
+
+
+def test_what_is_said_of_other_libraries():
+    section = text_of("Other libraries")
+    times = [r for r in records("rivals") if r["quantity"] == "time" and "examples" in r]
+    counts = {record["examples"] for record in times}
+    assert f"passes of {min(counts)} to {max(counts)} examples" in section
+    errors = [r["error"] for r in records("rivals") if r["quantity"] == "error" and "error" in r]
+    assert f"at most {max(errors):.1e}" in section
+
+
+@pytest.mark.parametrize("row", rows_of("Known failures", "#### "), ids=lambda row: f"{row[0]}, {row[1]}")
+def test_known_failures(row):
+    library, what, came = row
+    name, version = library.rsplit(" ", 1)
+    (record,) = (r for r in records("failures") if (r["rival"], r["what"]) == (WAYS[name], what))
+    assert (record["version"], record["came"]) == (version, came)
+    assert (record["outcome"] in ("wrong", "incomplete"), record["fishkern outcome"]) == (True, "right")
+
+
+OVERLAPS = {  # what the README calls what the study calls so
+    "two exact ones, of other examples": "exact, other examples",
+    "square of the gradient of 2 examples": "batch gradient, N = 2",
+    "square of the gradient of 8 examples": "batch gradient, N = 8",
+    "square of the gradient of 32 examples": "batch gradient, N = 32",
+    "squares of single positions": "each position squared",
+    "random signs, one draw (`fk.SketchedFisher(draws=1)`)": "sketch of 1 draw, N = 32",
+    'labels drawn from the model (`"mc"`)': "drawn labels (mc)",
+    "sums of squares in bfloat16": "sums in bfloat16, N = 1",
+}
+
+
+def overlaps(subject: str, examples: int, label: str) -> list[float]:
+    """Of the largest 0.5 %, pair by pair."""
+    key = (subject, examples, label)
+    found = [r for r in records("exactness") if (r["subject"], r["examples"], r["label"]) == key]
+    return [record["top"]["0.005"]["overlap"] for record in found]
+
+
+@pytest.mark.parametrize("row", rows_of("What exactness buys"), ids=lambda row: row[0])
+def test_what_exactness_buys(row):
+    columns = [overlaps(*subject, OVERLAPS[row[0]]) for subject in (("cola", 1024), ("sst2", 256))]
+    assert row[1:] == [f"{100 * median(values):.1f}%" if values else "-" for values in columns]
+    assert all(len(values) in (0, 3) for values in columns)
+
+
+def test_what_is_said_of_exactness():
+    """Below the noise floor is what overlaps less than any two exact Fishers do."""
+    below = {
+        (subject, label)
+        for subject, examples in (("cola", 1024), ("sst2", 256))
+        for label in ("batch gradient, N = 2", "batch gradient, N = 32", "each position squared")
+        if max(overlaps(subject, examples, label)) < min(overlaps(subject, examples, "exact, other examples"))
+    }
+    large = "batch gradient, N = 32"
+    assert below == {("cola", large), ("sst2", large), ("cola", "each position squared")}
+    pools = {record["pool"] for record in records("exactness") if record["subject"] == "cola"}
+    assert [f"{pool:,} parameters" in text_of("What exactness buys") for pool in pools] == [True]
+
+
+def scores(key: str = "score") -> dict[str, list[float]]:
+    """Of each arm on SST-2, in the order of the seeds that count."""
+    runs = sorted((r for r in records("glue") if r["setting"]["task"] == "sst2"), key=lambda record: record["seed"])
+    assert {(r["trained"], r["setting"]["examples"], r["setting"]["epochs"]) for r in runs} == {(5378, 2000, 3)}
+    assert {(r["setting"]["layers"], r["setting"]["pool"]) for r in runs} == {(2, 5)}
+    arms = dict.fromkeys(record["arm"] for record in runs)
+    return {arm: [r[key] for r in runs if r["arm"] == arm and r["seed"] < 5] for arm in arms}
+
+
+def spread(values: list[float]) -> str:
+    assert len(values) == 5
+    return f"{100 * mean(values):.1f} ± {100 * stdev(values):.1f}"
+
+
+def better_than(arm: str) -> list[float]:
+    found = scores()
+    return [fish - own for fish, own in zip(found["fish"], found[arm], strict=True)]
+
+
+@pytest.mark.parametrize("row", rows_of("FISH-Tuning"), ids=lambda row: row[0])
+def test_fish_tuning_against_its_controls(row):
+    arm = row[0]
+    gap = "" if arm == "fish" else spread(better_than(arm))
+    assert row[1:] == [spread(scores()[arm]), gap, f"{median(scores('seconds')[arm]):.0f} s"]
+
+
+def test_what_is_said_of_fish_tuning():
+    """A mean difference beyond its standard deviation is a difference; that of the others is not."""
+    beyond = {arm: abs(mean(better_than(arm))) > stdev(better_than(arm)) for arm in scores() if arm != "fish"}
+    assert beyond == {"original": True, "random": False, "reverse": False, "magnitude": False}
