@@ -36,6 +36,17 @@ def rows_of(section: str, level: str = "### ") -> list[list[str]]:
     return [[cell.strip() for cell in row[1:-1].split("|")] for row in rows]
 
 
+OF_LIBRARIES = {"A LLaMA", "A BERT", "Known failures"}
+TABLES = {"Whole pass", *OF_LIBRARIES, "What exactness buys", "FISH-Tuning", "Exact top-k", "Masked steps"}
+
+
+def test_every_table_of_measurements_is_tested():
+    """Those that the tests below go through are all that there are."""
+    chapter = re.search(r"^## What was measured$(.*?)^## ", README, re.MULTILINE | re.DOTALL)[1]
+    sections = re.split(r"^####? ", chapter, flags=re.MULTILINE)
+    assert {section.splitlines()[0] for section in sections if "\n|---" in section} == TABLES
+
+
 @pytest.mark.parametrize("row", rows_of("Whole pass"), ids=lambda row: f"T={row[0]}")
 def test_speed_of_the_whole_pass(row):
     found = [r for r in records("whole_pass") if r["case"]["T"] == int(row[0])]
@@ -106,11 +117,7 @@ def of_rivals(kind: str, way: str, quantity: str) -> dict[int, dict]:
 
 @pytest.mark.parametrize(
     ("kind", "row"),
-    [
-        (kind, row)
-        for section, kind in (("A LLaMA", "llama"), ("A BERT", "bert"))
-        for row in rows_of(section, "#### ")
-    ],
+    [(kind, row) for section, kind in (("A LLaMA", "llama"), ("A BERT", "bert")) for row in rows_of(section, "#### ")],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_other_libraries(kind, row):
