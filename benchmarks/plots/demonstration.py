@@ -24,10 +24,12 @@ def draw(records: list[dict[str, Any]]) -> Figure:
     """Draw the setting that was measured last: the Fisher above, training below; time left, memory right."""
     setting = records[-1]["setting"]
     records = style.newest([r for r in records if r["setting"] == setting], "arm", "stage")
+    weights = next((record["weights"] for record in records if "weights" in record), None)
+    model = setting["shape"] if weights is None else f"A LLaMA of {weights / 1e6:,.1f} million parameters"
     made = style.figure(
         4.4,
-        title=f"{setting['shape']}, {setting['dtype']}: the Fisher of all parameters from examples of "
-        f"{setting['tokens']} tokens, and training {setting['density']:.1%} of them",
+        title=f"{model}, {setting['dtype']}: their Fisher from examples of {setting['tokens']} tokens, and training "
+        f"{setting['density']:.1%} of them",
     )
     (times, peaks), (steps, tops) = made.subplots(2, 2)
     style.bars(times, _values(records, "estimate", _seconds_each), "s", "the Fisher: time for one example")

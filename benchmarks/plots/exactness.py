@@ -36,6 +36,7 @@ def draw(records: list[dict[str, Any]]) -> Figure:
                 _panel(axes, found, labels)
             else:
                 axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", fontsize=style.SMALL)
+                axes.tick_params(labelsize=style.SMALL)
     for axes in grid[-1]:
         axes.set_xlabel("overlap: selected by both / selected", fontsize=style.SMALL)
     _legend(figure, list(records[0]["top"]))

@@ -226,4 +226,5 @@ def test_the_picture(run):
     times, _, steps, _ = figure.axes
     assert [label.get_text() for label in times.get_yticklabels()] == ["fishkern", "batch-size-1 loop", "Opacus"]
     assert [label.get_text() for label in steps.get_yticklabels()] == ["fishkern", "everything, fused AdamW"]
-    assert "tiny" in figure.get_suptitle()
+    (weights,) = {record["weights"] for record in records if "weights" in record}
+    assert f"{weights / 1e6:.1f} million parameters" in figure.get_suptitle()
