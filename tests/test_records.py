@@ -166,11 +166,20 @@ OVERLAPS = {  # what the README calls what the study calls so
 }
 
 
-def overlaps(subject: str, examples: int, label: str) -> list[float]:
-    """Of the largest 0.5 %, pair by pair."""
+def of_exactness(subject: str, examples: int, label: str) -> list[dict]:
     key = (subject, examples, label)
     found = [r for r in records("exactness") if (r["subject"], r["examples"], r["label"]) == key]
-    return [record["top"]["0.005"]["overlap"] for record in found]
+    return sorted(found, key=lambda record: record["pair"])
+
+
+def overlaps(subject: str, examples: int, label: str) -> list[float]:
+    """With the exact selection of the same examples: of the largest 0.5 %, pair by pair."""
+    return [record["top"]["0.005"]["overlap"] for record in of_exactness(subject, examples, label)]
+
+
+def unseen(subject: str, examples: int, label: str) -> list[float]:
+    """The same with that of other examples."""
+    return [record["others"]["top"]["0.005"]["overlap"] for record in of_exactness(subject, examples, label)]
 
 
 @pytest.mark.parametrize("row", rows_of("What exactness buys"), ids=lambda row: row[0])
@@ -190,6 +199,11 @@ def test_what_is_said_of_exactness():
     }
     large = "batch gradient, N = 32"
     assert below == {("cola", large), ("sst2", large), ("cola", "each position squared")}
+    for subject, examples in (("cola", 1024), ("sst2", 256)):
+        exact, two = (unseen(subject, examples, label) for label in ("exact, other examples", "batch gradient, N = 2"))
+        assert all(few < many for few, many in zip(two, exact, strict=True))
+        said = f"{100 * median(two):.1f}% against {100 * median(exact):.1f}% on"
+        assert said in " ".join(text_of("What exactness buys").split())
     pools = {record["pool"] for record in records("exactness") if record["subject"] == "cola"}
     assert [f"{pool:,} parameters" in text_of("What exactness buys") for pool in pools] == [True]
 

@@ -47,21 +47,22 @@ def selected(model: nn.Module) -> fk.Selection:
     return fish_tuning(model, [Rows().batch], density=0.3)
 
 
+SHORT = dict(  # a training of four steps on a CPU
+    max_steps=4,
+    per_device_train_batch_size=4,
+    learning_rate=1e-2,
+    weight_decay=0.1,
+    logging_steps=1,
+    save_steps=2,
+    report_to=[],
+    use_cpu=True,
+    disable_tqdm=True,
+    seed=1,
+)
+
+
 def trainer(model: nn.Module, folder: Path, selection: fk.Selection, **options) -> transformers.Trainer:
-    settings = dict(
-        output_dir=str(folder),
-        max_steps=4,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        weight_decay=0.1,
-        logging_steps=1,
-        save_steps=2,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=1,
-    )
-    arguments = transformers.TrainingArguments(**{**settings, **options})
+    arguments = transformers.TrainingArguments(**{**SHORT, "output_dir": str(folder), **options})
     optimizer = fk.MaskedAdamW(model, selection, lr=1e-2, weight_decay=arguments.weight_decay)
     return transformers.Trainer(
         model, arguments, train_dataset=Rows(), optimizers=(optimizer, None), callbacks=[FisherCallback(selection)]

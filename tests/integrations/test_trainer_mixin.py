@@ -14,6 +14,7 @@ from torch import nn
 
 import fishkern as fk
 from tests.integrations.test_trainer import (
+    SHORT,
     Rows,
     adapted,
     assert_only_the_selection_moved,
@@ -33,23 +34,11 @@ class FisherTrainer(FisherMixin, transformers.Trainer): ...
 
 
 def selecting(folder: Path, model: nn.Module | None = None, select=None, **options) -> FisherTrainer:
-    settings = dict(
-        output_dir=str(folder),
-        max_steps=4,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_steps=2,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=1,
-    )
     init = options.pop("model_init", None)
     return FisherTrainer(
         model=model,
         model_init=init,
-        args=transformers.TrainingArguments(**{**settings, **options}),
+        args=transformers.TrainingArguments(**{**SHORT, "output_dir": str(folder), "weight_decay": 0.0, **options}),
         train_dataset=Rows(),
         select=select or partial(fk.fish_tuning, density=0.3),
     )

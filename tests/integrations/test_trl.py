@@ -17,7 +17,7 @@ trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
 import datasets  # noqa: E402
 
 from fishkern.integrations.trainer import FILE, FisherCallback  # noqa: E402
-from tests.integrations.test_trainer import assert_only_the_selection_moved, values, words  # noqa: E402
+from tests.integrations.test_trainer import SHORT, assert_only_the_selection_moved, values, words  # noqa: E402
 
 
 def test_sft_moves_the_selection_alone(tmp_path):
@@ -26,20 +26,8 @@ def test_sft_moves_the_selection_alone(tmp_path):
     model = peft.get_peft_model(zoo.llama(vocab_size=41).model, config)
     selection = fk.fish_tuning(model, [zoo.text_batch(8, 7)], density=0.3)
     start = values(model)
-    arguments = trl.SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=3,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        weight_decay=0.1,
-        logging_steps=1,
-        save_steps=3,
-        max_length=16,
-        bf16=False,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+    options = dict(output_dir=str(tmp_path), save_steps=4, max_length=16, bf16=False)
+    arguments = trl.SFTConfig(**{**SHORT, **options})
     rows = datasets.Dataset.from_dict({"text": ["the sea falls", "rain on old stones", "all night long", "rain"] * 3})
     trainer = trl.SFTTrainer(
         model,
@@ -52,8 +40,8 @@ def test_sft_moves_the_selection_alone(tmp_path):
     trainer.train()
     assert_only_the_selection_moved(model, selection, start)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert [entry["trained_entries"] for entry in logged] == [selection.count] * 3
+    assert [entry["trained_entries"] for entry in logged] == [selection.count] * arguments.max_steps
     assert all(entry["grad_norm"] > 0 for entry in logged)
-    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint = tmp_path / "checkpoint-4"
     assert fk.Selection.load(checkpoint / FILE) == selection
     assert json.loads((checkpoint / "adapter_config.json").read_text())["init_lora_weights"] == "pissa"
