@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import fishkern as fk
 from benchmarks.memory import MIB, _peak_of
+from benchmarks.shapes import LLAMA_104M
 
 Step = Callable[[], object]
 
@@ -43,8 +44,8 @@ class MaskedStep:
     def build(self) -> nn.Module:
         torch.manual_seed(0)
         if self.model == "llama":
-            return llama()
-        hidden, inner, layers, R = 768, 2064, 12, 16
+            return LLAMA_104M.model().train()
+        hidden, inner, layers, R = LLAMA_104M.hidden, LLAMA_104M.intermediate, LLAMA_104M.layers, 16
         sizes = [(hidden, hidden)] * 4 + [(hidden, inner)] * 2 + [(inner, hidden)]
         pairs = [[torch.randn(R, I), torch.randn(O, R)] for I, O in sizes for _ in range(layers)]
         return nn.ParameterList([nn.Parameter(tensor) for pair in pairs for tensor in pair])
@@ -52,16 +53,6 @@ class MaskedStep:
     def selection(self, model: nn.Module) -> fk.Selection:
         scores = {name: parameter.detach() for name, parameter in model.named_parameters()}
         return fk.select(scores, fk.Random(density=self.density, seed=0))
-
-
-def llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=12288, hidden_size=768, intermediate_size=2064, num_hidden_layers=12, num_attention_heads=12,
-        num_key_value_heads=12, tie_word_embeddings=False, attn_implementation="sdpa",
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
 
 
 def fishkern(model: nn.Module, selection: fk.Selection) -> Step:
@@ -134,7 +125,7 @@ def main(provider: str, described: str) -> None:
     """Peak of two training steps of the LLaMA above what the loaded model takes, selection included, in MiB."""
     case = eval(described, {"MaskedStep": MaskedStep})
     model, trained = _to_train(case)
-    ids: Tensor = torch.randint(0, 12288, (2, 32))
+    ids: Tensor = torch.randint(0, LLAMA_104M.vocabulary, (2, 32))
 
     def train(step: Step | None) -> None:
         for _ in range(2):
@@ -160,7 +151,8 @@ def _to_train(case: MaskedStep) -> tuple[nn.Module, nn.Module]:
         return model, model
     import peft
 
-    model = peft.get_peft_model(llama(), peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    lora = peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(LLAMA_104M.model().train(), lora)
     return model, nn.ParameterList([parameter for parameter in model.parameters() if parameter.requires_grad])
 
 

@@ -75,7 +75,7 @@ def main(provider: str, described: str) -> None:
 
     with torch.no_grad():
         model(data[0]["input_ids"][:1, :8])  # libraries allocate on first use
-    if isinstance(case, cases.Shape):
+    if isinstance(case, cases.FullRows):
         small = case.small()
         with suppress(Exception):  # a library's modules are no memory of the pass; what fails says so below
             EVERY[provider](small.model(), small.data())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fishkern as fk
 from benchmarks.rivals import one_by_one
+from benchmarks.shapes import MINILM
 
 TESTS = ["tests/methods/test_fish_tuning.py", "tests/models/test_adapters.py"]
 ROUNDS = 3
@@ -24,10 +25,7 @@ DENSITY = 0.2
 
 def adapted() -> nn.Module:
     import peft
-    from transformers import BertConfig, BertForSequenceClassification
 
-    torch.manual_seed(0)
-    config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
     lora = peft.LoraConfig(
         r=1,
         lora_alpha=2,
@@ -36,7 +34,7 @@ def adapted() -> nn.Module:
         init_lora_weights="pissa",
         task_type="SEQ_CLS",
     )
-    return peft.get_peft_model(BertForSequenceClassification(config), lora).eval()
+    return peft.get_peft_model(MINILM.model(), lora).eval()
 
 
 def data() -> list[dict[str, Tensor]]:

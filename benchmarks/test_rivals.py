@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import BERT_BASE, BERT_MINI, LLAMA_1B, LLAMA_8B, LLAMA_SMALL, SHAPES_CPU, SHAPES_GPU, Shape
+from benchmarks.cases import SHAPES_CPU, SHAPES_GPU, FullRows
 from benchmarks.memory import peak_memory
 from benchmarks.providers import RIVALS, in_short, squares
 from benchmarks.rivals import as_found
@@ -30,16 +30,16 @@ TESTS = ["tests/models/test_traps.py", "tests/benchmarks/test_rivals.py"]
 ROUNDS = 3
 ON_GPU = torch.cuda.is_available()
 CASES = SHAPES_GPU if ON_GPU else SHAPES_CPU
-KINDS = [BERT_BASE, LLAMA_1B, LLAMA_8B] if ON_GPU else [BERT_MINI, LLAMA_SMALL]
+KINDS = list({case.shape: case for case in CASES}.values())
 
 
-def description(case: Shape, name: str, quantity: str) -> dict[str, Any]:
+def description(case: FullRows, name: str, quantity: str) -> dict[str, Any]:
     """What each record of a provider says beside the measurement."""
     rival = RIVALS[name]
     return {
         "op": "rivals",
         "quantity": quantity,
-        "case": vars(case),
+        "case": case.fields,
         "attention": "sdpa",
         "dtype": case.dtype,
         "provider": name,
@@ -127,7 +127,7 @@ def test_peak_memory(case, record):
             record("rivals", {**description(case, name, "memory"), **found})
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda case: case.kind)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda case: case.shape.kind)
 def test_error(kind, record):
     case = kind.small()
     model, data = case.model(), case.data()

@@ -7,59 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from benchmarks.shapes import LLAMA_1B, LLAMA_8B, LLAMA_32M, LLAMA_TINY, Shape
+
 GIB = 2**30
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A LLaMA, as its config says it.
-
-    Args:
-        layers: Decoder layers.
-        hidden: Hidden size.
-        intermediate: Size of the feed-forward layers.
-        vocabulary: Number of tokens known.
-        heads: Attention heads.
-        key_value_heads: Of these, those of keys and values.
-        tied: Whether embedding and head share their weight.
-    """
-
-    layers: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    heads: int
-    key_value_heads: int
-    tied: bool = False
-
-    def model(self, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-        """Make one with random weights, the same ones each time, on the device itself and in this dtype."""
-        from transformers import AutoModelForCausalLM, LlamaConfig
-
-        config = LlamaConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.key_value_heads,
-            tie_word_embeddings=self.tied,
-            attn_implementation="sdpa",
-        )
-        torch.manual_seed(0)
-        with torch.device(device):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-    def sizes(self) -> list[int]:
-        """How many entries each parameter has."""
-        return [parameter.numel() for parameter in self.model("meta", torch.float32).parameters()]
-
-
 SHAPES = {
-    "llama-3.1-8b": Shape(32, 4096, 14336, 128256, 32, 8),
-    "llama-3.2-1b": Shape(16, 2048, 8192, 128256, 32, 8, tied=True),
-    "small": Shape(8, 512, 1376, 8192, 8, 4),
-    "tiny": Shape(3, 32, 48, 64, 4, 2),  # for a look at the command, and its test
+    "llama-3.1-8b": LLAMA_8B,
+    "llama-3.2-1b": LLAMA_1B,
+    "small": LLAMA_32M,
+    "tiny": LLAMA_TINY,  # for a look at the command, and its test
 }
 
 

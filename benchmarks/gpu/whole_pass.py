@@ -19,6 +19,7 @@ from benchmarks import rivals
 from benchmarks.gpu import Part, Record
 from benchmarks.gpu._timing import compare
 from benchmarks.rivals import Batches
+from benchmarks.shapes import TINYLLAMA, Shape
 
 # The comparison of both backends on a small model of every layer, which runs on the device where there is one.
 TESTS = ["tests/models/test_backends.py"]
@@ -48,31 +49,18 @@ class Case:
 
     N: int = 8
     T: int = 512
-    layers: int = 22
-    hidden: int = 2048
-    intermediate: int = 5632
-    vocabulary: int = 32000
-    heads: int = 32
+    layers: int = TINYLLAMA.layers
+    hidden: int = TINYLLAMA.hidden
+    intermediate: int = TINYLLAMA.intermediate
+    vocabulary: int = TINYLLAMA.vocabulary
+    heads: int = TINYLLAMA.heads
     tied: bool = False
     lora: int = 0
     dtype: str = "bfloat16"
 
     def model(self, device: torch.device) -> nn.Module:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.heads // 4,
-            tie_word_embeddings=self.tied,
-            attn_implementation="sdpa",
-        )
-        with device:
-            model = LlamaForCausalLM(config).to(getattr(torch, self.dtype)).eval()
+        sizes = (self.layers, self.hidden, self.intermediate, self.vocabulary, self.heads, self.heads // 4, self.tied)
+        model = Shape(*sizes).model(device, getattr(torch, self.dtype))
         if self.lora:
             from peft import LoraConfig, get_peft_model
 
@@ -86,7 +74,7 @@ class Case:
         return [{"input_ids": rows, "labels": rows} for rows in ids]
 
 
-CASES = {  # the shapes of TinyLlama 1.1B
+CASES = {
     "1B 8x512": Case(),
     "1B 8x128": Case(T=128),
     "1B 64x16": Case(N=64, T=16),

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from benchmarks.cases import BERT_BASE, BERT_MINI, LLAMA_1B, LLAMA_8B, LLAMA_SMALL, SHAPES_CPU, Shape
+from benchmarks import cases
+from benchmarks.cases import SHAPES_CPU, SHAPES_GPU, FullRows
 from benchmarks.providers import RIVALS, Rival, in_short, squares
 from benchmarks.rivals import as_found
 from benchmarks.rivals.oracle import coverage, float64_loop, largest_error
+from benchmarks.shapes import BERT_BASE, BERT_MINI, LLAMA_1B, LLAMA_8B, LLAMA_21M, LLAMA_32M, LLAMA_104M
 
 COVERED = {  # on BERT and LLaMA; the rest is right, and is missed without a word
     "backpack": {"LayerNorm", "LlamaRMSNorm"},
@@ -25,7 +27,7 @@ def test_every_way_is_exact_where_it_gives_anything(name, kind):
     rival = RIVALS[name]
     if rival.why_not:
         pytest.skip(rival.why_not)
-    case = (BERT_MINI if kind == "bert" else LLAMA_SMALL).small()
+    case = FullRows(BERT_MINI if kind == "bert" else LLAMA_21M, 128).small()
     model, data = case.model(), case.data()
     truth = float64_loop(model, data)
     if name == "nngeometry":
@@ -84,16 +86,19 @@ def test_coverage_and_errors():
     assert errors["error"] == pytest.approx(0.1 / 2**0.5)
 
 
-@pytest.mark.parametrize("case", [*SHAPES_CPU, BERT_BASE, LLAMA_1B, LLAMA_8B], ids=str)
-def test_shapes_are_what_they_are_called(case):
-    """Parameters of the real ones, from their model cards; BERT's is without pooler in some, with here."""
-    sizes = {BERT_BASE: 109_484_547, LLAMA_1B: 1_235_814_400, LLAMA_8B: 8_030_261_248}
-    assert eval(repr(case), {"Shape": Shape}) == case  # the way into the process that measures memory
-    with torch.device("meta"):
-        model = Shape(**{**vars(case), "device": "meta"}).model()
-    entries = sum(parameter.numel() for parameter in model.parameters())
-    assert entries == sizes.get(case, entries)
-    assert case.small().kind == case.kind
+@pytest.mark.parametrize("case", [*SHAPES_CPU, *SHAPES_GPU], ids=str)
+def test_cases_are_what_they_are_called(case):
+    assert eval(repr(case), vars(cases)) == case  # the way into the process that measures memory
+    assert case.small().shape.kind == case.shape.kind
+    assert case.fields.keys() == vars(case).keys() - {"shape"} | vars(case.shape).keys()
+
+
+def test_shapes_are_what_they_are_called():
+    """Parameters of the real ones, from their model cards; BERT's is without a head, with two classes here."""
+    assert sum(BERT_BASE.sizes()) == 109_482_240 + 2 * 769
+    assert sum(LLAMA_1B.sizes()) == 1_235_814_400
+    assert sum(LLAMA_8B.sizes()) == 8_030_261_248
+    assert [round(sum(shape.sizes()) / 1e6) for shape in (LLAMA_104M, LLAMA_32M, LLAMA_21M)] == [104, 32, 21]
 
 
 def test_every_rival_stands_in_the_extra():
@@ -115,7 +120,7 @@ def test_the_picture_names_what_is_left_out():
         pytest.skip("matplotlib is not installed")
     from benchmarks.plots import rivals
 
-    case = {**vars(LLAMA_SMALL)}
+    case = FullRows(LLAMA_21M, 128).fields
     common = {"op": "rivals", "case": case, "machine": "a machine", "commit": "0" * 40, "time": "2026-01-01"}
     records = [
         {
