@@ -16,7 +16,7 @@ from fishkern.layers.grads import (
 )
 from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear, weight_shape
-from fishkern.layers.scale import Scale
+from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.survey import LAYERS, Plan, survey
 
 __all__ = [
@@ -28,10 +28,12 @@ __all__ = [
     "DenseGrads",
     "Embedding",
     "EmbeddingGrads",
+    "Factor",
     "Layer",
     "LayerNorm",
     "Layout",
     "Linear",
+    "OnePlusFactor",
     "OuterProductGrads",
     "PerExampleGrads",
     "Plan",

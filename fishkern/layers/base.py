@@ -126,6 +126,8 @@ def positions(tensor: Tensor, features: int = 1) -> Tensor:
     Returns:
         ``[N, T, *features]``, ``T = 1`` when nothing lies between.
     """
+    if tensor.ndim == features + 2:
+        return tensor
     between = tensor.shape[1 : tensor.ndim - features]
     return tensor.reshape(tensor.shape[0], between.numel(), *tensor.shape[tensor.ndim - features :])
 

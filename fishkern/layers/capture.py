@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -103,8 +103,8 @@ class Capture:
     def __enter__(self) -> Capture:
         for site in self._sites:
             self._handles.append(site.module.register_forward_hook(self._hook(site), with_kwargs=True))
-            if site.block is not None:
-                self._handles.append(site.block.register_forward_pre_hook(self._note_length, with_kwargs=True))
+        for block in {site.block for site in self._sites if site.layout is Layout.FLATTENED}:
+            self._handles.append(block.register_forward_pre_hook(self._note_length, with_kwargs=True))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -237,7 +237,8 @@ class Capture:
             self._batch.unsettled.update(site.keys.values())
             self.distrusted.add(site.path)
             return
-        with torch.autocast(call.autocast[0], enabled=False):
+        device_type = call.autocast[0]
+        with torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext():
             if site.layer is None:
                 self._receive_generic(site, call, saved, grads)
                 return

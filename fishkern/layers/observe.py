@@ -45,7 +45,7 @@ class _Observer:
         self.seen: dict[nn.Module, Seen] = defaultdict(Seen)
         self._paths = {module: path for path, module in observed.items()}
         self._modules = dict(model.named_modules())
-        self._shared = shared
+        self.shared = shared
         self._inputs: dict[nn.Module, tuple[int, int] | None] = {}
         self._anchor = torch.zeros((), requires_grad=True)
         self._example = 0
@@ -64,8 +64,9 @@ class _Observer:
                 handle.remove()
 
     def backward(self, losses: Tensor) -> None:
-        for self._example in range(2 if losses.requires_grad else 0):
-            losses[self._example].backward(retain_graph=self._example == 0)
+        with self.hooked():  # for what is recomputed
+            for self._example in range(2 if losses.requires_grad else 0):
+                losses[self._example].backward(retain_graph=self._example == 0)
 
     def _note_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._inputs[module] = rows_and_length((args, kwargs))
@@ -73,7 +74,7 @@ class _Observer:
     def _hook(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if not torch.is_grad_enabled():
             return None
-        if module in self._shared and isinstance(output, Tensor):
+        if module in self.shared and isinstance(output, Tensor):
             output = output.expand(2, *output.shape[1:])
         seen = self.seen[module]
         index = len(seen.calls)
@@ -121,33 +122,54 @@ def observe(
     observed = {path: modules[path] for owner in owners for path in upwards(owner) if path or owner == ""}
     owning = {modules[path] for path in owners}
 
-    def run(shared: frozenset[nn.Module], backward: bool = True) -> tuple[Tensor, dict[nn.Module, Seen]]:
+    def run(shared: frozenset[nn.Module]) -> tuple[_Observer, Tensor]:
         observer = _Observer(model, observed, shared)
         with observer.hooked():
-            values = losses()
-            if backward:
-                observer.backward(values)
-        return values.detach(), observer.seen
+            return observer, losses()
 
-    expected, seen = run(frozenset())
-    candidates = [
-        module
-        for module, of_module in seen.items()
-        if module in owning and all(isinstance(output, Tensor) and output.ndim > 1 and output.shape[0] == 1
-                                    for _, output in of_module.calls)
-    ]  # fmt: skip
-    if not candidates:
-        return seen
-    shared = [module for module in candidates if _same_losses(run, frozenset({module}), expected)]
-    return run(frozenset(shared))[1] if shared else seen
+    def of_all_examples(observer: _Observer) -> frozenset[nn.Module]:
+        return frozenset(
+            module
+            for module, seen in observer.seen.items()
+            if module in owning and all(isinstance(output, Tensor) and output.ndim > 1 and output.shape[0] == 1
+                                        for _, output in seen.calls)
+        )  # fmt: skip
+
+    observer, values = run(frozenset())
+    found = of_all_examples(observer)
+    if found:
+        expected = values.detach()
+        del observer, values  # and the activations that they keep
+        observer, values = _expanded(run, frozenset(), found, expected)
+    observer.backward(values)
+    if late := of_all_examples(observer) - found:  # what only the recomputation of a checkpoint shows
+        observer, values = _expanded(run, observer.shared, late, values.detach())
+        observer.backward(values)
+    return observer.seen
 
 
-def _same_losses(run: Callable[..., Any], shared: frozenset[nn.Module], expected: Tensor) -> bool:
+def _expanded(
+    run: Callable[..., tuple[_Observer, Tensor]],
+    shared: frozenset[nn.Module],
+    candidates: frozenset[nn.Module],
+    expected: Tensor,
+) -> tuple[_Observer, Tensor]:
+    """Run with those shared outputs expanded that change no loss: all of the candidates, or some, or none."""
+    if found := _same_losses(run, shared | candidates, expected):
+        return found
+    alone = candidates if len(candidates) > 1 else ()
+    return run(shared | {module for module in alone if _same_losses(run, shared | {module}, expected)})
+
+
+def _same_losses(
+    run: Callable[..., tuple[_Observer, Tensor]], shared: frozenset[nn.Module], expected: Tensor
+) -> tuple[_Observer, Tensor] | None:
     try:
-        values, _ = run(shared, backward=False)
+        observer, values = run(shared)
     except Exception:  # whatever the model or the loss says to it: they need the axis to be 1
-        return False
-    return torch.allclose(values, expected, rtol=64 * torch.finfo(expected.dtype).eps, atol=0.0)
+        return None
+    same = torch.allclose(values, expected, rtol=64 * torch.finfo(expected.dtype).eps, atol=0.0)
+    return (observer, values) if same else None
 
 
 def _detached(output: Any) -> Any:

@@ -23,10 +23,12 @@ from fishkern.layers.generic import has_example_axis, same_rows_alone, tensors_o
 from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear
 from fishkern.layers.observe import Seen, observe, upwards
-from fishkern.layers.scale import Scale
+from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.tap import FrozenCall, leading_shape
 
-LAYERS: tuple[Layer, ...] = (Linear(), QuantizedLinear(), Conv1D(), Embedding(), LayerNorm(), Convolution(), Scale())
+LAYERS: tuple[Layer, ...] = (
+    Linear(), QuantizedLinear(), Conv1D(), Embedding(), LayerNorm(), Convolution(), Factor(), OnePlusFactor(), Scale()
+)  # fmt: skip
 """The rules, first match first. A new kind of layer is one more entry."""
 
 
@@ -93,7 +95,7 @@ def survey(
     Args:
         model: In evaluation mode, its weights frozen; left without hooks.
         keys: Canonical name of each parameter asked for.
-        losses: Runs the model on two examples and returns their losses, ``[2]``; called two or more times.
+        losses: Runs the model on two examples and returns their losses, ``[2]``; called once or more times.
         distrusted: Paths of modules whose rows have been seen to follow the data.
 
     Returns:

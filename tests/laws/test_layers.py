@@ -126,12 +126,18 @@ CASES = {
         "2-D, all": (partial(nn.Conv2d, 3, 2, (3, 2), (2, 1), padding=(1, 2), dilation=(1, 2)), numbers(3, 7, 5)),
         "2-D, stride past the kernel": (partial(nn.Conv2d, 3, 2, 2, stride=3), numbers(3, 7, 5)),
     },
-    layers.Scale: {
+    layers.Factor: {
         "w * x": (partial(RMSNorm, 5), numbers(7, 5)),
-        "(1 + w) * x": (partial(RMSNorm, 5, offset=1.0), numbers(7, 5)),
         "float32 inside": (partial(RMSNorm, 5, inner=torch.float32), numbers(7, 5)),
         "torch's": (partial(nn.RMSNorm, 5), lambda N: numbers(5, 7)(N).mT),
         "4-D": (partial(RMSNorm, 5), numbers(2, 7, 5)),
+    },
+    layers.OnePlusFactor: {
+        "(1 + w) * x": (partial(RMSNorm, 5, offset=1.0), numbers(7, 5)),
+        "4-D": (partial(RMSNorm, 5, offset=1.0), numbers(2, 7, 5)),
+    },
+    layers.Scale: {
+        "(2 + w) * x": (partial(RMSNorm, 5, offset=2.0), numbers(7, 5)),
         "scale and shift": (partial(Affine, 5), numbers(7, 5)),
         "axes of 1": (partial(Affine, 1, 1, 5), numbers(7, 5)),
         "one entry": (partial(Affine, 1), numbers(7, 1)),
@@ -249,9 +255,9 @@ def test_a_model_of_one_layer_is_exact(case):
         assert ("loop" if case == "lstm" else "generic") in by_path
 
 
-@pytest.mark.parametrize("case", [case for case in FLAT if case[0] not in "QS" and case.endswith(("D", "(7, 5)"))])
+@pytest.mark.parametrize("case", [case for case in FLAT if case[0] not in "QSO" and case.endswith(("D", "(7, 5)"))])
 def test_no_rule_claims_a_subclass_that_computes_something_else(case):
-    """But :class:`Scale`, which knows no class, and the quantised linear, which is one by its attributes."""
+    """But the scales, which know no class, and the quantised linear, which is one by its attributes."""
     module, input = seeded(FLAT[case])
     plain = type(module)
     module.__class__ = type("Custom", (plain,), {"forward": lambda self, input: plain.forward(self, input).sin()})
