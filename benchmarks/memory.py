@@ -57,7 +57,7 @@ def main(provider: str, described: str) -> None:
     import torch
 
     from benchmarks import cases
-    from benchmarks.providers import EVERY, in_short
+    from benchmarks.providers import RIVALS, in_short
 
     case = eval(described, vars(cases))
     model, data = case.model(), case.data()
@@ -78,10 +78,10 @@ def main(provider: str, described: str) -> None:
     if isinstance(case, cases.FullRows):
         small = case.small()
         with suppress(Exception):  # a library's modules are no memory of the pass; what fails says so below
-            EVERY[provider](small.model(), small.data())
+            RIVALS[provider].run(small.model(), small.data())
     figures: dict[str, Any] = {"weights_mib": weights, "activations_mib": measure(activations)}
     try:
-        figures["peak_mib"] = measure(lambda: EVERY[provider](model, data[:BATCHES]))
+        figures["peak_mib"] = measure(lambda: RIVALS[provider].run(model, data[:BATCHES]))
     except Exception as error:
         if provider.startswith("fishkern"):
             raise

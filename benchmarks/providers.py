@@ -27,13 +27,6 @@ def fishkern_unchecked(model: nn.Module, batches: list[dict[str, Tensor]]) -> fk
     return fk.estimate(model, batches, check=False)
 
 
-PROVIDERS: dict[str, Provider] = {
-    "fishkern": fishkern,
-    "one_by_one": rivals.one_by_one,
-    "vmap_grad": rivals.vmap_grad,
-}
-
-
 @dataclass(frozen=True)
 class Rival:
     """One provider of the comparison of all.
@@ -71,7 +64,8 @@ RIVALS: dict[str, Rival] = {
     "kronfluence": Rival(kronfluence.kronfluence, "kronfluence", kronfluence.SETTINGS),
     "nngeometry": Rival(nngeometry.nngeometry, "nngeometry", nngeometry.SETTINGS),
 }
-EVERY: dict[str, Provider] = {**PROVIDERS, **{name: rival.run for name, rival in RIVALS.items()}}
+# Those that need no library but torch.
+PROVIDERS: dict[str, Provider] = {name: RIVALS[name].run for name in ("fishkern", "one_by_one", "vmap_grad")}
 
 
 def squares(result: Any) -> dict[str, Tensor]:

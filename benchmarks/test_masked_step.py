@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.masked_cases import CASES, PROVIDERS, Step, peak_memory
+from benchmarks.turns import spread
 
 TESTS = ["tests/ops/test_masked_adamw.py", "tests/laws/test_optimizers.py", "tests/optim"]
 ROUNDS = 9
@@ -57,7 +58,7 @@ def test_time(case, benchmark, record):
                 "case": vars(case),
                 "dtype": "float32",
                 "provider": name,
-                "seconds": {"median": median(values), "min": min(values), "max": max(values)},
+                "seconds": spread(values),
                 "host_seconds": {"median": median(host[name])},
                 "rounds": ROUNDS,
             },

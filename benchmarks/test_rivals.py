@@ -25,6 +25,7 @@ from benchmarks.memory import peak_memory
 from benchmarks.providers import RIVALS, in_short, squares
 from benchmarks.rivals import as_found
 from benchmarks.rivals.oracle import coverage, float64_loop, largest_error
+from benchmarks.turns import in_turns, spread
 
 TESTS = ["tests/models/test_traps.py", "tests/benchmarks/test_rivals.py"]
 ROUNDS = 3
@@ -89,26 +90,17 @@ def tried(name: str, model: torch.nn.Module, data: list[dict[str, torch.Tensor]]
 def test_time(case, benchmark, record):
     model, data = case.model(), case.data()
     found = {name: tried(name, model, data[:1]) for name in RIVALS}
-    seconds: dict[str, list[float]] = {name: [] for name in RIVALS if "left out" not in found[name]}
-
-    def take_turns() -> None:
-        for name, values in seconds.items():
-            if name != "fishkern":
-                values.append(run(name, model, data)[0])
-
-    benchmark.pedantic(
-        lambda: seconds["fishkern"].append(run("fishkern", model, data)[0]), setup=take_turns, rounds=ROUNDS
-    )
+    able = [name for name in RIVALS if "left out" not in found[name]]
+    seconds = in_turns(benchmark, {name: lambda name=name: run(name, model, data)[0] for name in able}, ROUNDS)
     examples = case.N * case.batches
     for name, measured in found.items():
         if values := seconds.get(name):
             measured |= {
                 "examples_per_second": examples / median(values),
-                "seconds": {"median": median(values), "min": min(values), "max": max(values)},
+                "seconds": spread(values),
                 "examples": examples,
                 "rounds": ROUNDS,
             }
-            benchmark.extra_info[name] = round(median(values), 3)
         record("rivals", {**description(case, name, "time"), **measured})
 
 

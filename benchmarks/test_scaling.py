@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
 
 from benchmarks import scaling_cases
 from benchmarks.scaling_cases import PROVIDERS, SWEEPS, Sweep
+from benchmarks.turns import spread
 from benchmarks.worker import Worker, WorkerError
 
 TESTS = [
@@ -125,9 +125,7 @@ def times(running: dict[str, Worker], op: str, sizes: dict[str, int]) -> dict[st
             rounds = MORE_ROUNDS if slowest < SHORT else ROUNDS
             seconds = {name: [] for name in seconds}
     return failed | {
-        name: {"seconds": {"median": median(v), "min": min(v), "max": max(v)}, "rounds": len(v)}
-        for name, v in seconds.items()
-        if name not in failed
+        name: {"seconds": spread(v), "rounds": len(v)} for name, v in seconds.items() if name not in failed
     }
 
 

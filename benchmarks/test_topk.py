@@ -26,6 +26,7 @@ from benchmarks.topk_cases import (
     read_once,
 )
 from benchmarks.topk_memory import peak_memory
+from benchmarks.turns import spread
 from fishkern.files import Format, open_tensors
 
 TESTS = ["tests/ops/test_streaming_topk.py", "tests/ops/test_streaming_topk_files.py"]
@@ -40,10 +41,6 @@ def prepare(described: str, provider: str) -> partial:
     """Make one of :data:`COMPARED`."""
     (case,) = (case for case in IN_MEMORY if str(case) == described)
     return partial(PROVIDERS[provider], case.scores(), case.k)
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 @pytest.mark.parametrize("case", IN_MEMORY, ids=str)
@@ -83,7 +80,7 @@ def test_in_memory(case, benchmark, record):
     benchmark.pedantic(fishkern, args=(scores, case.k), setup=take_turns, rounds=ROUNDS)
     seconds["fishkern"] = list(benchmark.stats.stats.data)
     for name, values in seconds.items():
-        measured = {"left out": left_out[name]} if name in left_out else {"seconds": summary(values)}
+        measured = {"left out": left_out[name]} if name in left_out else {"seconds": spread(values)}
         record(
             "streaming_topk",
             {
@@ -135,7 +132,7 @@ def test_from_a_file(file: tuple[object, Path], benchmark, record):
                 "bytes": path.stat().st_size,
                 "provider": name,
                 "rounds": len(values),
-                "seconds": summary(values),
+                "seconds": spread(values),
             },
         )
         benchmark.extra_info[name] = round(median(values), 3)

@@ -14,6 +14,7 @@ import torch
 
 import fishkern as fk
 from benchmarks.test_fish_tuning import DENSITY, adapted, data
+from benchmarks.turns import in_turns, spread
 
 TESTS = ["tests/methods/test_fish_training.py", "tests/laws/test_optimizers.py"]
 ROUNDS = 15
@@ -54,13 +55,7 @@ def test_training_step(benchmark, record):
     batch = data()[0]
     for step in steps.values():
         step(batch)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-
-    def take_turns() -> None:
-        for name, step in steps.items():
-            seconds[name].append(step(batch))
-
-    benchmark.pedantic(take_turns, rounds=ROUNDS)
+    seconds = in_turns(benchmark, {name: partial(step, batch) for name, step in steps.items()}, ROUNDS)
     for name, values in seconds.items():
         record(
             "training_step",
@@ -72,9 +67,8 @@ def test_training_step(benchmark, record):
                 "dtype": "float32",
                 "attention": "sdpa",
                 "provider": name,
-                "seconds": {"median": median(values), "min": min(values), "max": max(values)},
+                "seconds": spread(values),
                 "rounds": ROUNDS,
             },
         )
-        benchmark.extra_info[name] = round(median(values), 4)
     assert median(seconds["fishkern"]) <= NEVER_SLOWER * median(seconds["plain_lora_fused_adamw"])

@@ -6,15 +6,16 @@ recorded first and judged then: ours is never slower than the loop, and keeps wi
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from statistics import median
+from typing import Any
 
 import pytest
 
-from benchmarks.cases import CPU_CASES
+from benchmarks.cases import CPU_CASES, WholePass
 from benchmarks.memory import peak_memory
 from benchmarks.providers import PROVIDERS
+from benchmarks.turns import in_turns, seconds_of, spread
 
 TESTS = ["tests/models/test_families.py", "tests/models/test_conditions.py"]
 ROUNDS = 3
@@ -29,35 +30,25 @@ def prepare(described: str, provider: str) -> partial:
     return partial(PROVIDERS[provider], case.model(), case.data())
 
 
+def description(case: WholePass, name: str, quantity: str) -> dict[str, Any]:
+    """What each record of a provider says beside the measurement."""
+    return {
+        "op": "whole_pass",
+        "quantity": quantity,
+        "case": vars(case),
+        "attention": "sdpa",
+        "dtype": "float32",
+        "provider": name,
+    }
+
+
 @pytest.mark.parametrize("case", CPU_CASES, ids=str)
 def test_time(case, benchmark, record):
     model, data = case.model(), case.data()
-    seconds: dict[str, list[float]] = {name: [] for name in PROVIDERS}
-
-    def take_turns() -> None:
-        for name, provider in PROVIDERS.items():
-            if name != "fishkern":
-                start = time.perf_counter()
-                provider(model, data)
-                seconds[name].append(time.perf_counter() - start)
-
-    benchmark.pedantic(PROVIDERS["fishkern"], args=(model, data), setup=take_turns, rounds=ROUNDS)
-    seconds["fishkern"] = list(benchmark.stats.stats.data)
+    timed = {name: partial(seconds_of, partial(provider, model, data)) for name, provider in PROVIDERS.items()}
+    seconds = in_turns(benchmark, timed, ROUNDS)
     for name, values in seconds.items():
-        record(
-            "whole_pass",
-            {
-                "op": "whole_pass",
-                "quantity": "time",
-                "case": vars(case),
-                "attention": "sdpa",
-                "dtype": "float32",
-                "provider": name,
-                "seconds": {"median": median(values), "min": min(values), "max": max(values)},
-                "rounds": ROUNDS,
-            },
-        )
-        benchmark.extra_info[name] = round(median(values), 3)
+        record("whole_pass", {**description(case, name, "time"), "seconds": spread(values), "rounds": ROUNDS})
     assert median(seconds["fishkern"]) <= NEVER_SLOWER * median(seconds["one_by_one"])
 
 
@@ -65,18 +56,7 @@ def test_time(case, benchmark, record):
 @pytest.mark.parametrize("case", CPU_CASES, ids=str)
 def test_peak_memory(case, provider, record):
     figures = peak_memory(provider, case)
-    record(
-        "whole_pass",
-        {
-            "op": "whole_pass",
-            "quantity": "memory",
-            "case": vars(case),
-            "attention": "sdpa",
-            "dtype": "float32",
-            "provider": provider,
-            **figures,
-        },
-    )
+    record("whole_pass", {**description(case, provider, "memory"), **figures})
     if provider == "fishkern":
         weights, activations = figures["weights_mib"], figures["activations_mib"]
         assert weights + figures["peak_mib"] <= MEMORY * (2 * weights + activations)
