@@ -21,7 +21,7 @@ def draw(records: list[dict[str, Any]]) -> Figure:
     for row, model in zip(figure.subplots(len(models), 2, squeeze=False), models, strict=True):
         found = [record for record in records if record["case"]["model"] == model]
         name = MODELS.get(model, model)
-        _lines(row[0], found, "time", "s", f"{name}: one step")
+        _lines(row[0], found, "time", "s", f"{name}: time of one step")
         _lines(row[1], found, "memory", "MiB", f"{name}: peak memory of training")
     return style.finish(figure, records)
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KINDS = {"bert": "BERT", "llama": "LLaMA"}
-_REASON = 62  # characters of a reason that fit into an axes
+_REASON = 44  # characters of a reason that fit into an axes
 _NEARLY_ALL = 0.99
 
 
@@ -20,7 +20,7 @@ def draw(records: list[dict[str, Any]]) -> Figure:
     """Draw a row of bars for each case: speed left, memory right; what covers a part of the model says how much."""
     records = style.newest(records, "quantity", "case", "provider")
     timed = [record for record in records if record["quantity"] == "time"]
-    cases = style.cases(timed)
+    cases = sorted(style.cases(timed), key=lambda case: (case["kind"], case["hidden"], case["T"]))
     providers = list(dict.fromkeys(record["provider"] for record in timed))
     height = 0.9 + len(cases) * (0.75 + 0.19 * len(providers))
     figure = style.figure(height, width=11, title="A Fisher pass over data, by all ways to it")
@@ -66,4 +66,5 @@ def _bars(axes: Axes, values: dict[str, float | str], unit: str, title: str, not
 
 def _words(case: dict[str, Any]) -> str:
     examples, kind = case["N"] * case["batches"], KINDS[case["kind"]]
-    return f"{kind} {case['layers']} x {case['hidden']}, {case['dtype']}: {examples} examples of {case['T']} tokens"
+    model = f"{kind} of {case['layers']} layers, width {case['hidden']}, {case['dtype']}"
+    return f"{model}: {examples} examples of {case['T']} tokens"

@@ -7,6 +7,7 @@ cost of a call.
 from __future__ import annotations
 
 import math
+from itertools import cycle, product
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.plots import style
@@ -26,39 +27,59 @@ WORDS = {
     "N": "examples N",
     "T": "positions T",
     "width": "width of the layer",
-    "n": "scores",
+    "n": "scores n",
     "k": "entries selected k",
     "tensors": "tensors",
-    "P": "parameters",
+    "P": "parameters P",
     "layers": "layers",
 }
+UNITS = {"time": "s", "memory": "MiB"}
 Points = list[tuple[float, float]]
 
 
 def draw(records: list[dict[str, Any]]) -> Figure:
-    """Draw a row for each quantity that grows: time left, memory right."""
+    """Draw a column for each operation: for each quantity that grows the time, and below it the peak memory."""
     records = style.newest(records, "op", "quantity", "grows", "case", "provider")
-    sweeps = list(dict.fromkeys((record["op"], record["grows"]) for record in records))
+    sweeps: dict[str, list[str]] = {}
+    for op, grows in dict.fromkeys((record["op"], record["grows"]) for record in records):
+        sweeps.setdefault(op, []).append(grows)
+    rows = max(map(len, sweeps.values()))
     limits = sorted({record["limit_gib"] for record in records})
-    title = f"Growth; exponents of the {FITTED} largest sizes; x: out of memory above {limits[-1]:g} GiB, really run"
-    figure = style.figure(0.8 + 2.5 * len(sweeps), width=10.5, title=title)
-    for row, (op, grows) in zip(figure.subplots(len(sweeps), 2, squeeze=False), sweeps, strict=True):
-        for axes, quantity, unit in zip(row, ("time", "memory"), ("s", "MiB"), strict=True):
-            found = [r for r in records if (r["op"], r["grows"], r["quantity"]) == (op, grows, quantity)]
-            what = "time" if quantity == "time" else "peak memory beside the inputs"
-            axes.set_title(f"{OPS[op]}: {what}", fontsize=9, loc="left")
-            _panel(axes, found, grows, quantity, unit)
+    title = f"Growth; ^exponents of the {FITTED} largest sizes; x: out of memory above {limits[-1]:g} GiB, really run"
+    figure = style.figure(1.4 + 3.4 * rows, width=3.4 * len(sweeps) + 0.6, title=title)
+    grid = figure.subplots(2 * rows, len(sweeps), squeeze=False)
+    for column, (op, growing) in zip(grid.T, sweeps.items(), strict=True):
+        for axes in column[2 * len(growing) :]:
+            axes.set_axis_off()
+        for axes, (grows, quantity) in zip(column, product(growing, UNITS), strict=False):
+            _panel(axes, [r for r in records if (r["op"], r["grows"], r["quantity"]) == (op, grows, quantity)])
+        _head(column[0], OPS[op], [record["provider"] for record in records if record["op"] == op])
+    for axes, quantity in zip(grid[:, 0], cycle(UNITS), strict=False):
+        axes.set_ylabel("time" if quantity == "time" else "peak memory\nbeside the inputs", fontsize=style.SMALL)
     return style.finish(figure, records)
 
 
-def _panel(axes: Axes, records: list[dict[str, Any]], grows: str, quantity: str, unit: str) -> None:
-    lines = points_of(records, grows, quantity)
-    drawn = {name: line for name, line in lines.items() if line}
-    exponents = {name: f"^{exponent(line):.2f}" for name, line in drawn.items() if len(line) > 1}
-    style.lines(axes, drawn, unit, exponents, out_of_memory(records, grows))
-    others = {key: value for key, value in records[0]["case"].items() if key != grows} if records else {}
-    said = ", ".join(f"{WORDS[key]} = {value:,}" for key, value in others.items())
-    axes.set_xlabel(f"{WORDS[grows]}   ({said})", fontsize=style.SMALL)
+def _panel(axes: Axes, records: list[dict[str, Any]]) -> None:
+    if not records:
+        return
+    grows, quantity = records[0]["grows"], records[0]["quantity"]
+    drawn = {name: line for name, line in points_of(records, grows, quantity).items() if line}
+    exponents = {name: f"^{exponent(line):.2f}" if len(line) > 1 else "" for name, line in drawn.items()}
+    style.lines(axes, drawn, UNITS[quantity], exponents, out_of_memory(records, grows))
+    others = (f"{key} = {style.size(value)}" for key, value in records[0]["case"].items() if key != grows)
+    axes.set_xlabel(f"{WORDS[grows]}   ({', '.join(others)})", fontsize=style.SMALL)
+
+
+def _head(axes: Axes, title: str, providers: list[str]) -> None:
+    """Above a column: the operation, and which line is whose."""
+    from matplotlib.lines import Line2D
+
+    shades = style.colours(dict.fromkeys(providers))
+    lines = [Line2D([], [], color=shade, linewidth=3, label=style.name_of(name)) for name, shade in shades.items()]
+    axes.legend(
+        handles=lines, title=title, title_fontsize=10, fontsize=style.SMALL, frameon=False, alignment="left",
+        loc="lower left", bbox_to_anchor=(-0.02, 1.0), borderaxespad=0.2, handlelength=1.2,
+    )  # fmt: skip
 
 
 def points_of(records: list[dict[str, Any]], grows: str, quantity: str) -> dict[str, Points]:

@@ -19,7 +19,8 @@ def draw(records: list[dict[str, Any]]) -> Figure:
     for (axes,), key in zip(figure.subplots(len(panels), 1, squeeze=False), panels, strict=True):
         found = [r for r in records if (r["where"], r["case"]["n"], r["case"]["density"]) == key]
         where, n, density = key
-        title = f"{density:.1%} of {n:.0e} float32 scores in {'memory' if where == 'memory' else 'a file'}"
+        place = "memory" if where == "memory" else "a file"
+        title = f"{density:.1%} of {n / 1e6:,.0f} million float32 scores in {place}"
         for record in found:
             if record["quantity"] == "memory":
                 beside = record["peak_mib"] - record["indices_mib"]

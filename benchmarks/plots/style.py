@@ -119,7 +119,7 @@ def bars(axes: Axes, values: Mapping[str, float | str], unit: str, title: str = 
     for label, provider in zip(axes.get_yticklabels(), values, strict=True):
         label.set_fontweight("bold" if shades[provider] == OURS else "normal")
     axes.set(xlim=(0, 1.22 * largest), ylim=(len(values) - 0.4, -0.6))
-    axes.set_xlabel(unit, fontsize=SMALL)
+    axes.set_xlabel({"s": "time in s", "MiB": "memory in MiB"}.get(unit, unit), fontsize=SMALL)
     axes.set_title(title, fontsize=9, loc="left")
     plain(axes)
 
@@ -131,16 +131,16 @@ def lines(
     notes: Mapping[str, str] | None = None,
     failed: Mapping[str, float] | None = None,
 ) -> None:
-    """Draw one line for each provider on logarithmic scales, its name at its end.
+    """Draw one line for each provider on logarithmic scales, its name or a note at its end.
 
     Args:
         axes: Where; the label of its x-axis is the caller's.
         points: By provider, from left to right.
         unit: Of the values, such as ``"s"`` or ``"MiB"``.
-        notes: By provider, what is said behind its name.
+        notes: By provider, what is said in place of its name, which then stands elsewhere.
         failed: By provider, the x at which it failed: a cross, as high as its last point.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     shades = colours(points)
     axes.set(xscale="log", yscale="log")
@@ -151,14 +151,14 @@ def lines(
         end = (failed or {}).get(provider, x[-1])
         if end != x[-1]:
             axes.plot([x[-1], end], [y[-1]] * 2, color=shades[provider], linestyle=":", linewidth=1)
-            axes.plot(end, y[-1], "x", color=shades[provider], markersize=8, markeredgewidth=2)
+            axes.plot(end, y[-1], "x", color=shades[provider], markersize=8, markeredgewidth=2, clip_on=False)
         axes.annotate(
-            f"{name_of(provider)} {(notes or {}).get(provider, '')}".rstrip(), (end, y[-1]), (8, 0),
+            (notes or {}).get(provider, name_of(provider)), (end, y[-1]), (8, 0),
             textcoords="offset points", va="center", fontsize=SMALL - 1, color=shades[provider], gid=_END,
         )  # fmt: skip
     sizes = sorted({x for line in points.values() for x, _ in line} | set((failed or {}).values()))
-    axes.set_xticks(sizes, [_size(x) for x in sizes])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(sizes, [size(x) for x in sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
     found = [y for line in points.values() for _, y in line]
     if found:
         axes.set_ylim(min(found) / 1.4, max(found) * 1.4)
@@ -172,7 +172,8 @@ def lines(
     plain(axes)
 
 
-def _size(x: float) -> str:
+def size(x: float) -> str:
+    """Write a size; powers of two that are long as such."""
     power = math.log2(x) if x > 0 else 0.5
     return f"$2^{{{power:.0f}}}$" if power.is_integer() and power > 12 else f"{x:g}"
 
