@@ -1,7 +1,7 @@
 """From a module's activations and output gradients to per-example gradients."""
 
 from fishkern.layers.base import Call, Layer, own_parameters
-from fishkern.layers.capture import Capture, Layout, Site, UnsupportedModuleError, leave_out
+from fishkern.layers.capture import Capture
 from fishkern.layers.convolution import Convolution
 from fishkern.layers.embedding import Embedding
 from fishkern.layers.grads import (
@@ -17,7 +17,9 @@ from fishkern.layers.grads import (
 from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear, weight_shape
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
+from fishkern.layers.site import Layout, Site
 from fishkern.layers.survey import LAYERS, Plan, survey
+from fishkern.layers.unsupported import UnsupportedModuleError, leave_out
 
 __all__ = [
     "LAYERS",

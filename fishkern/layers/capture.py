@@ -7,65 +7,21 @@ the graph alive, so the weights themselves can be frozen for the pass and their 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fishkern.layers.base import Layer
 from fishkern.layers.embedding import Embedding
 from fishkern.layers.generic import module_grads
 from fishkern.layers.grads import DenseGrads, OuterProductGrads, PerExampleGrads, TiedRows, join
+from fishkern.layers.site import Layout, Site
 from fishkern.layers.tap import FrozenCall, frozen_call, rows_and_length, tapped
+from fishkern.layers.unsupported import UnsupportedModuleError, leave_out
 from fishkern.ops import embedding_rows
-
-
-class UnsupportedModuleError(RuntimeError):
-    """A module's per-example gradients cannot be had exactly; the message names it and the way to leave it out."""
-
-
-class Layout(Enum):
-    """Which rows of a call belong to which example."""
-
-    BATCHED = "the first axis is the example axis"
-    FLATTENED = "the rows are those of [N, T], example after example"
-    SHARED = "one output for all examples, expanded so that each has its own gradient"
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """One module whose calls are captured.
-
-    Args:
-        path: Its name in the model.
-        module: The module.
-        layer: Its rule; ``None`` for the generic path, which runs the module once more for each example.
-        keys: Canonical names of the parameters asked for, by their names in the module.
-        layout: What was established; ``None`` when nothing could be, because no gradient arrived there.
-        block: For ``FLATTENED``: the enclosing module whose input ``[N, T, ...]`` says ``T``.
-        sliced: For the generic path: which tensors of a call carry the example axis.
-        picked: Whether the rows are taken from among the positions of the examples (a pooler's first token, an
-            expert's tokens), so that their number may depend on the data: whose they are is checked on every batch.
-    """
-
-    path: str
-    module: nn.Module
-    layer: Layer | None
-    keys: Mapping[str, str]
-    layout: Layout | None
-    block: nn.Module | None = None
-    sliced: tuple[bool, ...] = ()
-    picked: bool = False
-
-    @property
-    def reads_input(self) -> bool:
-        """Whether the tensors of a call are kept until its backward."""
-        return self.layer is None or self.layer.reads_input(frozenset(self.keys))
-
 
 Sink = Callable[[str, PerExampleGrads], None]
 
@@ -342,23 +298,6 @@ class _Batch:
     picked: list[tuple[Site, Tensor]] = field(default_factory=list)
     weighted: dict[Site, list[Tensor | None]] = field(default_factory=dict)
     exponents: list[Tensor] = field(default_factory=list)
-
-
-def leave_out(keys: Any) -> str:
-    """Say how to run without some parameters.
-
-    Args:
-        keys: Their canonical names.
-
-    Returns:
-        A sentence for an error message.
-    """
-    names = sorted(keys)
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return (
-        f"Leave {shown} out with parameters=lambda name, parameter: ..., or take fishkern.SketchedFisher, "
-        "which needs to know no layer."
-    )
 
 
 def _rows(tensor: Tensor) -> int | None:

@@ -16,7 +16,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from fishkern.layers.base import Call, Layer, own_parameters
-from fishkern.layers.capture import Layout, Site
 from fishkern.layers.convolution import Convolution
 from fishkern.layers.embedding import Embedding
 from fishkern.layers.generic import has_example_axis, same_rows_alone, tensors_of
@@ -24,6 +23,7 @@ from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear
 from fishkern.layers.observe import Seen, observe, upwards
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
+from fishkern.layers.site import Layout, Site
 from fishkern.layers.tap import FrozenCall, leading_shape
 
 LAYERS: tuple[Layer, ...] = (

@@ -1,6 +1,7 @@
 """Model and batches in, statistics out."""
 
 from fishkern.statistics.base import Estimator
+from fishkern.statistics.coverage import Covered
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.estimate import estimate
 from fishkern.statistics.likelihood import (
@@ -14,8 +15,9 @@ from fishkern.statistics.likelihood import (
     Seq2SeqLM,
     TokenClassification,
 )
+from fishkern.statistics.merge import merge
 from fishkern.statistics.predictive import Bernoulli, Categorical, Gaussian, Predictive
-from fishkern.statistics.result import Covered, Statistics, merge
+from fishkern.statistics.result import Statistics
 from fishkern.statistics.sketched_fisher import SketchedFisher
 from fishkern.statistics.verification import Compared, Verification
 from fishkern.statistics.verify import verify

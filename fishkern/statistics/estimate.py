@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fishkern import backend as backends
 from fishkern import hosts
@@ -17,17 +15,17 @@ from fishkern.backend import Backend
 from fishkern.layers import UnsupportedModuleError, own_parameters, weight_shape
 from fishkern.layers.linear import QuantizedLinear
 from fishkern.names import canonical_name
+from fishkern.statistics.accumulators import Accumulators
+from fishkern.statistics.answering import Answering, LossFunction
 from fishkern.statistics.base import Estimator
-from fishkern.statistics.batches import Batch, num_examples, take
+from fishkern.statistics.coverage import Covered, slowest_paths
 from fishkern.statistics.data import Data, Progress
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
-from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
-from fishkern.statistics.passes import Accumulators, GradientPass, PerExamplePass, slowest_paths
-from fishkern.statistics.predictive import Predictive
-from fishkern.statistics.result import Covered, Statistics
+from fishkern.statistics.likelihood import Likelihood
+from fishkern.statistics.passes import GradientPass, PerExamplePass
+from fishkern.statistics.result import Statistics
 from fishkern.statistics.shards import Ranks
 
-LossFunction = Callable[[nn.Module, Batch], Tensor]
 Predicate = Callable[[str, nn.Parameter], bool]
 
 
@@ -104,7 +102,7 @@ def estimate(
     ranks.demand_equal({key: tuple(shape) for key, shape in shapes.items()}, "the parameters to estimate")
     data = Data(batches, device, max_examples, ranks)
     report = Progress(progress if ranks.rank == 0 else False, data.total)
-    answering = _Answering(model, likelihood)
+    answering = Answering(model, likelihood)
     with ranks.failing_together(), _as_found(model):
         way: GradientPass | PerExamplePass
         if estimator.per_example:
@@ -154,63 +152,6 @@ def estimate(
     return Statistics(
         tensors, count=units, provenance={"definition": definition, "runs": [run]}, coverage=coverage
     )
-
-
-class _Answering:
-    """Runs the model on a batch and gives its predictive distribution, or its losses."""
-
-    def __init__(self, model: nn.Module, likelihood: Likelihood | LossFunction | None) -> None:
-        self._model = model
-        self._likelihood = likelihood
-
-    def prepare(self, batch: Batch) -> None:
-        """Recognise the likelihood, and compare the loss of one example with the model's own."""
-        if self._likelihood is None:
-            self._likelihood = recognise_likelihood(self._model, batch)
-        if isinstance(self._likelihood, Likelihood):
-            _compare_with_own_loss(self._model, self._likelihood, take(batch, slice(0, 1)))
-
-    @property
-    def description(self) -> str:
-        """The likelihood, for the provenance."""
-        if isinstance(self._likelihood, Likelihood):
-            return f"{type(self._likelihood).__name__}(reduction={self._likelihood.reduction!r})"
-        function = self._likelihood
-        return f"function {getattr(function, '__qualname__', type(function).__name__)}"
-
-    def __call__(self, batch: Batch) -> Predictive | Tensor:
-        if isinstance(self._likelihood, Likelihood):
-            return self._likelihood.predictive(self._model, batch)
-        losses = self._likelihood(self._model, batch)
-        N = num_examples(batch)
-        if not isinstance(losses, Tensor) or losses.shape != (N,):
-            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise ValueError(
-                f"the likelihood function must return one loss for each example, a tensor of shape ({N},), got {got}: "
-                "do not average over the batch."
-            )
-        return losses
-
-
-def _compare_with_own_loss(model: nn.Module, likelihood: Likelihood, example: Batch) -> None:
-    """Demand that a recognised loss is what the model returns for the example, to the rounding of its dtype."""
-    labels = [key for key in ("labels", "start_positions") if isinstance(example, Mapping) and key in example]
-    if not labels or not all(hosts.accepts(model, key) for key in labels):
-        return
-    outputs = model(**{**hosts.call_options(model), **example})
-    own = getattr(outputs, "loss", None)
-    if own is None:
-        return
-    ours = replace(likelihood.predictive(model, example), mean=True).losses()[0].item()
-    # where transformers leaves a loss in 16 bits it is rounded a few times; else it is float32, also in float64 models
-    half = own.dtype in (torch.float16, torch.bfloat16)
-    tolerance = 4 * torch.finfo(own.dtype).eps if half else 64 * torch.finfo(torch.float32).eps
-    if math.isfinite(ours) and not abs(ours - own.item()) <= tolerance * max(1.0, abs(own.item())):
-        raise ValueError(
-            f"the loss of the first example is {ours:.6g} by {type(likelihood).__name__} and {own.item():.6g} by the "
-            f"model itself: they should agree. The model's loss holds more than that (an auxiliary loss, label "
-            "smoothing, another shift). Pass likelihood= as a function (model, batch) -> losses [N] that computes it."
-        )
 
 
 def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) -> None:

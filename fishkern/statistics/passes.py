@@ -10,7 +10,6 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from fishkern.backend import Backend
 from fishkern.layers import (
     Capture,
     DenseGrads,
@@ -20,106 +19,15 @@ from fishkern.layers import (
     leave_out,
     survey,
 )
+from fishkern.statistics.accumulators import Accumulators
 from fishkern.statistics.autograd import backward, check_finite, first, only_trainable, take_grad, with_last
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Batch, num_examples, take
+from fishkern.statistics.coverage import slowest_paths
 from fishkern.statistics.predictive import Predictive
-from fishkern.statistics.result import PATHS
 from fishkern.statistics.self_check import disagreements
 
 Answer = Callable[[Batch], Predictive | Tensor]
-
-
-_KINDS = ("shape", "device", "dtype")
-
-
-class Accumulators:
-    """One accumulator for each parameter, on the parameter's device or another.
-
-    Args:
-        shapes: Shape of each parameter's statistic, by canonical name.
-        devices: Where each accumulator lies.
-        dtypes: float64 for float64 parameters, else float32.
-        estimator: Says what is added.
-        backend: Passed on to the operations.
-
-    Attributes:
-        states: The accumulators, by canonical name.
-        touched: Whether anything was added.
-    """
-
-    def __init__(
-        self,
-        shapes: Mapping[str, torch.Size],
-        devices: Mapping[str, torch.device],
-        dtypes: Mapping[str, torch.dtype],
-        estimator: Estimator,
-        backend: Backend | None,
-    ) -> None:
-        self._estimator = estimator
-        self._backend = backend
-        self.states = {key: estimator.init(shape, dtypes[key], devices[key]) for key, shape in shapes.items()}
-        self.touched = False
-
-    def empty_like(self) -> Accumulators:
-        """Make accumulators of the same kind that hold nothing.
-
-        Returns:
-            The new accumulators.
-        """
-        kinds = [{key: getattr(state, kind) for key, state in self.states.items()} for kind in _KINDS]
-        return Accumulators(*kinds, self._estimator, self._backend)
-
-    def add(self, key: str, grads: PerExampleGrads) -> None:
-        """Add the gradients of one parameter.
-
-        Args:
-            key: Its canonical name.
-            grads: Its gradients.
-        """
-        self._add(key, grads.device, lambda state: self._estimator.update_(state, grads, self._backend))
-
-    def add_squares(self, key: str, grads: PerExampleGrads) -> None:
-        """Add the squares of one parameter's per-example gradients, whatever the estimator.
-
-        Args:
-            key: Its canonical name.
-            grads: Its gradients.
-        """
-        self._add(key, grads.device, lambda state: grads.add_squares_(state, self._backend))
-
-    def _add(self, key: str, device: torch.device, update: Callable[[Tensor], None]) -> None:
-        self.touched = True
-        state = self.states[key]
-        if state.device == device:
-            update(state)
-            return
-        here = torch.zeros_like(state, device=device)
-        update(here)
-        state += here.to(state.device)
-
-    def zero_(self) -> None:
-        """Set every accumulator to zero."""
-        self.touched = False
-        for state in self.states.values():
-            state.zero_()
-
-
-def slowest_paths(several: Iterable[Mapping[str, tuple[str, str]]]) -> dict[str, tuple[str, str]]:
-    """Join what several batches or ranks say about the paths of parameters.
-
-    Args:
-        several: Path and reason by canonical name.
-
-    Returns:
-        The slowest path that each parameter has taken, by the last word on it.
-    """
-    slowest: dict[str, tuple[str, str]] = {}
-    for paths in several:
-        for key, (path, reason) in paths.items():
-            if PATHS.index(path) >= PATHS.index(slowest.get(key, (path, ""))[0]):
-                slowest[key] = (path, reason)
-    return slowest
 
 
 class GradientPass:

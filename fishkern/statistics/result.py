@@ -6,8 +6,6 @@ import json
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -16,34 +14,10 @@ import torch
 from torch import Tensor
 
 from fishkern.files import PIECE, AnyTensor, Format, StoredTensor, check_cast, open_tensors, pieces, save_tensors
-from fishkern.names import canonical_name, listed, renamed
+from fishkern.names import canonical_name, renamed
+from fishkern.statistics.coverage import Covered, check_coverage
 
 FORMAT = Format("fishkern.statistics", version=1, saved_by="Statistics.save")
-
-# In the order in which merging prefers the later one: of two runs, the slower path is what the reader should know.
-PATHS = ("batch", "sketch", "fused", "generic", "loop", "left out")
-
-
-@dataclass(frozen=True)
-class Covered:
-    """How the statistics of one parameter were computed, or why they were not.
-
-    Attributes:
-        path: ``"fused"`` (kernel or rule of the layer), ``"generic"`` (per-example gradients of the smallest enclosing
-            module), ``"loop"`` (the whole model, one example at a time), ``"sketch"`` (random signs), ``"batch"`` (the
-            batch gradient), or ``"left out"``.
-        numel: Coordinates of the parameter.
-        reason: Why this path, in words; by whose word it was left out.
-    """
-
-    path: str
-    numel: int
-    reason: str = ""
-
-    def __post_init__(self) -> None:
-        if self.path not in PATHS:
-            raise ValueError(f"path must be one of {PATHS}, got {self.path!r}.")
-
 
 class Statistics(Mapping[str, Tensor]):
     """The mean of a per-parameter statistic over ``count`` units, by parameter name; for example the diagonal Fisher.
@@ -80,7 +54,7 @@ class Statistics(Mapping[str, Tensor]):
             raise ValueError(f"count must be at least 1, got {count}.")
         entries = {name: _float32(name, tensor) for name, tensor in renamed(tensors, canonical_name).items()}
         coverage = renamed(coverage or {}, canonical_name)
-        _check_coverage(entries, coverage)
+        check_coverage(entries, coverage)
         # Past the lock below. The provenance is kept as text: a copy nobody can change, and exactly what a file holds.
         vars(self).update(
             _entries=entries, _count=count, _provenance=_provenance_text(provenance or {}), _coverage=coverage
@@ -280,46 +254,6 @@ class Statistics(Mapping[str, Tensor]):
             raise ValueError(f"{path} holds no valid statistics: {error}") from None
 
 
-def merge(a: Statistics, b: Statistics, *more: Statistics) -> Statistics:
-    """Merge statistics of different data into those of all of it: the mean, weighted by ``count``.
-
-    merged[name] = sum_s count_s * s[name] / sum_s count_s, in float64. ``merge(a, b) == merge(b, a)``.
-
-    Args:
-        a: Statistics of some data.
-        b: The same statistic, of the same parameters, on other data.
-        more: Any number of further ones.
-
-    Returns:
-        New statistics on ``a``'s device and in its order; ``count`` is the sum, ``runs`` are concatenated. Where a
-        parameter took different paths, the coverage has the slower one, and every reason.
-
-    Raises:
-        ValueError: They differ in definition, names, shapes or sizes of parameters; the message says where.
-    """  # noqa: DOC502
-    parts = (a, b, *more)
-    for part in parts[1:]:
-        _check_mergeable(a, part)
-    count = sum(part.count for part in parts)
-    tensors = {}
-    for name, shape in a.shapes.items():
-        tensors[name] = torch.empty(shape, dtype=torch.float32, device=a._entries[name].device)
-        rest = tensors[name].view(-1)
-        for aligned in zip(*(part.pieces(name) for part in parts), strict=True):
-            doubles = (piece.to(rest.device, torch.float64) for piece in aligned)
-            weighted = (part.count * double for part, double in zip(parts, doubles, strict=True))
-            rest[: len(aligned[0])] = sum(weighted) / count
-            rest = rest[len(aligned[0]) :]
-    definition = a.provenance["definition"]
-    runs = [run for part in parts for run in part.provenance["runs"]]
-    return Statistics(
-        tensors,
-        count=count,
-        provenance={"definition": definition, "runs": runs},
-        coverage=reduce(_merged_coverage, (part.coverage for part in parts)),
-    )
-
-
 def _float32(name: str, tensor: AnyTensor) -> AnyTensor:
     if isinstance(tensor, StoredTensor):
         return tensor
@@ -330,23 +264,6 @@ def _float32(name: str, tensor: AnyTensor) -> AnyTensor:
     if tensor.dtype == torch.float64:
         check_cast(name, tensor, single)
     return single
-
-
-def _check_coverage(entries: Mapping[str, AnyTensor], coverage: Mapping[str, Covered]) -> None:
-    """Demand, where there is a coverage, that it and the tensors say the same."""
-    if not coverage:
-        return
-    for name, entry in entries.items():
-        if name not in coverage:
-            raise ValueError(f"{name} is held, but coverage says nothing of it.")
-        covered = coverage[name]
-        if covered.path == "left out":
-            raise ValueError(f"{name} is held, but coverage says it was left out.")
-        if covered.numel != entry.numel():
-            raise ValueError(f"{name} has {entry.numel()} coordinates, but coverage says {covered.numel}.")
-    for name, covered in coverage.items():
-        if covered.path != "left out" and name not in entries:
-            raise ValueError(f"coverage says {covered.path} of {name}, which is not held.")
 
 
 def _provenance_text(provenance: Mapping[str, Any]) -> str:
@@ -366,38 +283,6 @@ def _provenance_text(provenance: Mapping[str, Any]) -> str:
 
 def _unordered(provenance: Mapping[str, Any]) -> tuple[Any, list[str]]:
     return provenance["definition"], sorted(json.dumps(run, sort_keys=True) for run in provenance["runs"])
-
-
-def _check_mergeable(a: Statistics, b: Statistics) -> None:
-    ours, theirs = a.provenance["definition"], b.provenance["definition"]
-    if ours != theirs:
-        keys = [key for key in (ours | theirs) if key not in ours or key not in theirs or ours[key] != theirs[key]]
-        values = [f"{key} ({_shown(ours, key)} and {_shown(theirs, key)})" for key in keys]
-        raise ValueError(f"only statistics of one definition merge; these differ in {', '.join(values)}.")
-    for some, others in ((a, b), (b, a)):
-        if missing := [name for name in some if name not in others]:
-            raise ValueError(f"only statistics of the same parameters merge; one lacks {listed(missing)}.")
-    for name, shape in a.shapes.items():
-        if shape != b.shapes[name]:
-            raise ValueError(f"{name} has shape {tuple(shape)} in one and {tuple(b.shapes[name])} in the other.")
-
-
-def _merged_coverage(a: Mapping[str, Covered], b: Mapping[str, Covered]) -> dict[str, Covered]:
-    merged = dict(a)
-    for name, covered in b.items():
-        merged[name] = _slower(name, merged.get(name, covered), covered)
-    return merged
-
-
-def _slower(name: str, a: Covered, b: Covered) -> Covered:
-    if a.numel != b.numel:
-        raise ValueError(f"{name} has {a.numel} coordinates in one model and {b.numel} in the other.")
-    reasons = {reason for covered in (a, b) for reason in covered.reason.split("; ") if reason}
-    return Covered(max(a.path, b.path, key=PATHS.index), a.numel, "; ".join(sorted(reasons)))
-
-
-def _shown(definition: Mapping[str, Any], key: str) -> str:
-    return repr(definition[key]) if key in definition else "absent"
 
 
 def _counted(number: int, noun: str) -> str:

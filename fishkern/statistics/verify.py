@@ -16,11 +16,13 @@ from fishkern import hosts
 from fishkern.files import AnyTensor
 from fishkern.names import canonical_name
 from fishkern.ops.streaming_topk import NaNScoreError, streaming_topk
+from fishkern.statistics.answering import LossFunction
 from fishkern.statistics.autograd import backward, check_finite, take_grad
 from fishkern.statistics.batches import Batch, checked_batch, num_examples, take, to_device
-from fishkern.statistics.estimate import LossFunction, Predicate, estimate
+from fishkern.statistics.coverage import Covered
+from fishkern.statistics.estimate import Predicate, estimate
 from fishkern.statistics.likelihood import Likelihood, call, recognise_likelihood
-from fishkern.statistics.result import Covered, Statistics
+from fishkern.statistics.result import Statistics
 from fishkern.statistics.verification import SLACK, Compared, Verification
 
 # What rounding alone may do to a squared gradient, relative to the parameter's largest.

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fishkern.statistics.result import Covered, Statistics
+from fishkern.statistics import Covered, Statistics
 
 THREE_SHARDS = 12  # bytes per shard of the statistics below
 

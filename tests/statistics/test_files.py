@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fishkern.statistics.result import Covered, Statistics, merge
+from fishkern.statistics import Covered, Statistics, merge
 
 SINGLE, SHARDED = None, 12  # bytes per shard: three shards
 FORMS = [SINGLE, SHARDED]

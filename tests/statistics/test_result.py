@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fishkern.statistics.result import Covered, Statistics, merge
+from fishkern.statistics import Covered, Statistics, merge
 from tests.support.closeness import assert_as_accurate
 
 SHAPES = {"embed.weight": (5, 3), "norm.weight": (3,), "scale": (), "empty": (0, 4)}

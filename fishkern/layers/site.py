@@ -1,0 +1,50 @@
+"""A site: one module whose calls are captured, by which rule, and which rows belong to which example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import nn
+
+from fishkern.layers.base import Layer
+
+
+class Layout(Enum):
+    """Which rows of a call belong to which example."""
+
+    BATCHED = "the first axis is the example axis"
+    FLATTENED = "the rows are those of [N, T], example after example"
+    SHARED = "one output for all examples, expanded so that each has its own gradient"
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One module whose calls are captured.
+
+    Args:
+        path: Its name in the model.
+        module: The module.
+        layer: Its rule; ``None`` for the generic path, which runs the module once more for each example.
+        keys: Canonical names of the parameters asked for, by their names in the module.
+        layout: What was established; ``None`` when nothing could be, because no gradient arrived there.
+        block: For ``FLATTENED``: the enclosing module whose input ``[N, T, ...]`` says ``T``.
+        sliced: For the generic path: which tensors of a call carry the example axis.
+        picked: Whether the rows are taken from among the positions of the examples (a pooler's first token, an
+            expert's tokens), so that their number may depend on the data: whose they are is checked on every batch.
+    """
+
+    path: str
+    module: nn.Module
+    layer: Layer | None
+    keys: Mapping[str, str]
+    layout: Layout | None
+    block: nn.Module | None = None
+    sliced: tuple[bool, ...] = ()
+    picked: bool = False
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether the tensors of a call are kept until its backward."""
+        return self.layer is None or self.layer.reads_input(frozenset(self.keys))
