@@ -198,11 +198,12 @@ def dispatched(model: nn.Module) -> str | None:
     return None
 
 
-def lost_prefix(model: nn.Module) -> str | None:
+def lost_prefix(model: nn.Module, *, training: bool = False) -> str | None:
     """Say why a model would not see the prefix that PEFT hands over as a cache; most of them drop it without a word.
 
     Args:
         model: A module.
+        training: Ask of the model in training mode, whatever mode it is in.
 
     Returns:
         The reason and the way out, or ``None`` where there is no such prefix, or it is seen.
@@ -218,10 +219,11 @@ def lost_prefix(model: nn.Module) -> str | None:
             f"{type(base).__name__} takes no past_key_values, as which PEFT's prefix comes, and would not see it: take "
             "another adapter, such as LoRA"
         )
-    if any(module.training and _checkpoints_itself(module) for module in model.modules()):
+    if any((training or module.training) and _checkpoints_itself(module) for module in model.modules()):
+        in_evaluation = "" if training else " or the model to eval()"
         return (
             f"under activation checkpointing {type(model).__name__} loses its prefix: switch checkpointing off "
-            "(gradient_checkpointing_disable()) or the model to eval(), or take fishkern.adapters.PrefixAdapter"
+            f"(gradient_checkpointing_disable()){in_evaluation}, or take fishkern.adapters.PrefixAdapter"
         )
     return None
 

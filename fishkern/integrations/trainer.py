@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from fishkern import hosts
+from fishkern.layers import UnsupportedModuleError
 from fishkern.optim import MaskedAdamW, MaskedOptimizer
 from fishkern.selection import Selection
 
@@ -52,6 +53,7 @@ class FisherCallback(TrainerCallback):
 
         Raises:
             ValueError: The Trainer's optimizer is no masked one, or has another selection.
+            UnsupportedModuleError: In training the model would not see PEFT's prefix.
         """
         optimizer = kwargs["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
@@ -62,6 +64,8 @@ class FisherCallback(TrainerCallback):
             )
         if optimizer.selection != self._selection:
             raise ValueError("the Trainer's optimizer has another selection than this callback: give both the same.")
+        if reason := hosts.lost_prefix(kwargs["model"], training=True):
+            raise UnsupportedModuleError(f"{reason}.")
         self._optimizer, self._max_grad_norm = optimizer, args.max_grad_norm
         if args.max_grad_norm and optimizer.max_grad_norm is None:
             optimizer.max_grad_norm = args.max_grad_norm

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fishkern import adapters, hosts
 from fishkern.backend import Backend
+from fishkern.layers import UnsupportedModuleError
 from fishkern.names import canonical_name
 from fishkern.selection import GlobalTopK, Random, Selection, bound_to_start, select
 from fishkern.selection.base import budget
@@ -88,9 +89,12 @@ def fish_tuning(
             of the pool scores exactly zero.
         TypeError: ``match`` is no adapter.
         RuntimeError: Under a process group, the ranks have selected different entries.
+        UnsupportedModuleError: The model would not see PEFT's prefix, whatever of it is selected.
     """  # noqa: DOC502
     if order not in ORDERS:
         raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
+    if reason := hosts.lost_prefix(model):
+        raise UnsupportedModuleError(f"{reason}.")
     heads = tuple(heads)
     parameters = _pool(model, pool)
     gates = [] if rank_gates else [name for name in adapters.gates(model) if name in parameters]

@@ -65,6 +65,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         TypeError: A parameter has no name.
         ValueError: Selection and parameters do not fit, a trainable parameter is outside the pool, a selected one is
             frozen, nothing would move, or an option is out of range.
+        UnsupportedModuleError: A model is given that, as it is, does not see PEFT's prefix.
     """
 
     grad_norm: Tensor | None

@@ -7,6 +7,8 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
+from fishkern import hosts
+from fishkern.layers import UnsupportedModuleError
 from fishkern.names import canonical_name, listed
 from fishkern.selection import Selection
 
@@ -31,8 +33,11 @@ def named_groups(parameters: Parameters, selection: Selection) -> list[Group]:
     Raises:
         TypeError: A parameter has no name.
         ValueError: A parameter or a name comes twice.
+        UnsupportedModuleError: The model, as it is, does not see PEFT's prefix, so that training it has no effect.
     """  # noqa: DOC502
     if isinstance(parameters, nn.Module):
+        if reason := hosts.lost_prefix(parameters):
+            raise UnsupportedModuleError(f"{reason}.")
         groups = [{"params": _of_model(parameters, selection)}]
     else:
         groups = list(parameters)

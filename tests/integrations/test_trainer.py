@@ -69,6 +69,19 @@ def trainer(model: nn.Module, folder: Path, selection: fk.Selection, **options) 
     )
 
 
+def test_a_prefix_that_checkpointing_would_drop_is_not_trained(tmp_path):
+    """The Trainer switches checkpointing on after the optimizer is made; the prefix would stay as it is."""
+    config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS")
+    model = peft.get_peft_model(zoo.bert_classifier().model, config)
+    selection = fish_tuning(model, [], k=5, order="magnitude")
+    with pytest.raises(fk.UnsupportedModuleError, match="loses its prefix: switch checkpointing off"):
+        trainer(model, tmp_path, selection, gradient_checkpointing=True).train()
+    model.gradient_checkpointing_disable()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer(model, tmp_path, selection, max_steps=1).train()
+    assert any((parameter != before[name]).any() for name, parameter in model.named_parameters() if "prompt" in name)
+
+
 def words() -> transformers.PreTrainedTokenizerFast:
     """A tokenizer of a few whole words."""
     from tokenizers import Tokenizer, models, pre_tokenizers

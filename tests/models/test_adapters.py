@@ -133,8 +133,15 @@ def test_a_prefix_that_checkpointing_would_drop_is_refused_by_name():
     specimen.model.train()
     with pytest.raises(fk.UnsupportedModuleError, match=r"loses its prefix.*PrefixAdapter"):
         fk.estimate(specimen.model, [specimen.batch()])
+    with pytest.raises(fk.UnsupportedModuleError, match="loses its prefix"):
+        fk.fish_tuning(specimen.model, [], k=5, order="magnitude")
     specimen.model.eval()
     assert_exact(specimen, [specimen.batch()])
+    selection = fk.fish_tuning(specimen.model, [], k=5, order="magnitude")
+    fk.MaskedAdamW(specimen.model, selection, lr=1e-3)
+    specimen.model.train()
+    with pytest.raises(fk.UnsupportedModuleError, match="loses its prefix"):
+        fk.MaskedAdamW(specimen.model, selection, lr=1e-3)
 
 
 @pytest.mark.parametrize("family", [zoo.modernbert, zoo.deberta])
@@ -147,5 +154,12 @@ def test_a_prefix_that_the_model_would_not_see_is_refused_by_name(family):
     message = rf"{type(specimen.model.get_base_model()).__name__} takes no past_key_values.*such as LoRA"
     with pytest.raises(fk.UnsupportedModuleError, match=message):
         fk.estimate(specimen.model, [specimen.batch()])
+    for order in ("random", "magnitude"):  # which estimate nothing
+        with pytest.raises(fk.UnsupportedModuleError, match=message):
+            fk.fish_tuning(specimen.model, [], k=5, order=order)
+    trained = {name: p.detach() for name, p in specimen.model.named_parameters() if p.requires_grad}
+    selection = fk.select(trained, fk.GlobalTopK(k=5))
+    with pytest.raises(fk.UnsupportedModuleError, match=message):
+        fk.MaskedAdamW(specimen.model, selection, lr=1e-3)
     bert = adapted(zoo.bert, config)
     assert fk.estimate(bert.model, [bert.batch()])["prompt_encoder.default.embedding.weight"].all()
