@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -29,8 +30,10 @@ print(json.dumps([fishkern.__file__, kernel.__file__, kernels.__file__, exposed]
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """Run a Python command, and show what it said where it fails."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True)
+    """Run a Python command, and show what it said where it fails; it finds what is installed, and not by PYTHONPATH."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
