@@ -143,7 +143,7 @@ class _Planner:
                 elif (host := self._host(path)) is not None:
                     hosts[host][f"{path}.{name}".removeprefix(f"{host}.")] = key
                 else:
-                    loop[key] = "no module below the whole model keeps its examples apart"
+                    loop[key] = self._why_no_host(path)
         sites += [self._generic_site(path, asked) for path, asked in hosts.items()]
         calls = {key: sum(len(self._calls(path)) for path in paths) for key, paths in owners.items()}
         reused = frozenset(key for key, count in calls.items() if count != 1)
@@ -215,6 +215,20 @@ class _Planner:
     def _host(self, path: str) -> str | None:
         """Find the smallest module around it, below the root, that keeps the examples apart."""
         return next((host for host in upwards(path) if host and self._keeps_examples(self._modules[host])), None)
+
+    def _why_no_host(self, path: str) -> str:
+        """Say why the loop is left, and the way round it for modules of torch that hand all weights to one function."""
+        reason = "no module below the whole model keeps its examples apart"
+        around = (self._modules[at] for at in upwards(path))
+        module = next((one for one in around if isinstance(one, nn.RNNBase | nn.MultiheadAttention)), None)
+        if module is None or (module.batch_first and not isinstance(module, nn.RNNBase)):
+            return reason
+        has, ways = "also returns its last state, whose examples are", []
+        if not module.batch_first:
+            has, ways = "has its examples", ["make it with batch_first=True"]
+        if isinstance(module, nn.RNNBase):
+            ways.append("put it into a module that returns its output alone")
+        return f"{reason} ({type(module).__name__} {has} along the second axis: {' and '.join(ways)})"
 
     def _keeps_examples(self, module: nn.Module) -> bool:
         seen = self._seen.get(module)

@@ -212,6 +212,58 @@ def test_multi_head_attention(batch_first):
     assert paths(assert_tower_exact(Attention()))["fused"] >= {"embed.weight", "head.weight"}
 
 
+class Core(nn.Module):
+    """Calls a module of torch's from the whole model."""
+
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        self.core, self.head = core, nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = x if self.core.batch_first else x.transpose(0, 1)
+        y, _ = self.core(*[x] * (3 if isinstance(self.core, nn.MultiheadAttention) else 1))
+        return self.head(y.mean(1 if self.core.batch_first else 0))
+
+
+class Output(nn.Module):
+    """What the message and docs/layers.md advise around a recurrent layer."""
+
+    batch_first = True
+
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        self.core = core
+
+    def forward(self, x):
+        return self.core(x)[0], None
+
+
+AXIS = "has its examples along the second axis: make it with batch_first=True"
+ALONE = "put it into a module that returns its output alone"
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "batch_first", "advice"),
+    [
+        *((kind, (12,), True, f"{kind.__name__} also returns .*: {ALONE}") for kind in (nn.RNN, nn.GRU, nn.LSTM)),
+        (nn.GRU, (12,), False, f"GRU {AXIS} and {ALONE}"),
+        (nn.MultiheadAttention, (3,), False, f"MultiheadAttention {AXIS}"),
+        (nn.MultiheadAttention, (3,), True, None),
+    ],
+)
+def test_why_a_fused_function_of_torch_takes_the_loop(kind, size, batch_first, advice):
+    def losses(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    core, batches = kind(12, *size, batch_first=batch_first), [(torch.randn(4, 7, 12), torch.tensor([0, 1, 2, 3]))]
+    if advice:
+        with pytest.warns(UserWarning, match=rf"keeps its examples apart \({advice}\)"):
+            fk.estimate(Core(core), batches, likelihood=losses)
+        core.batch_first = True  # and the advice helps
+        core = Output(core) if isinstance(core, nn.RNNBase) else core
+    assert paths(fk.estimate(Core(core), batches, likelihood=losses)).keys() == {"fused", "generic"}
+
+
 class Experts(nn.Module):
     """One linear for each expert, called on the rows routed to it: their number depends on the data."""
 
