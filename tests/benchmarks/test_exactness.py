@@ -14,7 +14,8 @@ pytest.importorskip("transformers")
 import transformers
 
 from benchmarks import exactness
-from benchmarks.exactness_subjects import HEAD_ROWS, Loaded, Subject, distinct, sst2, train_head
+from benchmarks.exactness.subjects import HEAD_ROWS, Loaded, Subject, distinct, sst2, train_head
+from benchmarks.exactness.verdicts import standing
 
 SETTING = exactness.Setting(pairs=2, batch_sizes=(2, 4), passes=4, densities=(0.05, 0.2))
 SIZES = (4, 8)
@@ -139,9 +140,9 @@ def test_nothing_is_measured_twice(log, monkeypatch, tmp_path):
 
 
 def test_verdicts_come_from_the_records(log):
-    assert exactness.standing([0.5, 0.6], [0.7, 0.8]) == "beyond"
-    assert exactness.standing([0.5, 0.7], [0.7, 0.8]) == "within"
-    assert exactness.standing([0.9, 0.81], [0.7, 0.8]) == "closer"
+    assert standing([0.5, 0.6], [0.7, 0.8]) == "beyond"
+    assert standing([0.5, 0.7], [0.7, 0.8]) == "within"
+    assert standing([0.9, 0.81], [0.7, 0.8]) == "closer"
     found = records(log)
     said = list(exactness.verdicts(found))
     above = [line for line in said if "above the floor" in line]

@@ -1,4 +1,4 @@
-"""The models and examples of ``benchmarks/exactness.py``: real weights, real text, no example inside another.
+"""The models and examples of the study of exactness: real weights, real text, no example inside another.
 
 * **stories**: the LLaMA ``stories260K`` on stories that it writes itself (drawn at temperature 1, 32 tokens), the text
   that it was trained on as far as a model tells: its mean gradient is about zero there.
