@@ -41,7 +41,7 @@ from benchmarks.provenance import machine, software
 def main(arguments: list[str] | None = None) -> int:
     """Measure what is missing, and print the tables and what they say."""
     given = _parser().parse_args(arguments)
-    from benchmarks.glue import packaged_encoder
+    from benchmarks.glue.data import packaged_encoder
 
     setting = Setting(pairs=given.pairs)
     llama = given.model or given.data.parent / "models" / "stories260K"

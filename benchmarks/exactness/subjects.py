@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.glue import encoder_name
+from benchmarks.glue.data import encoder_name
 from fishkern.integrations import hub
 
 HEAD_ROWS, HEAD_STEPS, HEAD_RATE = 1000, 100, 1e-3

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CHOOSING_SEED = 1000  # as in benchmarks/glue.py
+CHOOSING_SEED = 1000  # as in benchmarks/glue/log.py
 Runs = list[dict[str, Any]]
 
 

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("datasets")
 from benchmarks import glue
+from benchmarks.glue.scores import ranks
 
 
 def logits(predicted: list[int]) -> torch.Tensor:
@@ -33,7 +34,7 @@ def test_correlations():
     labels = torch.tensor([1.0, 2.0, 3.0, 4.0])
     pearson = torch.corrcoef(torch.stack([values[:, 0], labels]))[0, 1].item()
     assert glue.metric("stsb", values, labels) == pytest.approx((pearson + 1) / 2)
-    assert glue.ranks(torch.tensor([5.0, 1.0, 5.0, 9.0])).tolist() == [2.5, 1.0, 2.5, 4.0]
+    assert ranks(torch.tensor([5.0, 1.0, 5.0, 9.0])).tolist() == [2.5, 1.0, 2.5, 4.0]
 
 
 @pytest.mark.parametrize(
