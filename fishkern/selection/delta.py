@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.files import PIECE, AnyTensor, Format, open_tensors, save_tensors
+from fishkern.ops.streaming_topk import index_dtype
 from fishkern.selection._packed import packed, unpacked
-from fishkern.selection.result import Selection, index_dtype
+from fishkern.selection.result import Selection
 from fishkern.selection.start import named_tensors
 
 FORMAT = Format("fishkern.delta", version=1, saved_by="Delta.save")

@@ -12,13 +12,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from fishkern.files import AnyTensor, Format, open_tensors, save_tensors
 from fishkern.names import canonical_name, listed, renamed
 from fishkern.ops.streaming_topk import index_dtype
-from fishkern.selection._packed import packed, unpacked
+from fishkern.selection import algebra, stored
 from fishkern.selection.base import Patterns, matching
-
-FORMAT = Format("fishkern.selection", version=1, saved_by="Selection.save")
 
 
 class Selection:
@@ -194,7 +191,7 @@ class Selection:
         Raises:
             ValueError: A parameter has different shapes.
         """  # noqa: DOC502
-        return self._combined(other, "union", lambda a, b: torch.cat([a, b]).unique())
+        return self._combined(other, algebra.union)
 
     def intersection(self, other: Selection) -> Selection:
         """Select what both select.
@@ -208,7 +205,7 @@ class Selection:
         Raises:
             ValueError: A parameter has different shapes.
         """  # noqa: DOC502
-        return self._combined(other, "intersection", lambda a, b: a[_are_in(a, b)])
+        return self._combined(other, algebra.intersection)
 
     def difference(self, other: Selection) -> Selection:
         """Select what this one selects and the other does not.
@@ -222,7 +219,7 @@ class Selection:
         Raises:
             ValueError: A parameter has different shapes.
         """  # noqa: DOC502
-        return self._combined(other, "difference", lambda a, b: a[~_are_in(a, b)])
+        return self._combined(other, algebra.difference)
 
     def overlap(self, other: Selection) -> float:
         """Compare two selections by the Jaccard index: selected by both / selected by either.
@@ -236,8 +233,8 @@ class Selection:
         Raises:
             ValueError: A parameter has different shapes.
         """  # noqa: DOC502
-        shared = sum(self._shared(other).values())
-        return _jaccard(shared, self.count, other.count)
+        shared = sum(algebra.shared(self, other).values())
+        return algebra.jaccard(shared, self.count, other.count)
 
     def overlap_by_parameter(self, other: Selection) -> dict[str, float]:
         """Compare two selections parameter by parameter, as :meth:`overlap` does on the whole.
@@ -251,10 +248,10 @@ class Selection:
         Raises:
             ValueError: A parameter has different shapes.
         """  # noqa: DOC502
-        shared = self._shared(other)
+        shared = algebra.shared(self, other)
         ours, theirs = self.counts, other.counts
         names = dict.fromkeys([*self.names, *other.names])
-        return {name: _jaccard(shared.get(name, 0), ours.get(name, 0), theirs.get(name, 0)) for name in names}
+        return {name: algebra.jaccard(shared.get(name, 0), ours.get(name, 0), theirs.get(name, 0)) for name in names}
 
     def restrict(self, keep: Patterns | Callable[[str], bool]) -> Selection:
         """Narrow the pool.
@@ -333,18 +330,7 @@ class Selection:
             FileExistsError: A file of that name holds something else, such as a model.
             OSError: The folder is missing or read-only, or the disk is full.
         """  # noqa: DOC502
-        tensors: dict[str, AnyTensor] = {}
-        pool = {}
-        for name, entry in self._entries.items():
-            numel = self._shapes[name].numel()
-            form = "whole" if entry is None else "indices" if len(entry) else "none"
-            if form == "indices":
-                if -(-numel // 8) < entry.nbytes:
-                    form, entry = "bits", packed(entry, numel)
-                tensors[name] = entry
-            pool[name] = [list(self._shapes[name]), form]
-        metadata = {"pool": json.dumps(pool), "provenance": self._provenance}
-        return save_tensors(path, tensors, format=FORMAT, metadata=metadata, max_shard_size=max_shard_size)
+        return stored.save(path, self._shapes, self._entries, self._provenance, max_shard_size=max_shard_size)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Selection:
@@ -360,25 +346,9 @@ class Selection:
             FileNotFoundError: There is no such file, or a shard is missing.
             ValueError: The file is truncated or damaged, holds no selection, or was written in a newer format.
         """  # noqa: DOC502
-        metadata, stored = open_tensors(path, format=FORMAT)
+        held = stored.load(path)
         try:
-            provenance = json.loads(metadata["provenance"])
-            pool = {name: (torch.Size(shape), form) for name, (shape, form) in json.loads(metadata["pool"]).items()}
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} has a damaged header ({error!r}): copy or save it again.") from None
-        if listed := stored.keys() ^ {name for name, (_, form) in pool.items() if form in ("indices", "bits")}:
-            raise ValueError(f"{path} is damaged: its header and its tensors disagree on {min(listed)}. Save it again.")
-        try:
-            indices = {}
-            for name, tensor in stored.items():
-                shape, form = pool[name]
-                if form == "bits" and (tensor.dtype, tensor.numel()) != (torch.uint8, -(-shape.numel() // 8)):
-                    raise ValueError(f"{name} is said to be bits of {tuple(shape)}, and is not.")
-                read = tensor.read()
-                indices[name] = unpacked(read, index_dtype(shape.numel())) if form == "bits" else read
-            whole = [name for name, (_, form) in pool.items() if form == "whole"]
-            shapes = {name: shape for name, (shape, _) in pool.items()}
-            return cls(shapes, indices, whole=whole, provenance=provenance)
+            return cls(**held)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} holds no valid selection: {error}") from None
 
@@ -400,36 +370,9 @@ class Selection:
             provenance=self.provenance,
         )
 
-    def _combined(self, other: Selection, operation: str, combine: Callable[[Tensor, Tensor], Tensor]) -> Selection:
-        self._check_shapes(other)
-        pool = {**self._shapes, **other._shapes}
-        indices = {}
-        for name, shape in pool.items():
-            nothing = torch.empty(0, dtype=index_dtype(shape.numel()))
-            ours = self.indices(name) if name in self else nothing
-            theirs = other.indices(name) if name in other else nothing
-            indices[name] = combine(ours, theirs)
-        return Selection(pool, indices, provenance={operation: [self.provenance, other.provenance]})
-
-    def _shared(self, other: Selection) -> dict[str, int]:
-        self._check_shapes(other)
-        shared = {}
-        for name, ours in self._entries.items():
-            if name in other:
-                theirs = other._entries[name]
-                if ours is None or theirs is None:
-                    shared[name] = min(self._count(name), other._count(name))
-                else:
-                    shared[name] = int(_are_in(ours, theirs).sum())
-        return shared
-
-    def _check_shapes(self, other: Selection) -> None:
-        for name, shape in self._shapes.items():
-            if name in other and other._shapes[name] != shape:
-                raise ValueError(
-                    f"{name} is {tuple(shape)} in one selection and {tuple(other._shapes[name])} in the other: they "
-                    "are not of one model."
-                )
+    def _combined(self, other: Selection, combine: Callable[[Tensor, Tensor], Tensor]) -> Selection:
+        pool, indices = algebra.combined(self, other, combine)
+        return Selection(pool, indices, provenance={combine.__name__: [self.provenance, other.provenance]})
 
 
 def _checked(name: str, indices: Tensor, numel: int) -> Tensor | None:
@@ -448,15 +391,3 @@ def _checked(name: str, indices: Tensor, numel: int) -> Tensor | None:
     if not bool((indices[1:] > indices[:-1]).all()):
         raise ValueError(f"the indices of {name} repeat: each coordinate is selected once.")
     return None if len(indices) == numel else indices.to(index_dtype(numel))
-
-
-def _are_in(some: Tensor, others: Tensor) -> Tensor:
-    """Tell which of ``some`` are among ``others``; both ascending."""
-    if len(others) == 0:
-        return torch.zeros(len(some), dtype=torch.bool)
-    places = torch.searchsorted(others, some).clamp_(max=len(others) - 1)
-    return others[places] == some
-
-
-def _jaccard(shared: int, a: int, b: int) -> float:
-    return shared / (a + b - shared) if a or b else 1.0
