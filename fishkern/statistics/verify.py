@@ -6,7 +6,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -17,12 +16,12 @@ from fishkern.files import AnyTensor
 from fishkern.names import canonical_name
 from fishkern.ops.streaming_topk import NaNScoreError, streaming_topk
 from fishkern.statistics.answering import LossFunction
-from fishkern.statistics.autograd import backward, check_finite, take_grad
 from fishkern.statistics.batches import Batch, checked_batch, num_examples, take, to_device
 from fishkern.statistics.coverage import Covered
 from fishkern.statistics.estimate import Predicate, estimate
-from fishkern.statistics.likelihood import Likelihood, call, recognise_likelihood
+from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.result import Statistics
+from fishkern.statistics.squares import Squares
 from fishkern.statistics.verification import SLACK, Compared, Verification
 
 # What rounding alone may do to a squared gradient, relative to the parameter's largest.
@@ -95,7 +94,7 @@ def verify(
                 f"the statistics hold {name} with shape {tuple(statistics[name].shape)}, the model has "
                 f"{tuple(parameter.shape)}: they are of another model."
             )
-    squares = _Squares(model, chosen, likelihood)
+    squares = Squares(model, chosen, likelihood)
     with squares.collecting():
         noise, noise_overlap, noise_examples = _batch_noise(squares, kept[0], density)
         start = _clock(model)
@@ -126,92 +125,7 @@ def verify(
     )
 
 
-class _Squares:
-    """Squared gradients of single losses, summed as autograd hands them over, one gradient alive at a time."""
-
-    def __init__(
-        self, model: nn.Module, chosen: Mapping[str, nn.Parameter], likelihood: Likelihood | LossFunction | None
-    ) -> None:
-        self._model = model
-        self._chosen = chosen
-        self._likelihood = likelihood
-        self._totals: dict[str, Tensor] = {}
-        self.device = next(iter(chosen.values())).device
-
-    @contextmanager
-    def collecting(self) -> Iterator[None]:
-        """Listen to the parameters, and leave the model as found."""
-        found = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self._model.parameters()]
-        names = {parameter: name for name, parameter in self._chosen.items()}
-        handles = []
-        modes = {module: module.training for module in self._model.modules()}
-        devices = [self.device] if self.device.type == "cuda" else []
-        with (
-            torch.compiler.set_stance("force_eager"),
-            torch.enable_grad(),
-            torch.random.fork_rng(devices),
-        ):
-            try:
-                for module in modes:
-                    module.training = False  # activation checkpointing included: single examples need none
-                for parameter, _, _ in found:
-                    parameter.grad = None
-                    parameter.requires_grad_(parameter in names)
-                for parameter in names:
-                    handles.append(parameter.register_post_accumulate_grad_hook(lambda p: self._square(names[p], p)))
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
-                for module, mode in modes.items():
-                    module.training = mode
-                for parameter, required, grad in found:
-                    parameter.requires_grad_(required)
-                    parameter.grad = grad
-
-    def taken(self) -> dict[str, Tensor]:
-        """Take the sums so far; zeros where no gradient arrived."""
-        totals, self._totals = self._totals, {}
-        return {
-            name: totals[name] if name in totals else torch.zeros_like(parameter, dtype=_wide(parameter))
-            for name, parameter in self._chosen.items()
-        }
-
-    def add_alone(self, row: Batch, place: int) -> None:
-        """Add the squared gradient of one example, by the loss that the model itself returns where it does."""
-        losses = self._own_loss(row)
-        losses = self._losses(row) if losses is None else losses
-        check_finite(losses, range(place, place + 1))
-        backward(losses[0])
-
-    def add_in_batch(self, batch: Batch) -> None:
-        """Add the squared gradient of each example, back-propagated through the batch."""
-        losses = self._losses(batch)
-        check_finite(losses, range(len(losses)))
-        for loss in losses:
-            backward(loss, retain_graph=True)
-
-    def _own_loss(self, row: Batch) -> Tensor | None:
-        if self._likelihood is not None or not isinstance(row, Mapping):
-            return None
-        loss = getattr(call(self._model, row), "loss", None)
-        return loss[None] if isinstance(loss, Tensor) and loss.ndim == 0 else None
-
-    def _losses(self, batch: Batch) -> Tensor:
-        likelihood = recognise_likelihood(self._model, batch) if self._likelihood is None else self._likelihood
-        if isinstance(likelihood, Likelihood):
-            return likelihood.predictive(self._model, batch).losses()
-        return likelihood(self._model, batch)
-
-    def _square(self, name: str, parameter: nn.Parameter) -> None:
-        grad = take_grad(parameter).to(_wide(parameter))
-        if name in self._totals:
-            self._totals[name].addcmul_(grad, grad)
-        else:
-            self._totals[name] = grad.square()
-
-
-def _batch_noise(squares: _Squares, batch: Batch, density: float) -> tuple[dict[str, float], float, int]:
+def _batch_noise(squares: Squares, batch: Batch, density: float) -> tuple[dict[str, float], float, int]:
     """Measure how far the model's own gradients move when an example runs in a batch."""
     batch = to_device(take(batch, slice(0, _NOISE_EXAMPLES)), squares.device)
     N = num_examples(batch)
@@ -334,10 +248,6 @@ def _wanted(
     if parameters == "all":
         return list(named)
     return [name for name, parameter in named.items() if parameters(name, parameter)]
-
-
-def _wide(parameter: Tensor) -> torch.dtype:
-    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 def _clock(model: nn.Module) -> float:
