@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fishkern.optim.compact import Bucket, carried_over, gather
+from fishkern.optim.clipping import clipped
+from fishkern.optim.compact import Bucket, carried_over
 from fishkern.optim.groups import OUTSIDE, Group, Outside, Parameters, all_named, named_groups, settle
-from fishkern.optim.release import LARGE, LITTLE, ReleasedGrads, dense
+from fishkern.optim.release import ReleasedGrads, dense, to_release
 from fishkern.optim.stored import loaded
 from fishkern.selection import Selection, check_start
 
@@ -159,7 +160,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         ]
         scale = None
         if self._settings["max_grad_norm"] not in (None, math.inf):
-            work, scale = self._clipped(work)
+            work, norm, scale = clipped(work, self._settings["max_grad_norm"])
+            self.grad_norm = self.grad_norm if norm is None else norm
         for bucket, group, grads in work:
             if all(grad is None for grad in grads):
                 continue
@@ -312,27 +314,6 @@ class MaskedOptimizer(torch.optim.Optimizer):
             chosen = self._chosen[name] = chosen.to(parameter.device)
         return chosen
 
-    def _clipped(self, work: list[tuple[Bucket, dict, list[Tensor | None]]]) -> tuple[list, Tensor | None]:
-        """Gather all gradients, and find what they must be multiplied by."""
-        gathered = [
-            (
-                bucket,
-                group,
-                [
-                    grad if grad is None or grad.shape != parameter.shape else gather(grad, chosen)
-                    for parameter, chosen, grad in zip(bucket.params, bucket.indices, grads, strict=True)
-                ],
-            )
-            for bucket, group, grads in work
-        ]
-        moving = [grad for *_, grads in gathered for grad in grads if grad is not None]
-        if not moving:
-            return work, None
-        self.grad_norm = torch.nn.utils.get_total_norm(
-            [g.to(torch.promote_types(g.dtype, torch.float32)) for g in moving]
-        )
-        return gathered, (self._settings["max_grad_norm"] / (self.grad_norm + 1e-6)).clamp(max=1.0)
-
     def _attach(self) -> None:
         """Put on the hooks of this selection, and forget how the state was laid out."""
         self.close()
@@ -340,17 +321,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         counts, shapes = self.selection.counts, self.selection.shapes
         partial = [name for name, count in counts.items() if count < shapes[name].numel()]
         self._chosen = {name: self.selection.indices(name) for name in partial}
-        release = self._settings["release_grads"]
-        if release is None and _several_processes():
-            release = False
-        entries = []
-        for name, parameter in self._named():
-            chosen = self._places(name, parameter)
-            if chosen is None or not parameter.requires_grad:
-                continue
-            large = parameter.numel() > LARGE and len(chosen) <= LITTLE * parameter.numel()
-            if large if release is None else release:
-                entries.append((name, parameter, chosen))
+        moving = [(name, parameter, self._places(name, parameter)) for name, parameter in self._named()]
+        entries = to_release(moving, self._settings["release_grads"])
         if entries:
             self._released = ReleasedGrads(self, entries)
         # Makes a GradScaler hand over to step(), which refuses it, instead of failing without a word why.
@@ -365,12 +337,4 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 "a GradScaler cannot check gradients that are released during backward: make the optimizer with "
                 "release_grads=False, or train in bfloat16 without a scaler."
             )
-        if self._released.grads and _several_processes():
-            raise RuntimeError(
-                "gradients are released before processes exchange them: make the optimizer with release_grads=False."
-            )
-
-
-def _several_processes() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        self._released.check_exchanged()

@@ -36,6 +36,17 @@ class ReleasedGrads:
         self._finalizer = weakref.finalize(owner, _remove, handles)
         self._finalizer.atexit = False
 
+    def check_exchanged(self) -> None:
+        """Refuse gradients that several processes have not exchanged.
+
+        Raises:
+            RuntimeError: There are some.
+        """
+        if self.grads and _several_processes():
+            raise RuntimeError(
+                "gradients are released before processes exchange them: make the optimizer with release_grads=False."
+            )
+
     def close(self) -> None:
         """Take the hooks off, and forget what was gathered."""
         self._finalizer()
@@ -61,6 +72,30 @@ class _Hook:
         parameter.grad = None
 
 
+def to_release(
+    moving: Iterable[tuple[str, Tensor, Tensor | None]], release: bool | None
+) -> list[tuple[str, Tensor, Tensor]]:
+    """Choose the parameters whose gradients are released.
+
+    Args:
+        moving: ``(name, parameter, indices [K])`` of each, ``None`` for indices where it moves whole.
+        release: ``True`` takes all that do not move whole, ``None`` the large ones of which little is selected, unless
+            several processes train.
+
+    Returns:
+        Those to hand to :class:`ReleasedGrads`.
+    """
+    if release is None and _several_processes():
+        release = False
+    entries = []
+    for name, parameter, chosen in moving:
+        if chosen is not None and parameter.requires_grad:
+            large = parameter.numel() > LARGE and len(chosen) <= LITTLE * parameter.numel()
+            if large if release is None else release:
+                entries.append((name, parameter, chosen))
+    return entries
+
+
 def dense(name: str, grad: Tensor) -> Tensor:
     """Refuse a sparse gradient.
 
@@ -82,3 +117,8 @@ def dense(name: str, grad: Tensor) -> Tensor:
 def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
+
+
+def _several_processes() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
