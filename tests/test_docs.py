@@ -172,8 +172,7 @@ def test_a_command_that_is_wrong_fails():
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The examples of a page run in a folder of their own, and write to no cache of the user's."""
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "page").mkdir()
     monkeypatch.chdir(tmp_path / "page")

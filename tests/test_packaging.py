@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("setuptools", minversion="77", reason="pyproject.toml asks for setuptools 77")
+
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = (".*", "__pycache__", "*.egg-info", "benchmarks", "build", "carry", "dist", "tests")
 

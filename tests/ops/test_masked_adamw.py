@@ -90,7 +90,7 @@ def test_density_1_is_torch_bit_for_bit(options, dtype, monkeypatch):
         for p, g in zip(theirs, grads, strict=True):
             p.grad = g.clone()
         optimizer.step()
-        steps = torch.full((len(params),), float(step))
+        steps = torch.full((len(params),), float(step), device=DEVICE)
         masked_adamw_(
             params, grads, chosen, *state, steps, beta1=betas[0], beta2=betas[1], backend="torch", **torch_options
         )
@@ -154,7 +154,7 @@ def test_chunks_change_nothing(chunk, monkeypatch):
     """Joined, cut, or one parameter after the other; some without gradient, and at different steps."""
     params, indices = draw(SHAPES, 0.4)
     start = [p.clone() for p in params]
-    steps = torch.tensor([1.0, 1, 2, 2, 2, 1, 1])
+    steps = torch.tensor([1.0, 1, 2, 2, 2, 1, 1], device=DEVICE)
     grads = [g if i not in (1, 5) else None for i, g in enumerate(grads_at(1, params))]
     sizes = [len(i) for i in indices]
     monkeypatch.setattr(_entries, "_CHUNK", chunk)

@@ -76,7 +76,7 @@ def test_density_1_is_torch_bit_for_bit(options, dtype, monkeypatch):
         for p, g in zip(theirs, drawn[step % 5], strict=True):
             p.grad = g.clone()
         optimizer.step()
-        steps = torch.full((len(params),), float(step))
+        steps = torch.full((len(params),), float(step), device=DEVICE)
         masked_sgd_(params, drawn[step % 5], indices, buffer, steps, backend="torch", **options)
     assert all(torch.equal(p, q) for p, q in zip(params, theirs, strict=True))
 

@@ -17,7 +17,7 @@ def squares_one_by_one(model: nn.Module, batches: list[dict], loss: Loss) -> dic
     modes = {module: module.training for module in model.modules()}
     model.eval()
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    total = {name: torch.zeros(parameter.shape, dtype=torch.float64) for name, parameter in parameters.items()}
+    total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
     count = 0
     for batch in batches:
         for n in range(size(batch)):
