@@ -62,8 +62,8 @@ def everything(model: nn.Module) -> fk.Selection:
 def loss_of(model: nn.Module, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(step)
     x, y = torch.randn(4, 6, generator=generator), torch.randn(4, 3, generator=generator)
-    dtype = next(model.parameters()).dtype
-    return F.mse_loss(model(x.to(dtype)), y.to(dtype))
+    like = next(model.parameters())
+    return F.mse_loss(model(x.to(like)), y.to(like))
 
 
 def train(model: nn.Module, optimizer, steps, *, lr: float | None = None) -> None:
@@ -476,7 +476,8 @@ def test_hooks_go_with_the_optimizer(kind):
 @every_optimizer
 def test_backends_agree(kind, backend):
     """The kernel trains a model to the weights that the reference gives."""
-    model, expected = tiny(), tiny()
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    model, expected = tiny().to(device), tiny().to(device)
     selection = some(model)
     with fk.use_backend(backend):
         optimizer = kind.make(model, selection, max_grad_norm=0.1)

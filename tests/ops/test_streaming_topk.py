@@ -20,6 +20,7 @@ op = import_module("fishkern.ops.streaming_topk")  # the package has a function 
 
 FORMAT = Format("fishkern.test", version=1, saved_by="Test.save")
 N = 40_000
+DEVICES = {"torch": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
 def oracle(blocks: list[Tensor], k: int, order: str) -> list[Tensor]:
@@ -34,6 +35,7 @@ def oracle(blocks: list[Tensor], k: int, order: str) -> list[Tensor]:
 
 
 def assert_exact(blocks: list[Tensor], k: int, order: str = "largest", backend: str = "torch", source=None) -> None:
+    blocks = [block.to(DEVICES[backend]) for block in blocks]
     found = streaming_topk(source or blocks, k, order=order, backend=backend)
     assert len(found) == len(blocks)
     assert sum(map(len, found)) == k
@@ -144,12 +146,13 @@ def test_many_small_blocks(way: str):
 
 @pytest.mark.parametrize("blocks", [[], [torch.empty(0)], [torch.empty(3, 0), torch.empty(0)]], ids=len)
 def test_nothing_to_select_from(blocks: list[Tensor], backend: str):
-    found = streaming_topk(blocks, 0, backend=backend)
+    blocks = [block.to(DEVICES[backend]) for block in blocks]
+    found = streaming_topk(blocks, 0, backend=backend if blocks else None)  # nothing lies nowhere
     assert [(len(indices), indices.dtype) for indices in found] == [(0, torch.int32)] * len(blocks)
 
 
 def test_strides_shapes_and_gradients(backend: str):
-    base = normal(40, 30)
+    base = normal(40, 30).to(DEVICES[backend])
     blocks = [base.T, base[::3, 1:], base[0, 0], base.clone().requires_grad_(), base[None].expand(2, 40, 30)]
     for k in (0, 1, 300, sum(block.numel() for block in blocks)):
         assert_exact(blocks, k, backend=backend)
@@ -268,6 +271,7 @@ def test_nan_is_refused_by_name(k: int, backend: str):
     blocks = [normal(9000), normal(3), torch.empty(0), normal(6000)]
     blocks[3][4567] = nan
     blocks[3][4569] = nan
+    blocks = [block.to(DEVICES[backend]) for block in blocks]
     with pytest.raises(ValueError, match=r"blocks\[3\] holds NaN at flat index 4567, which has no rank: clean"):
         streaming_topk(blocks, k, backend=backend)
 
