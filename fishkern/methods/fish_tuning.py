@@ -18,8 +18,9 @@ from fishkern.backend import Backend
 from fishkern.layers import UnsupportedModuleError
 from fishkern.names import canonical_name
 from fishkern.selection import GlobalTopK, Random, Selection, bound_to_start, select
-from fishkern.selection.base import budget
+from fishkern.selection.base import budget, fraction_of
 from fishkern.statistics import DiagonalFisher, Likelihood, Statistics, estimate
+from fishkern.statistics.base import integer
 from fishkern.statistics.shards import Ranks
 
 Order = Literal["largest", "smallest", "random", "magnitude"]
@@ -87,12 +88,13 @@ def fish_tuning(
     Raises:
         ValueError: Not exactly one budget is given, it is not in the pool's range, the model has no adapter, or half
             of the pool scores exactly zero.
-        TypeError: ``match`` is no adapter.
+        TypeError: ``match`` is no adapter, or another budget or ``seed`` is no number.
         RuntimeError: Under a process group, the ranks have selected different entries.
         UnsupportedModuleError: The model would not see PEFT's prefix, whatever of it is selected.
     """  # noqa: DOC502
     if order not in ORDERS:
         raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
+    seed = integer(seed, "seed")
     if reason := hosts.lost_prefix(model):
         raise UnsupportedModuleError(f"{reason}.")
     heads = tuple(heads)
@@ -182,11 +184,12 @@ def _budget(
     if match is not None:
         k = match
     elif density is not None:
-        if not 0 < density <= 1:
-            raise ValueError(f"density must be above 0 and at most 1, got {density}.")
+        density = fraction_of(density)
         k = budget(None, density, entries + head) - head if whole else budget(None, density, entries)
     elif trainable is not None:
-        k = trainable - head
+        k = integer(trainable, "trainable") - head
+    else:
+        k = integer(k, "k")
     if trainable is not None or (whole and density is not None):
         if k < 1:
             raise ValueError(f"{said} does not pay for the head of {head:,} entries, which is trained whole.")

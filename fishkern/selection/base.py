@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from fractions import Fraction
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor, pieces
 from fishkern.ops.streaming_topk import ORDERS, NaNScoreError, Order, topk_with_threshold
+from fishkern.statistics.base import integer
 
 Patterns = str | Iterable[str]
 
@@ -91,22 +92,68 @@ def matching(patterns: Iterable[str], names: Iterable[str], argument: str) -> li
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def check_budget(k: int | None, density: float | None) -> None:
+def count_of(k: Any, name: str = "k") -> int:
+    """Take a count as a plain number.
+
+    Args:
+        k: An integer of any library.
+        name: Of the argument, for the message.
+
+    Returns:
+        The same number.
+
+    Raises:
+        ValueError: It is negative.
+        TypeError: It is no integer.
+    """  # noqa: DOC502
+    if (k := integer(k, name)) < 0:
+        raise ValueError(f"{name} must be at least 0, got {k}.")
+    return k
+
+
+def fraction_of(density: Any) -> float:
+    """Take a density as a plain number.
+
+    Args:
+        density: A number of any library.
+
+    Returns:
+        The same number.
+
+    Raises:
+        ValueError: It is outside (0, 1].
+        TypeError: It is no number.
+    """
+    try:
+        plain = float(density) if isinstance(density, Real | Tensor) else None
+    except (RuntimeError, ValueError):  # of a tensor with several entries
+        plain = None
+    if plain is None:
+        raise TypeError(f"density must be a number, got {density!r}.")
+    if not 0 < plain <= 1:
+        raise ValueError(f"density must be above 0 and at most 1, got {plain}.")
+    return plain
+
+
+def either(k: Any, density: Any) -> dict[str, int | float | None]:
     """Demand exactly one of the two, in its range.
 
     Args:
         k: A count.
         density: A fraction.
 
+    Returns:
+        Both by name as plain numbers, one of them ``None``.
+
     Raises:
         ValueError: Both or neither are given, ``k`` is negative, or ``density`` is outside (0, 1].
-    """
+        TypeError: What is given is no number.
+    """  # noqa: DOC502
     if (k is None) == (density is None):
         raise ValueError(f"give either k or density, got k={k} and density={density}.")
-    if k is not None and operator.index(k) < 0:
-        raise ValueError(f"k must be at least 0, got {k}.")
-    if density is not None and not 0 < density <= 1:
-        raise ValueError(f"density must be above 0 and at most 1, got {density}.")
+    if k is not None:
+        return {"k": count_of(k), "density": None}
+    return {"k": None, "density": fraction_of(density)}
 
 
 def budget(k: int | None, density: float | None, total: int) -> int:
@@ -120,7 +167,7 @@ def budget(k: int | None, density: float | None, total: int) -> int:
     Returns:
         ``k``, or floor(density * total), exactly.
     """
-    return operator.index(k) if k is not None else int(Fraction(repr(float(density))) * total)
+    return k if k is not None else int(Fraction(repr(float(density))) * total)
 
 
 def check_order(order: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor
 from fishkern.ops.streaming_topk import Order
-from fishkern.selection.base import Rule, budget, check_budget, check_order, num_non_zero, topk, warn_of_zeros
+from fishkern.selection.base import Rule, budget, check_order, either, num_non_zero, topk, warn_of_zeros
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class GlobalTopK(Rule):
 
     Raises:
         ValueError: Not exactly one of ``k`` and ``density`` is given, or an argument is out of range.
+        TypeError: ``k`` or ``density`` is no number.
     """
 
     k: int | None = None
@@ -37,7 +38,7 @@ class GlobalTopK(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_budget(self.k, self.density)
+        vars(self).update(either(self.k, self.density))
         check_order(self.order)
 
     def choose(

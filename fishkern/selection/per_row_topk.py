@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from fishkern.backend import Backend
 from fishkern.files import PIECE, AnyTensor, pieces
 from fishkern.ops.streaming_topk import Order
-from fishkern.selection.base import Rule, check_order, warn_of_zeros
+from fishkern.selection.base import Rule, check_order, count_of, warn_of_zeros
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class PerRowTopK(Rule):
 
     Raises:
         ValueError: ``k`` is negative, or ``order`` is neither.
+        TypeError: ``k`` is no integer.
     """
 
     k: int
@@ -38,8 +38,7 @@ class PerRowTopK(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if operator.index(self.k) < 0:
-            raise ValueError(f"k must be at least 0, got {self.k}.")
+        vars(self).update(k=count_of(self.k))
         check_order(self.order)
 
     def choose(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor
-from fishkern.selection.base import Rule, budget, check_budget
+from fishkern.selection.base import Rule, budget, either
+from fishkern.statistics.base import integer
 
 # From this share on, marks for all coordinates take no more memory than a list of the drawn ones, and no sorting.
 _MARKED_SHARE = 16
@@ -34,6 +35,7 @@ class Random(Rule):
 
     Raises:
         ValueError: Not exactly one of ``k`` and ``density`` is given, or an argument is out of range.
+        TypeError: ``k``, ``density`` or ``seed`` is no number.
     """
 
     k: int | None = None
@@ -42,7 +44,7 @@ class Random(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_budget(self.k, self.density)
+        vars(self).update(either(self.k, self.density), seed=integer(self.seed, "seed"))
 
     def choose(
         self, scores: Mapping[str, AnyTensor], total: int, backend: Backend | None = None

@@ -38,12 +38,17 @@ def select(
         apart and is no checksum.
 
     Raises:
-        TypeError: ``rule`` is no rule, or an entry is not a floating tensor.
+        TypeError: ``rule`` is no rule or holds what is not JSON, or an entry is not a floating tensor.
         ValueError: ``k`` exceeds what can be chosen from, a pattern matches nothing, a score is NaN, or two names
             become one without wrappers.
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"rule must be a selection rule such as GlobalTopK(density=0.005), got {rule!r}.")
+    try:
+        json.dumps(rule.settings, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        what = type(rule).__name__
+        raise TypeError(f"{what} must hold plain values, for the header of a file: {error}.") from None
     scores = _scores(statistics)
     shapes = {name: score.shape for name, score in scores.items()}
     always, never = matching(rule.always, scores, "always"), matching(rule.never, scores, "never")

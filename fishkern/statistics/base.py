@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -96,6 +97,25 @@ class Estimator(ABC):
         """
         # a tied weight's squares are formed as A^2 + (2A + E)E, which rounding may leave just below zero
         return state.clamp_(min=0).div_(count).float()
+
+
+def integer(value: Any, name: str) -> int:
+    """Take an integer of any library as a plain one, which the header of a file can hold.
+
+    Args:
+        value: Also of numpy, or a tensor.
+        name: Of the argument, for the message.
+
+    Returns:
+        The same number.
+
+    Raises:
+        TypeError: It is none.
+    """
+    try:
+        return int(operator.index(value))
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}.") from None
 
 
 def losses_of(answer: Predictive | Tensor) -> Tensor:

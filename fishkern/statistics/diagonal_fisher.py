@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fishkern.backend import Backend
 from fishkern.layers import PerExampleGrads
-from fishkern.statistics.base import Estimator, losses_of, uniform
+from fishkern.statistics.base import Estimator, integer, losses_of, uniform
 from fishkern.statistics.predictive import Predictive
 
 _FISHER_TYPES = ("empirical", "mc", "type-2")
@@ -40,6 +40,7 @@ class DiagonalFisher(Estimator):
 
     Raises:
         ValueError: An argument is not among the values above.
+        TypeError: ``mc_samples``, ``seed`` or ``max_label_passes`` is no integer.
     """
 
     fisher_type: Literal["empirical", "mc", "type-2"] = "empirical"
@@ -53,6 +54,8 @@ class DiagonalFisher(Estimator):
             raise ValueError(f"fisher_type must be one of {_FISHER_TYPES}, got {self.fisher_type!r}.")
         if self.unit not in _UNITS:
             raise ValueError(f"unit must be one of {_UNITS}, got {self.unit!r}.")
+        for name in ("mc_samples", "seed", "max_label_passes"):
+            object.__setattr__(self, name, integer(getattr(self, name), name))
         if self.mc_samples < 1:
             raise ValueError(f"mc_samples must be at least 1, got {self.mc_samples}.")
         if self.unit != "example" and self.fisher_type == "type-2":

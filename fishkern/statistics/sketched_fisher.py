@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fishkern.backend import Backend
 from fishkern.layers import PerExampleGrads
-from fishkern.statistics.base import Estimator, losses_of, uniform
+from fishkern.statistics.base import Estimator, integer, losses_of, uniform
 from fishkern.statistics.predictive import Predictive
 
 
@@ -28,12 +28,15 @@ class SketchedFisher(Estimator):
 
     Raises:
         ValueError: ``draws`` is below 1.
+        TypeError: ``draws`` or ``seed`` is no integer.
     """
 
     draws: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("draws", "seed"):
+            object.__setattr__(self, name, integer(getattr(self, name), name))
         if self.draws < 1:
             raise ValueError(f"draws must be at least 1, got {self.draws}.")
 

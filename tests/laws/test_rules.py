@@ -6,6 +6,7 @@ import warnings
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -182,6 +183,19 @@ def test_the_provenance_says_what_was_done(name: str):
     assert settings["name"] == type(RULES[name]).__name__
     other = fk.select(scores(seed=1), RULES[name]).provenance
     assert provenance["statistics"]["digest"] != other["statistics"]["digest"]
+
+
+@every_rule
+@pytest.mark.parametrize("whole", [np.int64, torch.tensor], ids=["numpy", "torch"])
+def test_numbers_of_any_library_become_plain_ones(name: str, whole):
+    """A header holds plain ones; a score of another kind would be noticed after all the work."""
+    fraction = np.float64 if whole is np.int64 else lambda value: torch.tensor(value, dtype=torch.float64)
+    kinds = {"k": whole, "seed": whole, "density": fraction}
+    own = {key: value for key, value in vars(RULES[name]).items() if key in kinds and value is not None}
+    rule = changed(name, **{key: kinds[key](value) for key, value in own.items()})
+    assert {key: type(getattr(rule, key)) for key in own} == {key: type(value) for key, value in own.items()}
+    assert rule == RULES[name]
+    assert fk.select(scores(), rule).provenance == fk.select(scores(), RULES[name]).provenance
 
 
 @every_rule

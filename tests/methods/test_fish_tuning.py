@@ -158,6 +158,19 @@ def test_budgets_say_what_they_count():
     assert fish_tuning(model, [], match=adapters.PrefixAdapter(length=2, layers=(0,)), order="random").k == 2 * 32
 
 
+@pytest.mark.parametrize("budget", [{"k": 100}, {"density": 0.125}, {"trainable": 100}], ids=str)
+def test_budgets_and_seeds_of_any_library(budget):
+    model = lora(classifier())
+    plain = fish_tuning(model, [], **budget, order="random", seed=3)
+    for make in (torch.tensor, lambda value: torch.tensor(value).numpy()[()]):
+        given = {name: make(value) for name, value in budget.items()}
+        again = fish_tuning(model, [], **given, order="random", seed=make(3))
+        assert again == plain
+        assert again.provenance == plain.provenance
+    with pytest.raises(TypeError, match=f"{next(iter(budget))} must be an? (integer|number), got '3'"):
+        fish_tuning(model, [], **dict.fromkeys(budget, "3"))
+
+
 def test_fish_mask_over_the_model_pays_for_its_head():
     model = classifier()
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,34 @@ def test_a_file_cut_short_is_noticed(tmp_path: Path):
 def test_rules_that_cannot_be(make, says: str):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: fk.GlobalTopK(k=2.5), "k must be an integer, got 2.5"),
+        (lambda: fk.PerTensorTopK(k=torch.tensor(3.0)), r"k must be an integer, got tensor\(3.\)"),
+        (lambda: fk.PerRowTopK(None), "k must be an integer, got None"),
+        (lambda: fk.Random(k=1, seed="0"), "seed must be an integer, got '0'"),
+        (lambda: fk.Random(density="0.1"), "density must be a number, got '0.1'"),
+        (lambda: fk.GlobalTopK(density=torch.rand(2)), r"density must be a number, got tensor\("),
+    ],
+)
+def test_what_is_no_number_is_refused_at_once(make, says: str):
+    with pytest.raises(TypeError, match=says):
+        make()
+
+
+def test_a_rule_that_no_header_can_hold_is_refused_before_it_chooses():
+    @dataclass(frozen=True)
+    class Own(fk.Rule):
+        threshold: object
+
+        def choose(self, scores, total, backend=None):
+            pytest.fail("it has chosen")
+
+    with pytest.raises(TypeError, match="Own must hold plain values, for the header of a file: .* Tensor"):
+        fk.select({"w": torch.rand(3)}, Own(torch.tensor(0.5)))
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,21 @@ def test_no_data(batches):
         classify(batches)
 
 
+@pytest.mark.parametrize("name", ["mc_samples", "seed", "max_label_passes"])
+def test_numbers_of_a_recipe_are_plain_before_the_pass(name):
+    """The header of a file holds them: one of another kind would be noticed when all the work is done."""
+    assert type(getattr(fk.DiagonalFisher("mc", **{name: torch.tensor(3)}), name)) is int
+    with refused(TypeError, f"{name} must be an integer", "2.5"):
+        fk.DiagonalFisher("mc", **{name: 2.5})
+
+
+def test_a_seed_of_another_library():
+    drawn = [classify([pair()], fk.DiagonalFisher("mc", seed=seed)) for seed in (3, torch.tensor(3))]
+    assert drawn[0].provenance == drawn[1].provenance
+    sketched = fk.SketchedFisher(draws=torch.tensor(2), seed=torch.tensor(1).numpy())
+    assert (type(sketched.draws), type(sketched.seed)) == (int, int)
+
+
 NO_BATCH = {
     "a batch instead of batches": ({"input_ids": torch.ones(2, 3)}, ["batch 0 is a str", "mapping", "pair"]),
     "a tensor": ([torch.ones(2, 3)], ["batch 0 is a Tensor", "mapping", "pair"]),
