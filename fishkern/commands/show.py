@@ -9,7 +9,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from fishkern.commands.options import Json
-from fishkern.commands.output import console, progress
+from fishkern.commands.output import console, note, progress
 from fishkern.report import locate, summarise
 from fishkern.report.tables import comparison_table, selection_table, summary_table
 from fishkern.selection import Selection
@@ -56,6 +56,11 @@ def _load(path: Path) -> Statistics | Selection:
 def _show_statistics(statistics: Statistics, file: Path, plot: Path | None, density: float, as_json: bool) -> None:
     with progress("reading", "entries") as report:
         summary = summarise(statistics, density, report)
+    of = f"of {summary.whole.coordinates:,} entries are"
+    if infinite := summary.whole.infinite:
+        note(f"{infinite:,} {of} infinite and stand in no sum: something overflowed where they come from")
+    if summary.negative and "fisher_type" in statistics.provenance["definition"]:
+        note(f"{summary.negative:,} {of} negative, which no mean of squares is: these are not what the file says")
     if as_json:
         held = {"file": str(file), "count": statistics.count, **statistics.provenance, **summary.to_dict()}
         print(json.dumps(held, indent=2))

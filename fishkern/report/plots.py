@@ -165,5 +165,7 @@ def _distribution(axes: Axes, summary: Summary, label: str) -> None:
     axes.set_xlabel(label, fontsize=8)
     axes.set_ylabel("coordinates in a bin\n(8 bins to a factor of 10)", fontsize=8)
     axes.tick_params(labelsize=8)
-    zeros = f", {summary.zeros:,} of them zero and not drawn" if summary.zeros else ""
-    axes.set_title(f"{summary.whole.coordinates:,} coordinates{zeros}", fontsize=9)
+    others = {"zero": summary.zeros, "negative": summary.negative, "infinite": summary.whole.infinite}
+    left_out = ", ".join(f"{count:,} {what}" for what, count in others.items() if count)
+    title = f"{summary.whole.coordinates:,} coordinates"
+    axes.set_title(f"{title}, of them {left_out} and not drawn" if left_out else title, fontsize=9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fishkern.files import AnyTensor, pieces
-from fishkern.ops.streaming_topk import topk_with_threshold
 from fishkern.report.parts import Layout, Place
 from fishkern.selection import Selection
+from fishkern.selection.base import topk
 from fishkern.statistics import Statistics
 
 _BINS = 2**16  # a float32 above zero sorts as its bits do; it is counted by the upper half of them
@@ -25,17 +26,20 @@ class Part:
     Attributes:
         coordinates: How many entries it has.
         selected: How many of them are selected, or among the largest of the whole.
-        total: Sum of the scores.
+        total: Sum of the scores that are finite.
+        infinite: How many entries are infinite, or above all of float32.
     """
 
     coordinates: int = 0
     selected: int = 0
     total: float = 0.0
+    infinite: int = 0
 
     @property
     def mean(self) -> float:
-        """Mean score of an entry."""
-        return self.total / self.coordinates if self.coordinates else 0.0
+        """Mean score of the entries that are finite."""
+        finite = self.coordinates - self.infinite
+        return self.total / finite if finite else 0.0
 
     @property
     def density(self) -> float:
@@ -51,6 +55,7 @@ class Part:
         self.coordinates += other.coordinates
         self.selected += other.selected
         self.total += other.total
+        self.infinite += other.infinite
 
 
 @dataclass
@@ -107,10 +112,11 @@ class Summary(Parts):
 
     Attributes:
         density: Fraction of the entries that is called the top.
-        threshold: The smallest score among the top; ``None`` where it is not known.
+        threshold: The smallest score among the top; ``None`` where it is not known, or infinite.
         edges: Limits of the bins of the distribution, ``[B + 1]``, float64, equal steps of the logarithm.
         counts: Number of entries in each bin, ``[B]``.
-        zeros: Number of entries that are zero (or below), which no bin holds.
+        zeros: Number of entries that are zero, which no bin holds.
+        negative: Number of entries below zero, which no bin holds; an infinite one is in none, either.
     """
 
     density: float
@@ -118,12 +124,14 @@ class Summary(Parts):
     edges: Tensor
     counts: Tensor
     zeros: int
+    negative: int
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "density": self.density,
             "threshold": self.threshold,
             "zeros": self.zeros,
+            "negative": self.negative,
             **super().to_dict(),
             "distribution": {"edges": self.edges.tolist(), "counts": self.counts.tolist()},
         }
@@ -145,7 +153,7 @@ def summarise(
         The summary.
 
     Raises:
-        ValueError: ``density`` is out of range, there is no entry, or one is NaN.
+        ValueError: ``density`` is out of range, there is no entry, or one is NaN; its parameter is named.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}.")
@@ -154,23 +162,28 @@ def summarise(
     if not size:
         raise ValueError("there is nothing to summarise: no parameter has an entry.")
     layout = Layout(blocks)
-    indices, threshold = topk_with_threshold(list(blocks.values()), max(1, int(density * size)))
+    indices, threshold = topk(blocks, max(1, int(density * size)), "largest", None)
     cells: dict[Place, Part] = {}
     counts = torch.zeros(_BINS, dtype=torch.long)
-    read = zeros = 0
-    for (name, block), top in zip(blocks.items(), indices, strict=True):
+    read = below = negative = 0
+    for name, block in blocks.items():
         part = cells.setdefault(layout[name], Part())
-        part.add(Part(block.numel(), len(top)))
+        part.add(Part(block.numel(), len(indices[name])))
         for piece in pieces(block):
+            read += piece.numel()
+            if infinite := int((beyond := piece.float().isinf()).sum()):
+                part.infinite += infinite
+                piece = piece[~beyond]
             bits = torch.where(piece > 0, piece, 0.0).float().cpu().view(torch.int32)
             counts += (bits >> 16).bincount(minlength=_BINS)
-            zeros += int((bits == 0).sum())
+            below += int((bits == 0).sum())
+            negative += int((piece < 0).sum())
             part.total += piece.sum(dtype=torch.float64).item()
-            read += piece.numel()
             if report:
                 report(read, size)
-    counts[0] -= zeros
-    return Summary(cells, density, threshold, *_distribution(counts), zeros)
+    counts[0] -= below
+    threshold = threshold if threshold is not None and math.isfinite(threshold) else None
+    return Summary(cells, density, threshold, *_distribution(counts), below - negative, negative)
 
 
 def locate(selection: Selection) -> Parts:

@@ -21,12 +21,14 @@ def summary_table(summary: Summary) -> Table:
         The table.
     """
     total = summary.whole.total or 1.0
-    headings = ("coordinates", "share of the sum", "mean", f"among the top {summary.density:.2%}")
-    return _by_parts(
-        summary,
-        headings,
-        lambda part: (f"{part.coordinates:,}", f"{part.total / total:.1%}", f"{part.mean:.1e}", f"{part.density:.2%}"),
-    )
+    some_infinite = summary.whole.infinite > 0
+    headings = ["coordinates", "share of the sum", "mean", f"among the top {summary.density:.2%}"]
+
+    def cells(part: Part) -> list[str]:
+        shown = [f"{part.coordinates:,}", f"{part.total / total:.1%}", f"{part.mean:.1e}", f"{part.density:.2%}"]
+        return [*shown, f"{part.infinite:,}"] if some_infinite else shown
+
+    return _by_parts(summary, [*headings, "infinite"] if some_infinite else headings, cells)
 
 
 def selection_table(parts: Parts) -> Table:

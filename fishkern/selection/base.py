@@ -205,8 +205,8 @@ def topk(
         indices, threshold = topk_with_threshold(list(scores.values()), k, order=order, backend=backend)
     except NaNScoreError as error:
         raise ValueError(
-            f"{names[error.block]} holds NaN at flat index {error.index}, which has no rank: leave it out (never=), "
-            "or look at the data and the loss that it comes from."
+            f"{names[error.block]} holds NaN at flat index {error.index}, which has no rank: look at the data and the "
+            "loss that it comes from, or leave it out (never= of a rule)."
         ) from None
     return dict(zip(names, indices, strict=True)), threshold
 

@@ -38,6 +38,22 @@ def test_statistics_as_json(capsys, saved):
     assert found["runs"][0]["data"] == "glue/cola"
 
 
+def test_what_no_fisher_holds_is_pointed_out(capsys, tmp_path):
+    definition = {"estimator": "DiagonalFisher", "fisher_type": "empirical"}
+    scores = {"layers.0.up.weight": torch.tensor([1.0, torch.inf, -2.0, 3.0])}
+    path = fk.Statistics(scores, count=1, provenance={"definition": definition}).save(tmp_path / "bad")
+    status, output, error = command(capsys, "show", path)
+    assert status == 0
+    assert "infinite" in output
+    infinite, negative = error.splitlines()
+    assert infinite.startswith("note: 1 of 4 entries are infinite and stand in no sum")
+    assert negative.startswith("note: 1 of 4 entries are negative, which no mean of squares is")
+    assert "Infinity" not in command(capsys, "show", path, "--json")[1]
+    scores = {"w": torch.tensor([1.0, -2.0])}
+    path = fk.Statistics(scores, count=1, provenance={"definition": {"estimator": "Own"}}).save(tmp_path / "own")
+    assert command(capsys, "show", path)[::2] == (0, "")
+
+
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
 def test_a_picture(capsys, saved, tmp_path, suffix):
     pytest.importorskip("matplotlib")
@@ -94,6 +110,8 @@ def test_what_cannot_be_shown_is_refused(capsys, saved, tmp_path):
     assert ".png" in refused(capsys, "show", saved, "--plot", tmp_path / "a.gif")
     assert "does not exist" in refused(capsys, "show", saved, "--plot", tmp_path / "none" / "a.png")
     assert "density" in refused(capsys, "show", saved, "--density", 2)
+    nan = fk.Statistics({"fine": torch.ones(2), "norm.bias": torch.tensor([torch.nan])}, count=1).save(tmp_path / "nan")
+    assert "norm.bias holds NaN" in refused(capsys, "show", nan)
     assert "only two selections" in refused(capsys, "show", saved, saved)
 
 

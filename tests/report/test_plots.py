@@ -62,6 +62,13 @@ def test_all_zero(tmp_path):
     plots.save(plots.draw(summarise({"layers.0.up.weight": torch.zeros(3)})), tmp_path / "a.png")
 
 
+def test_what_is_not_drawn_is_said(tmp_path):
+    values = torch.tensor([1.0, 2.0, torch.inf, torch.inf, 0.0, -1.0])
+    figure = plots.draw(summarise({"layers.0.up.weight": values, "head.weight": torch.tensor([torch.inf])}))
+    assert any("1 zero, 1 negative, 3 infinite and not drawn" in axes.get_title() for axes in figure.axes)
+    plots.save(figure, tmp_path / "a.png")
+
+
 def test_a_selection(scores, tmp_path):
     parts = locate(fk.select(scores, fk.GlobalTopK(k=28)))
     figure = plots.draw_selection(parts, title="selected")

@@ -51,6 +51,27 @@ def test_every_entry_is_in_its_bin_or_zero(values):
         assert found.counts[-1] > 0
 
 
+def test_infinite_and_negative_entries_are_counted_beside_the_rest(scores):
+    plain = summarise(scores, density=0.1)
+    assert (plain.whole.infinite, plain.negative) == (0, 0)
+    bad = {name: value.clone() for name, value in scores.items()}
+    bad["layers.1.up.weight"] = torch.tensor([torch.inf, 2.0, -torch.inf, torch.inf, -3.0, 0.0])
+    bad["layers.2.up.weight"] = torch.tensor([1e300, 1.0], dtype=torch.float64)  # no float32
+    found = summarise(bad, density=0.01)
+    assert {name: part.infinite for name, part in found.layers.items() if part.infinite} == {"layer 1": 3, "layer 2": 1}
+    assert found.modules["up"].infinite == found.whole.infinite == 4
+    assert (found.negative, found.zeros) == (1, 1)
+    assert found.whole.coordinates == 6 + 2 + 6 * 35 == int(found.counts.sum()) + 4 + 1 + 1
+    up = scores["layers.0.up.weight"].double().sum().item() + 2.0 - 3.0 + 1.0
+    assert found.modules["up"].total == pytest.approx(up)
+    assert found.modules["up"].mean == pytest.approx(up / (35 + 3 + 1))
+    assert found.threshold is None  # it lies among those that are infinite
+    json.dumps(found.to_dict(), allow_nan=False)
+    headings = [str(column.header) for column in summary_table(found).columns]
+    assert headings[-1] == "infinite"
+    assert "infinite" not in [str(column.header) for column in summary_table(plain).columns]
+
+
 def test_a_file_is_the_same_as_memory(scores, tmp_path):
     statistics = fk.Statistics(scores, count=3)
     lazy = fk.Statistics.load(statistics.save(tmp_path / "fisher"), lazy=True)
@@ -64,8 +85,8 @@ def test_what_cannot_be_summarised_is_refused(scores):
         summarise(scores, density=0.0)
     with pytest.raises(ValueError, match="nothing to summarise"):
         summarise({"a.weight": torch.empty(0)})
-    with pytest.raises(ValueError, match="NaN"):
-        summarise({"a.weight": torch.tensor([1.0, torch.nan])})
+    with pytest.raises(ValueError, match=r"layers.0.up.weight holds NaN at flat index 1, which has no rank"):
+        summarise({"a.weight": torch.ones(2), "layers.0.up.weight": torch.tensor([1.0, torch.nan])})
 
 
 def test_a_selection_is_located(scores):
