@@ -8,7 +8,6 @@ shapes and the device alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,8 +21,7 @@ from ._hardware import Hardware, hardware
 from ._sum_grad_squared_configs import FEW_POSITIONS, SUM_PARTS, Config, Loads, choose, takes_tma
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """One kernel with all that it is launched with.
 
     Args:
@@ -111,24 +109,20 @@ def launches(
     targets = results
     if plan.parts > 1:
         targets = [result.new_empty(plan.parts, *result.shape) for result in results]
-    config, blocks = plan.config, [target if plan.parts > 1 else target[None] for target in targets]
-    if plan.tma_out:
-        block_shape = [1, config.BLOCK_O, config.BLOCK_I]
-        targets = [TensorDescriptor(block, list(block.shape), _strides(block), block_shape) for block in blocks]
-    pointers = {"x": x, "g": g, "out": targets[0], "grad_out": targets[1] if grad_out is not None else None}
-    if plan.tma:
-        pointers["x"] = _descriptor(x, config.BLOCK_T, config.BLOCK_I)
-        pointers["g"] = _descriptor(g, config.BLOCK_T, config.BLOCK_O)
+    pointers = {"x": x, "g": g, "out": targets[0], "grad_out": targets[-1] if len(targets) == 2 else None}
+    for name, block in plan.blocks.items():
+        pointers[name] = block.of(pointers[name])
+    config = plan.config
     if not plan.few:
         table = (None, None)
         if offsets is not None:
             table = _chunk_table(offsets, x.shape[0], plan.parts, config.BLOCK_T, x.device)
         pointers["chunks"], pointers["cuts"] = table
     kernel = device.few_positions_kernel if plan.few else device.sum_grad_squared_kernel
-    found = [Launch(kernel, plan.grid, {**pointers, **plan.arguments}, config.options)]
+    found = [Launch(kernel, plan.grid, pointers | plan.arguments, config.options)]
     if plan.parts > 1:
         adds = (add, True)
-        found += [_sum_parts(*pair) for pair in zip(blocks, results, adds[: len(results)], strict=True)]
+        found += [_sum_parts(*pair) for pair in zip(targets, results, adds[: len(results)], strict=True)]
     return found
 
 
@@ -145,14 +139,34 @@ class Layout(NamedTuple):
         return cls(tensor.shape, tensor.stride(), tensor.element_size(), tensor.data_ptr() % 16 == 0)
 
 
+class Block(NamedTuple):
+    """What the copy engine brings of tensors of one layout: ``[N, T, columns]``, or examples of any length packed."""
+
+    shape: list[int]
+    strides: list[int]
+    block_shape: list[int]
+
+    @classmethod
+    def of_layout(cls, layout: Layout, block_shape: list[int]) -> Block:
+        # Along axes of one entry, where any stride would do, a descriptor accepts multiples of 16 bytes.
+        unit = 16 // layout.itemsize
+        pitches = zip(layout.shape[:-1], layout.strides[:-1], strict=True)
+        strides = [unit if length == 1 else pitch for length, pitch in pitches]
+        return cls(list(layout.shape), [*strides, 1], block_shape)
+
+    def of(self, tensor: Tensor) -> TensorDescriptor:
+        if len(self.shape) == 3:
+            return TensorDescriptor(tensor, *self)
+        return create_ragged_descriptor(tensor.as_strided(self.shape, self.strides), self.block_shape)
+
+
 class Plan(NamedTuple):
     """What is the same for all calls with tensors of the same layouts."""
 
     config: Config
     parts: int
     few: bool
-    tma: bool
-    tma_out: bool
+    blocks: dict[str, Block]
     grid: tuple[int, int]
     arguments: dict[str, Any]
 
@@ -186,6 +200,16 @@ def _plan(
         targets = [Layout((1, *result.shape), (0, *result.strides), 4, result.aligned) for result in results]
     tma = loads == "tma" and not few
     tma_out = tma and all(_tma_takes(target) for target in targets)
+    blocks = {}
+    if tma:
+        chunk = [1, config.BLOCK_T] if dense else [config.BLOCK_T]
+        blocks = {
+            "x": Block.of_layout(x, [*chunk, config.BLOCK_I]),
+            "g": Block.of_layout(g, [*chunk, config.BLOCK_O]),
+        }
+    if tma_out:
+        tiles = [Block.of_layout(target, [1, config.BLOCK_O, config.BLOCK_I]) for target in targets]
+        blocks |= zip(("out", "grad_out"), tiles, strict=False)
 
     total, mean = targets[0], targets[-1]
     arguments = {
@@ -203,7 +227,7 @@ def _plan(
         precision = "tf32" if tf32 else "ieee"
         arguments |= {"PACKED": not dense, "TMA": tma, "TMA_OUT": tma_out, "PRECISION": precision, "UPCAST": upcast}
     grid = (-(-O // config.BLOCK_O) * -(-I // config.BLOCK_I), parts)
-    return Plan(config, parts, few, tma, tma_out, grid, arguments)
+    return Plan(config, parts, few, blocks, grid, arguments)
 
 
 def _sum_parts(parts: Tensor, result: Tensor, add: bool) -> Launch:
@@ -240,20 +264,6 @@ def _has_vectors(layout: Layout) -> bool:
     pitches = [pitch for length, pitch in zip(layout.shape, layout.strides, strict=True) if length > 1]
     odd = [pitch for pitch in pitches if pitch * layout.itemsize % 16]
     return layout.aligned and odd in ([], [1])
-
-
-def _strides(tensor: Tensor) -> list[int]:
-    """Strides that a descriptor accepts, also along axes of one entry, where any would do."""
-    unit = 16 // tensor.element_size()
-    shape, strides = tensor.shape[:-1], tensor.stride()[:-1]
-    return [*(unit if length == 1 else pitch for length, pitch in zip(shape, strides, strict=True)), 1]
-
-
-def _descriptor(tensor: Tensor, BLOCK_T: int, BLOCK: int) -> TensorDescriptor:
-    """Blocks of ``[N, T, columns]``, or of ``[S, columns]`` with examples of any length."""
-    if tensor.ndim == 3:
-        return TensorDescriptor(tensor, list(tensor.shape), _strides(tensor), [1, BLOCK_T, BLOCK])
-    return create_ragged_descriptor(tensor.as_strided(tensor.shape, _strides(tensor)), [BLOCK_T, BLOCK])
 
 
 def _chunk_table(
