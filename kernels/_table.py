@@ -59,7 +59,10 @@ def tables(
 
     Returns:
         ``table [P, COLUMNS]`` int64, ``blocks [B]`` int32, and ``[param, grad, index]``.
-    """
+
+    Raises:
+        RuntimeError: They are not kept, and a CUDA graph is being captured.
+    """  # noqa: DOC502
     device = params[0].device
     rows, counts, first, block = [], [], 0, 0
     for param, grad, chosen in zip(params, grads, indices, strict=True):
@@ -90,7 +93,15 @@ def _blocks(counts: tuple[int, ...], device: torch.device) -> Tensor:
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy to a GPU without waiting for it."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    if device.type == "cpu":
+        return tensor
+    # A replay would copy again, from memory that is gone by then.
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph cannot capture the first masked step with these gradients, got one under capture: do the "
+            "step once before, with gradients that stay where they are (zero_grad(set_to_none=False))."
+        )
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def as_tensor(number: float | Tensor, device: torch.device) -> Tensor:
