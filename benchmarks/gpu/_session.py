@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib import import_module
@@ -84,7 +85,7 @@ def run(
         skip_tests: Whether the tests passed on this device just before.
 
     Returns:
-        Exit status: 0 when all that was asked for is recorded, 1 when a test failed, 3 when parts are left.
+        Exit status: 0 when all that was asked for is recorded, 1 when a test or a part failed, 3 when parts are left.
 
     Raises:
         RefusedError: ``only`` names what there is not, or the revision is unknown.
@@ -106,10 +107,16 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.jsonl"
     new: list[Record] = []
+    failed = []
     for key, part in left.items():
         if time.monotonic() - start > seconds:
             break
-        found = [{"op": key[0], "part": key[1], **record, **origin} for record in part.run()]
+        try:
+            found = [{"op": key[0], "part": key[1], **record, **origin} for record in part.run()]
+        except Exception:  # the others need not wait for its repair
+            traceback.print_exc()
+            failed.append(key)
+            continue
         stamp = datetime.now(UTC).isoformat(timespec="seconds")
         with path.open("a") as file:  # a part at once, so that an interrupted one is measured again
             file.writelines(json.dumps({**record, "time": stamp}) + "\n" for record in found)
@@ -120,6 +127,9 @@ def run(
     print("\n".join(table(records)))
     if missing:
         print(f"Left for the next call: {', '.join('/'.join(key) for key in missing)}.")
+    if failed:
+        print(f"Failed, see above: {', '.join('/'.join(key) for key in failed)}.", file=sys.stderr)
+        return 1
     return 3 if missing else 0
 
 

@@ -13,7 +13,19 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks.gpu import Part, Record, _session, _timing, _tune, masked_adamw, roofs, sum_grad_squared, whole_pass
+from benchmarks.gpu import (
+    Part,
+    Record,
+    _session,
+    _timing,
+    _tune,
+    masked_adamw,
+    roofs,
+    streaming_topk,
+    sum_grad_squared,
+    whole_pass,
+)
+from benchmarks.topk_cases import TopK
 from fishkern.ops.sum_grad_squared import sum_grad_squared_torch
 
 CPU = torch.device("cpu")
@@ -70,15 +82,18 @@ def test_one_line_for_each_measurement_one_file_for_each_call(session, capsys):
     assert "failed: OutOfMemoryError: 1 TiB" in capsys.readouterr().out
 
 
-def test_takes_up_where_it_stopped(session):
+def test_a_part_that_fails_is_taken_up_again_and_stops_no_other(session, capsys):
     session.folder.mkdir()
     (session.folder / "whole_pass.jsonl").write_text('{"op": "op", "commit": "abc", "provider": "of pytest"}\n')
     work = Work([], first=[COPY], second=RuntimeError("the device is gone"), third=[COPY])
-    with pytest.raises(RuntimeError, match="the device is gone"):
-        session.run({"op": work})
+    assert session.run({"op": work}) == 1
+    said = capsys.readouterr()
+    assert "RuntimeError: the device is gone" in said.err
+    assert "Failed, see above: op/second." in said.err
+    assert "Left for the next call: op/second." in said.out
     work.results["second"] = [COPY]
     assert session.run({"op": work}) == 0
-    assert work.ran == ["first", "second", "second", "third"]
+    assert work.ran == ["first", "second", "third", "second"]
     assert session.run({"op": work}) == 0
     assert len(work.ran) == 4
     assert session.run({"op": work}, revision="another") == 0
@@ -281,13 +296,8 @@ def test_masked_steps_on_tiny_parameters(name, monkeypatch):
             parameter.grad = torch.ones_like(parameter)
         return made
 
-    def once(providers, **options):
-        for provider in providers.values():
-            provider()
-        return {provider: {"ms": {"median": 1.0}} for provider in providers}
-
     monkeypatch.setattr(masked_adamw.Step, "parameters", tiny)
-    monkeypatch.setattr(masked_adamw, "compare", once)
+    monkeypatch.setattr(masked_adamw, "compare", called_once)
     monkeypatch.setattr(masked_adamw, "_host_ms", lambda step: 0.5)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10**9))
     case = masked_adamw.Step("lora", 0.5, masked_adamw.CASES[name].dtype)
@@ -296,3 +306,37 @@ def test_masked_steps_on_tiny_parameters(name, monkeypatch):
     assert [record["against"] for record in records[::2]] == rivals
     assert all(record["provider"] == "fishkern" for record in records[::2])
     assert all(record["entries"] == 96 for record in records)
+
+
+def test_all_of_top_k_on_tiny_tensors(monkeypatch):
+    """The inputs of each case, all providers, and the comparison of both backends."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the CPU stands in for the device")
+    monkeypatch.setattr(streaming_topk, "compare", called_once)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10**9))
+    for zeros in (0.0, 0.5):
+        records = list(streaming_topk._measure(TopK(5000, 0.1, 7), CPU, zeros))
+        assert [record["provider"] for record in records] == ["fishkern", "torch", "one_read", "cat_topk"]
+        assert all(record["bytes"] == 20_000 for record in records)
+
+
+@pytest.mark.parametrize("part", ["a gate 8x512", "c gate packed", "with mean gradient"])
+def test_all_of_a_layer_in_small(part, monkeypatch):
+    """Every provider of it runs; ours has its error in the record."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the CPU stands in for the device")
+    monkeypatch.setattr(sum_grad_squared, "compare", called_once)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10**9))
+    records = list(sum_grad_squared._measure(SMALL[part], CPU))
+    assert float(records[0]["error"]) < 1e-5
+    names = [record["provider"] for record in records]
+    assert names == ["fishkern", "torch", "cublas_dw", *([] if "packed" in part else ["bmm_in_l2", "bmm"])]
+
+
+def called_once(providers: dict, **options) -> dict[str, dict]:
+    """Stands for the comparison of times."""
+    for provider in providers.values():
+        provider()
+    return {name: {"ms": {"median": 1.0}} for name in providers}
