@@ -27,14 +27,15 @@ class Selection:
 
     Args:
         shapes: The pool: the shape of each parameter by name, in the model's order. Wrappers are taken out of names.
-        indices: Flat (row-major) indices by name, ``[K]``, distinct integers in any order; names may be missing.
+        indices: Flat (row-major) indices by name, ``[K]``, distinct integers in any order, copied; names may be
+            missing.
         whole: Names that are selected whole.
         provenance: Where it comes from, JSON: ``"rule"``, ``"k"``, ``"statistics"``.
 
     Raises:
         TypeError: Indices are not integer tensors, or ``provenance`` is not JSON.
-        ValueError: A name is not in the pool, two names become one without wrappers, or indices repeat or lie outside
-            their parameter.
+        ValueError: A name is not in the pool, two names become one without wrappers, a shape is none, or indices repeat
+            or lie outside their parameter.
     """
 
     def __init__(
@@ -47,6 +48,9 @@ class Selection:
     ) -> None:
         pool = renamed(shapes, canonical_name)
         pool = {name: torch.Size(shape) for name, shape in pool.items()}
+        for name, shape in pool.items():
+            if min(shape, default=0) < 0:
+                raise ValueError(f"{name} has the shape {tuple(shape)}, and no size is below zero.")
         given = renamed(indices, canonical_name)
         all_of = {canonical_name(name) for name in whole}
         for name in [*given, *all_of]:
@@ -376,7 +380,7 @@ class Selection:
 
 
 def _checked(name: str, indices: Tensor, numel: int) -> Tensor | None:
-    """Return them ascending, on the CPU, in the smallest dtype, or ``None`` where they are all."""
+    """Return a copy of them, ascending, on the CPU, in the smallest dtype, or ``None`` where they are all."""
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32) or indices.ndim != 1:
         what = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, Tensor) else type(indices).__name__
         raise TypeError(f"indices are [K], int64 or int32; those of {name} are {what}.")
@@ -390,4 +394,4 @@ def _checked(name: str, indices: Tensor, numel: int) -> Tensor | None:
             raise ValueError(f"{name} has {numel} coordinates, but an index is {end}.")
     if not bool((indices[1:] > indices[:-1]).all()):
         raise ValueError(f"the indices of {name} repeat: each coordinate is selected once.")
-    return None if len(indices) == numel else indices.to(index_dtype(numel))
+    return None if len(indices) == numel else indices.to(index_dtype(numel), copy=True)

@@ -18,6 +18,8 @@ from fishkern.files import AnyTensor, Format, open_tensors, save_tensors
 from fishkern.ops.streaming_topk import index_dtype
 from fishkern.selection._packed import packed, unpacked
 
+FORMS = ("indices", "bits", "whole", "none")
+
 FORMAT = Format("fishkern.selection", version=1, saved_by="Selection.save")
 
 
@@ -71,6 +73,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         provenance = json.loads(metadata["provenance"])
         pool = {name: (torch.Size(shape), form) for name, (shape, form) in json.loads(metadata["pool"]).items()}
+        for name, (_, form) in pool.items():
+            if form not in FORMS:
+                raise ValueError(f"{name} is held as {form!r}, which is none of {', '.join(FORMS)}")
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} has a damaged header ({error!r}): copy or save it again.") from None
     if listed := stored.keys() ^ {name for name, (_, form) in pool.items() if form in ("indices", "bits")}:

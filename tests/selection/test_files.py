@@ -125,6 +125,7 @@ def test_truncated(tmp_path: Path):
 
 
 POOL = {name: [list(shape), "none"] for name, shape in SHAPES.items()}
+HELD = {"dense": [[16, 5], "bits"], "sparse": [[1000], "indices"]}
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,10 @@ POOL = {name: [list(shape), "none"] for name, shape in SHAPES.items()}
             "holds no valid selection: sparse is said to be bits of",
         ),
         (dict(provenance="3"), "holds no valid selection"),
+        (dict(pool=json.dumps(POOL | HELD | {"none": [[3, 4], "indexes"]})), r"damaged header .*none is held as 'ind"),
+        (dict(pool=json.dumps(POOL | HELD | {"none": [[3, 4], None]})), "damaged header .*none is held as None, which"),
+        (dict(pool=json.dumps(POOL | HELD | {"none": [[-5, 3], "none"]})), r"selection: none has the shape \(-5, 3\)"),
+        (dict(pool=json.dumps(POOL | HELD | {"all": [[-5, -3], "whole"]})), r"selection: all has the shape \(-5, -3\)"),
     ],
 )
 def test_damaged_header(tmp_path: Path, metadata: dict[str, str | None], says: str):

@@ -88,6 +88,17 @@ def test_frozen():
     assert copy.deepcopy(selection) == selection == pickle.loads(pickle.dumps(selection))
 
 
+def test_what_it_was_made_of_may_change():
+    """Also where nothing had to be sorted or cast."""
+    given = {"embed.weight": torch.tensor([1, 5, 9], dtype=torch.int32), "norm.weight": torch.tensor([2, 0])}
+    shapes = dict(SHAPES)
+    selection = Selection(shapes, given)
+    for tensor in given.values():
+        tensor.fill_(1)
+    shapes["norm.weight"] = (7,)
+    assert selection == make(embed_weight=[1, 5, 9], norm_weight=[0, 2])
+
+
 @pytest.mark.parametrize(
     ("error", "arguments", "says"),
     [
@@ -100,6 +111,7 @@ def test_frozen():
         (TypeError, dict(indices={"norm.weight": torch.ones(3, dtype=torch.bool)}), "torch.bool"),
         (TypeError, dict(indices={"norm.weight": [1]}), "those of norm.weight are list"),
         (ValueError, dict(shapes={"a": (1,), "module.a": (1,)}), "a and module.a would both be named a"),
+        (ValueError, dict(shapes={"a": (4, -1)}), r"a has the shape \(4, -1\), and no size is below zero"),
         (TypeError, dict(provenance={"k": object()}), "provenance must be JSON"),
     ],
 )
