@@ -72,11 +72,14 @@ def run(
         The file.
 
     Raises:
-        OSError: ``folder`` is a file or read-only, or the file in it exists and holds something else.
+        FileExistsError: ``folder`` is a file, or the file in it exists and holds something else.
+        OSError: ``folder`` is read-only.
         RuntimeError: torch knows no such device, the estimate is not the loop's, or what was saved loads back as
             something else.
     """  # noqa: DOC502
     console = Console(highlight=False, soft_wrap=True)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is not a folder: choose another one.")
     folder.mkdir(parents=True, exist_ok=True)
     path = checked_path(folder / "fisher.safetensors")
     console.print(f"fishkern {fk.__version__}, torch {torch.__version__}\n")

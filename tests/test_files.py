@@ -77,10 +77,36 @@ def test_folder_that_is_a_file_is_named(tmp_path: Path):
         atomic_write(tmp_path / "file" / "a").__enter__()
 
 
-@pytest.mark.parametrize("path", ["/dev/null", "."])
-def test_only_files_are_replaced(path: str):
+def test_only_files_are_replaced():
     with pytest.raises(OSError, match=r"is not a regular file and cannot be replaced"):
+        atomic_write("/dev/null").__enter__()
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("end", ["", "/", "/.", "/.."])
+def test_a_folder_is_no_file(tmp_path: Path, end: str, there: bool):
+    """Neither it nor one that a slash says it shall be; what to give instead is said."""
+    if not there and not end:
+        pytest.skip("that is the name of a file")
+    (tmp_path / "data").mkdir()
+    path = f"{tmp_path}/data/runs{end}"
+    if there:
+        (tmp_path / "data" / "runs").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"names a folder: give the name of a file in it.$"):
         atomic_write(path).__enter__()
+    with pytest.raises(IsADirectoryError, match=r"names a folder: .* such as .*/test.safetensors.$") as raised:
+        save_tensors(path, {"a": torch.ones(2)}, format=FORMAT, metadata={})
+    assert "\n" not in str(raised.value)
+    assert names(tmp_path) == ["data"]
+    assert names(tmp_path / "data") == ["runs"] * there
+
+
+def test_tensors_go_to_no_device(tmp_path: Path):
+    """A name beside it is not what was asked for."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"pipe is not a regular file and cannot be replaced: give the name of a file"):
+        save_tensors(tmp_path / "pipe", {"a": torch.ones(2)}, format=FORMAT, metadata={})
+    assert names(tmp_path) == ["pipe"]
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write to read-only folders")

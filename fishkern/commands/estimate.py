@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
@@ -17,7 +16,7 @@ from fishkern.commands.output import checked_path, console, progress, size_on_di
 @with_options
 def estimate(
     work: Workload,
-    out: Annotated[Path, Option(metavar="FILE", help="Where the statistics go.")] = Path("fisher.safetensors"),
+    out: Annotated[str, Option(metavar="FILE", help="Where the statistics go.")] = "fisher.safetensors",
     samples: Annotated[int, Option(min=1, metavar="N", help="On how many examples.")] = 128,
     fisher_type: Annotated[
         str, Option(metavar="TYPE", help="Labels: empirical (the data's), mc (drawn), type-2 (all).")
@@ -37,7 +36,7 @@ def estimate(
     import fishkern as fk
     from fishkern.commands.workload import fitting, predicate, prepare
 
-    out = checked_path(out)
+    target = checked_path(out)
     recipe = fk.DiagonalFisher(fisher_type, unit, mc_samples=mc_samples, seed=work.seed)
     prepared = prepare(work, samples)
     device = next(prepared.model.parameters()).device
@@ -59,7 +58,7 @@ def estimate(
         statistics = fitting(run, work.batch_size, device, len(prepared.examples))
     seconds = time.perf_counter() - start
     statistics = _with_run(statistics, {**prepared.described, "batch_size": used, "from": work.model})
-    path = statistics.save(out)
+    path = statistics.save(target)
     found = {
         "file": str(path),
         "model": statistics.provenance["runs"][0]["model"],

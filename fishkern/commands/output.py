@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from fishkern.files import check_target
 from fishkern.selection import Selection
 from fishkern.statistics import Statistics
 
@@ -65,28 +66,48 @@ def progress(what: str, unit: str, begun: int = 0) -> Iterator[Report]:
         yield report
 
 
-def checked_path(path: Path, kind: type[Statistics | Selection] = Statistics) -> Path:
+def checked_file(path: str | os.PathLike[str], option: str, name: str) -> Path:
+    """Find out before the work whether a file can be written there.
+
+    Args:
+        path: Where it shall go; a string may end in a slash.
+        option: Which says so.
+        name: What a file in a folder might be called.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileNotFoundError: Its folder does not exist.
+        PermissionError: Its folder may not be written to.
+        OSError: It is a folder, or another thing than a file.
+    """  # noqa: DOC502
+    check_target(path, name)
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist: create it, or choose another {option}.")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent.absolute()} may not be written to: choose another folder with {option}.")
+    return path
+
+
+def checked_path(path: str | os.PathLike[str], kind: type[Statistics | Selection] = Statistics) -> Path:
     """Find out before the work whether statistics or a selection can be saved there.
 
     Args:
-        path: Where they shall go.
+        path: Where they shall go; a string may end in a slash.
         kind: Which of them.
 
     Returns:
         The path with its suffix.
 
     Raises:
-        FileNotFoundError: Its folder does not exist.
-        PermissionError: Its folder may not be written to.
         FileExistsError: It holds something else.
-    """
-    path = path.with_name(path.name.removesuffix(".safetensors") + ".safetensors")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder {path.parent} does not exist: create it, or choose another --out.")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path.parent.absolute()} may not be written to: choose another folder with --out.")
-    if path.is_dir():
-        raise FileExistsError(f"{path} is a folder: choose another name with --out.")
+        OSError: As in :func:`checked_file`.
+    """  # noqa: DOC502
+    name = f"{kind.__name__.lower()}.safetensors"
+    path = checked_file(path, "--out", name)
+    path = checked_file(path.with_name(path.name.removesuffix(".safetensors") + ".safetensors"), "--out", name)
     if path.exists():
         try:
             kind.load(path, **({"lazy": True} if kind is Statistics else {}))

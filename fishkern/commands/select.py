@@ -30,7 +30,7 @@ def select(
     always: Annotated[list[str], Option(metavar="PATTERN", help="Parameters to select whole; repeatable.")] = (),
     never: Annotated[list[str], Option(metavar="PATTERN", help="Parameters to select nowhere; repeatable.")] = (),
     seed: Annotated[int, Option(metavar="N", help="Seed of the random rule.")] = 0,
-    out: Annotated[Path, Option(metavar="FILE", help="Where the selection goes.")] = Path("selection.safetensors"),
+    out: Annotated[str, Option(metavar="FILE", help="Where the selection goes.")] = "selection.safetensors",
     json_: Json = False,
 ) -> None:
     """Select the coordinates to train by their scores; exact, whatever the size of the file.
@@ -40,9 +40,9 @@ def select(
     import fishkern as fk
 
     recipe = _recipe(rule, k, density, smallest, seed, always=always, never=never)
-    out = checked_path(out, fk.Selection)
+    target = checked_path(out, fk.Selection)
     selection = fk.select(fk.Statistics.load(file, lazy=True), recipe)
-    path = selection.save(out)
+    path = selection.save(target)
     if json_:
         found = {"file": str(path), "count": selection.count, "total": selection.total, "density": selection.density}
         print(json.dumps({**found, **selection.provenance}, indent=2))

@@ -19,7 +19,7 @@ from fishkern.statistics import Statistics
 def show(
     file: Annotated[Path, Argument(metavar="FILE", help="Statistics or a selection.")],
     other: Annotated[Path | None, Argument(metavar="OTHER", help="A selection to compare it with.")] = None,
-    plot: Annotated[Path | None, Option(metavar="PNG", help="Also draw a picture: .png, .pdf or .svg.")] = None,
+    plot: Annotated[str | None, Option(metavar="PNG", help="Also draw a picture: .png, .pdf or .svg.")] = None,
     density: Annotated[float, Option(metavar="D", help="The fraction that counts as the top.")] = 0.005,
     json_: Json = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from fishkern.commands.options import Workload, with_options
-from fishkern.commands.output import console, progress
+from fishkern.commands.output import checked_file, console, progress
 
 if TYPE_CHECKING:
     from fishkern.statistics import Statistics
@@ -39,6 +39,8 @@ def verify(
     from fishkern.files import atomic_write
     from fishkern.report.tables import verification_table
 
+    if json_ not in ("", "-"):
+        checked_file(json_, "--json", "report.json")
     given = None if statistics is None else fk.Statistics.load(statistics, lazy=True)
     prepared = prepare(work, samples or (32 if given is None else given.count))
     if given is not None:

@@ -5,7 +5,7 @@
 ``name.safetensors.index.json``), and say in the header what they are.
 """
 
-from fishkern.files.atomic import atomic_write
+from fishkern.files.atomic import atomic_write, check_target
 from fishkern.files.loading import Format, open_tensors
 from fishkern.files.saving import check_cast, save_tensors
 from fishkern.files.stored import PIECE, AnyTensor, StoredTensor, pieces
@@ -17,6 +17,7 @@ __all__ = [
     "StoredTensor",
     "atomic_write",
     "check_cast",
+    "check_target",
     "open_tensors",
     "pieces",
     "save_tensors",

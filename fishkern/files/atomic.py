@@ -27,12 +27,11 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["wb", "w"] = "wb") 
         The open temporary file; ``.name`` is its path, for libraries that want one.
 
     Raises:
-        OSError: The folder is missing or read-only, ``path`` is not a regular file, or the disk is full. The message
-            names the path and what to do; ``errno`` and the subclass are those of the system's own error.
+        OSError: The folder is missing or read-only, ``path`` is no name of a regular file, or the disk is full. The
+            message names the path and what to do; ``errno`` and the subclass are those of the system's own error.
     """
+    check_target(path)
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():  # renaming over /dev/null would replace the device
-        raise OSError(errno.EINVAL, f"{path} is not a regular file and cannot be replaced: give the name of a file.")
     temporary = path.with_name(f".{path.name[:40]}.{token_hex(4)}.tmp")
     try:
         try:
@@ -53,6 +52,25 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["wb", "w"] = "wb") 
         with suppress(OSError):
             temporary.unlink()
     sync(path.parent)
+
+
+def check_target(path: str | os.PathLike[str], name: str = "") -> None:
+    """Demand the name of a file: one that is there, or that can be made.
+
+    Args:
+        path: Where it shall stand. A slash at its end says that it is a folder, which :class:`pathlib.Path` forgets.
+        name: What a file in a folder might be called, for the message.
+
+    Raises:
+        IsADirectoryError: It is a folder, or says so.
+        OSError: Something else stands there.
+    """
+    given = os.fspath(path)
+    if os.path.basename(given) in ("", ".", "..") or os.path.isdir(given):
+        example = f", such as {os.path.join(given, name)}" if name else ""
+        raise IsADirectoryError(errno.EISDIR, f"{given} names a folder: give the name of a file in it{example}.")
+    if os.path.exists(given) and not os.path.isfile(given):  # renaming over /dev/null would replace the device
+        raise OSError(errno.EINVAL, f"{given} is not a regular file and cannot be replaced: give the name of a file.")
 
 
 def sync(folder: Path) -> None:

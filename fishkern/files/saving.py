@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishkern.files.atomic import atomic_write, sync
+from fishkern.files.atomic import atomic_write, check_target, sync
 from fishkern.files.loading import CODES, Format, open_one, read_header, read_index, single_and_index
 from fishkern.files.stored import AnyTensor, pieces
 
@@ -59,6 +59,7 @@ def save_tensors(
         ValueError: A value overflows ``dtype``, or a non-zero one becomes zero in float16; or ``max_shard_size`` is
             no size.
     """  # noqa: DOC502
+    check_target(path, f"{format.name.rpartition('.')[2]}.safetensors")
     single, index = single_and_index(path)
     _refuse_foreign(single, index, format)
     metadata = {"format": format.name, "format_version": str(format.version), **metadata}

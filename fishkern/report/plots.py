@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fishkern.files import atomic_write
+from fishkern.files import atomic_write, check_target
 from fishkern.report.summary import Part, Parts, Summary
 
 if TYPE_CHECKING:
@@ -94,7 +94,9 @@ def checked_picture(path: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: It ends in something else than ``.png``, ``.pdf`` or ``.svg``.
         FileNotFoundError: Its folder does not exist.
-    """
+        OSError: It is a folder itself.
+    """  # noqa: DOC502
+    check_target(path, "picture.png")
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist: create it, or write elsewhere.")

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import fishkern as fk
 from tests.support.command import command, refused
@@ -157,6 +158,48 @@ def test_a_read_only_folder_is_noticed_before_the_work(capsys, folder, monkeypat
 def test_a_missing_folder_is_noticed_before_the_work(capsys, folder):
     line = estimate(capsys, folder / "none", "never/loaded", "never/loaded")
     assert "does not exist" in line
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+@pytest.mark.parametrize(
+    ("arguments", "example"),
+    [
+        (("estimate", "never", "--data", "never", "--out"), "statistics.safetensors"),
+        (("select", "statistics", "--out"), "selection.safetensors"),
+        (("verify", "never", "--data", "never", "--json"), "report.json"),
+        (("show", "statistics", "--plot"), "picture.png"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_folder_is_noticed_before_the_work(capsys, tmp_path, monkeypatch, arguments, example, end):
+    """Nothing is written beside it; one that a slash makes a folder need not be there."""
+    monkeypatch.chdir(tmp_path)
+    fk.Statistics({"w": torch.rand(3)}, count=1).save("statistics")
+    if not end:
+        (tmp_path / "cli").mkdir()
+    line = refused(capsys, *arguments, f"cli{end}")
+    assert line == f"fishkern: cli{end} names a folder: give the name of a file in it, such as cli/{example}."
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*["cli"] * (not end), "statistics.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("estimate", "never", "--data", "never", "--out"), ("verify", "never", "--data", "never", "--json")],
+    ids=lambda value: value[0],
+)
+def test_what_is_no_file_is_noticed_before_the_work(capsys, tmp_path, arguments):
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe is not a regular file" in refused(capsys, *arguments, tmp_path / "pipe")
+    os.rename(tmp_path / "pipe", tmp_path / "pipe.safetensors")
+    if arguments[0] == "estimate":
+        assert "pipe.safetensors is not a regular file" in refused(capsys, *arguments, tmp_path / "pipe")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_is_made_of_no_file(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert "is not a folder: choose another" in refused(capsys, "demo", "--out", tmp_path / "file")
+    assert "choose another folder" in refused(capsys, "tune", "never", "--data", "never", "--out", tmp_path / "file")
 
 
 def test_a_model_is_not_overwritten(capsys, models):
