@@ -22,7 +22,9 @@ def estimate(
         str, Option(metavar="TYPE", help="Labels: empirical (the data's), mc (drawn), type-2 (all).")
     ] = "empirical",
     unit: Annotated[str, Option(metavar="UNIT", help="What is squared: example, position, batch.")] = "example",
-    mc_samples: Annotated[int, Option(min=1, metavar="N", help="With mc: draws for each example.")] = 1,
+    mc_samples: Annotated[
+        int | None, Option(min=1, metavar="N", help="With mc: draws for each example.", show_default="1")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Estimate the exact diagonal Fisher of a model on data.
@@ -32,12 +34,14 @@ def estimate(
     Rows are drawn at random with the seed, or from the start with --first.
 
     What was done stands in the file: fishkern show FILE.
-    """
+    """  # noqa: DOC501 - it is the help text
     import fishkern as fk
     from fishkern.commands.workload import fitting, predicate, prepare
 
     target = checked_path(out)
-    recipe = fk.DiagonalFisher(fisher_type, unit, mc_samples=mc_samples, seed=work.seed)
+    recipe = fk.DiagonalFisher(fisher_type, unit, mc_samples=mc_samples or 1, seed=work.seed)
+    if mc_samples is not None and fisher_type != "mc":
+        raise ValueError(f"--fisher-type {fisher_type} draws nothing: leave out --mc-samples, or --fisher-type mc.")
     prepared = prepare(work, samples)
     device = next(prepared.model.parameters()).device
     used = 0

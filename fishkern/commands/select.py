@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+from torch import Tensor
 from typer import Argument, Option
 
 from fishkern.commands.options import Json
-from fishkern.commands.output import checked_path, console, size_on_disk
+from fishkern.commands.output import Report, checked_path, console, progress, size_on_disk
+from fishkern.files import StoredTensor
 
 if TYPE_CHECKING:
     from fishkern.selection import Rule
+    from fishkern.statistics import Statistics
 
 RULES = ("global", "per-tensor", "per-row", "random")
 
@@ -29,7 +34,7 @@ def select(
     smallest: Annotated[bool, Option("--smallest", help="The smallest scores instead of the largest.")] = False,
     always: Annotated[list[str], Option(metavar="PATTERN", help="Parameters to select whole; repeatable.")] = (),
     never: Annotated[list[str], Option(metavar="PATTERN", help="Parameters to select nowhere; repeatable.")] = (),
-    seed: Annotated[int, Option(metavar="N", help="Seed of the random rule.")] = 0,
+    seed: Annotated[int | None, Option(metavar="N", help="Seed of the random rule.", show_default="0")] = None,
     out: Annotated[str, Option(metavar="FILE", help="Where the selection goes.")] = "selection.safetensors",
     json_: Json = False,
 ) -> None:
@@ -41,7 +46,9 @@ def select(
 
     recipe = _recipe(rule, k, density, smallest, seed, always=always, never=never)
     target = checked_path(out, fk.Selection)
-    selection = fk.select(fk.Statistics.load(file, lazy=True), recipe)
+    statistics = fk.Statistics.load(file, lazy=True)
+    with progress("reading", "entries") as report:
+        selection = fk.select(_watched(statistics, report), recipe)
     path = selection.save(target)
     if json_:
         found = {"file": str(path), "count": selection.count, "total": selection.total, "density": selection.density}
@@ -52,14 +59,45 @@ def select(
     console().print(f"\nNext:  fishkern show {path}")
 
 
+@dataclass(frozen=True)
+class _Watched(StoredTensor):
+    """A stored tensor that tells how much of it is read."""
+
+    tell: Callable[[int], None]
+
+    def pieces(self, *sizes: int, **options: Any) -> Iterator[Tensor]:
+        for piece in super().pieces(*sizes, **options):
+            if "start" not in options:  # a sample says where it begins
+                self.tell(len(piece))
+            yield piece
+
+
+def _watched(statistics: Statistics, report: Report) -> Statistics:
+    total, done = statistics.total, 0
+
+    def tell(entries: int) -> None:
+        nonlocal done
+        done += entries
+        report(done, -(-done // total) * total)  # what has to be read again is as much once more
+
+    blocks = {name: _Watched(**vars(block), tell=tell) for name, block in statistics.blocks.items()}
+    return type(statistics)(
+        blocks, count=statistics.count, provenance=statistics.provenance, coverage=statistics.coverage
+    )
+
+
 def _recipe(
-    rule: str, k: int | None, density: float | None, smallest: bool, seed: int, **patterns: list[str]
+    rule: str, k: int | None, density: float | None, smallest: bool, seed: int | None, **patterns: list[str]
 ) -> Rule:
     from fishkern.selection import GlobalTopK, PerRowTopK, PerTensorTopK, Random
 
     order = "smallest" if smallest else "largest"
     if rule not in RULES:
         raise ValueError(f"--rule is one of {', '.join(RULES)}, got {rule!r}.")
+    if rule == "random" and smallest:
+        raise ValueError("--rule random looks at no score: leave out --smallest.")
+    if rule != "random" and seed is not None:
+        raise ValueError(f"--rule {rule} draws nothing: leave out --seed.")
     if rule == "per-row":
         if k is None or density is not None:
             raise ValueError("--rule per-row takes --k, the number of coordinates of each row, and no --density.")
@@ -67,5 +105,5 @@ def _recipe(
     if k is None and density is None:
         density = 0.005
     if rule == "random":
-        return Random(k, density, seed, **patterns)
+        return Random(k, density, seed or 0, **patterns)
     return (GlobalTopK if rule == "global" else PerTensorTopK)(k, density, order, **patterns)

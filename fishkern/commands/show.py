@@ -20,7 +20,10 @@ def show(
     file: Annotated[Path, Argument(metavar="FILE", help="Statistics or a selection.")],
     other: Annotated[Path | None, Argument(metavar="OTHER", help="A selection to compare it with.")] = None,
     plot: Annotated[str | None, Option(metavar="PNG", help="Also draw a picture: .png, .pdf or .svg.")] = None,
-    density: Annotated[float, Option(metavar="D", help="The fraction that counts as the top.")] = 0.005,
+    density: Annotated[
+        float | None,
+        Option(metavar="D", help="The fraction that counts as the top, of statistics.", show_default="0.005"),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Show what lies where: by layer, by type of module, as a picture.
@@ -32,12 +35,14 @@ def show(
 
         checked_picture(plot)
     held = _load(file)
+    if density is not None and not isinstance(held, Statistics):
+        raise ValueError("a selection has its own density: leave out --density.")
     if other is not None:
         if plot is not None:
             raise ValueError("two selections are compared in a table: leave out --plot, or show one file.")
         _show_comparison(held, _load(other), json_)
     elif isinstance(held, Statistics):
-        _show_statistics(held, file, plot, density, json_)
+        _show_statistics(held, file, plot, 0.005 if density is None else density, json_)
     else:
         _show_selection(held, file, plot, json_)
     if plot is not None and not json_:

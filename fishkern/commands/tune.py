@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fishkern.selection import Selection
 
 MOST_HELD_OUT = 10_000  # examples that are measured on
+FISHER_SAMPLES = 128
+BLIND = ("random", "magnitude")  # orders that look at no example
 
 _ADAPTER, _BUDGET, _TRAINING = "Adapter", "Selection", "Training"
 
@@ -32,13 +34,14 @@ class Adapting:
     """The adapter that a model gets."""
 
     adapter: Annotated[
-        str,
+        str | None,
         Option(
             metavar="NAME",
             help="lora, dora, ia3, bottleneck, prefix or unipelt; none is added where MODEL is an adapter.",
             rich_help_panel=_ADAPTER,
+            show_default="lora",
         ),
-    ] = "lora"
+    ] = None
     size: Annotated[
         int | None,
         Option(min=1, metavar="N", help="Rank, width or length; by default 8, 48, 30.", rich_help_panel=_ADAPTER),
@@ -71,8 +74,15 @@ class Budget:
         ),
     ] = "largest"
     fisher_samples: Annotated[
-        int, Option(min=1, metavar="N", help="Select by so many examples.", rich_help_panel=_BUDGET)
-    ] = 128
+        int | None,
+        Option(
+            min=1,
+            metavar="N",
+            help="Select by so many examples.",
+            rich_help_panel=_BUDGET,
+            show_default=str(FISHER_SAMPLES),
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,9 @@ def tune(
     from fishkern.selection import check_start, save_start
 
     _check_parameters(work)
-    by_name.check(adapting.adapter, adapting.size)
+    _check_budget(budget)
+    kind = adapting.adapter or "lora"
+    by_name.check(kind, adapting.size)
     layers = _layers(adapting.layers)
     _check_folder(out)
     settings = {**vars(work), **vars(adapting), **vars(budget), **vars(training), "samples": samples}
@@ -136,8 +148,9 @@ def tune(
     data = digest_of(examples)
     checkpoint.demand_same_data(data)
     held_out = _held_out(prepared, work, training.eval_split)
-    model, recipe, kind = prepared.model, None, adapting.adapter
+    model, recipe = prepared.model, None
     if hasattr(model, "peft_config"):
+        _check_given_adapter(adapting, work)
         note(f"{work.model} is an adapter: no other is added, and it is trained from where it stands")
         kind = "the given adapter"
     else:
@@ -183,6 +196,7 @@ def tune(
         "trained": selection.count,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **vars(budget),
+        "fisher_samples": None if budget.order in BLIND else budget.fisher_samples or FISHER_SAMPLES,
         **vars(training),
         "loss": losses,
         "before": before,
@@ -213,7 +227,7 @@ def _select(model: nn.Module, prepared: Prepared, budget: Budget, work: Workload
     from fishkern.commands.workload import fitting
 
     total = len(prepared.examples)
-    count = min(total, budget.fisher_samples)
+    count = min(total, budget.fisher_samples or FISHER_SAMPLES)
     few = [prepared.examples[n * total // count] for n in range(count)]  # they are sorted by length: of every length
     unset = (budget.k, budget.density, budget.trainable) == (None, None, None)
 
@@ -276,6 +290,16 @@ def _layers(text: str) -> list[int] | None:
 def _check_parameters(work: Workload) -> None:
     if work.parameters:
         raise ValueError("tune trains the adapter and the head: it has no use for --parameters.")
+
+
+def _check_budget(budget: Budget) -> None:
+    if budget.fisher_samples is not None and budget.order in BLIND:
+        raise ValueError(f"--order {budget.order} looks at no example: leave out --fisher-samples.")
+
+
+def _check_given_adapter(adapting: Adapting, work: Workload) -> None:
+    if given := [f"--{name}" for name, value in vars(adapting).items() if value]:
+        raise ValueError(f"{work.model} is an adapter, and no other is added: leave out {' and '.join(given)}.")
 
 
 def _check_folder(out: Path) -> None:

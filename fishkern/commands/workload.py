@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -83,9 +83,13 @@ def prepare(work: Workload, samples: int) -> Prepared:
             raise ValueError(
                 f"{work.model} does not say what it is trained for: give --task, one of {', '.join(models.TASKS)}."
             )
+        if task == "image-classification" and work.max_length is not None:
+            raise ValueError(f"{task} reads no text: leave out --max-length.")
         columns = choose_columns(task, rows, {role: getattr(work, role) or None for role in CANDIDATES})
         models.check_task(source, task)
         head = None if models.task_of(source.config) == task else read_head(rows, columns, work.num_labels)
+        if work.num_labels is not None:
+            _check_num_labels(work.num_labels, task, columns, head, source.config)
         processor, max_length = _processor(source, task, work)
         model, fresh = models.load(source, task, head=head, dtype=work.dtype, device=device, seed=work.seed)
         config = _config(model)
@@ -163,6 +167,15 @@ def fitting(run: Callable[[int], Result], asked: int | None, device: torch.devic
         if device.type == "cuda":
             torch.cuda.empty_cache()
         note(f"out of memory: trying again with a batch size of {size}")
+
+
+def _check_num_labels(asked: int, task: str, columns: Mapping[str, str], head: models.Head | None, config: Any) -> None:
+    """Refuse a number that nothing would come of."""
+    if "label" not in columns:
+        raise ValueError(f"{task} has no classes: leave out --num-labels.")
+    there, who = (config.num_labels, "the model") if head is None else (head.size, "the data")
+    if there != asked:
+        raise ValueError(f"--num-labels {asked} is against {who}, which has {there}: leave it out.")
 
 
 def _device(name: str) -> str:

@@ -81,20 +81,26 @@ def read(source: str, *, name: str | None = None, split: str = "train", first: b
 
     Raises:
         FileNotFoundError: It is neither here nor to be had.
-        ValueError: It cannot be read, holds no such part, or is empty.
+        ValueError: It cannot be read, holds no such part or configuration, or is empty.
     """
     import datasets
 
     path = Path(source).expanduser()
+    if path.exists() and name is not None:
+        raise ValueError(f"{source} lies here, and has no configuration {name!r}: leave out --subset.")
     options: dict[str, Any] = {"split": split, "streaming": first}
     if path.is_file():
         if path.suffix.lower() not in BUILDERS:
             raise ValueError(f"data files end in {', '.join(BUILDERS)}, got {source}.")
+        if split != "train":
+            raise ValueError(
+                f"{source} is one file, which has no part {split!r}: leave out --split, or put the files of all parts "
+                "into a folder."
+            )
         if not path.stat().st_size:
             raise ValueError(f"{source} is empty.")
         kind, more = BUILDERS[path.suffix.lower()]
-        # one file is all there is, whatever the part is called
-        arguments, options = (kind,), {**options, "split": "train", "data_files": str(path), **more}
+        arguments, options = (kind,), {**options, "data_files": str(path), **more}
     elif path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _rows(source, split, first, seed, _from_disk(path, split))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
+from importlib import import_module
 
 import pytest
 import torch
@@ -79,7 +81,49 @@ def test_a_selection_is_that_of_its_rule(capsys, saved, tmp_path, arguments, rul
     status, output, _ = command(capsys, "select", saved, *arguments, "--out", out)
     assert status == 0
     assert str(out) in output
-    assert fk.Selection.load(out) == fk.select(fk.Statistics.load(saved), rule)
+    chosen = fk.select(fk.Statistics.load(saved), rule)
+    assert fk.Selection.load(out) == chosen
+    assert fk.Selection.load(out).provenance == chosen.provenance
+
+
+@pytest.mark.parametrize(
+    ("rule", "times"), [("global", 1), ("per-tensor", 1), ("per-row", 1), ("random", 0)], ids=lambda value: str(value)
+)
+def test_the_share_that_is_read_is_shown(capsys, tmp_path, monkeypatch, rule, times):
+    """Entry by entry as they are read, and whole at the end."""
+    told = []
+
+    @contextmanager
+    def progress(what, unit):
+        assert (what, unit) == ("reading", "entries")
+        yield lambda *done: told.append(done)
+
+    monkeypatch.setattr(import_module("fishkern.commands.select"), "progress", progress)
+    scores = {"a": torch.rand(3, 2**19), "b": torch.rand(2, 5)}
+    saved = fk.Statistics(scores, count=7).save(tmp_path / "fisher")
+    total = 3 * 2**19 + 10
+    assert command(capsys, "select", saved, "--rule", rule, "--k", 2, "--out", tmp_path / "selection")[0] == 0
+    assert told == sorted(told)
+    assert all(of == total for _, of in told)
+    assert [done for done, _ in told][-1:] == [total] * times
+    if rule == "random":
+        assert not told
+    else:
+        assert len(told) >= 3
+
+
+def test_a_second_reading_is_counted_on(capsys, tmp_path, monkeypatch):
+    told = []
+
+    @contextmanager
+    def progress(what, unit):
+        yield lambda *done: told.append(done)
+
+    monkeypatch.setattr(import_module("fishkern.commands.select"), "progress", progress)
+    saved = fk.Statistics({"w": torch.zeros(50)}, count=7).save(tmp_path / "fisher")
+    status, _, error = command(capsys, "select", saved, "--k", 2, "--out", tmp_path / "selection")
+    assert (status, told) == (0, [(50, 50), (100, 100)])  # once more to count what is not zero
+    assert "exceeds the 0 non-zero scores" in error
 
 
 def test_a_selection_is_shown_drawn_and_compared(capsys, saved, tmp_path):
@@ -112,6 +156,9 @@ def test_what_cannot_be_shown_is_refused(capsys, saved, tmp_path):
     assert "density" in refused(capsys, "show", saved, "--density", 2)
     nan = fk.Statistics({"fine": torch.ones(2), "norm.bias": torch.tensor([torch.nan])}, count=1).save(tmp_path / "nan")
     assert "norm.bias holds NaN" in refused(capsys, "show", nan)
+    chosen = fk.select(fk.Statistics.load(saved), fk.GlobalTopK(k=3)).save(tmp_path / "chosen")
+    for files in ([chosen], [chosen, chosen]):
+        assert "--density" in refused(capsys, "show", *files, "--density", 0.1)
     assert "only two selections" in refused(capsys, "show", saved, saved)
 
 
@@ -121,6 +168,9 @@ def test_what_cannot_be_selected_is_refused(capsys, saved, tmp_path):
     assert "--k" in refused(capsys, "select", saved, "--rule", "per-row", *out)
     assert "k or density" in refused(capsys, "select", saved, "--k", 1, "--density", 0.1, *out)
     assert "density" in refused(capsys, "select", saved, "--density", 0, *out)
+    assert "--smallest" in refused(capsys, "select", saved, "--rule", "random", "--smallest", *out)
+    for rule in ("global", "per-tensor", "per-row"):
+        assert "--seed" in refused(capsys, "select", saved, "--rule", rule, "--k", 1, "--seed", 0, *out)
     assert "2,000" in refused(capsys, "select", saved, "--k", 2000, *out)
     assert "no.such" in refused(capsys, "select", saved, "--always", "no.such", *out)
     assert "not overwritten" in refused(capsys, "select", saved, "--out", saved)

@@ -56,6 +56,7 @@ def test_it_saves_all_that_it_takes_to_go_on(tuned):
     assert report["trained"] == selection.count == delta.count
     assert selection.whole == ("base_model.model.score.modules_to_save.default.weight",)
     assert selection.k == int(0.2 * (selection.total - 2 * 64))
+    assert report["fisher_samples"] == 128
     assert report["after"]["loss"] < report["before"]["loss"]
     assert 0 <= report["after"]["accuracy"] <= 1
 
@@ -91,6 +92,10 @@ def test_an_adapter_is_trained_further(capsys, arguments, tuned, shared_data, tm
     assert "is an adapter: no other is added" in error
     assert "of the given adapter and head" in output
     assert fk.Selection.load(tmp_path / "a" / "selection.safetensors").k == 100
+    for option in (["--adapter", "lora"], ["--size", 4], ["--layers", "0"]):
+        line = refused(capsys, *arguments, *option, "--out", tmp_path / "b")
+        assert f"is an adapter, and no other is added: leave out {option[0]}." in line
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize(
@@ -103,6 +108,7 @@ def test_an_adapter_is_trained_further(capsys, arguments, tuned, shared_data, tm
         (["--k", 10**9], "asks for 1,000,000,000 entries"),
         (["--k", 5, "--density", 0.5], "exactly one budget"),
         (["--order", "best"], "order must be one of"),
+        (["--order", "random", "--fisher-samples", 4], "--order random looks at no example"),
         (["--eval-split", "test"], "test"),
         (["--out", "missing/folder"], "the folder missing does not exist"),
         (["--parameters", "*"], "no use for --parameters"),
