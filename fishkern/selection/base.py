@@ -223,8 +223,21 @@ def num_non_zero(scores: Iterable[AnyTensor]) -> int:
     return sum(int(piece.count_nonzero()) for score in scores for piece in pieces(score))
 
 
+def warn_of_some_zeros(what: str) -> None:
+    """Say that of several scores of zero, which are the smallest, only some were selected.
+
+    Args:
+        what: Which ``k`` is less than which number.
+    """
+    warnings.warn(
+        f"{what} scores that are exactly zero, so that some of these entries are selected by their position alone. "
+        "More data tells them apart; what no data reaches can be left out (never=).",
+        stacklevel=4,
+    )
+
+
 def warn_of_zeros(what: str) -> None:
-    """Say that scores of zero were selected.
+    """Say that scores of zero were selected, although they are the last of all.
 
     Args:
         what: Which ``k`` exceeds which number of non-zero scores.

@@ -11,7 +11,7 @@ from torch import Tensor
 from fishkern.backend import Backend
 from fishkern.files import PIECE, AnyTensor, pieces
 from fishkern.ops.streaming_topk import Order
-from fishkern.selection.base import Rule, check_order, count_of, warn_of_zeros
+from fishkern.selection.base import Rule, check_order, count_of, warn_of_some_zeros, warn_of_zeros
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,18 @@ class PerRowTopK(Rule):
         for name, score in scores.items():
             parts = list(self._of_rows(name, score, widths[name]))
             chosen[name] = torch.cat([indices for indices, _ in parts]) if parts else torch.empty(0, dtype=torch.int64)
-            if any(too_many for _, too_many in parts):
+            if any(by_position for _, by_position in parts):
                 zeros.append(name)
         if zeros:
-            where = f"in some rows of {len(zeros)} of {len(scores)} parameters, such as {zeros[0]},"
-            warn_of_zeros(f"{where} k={self.k} exceeds the number of")
+            where = f"in some rows of {len(zeros)} of {len(scores)} parameters, such as {zeros[0]}, k={self.k}"
+            if self.order == "largest":
+                warn_of_zeros(f"{where} exceeds the number of")
+            else:
+                warn_of_some_zeros(f"{where} is less than the number of")
         return chosen
 
     def _of_rows(self, name: str, score: AnyTensor, width: int) -> Iterator[tuple[Tensor, bool]]:
-        """Give the flat indices selected in some rows after the other, and whether ``k`` is too many for any."""
+        """Give the flat indices selected in some rows after the other, and whether a zero among them is by position."""
         if self.k == 0 or score.numel() == 0:
             return
         first = 0
@@ -83,6 +86,7 @@ class PerRowTopK(Rule):
             equal = rows == threshold
             room = self.k - better.sum(1, keepdim=True)
             better |= equal & (equal.cumsum(1) <= room)
-            too_many = largest and bool((rows.count_nonzero(1) < self.k).any())
-            yield better.view(-1).nonzero().view(-1) + first, too_many
+            non_zero = rows.count_nonzero(1)
+            too_many = non_zero < self.k if largest else (threshold[:, 0] == 0) & (width - non_zero > self.k)
+            yield better.view(-1).nonzero().view(-1) + first, bool(too_many.any())
             first += len(piece)

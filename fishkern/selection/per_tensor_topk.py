@@ -10,7 +10,16 @@ from torch import Tensor
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor
 from fishkern.ops.streaming_topk import Order
-from fishkern.selection.base import Rule, budget, check_order, either, num_non_zero, topk, warn_of_zeros
+from fishkern.selection.base import (
+    Rule,
+    budget,
+    check_order,
+    either,
+    num_non_zero,
+    topk,
+    warn_of_some_zeros,
+    warn_of_zeros,
+)
 
 
 @dataclass(frozen=True)
@@ -52,8 +61,14 @@ class PerTensorTopK(Rule):
             k = budget(self.k, self.density, score.numel())
             indices, threshold = topk({name: score}, k, self.order, backend)
             chosen |= indices
-            if threshold == 0 and self.order == "largest" and k > num_non_zero([score]):
-                zeros.append(name)
+            if threshold == 0:
+                non_zero = num_non_zero([score])
+                if k > non_zero if self.order == "largest" else k < score.numel() - non_zero:
+                    zeros.append(name)
         if zeros:
-            warn_of_zeros(f"in {len(zeros)} of {len(scores)} parameters, such as {zeros[0]}, k exceeds the number of")
+            where = f"in {len(zeros)} of {len(scores)} parameters, such as {zeros[0]}, k"
+            if self.order == "largest":
+                warn_of_zeros(f"{where} exceeds the number of")
+            else:
+                warn_of_some_zeros(f"{where} is less than the number of")
         return chosen

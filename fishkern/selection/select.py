@@ -23,7 +23,8 @@ def select(
 ) -> Selection:
     """Choose coordinates by their scores.
 
-    Statistics that were loaded lazily are read piece by piece, once, and never as a whole.
+    Statistics that were loaded lazily are read piece by piece, never as a whole: once beside a small sample, and again
+    where the sample does not tell enough, or where the last score selected is zero, to count the zeros.
 
     Args:
         statistics: What the rule sorts by: statistics, or any mapping from names to floating tensors, in memory or

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,29 @@ def test_scores_of_a_mapping_may_be_negative():
     values = {"w": torch.tensor([3.0, -5.0, 0.0, -1.0])}  # a zero among the first is no tie, and not warned of
     assert fk.select(values, fk.GlobalTopK(k=2)).indices("w").tolist() == [0, 2]
     assert fk.select(values, fk.GlobalTopK(k=2, order="smallest")).indices("w").tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (fk.GlobalTopK, "k=2 is less than the 3 scores that are exactly zero, .* by their position alone"),
+        (fk.PerTensorTopK, "in 1 of 2 parameters, such as w, k is less than the number of scores that are exactly"),
+        (fk.PerRowTopK, "in some rows of 1 of 2 parameters, such as w, k=2 is less than the number of scores that are"),
+    ],
+)
+def test_zeros_that_are_smallest_by_their_position_are_warned_of(make: type[fk.Rule], says: str):
+    """Of equal zeros the first are taken; where all of them are, or none, nothing is to be said."""
+    values = {"v": torch.full((1, 5), 0.5), "w": torch.tensor([[3.0, 0.0, 0.0, 2.0, 0.0]])}
+    with pytest.warns(UserWarning, match=says) as caught:
+        assert fk.select(values, make(k=2, order="smallest")).indices("w").tolist() == [1, 2]
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fk.select(values, make(k=3, order="smallest"))
+        fk.select(values, make(k=4, order="smallest"))
+        fk.select(values, make(k=2, order="largest"))
+        signed = {"v": values["v"], "w": torch.tensor([[-3.0, 0.0, 0.0, -2.0, 0.0]])}
+        fk.select(signed, make(k=2, order="smallest"))
 
 
 @pytest.mark.parametrize(
