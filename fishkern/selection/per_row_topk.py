@@ -11,7 +11,7 @@ from torch import Tensor
 from fishkern.backend import Backend
 from fishkern.files import PIECE, AnyTensor, pieces
 from fishkern.ops.streaming_topk import Order
-from fishkern.selection.base import Rule, check_order, count_of, warn_of_some_zeros, warn_of_zeros
+from fishkern.selection.base import Rule, check_order, count_of, no_rank, warn_of_some_zeros, warn_of_zeros
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,7 @@ class PerRowTopK(Rule):
         for piece in pieces(score, max(1, PIECE // width) * width):
             rows = piece.view(-1, width)
             if rows.isnan().any():
-                index = first + int(piece.isnan().nonzero()[0])
-                raise ValueError(f"{name} holds NaN at flat index {index}, which has no rank: leave it out (never=).")
+                raise no_rank(name, first + int(piece.isnan().nonzero()[0]))
             largest = self.order == "largest"
             threshold = rows.topk(self.k, dim=1, largest=largest).values[:, -1:]
             better = rows > threshold if largest else rows < threshold
