@@ -204,21 +204,21 @@ def topk(
     try:
         indices, threshold = topk_with_threshold(list(scores.values()), k, order=order, backend=backend)
     except NaNScoreError as error:
-        raise no_rank(names[error.block], error.index) from None
+        raise ValueError(no_rank(names[error.block], error.index)) from None
     return dict(zip(names, indices, strict=True)), threshold
 
 
-def no_rank(name: str, index: int) -> ValueError:
-    """Make the refusal of a score that is NaN.
+def no_rank(name: str, index: int) -> str:
+    """Say what is wrong with a score that is NaN.
 
     Args:
         name: Of its parameter.
         index: Its flat index there.
 
     Returns:
-        What to raise.
+        The message.
     """
-    return ValueError(
+    return (
         f"{name} holds NaN at flat index {index}, which has no rank: look at the data and the loss that it comes from, "
         "or leave it out (never= of a rule)."
     )

@@ -78,7 +78,7 @@ class PerRowTopK(Rule):
         for piece in pieces(score, max(1, PIECE // width) * width):
             rows = piece.view(-1, width)
             if rows.isnan().any():
-                raise no_rank(name, first + int(piece.isnan().nonzero()[0]))
+                raise ValueError(no_rank(name, first + int(piece.isnan().nonzero()[0])))
             largest = self.order == "largest"
             threshold = rows.topk(self.k, dim=1, largest=largest).values[:, -1:]
             better = rows > threshold if largest else rows < threshold

@@ -209,7 +209,7 @@ def test_a_rule_is_frozen(name: str):
 def test_nan_is_refused_by_name(name: str):
     bad = scores()
     bad["layers.0.weight"][2, 3] = torch.nan
-    with pytest.raises(ValueError, match=r"layers.0.weight holds NaN at flat index 17, which has no rank: look at .*never="):
+    with pytest.raises(ValueError, match=r"layers.0.weight holds NaN at flat index 17, which has no rank: look at the"):
         fk.select(bad, RULES[name])
 
 
