@@ -13,6 +13,7 @@ from torch import Tensor
 from fishkern.backend import Backend, BackendUnavailableError, choose
 from fishkern.files import AnyTensor, StoredTensor
 from fishkern.ops._candidates import Candidates
+from fishkern.ops._digits import around_nth_largest
 from fishkern.ops._scores import NaNScoreError, Piece, Scores, refuse_nan
 
 __all__ = ["NaNScoreError", "Order", "streaming_topk", "streaming_topk_torch", "topk_with_threshold"]
@@ -24,9 +25,10 @@ ORDERS = ("largest", "smallest")
 _SMALLEST_SAMPLE, _LARGEST_SAMPLE, _SAMPLED_SHARE = 2**16, 2**22, 2**-10
 # Standard errors between the sample's estimate and either end of the bracket.
 _DEVIATIONS = 6.0
+# Where a sample would leave so many scores undecided, counting narrows the bracket first, by one more walk.
+_MOST_INSIDE = 2**25
 # Up to this k the value of every candidate is kept, so that no upper end of the bracket can be missed.
 _KEEP_VALUES = 2**24
-_DIGIT = 16  # bits of a key that one histogram resolves
 
 
 def streaming_topk(
@@ -39,11 +41,12 @@ def streaming_topk(
     infinities are ordered, and scores of different dtypes compare by value.
 
     A small sample says between which values the ``k``-th largest must lie; one pass over the scores keeps what is
-    above or inside this bracket, and what is inside decides exactly. Where the bracket fails, two passes that count the
-    scores by the bits of their values find a true one, and a last pass repeats the first. So scores on disk are read
-    once, plus the sample. Beside the indices, memory is needed for one piece of scores and for the values of the
-    candidates: 4 bytes for each of the ``k`` up to ``k = 2^24``, above that for those inside the bracket only. A block
-    that is not contiguous is copied while it is worked on.
+    above or inside this bracket, and what is inside decides exactly. Scores equal to an end of the bracket, such as the
+    zeros of dead rows, are classes of their own, without values. Scores on disk are so read once, plus the sample. One
+    more pass counts them by the leading bits of their values where the sample leaves more than 2^25 undecided; two
+    passes count by all bits, and a last one collects, where the bracket fails. Beside the indices, memory is needed for
+    one piece of scores and for the values of the candidates: 4 bytes for each of twice the ``k`` up to ``k = 2^24``,
+    above that for those inside the bracket only. A block that is not contiguous is copied while it is worked on.
 
     Args:
         blocks: Floating scores (float64, float32, bfloat16, float16), of any shapes, on any devices, also
@@ -120,14 +123,17 @@ def streaming_topk_torch(blocks: Sequence[AnyTensor], k: int, *, order: Order = 
 @torch.no_grad()
 def _topk(scores: Scores, k: int, largest: bool) -> tuple[list[Tensor], float | None]:
     if k == 0:
-        return _assembled(scores, iter(())), None
-    found = _collect(scores, k, *_bracket(scores, k, largest), largest)
+        return _assembled(scores, iter(()), [0] * len(scores.blocks)), None
+    low, high, inside = _bracket(scores, k, largest)
+    if high < math.inf and inside > _MOST_INSIDE:  # scores alike lie together, so that a sample says little
+        low, high = _counted(scores, k, largest, bits=8 * scores.dtype.itemsize - 16)
+    found = _collect(scores, k, low, high, largest)
     if found is None:  # the sample was not like the scores
-        found = _collect(scores, k, *_counted_bracket(scores, k, largest), largest)
+        found = _collect(scores, k, *_counted(scores, k, largest, bits=8 * scores.dtype.itemsize), largest)
     chosen, threshold = found.finish()
     if threshold is not None and not largest:
         threshold = -threshold
-    return _assembled(scores, chosen), threshold
+    return _assembled(scores, chosen, found.counts(len(scores.blocks))), threshold
 
 
 def _collect(scores: Scores, k: int, low: float, high: float, largest: bool) -> Candidates | None:
@@ -139,15 +145,15 @@ def _collect(scores: Scores, k: int, low: float, high: float, largest: bool) -> 
     return None if candidates.too_few else candidates
 
 
-def _bracket(scores: Scores, k: int, largest: bool) -> tuple[float, float]:
-    """Estimate from a sample two values between which the ``k``-th largest lies."""
+def _bracket(scores: Scores, k: int, largest: bool) -> tuple[float, float, float]:
+    """Estimate from a sample two values between which the ``k``-th largest lies, and how many scores do."""
     size = min(max(int(scores.total * _SAMPLED_SHARE), _SMALLEST_SAMPLE), _LARGEST_SAMPLE)
     if scores.total <= size:
-        return -math.inf, math.inf
+        return -math.inf, math.inf, scores.total
     rows = scores.sample(size) if largest else -scores.sample(size)
     values = rows[~rows.isnan()].sort(descending=True).values
     if len(values) == 0:  # all NaN: the pass will say where
-        return -math.inf, math.inf
+        return -math.inf, math.inf, scores.total
     share = k / scores.total
     rank = share * len(values)
     estimate = values[min(int(rank), len(values) - 1)]
@@ -159,71 +165,38 @@ def _bracket(scores: Scores, k: int, largest: bool) -> tuple[float, float]:
     return (
         values[low].item() if low < len(values) else -math.inf,
         values[high].item() if high >= 0 and k > _KEEP_VALUES else math.inf,
+        (min(low, len(values)) - max(high, 0)) / len(values) * scores.total,
     )
 
 
-def _counted_bracket(scores: Scores, k: int, largest: bool) -> tuple[float, float]:
-    """Find the ``k``-th largest value itself, by counting the scores digit by digit of their keys."""
-    bits = scores.dtype.itemsize * 8
-    prefix = None
-    for shift in range(bits - _DIGIT, -1, -_DIGIT):
-        counts = torch.zeros(2**_DIGIT, dtype=torch.int64)
+def _counted(scores: Scores, k: int, largest: bool, bits: int) -> tuple[float, float]:
+    """Find what shares the leading bits with the ``k``-th largest, by a walk through all scores for each 16 of them."""
+
+    def walk() -> Iterator[Tensor]:
         for piece in scores.pieces():
-            counts += _histogram(piece, shift, prefix, largest).cpu()
-        reached = counts.flip(0).cumsum(0)  # from the largest digit downwards
-        place = int(torch.searchsorted(reached, k))
-        k -= int(reached[place - 1]) if place else 0
-        digit = 2**_DIGIT - 1 - place
-        prefix = digit - 2 ** (_DIGIT - 1) if prefix is None else prefix * 2**_DIGIT + digit
-    value = _value(prefix, scores.dtype)
-    return value, value
+            refuse_nan(piece)
+            yield piece.values if largest else -piece.values
+
+    return around_nth_largest(walk, k, scores.dtype, bits=bits)
 
 
-def _histogram(piece: Piece, shift: int, prefix: int | None, largest: bool) -> Tensor:
-    """Count the keys that begin with ``prefix`` by their next digit."""
-    refuse_nan(piece)
-    keys = _keys(piece.values if largest else -piece.values) >> shift
-    if prefix is None:
-        return torch.bincount(keys + 2 ** (_DIGIT - 1), minlength=2**_DIGIT)
-    return torch.bincount(keys[keys >> _DIGIT == prefix] & (2**_DIGIT - 1), minlength=2**_DIGIT)
-
-
-def _keys(values: Tensor) -> Tensor:
-    """Map floats to integers of the same order, and both zeros to one."""
-    integer = torch.int64 if values.dtype == torch.float64 else torch.int32
-    bits = (values + 0.0).view(integer)
-    return bits ^ (bits >> (8 * integer.itemsize - 1) & torch.iinfo(integer).max)
-
-
-def _value(key: int, dtype: torch.dtype) -> float:
-    integer = torch.int64 if dtype == torch.float64 else torch.int32
-    bits = torch.tensor(key if key >= 0 else key ^ torch.iinfo(integer).max, dtype=integer)
-    return bits.view(dtype).item()
-
-
-def _assembled(scores: Scores, chosen: Iterator[tuple[Piece, Tensor]]) -> list[Tensor]:
-    """Sort what was found in pieces by the blocks that it lies in."""
-    found: list[list[Tensor]] = [[] for _ in scores.blocks]
+def _assembled(scores: Scores, chosen: Iterator[tuple[Piece, Tensor]], counts: Sequence[int]) -> list[Tensor]:
+    """Sort what was found in pieces, the last one first, by blocks; ``counts`` says how much each block has."""
+    results: list[Tensor] = []
+    for numel, count, block in zip(scores.numels, counts, scores.blocks, strict=True):
+        results.append(torch.empty(count, dtype=index_dtype(numel), device=block.device))
+    left = list(counts)
     for piece, indices in chosen:
         if piece.bounds is None:
-            found[piece.block].append(_shifted(indices, piece.offset, scores.numels[piece.block]))
+            end = left[piece.block]
+            left[piece.block] = start = end - len(indices)
+            results[piece.block][start:end].copy_(indices).add_(piece.offset)
             continue
         numbers = torch.searchsorted(piece.bounds, indices, right=True)
         indices = (indices - (piece.bounds - piece.bounds.diff(prepend=piece.bounds[:1] * 0))[numbers]).to(torch.int32)
-        counts = numbers.bincount(minlength=len(piece.bounds)).tolist()
-        for number, part in enumerate(indices.split(counts)):  # whole blocks of a piece are small
-            found[piece.block + number].append(part)
-    results = []
-    for number, block in enumerate(scores.blocks):
-        parts, found[number] = found[number], []
-        if not parts:
-            parts = [torch.empty(0, dtype=index_dtype(scores.numels[number]), device=block.device)]
-        results.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+        for number, part in enumerate(indices.split(numbers.bincount(minlength=len(piece.bounds)).tolist())):
+            results[piece.block + number] = part
     return results
-
-
-def _shifted(indices: Tensor, offset: int, numel: int) -> Tensor:
-    return indices.to(index_dtype(numel)) + offset
 
 
 def index_dtype(numel: int) -> torch.dtype:

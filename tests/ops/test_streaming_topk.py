@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fishkern.files import Format, open_tensors, save_tensors
-from fishkern.ops import _candidates, _scores, streaming_topk
+from fishkern.ops import _arena, _candidates, _scores, streaming_topk
 
 op = import_module("fishkern.ops.streaming_topk")  # the package has a function of that name
 
@@ -104,10 +104,11 @@ def test_equals_a_stable_sort_when_the_sample_misleads(distribution: str, monkey
     monkeypatch.setattr(_candidates, "_SLACK", 100)
     ordered = scores.sort().values
     counted = []
-    true_bracket = op._counted_bracket
-    monkeypatch.setattr(op, "_counted_bracket", lambda *args: counted.append(true_bracket(*args)) or counted[-1])
-    for place in (0, N // 2, N - 1):
-        monkeypatch.setattr(op, "_bracket", lambda *_, value=ordered[place].item(): (value, value))
+    count = op._counted
+    monkeypatch.setattr(op, "_counted", lambda *args, **bits: counted.append(count(*args, **bits)) or counted[-1])
+    for low, high in ((0, 0), (0, N // 2), (N // 2, N // 2), (N // 2 - 9, N // 2 + 9), (N - 9, N - 1), (N - 1, N - 1)):
+        ends = ordered[low].item(), ordered[high].item()
+        monkeypatch.setattr(op, "_bracket", lambda *_, ends=ends: (*ends, 0))
         for k in (1, N // 200, N // 2, N - 1):
             assert_exact(split(scores), k)
     assert counted or distribution == "constant"
@@ -125,7 +126,7 @@ def test_float64_is_not_rounded(monkeypatch: pytest.MonkeyPatch):
     """Values that float32 cannot tell apart keep their order, also when they are counted by their bits."""
     scores = 1 + torch.randperm(1000).double() * 2**-50
     assert_exact([scores], 10)
-    monkeypatch.setattr(op, "_bracket", lambda *_: (5.0, 5.0))
+    monkeypatch.setattr(op, "_bracket", lambda *_: (5.0, 5.0, 0))
     assert_exact([-scores, scores], 10)
     assert_exact([-scores, scores], 1990)
 
@@ -208,7 +209,10 @@ def test_property(data: st.DataObject):
         patch.setattr(_scores, "_PACKED", data.draw(st.sampled_from([8, 2**20])))
         patch.setattr(op, "_SMALLEST_SAMPLE", data.draw(st.sampled_from([16, 64, 2**16])))
         patch.setattr(op, "_KEEP_VALUES", data.draw(st.sampled_from([0, 2**24])))
+        patch.setattr(op, "_MOST_INSIDE", data.draw(st.sampled_from([0, 2**25])))
         patch.setattr(_candidates, "_SLACK", data.draw(st.sampled_from([0, 2**22])))
+        patch.setattr(_candidates, "_SORTED", data.draw(st.sampled_from([0, 2**22])))
+        patch.setattr(_arena, "_FIRST", data.draw(st.sampled_from([4, 2**14])))
         assert_exact(blocks, k, data.draw(st.sampled_from(["largest", "smallest"])))
 
 
@@ -233,16 +237,75 @@ def test_neither_scores_nor_random_state_change(way: str):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def bytes_held(candidates: _candidates.Candidates) -> int:
+    """Storages count once, whole, however small the view."""
+    spans = (
+        span
+        for chunk in candidates._chunks
+        for span in (chunk.above, chunk.high, chunk.inside, chunk.values, chunk.low)
+    )
+    storages = {span.memory.data_ptr(): span.memory.untyped_storage().nbytes() for span in spans}
+    return sum(storages.values())
+
+
 @pytest.mark.parametrize("high", [inf, 2.5])
-def test_what_is_kept_is_no_more_than_what_is_needed(high: float):
+def test_what_is_kept_is_no_more_than_what_is_needed(high: float, monkeypatch: pytest.MonkeyPatch):
     """Of pieces that are copies (16-bit scores, small blocks) nothing else stays in memory."""
+    monkeypatch.setattr(_arena, "_FIRST", 1)
+    monkeypatch.setattr(_arena, "_BLOCK", 1)
     candidates = _candidates.Candidates(400, 2.0, high, True, 0.01)
     for piece in _scores.Scores([normal(N).bfloat16(), normal(100), normal(100)]).pieces():
         candidates.add(piece)
-    chunks = candidates._chunks
-    held = [tensor for chunk in chunks for tensor in (chunk.piece.values, chunk.sure, chunk.open, chunk.values)]
-    assert candidates.num_sure + candidates.num_open >= 400
-    assert sum(tensor.untyped_storage().nbytes() for tensor in held) <= 8 * (candidates.num_sure + candidates.num_open)
+    assert candidates._held >= 400
+    assert bytes_held(candidates) <= 8 * candidates._held
+
+
+@pytest.fixture
+def most_held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes held after each piece, of small pieces and a small sample."""
+    held: list[int] = []
+
+    class Watched(_candidates.Candidates):
+        def add(self, piece: _scores.Piece) -> None:
+            super().add(piece)
+            held.append(bytes_held(self))
+
+    monkeypatch.setattr(op, "Candidates", Watched)
+    monkeypatch.setattr(op, "_SMALLEST_SAMPLE", 2000)
+    monkeypatch.setattr(_arena, "_FIRST", 1)
+    monkeypatch.setattr(_arena, "_BLOCK", 1)
+    monkeypatch.setattr(_candidates, "_SLACK", 64)
+    monkeypatch.setattr(_scores, "_PIECE", 500)
+    monkeypatch.setattr(_scores, "_SMALL", 0)
+    return held
+
+
+@pytest.mark.parametrize("few", [0, N // 100, N // 30])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("k", "keep"), [(N // 20, 0), (N // 20, N), (N // 2, 0), (N // 2, N), (N - N // 20, 0)])
+def test_equal_scores_are_kept_as_indices(k: int, few: int, first: bool, keep: int, most_held, monkeypatch):
+    """Dead rows, and ``B = 0`` of LoRA: most scores are zero, and the ``k``-th is one of them."""
+    monkeypatch.setattr(op, "_KEEP_VALUES", keep)
+    monkeypatch.setattr(op, "_MOST_INSIDE", N // 50)
+    others = torch.linspace(1, 2, few)
+    scores = torch.cat([others, torch.zeros(N - few)] if first else [torch.zeros(N - few), others])
+    for low in (None, 0.0):
+        if low is not None:
+            monkeypatch.setattr(op, "_bracket", lambda *_, low=low: (low, 1.5, 0))
+        assert_exact([scores], k)
+        # one piece may lie beyond; values of what is not zero
+        assert max(most_held) <= 4 * (k + 64 + 500) + 8 * (2 * few + 64)
+
+
+@pytest.mark.parametrize("few", [64, 2000])
+def test_where_a_sample_says_little_the_bracket_is_counted(few: int, most_held, monkeypatch):
+    """Scores that are alike lie together: runs of them differ far more than independent draws would."""
+    monkeypatch.setattr(op, "_KEEP_VALUES", 0)
+    monkeypatch.setattr(op, "_MOST_INSIDE", few)
+    scores = normal(N).abs().sort().values + torch.arange(N) // (N // 10)
+    blocks = list(scores.split(N // 10)[::-1])
+    assert_exact(blocks, N // 2)
+    assert max(most_held) <= 4 * (N // 2 + 500) + 8 * (few if few == 2000 else 400)
 
 
 @pytest.fixture
