@@ -67,7 +67,8 @@ def why_not_triton(*tensors: Tensor) -> str | None:
 
     Args:
         tensors: Every tensor the kernel would read or write, of any shape. Integer and boolean ones (indices, offsets)
-            may have any dtype; the kernel is told which by its signature.
+            may have any dtype; the kernel is told which by its signature. Where there are none, they lie nowhere, and
+            nothing stands against it.
 
     Returns:
         The reason in words, or ``None`` when the kernel can run.
@@ -83,6 +84,8 @@ def why_not_triton(*tensors: Tensor) -> str | None:
     for device in devices:
         if device.type != "cuda":  # which is also what torch calls AMD's
             return f"the tensors lie on the {'CPU' if device.type == 'cpu' else device}"
+        if reason := _unserved(device):
+            return reason
     if _interprets():
         return "TRITON_INTERPRET is set, and the interpreter is for tests on the CPU"
     return None
@@ -104,7 +107,7 @@ def choose(reference: Callable, backend: Backend | None, *tensors: Tensor) -> Ca
         ValueError: ``backend`` is none of :data:`BACKENDS`.
     """  # noqa: DOC502, raised by _known
     backend = _current.get() if backend is None else _known(backend)
-    if backend == "torch":
+    if backend == "torch" or (backend == "auto" and not tensors):  # nothing to do, and perhaps no GPU to do it on
         return reference
     name = reference.__name__.replace("_torch", "")
     if reason := why_not_triton(*tensors):
@@ -127,6 +130,11 @@ def _interpreter_can(*tensors: Tensor) -> bool:
         tensor.device.type == "cpu" and (tensor.dtype in _INTERPRETER_DTYPES or not _is_number(tensor))
         for tensor in tensors
     )
+
+
+@cache
+def _unserved(device: torch.device) -> str | None:
+    return import_module("fishkern.kernels._hardware").why_not(device)
 
 
 def _interprets() -> bool:

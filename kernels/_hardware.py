@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -29,6 +30,30 @@ H100 = Hardware("sm_90", 132, 232_448)
 MI300 = Hardware("gfx942", 304, 65_536)
 INTERPRETER = Hardware("interpreter", 1, 232_448)
 
+# AMD's with matrix units as the tables for gfx942 have them, and their shared memory.
+_AMD_SHARED = {"gfx90a": 65_536, "gfx942": MI300.shared, "gfx950": 163_840}
+# NVIDIA's from here on (A100) copy to shared memory in the background and multiply bfloat16.
+_OLDEST = 8, 0
+
+
+def why_not(device: torch.device) -> str | None:
+    """Say what keeps the kernels from a GPU.
+
+    Args:
+        device: A GPU.
+
+    Returns:
+        The reason in words, or ``None`` where there are tables for it.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        if (name := _architecture(properties)) not in _AMD_SHARED:
+            return f"of AMD's GPUs the kernels are for {', '.join(_AMD_SHARED)}, and {device} is {name}"
+    elif (capability := (properties.major, properties.minor)) < _OLDEST:
+        oldest, own = ("{}.{}".format(*numbers) for numbers in (_OLDEST, capability))
+        return f"the kernels are for compute capability {oldest} or newer, and {device} ({properties.name}) has {own}"
+    return None
+
 
 @cache
 def hardware(device: torch.device) -> Hardware:
@@ -44,8 +69,12 @@ def hardware(device: torch.device) -> Hardware:
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return Hardware("gfx942", properties.multi_processor_count, MI300.shared)
+        return Hardware("gfx942", properties.multi_processor_count, _AMD_SHARED[_architecture(properties)])
     shared = properties.shared_memory_per_block_optin
     # Consumer chips of any generation have less shared memory than the server chips that the tables are for.
     family = "sm_90" if (properties.major, properties.minor) >= (9, 0) and shared >= H100.shared else "sm_80"
     return Hardware(family, properties.multi_processor_count, shared)
+
+
+def _architecture(properties: Any) -> str:
+    return properties.gcnArchName.partition(":")[0]

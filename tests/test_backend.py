@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +49,80 @@ def test_no_reason():
     assert why_not_triton(tensor, tensor.long(), tensor.bool(), tensor.bfloat16()) is None
     assert choose(reference, "auto", tensor) is kernel()
     assert choose(reference, "torch", tensor) is reference
+
+
+def fake_gpu(monkeypatch, hip: str | None = None, **properties):
+    """A tensor that says it lies on a GPU with these properties."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(backend, "_interprets", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
+    monkeypatch.setattr(backend, "_unserved", backend._unserved.__wrapped__)  # which remembers
+    number = {"is_floating_point": lambda: True, "is_complex": lambda: False}
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32, **number)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "name, capability, served",
+    [
+        ("Tesla V100", (7, 0), False),
+        ("Tesla T4", (7, 5), False),
+        ("A100", (8, 0), True),
+        ("RTX 3090", (8, 6), True),
+        ("L4", (8, 9), True),
+        ("H200", (9, 0), True),
+        ("B200", (10, 0), True),
+        ("RTX 5090", (12, 0), True),
+    ],
+)
+def test_compute_capability(name, capability, served, monkeypatch):
+    tensor = fake_gpu(monkeypatch, name=name, major=capability[0], minor=capability[1])
+    reason = why_not_triton(tensor)
+    if served:
+        assert reason is None
+        assert choose(reference, "auto", tensor) is kernel()
+    else:
+        number = "{}.{}".format(*capability)
+        assert reason == f"the kernels are for compute capability 8.0 or newer, and cuda:0 ({name}) has {number}"
+        assert choose(reference, "auto", tensor) is reference
+        with pytest.raises(BackendUnavailableError, match=f"{name}\\) has {number}. Ask for 'auto' or 'torch'"):
+            choose(reference, "triton", tensor)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "arch, served", [("gfx942:sramecc+:xnack-", True), ("gfx950", True), ("gfx90a", True), ("gfx1100", False)]
+)
+def test_architectures_of_amd(arch, served, monkeypatch):
+    tensor = fake_gpu(monkeypatch, hip="7.0", gcnArchName=arch, major=11, minor=0)
+    reason = "of AMD's GPUs the kernels are for gfx90a, gfx942, gfx950, and cuda:0 is gfx1100"
+    assert why_not_triton(tensor) == (None if served else reason)
+
+
+@needs_triton
+def test_a_device_is_asked_once(monkeypatch):
+    remembered = backend._unserved
+    tensor = fake_gpu(monkeypatch)
+    asked = []
+    hardware = SimpleNamespace(why_not=lambda device: asked.append(device))
+    monkeypatch.setattr(backend, "_unserved", remembered)
+    monkeypatch.setattr(backend, "import_module", lambda name: hardware)
+    remembered.cache_clear()
+    assert [why_not_triton(tensor) for _ in range(3)] == [None] * 3
+    remembered.cache_clear()
+    assert asked == [tensor.device]
+
+
+@needs_triton
+@pytest.mark.parametrize("interprets", [True, False])
+def test_no_tensors_lie_nowhere(interprets, monkeypatch):
+    """Nothing stands against a kernel that has nothing to do; by itself nobody takes one for that."""
+    monkeypatch.setattr(backend, "_interprets", lambda: interprets)
+    assert (why_not_triton() is None) is not interprets
+    assert choose(reference, "triton") is kernel()
+    assert choose(reference, "auto") is reference
+    with use_backend("triton"):
+        assert choose(reference, None) is kernel()
 
 
 def test_without_triton(monkeypatch):
