@@ -49,7 +49,7 @@ def accumulator(out: Tensor | None, shape: Sequence[int], grads: Tensor, name: s
         ``out`` itself, or zeros.
 
     Raises:
-        ValueError: ``out`` has another shape, dtype or device.
+        ValueError: ``out`` has another shape, dtype or device, or two of its entries may share a place.
     """
     shape, dtype = tuple(shape), torch.promote_types(grads.dtype, torch.float32)
     if out is None:
@@ -59,7 +59,51 @@ def accumulator(out: Tensor | None, shape: Sequence[int], grads: Tensor, name: s
             f"{name} must be {shape}, {dtype}, on {grads.device}, got {tuple(out.shape)}, {out.dtype}, on "
             f"{out.device}: pass such a tensor of zeros, or None."
         )
+    if not out.is_contiguous():
+        inner = 0  # how far the entries along the axes of smaller strides reach
+        for stride, length in reversed(_axes(out)):
+            if stride <= inner:
+                raise ValueError(
+                    f"{name} must have a place for each entry, got strides {out.stride()} of {shape}, as an expanded "
+                    "tensor has: pass its contiguous()."
+                )
+            inner += (length - 1) * stride
     return out
+
+
+def check_apart(out: Tensor, other: Tensor, names: str) -> None:
+    """Demand that two accumulators share no memory, by addresses and strides alone.
+
+    Args:
+        out: As :func:`accumulator` gives it.
+        other: Of the same shape and dtype.
+        names: What the caller calls them.
+
+    Raises:
+        ValueError: An entry of one lies where one of the other does; or strides differ, and their ranges overlap.
+    """
+    first, second = out.data_ptr(), other.data_ptr()
+    axes = _axes(out) if first <= second else _axes(other)
+    gap = abs(second - first) // out.element_size()
+    if not first or gap > sum((length - 1) * stride for stride, length in axes):  # no memory, or one behind the other
+        return
+    if _axes(out) != _axes(other) or _reaches(gap, axes):
+        raise ValueError(f"{names} must not overlap, got two views of the same memory: pass one of them its own.")
+
+
+def _axes(tensor: Tensor) -> list[tuple[int, int]]:
+    """Strides and lengths, the largest stride first; not of axes of one entry, whose strides mean nothing."""
+    axes = zip(tensor.stride(), tensor.shape, strict=True)
+    return sorted(((stride, length) for stride, length in axes if length > 1), reverse=True)
+
+
+def _reaches(gap: int, axes: list[tuple[int, int]]) -> bool:
+    """Whether two entries can be so far from each other; each stride is larger than all smaller ones together reach."""
+    if not axes:
+        return gap == 0
+    (stride, length), *rest = axes
+    steps = gap // stride
+    return any(abs(step) < length and _reaches(gap - step * stride, rest) for step in (steps, steps + 1))
 
 
 def _check_offsets(offsets: Tensor, num_positions: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fishkern.backend import Backend, choose
-from fishkern.ops._arguments import accumulator, check_factors
+from fishkern.ops._arguments import accumulator, check_apart, check_factors
 
 # The result is worked on tile by tile, so that one example's gradient of a tile and the running total stay in the cache
 # while the examples pass by. On a CPU tiles of 2 to 8 MiB are equally fast; smaller matrix products are slower on two
@@ -58,7 +58,8 @@ def sum_grad_squared(
         offsets: ``[N + 1]``, int64 or int32, ascending from 0 to ``S``: then ``activations`` is ``[S, I]`` and
             ``output_grads`` is ``[S, O]``, the examples packed one after the other, and example ``n`` has the positions
             ``offsets[n]`` to ``offsets[n + 1] - 1``, possibly none. On the CPU they spare a synchronisation.
-        out: ``[O, I]``, of the result's dtype, any strides: the sum is added to it, in place. ``None``: to zeros.
+        out: ``[O, I]``, of the result's dtype, any strides that give each entry its place: the sum is added to it, in
+            place. ``None``: to zeros.
         grad_out: ``[O, I]``, of the result's dtype, any strides, not overlapping ``out``: the sum of the gradients
             themselves, ``sum_n sum_t output_grads[n, t, o] * activations[n, t, i]``, is added to it in the same pass.
         allow_tf32: Whether a kernel may round float32 inputs to tf32, with 10 bits of mantissa, which matrix units
@@ -69,7 +70,8 @@ def sum_grad_squared(
         ``out``, or a new ``[O, I]``; float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: Shapes, dtypes or devices are not as described, or ``offsets`` do not ascend from 0 to ``S``.
+        ValueError: Shapes, dtypes or devices are not as described, ``offsets`` do not ascend from 0 to ``S``, or
+            entries of the results share a place.
         BackendUnavailableError: Triton was named, and cannot run.
     """  # noqa: DOC502
     packed = offsets is not None
@@ -83,6 +85,8 @@ def sum_grad_squared(
     given = {name: tensor for name, tensor in (("out", out), ("grad_out", grad_out)) if tensor is not None}
     for name, tensor in given.items():
         accumulator(tensor, (output_grads.shape[-1], activations.shape[-1]), output_grads, name)
+    if len(given) == 2:
+        check_apart(out, grad_out, "out and grad_out")
     run = choose(sum_grad_squared_torch, backend, activations, output_grads, *given.values())
     return run(activations, output_grads, offsets=offsets, out=out, grad_out=grad_out, allow_tf32=allow_tf32)
 
