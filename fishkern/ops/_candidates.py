@@ -20,6 +20,8 @@ from fishkern.ops._scores import Piece, refuse_nan
 _FEWEST_ROWS, _MOST_ROWS = 4, 32
 # What is held beyond need is thinned out when there are so many more (of undecided scores twice as many, and these).
 _SLACK = 2**22
+# Where at least one place in so many is taken, marking them all is quicker than sorting.
+_SPARSE = 32
 # Up to so many undecided scores are put together to find the one that decides; more are counted where they lie.
 _SORTED = 2**22
 
@@ -48,7 +50,15 @@ class _Chunk:
     @property
     def indices(self) -> Tensor:
         parts = [part.tensor for part in (self.above, self.high, self.inside, self.low) if len(part)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts).sort().values
+        if len(parts) == 1:
+            return parts[0]
+        end = max(int(part[-1]) for part in parts) + 1
+        if sum(map(len, parts)) * _SPARSE < end:
+            return torch.cat(parts).sort().values
+        found = parts[0].new_zeros(end, dtype=torch.bool)
+        for part in parts:
+            found[part] = True
+        return found.nonzero().view(-1)
 
 
 class Candidates:

@@ -211,6 +211,7 @@ def test_property(data: st.DataObject):
         patch.setattr(op, "_KEEP_VALUES", data.draw(st.sampled_from([0, 2**24])))
         patch.setattr(op, "_MOST_INSIDE", data.draw(st.sampled_from([0, 2**25])))
         patch.setattr(_candidates, "_SLACK", data.draw(st.sampled_from([0, 2**22])))
+        patch.setattr(_candidates, "_SPARSE", data.draw(st.sampled_from([0, 32, 2**40])))
         patch.setattr(_candidates, "_SORTED", data.draw(st.sampled_from([0, 2**22])))
         patch.setattr(_arena, "_FIRST", data.draw(st.sampled_from([4, 2**14])))
         assert_exact(blocks, k, data.draw(st.sampled_from(["largest", "smallest"])))
