@@ -16,7 +16,7 @@ from fishkern.files import AnyTensor, StoredTensor
 # A piece is a dozen calls, which two threads share: larger than what a cache holds is no slower, and wakes them less.
 # From a disk it comes through the cache, and should still be there.
 _PIECE, _PIECE_ON_DISK, _PIECE_ON_GPU = 2**22, 2**20, 2**26
-# Small blocks are copied together into one piece, lest a hundred thousand of them cost a piece each.
+# Small blocks, also stored ones, are put together into one piece, lest a hundred thousand of them cost a piece each.
 _SMALL, _PACKED = 2**16, 2**20
 # A sample is made of runs of neighbours: what one random access to memory, or one to a disk, brings anyway.
 _RUN, _RUN_ON_DISK, _MOST_RUNS_ON_DISK = 16, 1024, 4096
@@ -122,13 +122,13 @@ class Scores:
         first = held = 0
         for number, block in enumerate(self.blocks):
             size = _PIECE if block.device.type == "cpu" else _PIECE_ON_GPU
-            small = isinstance(block, Tensor) and block.numel() <= _SMALL
+            small = block.numel() <= _SMALL
             if waiting and (not small or held + block.numel() > _PACKED or waiting[0].device != block.device):
                 yield self._joined(first, waiting)
                 waiting = []
             if small:
                 first, held = (first, held) if waiting else (number, 0)
-                waiting.append(block.reshape(-1))
+                waiting.append((block.read() if isinstance(block, StoredTensor) else block).reshape(-1))
                 held += block.numel()
                 continue
             offset = 0
