@@ -82,7 +82,7 @@ def run(
         revision: What the sources are, where git does not say it.
         only: Files, or parts as ``file/part``; all where none is named.
         seconds: No part is begun after so long, tests included; a later call takes it up.
-        skip_tests: Whether the tests passed on this device just before.
+        skip_tests: Whether the tests passed on this device just before; the records say that they were skipped.
 
     Returns:
         Exit status: 0 when all that was asked for is recorded, 1 when a test or a part failed, 3 when parts are left.
@@ -91,7 +91,7 @@ def run(
         RefusedError: ``only`` names what there is not, or the revision is unknown.
     """
     start = time.monotonic()
-    origin = {**machine(), **software(revision), **gpu_state()}
+    origin = {**machine(), **software(revision), **gpu_state(), "tested": not skip_tests}
     if not origin["commit"]:
         raise RefusedError("there is no git here: name the revision with --revision TEXT.")
     print(f"{origin['machine']}: " + ", ".join(f"{key} {value}" for key, value in origin.items() if key != "machine"))
@@ -168,6 +168,8 @@ def table(records: list[Record]) -> Iterator[str]:
             f"{line}{record['ms']['median']:10.3f} {_cell(rates.get('tflops'), 8, 1)} {_cell(rates.get('tbps'), 6, 2)} "
             f"{_cell(share, 8, 2)} {_cell(record.get('peak_mib'), 8, 0)} {record.get('error', ''):>8}"
         )
+    if untested := sorted({f"{r['op']}/{r['part']}" for r in records if not r["tested"]}):
+        yield f"Recorded without the tests (--tested): {', '.join(untested)}."
 
 
 def rate(record: Record) -> dict[str, float]:

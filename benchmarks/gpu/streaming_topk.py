@@ -1,10 +1,12 @@
 """K2: exact top-k over hundreds of tensors, against one read of them and against torch's top-k of their concatenation.
 
-``one_read`` sums every tensor: what any method must do at least once. Every record has the bytes of the scores.
+``one_read`` sums every tensor: what any method must do at least once. Every record has the bytes of the scores. What is
+selected is compared with the reference, over repeated calls, and with the blocks in the opposite order.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -27,18 +29,36 @@ CASES = {
 }
 
 
+ONE_ULP = torch.finfo(torch.float32).eps
+# What else the scores may be; each works in place, on a block of a TopK.
+DISTRIBUTIONS: dict[str, Callable[[Tensor], object]] = {
+    "half zeros": lambda block: block.mul_(torch.rand_like(block) >= 0.5),  # the threshold lies within them
+    "all equal": lambda block: block.fill_(1.0),
+    "within an ulp": lambda block: block.copy_(1 + ONE_ULP * (torch.rand_like(block) < 0.3)),
+    "nine values": lambda block: block.copy_(torch.randint_like(block, 9)),
+    "denormals": lambda block: block.clamp_(max=1).mul_(1e-39),
+    "ascending": lambda block: block.copy_(block.sort().values),  # neighbours in a sample resemble each other
+    "infinities": lambda block: block.masked_fill_(torch.rand_like(block) < 0.01, math.inf),
+}
+CHECKED_CALLS = 3
+
+
 def parts(device: torch.device) -> list[Part]:
     every = {name: partial(_measure, case, device) for name, case in CASES.items()}
-    every["1e9 half zeros"] = partial(_measure, TopK(10**9, 0.6, 291), device, zeros=0.5)
+    every["1e9 half zeros"] = partial(_measure, TopK(10**9, 0.6, 291), device, "half zeros")
+    for name in DISTRIBUTIONS:
+        every[f"1e8 {name}"] = partial(_measure, TopK(10**8, 0.6 if name == "half zeros" else 0.005, 50), device, name)
+    every["1e8 half on the CPU"] = partial(_half, TopK(10**8, 0.005, 50), device)
     return [Part(name, run) for name, run in every.items()]
 
 
-def _measure(case: TopK, device: torch.device, zeros: float = 0.0) -> Iterator[Record]:
+def _measure(case: TopK, device: torch.device, distribution: str = "") -> Iterator[Record]:
     if 4.5 * case.n > torch.cuda.get_device_properties(device).total_memory:
         return
     scores = case.scores(device)
-    for block in scores if zeros else []:
-        block[torch.rand_like(block) < zeros] = 0
+    torch.manual_seed(0)
+    for block in scores if distribution else []:
+        DISTRIBUTIONS[distribution](block)
     k = int(sum(map(len, scores)) * case.density)
     rivals: dict[str, Callable[[], object]] = {
         "fishkern": partial(streaming_topk, scores, k, backend="triton"),
@@ -49,15 +69,38 @@ def _measure(case: TopK, device: torch.device, zeros: float = 0.0) -> Iterator[R
     found = compare(rivals, ours="fishkern", device=device, flush=False)
     check(scores, k)
     for provider, figures in found.items():
-        described = {**asdict(case), "zeros": zeros}
+        described = {**asdict(case), "distribution": distribution}
         yield {"provider": provider, "case": described, "dtype": "float32", "bytes": 4 * case.n, **figures}
 
 
+def _half(case: TopK, device: torch.device) -> Iterator[Record]:
+    """Every other block on the CPU, which the kernel does not take: by the reference, or moved to the GPU first."""
+    scores = [block.cpu() if number % 2 else block for number, block in enumerate(case.scores(device))]
+
+    def ours() -> list[Tensor]:
+        return streaming_topk(scores, case.k)
+
+    def moved() -> list[Tensor]:
+        return streaming_topk([block.to(device) for block in scores], case.k, backend="triton")
+
+    found = compare({"fishkern": ours, "moved": moved}, ours="fishkern", device=device, flush=False)
+    if not all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(ours(), moved(), strict=True)):
+        raise ValueError("blocks on two devices are selected from otherwise than those on one")
+    for provider, figures in found.items():
+        yield {"provider": provider, "case": asdict(case), "dtype": "float32", "bytes": 4 * case.n, **figures}
+
+
 def check(scores: list[Tensor], k: int) -> None:
-    """Demand what a timing alone does not show: as many as asked for, and the same by both backends."""
-    ours = streaming_topk(scores, k, backend="triton")
-    if sum(map(len, ours)) != k:
-        raise ValueError(f"{sum(map(len, ours))} selected instead of {k}")
+    """Demand what a timing does not show: the number, the reference's bits, and no order of the blocks."""
     reference = streaming_topk(scores, k, backend="torch")
-    if not all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True)):
-        raise ValueError("the kernels select other scores than the reference")
+    for _ in range(CHECKED_CALLS):
+        ours = streaming_topk(scores, k, backend="triton")
+        if sum(map(len, ours)) != k:
+            raise ValueError(f"{sum(map(len, ours))} selected instead of {k}")
+        if not all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True)):
+            raise ValueError("the kernels select other scores than the reference")
+    backwards = streaming_topk(scores[::-1], k, backend="triton")[::-1]
+    threshold = min(block[found].min() for block, found in zip(scores, ours, strict=True) if len(found))
+    for block, a, b in zip(scores, ours, backwards, strict=True):  # of scores at the threshold, others come first
+        if not torch.equal(a[block[a] > threshold], b[block[b] > threshold]):
+            raise ValueError("another order of the blocks selects other scores")

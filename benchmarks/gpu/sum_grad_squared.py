@@ -14,6 +14,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.func import grad, vmap
+from torch.nn import functional as F
 
 from benchmarks.gpu import Part, Record
 from benchmarks.gpu._timing import compare
@@ -162,7 +164,21 @@ def _rivals(
         rivals["bmm_in_l2"] = partial(bmm_squares, x, g, out, max(1, L2_BYTES // (4 * case.N * case.I)))
         if stored < torch.cuda.get_device_properties(x.device).total_memory // 3:
             rivals["bmm"] = partial(bmm_squares, x, g, out, case.O)
+            rivals["opacus_einsum"] = partial(einsum_squares, x, g, out)
+            rivals["vmap_grad"] = partial(vmap_squares, x, g, out)
     return rivals
+
+
+def einsum_squares(x: Tensor, g: Tensor, out: Tensor) -> Tensor:
+    """Opacus' ``grad_sample`` of a linear layer, in the dtype of its inputs, squared in float32 and added up."""
+    return out.add_(torch.einsum("n...i,n...j->nij", g, x).float().square_().sum(0))
+
+
+def vmap_squares(x: Tensor, g: Tensor, out: Tensor) -> Tensor:
+    """``vmap(grad(...))`` of torch.func, whose loss of one example has ``g`` for the gradient by the outputs."""
+    weight = torch.zeros(out.shape, dtype=x.dtype, device=x.device)
+    grads = vmap(grad(lambda weight, x, g: (F.linear(x, weight) * g).sum()), in_dims=(None, 0, 0))(weight, x, g)
+    return out.add_(grads.float().square_().sum(0))
 
 
 def bmm_squares(x: Tensor, g: Tensor, out: Tensor, rows: int) -> Tensor:

@@ -21,11 +21,13 @@ from benchmarks.gpu import (
     _tune,
     masked_adamw,
     roofs,
+    siblings,
     streaming_topk,
     sum_grad_squared,
     whole_pass,
 )
 from benchmarks.topk_cases import TopK
+from fishkern.ops.streaming_topk import streaming_topk_torch
 from fishkern.ops.sum_grad_squared import sum_grad_squared_torch
 
 CPU = torch.device("cpu")
@@ -119,6 +121,16 @@ def test_nothing_is_recorded_on_red(session, tmp_path, capfd):
     work.TESTS = passing(tmp_path)
     assert session.run({"op": work}) == 0
     assert work.ran == ["first"]
+
+
+def test_records_say_whether_the_tests_ran(session, tmp_path, capsys):
+    modules = {"op": Work(passing(tmp_path), a=[COPY], b=[COPY])}
+    assert session.run(modules, only=["op/a"]) == 0
+    assert "--tested" not in capsys.readouterr().out
+    assert session.run(modules, skip_tests=True) == 0
+    assert "Recorded without the tests (--tested): op/b." in capsys.readouterr().out
+    records = [json.loads(line) for path in session.folder.glob("*") for line in path.read_text().splitlines()]
+    assert {record["part"]: record["tested"] for record in records} == {"a": True, "b": False}
 
 
 def test_only(session):
@@ -241,7 +253,15 @@ def test_stored_gradients_are_a_fair_rival(rows):
     torch.testing.assert_close(out, sum_grad_squared_torch(x, g))
 
 
-TINY = whole_pass.Case(N=2, T=5, layers=1, hidden=16, intermediate=24, vocabulary=31, heads=4, dtype="float32")
+@pytest.mark.parametrize("rival", [sum_grad_squared.einsum_squares, sum_grad_squared.vmap_squares])
+def test_rivals_compute_the_same(rival):
+    x, g, _ = SMALL["a gate 8x512"].inputs(CPU)
+    torch.testing.assert_close(rival(x, g, torch.ones(24, 20)), 1 + sum_grad_squared_torch(x, g))
+
+
+TINY = whole_pass.Case(
+    N=2, T=5, layers=1, hidden=16, intermediate=24, vocabulary=31, heads=4, key_heads=2, dtype="float32"
+)
 
 
 @pytest.mark.parametrize("change", [{}, {"tied": True}, {"lora": 2}], ids=str)
@@ -268,6 +288,25 @@ def test_whole_pass_on_a_tiny_model(change, monkeypatch):
     for module, values in results.get("per_layer_bmm", {}).items():
         expectation = examples * expected[f"{module}.weight"]
         torch.testing.assert_close(values, expectation, rtol=1e-3, atol=1e-3 * expectation.max().item())
+
+
+def test_a_graph_is_captured_last(monkeypatch):
+    """Alone, after all that is ours: a capture that fails may disturb what is allocated after it."""
+    pytest.importorskip("triton")
+    compared = []
+
+    def compare(providers: dict, **options) -> dict[str, dict]:
+        compared.append(list(providers))
+        return {name: {"ms": {"median": 1.0, "min": 1.0, "max": 1.0}} for name in providers}
+
+    monkeypatch.setattr(whole_pass, "BATCHES", 1)
+    monkeypatch.setattr(whole_pass, "compare", compare)
+    monkeypatch.setattr(whole_pass, "disagreement", lambda model, batches: compared.append("ours") or 0.0)
+    records = list(whole_pass.measure(TINY, CPU))
+    assert len(compared) == 3
+    assert compared[1:] == ["ours", ["one_by_one_graphed"]]
+    assert "fishkern" in compared[0]
+    assert [record["provider"] for record in records] == [*compared[0], "one_by_one_graphed"]
 
 
 def test_tiles_to_tune_fit():
@@ -315,10 +354,61 @@ def test_all_of_top_k_on_tiny_tensors(monkeypatch):
         pytest.skip("the CPU stands in for the device")
     monkeypatch.setattr(streaming_topk, "compare", called_once)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10**9))
-    for zeros in (0.0, 0.5):
-        records = list(streaming_topk._measure(TopK(5000, 0.1, 7), CPU, zeros))
+    for distribution in ("", *streaming_topk.DISTRIBUTIONS):
+        records = list(streaming_topk._measure(TopK(5000, 0.1, 7), CPU, distribution))
         assert [record["provider"] for record in records] == ["fishkern", "torch", "one_read", "cat_topk"]
         assert all(record["bytes"] == 20_000 for record in records)
+        assert all(record["case"]["distribution"] == distribution for record in records)
+    halves = list(streaming_topk._half(TopK(5000, 0.1, 7), CPU))
+    assert [record["provider"] for record in halves] == ["fishkern", "moved"]
+
+
+def test_distributions_of_scores_are_what_they_are_called():
+    torch.manual_seed(0)
+    made = {name: torch.randn(20_000).square() for name in streaming_topk.DISTRIBUTIONS}
+    for name, block in made.items():
+        streaming_topk.DISTRIBUTIONS[name](block)
+    counts = {name: len(block.unique()) for name, block in made.items()}
+    assert (counts["all equal"], counts["within an ulp"], counts["nine values"]) == (1, 2, 9)
+    assert 0.4 < (made["half zeros"] == 0).double().mean() < 0.6
+    assert 0 < made["denormals"].max() < torch.finfo(torch.float32).tiny
+    assert torch.equal(made["ascending"], made["ascending"].sort().values)
+    assert made["infinities"].isinf().any()
+
+
+@pytest.mark.parametrize("wrong", ["one less", "others", "another in the second call", "by the order of the blocks"])
+def test_what_is_selected_is_checked(wrong, monkeypatch):
+    """A selection that is wrong in one way is not recorded."""
+    scores, calls = TopK(600, 0.1, 3).scores(), []
+
+    def select(blocks: list[torch.Tensor], k: int, backend: str) -> list[torch.Tensor]:
+        calls.append(backend)
+        found = streaming_topk_torch(blocks, k)
+        ours = backend == "triton"
+        if ours and wrong == "one less":
+            found[0] = found[0][1:]
+        elif ours and (wrong == "others" or (wrong == "another in the second call" and calls.count("triton") == 2)):
+            found[0] = (found[0] + 1) % len(blocks[0])
+        elif ours and wrong == "by the order of the blocks" and blocks[0] is scores[-1]:
+            found[-1] = found[-1].flip(0)
+        return found
+
+    monkeypatch.setattr(streaming_topk, "streaming_topk", select)
+    with pytest.raises(ValueError, match="selected instead|than the reference|another order"):
+        streaming_topk.check(scores, 60)
+
+
+@pytest.mark.parametrize("name", siblings.CASES)
+def test_siblings_in_small(name, monkeypatch):
+    """What is timed is the pass's own form of these gradients, and the bytes are those of its inputs and its result."""
+    monkeypatch.setattr(siblings, "compare", called_once)
+    case = siblings.Case(**{**vars(siblings.CASES[name]), "N": 2, "T": 3, "D": 4, "vocabulary": 5})
+    (record,) = siblings._measure(case, CPU)
+    inputs = 2 * 3 * 4 * 2
+    if case.kind == "embedding":
+        assert inputs + 2 * 3 * 8 + 8 * 4 <= record["bytes"] <= inputs + 2 * 3 * 8 + 5 * 8 * 4
+    else:
+        assert record["bytes"] == inputs * (2 if case.kind == "scale" else 1) + 8 * 4
 
 
 @pytest.mark.parametrize("part", ["a gate 8x512", "c gate packed", "with mean gradient"])
@@ -332,7 +422,8 @@ def test_all_of_a_layer_in_small(part, monkeypatch):
     records = list(sum_grad_squared._measure(SMALL[part], CPU))
     assert float(records[0]["error"]) < 1e-5
     names = [record["provider"] for record in records]
-    assert names == ["fishkern", "torch", "cublas_dw", *([] if "packed" in part else ["bmm_in_l2", "bmm"])]
+    rivals = ["bmm_in_l2", "bmm", "opacus_einsum", "vmap_grad"]
+    assert names == ["fishkern", "torch", "cublas_dw", *([] if "packed" in part else rivals)]
 
 
 def called_once(providers: dict, **options) -> dict[str, dict]:
