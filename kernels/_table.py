@@ -18,6 +18,7 @@ from torch import Tensor
 
 COLUMNS = tl.constexpr(7)
 BLOCK = 1024
+OPTIONS = {"enable_fp_fusion": True}  # of the compiler, whose default depends on the version of Triton
 
 
 @triton.jit

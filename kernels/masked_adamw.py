@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._table import BLOCK, as_tensor, entries_of_block, tables
+from ._table import BLOCK, OPTIONS, as_tensor, entries_of_block, tables
 
 
 @triton.jit
@@ -93,6 +93,7 @@ def masked_adamw_(
             _log(beta1), _log(beta2), 1 - beta1, beta2, 1 - beta2, eps, weight_decay,
             maximize,
             BLOCK,
+            **OPTIONS,
         )  # fmt: skip
     torch.autograd.graph.increment_version(params)  # else autograd would not notice
 

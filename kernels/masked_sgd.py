@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._table import BLOCK, as_tensor, entries_of_block, tables
+from ._table import BLOCK, OPTIONS, as_tensor, entries_of_block, tables
 
 
 @triton.jit
@@ -80,5 +80,6 @@ def masked_sgd_(
             momentum, 1 - dampening, weight_decay,
             nesterov, maximize,
             BLOCK,
+            **OPTIONS,
         )  # fmt: skip
     torch.autograd.graph.increment_version(params)  # else autograd would not notice

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 _CHUNK = 4096
+_OPTIONS = {"enable_fp_fusion": True}  # there is nothing to fuse, but without a word Triton 3.9 warns
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # The sample: so many chunks, and of each so many scores.
 _SAMPLED_CHUNKS, _SAMPLED_SCORES = 8192, 256
@@ -137,7 +138,7 @@ class _Launch:
         table: ``[4, tensors]``, int64: number of its first chunk in this launch, address, size, place of that chunk
             among all.
         chunks: Number of programs.
-        constants: What the kernels are compiled for.
+        constants: What the kernels are compiled for, and how.
     """
 
     table: Tensor
@@ -186,7 +187,7 @@ class _Pool:
             ]
             aligned = all(address % 16 == 0 for address in rows[1])
             constants = {"DTYPE": _DTYPES[dtype], "ALIGNED": aligned, "LARGEST": largest, "CHUNK": _CHUNK}
-            yield _Launch(torch.tensor(rows, device=self.device), sum(chunks), constants)
+            yield _Launch(torch.tensor(rows, device=self.device), sum(chunks), constants | _OPTIONS)
 
     def select(self, k: int) -> Tensor:
         """Give the bits of the ``k`` first scores, ``[chunks, CHUNK / 32]``."""
@@ -219,7 +220,7 @@ class _Pool:
         offsets = (torch.arange(self.chunks, device=self.device) - firsts) * _CHUNK
         before = torch.cat([ends.new_zeros(1), ends])
         out = torch.empty(int(ends[-1]), dtype=dtype, device=self.device)
-        _emit_kernel[(self.chunks,)](bits, ends - counts, offsets, out, CHUNK=_CHUNK)
+        _emit_kernel[(self.chunks,)](bits, ends - counts, offsets, out, CHUNK=_CHUNK, **_OPTIONS)
         return out, (before[last] - before[last - chunks_of]).tolist()
 
     def _pass(self, low: float, high: float) -> tuple[_Counts, Tensor, Tensor, Tensor]:

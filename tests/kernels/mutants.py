@@ -1,7 +1,8 @@
-"""Plants errors in the kernel of ``sum_grad_squared`` and says which of them the ordinary tests find.
+"""Plants errors in the kernels and says which of them the ordinary tests find.
 
-``python -m tests.kernels.mutants`` prints one line for each and ends with 1 if one survives. Each runs the kernel's
-tests on a copy of the sources, in the interpreter or on the device, whichever is there.
+``python -m tests.kernels.mutants`` prints one line for each and ends with 1 if one survives; names of operations or of
+errors choose some. Each runs the operation's tests on a copy of the sources, in the interpreter or on the device,
+whichever is there. What only makes a kernel slower, such as a bad sample of top-k, is no error and not planted.
 """
 
 from __future__ import annotations
@@ -15,10 +16,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE, LAUNCHER = "kernels/_sum_grad_squared_device.py", "kernels/sum_grad_squared.py"
-TESTS = ["tests/kernels/test_sum_grad_squared.py", "tests/ops/test_sum_grad_squared.py"]
+TOPK, ADAMW, SGD = "kernels/streaming_topk.py", "kernels/masked_adamw.py", "kernels/masked_sgd.py"
+TABLE = "kernels/_table.py"
+
+# The tests of each operation, and which of them meet its kernel.
+TESTS = {
+    "sum_grad_squared": (
+        ["tests/kernels/test_sum_grad_squared.py", "tests/ops/test_sum_grad_squared.py"], "not torch and not memory"
+    ),
+    "streaming_topk": (
+        ["tests/kernels/test_streaming_topk.py", "tests/ops/test_streaming_topk.py"], "triton or test_kernel"
+    ),
+    "masked_adamw": (["tests/ops/test_masked_adamw.py"], "not torch"),
+    "masked_sgd": (["tests/ops/test_masked_sgd.py"], "not torch"),
+}
 
 # What goes wrong -> the file, what stands there, and what is planted.
-MUTANTS: dict[str, tuple[str, str, str]] = {
+Planted = dict[str, tuple[str, str, str]]
+SUM_GRAD_SQUARED: Planted = {
     "squared before the sum over positions": (DEVICE, "last = remaining <= BLOCK_T\n", "last = remaining > 0\n"),
     "last chunk skipped": (DEVICE, "* tl.cdiv(T, BLOCK_T)\n", "* (T // BLOCK_T)\n"),
     "mask of positions one too long": (DEVICE, "(offs_t < remaining)", "(offs_t <= remaining)"),
@@ -36,14 +51,54 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "packed chunks one behind": (DEVICE, "            chunk += 1\n            t = tl.load", "            t = tl.load"),
     "strides of activations ignored": (LAUNCHER, '"stride_xi": x.strides[-1]', '"stride_xi": 1'),
     "few positions: the second forgotten": (DEVICE, "tl.static_range(T)", "tl.static_range(1)"),
+}
+STREAMING_TOPK: Planted = {
+    "wide loads at any address": (TOPK, "aligned = all(address % 16 == 0 for address in rows[1])", "aligned = True"),
+    "one tie too few": (TOPK, "(tl.cumsum(equal, 0) <= quota)", "(tl.cumsum(equal, 0) < quota)"),
+    "ties of an earlier chunk not counted": (TOPK, "clamp_(min=0).minimum(ties)", "clamp_(min=take).minimum(ties)"),
+    "no room, and nobody asks": (TOPK, "inside > self.room:", "False:"),
+    "of equal candidates the last": (TOPK, "slots, order = slots.sort()", "slots, order = slots.sort(descending=True)"),
+    "no margin around the sample": (TOPK, "+ _DEVIATIONS**2\n", "* 0\n"),
+    "chunks of a second dtype over those of the first": (
+        TOPK, "place = tl.load(table_ptr + 3 * num_tensors + low) + inside", "place = number"
+    ),
+    "behind the end of a tensor": (TOPK, "exists = offs < left", "exists = offs <= left"),
+    "NaN not refused": (TOPK, "        if nan:\n            raise", "        if False:\n            raise"),
+    "smallest not negated": (TOPK, "return values if LARGEST else -values,", "return values if LARGEST else values,"),
+    "indices of the second block from the first": (TOPK, "self.device) - firsts) * _CHUNK", "self.device)) * _CHUNK"),
+}
+MASKED_ADAMW: Planted = {
+    "second moment corrected by the first's beta": (ADAMW, "tl.exp(age * log_beta2)", "tl.exp(age * log_beta1)"),
+    "decay without the learning rate": (ADAMW, "(1.0 - lr * weight_decay)", "(1.0 - weight_decay)"),
+    "age of entries that came later": (ADAMW, "age = age - tl.load(starts_ptr", "age = age - 0 * tl.load(starts_ptr"),
+    "master weights not kept": (ADAMW, "tl.store(master_ptr + offs, weight, mask=mask)", "pass"),
+    "scale of the gradients forgotten": (ADAMW, "grad = grad * tl.load(scale_ptr)", "grad = grad * 1.0"),
+    "state of the first parameter for all": (TABLE, "tl.load(row + 4) + offs, params", "offs, params"),
+    "gathered gradients read as whole ones": (TABLE, "if tl.load(row + 6) != 0:", "if tl.load(row + 6) > 1:"),
+    "blocks after a parameter's first": (TABLE, "(block - tl.load(row + 5)) * BLOCK", "(block * 0) * BLOCK"),
+}
+MASKED_SGD: Planted = {
+    "first momentum damped": (SGD, "tl.where(age == 1.0, grad,", "tl.where(age == 0.0, grad,"),
+    "Nesterov without momentum": (SGD, "grad += momentum * buffer", "grad += buffer"),
+    "decay forgotten": (SGD, "grad += weight_decay * weight", "grad += 0.0 * weight"),
+    "maximize ignored": (SGD, "        grad = -grad\n", "        grad = grad\n"),
+    "age of entries that came later, in SGD": (
+        SGD, "age = age - tl.load(starts_ptr", "age = age - 0 * tl.load(starts_ptr"
+    ),
 }  # fmt: skip
+MUTANTS: dict[str, Planted] = {
+    "sum_grad_squared": SUM_GRAD_SQUARED,
+    "streaming_topk": STREAMING_TOPK,
+    "masked_adamw": MASKED_ADAMW,
+    "masked_sgd": MASKED_SGD,
+}
 
 
 def survivors(names: list[str]) -> list[str]:
     """Run the tests on each mutant.
 
     Args:
-        names: Which of :data:`MUTANTS`.
+        names: Operations or mutants, those of :data:`MUTANTS`.
 
     Returns:
         Those that no test found.
@@ -54,25 +109,29 @@ def survivors(names: list[str]) -> list[str]:
         for name in ("fishkern", "kernels", "tests"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        if failure := _failure(copy):
-            raise RuntimeError(f"the tests fail without a mutant, repair that first:\n{failure}")
-        for name in names:
-            file, right, wrong = MUTANTS[name]
-            source = (copy / file).read_text()
-            if source.count(right) != 1:
-                raise RuntimeError(f"{name}: {right!r} stands {source.count(right)} times in {file}; adapt the mutant")
-            (copy / file).write_text(source.replace(right, wrong))
-            failure = _failure(copy)
-            (copy / file).write_text(source)
-            print(f"{'killed' if failure else 'SURVIVED'}  {name}", flush=True)
-            alive += [] if failure else [name]
+        for operation, mutants in MUTANTS.items():
+            wanted = {name: mutant for name, mutant in mutants.items() if operation in names or name in names}
+            if wanted and (failure := _failure(copy, operation)):
+                raise RuntimeError(f"the tests fail without a mutant, repair that first:\n{failure}")
+            for name, (file, right, wrong) in wanted.items():
+                source = (copy / file).read_text()
+                if source.count(right) != 1:
+                    raise RuntimeError(
+                        f"{name}: {right!r} stands {source.count(right)} times in {file}; adapt the mutant"
+                    )
+                (copy / file).write_text(source.replace(right, wrong))
+                failure = _failure(copy, operation)
+                (copy / file).write_text(source)
+                print(f"{'killed' if failure else 'SURVIVED'}  {operation}: {name}", flush=True)
+                alive += [] if failure else [name]
     return alive
 
 
-def _failure(copy: Path) -> str | None:
-    chosen = ["-q", "-x", "-p", "no:cacheprovider", *TESTS, "-k", "not torch and not memory"]
+def _failure(copy: Path, operation: str) -> str | None:
+    tests, chosen = TESTS[operation]
+    options = ["-q", "-x", "-p", "no:cacheprovider", *tests, "-k", chosen]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", *chosen]
+    command = [sys.executable, "-m", "pytest", *options]
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     return f"{done.stdout[-3000:]}\n{done.stderr[-1000:]}" if done.returncode else None
 
