@@ -6,8 +6,9 @@ and writes what it finds.
 
 Two float32 tiles, the gradient and the total, live in registers: 128 x 256 of them take all 255 of 8 warps, and spill
 a little after each example, not within one. That is only so where blocks come and go through TMA, whose addresses cost
-no registers. The mean gradient is a third tile, so that it takes 128 x 128. Blocks that are loaded entry by entry pass
-through registers, which leaves room for 128 x 64.
+no registers. The mean gradient is a third tile, so that it takes 128 x 128, or 128 x 64 for float32 on sm_80, where
+Triton 3.6 spills accumulators of more. Blocks that are loaded entry by entry pass through registers, which leaves room
+for 128 x 64.
 """
 
 from __future__ import annotations
@@ -141,6 +142,9 @@ TABLES: dict[str, dict[tuple[int, Loads], tuple[Config, ...]]] = {
     },
 }  # fmt: skip
 
+# Columns of the widest tiles that three of fit the registers, where it is not 128: by family and bytes of an entry.
+WIDEST_WITH_MEAN = {("sm_80", 4): 64}
+
 FEW = {"interpreter": Config(32, 64, 1, 4, 1, 2)}
 FEW_ELSEWHERE = Config(32, 128, 1, 4, 1)  # 32 entries of the result for each thread
 SUM_PARTS = Config(16, 128, 1, 4, 1, 1)
@@ -160,7 +164,16 @@ def takes_tma(hardware: Hardware) -> bool:
 
 
 def choose(
-    hardware: Hardware, O: int, I: int, N: int, positions: int, dense: bool, itemsize: int, loads: Loads, wide: bool
+    hardware: Hardware,
+    O: int,
+    I: int,
+    N: int,
+    positions: int,
+    dense: bool,
+    itemsize: int,
+    loads: Loads,
+    wide: bool,
+    mean: bool,
 ) -> tuple[Config, int]:
     """Choose the tiles and the split, from shapes and the device alone, so that equal calls give equal bits.
 
@@ -174,6 +187,7 @@ def choose(
         itemsize: Bytes of an input's entry.
         loads: How the inputs are loaded.
         wide: Whether there are registers for tiles wider than 128.
+        mean: Whether the mean gradient is asked for.
 
     Returns:
         The tiles, and the number of parts.
@@ -187,10 +201,25 @@ def choose(
         tiles = -(-O // 128) * -(-I // 256)
         if widths[-1] > 128 and (not wide or tiles < 2 * hardware.processors):  # too few to go round twice
             widths.pop()
+        if mean:
+            widths = [width for width in widths if width <= widest_with_mean(hardware, itemsize)]
         width = next((width for width in widths if width >= I), widths[-1])
         steps = [config for config in table if width == config.BLOCK_I]
         config = next((config for config in steps if _padding(length, config.BLOCK_T, dense) <= 0.15), steps[-1])
     return config, _parts(hardware, config, O, I, N)
+
+
+def widest_with_mean(hardware: Hardware, itemsize: int) -> int:
+    """Say how wide tiles may be where the mean gradient is asked for.
+
+    Args:
+        hardware: Where it will run.
+        itemsize: Bytes of an input's entry.
+
+    Returns:
+        Columns of a tile.
+    """
+    return WIDEST_WITH_MEAN.get((hardware.family, itemsize), 128)
 
 
 def _padding(length: float, block: int, dense: bool) -> float:

@@ -191,8 +191,9 @@ def _plan(
     loads = _loads(x, g, on)
     parts = 1
     if config is None:
-        wide = len(results) == 1 and _tma_takes(results[0])
-        config, parts = choose(on, O, I, N, positions, dense, x.itemsize, loads, wide)
+        mean = len(results) == 2
+        wide = not mean and _tma_takes(results[0])
+        config, parts = choose(on, O, I, N, positions, dense, x.itemsize, loads, wide, mean)
     if parts > 1:
         parts_of = Layout((parts, O, I), (O * I, I, 1), 4, True)
         targets = [parts_of for _ in results]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -123,12 +125,45 @@ def test_choice(on: Hardware):
             for O, I in ((1, 1), (4096, 16), (1024, 1024), (1024, 4096), (11008, 4096), (128256, 4096)):
                 for N, positions in ((1, 1), (8, 4096), (256, 4096), (4096, 4096), (3, 5), (55, 16384)):
                     for dense in (True, False):
-                        tiles, parts = configs.choose(on, O, I, N, positions, dense, itemsize, loads, True)
+                        tiles, parts = configs.choose(on, O, I, N, positions, dense, itemsize, loads, True, False)
                         assert 1 <= parts <= N
                         assert parts == 1 or parts * O * I * 4 <= configs.WORKSPACE
                         assert tiles.BLOCK_T >= 16 or (dense and positions / N <= configs.FEW_POSITIONS)
-    assert configs.choose(H100, 11008, 4096, 8, 4096, True, 2, "tma", True)[1] == 1
-    assert configs.choose(H100, 1024, 1024, 8, 4096, True, 2, "tma", True)[1] > 1
+    assert configs.choose(H100, 11008, 4096, 8, 4096, True, 2, "tma", True, False)[1] == 1
+    assert configs.choose(H100, 1024, 1024, 8, 4096, True, 2, "tma", True, False)[1] > 1
+
+
+@pytest.mark.parametrize(
+    "on, itemsize, loads, width",
+    [
+        (A100, 2, "vectors", 128), (A100, 4, "vectors", 64), (A100, 4, "elements", 64),
+        (H100, 2, "tma", 128), (H100, 4, "tma", 128), (MI300, 4, "vectors", 128),
+    ],
+)  # fmt: skip
+def test_tiles_with_the_mean_gradient(on: Hardware, itemsize: int, loads: str, width: int):
+    """A third tile needs its registers: not wider than what ``resources.json`` shows to fit."""
+    arguments = (on, 11008, 4096, 8, 4096, True, itemsize, loads, False)
+    assert width == configs.choose(*arguments, True)[0].BLOCK_I
+    assert width <= configs.choose(*arguments, False)[0].BLOCK_I
+
+
+@pytest.mark.parametrize(
+    "family, properties",
+    [
+        ("sm_80", dict(major=8, minor=9, shared_memory_per_block_optin=101_376)),
+        ("sm_80", dict(major=12, minor=0, shared_memory_per_block_optin=101_376)),
+        ("sm_90", dict(major=9, minor=0, shared_memory_per_block_optin=232_448)),
+        ("sm_90", dict(major=10, minor=0, shared_memory_per_block_optin=232_448)),
+        ("gfx942", dict(gcnArchName="gfx950:sramecc+:xnack-")),
+    ],
+)
+def test_whose_tables_a_device_takes(family, properties, monkeypatch):
+    """The nearest below its own, as far as its shared memory goes."""
+    found = SimpleNamespace(multi_processor_count=100, **properties)
+    monkeypatch.setattr(torch.version, "hip", "7.0" if "gcnArchName" in properties else None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    shared = properties.get("shared_memory_per_block_optin", 163_840)
+    assert hardware.__wrapped__(torch.device("cuda", 0)) == Hardware(family, 100, shared)
 
 
 def test_only_named_tiles_are_used_when_named():
