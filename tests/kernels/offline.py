@@ -3,32 +3,39 @@
 It runs in a process of its own, since in that of the tests the kernels may be interpreted::
 
     python -m tests.kernels.offline compile [all]    prints what each case takes, as JSON
+    python -m tests.kernels.offline planted          prints the same of tiles that are far too large
+    python -m tests.kernels.offline relatives        prints the shared memory of chips that take the tables of another
     python -m tests.kernels.offline calls            compiles all launches of the benchmark's calls, prints how many
     python -m tests.kernels.offline record           writes it for this version of Triton into resources.json
 
-The cases go through the launcher, so that what is compiled is what it would launch.
+The cases go through the launchers, so that what is compiled is what they would launch.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
 from fishkern.kernels._hardware import A100, H100, MI300, Hardware
-from fishkern.kernels._sum_grad_squared_configs import Config, Loads, configs
+from fishkern.kernels._sum_grad_squared_configs import Config, Loads, configs, widest_with_mean
+from fishkern.kernels.masked_adamw import masked_adamw_
+from fishkern.kernels.masked_sgd import masked_sgd_
 from fishkern.kernels.sum_grad_squared import Launch, launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fishkern.kernels import streaming_topk as topk
+from tests.kernels.disassembly import resources
 
 RESOURCES = Path(__file__).with_name("resources.json")
 TARGETS = {
@@ -36,8 +43,13 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
-NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# What takes the tables of another.
+RELATIVES = {
+    **{f"sm_{number}": (A100, GPUTarget("cuda", number, 32)) for number in (86, 89, 120)},
+    "sm_100": (H100, GPUTarget("cuda", 100, 32)),
+    **{name: (MI300, GPUTarget("hip", name, 64)) for name in ("gfx90a", "gfx950")},
+}
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ class Case:
         return launches(x, g, offsets, out, True, grad_out, self.tf32, self.on, self.config)[0]
 
 
-def cases(every: bool) -> Iterator[Case]:
+def cases(every: bool) -> Iterator[Case | Recorded]:
     """All configurations with every option, or the widest of each table with the usual ones."""
     for on in (A100, H100, MI300):
         seen = set()
@@ -86,7 +98,8 @@ def cases(every: bool) -> Iterator[Case]:
             yield Case(on, dtype, loads, config)
             if every or (itemsize == 2 and on is not MI300):
                 yield Case(on, dtype, loads, config, packed=True)
-            if every and config.BLOCK_I == 128:
+            width = _widest_with_mean(on, itemsize, loads)
+            if every and width == config.BLOCK_I:
                 yield Case(on, dtype, loads, config, mean=True)
             if every and itemsize == 2:
                 yield Case(on, torch.float16, loads, config)
@@ -96,31 +109,98 @@ def cases(every: bool) -> Iterator[Case]:
             yield Case(on, torch.bfloat16, "tma", Config(128, 128, 64, 8, 5), mean=True)
         for T in (1, 2, 3, 4) if every else (4,):
             yield Case(on, torch.bfloat16, "vectors", T=T)
+        for name, launch in others(every):
+            yield Recorded(on, name, launch)
 
 
-def resources(case: Case) -> dict[str, int]:
-    """Compile, and read registers, spills, shared memory and matrix instructions."""
-    compiled = compile_launch(case.launch(), TARGETS[case.on.family])
-    taken = {"shared": compiled.metadata.shared}
-    if case.on is MI300:
-        code = compiled.asm["amdgcn"]
-        taken |= {
-            name: int(re.search(rf"\.{field}:\s+(\d+)", code)[1])
-            for name, field in (("registers", "vgpr_count"), ("spilled", "vgpr_spill_count"))
+def _widest_with_mean(on: Hardware, itemsize: int, loads: Loads) -> int:
+    widths = [config.BLOCK_I for *table, config in configs(on) if table == [itemsize, loads]]
+    return max(width for width in widths if width <= widest_with_mean(on, itemsize))
+
+
+def plain(on: Hardware) -> Iterator[Case | Recorded]:
+    """Every configuration of one architecture, without options, and all that streams."""
+    yield from (case for case in cases(every=False) if case.on is on)
+    for itemsize, loads, config in configs(on):
+        yield Case(on, torch.bfloat16 if itemsize == 2 else torch.float32, loads, config)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A launch that a launcher without :class:`Launch` made of small tensors on the CPU."""
+
+    on: Hardware
+    name: str
+    prepared: Launch
+
+    def __str__(self) -> str:
+        return f"{self.on.family} {self.name}"
+
+    def launch(self) -> Launch:
+        return self.prepared
+
+
+def others(every: bool) -> Iterator[tuple[str, Launch]]:
+    """What streaming top-k and the masked steps launch, by dtype and what they were given."""
+    # (dtype, whether at addresses of 16 bytes, whether the largest)
+    pools = [(torch.float32, True, True)]
+    if every:
+        pools += [(torch.float32, True, False), (torch.float32, False, True)]
+        pools += [(dtype, aligned, True) for dtype in (torch.bfloat16, torch.float16) for aligned in (True, False)]
+    for dtype, aligned, largest in pools:
+        pool = topk._Pool([torch.zeros(2**17, dtype=dtype)[0 if aligned else 1 :]], largest)
+        bits, ties = torch.zeros(pool.chunks, topk._CHUNK // 32, dtype=torch.int32), torch.ones(pool.chunks)
+        said = ["topk", *(["smallest"] if not largest else []), *(["odd"] if not aligned else [])]
+        calls = {
+            "select": partial(pool._pass, 0.0, 1.0),
+            "sample": partial(pool._bracket, 1),
+            "ties": partial(pool._take_ties, bits, ties, 1, 0.0),
         }
-        return taken | {"matrix": len(re.findall(r"\bv_mfma", code))}
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
-    inner = [block for block in _blocks(sass) if re.search(r"\bHGMMA\b", block)]
-    return taken | {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spilled": int(re.search(r"STACK:(\d+)", usage)[1]),  # bytes for each thread
-        "loop_spills": sum(len(re.findall(r"\b(?:LDL|STL)\b", block)) for block in inner),  # instructions
-        "matrix": len(re.findall(r"\b(?:HGMMA|HMMA)\b", sass)),
-    }
+        for name, call in calls.items():
+            yield " ".join([NAMES[dtype], *said, name]), launched(call)
+    for dtype in (torch.int32, torch.int64) if every else (torch.int32,):
+        yield f"{NAMES[dtype]} topk emit", launched(partial(pool.emit, bits, dtype))
+
+    steps, scalars = torch.ones(1), {"lr": 0.1, "weight_decay": 0.1}
+    adamw, sgd = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}, {"momentum": 0.9, "nesterov": True}
+    for dtype, full in ((torch.float32, False), (torch.bfloat16, True)):
+        params, grads = [torch.zeros(4096, dtype=dtype)], [torch.zeros(4096, dtype=dtype)]
+        indices, state, kept = [None], torch.zeros(4096), scalars
+        if full:
+            indices, state = [torch.arange(1024, dtype=torch.int32)], torch.zeros(1024)
+            kept = {**scalars, "master": state, "starts": state, "scale": torch.ones(()), "maximize": True}
+        tensors, rest = (params, grads, indices), " full" if full else ""
+        step = partial(masked_adamw_, *tensors, state, state, steps, **adamw, **kept)
+        yield f"{NAMES[dtype]} adamw{rest}", launched(step)
+        momentum = (state, sgd) if full else (None, {})
+        step = partial(masked_sgd_, *tensors, momentum[0], steps, **momentum[1], **kept)
+        yield f"{NAMES[dtype]} sgd{rest}", launched(step)
+
+
+def launched(run: Callable[[], object]) -> Launch:
+    """What a launcher launches, once; nothing is run, so that results are whatever they were."""
+    found = []
+
+    def record(kernel: JITFunction, *given: object, grid: tuple[int, ...], warmup: bool, **named: object) -> None:
+        arguments = dict(zip(kernel.arg_names, given, strict=False)) | named
+        options = {name: arguments.pop(name) for name in named.keys() - set(kernel.arg_names)}
+        found.append(Launch(kernel, grid, arguments, options))
+
+    with patch.object(JITFunction, "run", record):
+        run()
+    (launch,) = found
+    return launch
+
+
+def planted() -> Iterator[Case]:
+    """Tiles whose accumulators no register file holds."""
+    for on, dtype, loads, tiles in (
+        (A100, torch.bfloat16, "vectors", (128, 256, 32, 4, 3)),
+        (A100, torch.float32, "vectors", (128, 256, 16, 4, 3)),
+        (H100, torch.bfloat16, "tma", (128, 256, 64, 4, 3)),
+        (MI300, torch.bfloat16, "vectors", (256, 256, 32, 4, 2)),
+    ):
+        yield Case(on, dtype, loads, Config(*tiles))
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
@@ -134,6 +214,8 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
             constants[(number,)] = value
         elif isinstance(value, TensorDescriptor):
             signature[parameter.name] = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
         else:
             tensor = isinstance(value, torch.Tensor)
             wide = not tensor and value >= 2**31
@@ -141,24 +223,6 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
             if tensor or (value % 16 == 0 and not parameter.do_not_specialize):
                 attributes[(number,)] = [["tt.divisibility", 16]]
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=launch.options)
-
-
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([NVIDIA / name, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def _blocks(sass: str) -> Iterator[str]:
-    """Cut disassembled code where it is jumped to, and where it jumps."""
-    block = []
-    for line in sass.splitlines():
-        if re.match(r"\s*\.L_x_\d+:", line):
-            yield "\n".join(block)
-            block = []
-        block.append(line)
-        if re.search(r"\b(?:BRA|EXIT)\b", line):
-            yield "\n".join(block)
-            block = []
-    yield "\n".join(block)
 
 
 def calls(on: Hardware) -> Iterator[Launch]:
@@ -183,9 +247,18 @@ def main(command: str, which: str = "some") -> None:
         found = [compile_launch(launch, TARGETS[on.family]) for on in (A100, H100, MI300) for launch in calls(on)]
         print(json.dumps({"triton": triton.__version__, "compiled": len(found)}))
         return
+    if command == "relatives":
+        compiled = {
+            f"{name} {case}": compile_launch(case.launch(), target)
+            for name, (on, target) in RELATIVES.items()
+            for case in plain(on)
+        }
+        print(json.dumps({name: kernel.metadata.shared for name, kernel in compiled.items()}))
+        return
     every = command == "record" or which == "all"
-    taken = {str(case): resources(case) for case in cases(every)}
-    if command == "compile":
+    chosen = planted() if command == "planted" else cases(every)
+    taken = {str(case): resources(compile_launch(case.launch(), TARGETS[case.on.family])) for case in chosen}
+    if command in ("compile", "planted"):
         print(json.dumps({"triton": triton.__version__, "taken": taken}))
         return
     records = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
