@@ -1,7 +1,7 @@
 """Exact top-k on a CPU: in memory against torch, from a file against one cold sequential read of it.
 
 All providers take turns within each round. The file is dropped from the page cache before every run that reads it.
-``-k 1e+08`` takes the small case alone; the large ones need 8 GiB of memory and 8 GB of disk.
+``-k 1.0e+08`` takes the small cases alone; the large ones need 8 GiB of memory and 9 GB of disk.
 """
 
 from __future__ import annotations

@@ -26,14 +26,17 @@ class TopK:
         n: Scores in all, float32.
         density: Which share is selected.
         blocks: Number of tensors.
+        zeros: Share of scores that are zero, as those of dead rows are.
     """
 
     n: int
     density: float = 0.005
     blocks: int = 200
+    zeros: float = 0.0
 
     def __str__(self) -> str:
-        return f"n={self.n:.0e},density={self.density},blocks={self.blocks}"
+        zeros = f",zeros={self.zeros}" if self.zeros else ""
+        return f"n={self.n:.1e},density={self.density},blocks={self.blocks}{zeros}"
 
     @property
     def k(self) -> int:
@@ -42,7 +45,10 @@ class TopK:
     def block(self, number: int, device: torch.device | str = "cpu") -> Tensor:
         generator = torch.Generator(device).manual_seed(number)
         scores = torch.empty(self.n // self.blocks, device=device)
-        return scores.normal_(generator=generator).square_().mul_(10.0 ** -(number % 5))
+        scores.normal_(generator=generator).square_().mul_(10.0 ** -(number % 5))
+        if self.zeros:
+            scores[torch.rand(len(scores), device=device, generator=generator) < self.zeros] = 0.0
+        return scores
 
     def scores(self, device: torch.device | str = "cpu") -> list[Tensor]:
         return [self.block(number, device) for number in range(self.blocks)]
@@ -68,8 +74,15 @@ class TopK:
             os.fsync(file.fileno())  # only what is on the disk can be dropped from the page cache
 
 
-IN_MEMORY = [TopK(10**8, blocks=50), TopK(10**9)]
-IN_FILE = [TopK(2 * 10**9)]
+IN_MEMORY = [
+    TopK(10**8, blocks=50),
+    TopK(10**8, 0.0001, blocks=50),
+    TopK(10**8, 0.1, blocks=50),
+    TopK(10**8, 0.5, blocks=50),
+    TopK(10**8, 0.5, blocks=50, zeros=0.9),
+    TopK(10**9),
+]
+IN_FILE = [TopK(22 * 10**8), TopK(4 * 10**8, 0.5, blocks=40, zeros=0.9)]  # more than 2^31; most of them equal
 
 
 def fishkern(scores: Sequence[Tensor | StoredTensor], k: int) -> list[Tensor]:

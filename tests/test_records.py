@@ -56,11 +56,19 @@ def test_speed_of_the_whole_pass(row):
     assert row[4:7] == [f"{peaks[name]:.0f} MiB" for name in PROVIDERS]
 
 
-@pytest.mark.parametrize("row", rows_of("Exact top-k"), ids=lambda row: row[0])
+@pytest.mark.parametrize("row", rows_of("Exact top-k"), ids=lambda row: " ".join(row[:2]))
 def test_exact_topk(row):
     n, _, *_, where = row[0].split()
-    found = [r for r in records("streaming_topk") if (r["case"]["n"], r["where"]) == (float(n), where)]
-    assert all(r["case"]["density"] == 0.005 and 20 <= r["case"]["blocks"] <= 200 for r in found)
+    selected, equal = re.fullmatch(r"([\d.]+)%(?: of ([\d.]+)% zeros)?", row[1]).groups("0")
+    density, zeros = (round(float(share) / 100, 6) for share in (selected, equal))
+    found = [
+        r
+        for r in records("streaming_topk")
+        if (r["case"]["n"], r["where"]) == (float(n), where)
+        and (r["case"]["density"], r["case"].get("zeros", 0.0)) == (density, zeros)
+    ]
+    assert found
+    assert all(20 <= r["case"]["blocks"] <= 200 for r in found)
     seconds = {r["provider"]: r["seconds"]["median"] for r in found if "seconds" in r}
     if where == "memory":
         providers = ("fishkern", "sampled_threshold", "kthvalue", "cat_topk")
@@ -70,7 +78,7 @@ def test_exact_topk(row):
         (memory,) = (r for r in found if r["quantity"] == "memory")
         expected = [f"{seconds[name]:.1f} s" for name in ("fishkern", "one_cold_read")]
         expected += [f"{memory['peak_mib'] - memory['indices_mib']:.0f} MiB"]
-    assert row[1:] == expected
+    assert row[2:] == expected
 
 
 @pytest.mark.parametrize("row", rows_of("Masked steps"), ids=lambda row: row[0])

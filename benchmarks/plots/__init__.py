@@ -30,6 +30,7 @@ WITHOUT = {
     "failures": "a table, which the command prints",
     "fish_tuning": "one measurement, which the README tells",
     "training_step": "two numbers",
+    "host_time": "six numbers",
 }
 
 
