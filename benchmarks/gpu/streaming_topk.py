@@ -97,10 +97,15 @@ def check(scores: list[Tensor], k: int) -> None:
         ours = streaming_topk(scores, k, backend="triton")
         if sum(map(len, ours)) != k:
             raise ValueError(f"{sum(map(len, ours))} selected instead of {k}")
-        if not all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True)):
+        if list(map(len, ours)) != list(map(len, reference)) or not torch.equal(torch.cat(ours), torch.cat(reference)):
             raise ValueError("the kernels select other scores than the reference")
     backwards = streaming_topk(scores[::-1], k, backend="triton")[::-1]
-    threshold = min(block[found].min() for block, found in zip(scores, ours, strict=True) if len(found))
-    for block, a, b in zip(scores, ours, backwards, strict=True):  # of scores at the threshold, others come first
-        if not torch.equal(a[block[a] > threshold], b[block[b] > threshold]):
-            raise ValueError("another order of the blocks selects other scores")
+    selected = [
+        (torch.cat(found), torch.cat([block[places] for block, places in zip(scores, found, strict=True)]))
+        for found in (ours, backwards)
+    ]
+    threshold = selected[0][1].min()
+    # Of scores at the threshold others come first, the rest must be the same in the same places.
+    (places, values), (others, their_values) = ([part[pair[1] > threshold] for part in pair] for pair in selected)
+    if not (torch.equal(places, others) and torch.equal(values, their_values)):
+        raise ValueError("another order of the blocks selects other scores")
