@@ -93,7 +93,7 @@ def topk_with_threshold(
     if not 0 <= k <= scores.total:
         raise ValueError(f"k must be from 0 to the number of scores, {scores.total}; got {k}.")
     tensors = [block if isinstance(block, Tensor) else torch.empty(0, dtype=block.dtype) for block in blocks]
-    run = choose(streaming_topk_torch, backend, *tensors or [torch.empty(0)])  # files count as tensors on the CPU
+    run = choose(streaming_topk_torch, backend, *tensors)  # files count as tensors on the CPU
     if run is streaming_topk_torch:
         return _topk(scores, k, order == "largest")
     if any(isinstance(block, StoredTensor) for block in blocks):
