@@ -59,7 +59,7 @@ def test_speed_of_the_whole_pass(row):
 @pytest.mark.parametrize("row", rows_of("Exact top-k"), ids=lambda row: " ".join(row[:2]))
 def test_exact_topk(row):
     n, _, *_, where = row[0].split()
-    selected, equal = re.fullmatch(r"([\d.]+)%(?: of ([\d.]+)% zeros)?", row[1]).groups("0")
+    selected, equal = re.fullmatch(r"([\d.]+)%(?:, ([\d.]+)% zero)?", row[1]).groups("0")
     density, zeros = (round(float(share) / 100, 6) for share in (selected, equal))
     found = [
         r
