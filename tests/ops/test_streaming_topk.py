@@ -145,6 +145,25 @@ def test_many_small_blocks(way: str):
         assert_exact(blocks, k)
 
 
+@pytest.mark.parametrize("k", [1, 32_000, 3_200_000])
+def test_a_hundred_thousand_tensors(k: int):
+    """All of 64 scores, with ties among and within them."""
+    scores = normal(100_000, 64).mul(100).round()
+    found = streaming_topk(list(scores.unbind()), k, backend="torch")
+    expected = scores.flatten().sort(descending=True, stable=True).indices[:k].sort().values
+    starts = torch.arange(100_000).repeat_interleave(torch.tensor([len(indices) for indices in found])) * 64
+    assert torch.equal(torch.cat(found) + starts, expected)
+
+
+@pytest.mark.parametrize("distribution", ["nine values", "half zeros", "twenty layers", "both zeros"])
+def test_any_order_of_the_blocks(distribution: str, way: str):
+    """Of equal scores those of the earlier block are selected, whichever it is."""
+    blocks = split(DISTRIBUTIONS[distribution]())
+    for order in ([*reversed(range(len(blocks)))], *(torch.randperm(len(blocks)).tolist() for _ in range(3))):
+        for k in (N // 200, N // 2, 3 * N // 4):
+            assert_exact([blocks[number] for number in order], k)
+
+
 @pytest.mark.parametrize("blocks", [[], [torch.empty(0)], [torch.empty(3, 0), torch.empty(0)]], ids=len)
 def test_nothing_to_select_from(blocks: list[Tensor], backend: str):
     blocks = [block.to(DEVICES[backend]) for block in blocks]
