@@ -30,10 +30,11 @@ def show(
 
     Of statistics the Fisher information, of a selection its density, of two selections what they have in common.
     """  # noqa: DOC501 - it is the help text
+    picture = None
     if plot is not None:
         from fishkern.report.plots import checked_picture
 
-        checked_picture(plot)
+        picture = checked_picture(plot)
     held = _load(file)
     if density is not None and not isinstance(held, Statistics):
         raise ValueError("a selection has its own density: leave out --density.")
@@ -42,9 +43,9 @@ def show(
             raise ValueError("two selections are compared in a table: leave out --plot, or show one file.")
         _show_comparison(held, _load(other), json_)
     elif isinstance(held, Statistics):
-        _show_statistics(held, file, plot, 0.005 if density is None else density, json_)
+        _show_statistics(held, file, picture, 0.005 if density is None else density, json_)
     else:
-        _show_selection(held, file, plot, json_)
+        _show_selection(held, file, picture, json_)
     if plot is not None and not json_:
         console().print(f"The picture is in {plot}.")
 
@@ -58,7 +59,7 @@ def _load(path: Path) -> Statistics | Selection:
     return Selection.load(path)
 
 
-def _show_statistics(statistics: Statistics, file: Path, plot: Path | None, density: float, as_json: bool) -> None:
+def _show_statistics(statistics: Statistics, file: Path, picture: Path | None, density: float, as_json: bool) -> None:
     with progress("reading", "entries") as report:
         summary = summarise(statistics, density, report)
     of = f"of {summary.whole.coordinates:,} entries are"
@@ -78,15 +79,15 @@ def _show_statistics(statistics: Statistics, file: Path, plot: Path | None, dens
                     console().print(f"{key:6} {', '.join(value) if isinstance(value, list) else value}")
             console().print()
         console().print(summary_table(summary))
-    if plot is not None:
+    if picture is not None:
         from fishkern.report.plots import draw, save
 
         name = (statistics.provenance["runs"] or [{}])[0].get("model", "")
         title = f"{name} ({file.name}, mean over {statistics.count:,})".strip()
-        save(draw(summary, title=title, quantity="Fisher information", unit="nats² per parameter unit²"), plot)
+        save(draw(summary, title=title, quantity="Fisher information", unit="nats² per parameter unit²"), picture)
 
 
-def _show_selection(selection: Selection, file: Path, plot: Path | None, as_json: bool) -> None:
+def _show_selection(selection: Selection, file: Path, picture: Path | None, as_json: bool) -> None:
     parts = locate(selection)
     if as_json:
         held = {"file": str(file), "count": selection.count, "total": selection.total, "density": selection.density}
@@ -94,10 +95,10 @@ def _show_selection(selection: Selection, file: Path, plot: Path | None, as_json
     else:
         console().print(f"{file}: {selection!r}\n")
         console().print(selection_table(parts))
-    if plot is not None:
+    if picture is not None:
         from fishkern.report.plots import draw_selection, save
 
-        save(draw_selection(parts, title=f"{file.name}: {selection.count:,} of {selection.total:,}"), plot)
+        save(draw_selection(parts, title=f"{file.name}: {selection.count:,} of {selection.total:,}"), picture)
 
 
 def _show_comparison(one: Statistics | Selection, other: Statistics | Selection, as_json: bool) -> None:

@@ -236,28 +236,39 @@ def num_non_zero(scores: Iterable[AnyTensor]) -> int:
     return sum(int(piece.count_nonzero()) for score in scores for piece in pieces(score))
 
 
-def warn_of_some_zeros(what: str) -> None:
-    """Say that of several scores of zero, which are the smallest, only some were selected.
+def by_position(order: Order, k: int, non_zero: int, total: int) -> bool:
+    """Tell whether some zeros were selected and others not, where the last selected score is zero.
 
     Args:
-        what: Which ``k`` is less than which number.
+        order: Which scores come first.
+        k: How many were selected, of scores none of which is negative.
+        non_zero: How many scores are not zero.
+        total: How many scores there are.
+
+    Returns:
+        Whether it was by their position alone.
     """
-    warnings.warn(
-        f"{what} scores that are exactly zero, so that some of these entries are selected by their position alone. "
-        "More data tells them apart; what no data reaches can be left out (never=).",
-        stacklevel=4,
-    )
+    return k > non_zero if order == "largest" else k < total - non_zero
 
 
-def warn_of_zeros(what: str) -> None:
-    """Say that scores of zero were selected, although they are the last of all.
+def warn_of_zeros(order: Order, what: str, number: str) -> None:
+    """Say that scores of zero were selected by their position: among the largest the last, among the smallest some.
 
     Args:
-        what: Which ``k`` exceeds which number of non-zero scores.
+        order: Which scores come first.
+        what: Which ``k``, and where.
+        number: How many scores are not zero (``"largest"``) or are (``"smallest"``): a number, or ``"number of"``.
     """
-    warnings.warn(
-        f"{what} non-zero scores, so that entries which score exactly zero are selected by their position alone. Where "
-        "this is LoRA with its usual start B = 0, every entry of A scores zero: start from PiSSA or another non-zero "
-        "B, or select fewer.",
-        stacklevel=4,
-    )
+    if order == "largest":
+        text = (
+            f"{what} exceeds the {number} non-zero scores, so that entries which score exactly zero are selected by "
+            "their position alone. Where this is LoRA with its usual start B = 0, every entry of A scores zero: start "
+            "from PiSSA or another non-zero B, or select fewer."
+        )
+    else:
+        text = (
+            f"{what} is less than the {number} scores that are exactly zero, so that some of these entries are "
+            "selected by their position alone. More data tells them apart; what no data reaches can be left out "
+            "(never=)."
+        )
+    warnings.warn(text, stacklevel=4)

@@ -10,16 +10,7 @@ from torch import Tensor
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor
 from fishkern.ops.streaming_topk import Order
-from fishkern.selection.base import (
-    Rule,
-    budget,
-    check_order,
-    either,
-    num_non_zero,
-    topk,
-    warn_of_some_zeros,
-    warn_of_zeros,
-)
+from fishkern.selection.base import Rule, budget, by_position, check_order, either, num_non_zero, topk, warn_of_zeros
 
 
 @dataclass(frozen=True)
@@ -62,8 +53,7 @@ class GlobalTopK(Rule):
         indices, threshold = topk(scores, k, self.order, backend)
         if threshold == 0:
             non_zero = num_non_zero(scores.values())
-            if self.order == "largest" and k > non_zero:
-                warn_of_zeros(f"k={k:,} exceeds the {non_zero:,}")
-            if self.order == "smallest" and k < available - non_zero:
-                warn_of_some_zeros(f"k={k:,} is less than the {available - non_zero:,}")
+            if by_position(self.order, k, non_zero, available):
+                number = non_zero if self.order == "largest" else available - non_zero
+                warn_of_zeros(self.order, f"k={k:,}", f"{number:,}")
         return indices

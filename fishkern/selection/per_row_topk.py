@@ -11,7 +11,7 @@ from torch import Tensor
 from fishkern.backend import Backend
 from fishkern.files import PIECE, AnyTensor, pieces
 from fishkern.ops.streaming_topk import Order
-from fishkern.selection.base import Rule, check_order, count_of, no_rank, warn_of_some_zeros, warn_of_zeros
+from fishkern.selection.base import Rule, check_order, count_of, no_rank, warn_of_zeros
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,7 @@ class PerRowTopK(Rule):
                 zeros.append(name)
         if zeros:
             where = f"in some rows of {len(zeros)} of {len(scores)} parameters, such as {zeros[0]}, k={self.k}"
-            if self.order == "largest":
-                warn_of_zeros(f"{where} exceeds the number of")
-            else:
-                warn_of_some_zeros(f"{where} is less than the number of")
+            warn_of_zeros(self.order, where, "number of")
         return chosen
 
     def _of_rows(self, name: str, score: AnyTensor, width: int) -> Iterator[tuple[Tensor, bool]]:

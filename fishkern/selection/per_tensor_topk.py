@@ -10,16 +10,7 @@ from torch import Tensor
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor
 from fishkern.ops.streaming_topk import Order
-from fishkern.selection.base import (
-    Rule,
-    budget,
-    check_order,
-    either,
-    num_non_zero,
-    topk,
-    warn_of_some_zeros,
-    warn_of_zeros,
-)
+from fishkern.selection.base import Rule, budget, by_position, check_order, either, num_non_zero, topk, warn_of_zeros
 
 
 @dataclass(frozen=True)
@@ -61,14 +52,9 @@ class PerTensorTopK(Rule):
             k = budget(self.k, self.density, score.numel())
             indices, threshold = topk({name: score}, k, self.order, backend)
             chosen |= indices
-            if threshold == 0:
-                non_zero = num_non_zero([score])
-                if k > non_zero if self.order == "largest" else k < score.numel() - non_zero:
-                    zeros.append(name)
+            if threshold == 0 and by_position(self.order, k, num_non_zero([score]), score.numel()):
+                zeros.append(name)
         if zeros:
             where = f"in {len(zeros)} of {len(scores)} parameters, such as {zeros[0]}, k"
-            if self.order == "largest":
-                warn_of_zeros(f"{where} exceeds the number of")
-            else:
-                warn_of_some_zeros(f"{where} is less than the number of")
+            warn_of_zeros(self.order, where, "number of")
         return chosen
