@@ -76,5 +76,26 @@ def hardware(device: torch.device) -> Hardware:
     return Hardware(family, properties.multi_processor_count, shared)
 
 
+def to_gpu(tensor: torch.Tensor, device: torch.device, instead: str) -> torch.Tensor:
+    """Copy a table from the CPU without waiting for the device.
+
+    Args:
+        tensor: On the CPU.
+        device: Where to; the CPU stands for the interpreter, and knows no capture.
+        instead: What to do where a CUDA graph is being captured, as the error says it.
+
+    Returns:
+        The copy.
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured: a replay would copy again, from memory that is gone by then.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"a CUDA graph cannot capture the copy of a table from the CPU: {instead}")
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def _architecture(properties: Any) -> str:
     return properties.gcnArchName.partition(":")[0]

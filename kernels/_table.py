@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._hardware import to_gpu
+
 COLUMNS = tl.constexpr(7)
 BLOCK = 1024
 OPTIONS = {"enable_fp_fusion": True}  # of the compiler, whose default depends on the version of Triton
@@ -93,16 +95,11 @@ def _blocks(counts: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to a GPU without waiting for it."""
-    if device.type == "cpu":
-        return tensor
-    # A replay would copy again, from memory that is gone by then.
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "a CUDA graph cannot capture the first masked step with these gradients, got one under capture: do the "
-            "step once before, with gradients that stay where they are (zero_grad(set_to_none=False))."
-        )
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return to_gpu(
+        tensor,
+        device,
+        "do the masked step once before, with gradients that stay where they are (zero_grad(set_to_none=False)).",
+    )
 
 
 def as_tensor(number: float | Tensor, device: torch.device) -> Tensor:

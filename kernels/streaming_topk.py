@@ -31,9 +31,8 @@ _ROOM_SHARE, _SMALLEST_ROOM = 128, 2**16
 
 
 @triton.jit
-def _load_chunk(table_ptr, num_tensors, number, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr,
-                CHUNK: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
-    """Load the first ``COUNT`` scores of a chunk: values, negated unless LARGEST; which exist; the chunk's place."""
+def _find_chunk(table_ptr, num_tensors, number, CHUNK: tl.constexpr):
+    """Find where a chunk lies: address of its tensor, its first score there, how many are left, its place among all."""
     low = num_tensors * 0
     high = num_tensors - 1
     while low < high:  # the last tensor whose first chunk is not behind this one
@@ -44,16 +43,22 @@ def _load_chunk(table_ptr, num_tensors, number, DTYPE: tl.constexpr, ALIGNED: tl
     inside = number - tl.load(table_ptr + low)
     address = tl.load(table_ptr + num_tensors + low)
     left = tl.load(table_ptr + 2 * num_tensors + low) - inside * CHUNK
-    place = tl.load(table_ptr + 3 * num_tensors + low) + inside
+    return address, inside * CHUNK, left, tl.load(table_ptr + 3 * num_tensors + low) + inside
+
+
+@triton.jit
+def _load_scores(address, first, left, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr,
+                 COUNT: tl.constexpr):  # fmt: skip
+    """Load the first ``COUNT`` scores of a chunk: values, negated unless LARGEST; which exist."""
     # The hint counts only behind the cast, and loads are wide only where nothing is masked.
-    ptr = address.to(tl.pointer_type(DTYPE)) + inside * CHUNK
+    ptr = address.to(tl.pointer_type(DTYPE)) + first
     if ALIGNED:
         ptr = tl.multiple_of(ptr, 16)
     offs = tl.arange(0, COUNT)
     exists = offs < left
     values = tl.load(ptr + offs) if left >= COUNT else tl.load(ptr + offs, mask=exists, other=0.0)
     values = values.to(tl.float32)
-    return values if LARGEST else -values, exists, place
+    return values if LARGEST else -values, exists
 
 
 @triton.jit(do_not_specialize=["num_tensors"])
@@ -63,7 +68,8 @@ def _sample_kernel(
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     number = tl.load(numbers_ptr + tl.program_id(0))
-    values, exists, _ = _load_chunk(table_ptr, num_tensors, number, DTYPE, ALIGNED, LARGEST, CHUNK, COUNT)
+    address, first, left, _ = _find_chunk(table_ptr, num_tensors, number, CHUNK)
+    values, exists = _load_scores(address, first, left, DTYPE, ALIGNED, LARGEST, COUNT)
     offs = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
     tl.store(out_ptr + offs, tl.where(exists, values, float("nan")))
 
@@ -77,8 +83,8 @@ def _select_kernel(
     low, high,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    number = tl.program_id(0).to(tl.int64)
-    values, exists, place = _load_chunk(table_ptr, num_tensors, number, DTYPE, ALIGNED, LARGEST, CHUNK, CHUNK)
+    address, first, left, place = _find_chunk(table_ptr, num_tensors, tl.program_id(0).to(tl.int64), CHUNK)
+    values, exists = _load_scores(address, first, left, DTYPE, ALIGNED, LARGEST, CHUNK)
     above = exists & (values > high)
     at_high = exists & (values == high)
     at_low = exists & (values == low) & (values < high)
@@ -104,10 +110,10 @@ def _take_ties_kernel(
     end,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    number = tl.program_id(0).to(tl.int64)
-    values, exists, place = _load_chunk(table_ptr, num_tensors, number, DTYPE, ALIGNED, LARGEST, CHUNK, CHUNK)
+    address, first, left, place = _find_chunk(table_ptr, num_tensors, tl.program_id(0).to(tl.int64), CHUNK)
     quota = tl.load(quotas_ptr + place)
-    if quota > 0:
+    if quota > 0:  # asked before the scores are read: mostly few chunks have one
+        values, exists = _load_scores(address, first, left, DTYPE, ALIGNED, LARGEST, CHUNK)
         equal = (exists & (values == end)).to(tl.int32)
         taken = equal * (tl.cumsum(equal, 0) <= quota).to(tl.int32)
         bits = tl.sum(tl.reshape(taken, (CHUNK // 32, 32)) << tl.arange(0, 32)[None, :], 1)

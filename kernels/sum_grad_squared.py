@@ -17,7 +17,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _sum_grad_squared_device as device
-from ._hardware import Hardware, hardware
+from ._hardware import Hardware, hardware, to_gpu
 from ._sum_grad_squared_configs import FEW_POSITIONS, SUM_PARTS, Config, Loads, choose, takes_tma
 
 
@@ -287,7 +287,8 @@ def _chunk_table(
 
     Raises:
         ValueError: The positions pass what int32 counts.
-    """
+        RuntimeError: The offsets lie on the CPU, and a CUDA graph is being captured.
+    """  # noqa: DOC502
     if positions >= 2**31:
         raise ValueError(f"the kernel takes up to 2**31 - 1 packed positions, got {positions}: split the call.")
     offsets = offsets.long()
@@ -301,5 +302,7 @@ def _chunk_table(
     rows = torch.stack([offsets[example] + done, lengths[example] - done], dim=1)
     even = torch.arange(parts + 1, device=offsets.device) * firsts[-1] // parts
     cuts = firsts[torch.searchsorted(firsts, even)]
-    table = torch.cat([rows.flatten(), cuts]).to(torch.int32).to(to, non_blocking=True)
+    table = torch.cat([rows.flatten(), cuts]).to(torch.int32)
+    if table.device != to:  # else there is no copy
+        table = to_gpu(table, to, "pad the examples to one length [N, T, I], or call this outside of the graph.")
     return table[: 2 * most], table[2 * most :]

@@ -60,7 +60,7 @@ STREAMING_TOPK: Planted = {
     "of equal candidates the last": (TOPK, "slots, order = slots.sort()", "slots, order = slots.sort(descending=True)"),
     "no margin around the sample": (TOPK, "+ _DEVIATIONS**2\n", "* 0\n"),
     "chunks of a second dtype over those of the first": (
-        TOPK, "place = tl.load(table_ptr + 3 * num_tensors + low) + inside", "place = number"
+        TOPK, "left, tl.load(table_ptr + 3 * num_tensors + low) + inside", "left, number"
     ),
     "behind the end of a tensor": (TOPK, "exists = offs < left", "exists = offs <= left"),
     "NaN not refused": (TOPK, "        if nan:\n            raise", "        if False:\n            raise"),

@@ -39,3 +39,15 @@ def test_kernel_takes_one_launch_for_each_dtype():
     # Of each launch: its first chunks, and where these are among the chunks of all blocks.
     assert [launch.table[[0, 3]].tolist() for launch in pool.launches] == [[[0, 2], [0, 5]], [[0, 1], [2, 3]]]
     assert all(launch.constants["LARGEST"] is False for launch in pool.launches)
+
+
+def test_ties_are_taken_from_chunks_with_a_quota_alone():
+    """The first ones in the order of the chunks, none of a chunk whose quota is zero."""
+    scores = torch.zeros(3 * kernels._CHUNK, device=DEVICE)
+    pool = kernels._Pool([scores], largest=True)
+    bits = torch.zeros(3, kernels._CHUNK // 32, dtype=torch.int32, device=DEVICE)
+    ties = torch.tensor([3, 0, kernels._CHUNK], dtype=torch.int32, device=DEVICE)
+    pool._take_ties(bits, ties, 5, 0.0)
+    found, counts = pool.emit(bits, torch.int32)
+    assert found.tolist() == [0, 1, 2, 2 * kernels._CHUNK, 2 * kernels._CHUNK + 1]
+    assert counts == [5]

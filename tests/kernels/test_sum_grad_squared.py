@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fishkern.ops.sum_grad_squared import sum_grad_squared_torch as reference
-from tests.support.closeness import assert_as_accurate
+from tests.support.closeness import assert_as_accurate, matrix_steps
 
 pytest.importorskip("triton")
 
@@ -37,12 +37,14 @@ def check(x: Tensor, g: Tensor, **options) -> kernels.Launch:
     truth, plain = ([torch.full(shape, 0.5, dtype=dtype, device=DEVICE) for _ in range(2)] for dtype in DTYPES)
     for dtype, (squares, sums) in zip(DTYPES, (truth, plain), strict=True):
         reference(x.to(dtype), g.to(dtype), out=squares, grad_out=sums, **options)
-    assert_as_accurate(out, plain[0], truth[0])
-    assert_as_accurate(alone, plain[0] - 0.5, truth[0] - 0.5)
+    offsets = options.get("offsets")
+    steps = matrix_steps(x, x.shape[1] if offsets is None else int(offsets.diff().max()))
+    assert_as_accurate(out, plain[0], truth[0], steps=steps)
+    assert_as_accurate(alone, plain[0] - 0.5, truth[0] - 0.5, steps=steps)
     # Summands of both signs: the error is one of their size, not of the sum's.
     magnitude = torch.full_like(truth[1], (x.double().norm() * g.double().norm()).item())
-    assert_as_accurate(magnitude + mean.double() - truth[1], magnitude, magnitude)
-    return kernels.launches(x, g, options.get("offsets"), out, True, None, False, HERE)[0]
+    assert_as_accurate(magnitude + mean.double() - truth[1], magnitude, magnitude, steps=steps)
+    return kernels.launches(x, g, offsets, out, True, None, False, HERE)[0]
 
 
 DTYPES = torch.float64, torch.float32
@@ -166,6 +168,16 @@ def test_whose_tables_a_device_takes(family, properties, monkeypatch):
     assert hardware.__wrapped__(torch.device("cuda", 0)) == Hardware(family, 100, shared)
 
 
+def test_no_chunks_are_copied_under_capture(monkeypatch):
+    """A replay would copy them again, from memory that is gone by then."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    offsets = torch.tensor([0, 3, 5])
+    with pytest.raises(RuntimeError, match="pad the examples to one length"):
+        kernels._chunk_table(offsets, 5, 1, 16, torch.device("cuda", 0))
+    chunks, _ = kernels._chunk_table(offsets, 5, 1, 16, torch.device("cpu"))  # where they are needed: no copy
+    assert chunks[:4].tolist() == [0, 3, 3, 2]
+
+
 def test_only_named_tiles_are_used_when_named():
     x, g, out = make(3, 20, 24), make(3, 20, 40), torch.zeros(40, 24, device=DEVICE)
     config = configs.Config(16, 16, 16, 4, 1)
@@ -191,7 +203,7 @@ def test_every_tile_of_the_table(number):
     assert (kernels._loads(*layouts, HERE), launch.options["num_warps"]) == (loads, config.num_warps)
     launch.run()
     truth, plain = (1 + reference(x.to(dtype), g.to(dtype)) for dtype in DTYPES)
-    assert_as_accurate(out, plain, truth)
+    assert_as_accurate(out, plain, truth, steps=matrix_steps(x, 150))
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ def test_no_table_is_made_under_capture(monkeypatch):
     from fishkern.kernels import _table
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="do the step once before"):
+    with pytest.raises(RuntimeError, match="do the masked step once before"):
         _table._moved(torch.zeros(1), torch.device("cuda", 0))
     params, grads = [torch.zeros(3)], [torch.ones(3)]
     first, second = (_table.tables(params, grads, [None])[0] for _ in range(2))
