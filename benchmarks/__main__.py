@@ -65,9 +65,17 @@ def _parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="draw records")
     plot.add_argument("names", nargs="*", metavar="NAME", help="of a file of records (default: all)")
     gpu = commands.add_parser("gpu", help="run the kernels' tests, then measure what is not recorded yet")
-    gpu.add_argument("--only", nargs="+", default=[], metavar="PART", help="files of benchmarks/gpu, or FILE/PART")
-    gpu.add_argument("--seconds", type=float, default=420, help="begin no part after so long (default: %(default)s)")
-    gpu.add_argument("--tested", action="store_true", help="the tests passed on this device just before")
+    gpu.add_argument(
+        "--only", nargs="+", default=[], metavar="PART", help="files of benchmarks/gpu, FILE/PART, or FILE/tests"
+    )
+    gpu.add_argument(
+        "--seconds", type=float, default=520, help="what the whole call may take, by its plan (default: %(default)s)"
+    )
+    gpu.add_argument("--tested", action="store_true", help="leave the tests out; the records say so")
+    gpu.add_argument(
+        "--patience", type=float, default=4, metavar="N",
+        help="stop a part after N times its planned seconds: more under a profiler (default: %(default)s)",
+    )  # fmt: skip
     tune = commands.add_parser("tune", help="time tiles of the kernels and write a table; nothing else uses it")
     for command in (gpu, tune):
         command.add_argument("--revision", metavar="TEXT", help="what the sources are, where git does not say it")
@@ -98,7 +106,7 @@ def _on_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int
     from benchmarks.gpu import _session
 
     device = torch.device("cuda", torch.cuda.current_device())
-    how = (options.results, options.revision, options.only, options.seconds, options.tested)
+    how = (options.results, options.revision, options.only, options.seconds, options.tested, options.patience)
     try:
         return _session.run(_session.discover(), device, *how)
     except _session.RefusedError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -40,6 +41,15 @@ def software(revision: str | None = None) -> dict[str, Any]:
         **source,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def sources() -> str:
+    """A digest of all that a measurement on a GPU depends on: other sources are other measurements."""
+    digest = hashlib.blake2b(digest_size=8)
+    root = Path(__file__).resolve().parents[1]
+    for path in sorted(path for name in ("fishkern", "kernels", "benchmarks") for path in (root / name).rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def gpu_state() -> dict[str, Any]:

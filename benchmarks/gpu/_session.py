@@ -1,61 +1,50 @@
-"""One call of ``python -m benchmarks gpu``: tests first, then the parts that are not recorded yet, a table last."""
+"""One call of ``python -m benchmarks gpu``: a plan, then file by file its tests and its parts, a table last.
+
+What goes wrong costs its own part. The tests of a file gate this file alone; parts run in a process of their own, one
+for each file, and a part that ends it, or leaves the device without an answer, or takes far longer than planned, is
+left for the next call, while another process takes up the parts after it.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import time
-import traceback
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 
 from benchmarks.gpu import Part, Record
-from benchmarks.provenance import gpu_state, machine, software
+from benchmarks.gpu._device_tests import on_device, tests_of
+from benchmarks.gpu._limits import PATIENCE, Clock
+from benchmarks.gpu._table import TESTS, table, tests_in_words
+from benchmarks.gpu._worker import STARTS_IN, Worker
+from benchmarks.provenance import gpu_state, machine, software, sources
 
-ROOT = Path(__file__).resolve().parents[2]
-# The machine comes first, since records tell shares of its roofs, and what takes longest comes last.
-FIRST, LAST = "roofs", "whole_pass"
-WORKERS = 8
+RECORDED = Path(__file__).resolve().parents[1] / "results"
+# What decides most comes first: whether anything is right, what the machine can do, then the kernel that all stands on.
+ORDER = (
+    "smoke", "roofs", "sum_grad_squared", "whole_pass", "trace", "variants", "streaming_topk", "masked_adamw",
+    "siblings",
+)  # fmt: skip
+TESTED_IN = 60.0
+
+Key = tuple[str, str]
 
 
 class RefusedError(ValueError):
     """What was asked for cannot be measured or recorded."""
 
 
-def discover() -> dict[str, ModuleType]:
+def discover(package: str = "benchmarks.gpu") -> dict[str, ModuleType]:
     """Find every file of measurements, in the order in which they run."""
-    names = {path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_")}
-    order = sorted(names, key=lambda name: (name != FIRST, name == LAST, name))
-    return {name: import_module(f"benchmarks.gpu.{name}") for name in order}
-
-
-def tests_of(modules: dict[str, ModuleType]) -> list[str]:
-    """The test files that must pass before anything is recorded."""
-    found: dict[str, None] = {}
-    for name, module in modules.items():
-        own = [f"tests/ops/test_{name}.py", f"tests/kernels/test_{name}.py"]
-        for path in getattr(module, "TESTS", [path for path in own if (ROOT / path).exists()]):
-            found[path] = None
-    return list(found)
-
-
-def pass_on_device(tests: list[str]) -> bool:
-    """Run tests on the device; those that need much of its memory too."""
-    if not tests:
-        return True
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "gpu or not slow"]
-    if torch.cuda.is_available() and find_spec("xdist"):
-        options += ["-n", str(min(WORKERS, os.cpu_count() or 1))]  # most of the time goes into compiling, one each
-    return subprocess.run([sys.executable, "-m", "pytest", *options, *tests], cwd=ROOT).returncode == 0
+    folder = Path(import_module(package).__path__[0])
+    names = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
+    order = sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+    return {name: import_module(f"{package}.{name}") for name in order}
 
 
 def recorded(folder: Path) -> list[Record]:
@@ -70,8 +59,9 @@ def run(
     results: Path,
     revision: str | None,
     only: Iterable[str] = (),
-    seconds: float = 420,
+    seconds: float = 520,
     skip_tests: bool = False,
+    patience: float = PATIENCE,
 ) -> int:
     """Measure what is asked for and not recorded yet.
 
@@ -80,9 +70,10 @@ def run(
         device: What to measure on.
         results: Folder of all machines' records.
         revision: What the sources are, where git does not say it.
-        only: Files, or parts as ``file/part``; all where none is named.
-        seconds: No part is begun after so long, tests included; a later call takes it up.
-        skip_tests: Whether the tests passed on this device just before; the records say that they were skipped.
+        only: Files, or parts as ``file/part``, of which ``file/tests`` is one; all where none is named.
+        seconds: What the whole call may take; a later call takes up what does not fit.
+        skip_tests: Whether the tests are left out; the records say that they were.
+        patience: A part that takes so many times its planned seconds is stopped.
 
     Returns:
         Exit status: 0 when all that was asked for is recorded, 1 when a test or a part failed, 3 when parts are left.
@@ -90,104 +81,145 @@ def run(
     Raises:
         RefusedError: ``only`` names what there is not, or the revision is unknown.
     """
-    start = time.monotonic()
-    origin = {**machine(), **software(revision), **gpu_state(), "tested": not skip_tests}
+    clock = Clock(seconds, patience)
+    origin = {**machine(), **software(revision), **gpu_state(), "sources": sources(), "tested": not skip_tests}
     if not origin["commit"]:
         raise RefusedError("there is no git here: name the revision with --revision TEXT.")
     print(f"{origin['machine']}: " + ", ".join(f"{key} {value}" for key, value in origin.items() if key != "machine"))
-    wanted = dict(_chosen(modules, device, set(only)))
-    chosen = {name: module for name, module in modules.items() if any(key[0] == name for key in wanted)}
-    folder = results / origin["machine"]
-    known = [r for r in recorded(folder) if r["commit"] == origin["commit"]] if not origin["dirty"] else []
-    left = {key: part for key, part in wanted.items() if not any((r["op"], r["part"]) == key for r in known)}
-    if left and not skip_tests and not pass_on_device(tests_of(chosen)):
-        print("Nothing is recorded: tests fail on this device.", file=sys.stderr)
-        return 1
+    wanted = _chosen(modules, device, set(only), skip_tests)
+    folders = dict.fromkeys((results / origin["machine"], RECORDED / origin["machine"]))
+    records = [r for folder in folders for r in recorded(folder) if r.get("sources") == origin["sources"]]
+    done = {_key(record) for record in records if not record.get("red")}
+    left = {key: part for key, part in wanted.items() if key not in done}
+    print("\n".join(_plan(left, seconds)), flush=True)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.jsonl"
-    new: list[Record] = []
-    failed = []
-    for key, part in left.items():
-        if time.monotonic() - start > seconds:
-            break
-        try:
-            found = [{"op": key[0], "part": key[1], **record, **origin} for record in part.run()]
-        except Exception:  # the others need not wait for its repair
-            traceback.print_exc()
-            failed.append(key)
-            continue
-        stamp = datetime.now(UTC).isoformat(timespec="seconds")
-        with path.open("a") as file:  # a part at once, so that an interrupted one is measured again
-            file.writelines(json.dumps({**record, "time": stamp}) + "\n" for record in found)
-        new += found
-        print(f"  {'/'.join(key)}: {len(found)} records", flush=True)
-    missing = [key for key in left if not any((r["op"], r["part"]) == key for r in new)]
-    records = [r for r in known + new if (r["op"], r["part"]) in wanted]
-    print("\n".join(table(records)))
-    if missing:
-        print(f"Left for the next call: {', '.join('/'.join(key) for key in missing)}.")
+    journal = Journal(results / origin["machine"], origin)
+    failed: dict[Key, str] = {}
+    for name in dict.fromkeys(name for name, _ in left):
+        parts = {key: part for key, part in left.items() if key[0] == name}
+        if tests := parts.pop((name, TESTS), None):
+            if clock.left() < tests.seconds:
+                break
+            found = on_device(tests_of(name, modules[name]), clock.limit(tests.seconds))
+            journal.add((name, TESTS), [found])
+            print(f"  {name}/{TESTS}: {tests_in_words(found)}", flush=True)
+            if found["red"]:
+                failed |= dict.fromkeys([(name, TESTS), *parts], "tests of it are red")
+                continue
+        failed |= _measure(modules[name], parts, device, clock, journal)
+
+    print("\n".join(table([r for r in records + journal.records if _key(r) in wanted])))
+    done |= {_key(record) for record in journal.records}
+    if waiting := [key for key in left if key not in done and key not in failed]:
+        print(f"Left for the next call, which finds what is recorded: {_listed(waiting)}.")
     if failed:
-        print(f"Failed, see above: {', '.join('/'.join(key) for key in failed)}.", file=sys.stderr)
+        lines = [f"  {'/'.join(key)}: {why}" for key, why in failed.items()]
+        print("\n".join(["Failed, and nothing is recorded of these:", *lines]), file=sys.stderr)
         return 1
-    return 3 if missing else 0
+    return 3 if waiting else 0
+
+
+class Journal:
+    """Appends records to a file of this call, those of a part at once.
+
+    Args:
+        folder: Of this machine's records.
+        origin: What every record says of where it comes from.
+
+    Attributes:
+        records: What was added.
+    """
+
+    def __init__(self, folder: Path, origin: Record) -> None:
+        self._folder, self._origin = folder, origin
+        self._stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        self.records: list[Record] = []
+
+    def add(self, key: Key, found: list[Record]) -> None:
+        """Record a part; an interrupted one is not recorded, and measured again."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        stamp = datetime.now(UTC).isoformat(timespec="seconds")
+        kept = [{"op": key[0], "part": key[1], **self._with_files(key, record), **self._origin} for record in found]
+        with (self._folder / f"{self._stamp}.jsonl").open("a") as file:
+            file.writelines(json.dumps({**record, "time": stamp}) + "\n" for record in kept)
+        self.records += kept
+
+    def _with_files(self, key: Key, record: Record) -> Record:
+        """Write what is bytes into files, and name them in its place."""
+        written = {}
+        for name, value in record.items():
+            if isinstance(value, bytes):
+                written[name] = "-".join([self._stamp, *key, name]).replace(" ", "-")
+                (self._folder / written[name]).write_bytes(value)
+        return {**record, **written}
+
+
+def _measure(
+    module: ModuleType, parts: dict[Key, Part], device: torch.device, clock: Clock, journal: Journal
+) -> dict[Key, str]:
+    """Measure parts of one file, and say why some could not be."""
+    failed: dict[Key, str] = {}
+    waiting = list(parts.items())
+    while waiting and clock.left() > STARTS_IN + waiting[0][1].seconds:
+        with Worker(module.__name__, device) as worker:
+            usable = True
+            while usable and waiting and clock.left() > waiting[0][1].seconds:
+                key, part = waiting.pop(0)
+                outcome = worker.measure(part.name, clock.limit(part.seconds))
+                usable = outcome.usable
+                if outcome.failed:
+                    failed[key] = outcome.failed
+                    print(f"  {'/'.join(key)}: FAILED, {outcome.failed}", flush=True)
+                else:
+                    journal.add(key, outcome.records)
+                    print(f"  {'/'.join(key)}: {len(outcome.records)} records", flush=True)
+    return failed
 
 
 def _chosen(
-    modules: dict[str, ModuleType], device: torch.device, only: set[str]
-) -> Iterator[tuple[tuple[str, str], Part]]:
-    every = {(name, part.name): part for name, module in modules.items() for part in module.parts(device)}
-    unknown = only - {"/".join(key) for key in every} - modules.keys()
-    if unknown:
+    modules: dict[str, ModuleType], device: torch.device, only: set[str], skip_tests: bool
+) -> dict[Key, Part]:
+    every: dict[Key, Part] = {}
+    for name, module in modules.items():
+        if tests_of(name, module):
+            every[name, TESTS] = Part(TESTS, lambda: iter(()), getattr(module, "TESTED_IN", TESTED_IN))
+        every |= {(name, part.name): part for part in module.parts(device)}
+    if unknown := only - {"/".join(key) for key in every} - modules.keys():
         raise RefusedError(f"there is nothing called {', '.join(sorted(unknown))}; there are {', '.join(modules)}.")
-    for key, part in every.items():
-        if not only or key[0] in only or "/".join(key) in only:
-            yield key, part
+    chosen = {key for key in every if not only or key[0] in only or "/".join(key) in only}
+    gates = {(name, TESTS) for name, _ in chosen}
+    gated = (chosen - gates) if skip_tests else (chosen | gates)
+    return {key: part for key, part in every.items() if key in gated}
 
 
-def table(records: list[Record]) -> Iterator[str]:
-    """Lay out times, rates as shares of the machine's own roofs, and peaks of memory.
-
-    Args:
-        records: Of one machine and revision.
-
-    Yields:
-        Lines.
-    """
-    roofs = {r["part"]: r for r in records if r["op"] == FIRST}
-    yield f"{'what':44} {'provider':26} {'ms':>10} {'TFLOP/s':>8} {'TB/s':>6} {'of roof':>8} {'MiB':>8} {'error':>8}"
-    for record in records:
-        what = f"{record['op']}/{record['part']}"[:44]
-        line = f"{what:44} {record.get('provider', '')[:26]:26} "
-        if "ms" not in record:
-            yield line + f"{'failed: ' + record['failed'] if 'failed' in record else 'not measured'}"
-            continue
-        rates = rate(record)
-        share = share_of_roof(record, roofs)
-        yield (
-            f"{line}{record['ms']['median']:10.3f} {_cell(rates.get('tflops'), 8, 1)} {_cell(rates.get('tbps'), 6, 2)} "
-            f"{_cell(share, 8, 2)} {_cell(record.get('peak_mib'), 8, 0)} {record.get('error', ''):>8}"
-        )
-    if untested := sorted({f"{r['op']}/{r['part']}" for r in records if not r["tested"]}):
-        yield f"Recorded without the tests (--tested): {', '.join(untested)}."
+def _plan(left: dict[Key, Part], seconds: float) -> Iterator[str]:
+    """What the call will do, by the minutes that each file should take; what does not fit comes last."""
+    planned, later, lines = 0.0, [], []
+    for name in dict.fromkeys(name for name, _ in left):
+        own = {key: part for key, part in left.items() if key[0] == name}
+        starts = 0.0 if set(own) == {(name, TESTS)} else STARTS_IN
+        fits, took = [], 0.0
+        for key, part in own.items():
+            if not later and planned + took + part.seconds + starts <= seconds:
+                took += part.seconds
+                fits.append(key[1])
+            else:
+                later.append(key)
+        if fits:
+            planned += took + starts
+            number = len(fits) - (TESTS in fits)
+            counted = [f"{number} part{'s' if number > 1 else ''}"] if number else []
+            what = " and ".join([*([TESTS] if TESTS in fits else []), *counted])
+            lines.append(f"  {(took + starts) / 60:4.1f}  {name}: {what}")
+    yield f"Planned: {planned / 60:.1f} of {seconds / 60:.1f} minutes."
+    yield from lines
+    if later:
+        yield f"  does not fit: {_listed(later)}"
 
 
-def rate(record: Record) -> dict[str, float]:
-    """What a record's flops and bytes over its median come to, TFLOP/s and TB/s."""
-    seconds = record["ms"]["median"] / 1000
-    rates = {"tflops": record.get("flops"), "tbps": record.get("bytes")}
-    return {name: amount / seconds / 1e12 for name, amount in rates.items() if amount}
+def _key(record: Record) -> Key:
+    return record["op"], record["part"]
 
 
-def share_of_roof(record: Record, roofs: dict[str, Record]) -> float | None:
-    """The time that this machine's measured roofs allow over the time taken; ``None`` where they are not measured."""
-    floors = []
-    for amount, part in (("flops", f"gemm {record.get('dtype')}"), ("bytes", "copy")):
-        if record.get(amount) and part in roofs and record["op"] != FIRST:
-            roof = rate(roofs[part])["tflops" if amount == "flops" else "tbps"]
-            floors.append(record[amount] / roof / 1e12)
-    return max(floors) / (record["ms"]["median"] / 1000) if floors else None
-
-
-def _cell(value: Any, width: int, digits: int) -> str:
-    return f"{value:{width}.{digits}f}" if value is not None else " " * width
+def _listed(keys: Iterable[Key]) -> str:
+    return ", ".join("/".join(key) for key in keys)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.gpu._session import pass_on_device
+from benchmarks.gpu._device_tests import on_device
 from benchmarks.gpu._timing import compare
 from benchmarks.provenance import gpu_state, machine, software
 
@@ -24,6 +24,7 @@ from benchmarks.provenance import gpu_state, machine, software
 LENGTHS = (16, 128, 512)
 WIDTHS = ((11008, 4096), (1024, 4096), (11008, 64), (11008, 16))
 TOKENS = 4096
+TESTS_END = 400.0  # seconds
 DTYPES = (torch.bfloat16, torch.float32)
 BLOCKS = {
     "BLOCK_O": (64, 128),
@@ -72,7 +73,8 @@ def tune(results: Path, revision: str | None) -> int:
     from fishkern.kernels._hardware import hardware
 
     device = torch.device("cuda", torch.cuda.current_device())
-    if not pass_on_device(["tests/ops/test_sum_grad_squared.py", "tests/kernels/test_sum_grad_squared.py"]):
+    tests = ["tests/ops/test_sum_grad_squared.py", "tests/kernels/test_sum_grad_squared.py"]
+    if on_device(tests, TESTS_END)["red"]:
         print("Nothing is tuned: tests fail on this device.")
         return 1
     on = hardware(device)

@@ -17,8 +17,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def parts(device: torch.device) -> list[Part]:
-    gemms = [Part(f"gemm {name}", partial(_gemm, device, name)) for name in DTYPES]
-    return [Part("copy", partial(_copy, device)), *gemms]
+    gemms = [Part(f"gemm {name}", partial(_gemm, device, name), seconds=4) for name in DTYPES]
+    return [Part("copy", partial(_copy, device), seconds=4), *gemms]
 
 
 def _copy(device: torch.device) -> Iterator[Record]:

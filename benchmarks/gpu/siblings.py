@@ -18,6 +18,7 @@ from benchmarks.gpu._timing import compare
 from fishkern.layers.grads import EmbeddingGrads, PositionGrads
 
 TESTS = ["tests/ops/test_embedding_sum_grad_squared.py", "tests/laws/test_layers.py"]
+TESTED_IN = 30
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ CASES = {
 
 
 def parts(device: torch.device) -> list[Part]:
-    return [Part(name, partial(_measure, case, device)) for name, case in CASES.items()]
+    return [Part(name, partial(_measure, case, device), seconds=4) for name, case in CASES.items()]
 
 
 def _measure(case: Case, device: torch.device) -> Iterator[Record]:

@@ -116,17 +116,22 @@ CASES = {
     "tf32": Case(O=4096, I=4096, N=8, T=512, dtype="float32", allow_tf32=True),
     "with mean gradient": Case(**GATE, N=8, T=512, mean=True),
 }
+# Of the parts that take long: rivals that store [N, O, I], or results of many GiB.
+SECONDS = {"b gate 256x16": 25, "b gate 64x1": 20, "b gate 64x4": 20, "b gate 32x128": 20, "m past 2^31": 20}
+TESTED_IN = 110
 EXPERTS = 64
 LORA_LAYERS = 32
 BACKENDS = {"fishkern": "triton", "torch": "torch"}
 
 
 def parts(device: torch.device) -> list[Part]:
-    every = {name: partial(_measure, case, device) for name, case in CASES.items()}
+    every: dict[str, Callable[[], Iterator[Record]]] = {
+        name: partial(_measure, case, device) for name, case in CASES.items()
+    }
     every["h 64 experts"] = partial(_experts, device)
     for rank in (8, 16, 64):
         every[f"g 448 lora tensors r={rank}"] = partial(_all_lora, device, rank)
-    return [Part(name, run) for name, run in every.items()]
+    return [Part(name, run, SECONDS.get(name, 12)) for name, run in every.items()]
 
 
 def _measure(case: Case, device: torch.device) -> Iterator[Record]:
@@ -195,8 +200,13 @@ def bmm_squares(x: Tensor, g: Tensor, out: Tensor, rows: int) -> Tensor:
 
 
 def relative_error(case: Case, x: Tensor, g: Tensor, offsets: Tensor | None) -> float:
-    """``|result - truth| / |truth|`` in some rows, first and last ones among them."""
+    """:func:`error_of` what the kernel gives."""
     result = sum_grad_squared(x, g, offsets=offsets, allow_tf32=case.allow_tf32, backend="triton")
+    return error_of(result, case, x, g, offsets)
+
+
+def error_of(result: Tensor, case: Case, x: Tensor, g: Tensor, offsets: Tensor | None = None) -> float:
+    """``|result - truth| / |truth|`` in some rows, first and last ones among them."""
     spread = torch.arange(CHECKED_ROWS, device=x.device) * (case.O - 1) // (CHECKED_ROWS - 1)
     rows = spread.unique()
     lengths = [case.T] * case.N if offsets is None else offsets.diff().tolist()

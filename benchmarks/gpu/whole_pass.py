@@ -23,6 +23,7 @@ from benchmarks.shapes import TINYLLAMA, Shape
 
 # The comparison of both backends on a small model of every layer, which runs on the device where there is one.
 TESTS = ["tests/models/test_backends.py"]
+TESTED_IN = 45
 # FISH-Tuning takes 128 examples.
 BATCHES = 16
 # The slow ones are timed on fewer batches.
@@ -88,7 +89,7 @@ CASES = {
 
 
 def parts(device: torch.device) -> list[Part]:
-    return [Part(name, partial(measure, case, device)) for name, case in CASES.items()]
+    return [Part(name, partial(measure, case, device), seconds=65) for name, case in CASES.items()]
 
 
 def measure(case: Case, device: torch.device) -> Iterator[Record]:

@@ -1,0 +1,228 @@
+"""A GPU that is not there, for whole calls of the measurements: what runs is all but the device.
+
+Every process that is started in a copy of the checkout takes this from ``sitecustomize.py`` there. Tensors asked for on
+``cuda`` lie on the CPU, kernels compile for sm_90 for real, and a launch does nothing. So nothing is computed:
+comparisons of values (:data:`VALUES`, and tests in :data:`VALUE_TESTS`) are taken out here, and are made by Triton's
+interpreter in the ordinary tests. Shapes are small; times mean nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+NAME = "Pretended GPU"
+ROOT = Path(__file__).resolve().parents[3]
+# Comparisons of what kernels computed, by where they stand, and what stands there instead.
+VALUES: dict[str, object] = {
+    "torch.testing.assert_close": lambda *values, **options: None,
+    "tests.support.closeness.assert_as_accurate": lambda *values, **options: None,
+    "benchmarks.gpu.sum_grad_squared.error_of": lambda *values: 0.0,
+    "benchmarks.gpu.smoke.disagreement": lambda *values: 0.0,
+    "benchmarks.gpu.smoke.difference": lambda *values: 0.0,
+    "benchmarks.gpu.smoke.demand_equal": lambda *values: None,
+    "benchmarks.gpu.streaming_topk.check": lambda *values: None,
+    "benchmarks.gpu.streaming_topk.demand_equal": lambda *values: None,
+    "benchmarks.gpu.variants.error_of": lambda *values: 0.0,
+    "benchmarks.gpu.whole_pass.disagreement": lambda *values: 0.0,
+}
+# Tests whose own statements look at values, or at what no pretended device has; as pytest names them, without what
+# stands in brackets.
+VALUE_TESTS: dict[str, str] = {}
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Skip the tests that compare values."""
+    import pytest
+
+    for item in items:
+        name = f"{item.path.relative_to(ROOT)}::{item.originalname}"
+        if name in VALUE_TESTS:
+            item.add_marker(pytest.mark.skip(reason=f"nothing is computed here: {VALUE_TESTS[name]}"))
+
+
+class _OnTheCPU(TorchFunctionMode):
+    """Puts on the CPU what is asked for on a GPU."""
+
+    def __torch_function__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return function(*map(_moved, args), **{name: _moved(value) for name, value in (kwargs or {}).items()})
+
+
+def _moved(value: Any) -> Any:
+    if isinstance(value, torch.device) and value.type == "cuda":
+        return torch.device("cpu")
+    return "cpu" if isinstance(value, str) and value.startswith("cuda") else value
+
+
+class _Event:
+    def __init__(self, enable_timing: bool = False) -> None:
+        pass
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1.0
+
+
+def pretend() -> None:
+    """Make this process believe in the device."""
+    _hide_the_installed_package()
+    assert Path(importlib.import_module("fishkern").__file__).is_relative_to(ROOT)
+    _cuda()
+    _driver()
+    _small()
+    for name, instead in VALUES.items():
+        module, _, function = name.rpartition(".")
+        owner = importlib.import_module(module)
+        getattr(owner, function)  # what is taken out is there
+        setattr(owner, function, instead)
+
+
+def _hide_the_installed_package() -> None:
+    """An editable installation brings a finder of its own."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if "fishkern" not in getattr(finder, "__module__", "")]
+
+
+def _cuda() -> None:
+    properties = SimpleNamespace(
+        name=NAME,
+        major=9,
+        minor=0,
+        multi_processor_count=132,
+        total_memory=2**31,
+        shared_memory_per_block_optin=232_448,
+    )
+
+    class NoGraph:
+        def __init__(self, *args: object) -> None:
+            raise RuntimeError("no graph can be captured here")
+
+    instead = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_name": lambda *device: NAME,
+        "get_device_properties": lambda *device: properties,
+        "get_device_capability": lambda *device: (9, 0),
+        "is_current_stream_capturing": lambda: False,
+        "synchronize": lambda *device: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda *device: None,
+        "memory_allocated": lambda *device: 0,
+        "max_memory_allocated": lambda *device: 0,
+        "Event": _Event,
+        "CUDAGraph": NoGraph,
+    }
+    for name, value in instead.items():
+        setattr(torch.cuda, name, value)
+    _OnTheCPU().__enter__()
+
+    class Generator(torch.Generator):
+        def __new__(cls, device: object = "cpu") -> torch.Generator:
+            return torch._C.Generator.__new__(cls, "cpu")
+
+    torch.Generator = Generator
+
+
+def _driver() -> None:
+    """Kernels compile for sm_90 and are loaded nowhere."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    import fishkern.backend as backend
+    from fishkern.kernels import _hardware
+
+    class Utils:
+        def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, ...]:
+            return 0, 0, 128, 0, 1024
+
+        def get_device_properties(self, device: int) -> dict[str, int]:
+            return {"max_shared_mem": 232_448, "multiprocessor_count": 132, "max_num_regs": 65_536, "warpSize": 32}
+
+        def __getattr__(self, name: str) -> Callable:  # of descriptors, whose names differ by version
+            return lambda *args: object()
+
+    class Launcher:
+        def __init__(self, source: Any, metadata: Any) -> None:
+            self._wanted = len(source.signature)
+
+        def __call__(self, x: int, y: int, z: int, stream: int, function: int, *args: object) -> None:
+            given = args[4:]  # behind metadata and hooks
+            assert len(given) == self._wanted
+            assert 0 < x < 2**31  # an empty grid is an error of CUDA's
+            assert 0 < max(y, z) < 2**16
+
+    class Driver:
+        utils = Utils()
+        launcher_cls = Launcher
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+        set_current_device = staticmethod(lambda device: None)
+        get_current_stream = staticmethod(lambda device: 0)
+        get_device_interface = staticmethod(lambda: torch.cuda)
+        get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+
+    driver.set_active(Driver())
+    _hardware.INTERPRETER = _hardware.H100
+    real = backend.why_not_triton
+
+    def why_not_triton(*tensors: torch.Tensor) -> str | None:
+        reason = real(*tensors)
+        return None if reason == "the tensors lie on the CPU" else reason
+
+    backend.why_not_triton = why_not_triton
+    sys.modules["fishkern"].why_not_triton = why_not_triton
+    assert triton.knobs.runtime.interpret is False
+
+
+def _small() -> None:
+    """Sizes that two cores can allocate, off the tiles as the real ones are."""
+    from benchmarks.gpu import (
+        _limits,
+        _timing,
+        masked_adamw,
+        roofs,
+        siblings,
+        smoke,
+        streaming_topk,
+        sum_grad_squared,
+        variants,
+        whole_pass,
+    )
+    from benchmarks.topk_cases import TopK
+
+    def shorter(case: sum_grad_squared.Case) -> sum_grad_squared.Case:
+        wide = {name: size if size <= 64 else 256 + size % 8 for name, size in (("O", case.O), ("I", case.I))}
+        return replace(case, **wide, N=min(case.N, 3), T=min(case.T, 128))
+
+    for cases in (sum_grad_squared.CASES, smoke.LAYERS, variants.CASES):
+        cases.update({name: shorter(case) for name, case in cases.items()})
+    sum_grad_squared.EXPERTS, sum_grad_squared.LORA_LAYERS = 3, 1
+    tiny = dict(N=2, T=5, layers=1, hidden=16, intermediate=24, vocabulary=31, heads=4, key_heads=2)
+    whole_pass.CASES.update({name: replace(case, **tiny) for name, case in whole_pass.CASES.items()})
+    smoke.MODEL = replace(smoke.MODEL, **tiny)
+    whole_pass.BATCHES = 2
+    for cases in (streaming_topk.CASES, smoke.SCORES):
+        cases.update({name: TopK(10_000, case.density, 7, case.zeros) for name, case in cases.items()})
+    siblings.CASES.update({name: replace(case, N=2, T=3, D=8) for name, case in siblings.CASES.items()})
+    masked_adamw.CASES.update({name: replace(case, shapes="lora") for name, case in masked_adamw.CASES.items()})
+    roofs.COPIED, roofs.SIDE = 2**16, 64
+    _timing.FLUSHED_BYTES, _timing.SECONDS = 8, 0.0
+    # The planned times are those of a device with 16 cores beside it.
+    _limits.Clock.limit = lambda self, planned: 3600.0
+    _limits.Clock.left = lambda self: 3600.0

@@ -1,0 +1,252 @@
+"""One call of the measurements on a GPU: its plan, what it records, and what a part or a test costs that goes wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import textwrap
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.gpu import Part, _device_tests, _limits, _session, _table, _worker
+
+CPU = torch.device("cpu")
+COPY = {"provider": "torch", "bytes": 4e12, "ms": {"median": 2000.0}}  # 2 TB/s
+GEMM = {"provider": "torch", "dtype": "bfloat16", "flops": 5e14, "ms": {"median": 1000.0}}
+NAMES = count()
+
+
+@pytest.fixture
+def session(monkeypatch, tmp_path):
+    """Runs files of measurements, given as texts, on a machine of which only the name is known."""
+    package = f"planted{next(NAMES)}"
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{_session.RECORDED.parents[1]}")
+    origin = {"commit": "abc", "dirty": False}
+    sources = ["the first"]
+    monkeypatch.setattr(_session, "machine", lambda: {"machine": "some-gpu"})
+    monkeypatch.setattr(_session, "gpu_state", dict)
+    monkeypatch.setattr(_session, "software", lambda revision: {**origin, "commit": revision or origin["commit"]})
+    monkeypatch.setattr(_session, "sources", lambda: sources[0])
+    monkeypatch.setattr(_session, "RECORDED", tmp_path / "committed")
+
+    def plant(**files: str) -> None:
+        for name, text in files.items():
+            (tmp_path / package / f"{name}.py").write_text(HEAD + textwrap.dedent(text))
+            sys.modules.pop(f"{package}.{name}", None)
+
+    def run(**options) -> int:
+        modules = _session.discover(package)
+        return _session.run(modules, CPU, tmp_path / "results", **{"revision": None, **options})
+
+    def records() -> dict[tuple[str, str], list[dict]]:
+        found: dict[tuple[str, str], list[dict]] = {}
+        for path in sorted((tmp_path / "results" / "some-gpu").glob("*.jsonl")):
+            for line in path.read_text().splitlines():
+                record = json.loads(line)
+                found.setdefault((record["op"], record["part"]), []).append(record)
+        return found
+
+    folder = tmp_path / "results" / "some-gpu"
+    return SimpleNamespace(plant=plant, run=run, records=records, folder=folder, origin=origin, sources=sources)
+
+
+HEAD = f"""
+import os, pathlib, signal, time, torch
+from functools import partial
+from benchmarks.gpu import Part
+TESTS = []
+COPY = {COPY}
+def good(*records):
+    yield from records or [COPY]
+def fails(error):
+    raise error
+    yield
+def dies():
+    os.kill(os.getpid(), signal.SIGSEGV)
+    yield
+def hangs():
+    time.sleep(1000)
+    yield
+"""
+
+
+def a_test(tmp_path: Path, name: str, body: str) -> str:
+    path = tmp_path / f"test_{name}.py"
+    path.write_text(f"import time\ndef test_{name}():\n    {body}\n")
+    return str(path)
+
+
+def test_what_goes_wrong_costs_its_own_part(session, tmp_path, monkeypatch, capfd):
+    """A red test, a test without an end, a signal, a hang and memory that runs out: all other parts are recorded."""
+    red, endless = a_test(tmp_path, "red", "assert False"), a_test(tmp_path, "endless", "time.sleep(1000)")
+    green = a_test(tmp_path, "green", "pass")
+    session.plant(
+        crash='parts = lambda d: [Part("before", good), Part("dies", dies), Part("after", good)]',
+        endless=f'TESTS, TESTED_IN = ["{endless}"], 4\nparts = lambda d: [Part("never", good)]',
+        green=f'TESTS = ["{green}"]\nparts = lambda d: [Part("measured", good)]',
+        hang='parts = lambda d: [Part("hangs", hangs, seconds=1), Part("after", good)]',
+        memory="""
+            full = torch.OutOfMemoryError("2 TiB are missing")
+            parts = lambda d: [Part("full", partial(fails, full)), Part("after", lambda: good({"pid": os.getpid()}))]
+        """,
+        red=f'TESTS = ["{green}", "{red}"]\nparts = lambda d: [Part("never", good)]',
+    )
+    assert session.run(seconds=600, patience=1) == 1
+    said = capfd.readouterr()
+    kept = session.records()
+    assert {key for key, found in kept.items() if not found[0].get("red")} == {
+        ("crash", "before"), ("crash", "after"), ("green", "tests"), ("green", "measured"), ("hang", "after"),
+        ("memory", "after"),
+    }  # fmt: skip
+    assert (kept["red", "tests"][0]["passed"], kept["red", "tests"][0]["failed"]) == (1, 1)
+    assert kept["red", "tests"][0]["red"][0].endswith("test_red.py::test_red")
+    assert kept["endless", "tests"][0]["stopped"] == "stopped after 4 s"
+    for why in (
+        "crash/dies: its process ended: SIGSEGV", "hang/hangs: it hangs: stopped after 1 s",
+        "memory/full: OutOfMemoryError: 2 TiB are missing", "red/never: tests of it are red",
+        "endless/never: tests of it are red",
+    ):  # fmt: skip
+        assert why in said.err
+    # What is mended is taken up alone.
+    session.plant(crash='parts = lambda d: [Part("before", good), Part("dies", good), Part("after", good)]')
+    session.plant(red='parts = lambda d: [Part("never", good)]')
+    assert session.run(only=["crash", "red", "green"]) == 0
+    assert session.records().keys() - kept.keys() == {("crash", "dies"), ("red", "never")}
+
+
+def test_one_line_for_each_measurement_one_file_for_each_call(session, capfd):
+    session.plant(
+        op='parts = lambda d: [Part("first", lambda: good(COPY, COPY)), Part("rival", lambda: good({"provider": "x", '
+        '"failed": "OutOfMemoryError: 1 TiB"})), Part("a trace", lambda: good({"trace.gz": b"bytes"}))]'
+    )
+    assert session.run() == 0
+    (path,) = session.folder.glob("*.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(r["op"], r["part"]) for r in records] == [
+        ("op", "first"), ("op", "first"), ("op", "rival"), ("op", "a trace"),
+    ]  # fmt: skip
+    assert all({"commit", "sources", "machine", "time", "tested"} <= r.keys() for r in records)
+    assert (session.folder / records[-1]["trace.gz"]).read_bytes() == b"bytes"
+    assert re.fullmatch(r"[\w.-]+", records[-1]["trace.gz"])
+    said = capfd.readouterr().out
+    assert "failed: OutOfMemoryError: 1 TiB" in said
+    assert "Planned: 0.9 of 8.7 minutes." in said
+    assert "0.9  op: 3 parts" in said
+
+
+def test_what_is_recorded_is_not_measured_again(session, tmp_path):
+    """By what the sources are, whether its records lie in the folder of results or are committed already."""
+    green = a_test(tmp_path, "green", "pass")
+    session.plant(op=f'TESTS = ["{green}"]\nparts = lambda d: [Part("a", good), Part("b", good)]')
+    assert session.run(only=["op/a"]) == 0
+    assert session.run() == 0
+    assert {key: len(found) for key, found in session.records().items()} == {
+        ("op", "tests"): 1, ("op", "a"): 1, ("op", "b"): 1,
+    }  # fmt: skip
+    committed = tmp_path / "committed" / "some-gpu"
+    committed.parent.mkdir()
+    session.folder.rename(committed)
+    assert session.run() == 0
+    assert not session.folder.exists()
+    session.sources[0] = "others"
+    assert session.run(only=["op/tests"]) == 0
+    assert session.records().keys() == {("op", "tests")}
+
+
+def test_begins_nothing_that_does_not_fit(session, capfd):
+    session.plant(op='parts = lambda d: [Part("short", good, 5), Part("long", good, 500), Part("short too", good, 1)]')
+    assert session.run(seconds=100) == 3
+    assert session.records().keys() == {("op", "short")}
+    said = capfd.readouterr().out
+    assert "does not fit: op/long, op/short too" in said
+    assert "Left for the next call, which finds what is recorded: op/long, op/short too." in said
+
+
+def test_records_say_whether_the_tests_ran(session, tmp_path, capfd):
+    session.plant(op=f'TESTS = ["{a_test(tmp_path, "red", "assert False")}"]\nparts = lambda d: [Part("a", good)]')
+    assert session.run(skip_tests=True) == 0
+    assert "Recorded without the tests (--tested): op/a." in capfd.readouterr().out
+    assert session.records()["op", "a"][0]["tested"] is False
+
+
+def test_what_cannot_be_asked_for(session):
+    session.plant(one='parts = lambda d: [Part("a", good)]')
+    with pytest.raises(ValueError, match="there is nothing called one/c; there are one"):
+        session.run(only=["one/c"])
+    session.origin["commit"] = ""
+    with pytest.raises(ValueError, match="name the revision with --revision"):
+        session.run()
+
+
+def test_a_device_that_no_longer_answers_is_left(monkeypatch):
+    """Every later call of the process would raise the same: the part is lost, and the parts after it need another."""
+
+    def fails():
+        raise RuntimeError("an illegal memory access was encountered\nand a long trace")
+        yield
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    found = _worker.measured(Part("a", fails), device)
+    assert (found.failed, found.usable) == ("RuntimeError: an illegal memory access was encountered", True)
+
+    def poisoned(device):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", poisoned)
+    assert not _worker.measured(Part("a", fails), device).usable
+
+
+def test_shares_of_the_machines_own_roofs():
+    """2e14 flops take 400 ms at 5e14 a second, 1e12 bytes 500 ms at 2e12: the larger is the floor."""
+    ours = {"provider": "fishkern", "dtype": "bfloat16", "flops": 2e14, "bytes": 1e12, "ms": {"median": 1000.0}}
+    named = {"op": "op", "part": "a", **ours, "tested": True}
+    roofs = [{"op": "roofs", "part": part, **roof, "tested": True} for part, roof in
+             (("copy", COPY), ("gemm bfloat16", GEMM))]  # fmt: skip
+    line = next(line for line in _table.table([*roofs, named]) if line.startswith("op/a  "))
+    assert re.split(r"\s+", line.strip()) == ["op/a", "fishkern", "1000.000", "200.0", "1.00", "0.50"]
+    assert _table.share_of_roof(named, {}) is None
+
+
+def test_files_join_by_being_there():
+    modules = _session.discover()
+    assert tuple(modules) == _session.ORDER
+    for name, module in modules.items():
+        for path in _device_tests.tests_of(name, module):
+            assert (_device_tests.ROOT / path).is_file(), path
+        parts = module.parts(CPU)
+        assert len({part.name for part in parts}) == len(parts)
+        assert _table.TESTS not in {part.name for part in parts}
+    name = "sum_grad_squared"
+    assert f"tests/ops/test_{name}.py" in _device_tests.tests_of(name, modules[name])
+
+
+def test_tests_that_all_skip_gate_nothing_open(tmp_path):
+    """A file whose tests are skipped, or that cannot be imported, has shown nothing."""
+    skipped = tmp_path / "test_skipped.py"
+    skipped.write_text("import pytest\n@pytest.mark.skip\ndef test():\n    pass\n")
+    broken = tmp_path / "test_broken.py"
+    broken.write_text("import nothing_of_this_name\n")
+    found = _device_tests.on_device([str(skipped)], 60)
+    assert (found["passed"], found["skipped"], found["red"]) == (0, 1, [str(skipped)])
+    assert _device_tests.on_device([str(broken)], 60)["red"]
+
+
+def test_nothing_outlives_a_command(tmp_path):
+    """Not the processes that it started either."""
+    left = tmp_path / "left"
+    grandchild = f"import time, pathlib; time.sleep(4); pathlib.Path({str(left)!r}).touch()"
+    command = [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"]
+    assert _limits.run_within(command, 1.0, tmp_path) == (None, "stopped after 1 s")
+    subprocess.run(["sleep", "4.5"], check=True)
+    assert not left.exists()
