@@ -32,6 +32,10 @@ class Clock:
         """Seconds that are left."""
         return self._end - time.monotonic()
 
+    def fits(self, planned: float) -> bool:
+        """Whether what was planned to take so long can end in time."""
+        return planned <= self.left() - CLOSING
+
     def limit(self, planned: float) -> float:
         """When to stop what was planned to take so long, within what is left of the call."""
         return max(1.0, min(self._patience * planned, self.left() - CLOSING))

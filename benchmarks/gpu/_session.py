@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.gpu import Part, Record
 from benchmarks.gpu._device_tests import on_device, tests_of
-from benchmarks.gpu._limits import PATIENCE, Clock
+from benchmarks.gpu._limits import CLOSING, PATIENCE, Clock
 from benchmarks.gpu._table import TESTS, table, tests_in_words
 from benchmarks.gpu._worker import STARTS_IN, Worker
 from benchmarks.provenance import gpu_state, machine, software, sources
@@ -98,7 +98,7 @@ def run(
     for name in dict.fromkeys(name for name, _ in left):
         parts = {key: part for key, part in left.items() if key[0] == name}
         if tests := parts.pop((name, TESTS), None):
-            if clock.left() < tests.seconds:
+            if not clock.fits(tests.seconds):
                 break
             found = on_device(tests_of(name, modules[name]), clock.limit(tests.seconds))
             journal.add((name, TESTS), [found])
@@ -160,10 +160,10 @@ def _measure(
     """Measure parts of one file, and say why some could not be."""
     failed: dict[Key, str] = {}
     waiting = list(parts.items())
-    while waiting and clock.left() > STARTS_IN + waiting[0][1].seconds:
+    while waiting and clock.fits(STARTS_IN + waiting[0][1].seconds):
         with Worker(module.__name__, device) as worker:
             usable = True
-            while usable and waiting and clock.left() > waiting[0][1].seconds:
+            while usable and waiting and clock.fits(waiting[0][1].seconds):
                 key, part = waiting.pop(0)
                 outcome = worker.measure(part.name, clock.limit(part.seconds))
                 usable = outcome.usable
@@ -194,7 +194,7 @@ def _chosen(
 
 def _plan(left: dict[Key, Part], seconds: float) -> Iterator[str]:
     """What the call will do, by the minutes that each file should take; what does not fit comes last."""
-    planned, later, lines = 0.0, [], []
+    planned, later, lines = CLOSING, [], []
     for name in dict.fromkeys(name for name, _ in left):
         own = {key: part for key, part in left.items() if key[0] == name}
         starts = 0.0 if set(own) == {(name, TESTS)} else STARTS_IN

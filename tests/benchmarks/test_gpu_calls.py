@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.gpu import _session
 from benchmarks.gpu._table import TESTS
+from tests.benchmarks.pretended import gpu
 from tests.kernels.mutants import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,6 +90,16 @@ def test_calls_ask_for_what_there_is_and_what_fits(number, capsys, monkeypatch):
     assert "does not fit" not in plan[-1]
 
 
+def test_values_that_are_not_compared_there_are_compared_elsewhere():
+    """What is taken out there exists, and the ordinary tests run it by the interpreter."""
+    for file, names in gpu.VALUE_TESTS.items():
+        source = (ROOT / file).read_text()
+        for name in names:
+            (marks,) = re.findall(rf"((?:^@.*\n(?:^[ )\]].*\n)*)*)^def {name}\(", source, re.M)
+            assert "slow" not in marks, name
+            assert name == "test_bits_repeat_at_the_size_of_a_layer" or "mark.gpu" not in marks, name
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device: make the calls themselves")
 @pytest.mark.parametrize("number", range(len(CALLS)))
@@ -108,7 +119,7 @@ def test_calls_run_from_end_to_end(number, tmp_path):
     environment |= {
         "PATH": f"{Path(sys.executable).parent}:{tools}:{environment['PATH']}",
         "OUT": str(results),
-        "REV": "of a copy",
+        "REV": "a-copy",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
     call = re.sub(r"^timeout \d+ ", "", CALLS[number], flags=re.M)  # times mean nothing here
@@ -118,7 +129,7 @@ def test_calls_run_from_end_to_end(number, tmp_path):
     assert "Planned: " in done.stdout
     lines = [line for path in (results / "pretended-gpu").glob("*.jsonl") for line in path.read_text().splitlines()]
     records = [json.loads(line) for line in lines]
-    assert all((record["commit"], record["machine"]) == ("of a copy", "pretended-gpu") for record in records)
+    assert all((record["commit"], record["machine"]) == ("a-copy", "pretended-gpu") for record in records)
     kept = {(record["op"], record["part"]) for record in records if not record.get("red")}
     parts = _session._chosen(_session.discover(), torch.device("cpu"), asked_for(CALLS[number])[0], False)
     assert kept == set(parts)

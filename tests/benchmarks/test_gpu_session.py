@@ -139,7 +139,7 @@ def test_one_line_for_each_measurement_one_file_for_each_call(session, capfd):
     assert re.fullmatch(r"[\w.-]+", records[-1]["trace.gz"])
     said = capfd.readouterr().out
     assert "failed: OutOfMemoryError: 1 TiB" in said
-    assert "Planned: 0.9 of 8.7 minutes." in said
+    assert "Planned: 1.2 of 8.7 minutes." in said
     assert "0.9  op: 3 parts" in said
 
 
