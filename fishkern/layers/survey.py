@@ -125,6 +125,9 @@ class _Planner:
         num_examples: int,
     ) -> None:
         self._modules = dict(model.named_modules())
+        self._places: dict[nn.Module, list[str]] = defaultdict(list)  # of a module object, as often as it is registered
+        for path, module in model.named_modules(remove_duplicate=False):
+            self._places[module].append(path)
         self._distrusted = distrusted
         self._owners = owners
         self._seen = seen
@@ -218,8 +221,16 @@ class _Planner:
         return None, False
 
     def _host(self, path: str) -> str | None:
-        """Find the smallest module around it, below the root, that keeps the examples apart."""
-        return next((host for host in upwards(path) if host and self._keeps_examples(self._modules[host])), None)
+        """Find the smallest module around it, below the root, that keeps the examples apart.
+
+        Where several modules share it, that is one around all of them: the first examples need not reach each use.
+
+        Returns:
+            Its path, or ``None`` where there is no such module.
+        """
+        places = self._places[self._modules[path]]
+        around = (host for host in upwards(path) if host and all(f"{at}.".startswith(f"{host}.") for at in places))
+        return next((host for host in around if self._keeps_examples(self._modules[host])), None)
 
     def _why_no_host(self, path: str) -> str:
         """Say why the loop is left, and the way round it for modules of torch that hand all weights to one function."""

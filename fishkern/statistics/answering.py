@@ -28,19 +28,29 @@ class Answering:
         self._model = model
         self._likelihood = likelihood
 
-    def prepare(self, batch: Examples) -> None:
-        """Recognise the likelihood, and compare the loss of one example with the model's own.
+    def recognise(self, batch: Examples) -> None:
+        """Recognise the likelihood where none was given.
 
         Args:
             batch: The first batch.
 
         Raises:
-            ValueError: The model's loss is not known, or is another.
+            ValueError: The model's loss is not known.
         """  # noqa: DOC502
         if self._likelihood is None:
             self._likelihood = recognise_likelihood(self._model, batch.content)
+
+    def prepare(self, batch: Examples) -> None:
+        """Compare the loss of one example with the model's own.
+
+        Args:
+            batch: The first example.
+
+        Raises:
+            ValueError: The model's loss is another.
+        """  # noqa: DOC502
         if isinstance(self._likelihood, Likelihood):
-            _compare_with_own_loss(self._model, self._likelihood, batch.take(0, 1).content)
+            _compare_with_own_loss(self._model, self._likelihood, batch.content)
 
     @property
     def description(self) -> str:

@@ -124,7 +124,8 @@ class Reader:
     """
 
     def __init__(self, shared: Shared = None, *, only_pairs: bool = False, dropped: Sequence[str] = ()) -> None:
-        patterns = (shared,) if isinstance(shared, str | int) else tuple(shared or ())
+        patterns = tuple(shared) if isinstance(shared, list | tuple | set | frozenset) else (shared,)
+        patterns = () if shared is None else patterns
         if not all(isinstance(pattern, str | int) and not isinstance(pattern, bool) for pattern in patterns):
             raise TypeError(f"shared takes patterns of entry names, or places in a tuple; got {shared!r}.")
         self._shared = patterns
@@ -155,6 +156,7 @@ class Reader:
                 f"batch {number} holds no tensor with an example axis: let the collator return tensors "
                 "(return_tensors='pt')."
             )
+        self._check_shared(content, number)
         source, N = self._count(content, number)
         if N == 0:
             raise ValueError(f"batch {number} holds no example (size 0). Drop empty batches before estimating.")
@@ -162,7 +164,6 @@ class Reader:
         decision = _Decision(N, content, self._is_shared, self._settled, told)
         if N > 1:
             decision.decide((), content)
-        self._check_shared(content, number)
         return Examples(content, N, range(N), frozenset(decision.by_rows), frozenset(decision.entered))
 
     def _checked_kind(self, raw: Any, number: int) -> Batch:

@@ -130,7 +130,8 @@ def estimate(
         for batch in data:
             with randomness.drawing():
                 if data.batches == 1:
-                    answering.prepare(batch)
+                    answering.recognise(batch)
+                    answering_parts(answering.prepare, answering)(batch.take(0, 1))
                 way.run(batch)
             units += estimator.units(batch.num_examples)
             report(data.examples)
@@ -139,7 +140,7 @@ def estimate(
     units, num_examples, num_batches = counts
     if not units:
         raise ValueError("the data holds no example: batches was empty (an exhausted iterator, or max_examples=0).")
-    if not any(ranks.gathered(accumulators.touched)):
+    if not any(ranks.gathered(way.connected)):
         raise ValueError(
             f"the loss depends on none of the {len(chosen)} parameters asked for ({', '.join(list(chosen)[:3])}, ...): "
             "it was computed without gradients, or these parameters are not used."
@@ -155,7 +156,14 @@ def estimate(
             )
     if all(not tensor.any() for tensor in tensors.values()):
         warnings.warn("every entry is exactly zero: no parameter moves this loss.", stacklevel=2)
-    own_tokens = ", own tokens" if reader.found else ""
+    own_tokens = ""
+    if reader.found:
+        own_tokens = ", own tokens"
+        warnings.warn(
+            f"the batches hold {', '.join(map(repr, sorted(reader.found)))}, which the model does not get: the loss of "
+            "an example is that of its own tokens.",
+            stacklevel=2,
+        )
     definition = {**estimator.definition, "likelihood": f"{answering.description}{own_tokens}"}
     run = {
         "model": type(model).__name__,

@@ -120,10 +120,12 @@ class Independence:
                 stacklevel=5,
             )
             return
+        cut, _ = two.names
         raise ValueError(
             f"{differs}: the examples of a batch see each other (a contrastive loss with in-batch negatives, a "
             "normalisation over the batch), and none has a gradient of its own. DiagonalFisher(unit='batch') squares "
-            "the gradient of the batch's mean loss, which such a loss has."
+            f"the gradient of the batch's mean loss, which such a loss has. Where one of {', '.join(cut)} belongs "
+            "to all examples, name it in shared=."
         )
 
     @torch.no_grad()
@@ -137,9 +139,9 @@ class Independence:
         return sum(values.abs() for values in answer.label_losses() if values is not None).tolist()
 
     def _equal(self, one: Sequence[float], other: Sequence[float]) -> bool:
-        scale = max(abs(value) for value in (*one, *other))
+        scale = max((abs(value) for value in (*one, *other) if math.isfinite(value)), default=0.0)
         allowed = _TOLERANCE[self._dtype] * scale + _ROUNDING[self._dtype] * torch.finfo(self._dtype).eps
-        return all(abs(a - b) <= allowed or a == b for a, b in zip(one, other, strict=True))
+        return all(abs(a - b) <= allowed or str(a) == str(b) for a, b in zip(one, other, strict=True))  # str: NaN
 
 
 def _coarsest(parameters: Iterable[nn.Parameter]) -> torch.dtype:

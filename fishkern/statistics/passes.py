@@ -42,6 +42,10 @@ class GradientPass:
         accumulators: Where the squares go.
         path: Name of this path in the coverage.
         independence: Whether the loss of an example is its own; ``None`` where no example is asked for.
+
+    Attributes:
+        paths: Path and reason for each parameter.
+        connected: Whether a loss depends on what is differentiated by.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class GradientPass:
         self._accumulators = accumulators
         self._independence = independence
         self.paths = dict.fromkeys(parameters, (path, ""))
+        self.connected = False
 
     def run(self, batch: Examples) -> None:
         """Add one batch.
@@ -76,6 +81,7 @@ class GradientPass:
                     self._independence.judge(two, found.beside, alone)
             for objective, last in with_last(self._estimator.objectives(self._answer(batch), batch.places)):
                 check_finite(objective, batch.places)
+                self.connected |= objective.requires_grad
                 backward(objective.sum(), retain_graph=not last)
                 for key, parameter in self._parameters.items():
                     if (grad := take_grad(parameter)) is not None:
@@ -94,6 +100,10 @@ class PerExamplePass:
         accumulators: Where the squares go.
         check: Compare with ordinary autograd on two examples before the first batch.
         independence: Whether the loss of an example is its own.
+
+    Attributes:
+        paths: Path and reason for each parameter.
+        connected: Whether a loss depends on what is differentiated by.
     """
 
     def __init__(
@@ -118,6 +128,7 @@ class PerExamplePass:
         self._distrusted: set[str] = set()
         self._announced: set[str] = set()
         self.paths: dict[str, tuple[str, str]] = {}
+        self.connected = False
 
     def run(self, batch: Examples) -> None:
         """Add one batch.
@@ -272,6 +283,7 @@ class PerExamplePass:
                     if objective is None:
                         continue
                     check_finite(objective, batch.places)
+                    self.connected |= objective.requires_grad
                     capture.backward(objective, retain_graph=not (last or only_first))
                     for key in capture.unsettled:
                         if wanted is None or index in wanted[key]:
@@ -300,6 +312,7 @@ class PerExamplePass:
                     if objective is None:
                         continue
                     check_finite(objective, one.places)
+                    self.connected |= objective.requires_grad
                     backward(objective.sum(), retain_graph=not last)
                     for key, parameter in parameters.items():
                         grad = take_grad(parameter)
