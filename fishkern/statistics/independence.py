@@ -21,14 +21,6 @@ _CHOOSING = ("Router", "TopK", "MoE", "Moe", "MOE", "Expert")
 _SCALING = ("Linear8bitLt", "DynamicActivation", "DynamicQuant", "ActivationQuantized", "FP8Linear", "Float8Linear")
 
 
-class LossesDiffer(Exception):
-    """Losses of examples are others in a batch than alone."""
-
-    def __init__(self, beside: Sequence[float]) -> None:
-        super().__init__(beside)
-        self.beside = beside
-
-
 class Independence:
     """Compares the losses of two examples together with those of each alone, once, before anything is counted.
 
@@ -48,52 +40,54 @@ class Independence:
         self._answer = answer
         self._by_labels = by_labels
         self._dtype = _coarsest(model.parameters())
-        self._known = False
+        self._pending = True
+        self._beside: list[float] = []
+        self._alone: list[float] = []
         self.note: str | None = None
 
     @property
     def pending(self) -> bool:
-        """Whether no batch of two or more examples has come yet."""
-        return not self._known
+        """Whether no two examples have been compared yet."""
+        return self._pending
 
-    def alone(self, two: Examples) -> list[float]:
-        """Run each example alone.
+    def note_beside(self, answer: Predictive | Tensor) -> None:
+        """Note the losses of two examples in one batch; those of a first run count.
 
         Args:
-            two: Two examples.
-
-        Returns:
-            Their losses.
+            answer: What the model answers to both.
         """
+        self._beside = self._beside or self._values(answer)
+
+    def note_alone(self, answer: Predictive | Tensor) -> None:
+        """Note the loss of one of them alone, the first one's first; :meth:`settle` runs those that are not noted.
+
+        Args:
+            answer: What the model answers to it.
+        """
+        self._alone += self._values(answer)
+
+    def settle(self, two: Examples) -> None:
+        """Compare what was noted.
+
+        Args:
+            two: The two examples.
+
+        Raises:
+            ValueError: The losses differ by more than rounding, and not because a module chooses or scales by the
+                batch.
+        """  # noqa: DOC502
+        alone = self._alone if len(self._alone) == 2 else self._run_alone(two)
+        self._pending = False
+        beside = self._beside
+        if all(map(math.isfinite, beside)) and not self._equal(beside, alone):  # the pass names what is not finite
+            self._judge(two, beside, alone)
+
+    def _run_alone(self, two: Examples) -> list[float]:
         return [self._values(self._answer(one))[0] for one in two.singly()]
 
-    def compare(self, together: Predictive | Tensor, alone: Sequence[float]) -> None:
-        """Compare the losses of two examples in one batch with those of each alone.
-
-        Args:
-            together: The model's answer to both in one batch.
-            alone: The loss of each, as :meth:`alone` gives them.
-
-        Raises:
-            LossesDiffer: They differ by more than rounding; see :meth:`judge`.
-        """
-        self._known = True
-        beside = self._values(together)
-        if all(map(math.isfinite, beside)) and not self._equal(beside, alone):  # the pass names what is not finite
-            raise LossesDiffer(beside)
-
-    def judge(self, two: Examples, beside: Sequence[float], alone: Sequence[float]) -> None:
-        """Say why losses differ; each example runs alone once more, which tells random draws from the others' say.
-
-        Args:
-            two: Two examples.
-            beside: Their losses in one batch.
-            alone: The loss of each alone.
-
-        Raises:
-            ValueError: They do so for another reason than a module that chooses or scales by the batch.
-        """
-        again = self.alone(two)
+    def _judge(self, two: Examples, beside: Sequence[float], alone: Sequence[float]) -> None:
+        """Say why losses differ; each example runs alone once more, which tells random draws from the others' say."""
+        again = self._run_alone(two)
         if not self._equal(again, alone):
             n = _farthest(again, alone)
             raise ValueError(
@@ -117,7 +111,7 @@ class Independence:
             warnings.warn(
                 f"{self.note}. The statistics are those of the choices made in these batches; fishkern.verify says how "
                 "far they are from those of examples alone.",
-                stacklevel=5,
+                stacklevel=7,
             )
             return
         cut, _ = two.names

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import partial
 from itertools import islice
 
 import torch
@@ -25,7 +24,7 @@ from fishkern.statistics.autograd import backward, check_finite, first, only_tra
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.coverage import slowest_paths
-from fishkern.statistics.independence import Independence, LossesDiffer
+from fishkern.statistics.independence import Independence
 from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.self_check import disagreements
 
@@ -74,11 +73,8 @@ class GradientPass:
         with only_trainable(self._parameters.values()):
             if self._independence is not None and self._independence.pending and batch.num_examples > 1:
                 two = batch.take(0, 2)
-                alone = self._independence.alone(two)
-                try:
-                    self._independence.compare(self._answer(two), alone)
-                except LossesDiffer as found:
-                    self._independence.judge(two, found.beside, alone)
+                self._independence.note_beside(self._answer(two))
+                self._independence.settle(two)
             for objective, last in with_last(self._estimator.objectives(self._answer(batch), batch.places)):
                 check_finite(objective, batch.places)
                 self.connected |= objective.requires_grad
@@ -160,41 +156,38 @@ class PerExamplePass:
 
     def _make_plan(self, few: Examples) -> Plan:
         """Survey two examples, or the one of a batch of one."""
-        alone = None
-        if few.num_examples > 1 and self._independence.pending:
-            with only_trainable(self._floating().values()):
-                alone = self._independence.alone(few)
+        compared = few.num_examples > 1 and self._independence.pending
 
         def losses() -> Tensor:
             nonlocal place
             answer = self._answer(few)
             place, objective = first(self._estimator.objectives(answer, few.places))
             check_finite(objective, few.places)
-            if alone is not None and self._independence.pending:
-                self._independence.compare(answer, alone)
+            if compared:
+                self._independence.note_beside(answer)
             return objective
 
         place = 0
 
         keys = {parameter: key for key, parameter in self._parameters.items()}
-        surveyed = partial(survey, self._model, keys, losses, self._distrusted, few.num_examples)
-        try:
-            plan = surveyed()
-        except LossesDiffer as found:
-            with only_trainable(self._floating().values()):
-                self._independence.judge(few, found.beside, alone)
-            plan = surveyed()
+        plan = survey(self._model, keys, losses, self._distrusted, few.num_examples)
         self._refuse_integers(key for key, (path, _) in plan.paths.items() if path != "fused")
-        if self._check:
-            plan = self._checked(plan, few, place)
+        found = self._disagreements(plan, few, place) if self._check else {}
+        if compared:
+            with only_trainable(self._floating().values()):
+                self._independence.settle(few)
+        plan = plan.with_loop(found)
         self._announce(plan)
         return plan
 
-    def _checked(self, plan: Plan, few: Examples, place: int) -> Plan:
-        """Send what disagrees with ordinary autograd through the loop, judged by the objective at ``place``."""
+    def _disagreements(self, plan: Plan, few: Examples, place: int) -> dict[str, str]:
+        """Find what disagrees with ordinary autograd, judged by the objective at ``place``."""
 
         def objective(batch: Examples) -> Tensor:
-            objective = next(islice(self._estimator.objectives(self._answer(batch), batch.places), place, None))
+            answer = self._answer(batch)
+            if batch.num_examples < few.num_examples and self._independence.pending:
+                self._independence.note_alone(answer)
+            objective = next(islice(self._estimator.objectives(answer, batch.places), place, None))
             return torch.zeros(batch.num_examples) if objective is None else objective
 
         squares = self._accumulators.empty_like() if self._begun else self._accumulators
@@ -205,10 +198,9 @@ class PerExamplePass:
                 for key, parameter in self._floating().items()
                 if key not in withheld and key not in plan.loop
             }
-            found = disagreements(parameters, squares.states, objective, few, kept=plan.reused)
+            return disagreements(parameters, squares.states, objective, few, kept=plan.reused)
         finally:
             squares.zero_()
-        return plan.with_loop(found)
 
     def _floating(self) -> dict[str, nn.Parameter]:
         return {key: parameter for key, parameter in self._parameters.items() if parameter.is_floating_point()}
