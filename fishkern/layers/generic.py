@@ -49,12 +49,13 @@ def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mappi
 
 
 @torch.no_grad()
-def same_rows_alone(call: Call, output: Any) -> bool:
+def same_rows_alone(call: Call, output: Any, num_examples: int) -> bool:
     """Check that the module, run on the rows of one example alone, gives that example's rows.
 
     Args:
-        call: A call on two examples.
+        call: A call.
         output: What it returned.
+        num_examples: How many examples it was called on.
 
     Returns:
         Whether it does; ``False`` too where an argument is an object that a second run would find changed.
@@ -63,8 +64,11 @@ def same_rows_alone(call: Call, output: Any) -> bool:
     if any(_is_stateful(leaf) for leaf in leaves):
         return False
     expected, _ = tree_flatten(output)
-    for n in range(2):
-        row = [leaf[n : n + 1] if isinstance(leaf, Tensor) and has_example_axis(leaf) else leaf for leaf in leaves]
+    for n in range(num_examples):
+        row = [
+            leaf[n : n + 1] if isinstance(leaf, Tensor) and has_example_axis(leaf, num_examples) else leaf
+            for leaf in leaves
+        ]
         args, kwargs = tree_unflatten(row, spec)
         try:
             actual, _ = tree_flatten(Call(call.module, args, kwargs, call.autocast).run())
@@ -72,7 +76,7 @@ def same_rows_alone(call: Call, output: Any) -> bool:
             return False
         for place in floating_places(expected):
             whole = expected[place]
-            if not (whole.ndim and whole.shape[0] == 2 and actual[place].shape == whole[n : n + 1].shape):
+            if not (whole.ndim and whole.shape[0] == num_examples and actual[place].shape == whole[n : n + 1].shape):
                 return False
             gap = (actual[place] - whole[n : n + 1]).abs().max()
             if gap > 64 * torch.finfo(whole.dtype).eps * whole.abs().max():
@@ -85,16 +89,17 @@ def _is_stateful(leaf: Any) -> bool:
     return leaf is not None and not isinstance(leaf, Tensor | nn.Module | bool | int | float | str | torch.dtype)
 
 
-def has_example_axis(tensor: Tensor) -> bool:
-    """Judge by its size whether a tensor of a call on two examples holds one row for each.
+def has_example_axis(tensor: Tensor, num_examples: int) -> bool:
+    """Judge by its size whether a tensor of a call holds one row for each example.
 
     Args:
         tensor: Any tensor; :func:`same_rows_alone` shows whether the judgement was right.
+        num_examples: How many examples the call is on.
 
     Returns:
-        Whether its first axis has two entries.
+        Whether its first axis has so many entries.
     """
-    return tensor.ndim > 0 and tensor.shape[0] == 2
+    return tensor.ndim > 0 and tensor.shape[0] == num_examples
 
 
 def tensors_of(call: Call) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What happens at a model's modules while it runs on two examples, each one's loss back-propagated alone."""
+"""What happens at a model's modules while it runs on two examples, or one, each one's loss back-propagated alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Seen:
         calls: Each call, with its tensors, and its output.
         touched: For each output gradient: the call, the example whose loss it is of, the number of rows, and the rows
             that are not zero.
-        lengths: For each call ``T`` of the enclosing module's input ``[2, T, ...]``, where there is one.
+        lengths: For each call ``T`` of the enclosing module's input ``[N, T, ...]``, where there is one.
         block: That module.
     """
 
@@ -41,7 +41,10 @@ class Seen:
 class _Observer:
     """Hooks that record calls and the rows of their output gradients."""
 
-    def __init__(self, model: nn.Module, observed: Mapping[str, nn.Module], shared: frozenset[nn.Module]) -> None:
+    def __init__(
+        self, model: nn.Module, observed: Mapping[str, nn.Module], shared: frozenset[nn.Module], num_examples: int
+    ) -> None:
+        self._num_examples = num_examples
         self.seen: dict[nn.Module, Seen] = defaultdict(Seen)
         self._paths = {module: path for path, module in observed.items()}
         self._modules = dict(model.named_modules())
@@ -65,8 +68,9 @@ class _Observer:
 
     def backward(self, losses: Tensor) -> None:
         with self.hooked():  # for what is recomputed
-            for self._example in range(2 if losses.requires_grad else 0):
-                losses[self._example].backward(retain_graph=self._example == 0)
+            count = self._num_examples if losses.requires_grad else 0
+            for self._example in range(count):
+                losses[self._example].backward(retain_graph=self._example < count - 1)
 
     def _note_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._inputs[module] = rows_and_length((args, kwargs))
@@ -75,7 +79,7 @@ class _Observer:
         if not torch.is_grad_enabled():
             return None
         if module in self.shared and isinstance(output, Tensor):
-            output = output.expand(2, *output.shape[1:])
+            output = output.expand(self._num_examples, *output.shape[1:])
         seen = self.seen[module]
         index = len(seen.calls)
         call = frozen_call(module, args, kwargs)
@@ -93,27 +97,28 @@ class _Observer:
         return tapped(output, self._anchor, receive, call)
 
     def _enclosing(self, path: str) -> tuple[nn.Module | None, int | None]:
-        """Find the nearest enclosing module whose input is ``[2, T, ...]``, and ``T``."""
+        """Find the nearest enclosing module whose input is ``[N, T, ...]``, and ``T``."""
         while path:
             path = path.rpartition(".")[0]
             module = self._modules[path]
             rows, length = self._inputs.get(module) or (None, None)
-            if rows == 2:
+            if rows == self._num_examples:
                 return module, length
         return None, None
 
 
 def observe(
-    model: nn.Module, owners: Mapping[str, Mapping[str, str]], losses: Callable[[], Tensor]
+    model: nn.Module, owners: Mapping[str, Mapping[str, str]], losses: Callable[[], Tensor], num_examples: int
 ) -> dict[nn.Module, Seen]:
-    """Run the model on two examples, back-propagate the loss of each alone, and record what happens at its modules.
+    """Run the model on a few examples, back-propagate the loss of each alone, and record what happens at its modules.
 
     An output shared by all examples (leading size 1) is expanded where that changes no loss.
 
     Args:
         model: The model, its weights frozen.
         owners: Paths of the modules that own parameters asked for.
-        losses: Runs the model and returns the two losses.
+        losses: Runs the model and returns the losses.
+        num_examples: 2, or 1.
 
     Returns:
         What was seen of each owner, and of each module around one, that was called.
@@ -123,7 +128,7 @@ def observe(
     owning = {modules[path] for path in owners}
 
     def run(shared: frozenset[nn.Module]) -> tuple[_Observer, Tensor]:
-        observer = _Observer(model, observed, shared)
+        observer = _Observer(model, observed, shared, num_examples)
         with observer.hooked():
             return observer, losses()
 
@@ -136,13 +141,14 @@ def observe(
         )  # fmt: skip
 
     observer, values = run(frozenset())
-    found = of_all_examples(observer)
+    found = of_all_examples(observer) if num_examples > 1 else frozenset()
     if found:
         expected = values.detach()
         del observer, values  # and the activations that they keep
         observer, values = _expanded(run, frozenset(), found, expected)
     observer.backward(values)
-    if late := of_all_examples(observer) - found:  # what only the recomputation of a checkpoint shows
+    late = of_all_examples(observer) - found if num_examples > 1 else ()
+    if late:  # what only the recomputation of a checkpoint shows
         observer, values = _expanded(run, observer.shared, late, values.detach())
         observer.backward(values)
     return observer.seen

@@ -3,7 +3,8 @@
 Nothing is guessed from shapes. The model runs on two examples, the loss of each is back-propagated alone, and the rows
 of a call where the output gradient is not zero are the example's rows. What no rule serves, or whose rows cannot be
 told apart, goes to the smallest enclosing module that keeps the example axis, and runs that module once more for each
-example; what has none goes to a loop over the whole model.
+example; what has none goes to a loop over the whole model. Where the first batch holds one example, the model runs on
+that alone, and the plan is one for batches of one.
 """
 
 from __future__ import annotations
@@ -89,14 +90,16 @@ def survey(
     keys: Mapping[nn.Parameter, str],
     losses: Callable[[], Tensor],
     distrusted: Collection[str] = (),
+    num_examples: int = 2,
 ) -> Plan:
     """Establish how each parameter is served.
 
     Args:
         model: In evaluation mode, its weights frozen; left without hooks.
         keys: Canonical name of each parameter asked for.
-        losses: Runs the model on two examples and returns their losses, ``[2]``; called once or more times.
+        losses: Runs the model on two examples, or one, and returns their losses; called once or more times.
         distrusted: Paths of modules whose rows have been seen to follow the data.
+        num_examples: 2; or 1, for a plan that serves batches of one.
 
     Returns:
         The plan.
@@ -106,8 +109,8 @@ def survey(
         asked = {name: keys[parameter] for name, parameter in own_parameters(module).items() if parameter in keys}
         if asked and not isinstance(module, nn.ParameterDict | nn.ParameterList):
             owners[path] = asked
-    seen = observe(model, owners, losses)
-    return _Planner(model, owners, seen, distrusted).plan()
+    seen = observe(model, owners, losses, num_examples)
+    return _Planner(model, owners, seen, distrusted, num_examples).plan()
 
 
 class _Planner:
@@ -119,11 +122,16 @@ class _Planner:
         owners: Mapping[str, Mapping[str, str]],
         seen: Mapping[nn.Module, Seen],
         distrusted: Collection[str],
+        num_examples: int,
     ) -> None:
         self._modules = dict(model.named_modules())
+        self._places: dict[nn.Module, list[str]] = defaultdict(list)  # of a module object, as often as it is registered
+        for path, module in model.named_modules(remove_duplicate=False):
+            self._places[module].append(path)
         self._distrusted = distrusted
         self._owners = owners
         self._seen = seen
+        self._num_examples = num_examples
 
     def plan(self) -> Plan:
         sites: list[Site] = []
@@ -178,20 +186,19 @@ class _Planner:
         if seen is None or path in self._distrusted:
             return []
         layout, settled = self._layout(seen)
-        picked = layout is Layout.FLATTENED or (layout is Layout.BATCHED and _are_picked(seen))
+        picked = layout is Layout.FLATTENED or (layout is Layout.BATCHED and self._are_picked(seen))
         if layout is None or (picked and len(seen.calls) > 1):
             return []
         sites = []
         left = dict(asked)
         for layer in LAYERS:
             names = layer.covers(module) & left.keys()
-            if names and (names := layer.confirms(*_two_examples(seen), names)):
+            if names and (names := layer.confirms(*_last_call(seen), names)):
                 keys = {name: left.pop(name) for name in sorted(names)}
                 sites.append(Site(path, module, layer, keys, layout if settled else None, seen.block, picked=picked))
         return sites
 
-    @staticmethod
-    def _layout(seen: Seen) -> tuple[Layout | None, bool]:
+    def _layout(self, seen: Seen) -> tuple[Layout | None, bool]:
         """Find the layout that fits every call, and whether a gradient has shown it."""
         shown = [entry for entry in seen.touched if len(entry[3])]
         calls = seen.with_gradient or set(range(len(seen.calls)))
@@ -200,21 +207,30 @@ class _Planner:
             return None, False
         rows = {output.shape[0] for output in outputs}
         lengths = {seen.lengths[call] for call in calls}
-        if rows == {2} and all(bool((touched == example).all()) for _, example, _, touched in shown):
+        N = self._num_examples
+        if rows == {N} and all(bool((touched == example).all()) for _, example, _, touched in shown):
             inputs = {leading_shape((call.tensors,)) for call, _ in (seen.calls[call] for call in sorted(calls))}
-            once_for_all = {shape[0] for shape in inputs if shape} == {1}
+            once_for_all = N > 1 and {shape[0] for shape in inputs if shape} == {1}
             return (Layout.SHARED if once_for_all else Layout.BATCHED), bool(shown)
         if len(rows) == len(lengths) == 1 and None not in lengths:
             (length,) = lengths
-            if rows == {2 * length} and all(
+            if rows == {N * length} and all(
                 bool((touched // length == example).all()) for _, example, _, touched in shown
             ):
                 return Layout.FLATTENED, bool(shown)
         return None, False
 
     def _host(self, path: str) -> str | None:
-        """Find the smallest module around it, below the root, that keeps the examples apart."""
-        return next((host for host in upwards(path) if host and self._keeps_examples(self._modules[host])), None)
+        """Find the smallest module around it, below the root, that keeps the examples apart.
+
+        Where several modules share it, that is one around all of them: the first examples need not reach each use.
+
+        Returns:
+            Its path, or ``None`` where there is no such module.
+        """
+        places = self._places[self._modules[path]]
+        around = (host for host in upwards(path) if host and all(f"{at}.".startswith(f"{host}.") for at in places))
+        return next((host for host in around if self._keeps_examples(self._modules[host])), None)
 
     def _why_no_host(self, path: str) -> str:
         """Say why the loop is left, and the way round it for modules of torch that hand all weights to one function."""
@@ -234,27 +250,29 @@ class _Planner:
         seen = self._seen.get(module)
         if seen is None or len({call for call, example, _, _ in seen.touched if example == 0}) != 1:
             return False
-        if _are_picked(seen):
+        if self._are_picked(seen):
             return False
         shown = [entry for entry in seen.touched if len(entry[3])]
-        apart = all(rows == 2 and bool((touched == example).all()) for _, example, rows, touched in shown)
-        return bool(shown) and apart and same_rows_alone(*_two_examples(seen))
+        N = self._num_examples
+        apart = all(rows == N and bool((touched == example).all()) for _, example, rows, touched in shown)
+        return bool(shown) and apart and same_rows_alone(*_last_call(seen), N)
+
+    def _are_picked(self, seen: Seen) -> bool:
+        """Tell whether a module gets rows ``[N, features]`` inside a module that got ``[N, T, ...]``, ``N > 1``."""
+        if self._num_examples == 1:
+            return False
+        call, output = seen.calls[-1]
+        rows = next((tensor for tensor in call.tensors if tensor.ndim), None)
+        inside = isinstance(output, Tensor) and output.ndim == 2 and (seen.lengths[-1] or 1) > 1
+        return inside and rows is not None and rows.ndim == 2 and rows.is_floating_point()
 
     def _generic_site(self, path: str, asked: Mapping[str, str]) -> Site:
-        call, _ = _two_examples(self._seen[self._modules[path]])
-        sliced = tuple(has_example_axis(tensor) for tensor in tensors_of(call))
+        call, _ = _last_call(self._seen[self._modules[path]])
+        sliced = tuple(has_example_axis(tensor, self._num_examples) for tensor in tensors_of(call))
         return Site(path, self._modules[path], None, dict(asked), Layout.BATCHED, sliced=sliced)
 
 
-def _are_picked(seen: Seen) -> bool:
-    """Tell whether a module gets rows ``[2, features]`` inside a module that got ``[2, T, ...]``."""
-    call, output = seen.calls[-1]
-    rows = next((tensor for tensor in call.tensors if tensor.ndim), None)
-    inside = isinstance(output, Tensor) and output.ndim == 2 and (seen.lengths[-1] or 1) > 1
-    return inside and rows is not None and rows.ndim == 2 and rows.is_floating_point()
-
-
-def _two_examples(seen: Seen) -> tuple[Call, Any]:
+def _last_call(seen: Seen) -> tuple[Call, Any]:
     """Take the last call that a gradient reached, or the last one."""
     call, output = seen.calls[max(seen.with_gradient, default=len(seen.calls) - 1)]
     return call.thaw(call.tensors), output

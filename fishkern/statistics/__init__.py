@@ -3,6 +3,7 @@
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.coverage import Covered
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
+from fishkern.statistics.drawn import Drawn, Draws
 from fishkern.statistics.estimate import estimate
 from fishkern.statistics.likelihood import (
     CausalLM,
@@ -30,6 +31,8 @@ __all__ = [
     "Compared",
     "Covered",
     "DiagonalFisher",
+    "Drawn",
+    "Draws",
     "Estimator",
     "Gaussian",
     "Likelihood",

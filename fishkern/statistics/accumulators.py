@@ -26,7 +26,6 @@ class Accumulators:
 
     Attributes:
         states: The accumulators, by canonical name.
-        touched: Whether anything was added.
     """
 
     def __init__(
@@ -40,7 +39,6 @@ class Accumulators:
         self._estimator = estimator
         self._backend = backend
         self.states = {key: estimator.init(shape, dtypes[key], devices[key]) for key, shape in shapes.items()}
-        self.touched = False
 
     def empty_like(self) -> Accumulators:
         """Make accumulators of the same kind that hold nothing.
@@ -70,7 +68,6 @@ class Accumulators:
         self._add(key, grads.device, lambda state: grads.add_squares_(state, self._backend))
 
     def _add(self, key: str, device: torch.device, update: Callable[[Tensor], None]) -> None:
-        self.touched = True
         state = self.states[key]
         if state.device == device:
             update(state)
@@ -81,6 +78,5 @@ class Accumulators:
 
     def zero_(self) -> None:
         """Set every accumulator to zero."""
-        self.touched = False
         for state in self.states.values():
             state.zero_()

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.statistics.batches import Batch, num_examples, take
+from fishkern.statistics.batches import Batch, Examples
+from fishkern.statistics.drawn import Drawn, LossFunction, losses_by_function
 from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
 from fishkern.statistics.predictive import Predictive
-
-LossFunction = Callable[[nn.Module, Batch], Tensor]
 
 
 class Answering:
@@ -25,37 +24,49 @@ class Answering:
         likelihood: The loss of an example; ``None``: recognised from the model and its first batch.
     """
 
-    def __init__(self, model: nn.Module, likelihood: Likelihood | LossFunction | None) -> None:
+    def __init__(self, model: nn.Module, likelihood: Likelihood | LossFunction | Drawn | None) -> None:
         self._model = model
         self._likelihood = likelihood
 
-    def prepare(self, batch: Batch) -> None:
-        """Recognise the likelihood, and compare the loss of one example with the model's own.
+    def recognise(self, batch: Examples) -> None:
+        """Recognise the likelihood where none was given.
 
         Args:
             batch: The first batch.
 
         Raises:
-            ValueError: The model's loss is not known, or is another.
+            ValueError: The model's loss is not known.
         """  # noqa: DOC502
         if self._likelihood is None:
-            self._likelihood = recognise_likelihood(self._model, batch)
+            self._likelihood = recognise_likelihood(self._model, batch.content)
+
+    def prepare(self, batch: Examples) -> None:
+        """Compare the loss of one example with the model's own.
+
+        Args:
+            batch: The first example.
+
+        Raises:
+            ValueError: The model's loss is another.
+        """  # noqa: DOC502
         if isinstance(self._likelihood, Likelihood):
-            _compare_with_own_loss(self._model, self._likelihood, take(batch, slice(0, 1)))
+            _compare_with_own_loss(self._model, self._likelihood, batch.content)
 
     @property
     def description(self) -> str:
         """The likelihood, for the provenance."""
         if isinstance(self._likelihood, Likelihood):
             return f"{type(self._likelihood).__name__}(reduction={self._likelihood.reduction!r})"
-        function = self._likelihood
-        return f"function {getattr(function, '__qualname__', type(function).__name__)}"
+        drawn = isinstance(self._likelihood, Drawn)
+        function = self._likelihood.function if drawn else self._likelihood
+        name = getattr(function, "__qualname__", type(function).__name__)
+        return f"function {name}{', drawn for each example' if drawn else ''}"
 
-    def __call__(self, batch: Batch) -> Predictive | Tensor:
+    def __call__(self, batch: Examples) -> Predictive | Tensor:
         if isinstance(self._likelihood, Likelihood):
-            return self._likelihood.predictive(self._model, batch)
-        losses = self._likelihood(self._model, batch)
-        N = num_examples(batch)
+            return self._likelihood.predictive(self._model, batch.content)
+        losses = losses_by_function(self._likelihood, self._model, batch)
+        N = batch.num_examples
         if not isinstance(losses, Tensor) or losses.shape != (N,):
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(

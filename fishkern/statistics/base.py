@@ -130,6 +130,19 @@ def losses_of(answer: Predictive | Tensor) -> Tensor:
     return answer if isinstance(answer, Tensor) else answer.losses()
 
 
+def stream(*key: Any) -> torch.Generator:
+    """Start the stream of random numbers that a key stands for, the same on every machine.
+
+    Args:
+        key: What the numbers belong to, such as a seed and an example's place in the data.
+
+    Returns:
+        The generator, on the CPU.
+    """
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big", signed=True))
+
+
 def uniform(seed: int, draw: int, examples: range, size: int) -> Tensor:
     """Draw numbers that belong to an example, whatever batch it comes in and whatever device it lies on.
 
@@ -144,7 +157,5 @@ def uniform(seed: int, draw: int, examples: range, size: int) -> Tensor:
     """
     rows = []
     for example in examples:
-        digest = hashlib.blake2b(f"{seed}/{draw}/{example}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big", signed=True))
-        rows.append(torch.rand(size, generator=generator, dtype=torch.float64))
+        rows.append(torch.rand(size, generator=stream(seed, draw, example), dtype=torch.float64))
     return torch.stack(rows)

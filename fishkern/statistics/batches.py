@@ -1,111 +1,364 @@
-"""Batches as a ``DataLoader`` yields them: their size, their rows, their device."""
+"""Batches as a ``DataLoader`` yields them: how many examples they hold, and what of them belongs to which example.
+
+A mapping or a tuple is structure: it is entered, never cut. Tensors and arrays whose first axis is ``N`` are cut by
+rows, lists of ``N`` things too. What does not hold one thing for each example passes whole where that cannot matter
+(``N = 1``, a leading size of 1, a single value) or where the user says that all examples share it; else it is refused
+by name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.nn.utils.rnn import PackedSequence
 
 Batch = Mapping[str, Any] | tuple[Any, ...]
+Place = tuple[Any, ...]
+Shared = str | int | Sequence[str | int] | None
+
+_WAYS_OUT = (
+    "Put the example axis first, make it a list with one thing for each example, or, if all examples share it, name it "
+    "in shared=."
+)
 
 
-def checked_batch(batch: Any, number: int) -> Batch:
-    """Refuse what is no batch.
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """A batch of which it is known what belongs to which example.
 
     Args:
-        batch: What the iterable yielded.
-        number: Its place in the iterable, for the message.
+        content: What the model or the loss function gets.
+        num_examples: ``N``.
+        places: Where in the whole data its examples stand.
+        by_rows: Places in the batch of what is cut by rows.
+        entered: Places of the lists that are structure.
+        cut_from: The batch that this one is a part of.
+    """
 
-    Returns:
-        The batch; a list becomes a tuple.
+    content: Batch
+    num_examples: int
+    places: range
+    by_rows: frozenset[Place] = frozenset()
+    entered: frozenset[Place] = frozenset()
+    cut_from: Examples | None = None
+
+    def take(self, start: int, stop: int) -> Examples:
+        """Take some examples as they stand in the batch, padding included.
+
+        Args:
+            start: Number of the first one in the batch.
+            stop: Number of the one behind the last.
+
+        Returns:
+            These examples; the batch itself where they are all.
+        """
+        if (start, stop) == (0, self.num_examples):
+            return self
+        rows = slice(start, stop)
+        content = self._each((), self.content, lambda place, leaf: leaf[rows] if place in self.by_rows else leaf)
+        return replace(
+            self, content=content, num_examples=stop - start, places=self.places[rows], cut_from=self.cut_from or self
+        )
+
+    def singly(self) -> Iterator[Examples]:
+        """Take one example after another.
+
+        Yields:
+            Batches of one.
+        """
+        for n in range(self.num_examples):
+            yield self.take(n, n + 1)
+
+    @property
+    def names(self) -> tuple[list[str], list[str]]:
+        """Names of what is cut by rows, and of what stays whole."""
+        cut: list[str] = []
+        whole: list[str] = []
+        self._each((), self.content, lambda place, _: (cut if place in self.by_rows else whole).append(
+            _name(place, self.content)
+        ))  # fmt: skip
+        return cut, whole
+
+    def to(self, device: torch.device) -> Examples:
+        """Move every tensor, and cut it off from where it was computed.
+
+        Args:
+            device: Where to.
+
+        Returns:
+            The moved batch.
+        """
+        return replace(self, content=_moved(self.content, device))
+
+    def _each(self, place: Place, value: Any, change: Callable[[Place, Any], Any]) -> Any:
+        """Rebuild the structure around changed leaves."""
+        if place in self.by_rows or not (_is_structure(value) or place in self.entered):
+            return change(place, value)
+        return _rebuilt(value, {key: self._each((*place, key), item, change) for key, item in _items(value)})
+
+
+class Reader:
+    """Reads batches: counts their examples, and decides what is cut.
+
+    A list of tensors whose sizes allow two readings is decided as in the batches before, so a reader belongs to one
+    pass over data.
+
+    Args:
+        shared: Patterns of entry names, or places in a tuple, of what all examples share.
+        only_pairs: Refuse tuples other than ``(inputs, labels)``: nothing would take the other entries.
+        dropped: Entries of a mapping that nobody gets.
+
+    Attributes:
+        found: Those of ``dropped`` that a batch held.
 
     Raises:
-        TypeError: It is neither a mapping nor ``(inputs, labels)``.
-        ValueError: It holds no example, or tensors of different numbers of rows.
+        TypeError: ``shared`` holds something else.
     """
-    if isinstance(batch, list):
-        batch = tuple(batch)
-    if not isinstance(batch, Mapping | tuple) or (isinstance(batch, tuple) and len(batch) != 2):
-        raise TypeError(
-            f"batch {number} is a {type(batch).__name__}: expected a mapping of keyword arguments for the model, "
-            "or a pair (inputs, labels), as a DataLoader yields them."
-        )
-    rows = {name: tensor.shape[0] for name, tensor in _named_tensors(batch) if tensor.ndim and tensor.shape[0] != 1}
-    for name, value in _named(batch):
-        if not isinstance(value, Tensor) and any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
-            raise TypeError(
-                f"batch {number} holds {name!r} as a {type(value).__name__} of tensors: whose rows they are cannot be "
-                "told. Every entry must be a tensor with the example axis first, or hold no tensor."
+
+    def __init__(self, shared: Shared = None, *, only_pairs: bool = False, dropped: Sequence[str] = ()) -> None:
+        patterns = tuple(shared) if isinstance(shared, list | tuple | set | frozenset) else (shared,)
+        patterns = () if shared is None else patterns
+        if not all(isinstance(pattern, str | int) and not isinstance(pattern, bool) for pattern in patterns):
+            raise TypeError(f"shared takes patterns of entry names, or places in a tuple; got {shared!r}.")
+        self._shared = patterns
+        self._only_pairs = only_pairs
+        self._dropped = tuple(dropped)
+        self._settled: dict[Place, bool] = {}
+        self._unused = list(patterns)
+        self.found: set[str] = set()
+
+    def __call__(self, raw: Any, number: int) -> Examples:
+        """Read a batch.
+
+        Args:
+            raw: What the iterable yielded.
+            number: Its place in the iterable, for the message.
+
+        Returns:
+            The batch; a list becomes a tuple.
+
+        Raises:
+            TypeError: It is neither a mapping nor a tuple.
+            ValueError: It holds no example, or something of which it cannot be told whose it is.
+        """  # noqa: DOC502
+        content = self._checked_kind(raw, number)
+        tensors = [leaf for _, leaf in _leaves((), content) if _is_array(leaf) and len(leaf.shape)]
+        if not tensors:
+            raise ValueError(
+                f"batch {number} holds no tensor with an example axis: let the collator return tensors "
+                "(return_tensors='pt')."
             )
-    if not any(tensor.ndim for _, tensor in _named_tensors(batch)):
+        self._check_shared(content, number)
+        source, N = self._count(content, number)
+        if N == 0:
+            raise ValueError(f"batch {number} holds no example (size 0). Drop empty batches before estimating.")
+        told = f"batch {number} holds {N} examples by {source}"
+        decision = _Decision(N, content, self._is_shared, self._settled, told)
+        if N > 1:
+            decision.decide((), content)
+        return Examples(content, N, range(N), frozenset(decision.by_rows), frozenset(decision.entered))
+
+    def _checked_kind(self, raw: Any, number: int) -> Batch:
+        content = tuple(raw) if isinstance(raw, list) else raw
+        if not isinstance(content, Mapping | tuple) or isinstance(content, PackedSequence):
+            raise TypeError(
+                f"batch {number} is a {type(raw).__name__}: expected a mapping of keyword arguments for the model, "
+                "or a pair (inputs, labels), as a DataLoader yields them. (One batch alone is passed as [batch].)"
+            )
+        if isinstance(content, tuple) and self._only_pairs and len(content) != 2:
+            raise TypeError(
+                f"batch {number} is a {type(raw).__name__} of {len(content)}: expected a mapping of keyword arguments "
+                "for the model, or a pair (inputs, labels); more entries need likelihood= as a function (model, batch) "
+                "-> losses [N] that takes them."
+            )
+        if isinstance(content, Mapping) and (found := [key for key in self._dropped if key in content]):
+            self.found.update(found)
+            content = _rebuilt(content, {key: value for key, value in content.items() if key not in found})
+        return content
+
+    def _count(self, content: Batch, number: int) -> tuple[str, int]:
+        """Find ``N`` where it is certain, and say where."""
+        for certain in (True, False):
+            if (found := self._counted((), content, certain)) is not None:
+                place, N = found
+                return _name(place, content), N
         raise ValueError(
-            f"batch {number} holds no tensor with an example axis: let the collator return tensors "
-            "(return_tensors='pt')."
+            f"batch {number} does not say how many examples it holds: expected 'input_ids', 'labels' or a first entry "
+            "that is a tensor with the example axis first, or a list with one thing for each example."
         )
-    if len(set(rows.values())) > 1:
-        raise ValueError(
-            f"batch {number} does not say which rows belong to which example: the leading sizes of its tensors differ, "
-            f"{rows}. Every tensor needs the example axis first, or a leading size of 1 to be shared."
-        )
-    if 0 in rows.values():
-        raise ValueError(f"batch {number} holds no example (size 0). Drop empty batches before estimating.")
-    return batch
+
+    def _counted(self, place: Place, value: Any, certain: bool) -> tuple[Place, int] | None:
+        if self._is_shared(place):
+            return None
+        if _is_structure(value):
+            items = list(_items(value))
+            if isinstance(value, Mapping):  # what speaks of examples by its name comes first
+                first = {"input_ids": 0, "labels": 1}
+                items.sort(key=lambda item: first.get(item[0], 2))
+            each = (self._counted((*place, key), item, certain) for key, item in items)
+            return next((found for found in each if found is not None), None)
+        if _is_array(value):
+            return (place, value.shape[0]) if len(value.shape) else None
+        if not isinstance(value, list):
+            return None
+        sizes = _sizes(value)
+        if not sizes:
+            return place, len(value)
+        if certain or (len(set(sizes)) == 1 and sizes[0] != len(value)):
+            return None  # one tensor for each example, or several with all examples in each
+        return place, len(value)
+
+    def _is_shared(self, place: Place) -> bool:
+        if not place:
+            return False
+        names = {".".join(map(str, place)), str(place[-1])}
+        for pattern in self._shared:
+            by_place = isinstance(pattern, int) and place == (pattern,)
+            if by_place or (isinstance(pattern, str) and any(fnmatchcase(name, pattern) for name in names)):
+                if pattern in self._unused:
+                    self._unused.remove(pattern)
+                return True
+        return False
+
+    def _check_shared(self, content: Batch, number: int) -> None:
+        """Refuse what names nothing in the first batch: a slip of the pen would go unnoticed."""
+        places = [place for place, _ in _all_places((), content)]
+        for place in places:
+            self._is_shared(place)
+        if number == 0 and self._unused:
+            names = [".".join(map(str, place)) for place in places]
+            near = get_close_matches(str(self._unused[0]), names) or names[:8]
+            raise ValueError(f"shared={self._unused[0]!r} names no entry of the first batch; it holds {near}.")
 
 
-def num_examples(batch: Batch) -> int:
-    """Count the examples of a batch.
+class _Decision:
+    """Decides for each part of a batch of several examples whether it is cut, entered or left whole."""
 
-    Args:
-        batch: A checked batch.
+    def __init__(
+        self, N: int, content: Batch, shared: Callable[[Place], bool], settled: dict[Place, bool], batch: str
+    ) -> None:
+        self._N = N
+        self._content = content
+        self._shared = shared
+        self._settled = settled
+        self._batch = batch
+        self.by_rows: set[Place] = set()
+        self.entered: set[Place] = set()
 
-    Returns:
-        ``N``.
-    """
-    return max(tensor.shape[0] for _, tensor in _named_tensors(batch) if tensor.ndim)
+    def decide(self, place: Place, value: Any) -> None:
+        if self._shared(place) or _is_single(value):
+            return
+        if _is_structure(value):
+            self._enter(place, value)
+        elif isinstance(value, list):
+            self._decide_list(place, value)
+        elif not _is_array(value):
+            self._refuse(place, f"a {type(value).__name__}, of which it cannot be told what belongs to which example")
+        elif len(value.shape) and value.shape[0] == self._N:
+            self.by_rows.add(place)
+        elif len(value.shape) and value.shape[0] != 1:
+            self._refuse(place, f"of leading size {value.shape[0]}, so that the leading sizes differ")
+
+    def _enter(self, place: Place, value: Any) -> None:
+        items = list(_items(value))
+        if isinstance(value, tuple) and len(items) == self._N and all(_is_single(item) for _, item in items) and place:
+            self._refuse(place, f"a tuple of {self._N} single values: one for each example, or a setting")
+        for key, item in items:
+            self.decide((*place, key), item)
+
+    def _decide_list(self, place: Place, value: list[Any]) -> None:
+        sizes = _sizes(value)
+        one_each = len(value) == self._N
+        all_in_each = bool(sizes) and all(size == self._N for size in sizes)
+        if one_each and all_in_each:
+            if place not in self._settled:
+                self._refuse(
+                    place,
+                    f"a list of {self._N} with {self._N} rows each: one thing for each example, or all examples in "
+                    "each, which a batch of another size before this one would settle",
+                )
+            one_each = self._settled[place]
+        elif sizes and (one_each or all_in_each) and self._settled.setdefault(place, one_each) != one_each:
+            self._refuse(place, "a list that was cut in another way in the batches before")
+        if one_each:
+            self.by_rows.add(place)
+        elif sizes and set(sizes) <= {self._N, 1, None} and self._N in sizes:
+            self.entered.add(place)
+            self._enter(place, value)
+        else:
+            self._refuse(place, f"a list of {len(value)}")
+
+    def _refuse(self, place: Place, what: str) -> None:
+        raise ValueError(f"{self._batch}, and {_name(place, self._content)} is {what}. {_WAYS_OUT}")
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move every tensor of a batch, and cut it off from where it was computed.
-
-    Args:
-        batch: A batch.
-        device: Where to.
-
-    Returns:
-        The moved batch.
-    """
-    return _mapped(batch, lambda tensor: tensor.detach().to(device, non_blocking=True))
+def _is_structure(value: Any) -> bool:
+    return isinstance(value, Mapping | tuple) and not isinstance(value, PackedSequence)
 
 
-def take(batch: Batch, rows: slice | list[int]) -> Batch:
-    """Take some examples of a batch as they stand in it, padding included.
-
-    Args:
-        batch: A checked batch.
-        rows: Which examples.
-
-    Returns:
-        A batch of these examples; tensors of leading size 1 are shared by all and stay.
-    """
-    N = num_examples(batch)
-    return _mapped(batch, lambda tensor: tensor[rows] if tensor.ndim and tensor.shape[0] == N else tensor)
+def _is_array(value: Any) -> bool:
+    """Tell a tensor, or what numpy and its like know as an array."""
+    return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "shape"))
 
 
-def _mapped(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    def each(value: Any) -> Any:
-        return change(value) if isinstance(value, Tensor) else value
-
-    if isinstance(batch, Mapping):
-        return {name: each(value) for name, value in batch.items()}
-    return tuple(each(value) for value in batch)
+def _is_single(value: Any) -> bool:
+    """Tell a single value, which is the same for every example."""
+    return value is None or isinstance(value, str | bytes | bool | int | float | complex | torch.dtype | torch.device)
 
 
-def _named(batch: Batch) -> list[tuple[str, Any]]:
-    return list(batch.items() if isinstance(batch, Mapping) else zip(("inputs", "labels"), batch, strict=True))
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    return iter(value.items()) if isinstance(value, Mapping) else enumerate(value)
 
 
-def _named_tensors(batch: Batch) -> list[tuple[str, Tensor]]:
-    return [(name, value) for name, value in _named(batch) if isinstance(value, Tensor)]
+def _all_places(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
+    for key, item in _items(value):
+        yield (*place, key), item
+        if _is_structure(item) or isinstance(item, list):
+            yield from _all_places((*place, key), item)
+
+
+def _leaves(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
+    return ((at, item) for at, item in _all_places(place, value) if not (_is_structure(item) or isinstance(item, list)))
+
+
+def _sizes(value: list[Any]) -> list[int | None]:
+    """Leading sizes of all tensors in a list, however deep; ``None`` for one without an axis."""
+    return [leaf.shape[0] if len(leaf.shape) else None for _, leaf in _leaves((), value) if _is_array(leaf)]
+
+
+def _name(place: Place, content: Batch) -> str:
+    """Name a part of a batch as the user knows it."""
+    if isinstance(content, tuple) and len(content) == 2 and place:
+        place = (("inputs", "labels")[place[0]], *place[1:])
+    return repr(".".join(map(str, place)))
+
+
+def _rebuilt(value: Any, items: Mapping[Any, Any]) -> Any:
+    """Make a container of the same kind with other items."""
+    if isinstance(value, UserDict):
+        new = copy.copy(value)
+        new.data = dict(items)
+        return new
+    if isinstance(value, Mapping):
+        return dict(items)
+    if hasattr(value, "_fields"):  # a named tuple
+        return type(value)(*items.values())
+    return list(items.values()) if isinstance(value, list) else tuple(items.values())
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to(device, non_blocking=True)
+    if isinstance(value, PackedSequence):
+        return value.to(device)
+    if _is_structure(value) or isinstance(value, list):
+        return _rebuilt(value, {key: _moved(item, device) for key, item in _items(value)})
+    return value

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fishkern.statistics.batches import Batch, checked_batch, num_examples, take, to_device
+from fishkern.statistics.batches import Examples, Reader
 from fishkern.statistics.shards import Ranks, length_of, shard_of
 
 
@@ -18,6 +20,7 @@ class Data:
 
     Args:
         batches: What a ``DataLoader`` yields.
+        reader: Counts the examples of a batch and says how it is cut.
         device: Where to.
         max_examples: Stop after so many, of all ranks together.
         ranks: Who takes part.
@@ -25,11 +28,16 @@ class Data:
     Attributes:
         examples: Number of examples given so far, on this rank.
         batches: Number of batches given so far, on this rank.
+
+    Raises:
+        TypeError: ``batches`` is one batch.
     """
 
     def __init__(
-        self, batches: Iterable[Any], device: torch.device, max_examples: int | None, ranks: Ranks
+        self, batches: Iterable[Any], reader: Reader, device: torch.device, max_examples: int | None, ranks: Ranks
     ) -> None:
+        demand_several(batches)
+        self._reader = reader
         self._batches = batches
         self._device = device
         self._shard = shard_of(batches, ranks, max_examples)
@@ -43,21 +51,37 @@ class Data:
         sizes = [size for size in (known, self._shard.size) if size is not None]
         return min(sizes, default=None)
 
-    def __iter__(self) -> Iterator[tuple[Batch, range]]:
+    def __iter__(self) -> Iterator[Examples]:
         limit = self._shard.limit
         for raw in self._batches:
-            batch = checked_batch(raw, self.batches)
-            places = self._shard.places(self.batches, self.examples, num_examples(batch))
+            batch = self._reader(raw, self.batches)
+            places = self._shard.places(self.batches, self.examples, batch.num_examples)
             if limit is not None and places[-1] >= limit:
                 places = range(places.start, min(places.stop, limit), places.step)
                 if not places:  # repeated, so that all ranks get equally many
                     return
-                batch = take(batch, slice(0, len(places)))
+                batch = batch.take(0, len(places))
             self.batches += 1
             self.examples += len(places)
-            yield to_device(batch, self._device), places
+            yield replace(batch.to(self._device), places=places, cut_from=None)
             if limit is not None and self._shard.places(self.batches, self.examples, 1).start >= limit:
                 return
+
+
+def demand_several(batches: Any) -> None:
+    """Refuse a batch where batches are asked for.
+
+    Args:
+        batches: What the caller gave.
+
+    Raises:
+        TypeError: It is a mapping or a tensor.
+    """
+    if isinstance(batches, Mapping | Tensor):
+        raise TypeError(
+            f"batches is one batch (a {type(batches).__name__}): expected an iterable of batches, such as a "
+            "DataLoader. Pass [batch]."
+        )
 
 
 class Progress:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,17 +17,21 @@ from fishkern.layers import UnsupportedModuleError, own_parameters, weight_shape
 from fishkern.layers.linear import QuantizedLinear
 from fishkern.names import canonical_name
 from fishkern.statistics.accumulators import Accumulators
-from fishkern.statistics.answering import Answering, LossFunction
+from fishkern.statistics.answering import Answering
 from fishkern.statistics.base import Estimator
+from fishkern.statistics.batches import Reader, Shared
+from fishkern.statistics.choosing import Wanted, chosen_names
 from fishkern.statistics.coverage import Covered, slowest_paths
+from fishkern.statistics.cutting import answering_parts
 from fishkern.statistics.data import Data, Progress
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
+from fishkern.statistics.drawn import Drawn, LossFunction
+from fishkern.statistics.independence import Independence
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.passes import GradientPass, PerExamplePass
+from fishkern.statistics.randomness import OwnRandomness
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.shards import Ranks
-
-Predicate = Callable[[str, nn.Parameter], bool]
 
 
 def estimate(
@@ -34,19 +39,21 @@ def estimate(
     batches: Iterable[Any],
     estimator: Estimator | None = None,
     *,
-    likelihood: Likelihood | LossFunction | None = None,
-    parameters: Predicate | Literal["all"] | None = None,
+    likelihood: Likelihood | LossFunction | Drawn | None = None,
+    parameters: Wanted = None,
     max_examples: int | None = None,
     accumulate_on: str | torch.device | None = None,
     check: bool = True,
     backend: Backend | None = None,
     progress: bool | Callable[[int, int | None], None] = False,
+    shared: Shared = None,
 ) -> Statistics:
     """Estimate a statistic of a model's gradients over data.
 
     The model runs in evaluation mode (activation checkpointing stays on). Its modes, ``requires_grad``, ``.grad``,
-    hooks and the random number generators are left as found, also after an exception. Before the first batch, two
-    examples run through capture and through ordinary autograd; a parameter on which they differ takes a slower exact
+    hooks and torch's random number generators are left as found, also after an exception. Before the first batch, two
+    examples run together and each alone, and a loss that is not the example's own is refused, whatever ``check`` says.
+    They also run through capture and through ordinary autograd; a parameter on which these differ takes a slower exact
     path, and says so.
 
     Under an initialised process group every rank estimates on its own part of the data, as a ``DistributedSampler`` or
@@ -58,13 +65,15 @@ def estimate(
 
     Args:
         model: A module; wrappers (DDP, ``torch.compile``) are looked through.
-        batches: What a ``DataLoader`` yields: mappings (keyword arguments of the model) or ``(inputs, labels)``, every
-            tensor with the example axis first; moved to the model's device.
+        batches: What a ``DataLoader`` yields: mappings (keyword arguments of the model) or ``(inputs, labels)``; a
+            loss function may take longer tuples. Tensors and arrays have the example axis first, lists one thing for
+            each example. Tensors are moved to the model's device. Batches of one are taken as they are.
         estimator: The recipe; ``None`` for :class:`DiagonalFisher`, the exact per-example empirical Fisher.
         likelihood: The loss of an example. ``None``: recognised from a transformers model. A :class:`Likelihood`. Or a
-            function ``(model, batch) -> losses [N]``, which gives the empirical Fisher only.
+            function ``(model, batch) -> losses [N]``, which gives the empirical Fisher only; as :class:`Drawn` where
+            it draws random numbers.
         parameters: ``None``: every parameter with ``requires_grad``. ``"all"``: every parameter, also those stored as
-            integers by a quantised linear. Or a predicate of canonical name and parameter.
+            integers by a quantised linear. Patterns of canonical names. Or a predicate of canonical name and parameter.
         max_examples: Stop after so many examples, of all ranks together.
         accumulate_on: Device of the accumulators; ``None`` for each parameter's own.
         check: Whether to run the comparison with ordinary autograd; a parameter used past its module's call is found
@@ -72,14 +81,15 @@ def estimate(
         backend: ``None`` for the ambient choice, see :mod:`fishkern.backend`.
         progress: ``True`` writes a line to standard error; or a function of the number of examples done and of the
             total, where known.
+        shared: What all examples of a batch share: patterns of entry names, or places in a tuple.
 
     Returns:
         The mean over examples, with what was covered by which path.
 
     Raises:
         TypeError: A batch is neither a mapping nor a pair.
-        ValueError: No data, no trainable parameter, labels missing, a loss not finite, or a loss that is not the
-            model's own.
+        ValueError: No data, no trainable parameter, labels missing, a loss not finite, a loss that is not the model's
+            own, examples that see each other, or something in a batch of which it cannot be told whose it is.
         UnsupportedModuleError: A module cannot be served exactly; the message names it and the way round.
         RuntimeError: It runs under ``torch.inference_mode()``; another rank has failed, or was asked for other
             parameters.
@@ -100,30 +110,37 @@ def estimate(
     device = next(iter(chosen.values())).device
     ranks = Ranks()
     ranks.demand_equal({key: tuple(shape) for key, shape in shapes.items()}, "the parameters to estimate")
-    data = Data(batches, device, max_examples, ranks)
+    reader = reader_for(likelihood, shared)
+    data = Data(batches, reader, device, max_examples, ranks)
     report = Progress(progress if ranks.rank == 0 else False, data.total)
     answering = Answering(model, likelihood)
+    answer = answering_parts(answering)
+    by_labels = estimator.definition.get("fisher_type", "empirical") == "empirical"
+    independence = Independence(model, answer, by_labels=by_labels)
+    randomness = OwnRandomness(device)
     with ranks.failing_together(), _as_found(model):
         way: GradientPass | PerExamplePass
         if estimator.per_example:
-            way = PerExamplePass(model, chosen, answering, estimator, accumulators, check)
+            way = PerExamplePass(model, chosen, answer, estimator, accumulators, check, independence)
+        elif estimator.definition["unit"] == "batch":
+            way = GradientPass(chosen, answer, estimator, accumulators, "batch", None)
         else:
-            path = "batch" if estimator.definition["unit"] == "batch" else "sketch"
-            way = GradientPass(chosen, answering, estimator, accumulators, path)
+            way = GradientPass(chosen, answer, estimator, accumulators, "sketch", independence)
         units = 0
-        for batch, examples in data:
-            with _own_randomness(device):
+        for batch in data:
+            with randomness.drawing():
                 if data.batches == 1:
-                    answering.prepare(batch)
-                way.run(batch, examples)
-            units += estimator.units(len(examples))
+                    answering.recognise(batch)
+                    answering_parts(answering.prepare, answering)(batch.take(0, 1))
+                way.run(batch)
+            units += estimator.units(batch.num_examples)
             report(data.examples)
     report.close()
     counts = [sum(found) for found in zip(*ranks.gathered((units, data.examples, data.batches)), strict=True)]
     units, num_examples, num_batches = counts
     if not units:
         raise ValueError("the data holds no example: batches was empty (an exhausted iterator, or max_examples=0).")
-    if not any(ranks.gathered(accumulators.touched)):
+    if not any(ranks.gathered(way.connected)):
         raise ValueError(
             f"the loss depends on none of the {len(chosen)} parameters asked for ({', '.join(list(chosen)[:3])}, ...): "
             "it was computed without gradients, or these parameters are not used."
@@ -137,7 +154,17 @@ def estimate(
                 f"the statistic of {key} is not finite although every loss is: its gradients overflow in "
                 f"{chosen[key].dtype}. Run the model in float32 or bfloat16."
             )
-    definition = {**estimator.definition, "likelihood": answering.description}
+    if all(not tensor.any() for tensor in tensors.values()):
+        warnings.warn("every entry is exactly zero: no parameter moves this loss.", stacklevel=2)
+    own_tokens = ""
+    if reader.found:
+        own_tokens = ", own tokens"
+        warnings.warn(
+            f"the batches hold {', '.join(map(repr, sorted(reader.found)))}, which the model does not get: the loss of "
+            "an example is that of its own tokens.",
+            stacklevel=2,
+        )
+    definition = {**estimator.definition, "likelihood": f"{answering.description}{own_tokens}"}
     run = {
         "model": type(model).__name__,
         "dtype": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in chosen.values()}),
@@ -147,11 +174,28 @@ def estimate(
         "checked": check if estimator.per_example else None,
         "torch": torch.__version__,
         **estimator.settings,
+        **({"draws_seed": likelihood.seed} if isinstance(likelihood, Drawn) else {}),
+        **({"note": independence.note} if independence.note else {}),
     }
     coverage = _coverage(model, chosen, slowest_paths(ranks.gathered(way.paths)), parameters)
     return Statistics(
         tensors, count=units, provenance={"definition": definition, "runs": [run]}, coverage=coverage
     )
+
+
+def reader_for(likelihood: Likelihood | LossFunction | Drawn | None, shared: Shared) -> Reader:
+    """Make the reader of batches that a likelihood asks for.
+
+    Args:
+        likelihood: As for :func:`estimate`.
+        shared: As for :func:`estimate`.
+
+    Returns:
+        The reader. A loss function gets all of a batch; a model gets no number of the batch's items, by which it would
+        divide the loss of each example.
+    """
+    by_function = not (likelihood is None or isinstance(likelihood, Likelihood))
+    return Reader(shared, only_pairs=not by_function, dropped=() if by_function else ("num_items_in_batch",))
 
 
 def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) -> None:
@@ -179,20 +223,14 @@ def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) ->
             )
 
 
-def _chosen(model: nn.Module, which: Predicate | Literal["all"] | None) -> dict[str, nn.Parameter]:
+def _chosen(model: nn.Module, which: Wanted) -> dict[str, nn.Parameter]:
     named = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
-    if which is None:
-        chosen = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-    elif which == "all":
-        chosen = named
-    elif callable(which):
-        chosen = {name: parameter for name, parameter in named.items() if which(name, parameter)}
-    else:
-        raise TypeError(f"parameters must be None, 'all' or a predicate (name, parameter) -> bool, got {which!r}.")
+    chosen = {name: named[name] for name in chosen_names(named, which)}
     if not chosen:
         why = "none of them requires a gradient" if which is None else "the predicate took none of them"
         raise ValueError(
-            f"{type(model).__name__} has {len(named)} parameters, and {why}. Pass parameters='all' or a predicate."
+            f"{type(model).__name__} has {len(named)} parameters, and {why}. Pass parameters='all', "
+            "patterns of names or a predicate."
         )
     return chosen
 
@@ -228,7 +266,7 @@ def _coverage(
     model: nn.Module,
     chosen: Mapping[str, nn.Parameter],
     paths: Mapping[str, tuple[str, str]],
-    which: Predicate | Literal["all"] | None,
+    which: Wanted,
 ) -> dict[str, Covered]:
     by_whose_word = "requires_grad is False" if which is None else "the parameters argument"
     coverage = {}
@@ -259,11 +297,3 @@ def _as_found(model: nn.Module) -> Iterator[None]:
             for parameter, required, grad in found:
                 parameter.requires_grad_(required)
                 parameter.grad = grad
-
-
-@contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Leave the random number generators as they were; the data's own draws lie outside."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield

@@ -22,12 +22,13 @@ from fishkern.layers import (
 from fishkern.statistics.accumulators import Accumulators
 from fishkern.statistics.autograd import backward, check_finite, first, only_trainable, take_grad, with_last
 from fishkern.statistics.base import Estimator
-from fishkern.statistics.batches import Batch, num_examples, take
+from fishkern.statistics.batches import Examples
 from fishkern.statistics.coverage import slowest_paths
+from fishkern.statistics.independence import Independence
 from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.self_check import disagreements
 
-Answer = Callable[[Batch], Predictive | Tensor]
+Answer = Callable[[Examples], Predictive | Tensor]
 
 
 class GradientPass:
@@ -39,6 +40,11 @@ class GradientPass:
         estimator: The recipe.
         accumulators: Where the squares go.
         path: Name of this path in the coverage.
+        independence: Whether the loss of an example is its own; ``None`` where no example is asked for.
+
+    Attributes:
+        paths: Path and reason for each parameter.
+        connected: Whether a loss depends on what is differentiated by.
     """
 
     def __init__(
@@ -48,23 +54,30 @@ class GradientPass:
         estimator: Estimator,
         accumulators: Accumulators,
         path: str,
+        independence: Independence | None,
     ) -> None:
         self._parameters = parameters
         self._answer = answer
         self._estimator = estimator
         self._accumulators = accumulators
+        self._independence = independence
         self.paths = dict.fromkeys(parameters, (path, ""))
+        self.connected = False
 
-    def run(self, batch: Batch, examples: range) -> None:
+    def run(self, batch: Examples) -> None:
         """Add one batch.
 
         Args:
             batch: The batch.
-            examples: Places of its examples in the data.
         """
         with only_trainable(self._parameters.values()):
-            for objective, last in with_last(self._estimator.objectives(self._answer(batch), examples)):
-                check_finite(objective, examples)
+            if self._independence is not None and self._independence.pending and batch.num_examples > 1:
+                two = batch.take(0, 2)
+                self._independence.note_beside(self._answer(two))
+                self._independence.settle(two)
+            for objective, last in with_last(self._estimator.objectives(self._answer(batch), batch.places)):
+                check_finite(objective, batch.places)
+                self.connected |= objective.requires_grad
                 backward(objective.sum(), retain_graph=not last)
                 for key, parameter in self._parameters.items():
                     if (grad := take_grad(parameter)) is not None:
@@ -82,6 +95,11 @@ class PerExamplePass:
         estimator: The recipe.
         accumulators: Where the squares go.
         check: Compare with ordinary autograd on two examples before the first batch.
+        independence: Whether the loss of an example is its own.
+
+    Attributes:
+        paths: Path and reason for each parameter.
+        connected: Whether a loss depends on what is differentiated by.
     """
 
     def __init__(
@@ -92,6 +110,7 @@ class PerExamplePass:
         estimator: Estimator,
         accumulators: Accumulators,
         check: bool,
+        independence: Independence,
     ) -> None:
         self._model = model
         self._parameters = parameters
@@ -99,74 +118,92 @@ class PerExamplePass:
         self._estimator = estimator
         self._accumulators = accumulators
         self._check = check
-        self._plan: Plan | None = None
+        self._independence = independence
+        self._plans: dict[bool, Plan] = {}  # for batches of one, and for all batches
         self._begun = False
         self._distrusted: set[str] = set()
         self._announced: set[str] = set()
         self.paths: dict[str, tuple[str, str]] = {}
+        self.connected = False
 
-    def run(self, batch: Batch, examples: range) -> None:
+    def run(self, batch: Examples) -> None:
         """Add one batch.
 
         Args:
             batch: The batch.
-            examples: Places of its examples in the data.
         """
-        if self._plan is None:
-            self._plan = self._make_plan(batch, examples)
+        plan = self._plan_for(batch)
         self._begun = True
         add = self._accumulators.add
-        withheld = self._captured(self._plan, batch, examples, add)
+        withheld = self._captured(plan, batch, add)
         if withheld:  # a gradient has shown up where there was none: look again
-            self._plan = self._make_plan(batch, examples)
-            withheld = self._captured(self._plan.only(withheld), batch, examples, add, wanted=withheld)
+            self._plans.clear()
+            plan = self._plan_for(batch)
+            withheld = self._captured(plan.only(withheld), batch, add, wanted=withheld)
         if withheld:
             self._refuse_integers(withheld)
-            self._looped(withheld, batch, examples, add)
-            where = f"on examples {examples[0]} to {examples[-1]}, where its rows could not yet be told apart"
+            self._looped(withheld, batch, add)
+            where = f"on examples {batch.places[0]} to {batch.places[-1]}, where its rows could not yet be told apart"
             self._note_paths(dict.fromkeys(withheld, ("loop", where)))
-            self._plan = None
+            self._plans.clear()
 
-    def _make_plan(self, batch: Batch, examples: range) -> Plan:
-        two = take(batch, [0, 1] if num_examples(batch) > 1 else [0, 0])
-        places = range(examples.start, examples.start + 2 * examples.step, examples.step)
+    def _plan_for(self, batch: Examples) -> Plan:
+        """Take the plan that serves a batch: what two examples have shown serves one as well, not the other way."""
+        lone = batch.num_examples == 1 and False not in self._plans
+        if lone not in self._plans:
+            self._plans[lone] = self._make_plan(batch.take(0, min(2, batch.num_examples)))
+        return self._plans[lone]
+
+    def _make_plan(self, few: Examples) -> Plan:
+        """Survey two examples, or the one of a batch of one."""
+        compared = few.num_examples > 1 and self._independence.pending
 
         def losses() -> Tensor:
             nonlocal place
-            place, objective = first(self._estimator.objectives(self._answer(two), places))
-            check_finite(objective[: num_examples(batch)], places)  # a lone example stands there twice
+            answer = self._answer(few)
+            place, objective = first(self._estimator.objectives(answer, few.places))
+            check_finite(objective, few.places)
+            if compared:
+                self._independence.note_beside(answer)
             return objective
 
         place = 0
 
         keys = {parameter: key for key, parameter in self._parameters.items()}
-        with only_trainable(()):
-            plan = survey(self._model, keys, losses, self._distrusted)
+        plan = survey(self._model, keys, losses, self._distrusted, few.num_examples)
         self._refuse_integers(key for key, (path, _) in plan.paths.items() if path != "fused")
-        if self._check:
-            plan = self._checked(plan, two, places, place)
+        found = self._disagreements(plan, few, place) if self._check else {}
+        if compared:
+            with only_trainable(self._floating().values()):
+                self._independence.settle(few)
+        plan = plan.with_loop(found)
         self._announce(plan)
         return plan
 
-    def _checked(self, plan: Plan, two: Batch, places: range, place: int) -> Plan:
-        """Send what disagrees with ordinary autograd through the loop, judged by the objective at ``place``."""
+    def _disagreements(self, plan: Plan, few: Examples, place: int) -> dict[str, str]:
+        """Find what disagrees with ordinary autograd, judged by the objective at ``place``."""
 
-        def objective(batch: Batch, examples: range) -> Tensor:
-            objective = next(islice(self._estimator.objectives(self._answer(batch), examples), place, None))
-            return torch.zeros(len(examples)) if objective is None else objective
+        def objective(batch: Examples) -> Tensor:
+            answer = self._answer(batch)
+            if batch.num_examples < few.num_examples and self._independence.pending:
+                self._independence.note_alone(answer)
+            objective = next(islice(self._estimator.objectives(answer, batch.places), place, None))
+            return torch.zeros(batch.num_examples) if objective is None else objective
 
         squares = self._accumulators.empty_like() if self._begun else self._accumulators
         try:
-            withheld = self._captured(plan, two, places, squares.add_squares, only_first=True)
+            withheld = self._captured(plan, few, squares.add_squares, only_first=True)
             parameters = {
                 key: parameter
-                for key, parameter in self._parameters.items()
-                if parameter.is_floating_point() and key not in withheld and key not in plan.loop
+                for key, parameter in self._floating().items()
+                if key not in withheld and key not in plan.loop
             }
-            found = disagreements(parameters, squares.states, objective, two, places, kept=plan.reused)
+            return disagreements(parameters, squares.states, objective, few, kept=plan.reused)
         finally:
             squares.zero_()
-        return plan.with_loop(found)
+
+    def _floating(self) -> dict[str, nn.Parameter]:
+        return {key: parameter for key, parameter in self._parameters.items() if parameter.is_floating_point()}
 
     def _note_paths(self, paths: Mapping[str, tuple[str, str]]) -> None:
         """Keep the slowest path that each parameter has taken."""
@@ -198,14 +235,13 @@ class PerExamplePass:
             warnings.warn(
                 f"{len(new)} parameter(s) take the slow exact path, one pass over the model for each example: "
                 f"{shown}{more}.",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def _captured(
         self,
         plan: Plan,
-        batch: Batch,
-        examples: range,
+        batch: Examples,
         add: Callable[[str, PerExampleGrads], None],
         only_first: bool = False,
         wanted: Mapping[str, Collection[int]] | None = None,
@@ -215,7 +251,6 @@ class PerExamplePass:
         Args:
             plan: The plan.
             batch: The batch.
-            examples: Places of its examples in the data.
             add: Takes what was captured.
             only_first: Stop after the first objective, and leave out what is looped: that is autograd itself.
             wanted: Parameters, and which objectives, instead of all.
@@ -234,12 +269,13 @@ class PerExamplePass:
         reached = set(looped)
         if plan.sites:
             with only_trainable(looped.values()), Capture(plan.sites, add_wanted) as capture:
-                with capture.forward(len(examples)):
+                with capture.forward(batch.num_examples):
                     answer = self._answer(batch)
-                for index, (objective, last) in enumerate(with_last(self._estimator.objectives(answer, examples))):
+                for index, (objective, last) in enumerate(with_last(self._estimator.objectives(answer, batch.places))):
                     if objective is None:
                         continue
-                    check_finite(objective, examples)
+                    check_finite(objective, batch.places)
+                    self.connected |= objective.requires_grad
                     capture.backward(objective, retain_graph=not (last or only_first))
                     for key in capture.unsettled:
                         if wanted is None or index in wanted[key]:
@@ -249,27 +285,26 @@ class PerExamplePass:
                         break
                 reached = {key for key, parameter in looped.items() if parameter.grad is not None}
         if reached and not only_first:
-            self._looped({key: wanted and wanted[key] for key in reached}, batch, examples, add)
+            self._looped({key: wanted and wanted[key] for key in reached}, batch, add)
         return withheld
 
     def _looped(
         self,
         wanted: Mapping[str, Collection[int] | None],
-        batch: Batch,
-        examples: range,
+        batch: Examples,
         add: Callable[[str, PerExampleGrads], None],
     ) -> None:
         """Run each example alone, by ordinary autograd, for some parameters and all or some of the objectives."""
         self._refuse_positions(wanted)
         parameters = {key: self._parameters[key] for key in wanted}
         with only_trainable(parameters.values()):
-            for n, example in enumerate(examples):
-                answer = self._answer(take(batch, slice(n, n + 1)))
-                objectives = self._estimator.objectives(answer, range(example, example + 1))
+            for one in batch.singly():
+                objectives = self._estimator.objectives(self._answer(one), one.places)
                 for index, (objective, last) in enumerate(with_last(objectives)):
                     if objective is None:
                         continue
-                    check_finite(objective, range(example, example + 1))
+                    check_finite(objective, one.places)
+                    self.connected |= objective.requires_grad
                     backward(objective.sum(), retain_graph=not last)
                     for key, parameter in parameters.items():
                         grad = take_grad(parameter)

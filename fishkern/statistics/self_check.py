@@ -1,4 +1,4 @@
-"""The self-check: captured gradients against ordinary autograd, on two examples, before anything is counted."""
+"""The self-check: captured gradients against ordinary autograd, on two examples or one, before anything is counted."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from fishkern.statistics.autograd import backward, only_trainable, take_grad
-from fishkern.statistics.batches import Batch, take
+from fishkern.statistics.autograd import backward, only_trainable, take_grad, with_last
+from fishkern.statistics.batches import Examples
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # float64 models have float32 inside (Gemma's norms)
 _TOLERANCE_16_BIT = 0.05  # gradients are rounded to 8 (bfloat16) or 11 bits before autograd's are squared
@@ -17,9 +17,8 @@ _TOLERANCE_16_BIT = 0.05  # gradients are rounded to 8 (bfloat16) or 11 bits bef
 def disagreements(
     parameters: Mapping[str, nn.Parameter],
     states: Mapping[str, Tensor],
-    objective: Callable[[Batch, range], Tensor],
-    two: Batch,
-    places: range,
+    objective: Callable[[Examples], Tensor],
+    two: Examples,
     *,
     kept: Collection[str],
 ) -> dict[str, str]:
@@ -32,8 +31,7 @@ def disagreements(
         parameters: What to compare, by canonical name, frozen.
         states: Captured ``sum_n grad_n^2`` over the two examples; used up.
         objective: Losses of a batch ``[N]``.
-        two: The two examples.
-        places: Their places in the data.
+        two: The two examples, or the one of a batch of one.
         kept: Parameters whose gradient arrives in several parts and is read only when backward has ended.
 
     Returns:
@@ -62,12 +60,11 @@ def disagreements(
         ]
         try:
             if _is_16_bit(parameters):
-                losses = objective(two, places)
-                subtract(losses[0], retain_graph=True)
-                subtract(losses[1])
+                for loss, last in with_last(iter(objective(two))):
+                    subtract(loss, retain_graph=not last)
             else:
-                for n, place in enumerate(places):
-                    subtract(objective(take(two, slice(n, n + 1)), range(place, place + 1))[0])
+                for one in two.singly():
+                    subtract(objective(one)[0])
         finally:
             for handle in handles:
                 handle.remove()

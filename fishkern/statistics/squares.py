@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fishkern.statistics.answering import LossFunction
 from fishkern.statistics.autograd import backward, check_finite, take_grad
-from fishkern.statistics.batches import Batch
+from fishkern.statistics.batches import Examples
+from fishkern.statistics.drawn import Drawn, LossFunction, losses_by_function
 from fishkern.statistics.likelihood import Likelihood, call, recognise_likelihood
 
 
@@ -24,7 +24,10 @@ class Squares:
     """
 
     def __init__(
-        self, model: nn.Module, chosen: Mapping[str, nn.Parameter], likelihood: Likelihood | LossFunction | None
+        self,
+        model: nn.Module,
+        chosen: Mapping[str, nn.Parameter],
+        likelihood: Likelihood | LossFunction | Drawn | None,
     ) -> None:
         self._model = model
         self._chosen = chosen
@@ -71,31 +74,31 @@ class Squares:
             for name, parameter in self._chosen.items()
         }
 
-    def add_alone(self, row: Batch, place: int) -> None:
+    def add_alone(self, row: Examples, place: int) -> None:
         """Add the squared gradient of one example, by the loss that the model itself returns where it does."""
         losses = self._own_loss(row)
         losses = self._losses(row) if losses is None else losses
         check_finite(losses, range(place, place + 1))
         backward(losses[0])
 
-    def add_in_batch(self, batch: Batch) -> None:
+    def add_in_batch(self, batch: Examples) -> None:
         """Add the squared gradient of each example, back-propagated through the batch."""
         losses = self._losses(batch)
         check_finite(losses, range(len(losses)))
         for loss in losses:
             backward(loss, retain_graph=True)
 
-    def _own_loss(self, row: Batch) -> Tensor | None:
-        if self._likelihood is not None or not isinstance(row, Mapping):
+    def _own_loss(self, row: Examples) -> Tensor | None:
+        if self._likelihood is not None or not isinstance(row.content, Mapping):
             return None
-        loss = getattr(call(self._model, row), "loss", None)
+        loss = getattr(call(self._model, row.content), "loss", None)
         return loss[None] if isinstance(loss, Tensor) and loss.ndim == 0 else None
 
-    def _losses(self, batch: Batch) -> Tensor:
-        likelihood = recognise_likelihood(self._model, batch) if self._likelihood is None else self._likelihood
+    def _losses(self, batch: Examples) -> Tensor:
+        likelihood = recognise_likelihood(self._model, batch.content) if self._likelihood is None else self._likelihood
         if isinstance(likelihood, Likelihood):
-            return likelihood.predictive(self._model, batch).losses()
-        return likelihood(self._model, batch)
+            return likelihood.predictive(self._model, batch.content).losses()
+        return losses_by_function(likelihood, self._model, batch)
 
     def _square(self, name: str, parameter: nn.Parameter) -> None:
         grad = take_grad(parameter).to(_wide(parameter))

@@ -6,7 +6,8 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,12 @@ from fishkern import hosts
 from fishkern.files import AnyTensor
 from fishkern.names import canonical_name
 from fishkern.ops.streaming_topk import NaNScoreError, streaming_topk
-from fishkern.statistics.answering import LossFunction
-from fishkern.statistics.batches import Batch, checked_batch, num_examples, take, to_device
+from fishkern.statistics.batches import Examples, Reader, Shared
+from fishkern.statistics.choosing import Wanted, chosen_names
 from fishkern.statistics.coverage import Covered
-from fishkern.statistics.estimate import Predicate, estimate
+from fishkern.statistics.data import demand_several
+from fishkern.statistics.drawn import Drawn, LossFunction
+from fishkern.statistics.estimate import estimate, reader_for
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.squares import Squares
@@ -35,10 +38,11 @@ def verify(
     model: nn.Module,
     batches: Iterable[Any],
     statistics: Mapping[str, Tensor] | None = None,
-    parameters: Predicate | Literal["all"] | None = None,
+    parameters: Wanted = None,
     *,
-    likelihood: Likelihood | LossFunction | None = None,
+    likelihood: Likelihood | LossFunction | Drawn | None = None,
     max_examples: int | None = None,
+    shared: Shared = None,
     density: float = 0.005,
     progress: Callable[[int, int | None], None] | bool = False,
 ) -> Verification:
@@ -62,6 +66,7 @@ def verify(
             require a gradient and were not left out by somebody's word.
         likelihood: As for :func:`estimate`.
         max_examples: Stop after so many examples.
+        shared: As for :func:`estimate`.
         density: Fraction of the entries for the comparison of selections.
         progress: A function of the examples done by the loop and of their number; or ``True`` for that of
             :func:`estimate`.
@@ -75,12 +80,19 @@ def verify(
         UnsupportedModuleError: As :func:`estimate`.
     """  # noqa: DOC502
     model = hosts.unwrap(model)
-    kept = _kept(batches, max_examples)
-    examples = sum(map(num_examples, kept))
+    kept = _kept(batches, max_examples, reader_for(likelihood, shared))
+    examples = sum(batch.num_examples for batch in kept)
     estimate_seconds = None
     if statistics is None:
         start = _clock(model)
-        statistics = estimate(model, kept, likelihood=likelihood, parameters=parameters, progress=progress is True)
+        statistics = estimate(
+            model,
+            [batch.content for batch in kept],
+            likelihood=likelihood,
+            parameters=parameters,
+            progress=progress is True,
+            shared=shared,
+        )
         estimate_seconds = _clock(model) - start
     _check_kind(statistics, examples)
     named = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
@@ -125,10 +137,10 @@ def verify(
     )
 
 
-def _batch_noise(squares: Squares, batch: Batch, density: float) -> tuple[dict[str, float], float, int]:
+def _batch_noise(squares: Squares, batch: Examples, density: float) -> tuple[dict[str, float], float, int]:
     """Measure how far the model's own gradients move when an example runs in a batch."""
-    batch = to_device(take(batch, slice(0, _NOISE_EXAMPLES)), squares.device)
-    N = num_examples(batch)
+    N = min(_NOISE_EXAMPLES, batch.num_examples)
+    batch = batch.take(0, N).to(squares.device)
     for n, row in enumerate(_rows([batch], squares.device)):
         squares.add_alone(row, n)
     alone = squares.taken()
@@ -195,24 +207,27 @@ def _overlap(ours: Mapping[str, AnyTensor], theirs: Mapping[str, Tensor], densit
     return sum(int(torch.isin(a.cpu(), b.cpu()).sum()) for a, b in zip(*chosen, strict=True)) / k
 
 
-def _kept(batches: Iterable[Any], max_examples: int | None) -> list[Batch]:
-    kept: list[Batch] = []
-    left = max_examples
+def _kept(batches: Iterable[Any], max_examples: int | None, reader: Reader) -> list[Examples]:
+    demand_several(batches)
+    kept: list[Examples] = []
+    left, place = max_examples, 0
     for number, raw in enumerate(batches):
         if left is not None and left <= 0:
             break
-        batch = checked_batch(raw, number)
-        kept.append(batch if left is None else take(batch, slice(0, min(left, num_examples(batch)))))
-        left = None if left is None else left - num_examples(kept[-1])
+        batch = reader(raw, number)
+        batch = replace(batch, places=range(place, place + batch.num_examples))
+        kept.append(batch if left is None else batch.take(0, min(left, batch.num_examples)))
+        left = None if left is None else left - kept[-1].num_examples
+        place += kept[-1].num_examples
     if not kept:
         raise ValueError("the data holds no example: batches was empty (an exhausted iterator, or max_examples=0).")
     return kept
 
 
-def _rows(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+def _rows(batches: Iterable[Examples], device: torch.device) -> Iterator[Examples]:
     for batch in batches:
-        for n in range(num_examples(batch)):
-            yield to_device(take(batch, slice(n, n + 1)), device)
+        for one in batch.singly():
+            yield one.to(device)
 
 
 def _check_kind(statistics: Mapping[str, Tensor], examples: int) -> None:
@@ -235,7 +250,7 @@ def _check_kind(statistics: Mapping[str, Tensor], examples: int) -> None:
 def _wanted(
     named: Mapping[str, nn.Parameter],
     statistics: Mapping[str, Tensor],
-    parameters: Predicate | Literal["all"] | None,
+    parameters: Wanted,
 ) -> list[str]:
     if parameters is None:
         covered = statistics.coverage if isinstance(statistics, Statistics) else {}
@@ -245,9 +260,7 @@ def _wanted(
             for name, parameter in named.items()
             if name in statistics or (parameter.requires_grad and name not in left_out)
         ]
-    if parameters == "all":
-        return list(named)
-    return [name for name, parameter in named.items() if parameters(name, parameter)]
+    return chosen_names(named, parameters)
 
 
 def _clock(model: nn.Module) -> float:

@@ -60,16 +60,16 @@ def test_a_seed_of_another_library():
 
 
 NO_BATCH = {
-    "a batch instead of batches": ({"input_ids": torch.ones(2, 3)}, ["batch 0 is a str", "mapping", "pair"]),
+    "a batch instead of batches": ({"input_ids": torch.ones(2, 3)}, ["one batch (a dict)", "Pass [batch]"]),
+    "a tensor instead of batches": (torch.ones(2, 3), ["one batch (a Tensor)", "Pass [batch]"]),
+    "a pair instead of batches": (pair(), ["batch 0 is a Tensor", "One batch alone is passed as [batch]"]),
     "a tensor": ([torch.ones(2, 3)], ["batch 0 is a Tensor", "mapping", "pair"]),
     "nothing": ([pair(), None], ["batch 1 is a NoneType"]),
-    "three": ([(*pair(), 1)], ["batch 0 is a tuple", "pair (inputs, labels)"]),
+    "three": ([(*pair(), 1)], ["batch 0 is a tuple of 3", "pair (inputs, labels)", "function"]),
     "no row": ([pair(), pair(0)], ["batch 1 holds no example", "size 0"]),
     "no tensor": ([{"input_ids": [[1, 2], [3, 4]]}], ["batch 0 holds no tensor", "return_tensors='pt'"]),
     "no axis": ([{"input": torch.tensor(1.0)}], ["batch 0"]),
-    "different sizes": ([(torch.ones(3, 4), torch.ones(2))], ["leading sizes", "'inputs': 3", "'labels': 2"]),
-    "a nest": ([{"input": torch.ones(2, 4), "past": (torch.ones(2, 4),)}], ["batch 0", "past"]),
-    "a nest of inputs": ([({"x": torch.ones(2, 4)}, torch.zeros(2).long())], ["batch 0", "inputs"]),
+    "different sizes": ([(torch.ones(3, 4), torch.ones(2))], ["3 examples by 'inputs'", "'labels' is", "size 2"]),
 }
 
 
@@ -293,8 +293,12 @@ def test_unit_position_needs_a_rule_for_every_parameter():
 
 
 ARGUMENTS = {
-    "parameters: a list": (TypeError, lambda: classify([pair()], parameters=["0.weight"]), ["'all'", "predicate"]),
-    "parameters: a word": (TypeError, lambda: classify([pair()], parameters="trainable"), ["'trainable'"]),
+    "parameters: a number": (TypeError, lambda: classify([pair()], parameters=[3]), ["'all'", "predicate", "[3]"]),
+    "parameters: a word": (
+        ValueError,
+        lambda: classify([pair()], parameters="weight"),
+        ["'weight' matches none of 2 names", "did you mean '0.weight'?"],
+    ),
     "estimator: a class": (TypeError, lambda: classify([pair()], fk.DiagonalFisher), ["DiagonalFisher()"]),
     "estimator: a word": (TypeError, lambda: classify([pair()], "empirical"), ["estimator", "'empirical'"]),
     "max_examples": (ValueError, lambda: classify([pair()], max_examples=0), ["max_examples", "at least 1, got 0"]),

@@ -1,0 +1,59 @@
+"""What a model says to a part of a batch: an error that only the part raises is one of cutting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from fishkern.layers import UnsupportedModuleError
+from fishkern.statistics.batches import Examples
+
+Value = TypeVar("Value")
+
+
+def answering_parts(
+    answer: Callable[[Examples], Value], whole: Callable[[Examples], object] | None = None
+) -> Callable[[Examples], Value]:
+    """Make errors of cut rows speak of the cut.
+
+    Args:
+        answer: Runs the model on examples.
+        whole: Runs it on a whole batch; ``None`` where ``answer`` does.
+
+    Returns:
+        The same, which raises a ValueError with the names of what was cut where the model takes a batch and does not
+        take a part of it; what it says to the batch is raised as it is.
+    """
+
+    def answered(batch: Examples) -> Value:
+        try:
+            return answer(batch)
+        except UnsupportedModuleError:
+            raise
+        except Exception as error:  # whatever a model says to rows that belong together
+            if batch.cut_from is None or _takes(answer, batch):  # not of the cut, or it comes and goes
+                raise
+            (whole or answer)(batch.cut_from)
+            raise _refusal(batch, batch.cut_from, error) from error
+
+    return answered
+
+
+def _takes(answer: Callable[[Examples], Value], batch: Examples) -> bool:
+    try:
+        answer(batch)
+    except Exception:  # its own error is the one to be seen
+        return False
+    return True
+
+
+def _refusal(part: Examples, whole: Examples, error: Exception) -> ValueError:
+    cut, left = whole.names
+    lone = "alone" if part.num_examples == 1 else f"to {part.places[-1]} without the others"
+    says = next(iter(str(error).strip().splitlines()), "without a message")
+    return ValueError(
+        f"the model takes a batch of {whole.num_examples}, and fails on example {part.places[0]} {lone} "
+        f"({type(error).__name__}: {says}). Cut by rows was {', '.join(cut)}; left whole was "
+        f"{', '.join(left) or 'nothing'}. Name in shared= what all examples share, put the example axis first in what "
+        "belongs to one, or give batches of one."
+    )

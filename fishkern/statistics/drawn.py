@@ -1,0 +1,121 @@
+"""Losses that are meant to draw (diffusion, variational autoencoders): each example has a stream of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fishkern.statistics.base import integer, stream
+from fishkern.statistics.batches import Batch, Examples
+
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+
+
+class Draws:
+    """Random numbers for the examples of a batch, each from the example's own stream.
+
+    A stream depends on the seed and on the example's place in the data, not on the batch nor on the device. Each call
+    goes on in it.
+
+    Args:
+        seed: Seed of all streams.
+        places: Where in the whole data the examples stand.
+        device: Where the numbers are wanted.
+    """
+
+    def __init__(self, seed: int, places: range, device: torch.device) -> None:
+        self._streams = [stream("loss", seed, place) for place in places]
+        self._device = device
+
+    def randn(self, *shape: int) -> Tensor:
+        """Draw normal numbers.
+
+        Args:
+            shape: For each example.
+
+        Returns:
+            ``[N, *shape]``, float32.
+        """
+        return self._stacked(lambda generator: torch.randn(shape, generator=generator, dtype=torch.float32))
+
+    def rand(self, *shape: int) -> Tensor:
+        """Draw uniform numbers in [0, 1).
+
+        Args:
+            shape: For each example.
+
+        Returns:
+            ``[N, *shape]``, float32.
+        """
+        return self._stacked(lambda generator: torch.rand(shape, generator=generator, dtype=torch.float32))
+
+    def randint(self, high: int, *shape: int) -> Tensor:
+        """Draw integers from 0 to ``high - 1``, such as time steps.
+
+        Args:
+            high: Their number.
+            shape: For each example.
+
+        Returns:
+            ``[N, *shape]``, int64.
+        """
+        return self._stacked(lambda generator: torch.randint(high, shape, generator=generator))
+
+    def _stacked(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        return torch.stack([draw(generator) for generator in self._streams]).to(self._device)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A loss function that draws random numbers, one stream for each example.
+
+    The statistic is that of one draw for each example; for several, estimate with several seeds and merge.
+
+    Args:
+        function: ``(model, batch, draws) -> losses [N]``; all randomness comes from ``draws``, see :class:`Draws`.
+        seed: Seed of the draws.
+
+    Raises:
+        TypeError: ``function`` cannot be called, or ``seed`` is no integer.
+    """
+
+    function: Callable[[nn.Module, Batch, Draws], Tensor]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(f"function must be (model, batch, draws) -> losses [N], got {self.function!r}.")
+        object.__setattr__(self, "seed", integer(self.seed, "seed"))
+
+    def losses(self, model: nn.Module, batch: Examples) -> Tensor:
+        """Give the losses of a batch.
+
+        Args:
+            model: The model.
+            batch: The examples.
+
+        Returns:
+            ``[N]``.
+        """
+        device = next(model.parameters()).device
+        return self.function(model, batch.content, Draws(self.seed, batch.places, device))
+
+
+def losses_by_function(function: LossFunction | Drawn, model: nn.Module, batch: Examples) -> Any:
+    """Call a loss function.
+
+    Args:
+        function: ``(model, batch) -> losses [N]``, or one that draws.
+        model: The model.
+        batch: The examples.
+
+    Returns:
+        What it returns.
+    """
+    if isinstance(function, Drawn):
+        return function.losses(model, batch)
+    return function(model, batch.content)
