@@ -292,7 +292,7 @@ class Encoder:
         if not isinstance(value, int) or not 0 <= value < size:
             if value == -100 and self.task == "token-classification":
                 return -100
-            raise ValueError(f"{unknown_class(f'row {place}', value, size)}.")
+            raise ValueError(f"row {place} {unknown_class(value, size)}.")
         return value
 
 

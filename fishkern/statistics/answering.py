@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.statistics.batches import Batch, num_examples, take
+from fishkern.statistics.labels import UnknownLabelError, counted_padding
 from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
 from fishkern.statistics.likelihood_argument import LossFunction, checked_likelihood, described
 from fishkern.statistics.outputs import own_loss
-from fishkern.statistics.predictive import Predictive
+from fishkern.statistics.predictive import Categorical, Predictive
 
 __all__ = ["Answering", "LossFunction"]
 
@@ -45,20 +46,40 @@ class Answering:
             batch: The first batch.
 
         Raises:
-            ValueError: The model's loss is not known, or is another; or a function's losses are cut off from the model.
+            ValueError: The model's loss is not known, or is another; or what the model or a function returns is cut off
+                from the parameters.
 
         Warns:
-            UserWarning: The likelihood was named, and the model's own loss is another.
-        """  # noqa: DOC502
+            UserWarning: The likelihood was named, and the model's own loss is another; or labels count padding, or what
+                is taken for logits are probabilities.
+        """
         self._usual = num_examples(batch)
-        example = take(batch, slice(0, 1))
         if self._likelihood is None:
             self._likelihood = recognise_likelihood(self._model, batch)
-        if isinstance(self._likelihood, Likelihood):
+        with _differentiable(self._model):
+            if isinstance(self._likelihood, Likelihood):
+                self._prepare_likelihood(take(batch, slice(0, 1)))
+                _note_padding(batch)
+            elif self._is_cut_off(self(take(batch, slice(0, 2)))):
+                raise ValueError(_cut_off(f"the losses of {self.description}"))
+
+    def _is_cut_off(self, outputs: Tensor) -> bool:
+        """Tell whether no gradient leads back; behind a weight stored as integers only a pass can tell."""
+        return not outputs.requires_grad and all(p.is_floating_point() for p in self._model.parameters())
+
+    def _prepare_likelihood(self, example: Batch) -> None:
+        try:
             self._likelihood = self._likelihood.settled(self._model, example)
-            _compare_with_own_loss(self._model, self._likelihood, example, self._named)
-        else:
-            self._demand_gradient(take(batch, slice(0, 2)))
+            answer = self._likelihood.predictive(self._model, example)
+        except UnknownLabelError as error:
+            raise error.at(f"row 0 of a batch of {self._usual}") from None
+        outputs = getattr(answer, "logits", getattr(answer, "means", None))
+        if isinstance(outputs, Tensor):
+            if self._is_cut_off(outputs):
+                raise ValueError(_cut_off(f"the outputs of {type(self._model).__name__}"))
+            if isinstance(answer, Categorical):
+                _note_probabilities(outputs.detach(), type(self._likelihood).__name__)
+        _compare_with_own_loss(self._model, self._likelihood, answer, example, self._named)
 
     @property
     def description(self) -> str:
@@ -70,25 +91,16 @@ class Answering:
             return self._likelihood.predictive(self._model, batch)
         losses = self._likelihood(self._model, batch)
         N = num_examples(batch)
+        if isinstance(losses, Tensor) and losses.shape == () and self._usual == N == 1:
+            return losses[None]  # where each batch is one example, its mean is that of the example
         if not isinstance(losses, Tensor) or losses.shape != (N,):
             raise ValueError(_not_one_for_each(losses, N, self._usual))
         return losses
 
-    def _demand_gradient(self, examples: Batch) -> None:
-        """Refuse a function whose losses no gradient leads from, before the pass rather than after it."""
-        with _differentiable(self._model):
-            losses = self(examples)
-        if not losses.requires_grad:
-            raise ValueError(
-                f"the losses of {self.description} are cut off from the model, so that no gradient arrives: it must "
-                "return what torch computed from the model's output, without detach(), item(), numpy() or no_grad()."
-            )
-
 
 def _not_one_for_each(losses: object, N: int, usual: int) -> str:
     """Say what a likelihood function returned instead of ``[N]``, and what to do."""
-    tried = {1: " (an example is tried alone first)", 2: " (the first two examples are tried first)"}
-    where = f"a batch of {N}{tried.get(N, '') if usual > N else ''}"
+    where = f"a batch of {N}{' (the first two examples are tried first)' if N == 2 < usual else ''}"
     expected = f"the likelihood function must return one loss for each example, a tensor of shape ({N},)"
     if isinstance(losses, Tensor) and losses.ndim and losses.shape[0] == N:
         shape = tuple(losses.shape)
@@ -98,6 +110,12 @@ def _not_one_for_each(losses: object, N: int, usual: int) -> str:
             f"{expected}; for {where} came {len(losses)} values: average those of each example, losses.view({N}, "
             "-1).mean(1)."
         )
+    if isinstance(losses, list | tuple) and len(losses) == N and all(
+        isinstance(one, Tensor) and one.numel() == 1 for one in losses
+    ):
+        return f"{expected}; for {where} came a {type(losses).__name__} of {N} tensors: write torch.stack(losses)."
+    if not isinstance(losses, Tensor | float):
+        return f"{expected}; for {where} came {type(losses).__name__}: return the losses alone."
     if isinstance(losses, Tensor):
         got = "one number" if losses.numel() == 1 else f"{tuple(losses.shape)}"
     else:
@@ -118,7 +136,36 @@ def _differentiable(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
-def _compare_with_own_loss(model: nn.Module, likelihood: Likelihood, example: Batch, named: bool) -> None:
+def _cut_off(what: str) -> str:
+    return (
+        f"{what} are cut off from the parameters, so that no gradient arrives: they must be what torch computed, "
+        "without detach(), item(), numpy(), argmax() or no_grad()."
+    )
+
+
+def _note_padding(batch: Batch) -> None:
+    if count := counted_padding(batch):
+        warnings.warn(
+            f"{count} labels of the first batch stand where its attention_mask is 0: padding counts as text, in the "
+            "model's own loss, too. Mark it with the label -100.",
+            stacklevel=4,
+        )
+
+
+def _note_probabilities(logits: Tensor, kind: str) -> None:
+    """Say that a softmax was taken already: the loss would take another one."""
+    sums = logits.sum(-1)
+    if logits.shape[-1] > 1 and bool((logits >= 0).all() and torch.isclose(sums, torch.ones_like(sums)).all()):
+        warnings.warn(
+            f"the model's outputs look like probabilities (not negative, and 1 in sum), and {kind} takes logits: leave "
+            "the softmax out, or pass likelihood= as a function (model, batch) -> losses [N].",
+            stacklevel=5,
+        )
+
+
+def _compare_with_own_loss(
+    model: nn.Module, likelihood: Likelihood, answer: Predictive, example: Batch, named: bool
+) -> None:
     """Compare a loss with what the model returns for the example, to the rounding of its dtype.
 
     One that was recognised must be the model's own. One that was named is the user's word, and is noted.
@@ -126,13 +173,15 @@ def _compare_with_own_loss(model: nn.Module, likelihood: Likelihood, example: Ba
     Raises:
         ValueError: A recognised loss is not the model's own.
     """
-    labels = [key for key in ("labels", "start_positions") if isinstance(example, Mapping) and key in example]
-    if not labels or not all(hosts.accepts(model, key) for key in labels):
+    own = None
+    # a model may not take the labels of a loss that was named: then it has none to compare with
+    with suppress(IndexError, RuntimeError, TypeError, ValueError) if named else nullcontext():
+        own = own_loss(model, example, numbers=likelihood.labels_are_numbers)
+    if own is None:
         return
-    # ours first: it names a label that the model does not know, at which its own loss may end the process
-    ours = replace(likelihood.predictive(model, example), mean=True).losses()[0].item()
-    own = own_loss(model, example, numbers=likelihood.labels_are_numbers)
-    if own is None or not math.isfinite(ours):
+    answer = replace(answer, mean=True) if hasattr(answer, "mean") else answer
+    ours = answer.losses()[0].item()
+    if not math.isfinite(ours):
         return
     # where transformers leaves a loss in 16 bits it is rounded a few times; else it is float32, also in float64 models
     half = own.dtype in (torch.float16, torch.bfloat16)
@@ -148,7 +197,7 @@ def _compare_with_own_loss(model: nn.Module, likelihood: Likelihood, example: Ba
             "the model's holds more than that (an auxiliary loss, label smoothing, another shift)"
         )
     if named:
-        warnings.warn(f"{numbers}: {why}. As {kind} was named, the statistics are of its loss alone.", stacklevel=4)
+        warnings.warn(f"{numbers}: {why}. As {kind} was named, the statistics are of its loss alone.", stacklevel=5)
         return
     raise ValueError(
         f"{numbers}: they should agree, but {why}. For the loss of the labels alone name it, "

@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def unknown_class(where: str, label: object, size: int) -> str:
-    """Say that a label is no class of the model.
+class UnknownLabelError(ValueError):
+    """A label that the model does not know.
 
     Args:
-        where: Whose it is, such as ``"row 3"``.
+        where: Whose it is, in words; the row of the batch that the model was run on.
+        problem: What is wrong with it, in words.
+    """
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(f"{where} {problem}")
+        self._problem = problem
+
+    def at(self, where: str) -> UnknownLabelError:
+        """Name the row anew, where it was run alone.
+
+        Args:
+            where: Whose it is, in words.
+
+        Returns:
+            The same error of that row.
+        """
+        return UnknownLabelError(where, self._problem)
+
+
+def unknown_class(label: object, size: int) -> str:
+    """Say of a row that its label is no class of the model.
+
+    Args:
         label: What it is.
         size: How many classes the model knows.
 
     Returns:
         The words.
     """
-    return f"{where} has the label {label!r}; the model knows 0 to {size - 1}"
+    return f"has the label {label!r}; the model knows 0 to {size - 1}"
 
 
 def class_labels(labels: Any, expected: tuple[int, ...], size: int, ignore_index: int) -> Tensor:
@@ -38,7 +61,8 @@ def class_labels(labels: Any, expected: tuple[int, ...], size: int, ignore_index
         int64, of the expected shape.
 
     Raises:
-        ValueError: They are of another shape, no integers, or no classes of the model.
+        ValueError: They are of another shape or no integers.
+        UnknownLabelError: One is no class of the model.
     """
     labels = shaped(labels, expected, size)
     if labels.is_floating_point() or labels.is_complex():
@@ -51,7 +75,7 @@ def class_labels(labels: Any, expected: tuple[int, ...], size: int, ignore_index
     if not known.all():
         where, label = _first(labels, ~known)
         ignored = f", and {ignore_index} where a position carries none" if labels[0].numel() > 1 else ""
-        raise ValueError(f"{unknown_class(where, label, size)}{ignored}.")
+        raise UnknownLabelError(where, f"{unknown_class(label, size)}{ignored}.")
     return labels
 
 
@@ -117,14 +141,32 @@ def yes_or_no_like(labels: Any, logits: Tensor) -> Tensor:
         Labels of the logits' shape, dtype and device.
 
     Raises:
-        ValueError: They are of another shape, or lie outside [0, 1].
-    """
+        ValueError: They are of another shape.
+        UnknownLabelError: One lies outside [0, 1].
+    """  # noqa: DOC502
     labels = values_like(labels, logits)
     inside = (labels >= 0) & (labels <= 1)
     if not inside.all():
         where, label = _first(labels, ~inside)
-        raise ValueError(f"{where} has the label {label!r}; yes-or-no labels lie between 0 and 1.")
+        raise UnknownLabelError(where, f"has the label {label!r}; yes-or-no labels lie between 0 and 1.")
     return labels
+
+
+def counted_padding(batch: Any) -> int:
+    """Count the labels of positions that the attention mask hides: padding that was not marked.
+
+    Args:
+        batch: Any batch.
+
+    Returns:
+        Their number; 0 where the batch does not tell.
+    """
+    if not isinstance(batch, Mapping):
+        return 0
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    if not isinstance(labels, Tensor) or not isinstance(mask, Tensor) or labels.ndim != 2 or labels.shape != mask.shape:
+        return 0
+    return int(((labels != -100) & (mask == 0)).sum())
 
 
 def in_words(shape: Sequence[int], N: int) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.statistics.batches import Batch
+from fishkern.statistics.batches import Batch, num_examples
 from fishkern.statistics.labels import as_tensor, in_words, shaped
 from fishkern.statistics.outputs import call, logits_of
 from fishkern.statistics.predictive import Bernoulli, Categorical, Gaussian, Predictive
@@ -143,9 +143,9 @@ class Seq2SeqLM(Likelihood):
 
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
         labels = as_tensor(_labels(batch, "sequence-to-sequence modelling"))
-        if isinstance(batch, Mapping):  # the decoder's inputs are made from the labels
-            batch = {**batch, "labels": labels if labels.is_floating_point() else labels.long()}
-        return _by_position(_logits(model, batch, with_labels=True), labels, self.reduction)
+        # the decoder's inputs are made from the labels
+        logits = _logits(model, batch, labels=labels if labels.is_floating_point() else labels.long())
+        return _by_position(logits, labels, self.reduction)
 
 
 class Classification(Likelihood):
@@ -235,9 +235,15 @@ def recognise_likelihood(model: nn.Module, batch: Batch) -> Likelihood:
     return _BY_TASK[task]()
 
 
-def _logits(model: nn.Module, batch: Batch, with_labels: bool = False) -> Tensor:
-    outputs = call(model, batch, without=() if with_labels else ("labels", "shift_labels"))
-    return logits_of(outputs, model)[0]
+def _logits(model: nn.Module, batch: Batch, **more: Tensor) -> Tensor:
+    (logits,) = logits_of(call(model, batch, without=("labels", "shift_labels"), **more), model)
+    if len(logits) != (N := num_examples(batch)):
+        raise ValueError(
+            f"{type(model).__name__} returned logits of shape {tuple(logits.shape)} for {N} examples: the first axis "
+            "must be that of the examples. Let it return them so, or pass likelihood= as a function (model, batch) -> "
+            "losses [N]."
+        )
+    return logits
 
 
 def _by_position(logits: Tensor, labels: Any, reduction: str) -> Categorical:

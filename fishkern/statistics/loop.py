@@ -18,6 +18,7 @@ from fishkern.statistics.autograd import backward, check_finite, take_grad, with
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Batch
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
+from fishkern.statistics.labels import UnknownLabelError
 from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
 from fishkern.statistics.outputs import own_loss
 from fishkern.statistics.predictive import Predictive
@@ -95,7 +96,11 @@ class Loop:
     def add_alone(self, row: Batch, place: int) -> None:
         """Add one example, for the empirical Fisher by the loss that the model itself returns where it does."""
         losses = self._own_loss(row)
-        self._add_objectives(self._answer(row) if losses is None else losses, range(place, place + 1))
+        try:
+            answer = self._answer(row) if losses is None else losses
+        except UnknownLabelError as error:
+            raise error.at(f"example {place}") from None
+        self._add_objectives(answer, range(place, place + 1))
 
     def add_in_batch(self, batch: Batch, places: range) -> None:
         """Add each example, back-propagated through the batch."""
@@ -111,9 +116,10 @@ class Loop:
 
     def _own_loss(self, row: Batch) -> Tensor | None:
         empirical = isinstance(self.estimator, DiagonalFisher) and self.estimator.fisher_type == "empirical"
-        if self._likelihood is not None or not empirical or not isinstance(row, Mapping):
+        if self._likelihood is not None or not empirical:
             return None
-        numbers = hosts.task(self._model, row.get("labels")) in ("regression", "multi-label")
+        labels = row.get("labels") if isinstance(row, Mapping) else row[1]
+        numbers = hosts.task(self._model, labels) in ("regression", "multi-label")
         loss = own_loss(self._model, row, numbers=numbers)
         return None if loss is None else loss[None]
 

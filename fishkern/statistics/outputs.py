@@ -15,13 +15,14 @@ _LABELS = ("labels", "start_positions", "end_positions")
 _OWN_FUNCTION = "pass likelihood= as a function (model, batch) -> losses [N]"
 
 
-def call(model: nn.Module, batch: Batch, *, without: tuple[str, ...] = ()) -> Any:
+def call(model: nn.Module, batch: Batch, *, without: tuple[str, ...] = (), **more: Any) -> Any:
     """Run the model on a batch.
 
     Args:
         model: The model.
         batch: A mapping of keyword arguments, or ``(inputs, labels)``, of which the model gets the inputs.
         without: Keys that the model does not get.
+        more: What it gets besides, or instead of the batch's own.
 
     Returns:
         What the model returns.
@@ -30,14 +31,14 @@ def call(model: nn.Module, batch: Batch, *, without: tuple[str, ...] = ()) -> An
         ValueError: Rows of the batch hold several examples each.
     """
     if not isinstance(batch, Mapping):
-        return model(batch[0])
+        return model(batch[0], **more)
     if reason := hosts.packed_batch(batch):
         raise ValueError(
             f"this batch is packed ({reason}): its rows hold several examples, which would be taken for one. "
             "Use a collator that keeps one example in each row."
         )
     arguments = {key: value for key, value in batch.items() if key not in without}
-    return model(**{**hosts.call_options(model), **arguments})
+    return model(**{**hosts.call_options(model), **arguments, **more})
 
 
 def wide(logits: Tensor) -> Tensor:
@@ -86,19 +87,28 @@ def logits_of(outputs: Any, model: nn.Module, names: tuple[str, ...] = ("logits"
     )
 
 
-def own_loss(model: nn.Module, example: Mapping[str, Any], *, numbers: bool) -> Tensor | None:
+def own_loss(model: nn.Module, example: Batch, *, numbers: bool) -> Tensor | None:
     """Run the model on a labelled example, and read the loss that it returns.
 
     Args:
         model: The model.
-        example: Keyword arguments, labels among them.
+        example: Keyword arguments, labels among them; or a pair, for a model that takes ``labels``.
         numbers: Whether the labels are numbers to be met, else classes.
 
     Returns:
-        A scalar, or ``None`` where it returns none.
+        A scalar, or ``None`` where it returns none, or takes no labels.
     """
-    labels = {key: _as_torch_takes(example[key], numbers) for key in _LABELS if key in example}
-    return _loss(call(model, {**example, **labels}))
+    given = example if isinstance(example, Mapping) else {"labels": example[1]}
+    labels = {key: _as_torch_takes(given[key], numbers) for key in _LABELS if given.get(key) is not None}
+    if not labels or not all(hosts.accepts(model, key) for key in labels):
+        return None
+    config = getattr(hosts.base_model(model), "config", None)
+    problem = getattr(config, "problem_type", None)
+    try:
+        return _loss(call(model, example, **labels))
+    finally:
+        if hasattr(config, "problem_type"):  # transformers notes there what it takes the labels for
+            config.problem_type = problem
 
 
 def _loss(outputs: Any) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -121,8 +122,135 @@ def test_a_token_that_the_model_does_not_know_is_named_by_its_row():
     with pytest.raises(ValueError, match="row 4 of a batch of 5 has the label 42; the model knows 0 to 40, and -100"):
         fk.estimate(zoo.llama().model, [batch])
     batch["labels"][0, 2] = -1
-    with pytest.raises(ValueError, match="an example, run alone, has the label -1; the model knows 0 to 40, and -100"):
+    words = "has the label -1; the model knows 0 to 40, and -100 where a position carries none."
+    with pytest.raises(ValueError, match=f"row 0 of a batch of 5 {words}"):
         fk.estimate(zoo.llama().model, [batch])
+    with pytest.raises(ValueError, match=f"example 5 {words}"):
+        fk.verify(zoo.llama().model, [zoo.text_batch(), batch], dict(zoo.llama().model.named_parameters()),
+                  likelihood=fk.CausalLM())  # fmt: skip
+
+
+def test_labels_of_padding_are_noted_once():
+    specimen = zoo.llama()
+    batch = specimen.batch()
+    padded = int((batch["attention_mask"] == 0).sum())
+    unmarked = {**batch, "labels": batch["input_ids"]}
+    with pytest.warns(UserWarning, match=f"{padded} labels of the first batch stand where.*-100") as warned:
+        fk.estimate(specimen.model, [unmarked, unmarked])
+    assert len([one for one in warned if "attention_mask" in str(one.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fk.estimate(specimen.model, [batch])
+
+
+def test_probabilities_in_place_of_logits_are_noted():
+    model = nn.Sequential(net(), nn.Softmax(-1))
+    with pytest.warns(UserWarning, match="look like probabilities.*Classification takes logits"):
+        fk.estimate(model, [(inputs(N, 4), CLASSES)], likelihood=fk.Classification())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fk.estimate(nn.Sequential(net(), nn.LogSoftmax(-1)), [(inputs(N, 4), CLASSES)], likelihood=fk.Classification())
+
+
+@pytest.mark.parametrize("make", [zoo.llama, zoo.t5, zoo.vit])
+def test_pairs_of_a_transformers_model(make):
+    """Its own loss is compared, and a decoder gets its labels, as from a mapping."""
+    specimen = make()
+    batch = specimen.batch()
+    (first,) = set(batch) - {"labels", "attention_mask"}
+    mapping = {first: batch[first], "labels": batch["labels"]}
+    ours, theirs = (fk.estimate(specimen.model, [one]) for one in ((batch[first], batch["labels"]), mapping))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert fk.verify(specimen.model, [(batch[first], batch["labels"])]).ok
+
+
+def test_the_own_loss_of_a_pair_is_compared():
+    model = zoo.mixtral("grouped_mm").model
+    model.config.output_router_logits = True
+    batch = zoo.text_batch()
+    with pytest.raises(ValueError, match="by the model itself: they should agree"):
+        fk.estimate(model, [(batch["input_ids"], batch["labels"])])
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0, 1, 2, 1, 0]), torch.rand(5, 3)], ids=["classes", "numbers"])
+def test_the_config_of_a_transformers_model_comes_back_as_found(labels):
+    """Given labels, transformers notes there what it takes them for, and stays with it."""
+    model = zoo.bert_classifier().model
+    fk.verify(model, [{**zoo.text_batch(), "labels": labels}])
+    assert model.config.problem_type is None
+
+
+def test_a_named_likelihood_of_labels_that_the_model_itself_does_not_take():
+    specimen = zoo.llama()
+    batch = {**specimen.batch(), "labels": torch.rand(5, 7, zoo.V)}
+    statistics = fk.estimate(specimen.model, [batch], likelihood=fk.MultiLabel())
+    assert fk.verify(specimen.model, [batch], statistics, likelihood=fk.MultiLabel()).ok
+
+
+@pytest.mark.parametrize("axis", ["rows", "mean"])
+def test_logits_that_are_not_of_the_examples_are_refused(axis):
+    change = {"rows": lambda z: z.flatten(0, 1), "mean": lambda z: z.mean(0)}[axis]
+    words = "the first axis must be that of the examples"
+    refused((inputs(N, L, 4), POSITIONS), fk.TokenClassification(), words, model=Returning(change))
+
+
+@pytest.mark.parametrize(
+    "form", [lambda z: z.detach(), torch.no_grad()(lambda z: z * 2)], ids=["detached", "no_grad"]
+)
+def test_outputs_that_are_cut_off_from_the_model_are_refused_before_the_pass(form):
+    def batches():
+        yield inputs(N, 4), CLASSES
+        raise AssertionError("the pass went on")
+
+    with pytest.raises(ValueError, match=r"the outputs of Returning are cut off from the parameters.*detach\(\)"):
+        fk.estimate(Returning(form), batches(), likelihood=fk.Classification())
+
+
+def test_behind_integer_weights_the_pass_itself_must_tell():
+    """A quantised linear whose product is a function of its own has no gradient of autograd's, and is served."""
+
+    class Quantised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_features, self.out_features = 4, 3
+            self.weight = nn.Parameter(torch.randint(-9, 9, (3, 4), dtype=torch.int8), requires_grad=False)
+
+        def forward(self, x):
+            return x @ self.weight.to(x.dtype).T / 10
+
+    model = nn.Sequential(Quantised())
+    statistics = fk.estimate(model, [(inputs(N, 4), CLASSES)], likelihood=fk.Classification(), parameters="all")
+    assert statistics["0.weight"].count_nonzero() > 0
+
+
+def test_one_number_is_the_loss_of_a_batch_of_one():
+    def mean(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    batches = [(x[None], y[None]) for x, y in zip(inputs(N, 4), CLASSES, strict=True)]
+    whole = fk.DiagonalFisher(unit="batch")
+    ours = fk.estimate(net(), batches, whole, likelihood=mean)
+    theirs = fk.estimate(net(), batches, whole, likelihood=fk.Classification())
+    error, name = worst_error(ours, theirs)
+    assert error < LIMIT[torch.float64], name
+    refused((inputs(N, 4), CLASSES), mean, "came one number", estimator=whole)
+
+
+FORMS = {
+    "a list": (lambda losses: list(losses), "a list of 2 tensors: write torch.stack(losses)"),
+    "with logits": (lambda losses: (losses, losses[:, None]), "came tuple: return the losses alone"),
+    "an array": (lambda losses: losses.detach().numpy(), "came ndarray: return the losses alone"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_function_that_returns_no_tensor(form):
+    change, words = FORMS[form]
+
+    def losses(model, batch):
+        return change(F.cross_entropy(model(batch[0]), batch[1], reduction="none"))
+
+    refused((inputs(N, 4), CLASSES), losses, words)
 
 
 NO_CLASSES = {

@@ -309,7 +309,7 @@ def test_losses_that_are_cut_off_from_the_model_are_refused_before_the_pass(kind
         yield pair()
         raise AssertionError("the pass went on")
 
-    with refused(ValueError, "cut off from the model", "detach()"):
+    with refused(ValueError, "cut off from the parameters", "detach()"):
         classify(batches(), ESTIMATORS[kind], likelihood=losses)
 
 
