@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from fishkern.statistics.batches import Batch, num_examples, take
 from fishkern.statistics.labels import UnknownLabelError, counted_padding
 from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
 from fishkern.statistics.likelihood_argument import LossFunction, checked_likelihood, described
-from fishkern.statistics.outputs import own_loss
+from fishkern.statistics.outputs import other_candidates, own_loss
 from fishkern.statistics.predictive import Categorical, Predictive
 
 __all__ = ["Answering", "LossFunction"]
@@ -68,11 +69,17 @@ class Answering:
         return not outputs.requires_grad and all(p.is_floating_point() for p in self._model.parameters())
 
     def _prepare_likelihood(self, example: Batch) -> None:
+        returned: list[Any] = []
+        handle = self._model.register_forward_hook(lambda _, args, outputs: returned.append(outputs))
         try:
             self._likelihood = self._likelihood.settled(self._model, example)
             answer = self._likelihood.predictive(self._model, example)
         except UnknownLabelError as error:
             raise error.at(f"row 0 of a batch of {self._usual}") from None
+        finally:
+            handle.remove()
+        if hosts.task(self._model) is None:  # those of transformers begin with the logits
+            _note_choice(returned[-1] if returned else None, type(self._model).__name__)
         outputs = getattr(answer, "logits", getattr(answer, "means", None))
         if isinstance(outputs, Tensor):
             if self._is_cut_off(outputs):
@@ -149,6 +156,17 @@ def _note_padding(batch: Batch) -> None:
             f"{count} labels of the first batch stand where its attention_mask is 0: padding counts as text, in the "
             "model's own loss, too. Mark it with the label -100.",
             stacklevel=4,
+        )
+
+
+def _note_choice(outputs: Any, name: str) -> None:
+    """Say which of several tensors is taken for the logits."""
+    if shapes := other_candidates(outputs):
+        first, *others = shapes
+        warnings.warn(
+            f"{name} returned a tuple, of which the first tensor was taken for the logits, of shape {first} for one "
+            f"example, and not {', '.join(map(str, others))}: return a mapping with 'logits' where it is another.",
+            stacklevel=5,
         )
 
 

@@ -75,7 +75,7 @@ def logits_of(outputs: Any, model: nn.Module, names: tuple[str, ...] = ("logits"
         found = list(outputs[0 if loss is None else 1 :][: len(names)])
     if len(found) == len(names) and all(isinstance(one, Tensor) and one.ndim for one in found):
         return [wide(one) for one in found]
-    if _loss(outputs) is not None:
+    if _loss(outputs) is not None and hasattr(outputs, names[0]):
         raise ValueError(
             f"{type(model).__name__} returned no logits ({type(outputs).__name__}): a fused loss (Liger) keeps them "
             f"back. Switch the fused loss off for this pass, or {_OWN_FUNCTION}."
@@ -85,6 +85,21 @@ def logits_of(outputs: Any, model: nn.Module, names: tuple[str, ...] = ("logits"
         f"{type(model).__name__} returned no logits, but {_described(outputs)}: expected a tensor, an object or "
         f"mapping with {wanted}, or a tuple that begins with them. Let it return that, or {_OWN_FUNCTION}."
     )
+
+
+def other_candidates(outputs: Any) -> list[tuple[int, ...]]:
+    """Tell what else in a plain tuple might be the logits: tensors of several axes behind the one that is taken.
+
+    Args:
+        outputs: What a model returned.
+
+    Returns:
+        Shapes of the first such tensor and of the others; empty where nothing is in doubt.
+    """
+    if not isinstance(outputs, tuple | list) or hasattr(outputs, "_fields"):
+        return []
+    shapes = [tuple(one.shape) for one in outputs if isinstance(one, Tensor) and one.ndim > 1]
+    return shapes if len(shapes) > 1 else []
 
 
 def own_loss(model: nn.Module, example: Batch, *, numbers: bool) -> Tensor | None:

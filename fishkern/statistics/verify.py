@@ -101,7 +101,7 @@ def verify(
         _check_kind(statistics, estimator, examples)
     named = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
     wanted = _wanted(named, statistics, parameters)
-    chosen = {name: named[name] for name in wanted if name in statistics and named[name].is_floating_point()}
+    chosen = {name: named[name] for name in wanted if name in statistics and named[name].dtype in _ROUNDING}
     if not chosen:
         raise ValueError(f"nothing to verify: the statistics hold no parameter of {type(model).__name__} asked for.")
     loop = Loop(model, chosen, likelihood, estimator)

@@ -474,12 +474,25 @@ def test_logits_in_whatever_a_model_returns(form):
     assert all(torch.equal(ours[f"net.{name}"], theirs[name]) for name in theirs)
 
 
+def test_which_tensor_of_a_tuple_is_taken_is_said_once():
+    """``(features, logits)`` would be as good a habit."""
+    batches = [(inputs(N, 4), CLASSES)] * 2
+    with pytest.warns(UserWarning, match=r"first tensor was taken.*shape \(1, 3\).*not \(1, 6\)") as warned:
+        fk.estimate(Returning(lambda z: (z, z.repeat(1, 2))), batches, likelihood=fk.Classification())
+    assert len([one for one in warned if "was taken" in str(one.message)]) == 1
+    for form in (lambda z: (z, None), lambda z: (z, z.sum(1)), lambda z: (z.sum(), z), lambda z: Named(z, z)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            fk.estimate(Returning(form), batches, likelihood=fk.Classification())
+
+
 Unnamed = namedtuple("Unnamed", ["hidden", "scores"])
 NO_LOGITS = {
     "a mapping of others": (lambda z: {"out": z, "aux": z}, ["dict with 'out', 'aux'", "'logits'"]),
     "a namedtuple of others": (lambda z: Unnamed(z, z), ["Unnamed with 'hidden', 'scores'"]),
     "a tuple of others": (lambda z: ("logits", z), ["a tuple of str, Tensor", "begins with them"]),
     "nothing": (lambda z: None, ["NoneType"]),
+    "a loss beside others": (lambda z: {"loss": z.sum(), "predictions": z}, ["dict with 'loss', 'predictions'"]),
     "a loss alone": (
         lambda z: transformers.modeling_outputs.CausalLMOutput(loss=z.sum()), ["fused loss (Liger)", "likelihood="]
     ),
