@@ -138,8 +138,13 @@ def test_a_gradient_of_rounding_alone_is_not_judged():
     specimen = zoo.bert()
     found = fk.verify(specimen.model, [specimen.batch(5, 7)])
     notes = {one.name: one.note for one in found.compared}
-    assert notes["bert.encoder.layer.0.attention.self.key.bias"] == "zero but for rounding"
+    name = "bert.encoder.layer.0.attention.self.key.bias"
+    assert notes[name] == "zero but for rounding"
     assert found.ok
+    for wrong in (lambda value: value * torch.nan, lambda value: value + 1e-3):
+        broken = changed(fk.estimate(specimen.model, [specimen.batch(5, 7)]), name, wrong)
+        again = fk.verify(specimen.model, [specimen.batch(5, 7)], broken)
+        assert [one.name for one in again.compared if not one.holds] == [name]
 
 
 def test_a_loss_of_ones_own(bert):
