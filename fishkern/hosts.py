@@ -46,7 +46,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 
     Returns:
         The innermost module whose parameters carry canonical names; PEFT's wrappers stay, they are part of the names.
+
+    Raises:
+        TypeError: It is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {getattr(model, '__qualname__', type(model).__name__)!r}: a "
+            "function has no parameters to differentiate by; wrap it in a module that owns them."
+        )
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -152,6 +160,24 @@ def call_options(model: nn.Module) -> dict[str, Any]:
     caches = getattr(getattr(model, "config", None), "use_cache", None)
     accepts = "use_cache" in inspect.signature(model.forward).parameters
     return {"use_cache": False} if caches and accepts else {}
+
+
+def added_loss(model: nn.Module) -> str | None:
+    """Say what a model is known to add to the loss of its labels.
+
+    Args:
+        model: A module, with or without PEFT around it.
+
+    Returns:
+        The reason in words, or ``None`` where nothing says so.
+    """
+    model = unwrap(model)
+    for config in getattr(model, "peft_config", {}).values():
+        if str(getattr(config, "peft_type", "")).endswith("ADALORA"):
+            return "AdaLoRA adds its orthogonality term"
+    if getattr(getattr(base_model(model), "config", None), "output_router_logits", False):
+        return "the model adds the auxiliary loss of its routers (output_router_logits)"
+    return None
 
 
 def packed_batch(batch: Mapping[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fishkern.integrations.data import Rows
 from fishkern.integrations.models import Head
+from fishkern.statistics.labels import unknown_class
 
 Example = dict[str, Any]
 
@@ -291,7 +292,7 @@ class Encoder:
         if not isinstance(value, int) or not 0 <= value < size:
             if value == -100 and self.task == "token-classification":
                 return -100
-            raise ValueError(f"{where}; the model knows 0 to {size - 1}.")
+            raise ValueError(f"row {place} {unknown_class(value, size)}.")
         return value
 
 

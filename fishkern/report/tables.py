@@ -83,14 +83,15 @@ def verification_table(found: Verification, rows: int = 12) -> Table:
     Returns:
         The table.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    failing = sum(not one.holds for one in found.compared)
+    shown = found.worst_first[: max(rows, failing)]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=found.headline(len(shown)), title_justify="left")
     table.add_column("parameter", overflow="fold")
     table.add_column("path")
     for heading in ("error", "noise", "allowed"):
         table.add_column(heading, justify="right")
     table.add_column("")
-    failing = sum(not one.holds for one in found.compared)
-    for one in found.worst_first[: max(rows, failing)]:
+    for one in shown:
         verdict = "FAILS" if not one.holds else one.note or "holds"
         figures = (f"{one.error:.1e}", f"{one.noise:.1e}", f"{one.allowed:.1e}")
         table.add_row(one.name, one.path, *figures, verdict)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +15,11 @@ from torch import Tensor, nn
 from fishkern import hosts
 from fishkern.statistics.batches import Batch, Examples
 from fishkern.statistics.drawn import Drawn, LossFunction, losses_by_function
+from fishkern.statistics.labels import UnknownLabelError, counted_padding
 from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
-from fishkern.statistics.predictive import Predictive
+from fishkern.statistics.likelihood_argument import checked_likelihood, described
+from fishkern.statistics.outputs import other_candidates, own_loss
+from fishkern.statistics.predictive import Categorical, Predictive
 
 
 class Answering:
@@ -22,11 +28,16 @@ class Answering:
     Args:
         model: In evaluation mode.
         likelihood: The loss of an example; ``None``: recognised from the model and its first batch.
+
+    Raises:
+        TypeError: ``likelihood`` is none.
     """
 
     def __init__(self, model: nn.Module, likelihood: Likelihood | LossFunction | Drawn | None) -> None:
         self._model = model
-        self._likelihood = likelihood
+        self._likelihood = checked_likelihood(likelihood)
+        self._named = likelihood is not None
+        self._usual = 1
 
     def recognise(self, batch: Examples) -> None:
         """Recognise the likelihood where none was given.
@@ -36,62 +47,190 @@ class Answering:
 
         Raises:
             ValueError: The model's loss is not known.
+
+        Warns:
+            UserWarning: Labels count padding.
         """  # noqa: DOC502
+        self._usual = batch.num_examples
         if self._likelihood is None:
             self._likelihood = recognise_likelihood(self._model, batch.content)
+        if isinstance(self._likelihood, Likelihood):
+            _note_padding(batch.content)
 
-    def prepare(self, batch: Examples) -> None:
-        """Compare the loss of one example with the model's own.
+    def prepare(self, example: Examples) -> None:
+        """Compare the loss of one example with the model's own, and demand that a gradient leads back from it.
 
         Args:
-            batch: The first example.
+            example: The first example.
 
         Raises:
-            ValueError: The model's loss is another.
-        """  # noqa: DOC502
-        if isinstance(self._likelihood, Likelihood):
-            _compare_with_own_loss(self._model, self._likelihood, batch.content)
+            ValueError: The model's loss is another; or what the model or a function returns is cut off from the
+                parameters.
+
+        Warns:
+            UserWarning: The likelihood was named, and the model's own loss is another; or what is taken for logits are
+                probabilities.
+        """
+        with _differentiable(self._model):
+            if isinstance(self._likelihood, Likelihood):
+                self._prepare_likelihood(example.content)
+            elif self._is_cut_off(self(example)):
+                raise ValueError(_cut_off(f"the losses of {self.description}"))
+
+    def _is_cut_off(self, outputs: Tensor) -> bool:
+        """Tell whether no gradient leads back; behind a weight stored as integers only a pass can tell."""
+        return not outputs.requires_grad and all(p.is_floating_point() for p in self._model.parameters())
+
+    def _prepare_likelihood(self, example: Batch) -> None:
+        returned: list[Any] = []
+        handle = self._model.register_forward_hook(lambda _, args, outputs: returned.append(outputs))
+        try:
+            self._likelihood = self._likelihood.settled(self._model, example)
+            answer = self._likelihood.predictive(self._model, example)
+        except UnknownLabelError as error:
+            raise error.at(f"row 0 of a batch of {self._usual}") from None
+        finally:
+            handle.remove()
+        if hosts.task(self._model) is None:  # those of transformers begin with the logits
+            _note_choice(returned[-1] if returned else None, type(self._model).__name__)
+        outputs = getattr(answer, "logits", getattr(answer, "means", None))
+        if isinstance(outputs, Tensor):
+            if self._is_cut_off(outputs):
+                raise ValueError(_cut_off(f"the outputs of {type(self._model).__name__}"))
+            if isinstance(answer, Categorical):
+                _note_probabilities(outputs.detach(), type(self._likelihood).__name__)
+        _compare_with_own_loss(self._model, self._likelihood, answer, example, self._named)
 
     @property
     def description(self) -> str:
         """The likelihood, for the provenance."""
-        if isinstance(self._likelihood, Likelihood):
-            return f"{type(self._likelihood).__name__}(reduction={self._likelihood.reduction!r})"
-        drawn = isinstance(self._likelihood, Drawn)
-        function = self._likelihood.function if drawn else self._likelihood
-        name = getattr(function, "__qualname__", type(function).__name__)
-        return f"function {name}{', drawn for each example' if drawn else ''}"
+        return described(self._likelihood)
 
     def __call__(self, batch: Examples) -> Predictive | Tensor:
         if isinstance(self._likelihood, Likelihood):
             return self._likelihood.predictive(self._model, batch.content)
         losses = losses_by_function(self._likelihood, self._model, batch)
         N = batch.num_examples
+        if isinstance(losses, Tensor) and losses.shape == () and self._usual == N == 1:
+            return losses[None]  # where each batch is one example, its mean is that of the example
         if not isinstance(losses, Tensor) or losses.shape != (N,):
-            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise ValueError(
-                f"the likelihood function must return one loss for each example, a tensor of shape ({N},), got {got}: "
-                "do not average over the batch."
-            )
+            raise ValueError(_not_one_for_each(losses, N))
         return losses
 
 
-def _compare_with_own_loss(model: nn.Module, likelihood: Likelihood, example: Batch) -> None:
-    """Demand that a recognised loss is what the model returns for the example, to the rounding of its dtype."""
-    labels = [key for key in ("labels", "start_positions") if isinstance(example, Mapping) and key in example]
-    if not labels or not all(hosts.accepts(model, key) for key in labels):
-        return
-    outputs = model(**{**hosts.call_options(model), **example})
-    own = getattr(outputs, "loss", None)
+def _not_one_for_each(losses: object, N: int) -> str:
+    """Say what a likelihood function returned instead of ``[N]``, and what to do."""
+    where = f"a batch of {N}"
+    expected = f"the likelihood function must return one loss for each example, a tensor of shape ({N},)"
+    if isinstance(losses, Tensor) and losses.ndim and losses.shape[0] == N:
+        shape = tuple(losses.shape)
+        return f"{expected}; for {where} came {shape}: sum or average over the other axes, losses.flatten(1).mean(1)."
+    if isinstance(losses, Tensor) and losses.ndim == 1 and len(losses) and len(losses) % N == 0:
+        return (
+            f"{expected}; for {where} came {len(losses)} values: average those of each example, losses.view({N}, "
+            "-1).mean(1)."
+        )
+    if isinstance(losses, list | tuple) and len(losses) == N and all(
+        isinstance(one, Tensor) and one.numel() == 1 for one in losses
+    ):
+        return f"{expected}; for {where} came a {type(losses).__name__} of {N} tensors: write torch.stack(losses)."
+    if not isinstance(losses, Tensor | float):
+        return f"{expected}; for {where} came {type(losses).__name__}: return the losses alone."
+    if isinstance(losses, Tensor):
+        got = "one number" if losses.numel() == 1 else f"{tuple(losses.shape)}"
+    else:
+        got = type(losses).__name__
+    return f"{expected}; for {where} came {got}: do not sum or average over the batch (reduction='none')."
+
+
+@contextmanager
+def _differentiable(model: nn.Module) -> Iterator[None]:
+    """Let every parameter that can require a gradient do so, and all be as it was afterwards."""
+    found = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in found:
+            parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+        yield
+    finally:
+        for parameter, required in found:
+            parameter.requires_grad_(required)
+
+
+def _cut_off(what: str) -> str:
+    return (
+        f"{what} are cut off from the parameters, so that no gradient arrives: they must be what torch computed, "
+        "without detach(), item(), numpy(), argmax() or no_grad()."
+    )
+
+
+def _note_padding(batch: Batch) -> None:
+    if count := counted_padding(batch):
+        warnings.warn(
+            f"{count} labels of the first batch stand where its attention_mask is 0: padding counts as text, in the "
+            "model's own loss, too. Mark it with the label -100.",
+            stacklevel=4,
+        )
+
+
+def _note_choice(outputs: Any, name: str) -> None:
+    """Say which of several tensors is taken for the logits."""
+    if shapes := other_candidates(outputs):
+        first, *others = shapes
+        warnings.warn(
+            f"{name} returned a tuple, of which the first tensor was taken for the logits, of shape {first} for one "
+            f"example, and not {', '.join(map(str, others))}: return a mapping with 'logits' where it is another.",
+            stacklevel=5,
+        )
+
+
+def _note_probabilities(logits: Tensor, kind: str) -> None:
+    """Say that a softmax was taken already: the loss would take another one."""
+    sums = logits.sum(-1)
+    if logits.shape[-1] > 1 and bool((logits >= 0).all() and torch.isclose(sums, torch.ones_like(sums)).all()):
+        warnings.warn(
+            f"the model's outputs look like probabilities (not negative, and 1 in sum), and {kind} takes logits: leave "
+            "the softmax out, or pass likelihood= as a function (model, batch) -> losses [N].",
+            stacklevel=5,
+        )
+
+
+def _compare_with_own_loss(
+    model: nn.Module, likelihood: Likelihood, answer: Predictive, example: Batch, named: bool
+) -> None:
+    """Compare a loss with what the model returns for the example, to the rounding of its dtype.
+
+    One that was recognised must be the model's own. One that was named is the user's word, and is noted.
+
+    Raises:
+        ValueError: A recognised loss is not the model's own.
+    """
+    own = None
+    # a model may not take the labels of a loss that was named: then it has none to compare with
+    with suppress(IndexError, RuntimeError, TypeError, ValueError) if named else nullcontext():
+        own = own_loss(model, example, numbers=likelihood.labels_are_numbers)
     if own is None:
         return
-    ours = replace(likelihood.predictive(model, example), mean=True).losses()[0].item()
+    answer = replace(answer, mean=True) if hasattr(answer, "mean") else answer
+    ours = answer.losses()[0].item()
+    if not math.isfinite(ours):
+        return
     # where transformers leaves a loss in 16 bits it is rounded a few times; else it is float32, also in float64 models
     half = own.dtype in (torch.float16, torch.bfloat16)
     tolerance = 4 * torch.finfo(own.dtype).eps if half else 64 * torch.finfo(torch.float32).eps
-    if math.isfinite(ours) and not abs(ours - own.item()) <= tolerance * max(1.0, abs(own.item())):
-        raise ValueError(
-            f"the loss of the first example is {ours:.6g} by {type(likelihood).__name__} and {own.item():.6g} by the "
-            f"model itself: they should agree. The model's loss holds more than that (an auxiliary loss, label "
-            "smoothing, another shift). Pass likelihood= as a function (model, batch) -> losses [N] that computes it."
+    if abs(ours - own.item()) <= tolerance * max(1.0, abs(own.item())):
+        return
+    kind = type(likelihood).__name__
+    numbers = f"the loss of the first example is {ours:.6g} by {kind} and {own.item():.6g} by the model itself"
+    if not math.isfinite(own.item()):
+        why = "the model's own is not finite, though its logits are"
+    else:
+        why = hosts.added_loss(model) or (
+            "the model's holds more than that (an auxiliary loss, label smoothing, another shift)"
         )
+    if named:
+        warnings.warn(f"{numbers}: {why}. As {kind} was named, the statistics are of its loss alone.", stacklevel=5)
+        return
+    raise ValueError(
+        f"{numbers}: they should agree, but {why}. For the loss of the labels alone name it, "
+        f"likelihood=fishkern.{kind}(); for another, pass a function (model, batch) -> losses [N] that computes it."
+    )

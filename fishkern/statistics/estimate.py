@@ -28,6 +28,7 @@ from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.independence import Independence
 from fishkern.statistics.likelihood import Likelihood
+from fishkern.statistics.likelihood_argument import OWN_TOKENS
 from fishkern.statistics.passes import GradientPass, PerExamplePass
 from fishkern.statistics.randomness import OwnRandomness
 from fishkern.statistics.result import Statistics
@@ -158,7 +159,7 @@ def estimate(
         warnings.warn("every entry is exactly zero: no parameter moves this loss.", stacklevel=2)
     own_tokens = ""
     if reader.found:
-        own_tokens = ", own tokens"
+        own_tokens = OWN_TOKENS
         warnings.warn(
             f"the batches hold {', '.join(map(repr, sorted(reader.found)))}, which the model does not get: the loss of "
             "an example is that of its own tokens.",

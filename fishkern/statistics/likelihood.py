@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.statistics.batches import Batch
+from fishkern.statistics.labels import as_tensor, in_words, shaped
+from fishkern.statistics.outputs import call, logits_of
 from fishkern.statistics.predictive import Bernoulli, Categorical, Gaussian, Predictive
 
 
@@ -29,6 +31,9 @@ class Likelihood(ABC):
     """
 
     reduction: Literal["mean", "sum"] = "mean"
+
+    labels_are_numbers: ClassVar[bool] = False
+    """Whether the labels are numbers to be met, else numbers of classes."""
 
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum"):
@@ -46,52 +51,117 @@ class Likelihood(ABC):
             The distribution for the batch's examples.
         """
 
+    def settled(self, model: nn.Module, batch: Batch) -> Likelihood:
+        """Settle what only data can tell, once for all batches.
+
+        Args:
+            model: The model.
+            batch: An example of the first batch.
+
+        Returns:
+            The likelihood, with nothing left open.
+        """
+        return self
+
 
 class CausalLM(Likelihood):
     """Next-token prediction: the logits at ``t`` speak of the label at ``t + 1``."""
 
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
-        logits = wide(_logits(model, batch))
+        logits = _logits(model, batch)
         if isinstance(batch, Mapping) and "shift_labels" in batch:
-            return Categorical(logits, batch["shift_labels"], self.reduction == "mean")
-        labels = _labels(batch, "causal language modelling")
-        virtual = logits.shape[1] - labels.shape[1]  # prompt tuning puts virtual tokens in front
-        # the last position has no next token; cutting its logits off would copy all others
-        labels = nn.functional.pad(labels, (virtual, 1), value=-100)[:, 1:]
-        return Categorical(logits, labels, self.reduction == "mean")
+            return _by_position(logits, batch["shift_labels"], self.reduction)
+        labels = as_tensor(_labels(batch, "causal language modelling"))
+        virtual = logits.shape[1] - labels.shape[1] if logits.ndim == 3 and labels.ndim == 2 else 0
+        if virtual and not (virtual > 0 and hosts.base_model(model) is not model):
+            raise ValueError(
+                f"causal language modelling needs a logit vector for each token, and the model gives "
+                f"{logits.shape[1]} positions for {labels.shape[1]} labels. Pass labels (or shift_labels) of the "
+                "logits' length, -100 where a position carries none."
+            )
+        # prompt tuning puts virtual tokens in front; the last position has no next token, and cutting its logits off
+        # would copy all others
+        labels = nn.functional.pad(labels, (virtual, 1), value=-100)[:, 1:] if labels.ndim == 2 else labels
+        return _by_position(logits, labels, self.reduction)
 
 
+@dataclass(frozen=True)
 class TokenClassification(Likelihood):
-    """One label for each position, ``-100`` where there is none."""
+    """One label for each position, ``-100`` where there is none.
+
+    Args:
+        reduction: ``"mean"`` over an example's label positions, or ``"sum"``.
+        class_axis: Where the logits have their classes: ``-1``, logits ``[N, ..., C]``, as in transformers; ``1``,
+            logits ``[N, C, ...]``, as torch's convolutions and losses have them. ``None``: ``-1`` for a model of
+            transformers, else told by the labels' shape ``[N, ...]``, and refused where both fit.
+
+    Raises:
+        ValueError: ``reduction`` or ``class_axis`` is another.
+    """
+
+    class_axis: Literal[-1, 1] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.class_axis not in (None, -1, 1):
+            raise ValueError(f"class_axis must be None, -1 or 1, got {self.class_axis!r}.")
+
+    def settled(self, model: nn.Module, batch: Batch) -> Likelihood:
+        if self.class_axis is not None:
+            return self
+        if hosts.task(model) is not None:
+            return replace(self, class_axis=-1)
+        logits, labels = self._run(model, batch)
+        return replace(self, class_axis=_class_axis(logits, labels))
 
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
-        logits = wide(_logits(model, batch))
-        labels = _labels(batch, "token classification")
-        return Categorical(logits, labels, self.reduction == "mean")
+        logits, labels = self._run(model, batch)
+        axis = self.class_axis
+        if axis is None:
+            axis = -1 if hosts.task(model) is not None else _class_axis(logits, labels)
+        return _by_position(logits.movedim(axis, -1), labels, self.reduction)
+
+    def _run(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = _logits(model, batch)
+        return logits, as_tensor(_labels(batch, "token classification"))
 
 
+@dataclass(frozen=True)
 class MaskedLM(TokenClassification):
-    """The tokens behind the masks; every other position carries the label ``-100``."""
+    """The tokens behind the masks; every other position carries the label ``-100``.
+
+    Args:
+        reduction: ``"mean"`` over an example's label positions, or ``"sum"``.
+        class_axis: As in :class:`TokenClassification`, but for the default: logits ``[N, T, V]``.
+    """
+
+    class_axis: Literal[-1, 1] | None = -1
 
 
 class Seq2SeqLM(Likelihood):
     """The decoder's tokens; the model shifts them itself."""
 
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
-        labels = _labels(batch, "sequence-to-sequence modelling")
-        logits = wide(_logits(model, batch, with_labels=True))  # the decoder's inputs are made from the labels
-        return Categorical(logits, labels, self.reduction == "mean")
+        labels = as_tensor(_labels(batch, "sequence-to-sequence modelling"))
+        # the decoder's inputs are made from the labels
+        logits = _logits(model, batch, labels=labels if labels.is_floating_point() else labels.long())
+        return _by_position(logits, labels, self.reduction)
 
 
 class Classification(Likelihood):
     """One class for each example: logits ``[N, C]``, labels ``[N]``."""
 
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
-        logits = wide(_logits(model, batch))
-        if logits.ndim != 2:
-            raise ValueError(f"classification needs logits [N, C], got {tuple(logits.shape)}.")
+        logits = _logits(model, batch)
+        if logits.ndim != 2 or logits.shape[1] == 1:
+            one_each = " One logit for each example is a yes or no, fishkern.MultiLabel(), or a number to be met, "
+            way_out = f"{one_each}fishkern.Regression()." if logits.ndim in (1, 2) else ""
+            got = in_words(logits.shape, len(logits))
+            raise ValueError(f"classification needs logits [N, C] of at least two classes, got {got}.{way_out}")
         labels = _optional_labels(batch)
-        return Categorical(logits[:, None], None if labels is None else labels.view(-1, 1), self.reduction == "mean")
+        if labels is not None:
+            labels = shaped(labels, tuple(logits.shape[:1]), logits.shape[1])[:, None]
+        return Categorical(logits[:, None], labels, self.reduction == "mean")
 
 
 class QuestionAnswering(Likelihood):
@@ -99,7 +169,7 @@ class QuestionAnswering(Likelihood):
 
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
         outputs = call(model, batch, without=("start_positions", "end_positions"))
-        logits = wide(torch.stack([outputs.start_logits, outputs.end_logits], dim=1))  # [N, 2, T]
+        logits = torch.stack(logits_of(outputs, model, ("start_logits", "end_logits")), dim=1)  # [N, 2, T]
         if "start_positions" not in batch or "end_positions" not in batch:
             raise ValueError("question answering needs 'start_positions' and 'end_positions' in every batch.")
         labels = torch.stack([batch["start_positions"].flatten(), batch["end_positions"].flatten()], dim=1)
@@ -113,19 +183,21 @@ class QuestionAnswering(Likelihood):
 
 
 class Regression(Likelihood):
-    """Squared error, as the likelihood ``N(f, 1/2)``."""
+    """Squared error, as the likelihood ``N(f, 1/2)`` of every entry of the output."""
+
+    labels_are_numbers = True
 
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
-        means = _at_least_two_axes(wide(_logits(model, batch)))
-        labels = _optional_labels(batch)
-        return Gaussian(means, None if labels is None else labels.reshape(means.shape), self.reduction == "mean")
+        return Gaussian(_logits(model, batch), _optional_labels(batch), self.reduction == "mean")
 
 
 class MultiLabel(Likelihood):
-    """Independent yes-no labels ``[N, D]``."""
+    """Independent yes-no labels, one for every entry of the output, ``[N, D]`` or of more axes."""
+
+    labels_are_numbers = True
 
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
-        return Bernoulli(wide(_logits(model, batch)), _optional_labels(batch), self.reduction == "mean")
+        return Bernoulli(_logits(model, batch), _optional_labels(batch), self.reduction == "mean")
 
 
 _BY_TASK: dict[hosts.Task, type[Likelihood]] = {
@@ -163,53 +235,46 @@ def recognise_likelihood(model: nn.Module, batch: Batch) -> Likelihood:
     return _BY_TASK[task]()
 
 
-def call(model: nn.Module, batch: Batch, *, without: tuple[str, ...] = ()) -> Any:
-    """Run the model on a batch.
-
-    Args:
-        model: The model.
-        batch: A mapping of keyword arguments, or ``(inputs, labels)``, of which the model gets the inputs.
-        without: Keys that the model does not get.
-
-    Returns:
-        What the model returns.
-
-    Raises:
-        ValueError: Rows of the batch hold several examples each.
-    """
-    if not isinstance(batch, Mapping):
-        return model(batch[0])
-    if reason := hosts.packed_batch(batch):
+def _logits(model: nn.Module, batch: Batch, **more: Tensor) -> Tensor:
+    (logits,) = logits_of(call(model, batch, without=("labels", "shift_labels"), **more), model)
+    labels = _optional_labels(batch)
+    N = len(labels) if getattr(labels, "shape", ()) else len(logits)  # without labels nothing tells
+    if len(logits) != N:
         raise ValueError(
-            f"this batch is packed ({reason}): its rows hold several examples, which would be taken for one. "
-            "Use a collator that keeps one example in each row."
-        )
-    arguments = {key: value for key, value in batch.items() if key not in without}
-    return model(**{**hosts.call_options(model), **arguments})
-
-
-def wide(logits: Tensor) -> Tensor:
-    """Take logits to float32 at least, as transformers does before its losses.
-
-    Args:
-        logits: Any floating tensor.
-
-    Returns:
-        The same values, float32 or float64.
-    """
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _logits(model: nn.Module, batch: Batch, with_labels: bool = False) -> Tensor:
-    outputs = call(model, batch, without=() if with_labels else ("labels", "shift_labels"))
-    logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"{type(model).__name__} returned no logits ({type(outputs).__name__}): a fused loss (Liger) keeps them "
-            "back. Switch the fused loss off for this pass, or pass likelihood= as a function (model, batch) -> "
+            f"{type(model).__name__} returned logits of shape {tuple(logits.shape)} for {N} examples: the first axis "
+            "must be that of the examples. Let it return them so, or pass likelihood= as a function (model, batch) -> "
             "losses [N]."
         )
     return logits
+
+
+def _by_position(logits: Tensor, labels: Any, reduction: str) -> Categorical:
+    """Make the distribution of one label for each position, however many axes the positions have."""
+    if logits.ndim < 3:
+        raise ValueError(
+            f"labels of positions need logits [N, T, C], got {in_words(logits.shape, len(logits))}: for one label of "
+            "each example take fishkern.Classification()."
+        )
+    labels = shaped(labels, tuple(logits.shape[:-1]), logits.shape[-1])
+    return Categorical(logits.flatten(1, -2), labels.flatten(1), reduction == "mean")
+
+
+def _class_axis(logits: Tensor, labels: Tensor) -> Literal[-1, 1]:
+    """Tell where the classes are, by the shape of the labels ``[N, ...]``."""
+    N = logits.shape[0] if logits.ndim else 0
+    last = logits.shape[:-1] == labels.shape
+    first = logits.ndim > 2 and (*logits.shape[:1], *logits.shape[2:]) == labels.shape
+    if not last and not first and labels.ndim != logits.ndim:
+        raise ValueError(
+            f"logits {in_words(logits.shape, N)} do not fit labels {in_words(labels.shape, N)}: for labels [N, ...] of "
+            "positions expected logits [N, ..., C] or [N, C, ...]."
+        )
+    if last and first:
+        raise ValueError(
+            f"logits {in_words(logits.shape, N)} with labels {in_words(labels.shape, N)} may have their classes last "
+            "or on axis 1: say where, fishkern.TokenClassification(class_axis=-1) or class_axis=1."
+        )
+    return 1 if first else -1
 
 
 def _optional_labels(batch: Batch) -> Tensor | None:
@@ -224,7 +289,3 @@ def _labels(batch: Batch, task: str) -> Tensor:
             "(for a language model: the input_ids, with -100 at padding)."
         )
     return labels
-
-
-def _at_least_two_axes(values: Tensor) -> Tensor:
-    return values if values.ndim > 1 else values[:, None]

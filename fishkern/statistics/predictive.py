@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fishkern.statistics.labels import class_labels, values_like, yes_or_no_like
+
 
 class Predictive(ABC):
     """A distribution over the labels of ``N`` examples."""
@@ -64,15 +66,27 @@ class Categorical(Predictive):
 
     Args:
         logits: ``[N, L, C]``, float32 or float64.
-        labels: ``[N, L]``; ``None`` when the data has none, then every position counts.
+        labels: ``[N, L]``, integers of any width; ``None`` when the data has none, then every position counts.
         mean: Divide by the number of positions that count, else sum.
         ignore_index: Label of a position that does not count.
+
+    Raises:
+        ValueError: The logits are not ``[N, L, C]``; the labels are of another shape, no integers, or no classes of
+            the logits.
     """
 
     logits: Tensor
     labels: Tensor | None
     mean: bool
     ignore_index: int = -100
+
+    def __post_init__(self) -> None:
+        if self.logits.ndim != 3:
+            raise ValueError(f"the logits must be [N, L, C], got {tuple(self.logits.shape)}.")
+        if self.labels is not None:
+            N, L, C = self.logits.shape
+            labels = class_labels(self.labels, (N, L), C, self.ignore_index)
+            object.__setattr__(self, "labels", labels.to(self.logits.device))
 
     @property
     def _counted(self) -> Tensor:
@@ -126,14 +140,22 @@ class Gaussian(Predictive):
     """``D`` independent values ``y_d ~ N(f_d, 1/2)``, so that the squared error is ``-log p`` up to a constant.
 
     Args:
-        means: ``f [N, D]``.
-        labels: ``[N, D]``, or ``None``.
+        means: ``f [N, ...]``, which become ``[N, D]``.
+        labels: Of the same shape, axes of length 1 apart; or ``None``.
         mean: Divide by ``D``, else sum.
+
+    Raises:
+        ValueError: The labels are of another shape.
     """
 
     means: Tensor
     labels: Tensor | None
     mean: bool
+
+    def __post_init__(self) -> None:
+        if self.labels is not None:
+            object.__setattr__(self, "labels", _by_example(values_like(self.labels, self.means)))
+        object.__setattr__(self, "means", _by_example(self.means))
 
     def _reduced(self, squares: Tensor) -> Tensor:
         return squares.mean(1) if self.mean else squares.sum(1)
@@ -166,14 +188,22 @@ class Bernoulli(Predictive):
     """``D`` independent yes-no labels.
 
     Args:
-        logits: ``[N, D]``.
-        labels: ``[N, D]`` in [0, 1], or ``None``.
+        logits: ``[N, ...]``, which become ``[N, D]``.
+        labels: Of the same shape, axes of length 1 apart, in [0, 1]; or ``None``.
         mean: Divide by ``D``, else sum.
+
+    Raises:
+        ValueError: The labels are of another shape, or lie outside [0, 1].
     """
 
     logits: Tensor
     labels: Tensor | None
     mean: bool
+
+    def __post_init__(self) -> None:
+        if self.labels is not None:
+            object.__setattr__(self, "labels", _by_example(yes_or_no_like(self.labels, self.logits)))
+        object.__setattr__(self, "logits", _by_example(self.logits))
 
     def _at(self, labels: Tensor) -> Tensor:
         nll = F.binary_cross_entropy_with_logits(self.logits, labels.to(self.logits), reduction="none")
@@ -199,6 +229,10 @@ class Bernoulli(Predictive):
         weight = (p * (1 - p)).sqrt() / (self.logits.shape[1] if self.mean else 1)
         for column, scale in zip(self.logits.unbind(1), weight.unbind(1), strict=True):
             yield scale * column
+
+
+def _by_example(values: Tensor) -> Tensor:
+    return values.flatten(1) if values.ndim > 1 else values[:, None]
 
 
 def _given(labels: Tensor | None) -> Tensor:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 
 SLACK = 2
 """How many times the model's own batch noise is allowed: it is measured on fewer examples than the error."""
+SHOWN = 12
+"""How many parameters a printed report shows."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Compared:
     note: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
     """What :func:`verify` found.
 
@@ -53,6 +55,7 @@ class Verification:
         noise_overlap: The same between the model's own gradients in a batch and alone.
         loop_seconds: Time of the loop.
         estimate_seconds: Time of ``estimate``, its survey and self-check included; ``None`` for given statistics.
+        largest: Largest entry, in magnitude, that the loop found.
     """
 
     compared: tuple[Compared, ...]
@@ -67,6 +70,7 @@ class Verification:
     noise_overlap: float
     loop_seconds: float
     estimate_seconds: float | None
+    largest: float = math.inf
 
     @property
     def ok(self) -> bool:
@@ -77,6 +81,8 @@ class Verification:
     def failures(self) -> tuple[str, ...]:
         """Why not, in words; empty where it holds."""
         found = [f"{name} is missing from the statistics" for name in self.missing]
+        if not self.largest:
+            found.append("the loop finds no gradient anywhere: there is nothing to compare")
         for one in self.compared:
             if not one.holds:
                 found.append(f"{one.name}: {one.note or f'error {one.error:.1e}, allowed {one.allowed:.1e}'}")
@@ -111,16 +117,33 @@ class Verification:
                 one[key] = one[key] if one[key] < math.inf else None  # JSON has no infinity
         return json.dumps(plain, indent=2)
 
+    def __repr__(self) -> str:
+        found = "it holds" if self.ok else f"it does not hold, {len(self.failures)} failures"
+        return f"Verification({found}: {len(self.compared)} parameters, {self.examples} examples)"
+
     def __str__(self) -> str:
-        worst_first = self.worst_first[:10]
+        worst_first = self.worst_first[:SHOWN]
         width = max(len(one.name) for one in worst_first)
-        lines = [f"{'parameter':{width}}  path     error    noise    allowed"]
+        lines = [self.headline(len(worst_first)), f"{'parameter':{width}}  path     error    noise    allowed"]
         lines += [
             f"{one.name:{width}}  {one.path:7}  {one.error:.1e}  {one.noise:.1e}  {one.allowed:.1e}"
             f"{'' if one.holds else '  FAILS'}"
             for one in worst_first
         ]
         return "\n".join([*lines, *self.summary])
+
+    def headline(self, shown: int) -> str:
+        """Say what part of the parameters is shown.
+
+        Args:
+            shown: How many, the worst first.
+
+        Returns:
+            The words.
+        """
+        if shown < len(self.compared):
+            return f"the {shown} largest errors of {len(self.compared)}, beside what is allowed"
+        return f"all {shown} errors, the largest first"
 
     @property
     def summary(self) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,24 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.files import AnyTensor
 from fishkern.names import canonical_name
-from fishkern.ops.streaming_topk import NaNScoreError, streaming_topk
+from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples, Reader, Shared
 from fishkern.statistics.choosing import Wanted, chosen_names
-from fishkern.statistics.coverage import Covered
+from fishkern.statistics.comparable import check_kind, check_loss, check_recipe, check_shapes
 from fishkern.statistics.data import demand_several
+from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.estimate import estimate, reader_for
+from fishkern.statistics.judgement import ROUNDING, Noise, error, judged, largest, overlap
 from fishkern.statistics.likelihood import Likelihood
+from fishkern.statistics.likelihood_argument import checked_likelihood
+from fishkern.statistics.loop import Loop
 from fishkern.statistics.result import Statistics
-from fishkern.statistics.squares import Squares
-from fishkern.statistics.verification import SLACK, Compared, Verification
+from fishkern.statistics.verification import Verification
 
-# What rounding alone may do to a squared gradient, relative to the parameter's largest.
-_ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
-# Batch noise above this is no rounding any more: the examples of a batch see each other.
-_NOISE = {torch.float64: 1e-3, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
 _NOISE_EXAMPLES = 8
 
 
@@ -40,19 +37,22 @@ def verify(
     statistics: Mapping[str, Tensor] | None = None,
     parameters: Wanted = None,
     *,
+    estimator: Estimator | None = None,
     likelihood: Likelihood | LossFunction | Drawn | None = None,
     max_examples: int | None = None,
     shared: Shared = None,
     density: float = 0.005,
     progress: Callable[[int, int | None], None] | bool = False,
 ) -> Verification:
-    """Compare the diagonal empirical Fisher with a loop that back-propagates one example at a time.
+    """Compare statistics of single examples with a loop that back-propagates one at a time.
 
-    The loop takes each row of a batch as it stands, runs the model on it alone, takes the loss that the model itself
-    returns where it returns one, and squares what autograd leaves in ``.grad``. A difference is judged by what the
+    The loop takes each row of a batch as it stands, runs the model on it alone, and hands the recipe the whole gradient
+    that autograd leaves in ``.grad``; for the empirical Fisher it takes the loss that the model itself returns, where
+    it returns one, and squares. A difference is judged by what the
     model does by itself: on the first batch (up to 8 examples) the gradient of each example in its batch is compared
     with that of the example alone, and a parameter holds while its error stays below rounding plus twice that noise.
-    Noise that no rounding explains is a failure: then the examples of a batch are not independent.
+    Noise that no rounding explains is a failure: then the examples of a batch are not independent. So is a loop that
+    finds no gradient at all. Rounding is that of the lowest dtype that a parameter or a module's output has.
 
     Cost: the loop, once, and one backward pass of the first batch for each of its examples. Memory: two float32
     accumulators for each parameter, three for the first batch; one gradient at a time.
@@ -64,6 +64,8 @@ def verify(
             ``None``: estimated here.
         parameters: Which to compare, as for :func:`estimate`; ``None``: those that the statistics hold, and those that
             require a gradient and were not left out by somebody's word.
+        estimator: The recipe of the statistics, also one of your own; ``None``: :class:`DiagonalFisher`, the empirical
+            Fisher.
         likelihood: As for :func:`estimate`.
         max_examples: Stop after so many examples.
         shared: As for :func:`estimate`.
@@ -75,11 +77,15 @@ def verify(
         The report; ``.ok`` says whether it holds.
 
     Raises:
-        ValueError: The statistics are of another kind or of other examples, or no parameter can be compared; and as
-            :func:`estimate`.
+        TypeError: As :func:`estimate`.
+        ValueError: The statistics are of another kind, loss or data, the recipe is none of single examples, or no
+            parameter can be compared; and as :func:`estimate`.
         UnsupportedModuleError: As :func:`estimate`.
     """  # noqa: DOC502
     model = hosts.unwrap(model)
+    estimator = DiagonalFisher() if estimator is None else estimator
+    check_recipe(estimator)
+    likelihood = checked_likelihood(likelihood)
     kept = _kept(batches, max_examples, reader_for(likelihood, shared))
     examples = sum(batch.num_examples for batch in kept)
     estimate_seconds = None
@@ -88,36 +94,36 @@ def verify(
         statistics = estimate(
             model,
             [batch.content for batch in kept],
+            estimator=estimator,
             likelihood=likelihood,
             parameters=parameters,
             progress=progress is True,
             shared=shared,
         )
         estimate_seconds = _clock(model) - start
-    _check_kind(statistics, examples)
+    elif isinstance(statistics, Statistics):
+        check_kind(statistics, estimator, examples)
     named = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
     wanted = _wanted(named, statistics, parameters)
-    chosen = {name: named[name] for name in wanted if name in statistics and named[name].is_floating_point()}
+    chosen = {name: named[name] for name in wanted if name in statistics and named[name].dtype in ROUNDING}
     if not chosen:
         raise ValueError(f"nothing to verify: the statistics hold no parameter of {type(model).__name__} asked for.")
-    for name, parameter in chosen.items():
-        if statistics[name].shape != parameter.shape:
-            raise ValueError(
-                f"the statistics hold {name} with shape {tuple(statistics[name].shape)}, the model has "
-                f"{tuple(parameter.shape)}: they are of another model."
-            )
-    squares = Squares(model, chosen, likelihood)
-    with squares.collecting():
-        noise, noise_overlap, noise_examples = _batch_noise(squares, kept[0], density)
+    loop = Loop(model, chosen, likelihood, estimator)
+    with loop.collecting():
+        if estimate_seconds is None:
+            check_loss(statistics, model, likelihood, next(_rows(kept, loop.device)))
+        noise, shapes = _batch_noise(loop, kept[0], density)
+        check_shapes(statistics, shapes)
         start = _clock(model)
-        for n, row in enumerate(_rows(kept, squares.device)):
-            squares.add_alone(row, n)
+        for n, row in enumerate(_rows(kept, loop.device)):
+            loop.add_alone(row)
             if callable(progress):
                 progress(n + 1, examples)
         loop_seconds = _clock(model) - start
-        truth = {name: total.div_(examples) for name, total in squares.taken().items()}
+        units = examples * estimator.units(1)
+        truth = {name: estimator.result(state, units) for name, state in loop.taken().items()}
     covered = statistics.coverage if isinstance(statistics, Statistics) else {}
-    compared = _judged(chosen, statistics, truth, noise, covered)
+    compared = judged(chosen, statistics, truth, noise, covered, loop.dtypes)
     coverage: Counter[str] = Counter()
     for one in covered.values():
         coverage[one.path] += one.numel
@@ -128,83 +134,37 @@ def verify(
         coverage=dict(coverage),
         size=sum(covered[name].numel if name in covered else named[name].numel() for name in named),
         examples=examples,
-        noise_examples=noise_examples,
+        noise_examples=noise.examples,
         density=density,
-        overlap=_overlap(statistics.blocks if isinstance(statistics, Statistics) else statistics, truth, density),
-        noise_overlap=noise_overlap,
+        overlap=overlap(statistics.blocks if isinstance(statistics, Statistics) else statistics, truth, density),
+        noise_overlap=noise.overlap,
+        largest=max(map(largest, truth.values())),
         loop_seconds=loop_seconds,
         estimate_seconds=estimate_seconds,
     )
 
 
-def _batch_noise(squares: Squares, batch: Examples, density: float) -> tuple[dict[str, float], float, int]:
-    """Measure how far the model's own gradients move when an example runs in a batch."""
+def _batch_noise(loop: Loop, batch: Examples, density: float) -> tuple[Noise, dict[str, torch.Size]]:
+    """Measure how far gradients move in a batch, and tell the shapes of the statistics on the way."""
     N = min(_NOISE_EXAMPLES, batch.num_examples)
-    batch = batch.take(0, N).to(squares.device)
-    for n, row in enumerate(_rows([batch], squares.device)):
-        squares.add_alone(row, n)
-    alone = squares.taken()
+    batch = batch.take(0, N).to(loop.device)
+
+    def taken() -> dict[str, Tensor]:
+        units = N * loop.estimator.units(1)
+        return {name: loop.estimator.result(state, units) for name, state in loop.taken().items()}
+
+    for row in _rows([batch], loop.device):
+        loop.add_alone(row)
+    alone = taken()
     if N == 1:
-        squares.add_alone(batch, 0)
+        loop.add_alone(batch)
     else:
-        squares.add_in_batch(batch)
-    together = squares.taken()
-    return {name: _error(together[name], alone[name]) for name in alone}, _overlap(together, alone, density), N
-
-
-def _judged(
-    chosen: Mapping[str, nn.Parameter],
-    statistics: Mapping[str, Tensor],
-    truth: Mapping[str, Tensor],
-    noise: Mapping[str, float],
-    covered: Mapping[str, Covered],
-) -> tuple[Compared, ...]:
-    largest = max(_largest(value) for value in truth.values())
-    compared = []
-    for name, parameter in chosen.items():
-        error = _error(statistics[name], truth[name])
-        limit, most = _ROUNDING[parameter.dtype], _NOISE[parameter.dtype]
-        # the gradient of a key's bias is zero but for rounding, and all of it is noise
-        steps = 256 if parameter.dtype in (torch.float32, torch.float64) else 16
-        tiny = (steps * torch.finfo(parameter.dtype).eps) ** 2 * largest
-        vanishes = _largest(truth[name]) <= tiny and _largest(statistics[name]) <= tiny
-        allowed = limit + SLACK * min(noise[name], most)
-        note = ""
-        if vanishes:
-            note = "zero but for rounding"
-        elif noise[name] > most:
-            note = (
-                f"its gradient moves by {noise[name]:.1e} when an example runs in a batch, more than rounding does: "
-                "examples of a batch are not independent in this model"
-            )
-        holds = vanishes or (error <= allowed and noise[name] <= most)
-        path = covered[name].path if name in covered else ""
-        compared.append(Compared(name, path, parameter.numel(), error, noise[name], allowed, holds, note))
-    return tuple(compared)
-
-
-def _error(actual: Tensor, truth: Tensor) -> float:
-    if not truth.numel():
-        return 0.0
-    difference = _largest(actual.to(truth.device, truth.dtype) - truth)
-    scale = _largest(truth)
-    if not math.isfinite(difference) or (difference and not scale):
-        return math.inf
-    return difference / scale if scale else 0.0
-
-
-def _largest(values: Tensor) -> float:
-    return values.abs().max().item() if values.numel() else 0.0
-
-
-def _overlap(ours: Mapping[str, AnyTensor], theirs: Mapping[str, Tensor], density: float) -> float:
-    """Tell which part of the largest ``density`` of all entries two mappings have in common."""
-    k = max(1, int(density * sum(value.numel() for value in theirs.values())))
-    try:
-        chosen = [streaming_topk([scores[name] for name in theirs], k) for scores in (ours, theirs)]
-    except NaNScoreError:  # its parameter fails by its error
-        return 0.0
-    return sum(int(torch.isin(a.cpu(), b.cpu()).sum()) for a, b in zip(*chosen, strict=True)) / k
+        loop.add_in_batch(batch)
+    together = taken()
+    errors = {name: error(together[name], alone[name]) for name in alone}
+    sizes = {name: largest(value) for name, value in together.items()}
+    noise = Noise(errors, sizes, overlap(together, alone, density), N)
+    return noise, {name: value.shape for name, value in together.items()}
 
 
 def _kept(batches: Iterable[Any], max_examples: int | None, reader: Reader) -> list[Examples]:
@@ -228,23 +188,6 @@ def _rows(batches: Iterable[Examples], device: torch.device) -> Iterator[Example
     for batch in batches:
         for one in batch.singly():
             yield one.to(device)
-
-
-def _check_kind(statistics: Mapping[str, Tensor], examples: int) -> None:
-    if not isinstance(statistics, Statistics):
-        return
-    definition = statistics.provenance["definition"]
-    expected = {"estimator": "DiagonalFisher", "fisher_type": "empirical", "unit": "example"}
-    if wrong := {key: definition[key] for key in expected if definition.get(key, expected[key]) != expected[key]}:
-        raise ValueError(
-            f"verify compares the empirical Fisher of single examples, these statistics are of {wrong}: estimate with "
-            "DiagonalFisher()."
-        )
-    if statistics.count != examples:
-        raise ValueError(
-            f"the statistics are the mean over {statistics.count} examples and the data holds {examples}: give the "
-            "examples that they were estimated on."
-        )
 
 
 def _wanted(

@@ -175,10 +175,10 @@ def routed() -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("make", [penalised, routed])
-def test_a_loss_that_holds_more_than_the_likelihood_raises_with_both_numbers(make, dtype):
+@pytest.mark.parametrize(("make", "why"), [(penalised, "auxiliary loss"), (routed, "output_router_logits")])
+def test_a_recognised_loss_that_is_not_the_models_raises_with_both_numbers(make, why, dtype):
     model, batch = make().to(dtype), zoo.text_batch()
-    with pytest.raises(ValueError, match="auxiliary loss") as raised:
+    with pytest.raises(ValueError, match=rf"{why}.*name it, likelihood=fishkern.CausalLM\(\)") as raised:
         fk.estimate(model, [batch])
     ours, own = (float(number) for number in re.findall(r"\d+\.\d+", str(raised.value))[:2])
     with torch.no_grad():
@@ -188,10 +188,68 @@ def test_a_loss_that_holds_more_than_the_likelihood_raises_with_both_numbers(mak
     assert ours < own
 
 
-def test_a_likelihood_that_is_not_the_models_raises():
+def adaptive() -> nn.Module:
+    """AdaLoRA, away from its start of zeros."""
+    peft = pytest.importorskip("peft")
+    config = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(zoo.llama().model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("make", [penalised, routed, adaptive])
+def test_a_named_loss_is_the_users_word(make):
+    """What the model adds is left out, with one note."""
+    model, batch = make(), zoo.text_batch()
+    with pytest.warns(UserWarning, match="by the model itself") as warned:
+        statistics = fk.estimate(model, [batch, batch], likelihood=fk.CausalLM())
+    notes = [str(one.message) for one in warned if "by the model itself" in str(one.message)]
+    assert len(notes) == 1
+    assert "CausalLM was named" in notes[0]
+    truth = squares_one_by_one(model, [batch], zoo.oracle.next_token)
+    error, name = worst_error(statistics, truth, torch.float32)
+    assert error < LIMIT[torch.float32], name
+    found = fk.verify(model, [batch, batch], statistics, likelihood=fk.CausalLM())
+    assert found.ok, found
+    with pytest.raises(ValueError, match=r"name it, likelihood=fishkern.CausalLM\(\)"):
+        fk.verify(model, [batch, batch], statistics)
+
+
+def test_adalora_is_refused_by_name_where_nothing_was_named():
+    model = adaptive()
+    with pytest.raises(ValueError, match=r"AdaLoRA adds its orthogonality term.*likelihood=fishkern.CausalLM\(\)"):
+        fk.estimate(model, [zoo.text_batch()])
+    with pytest.warns(UserWarning, match="AdaLoRA adds"):
+        selection = fk.fish_tuning(model, [zoo.text_batch()], density=0.2, likelihood=fk.CausalLM())
+    assert selection.count > 0
+
+
+class BrokenForCausalLM(transformers.LlamaForCausalLM):
+    def forward(self, **inputs):
+        outputs = super().forward(**inputs)
+        if outputs.loss is not None:
+            outputs.loss = outputs.loss * torch.nan
+        return outputs
+
+
+def test_a_models_own_loss_that_is_not_finite_is_told_apart():
+    model = zoo.llama().model
+    model.__class__ = BrokenForCausalLM
+    with pytest.raises(ValueError, match="nan by the model itself.*the model's own is not finite, though its logits"):
+        fk.estimate(model, [zoo.text_batch()])
+    with pytest.warns(UserWarning, match="not finite"):
+        assert fk.estimate(model, [zoo.text_batch()], likelihood=fk.CausalLM()).count == 5
+
+
+def test_a_named_likelihood_that_is_not_the_models_is_noted():
     specimen = zoo.llama()
-    with pytest.raises(ValueError, match="by MaskedLM and .* by the model itself"):
-        fk.estimate(specimen.model, [specimen.batch()], likelihood=fk.MaskedLM())
+    with pytest.warns(UserWarning, match="by MaskedLM and .* by the model itself"):
+        statistics = fk.estimate(specimen.model, [specimen.batch()], likelihood=fk.MaskedLM())
+    truth = squares_one_by_one(specimen.model, [specimen.batch()], zoo.oracle.per_token)
+    error, name = worst_error(statistics, truth, torch.float32)
+    assert error < LIMIT[torch.float32], name
 
 
 def test_a_subclass_of_a_known_model_is_known():

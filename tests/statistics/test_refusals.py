@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -155,8 +156,10 @@ def test_nothing_to_estimate():
         classify([pair()], parameters=lambda name, parameter: "lora" in name)
     with refused(ValueError, "0 parameters"):
         fk.estimate(nn.Tanh(), [pair()])
-    with refused(ValueError, "depends on none of the 2 parameters", "0.weight"):
-        classify([pair()], likelihood=lambda model, batch: torch.zeros(len(batch[0])))
+    unused = nn.ModuleDict({"used": nn.Linear(4, 3), "spare": nn.Linear(4, 3)})
+    with refused(ValueError, "depends on none of the 2 parameters", "spare.weight"):
+        fk.estimate(unused, [pair()], parameters=lambda name, _: "spare" in name,
+                    likelihood=lambda model, batch: model["used"](batch[0]).square().sum(1))  # fmt: skip
 
 
 class Int8(nn.Module):
@@ -269,15 +272,81 @@ def test_a_dispatched_model():
         fk.estimate(linear().to("meta"), [pair()], likelihood=fk.Classification())
 
 
-@pytest.mark.parametrize("shape", ["()", "(3, 1)", "(1,)"])
-@pytest.mark.parametrize("kind", ["empirical", "batch", "sketched"])
-def test_a_function_that_does_not_give_one_loss_for_each_example(kind, shape):
-    def losses(model, batch):
-        loss = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-        return {"()": loss.mean(), "(3, 1)": loss[:, None], "(1,)": loss.mean()[None]}[shape]
+LOSSES = {
+    "a mean": (lambda loss: loss.mean(), "one number", "do not sum or average over the batch"),
+    "a mean in a list": (lambda loss: loss.mean()[None], "one number", "do not sum or average over the batch"),
+    "two axes": (lambda loss: torch.stack([loss, loss], 1), "(3, 2)", "losses.flatten(1).mean(1)"),
+    "a column": (lambda loss: loss[:, None], "(3, 1)", "losses.flatten(1).mean(1)"),
+    "positions in a row": (lambda loss: loss.repeat_interleave(3), "9 values", "losses.view(3, -1).mean(1)"),
+    "a float": (lambda loss: loss.mean().item(), "float", "do not sum or average over the batch"),
+}
 
-    with refused(ValueError, "one loss for each example", "average over the batch"):
+
+@pytest.mark.parametrize("case", LOSSES)
+@pytest.mark.parametrize("kind", ["empirical", "batch", "sketched"])
+def test_a_function_that_does_not_give_one_loss_for_each_example(kind, case):
+    change, got, way_out = LOSSES[case]
+
+    def losses(model, batch):
+        return change(F.cross_entropy(model(batch[0]), batch[1], reduction="none"))
+
+    with refused(ValueError, "one loss for each example", "a batch of 3", got, way_out):
         classify([pair()], ESTIMATORS[kind], likelihood=losses)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none").detach(),
+        torch.no_grad()(lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none")),
+        lambda model, batch: torch.zeros(len(batch[0])),
+    ],
+    ids=["detached", "no_grad", "constant"],
+)
+@pytest.mark.parametrize("kind", ["empirical", "batch", "sketched"])
+def test_losses_that_are_cut_off_from_the_model_are_refused_before_the_pass(kind, losses):
+    def batches():
+        yield pair()
+        raise AssertionError("the pass went on")
+
+    with refused(ValueError, "cut off from the parameters", "detach()"):
+        classify(batches(), ESTIMATORS[kind], likelihood=losses)
+
+
+def outputs_and_labels(outputs, labels, weights):
+    return outputs
+
+
+LIKELIHOODS = {
+    "a class": (fk.CausalLM, ["the class CausalLM", "call it, likelihood=fishkern.CausalLM()."]),
+    "a word": ("classification", ["'classification'", "write likelihood=fishkern.Classification()."]),
+    "another word": ("Masked-LM", ["write likelihood=fishkern.MaskedLM()."]),
+    "a word of torch": ("mse_loss", ["write likelihood=fishkern.Regression()."]),
+    "an unknown word": ("hinge", ["write one of fishkern.CausalLM(), fishkern.MaskedLM()"]),
+    "a loss": (nn.CrossEntropyLoss(), ["torch's CrossEntropyLoss", "fishkern.Classification()",
+                                       'functional.cross_entropy(model(batch[0]), batch[1], reduction="none")']),
+    "a class of losses": (nn.MSELoss, ["torch's MSELoss", "fishkern.Regression()"]),
+    "a function of torch": (F.cross_entropy, ["torch's cross_entropy", "fishkern.Classification()"]),
+    "another loss": (nn.HuberLoss(), ["torch's HuberLoss", "lambda model, batch"]),
+    "a loss with arguments": (partial(F.cross_entropy, reduction="none"), ["torch's cross_entropy"]),
+    "one of C": (F.binary_cross_entropy_with_logits, ["fishkern.MultiLabel()"]),
+    "of three": (outputs_and_labels, ["(model, batch) -> losses [N]", "outputs_and_labels(outputs, labels, weights)"]),
+    "a number": (0.5, ["(model, batch) -> losses [N]", "got 0.5"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LIKELIHOODS)
+def test_what_is_no_likelihood(case):
+    likelihood, words = LIKELIHOODS[case]
+    for function in (fk.estimate, fk.verify):
+        with refused(TypeError, "likelihood must be an instance such as fishkern.CausalLM()", *words):
+            function(linear(), [pair()], likelihood=likelihood)
+
+
+@pytest.mark.parametrize("function", [fk.estimate, fk.verify])
+def test_a_model_that_is_a_function(function):
+    with refused(TypeError, "model must be a torch.nn.Module", "a function has no parameters"):
+        function(lambda x: x, [pair()], likelihood=fk.Classification())
 
 
 @pytest.mark.parametrize("kind", ["mc", "type-2"])

@@ -138,8 +138,13 @@ def test_a_gradient_of_rounding_alone_is_not_judged():
     specimen = zoo.bert()
     found = fk.verify(specimen.model, [specimen.batch(5, 7)])
     notes = {one.name: one.note for one in found.compared}
-    assert notes["bert.encoder.layer.0.attention.self.key.bias"] == "zero but for rounding"
+    name = "bert.encoder.layer.0.attention.self.key.bias"
+    assert notes[name] == "zero but for rounding"
     assert found.ok
+    for wrong in (lambda value: value * torch.nan, lambda value: value + 1e-3):
+        broken = changed(fk.estimate(specimen.model, [specimen.batch(5, 7)]), name, wrong)
+        again = fk.verify(specimen.model, [specimen.batch(5, 7)], broken)
+        assert [one.name for one in again.compared if not one.holds] == [name]
 
 
 def test_a_loss_of_ones_own(bert):
@@ -202,7 +207,7 @@ def test_what_cannot_be_compared_is_refused(bert):
     model, batches = bert
     with pytest.raises(ValueError, match="the mean over 5 examples and the data holds 9"):
         fk.verify(model, batches, fk.estimate(model, batches[:1]))
-    with pytest.raises(ValueError, match="'unit': 'position'"):
+    with pytest.raises(ValueError, match="these statistics are of {'unit': 'position'}: pass the recipe"):
         fk.verify(model, batches, fk.estimate(model, batches, fk.DiagonalFisher(unit="position")))
     with pytest.raises(ValueError, match="holds no example"):
         fk.verify(model, [])
@@ -238,3 +243,182 @@ def test_integer_weights_are_named_not_compared():
     assert found.integers == ("weight",)
     assert [one.name for one in found.compared] == ["scale"]
     assert "1 integer weights not compared" in str(found)
+
+
+def contrastive(model: nn.Module, batch: tuple) -> torch.Tensor:
+    """Each example among the others of its batch: alone it is a constant."""
+    similar = model(batch[0]) @ model(batch[1]).T
+    return nn.functional.cross_entropy(similar, torch.arange(len(similar)), reduction="none")
+
+
+def test_a_loop_without_any_gradient_proves_nothing():
+    torch.manual_seed(0)
+    model, batch = nn.Linear(4, 3), (torch.randn(5, 4), torch.randn(5, 4))
+    zeros = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    found = fk.verify(model, [batch], zeros, likelihood=contrastive)
+    assert not found.ok
+    assert "the loop finds no gradient anywhere: there is nothing to compare" in found.failures
+    assert any("not independent" in failure for failure in found.failures)
+    assert not any(one.holds for one in found.compared)
+    alone = [(batch[0][:1], batch[1][:1])]  # no batch, so no noise either
+    assert fk.verify(model, alone, zeros, likelihood=contrastive).failures == (
+        "the loop finds no gradient anywhere: there is nothing to compare",
+    )
+
+
+def test_noise_without_bound_is_not_excused_by_a_gradient_of_zero():
+    """A temperature that meets other examples only; the rest of the model has gradients of its own."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.scale = nn.Linear(4, 3), nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            out = self.linear(x)
+            return out + self.scale * (out.mean(0) - out).detach()
+
+    torch.manual_seed(0)
+    model, batch = Mixed(), (torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0]))
+    truth = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for n in range(5):
+        loss = nn.functional.cross_entropy(model(batch[0][n : n + 1]), batch[1][n : n + 1])
+        for name, grad in zip(truth, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            truth[name] += grad.square() / 5
+    assert truth["scale"] == 0
+    found = {one.name: one for one in fk.verify(model, [batch], truth, likelihood=fk.Classification()).compared}
+    assert not found["scale"].holds
+    assert "not independent" in found["scale"].note
+
+
+class Undefined(torch.autograd.Function):
+    """A product whose backward gives its weight no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return grad @ weight, None
+
+
+class Cut(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return Undefined.apply(x, self.weight)
+
+
+def test_a_gradient_that_stays_undefined_is_zero():
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(4, 4), Cut(), nn.Linear(4, 3)), (torch.randn(3, 4), torch.tensor([0, 1, 2]))
+    statistics = fk.estimate(model, [batch], likelihood=fk.Classification())
+    found = fk.verify(model, [batch], statistics, likelihood=fk.Classification())
+    assert found.ok, found
+    wrong = {**statistics, "1.weight": torch.ones(4, 4)}
+    assert not fk.verify(model, [batch], wrong, likelihood=fk.Classification()).ok
+
+
+def inside_autocast(model: nn.Module) -> nn.Module:
+    """As accelerate prepares a model: its own forward enters autocast, and nothing outside tells."""
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    return model
+
+
+@pytest.mark.parametrize("where", ["around", "inside"])
+def test_autocast_is_judged_by_the_dtype_that_it_computes_in(where):
+    specimen = zoo.llama()
+    batch = specimen.batch(5, 7)
+    model = inside_autocast(specimen.model) if where == "inside" else specimen.model
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=where == "around"):
+        statistics = fk.estimate(model, [batch])
+        found = fk.verify(model, [batch], statistics)
+        wrong = fk.verify(model, [batch], {name: 2 * value for name, value in statistics.items()})
+    assert found.ok, found
+    assert max(one.error for one in found.compared) > 1e-4  # what float32 would allow
+    assert not wrong.ok
+
+
+class MeanAbs(fk.Estimator):
+    """A statistic of one's own: the mean size of an example's gradient."""
+
+    per_example, settings = True, {}
+
+    @property
+    def definition(self):
+        return {"estimator": "MeanAbs", "unit": "example"}
+
+    def objectives(self, answer, examples):
+        yield answer if isinstance(answer, torch.Tensor) else answer.losses()
+
+    def units(self, num_examples):
+        return num_examples
+
+    def update_(self, state, grads, backend=None, **_):
+        for n in range(grads.num_examples):
+            state += grads.example(n).abs()
+
+
+RECIPES = {
+    "mc": fk.DiagonalFisher("mc", mc_samples=2, seed=3),
+    "type-2": fk.DiagonalFisher("type-2"),
+    "one's own": MeanAbs(),
+}
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_other_recipes_are_judged_by_their_own_definition(bert, kind):
+    model, batches = bert
+    found = fk.verify(model, batches, estimator=RECIPES[kind])
+    assert found.ok, found
+    assert len(found.compared) == len(list(model.parameters()))
+    statistics = fk.estimate(model, batches, RECIPES[kind])
+    assert fk.verify(model, batches, statistics, estimator=RECIPES[kind]).ok
+    empirical = dict(fk.estimate(model, batches))
+    assert not fk.verify(model, batches, empirical, estimator=RECIPES[kind]).ok
+    with pytest.raises(ValueError, match="pass the recipe that they were estimated with as estimator="):
+        fk.verify(model, batches, statistics)
+
+
+def test_draws_of_another_seed_are_another_statistic(bert):
+    model, batches = bert
+    statistics = fk.estimate(model, batches, RECIPES["mc"])
+    with pytest.raises(ValueError, match="these statistics are of {'seed': 3}"):
+        fk.verify(model, batches, statistics, estimator=fk.DiagonalFisher("mc", mc_samples=2))
+
+
+def test_recipes_that_are_not_of_single_examples_are_refused(bert):
+    model, batches = bert
+    for recipe in (fk.DiagonalFisher(unit="position"), fk.DiagonalFisher(unit="batch"), fk.SketchedFisher()):
+        with pytest.raises(ValueError, match="whole gradients of single examples.*unit='example'"):
+            fk.verify(model, batches, estimator=recipe)
+    with pytest.raises(TypeError, match=r"such as DiagonalFisher\(\), got 'empirical'"):
+        fk.verify(model, batches, estimator="empirical")
+
+
+def test_statistics_of_another_loss_are_refused():
+    specimen = zoo.llama()
+    batches = [specimen.batch()]
+    summed = fk.estimate(specimen.model, batches, likelihood=fk.CausalLM(reduction="sum"))
+    with pytest.raises(ValueError, match=r"the loss CausalLM\(reduction='sum'\), .* CausalLM\(reduction='mean'\)"):
+        fk.verify(specimen.model, batches, summed)
+    assert fk.verify(specimen.model, batches, summed, likelihood=fk.CausalLM(reduction="sum")).ok
+
+
+def test_the_report_in_words(bert):
+    model, batches = bert
+    found = fk.verify(model, batches)
+    shown = str(found).splitlines()
+    assert shown[0] == f"the 12 largest errors of {len(found.compared)}, beside what is allowed"
+    assert shown[2].startswith(found.worst_first[0].name)
+    assert shown[14] == f"{len(found.compared)} parameters compared with a loop over 9 examples"
+    assert repr(found) == f"Verification(it holds: {len(found.compared)} parameters, 9 examples)"
+    few = fk.verify(model, batches, {name: torch.zeros(3) for name in ["classifier.bias"]},
+                    lambda name, _: name == "classifier.bias")  # fmt: skip
+    assert str(few).startswith("all 1 errors, the largest first")
+    assert repr(few) == f"Verification(it does not hold, {len(few.failures)} failures: 1 parameters, 9 examples)"

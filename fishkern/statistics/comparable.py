@@ -1,0 +1,117 @@
+"""What ``verify`` may compare: statistics of this recipe, this loss, these examples and this model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fishkern import hosts
+from fishkern.statistics.answering import Answering
+from fishkern.statistics.base import Estimator
+from fishkern.statistics.batches import Examples
+from fishkern.statistics.drawn import Drawn, LossFunction
+from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
+from fishkern.statistics.likelihood_argument import OWN_TOKENS, described
+from fishkern.statistics.result import Statistics
+
+
+def check_recipe(estimator: Estimator) -> None:
+    """Refuse what is no recipe, or none whose definition runs on whole gradients of single examples.
+
+    Args:
+        estimator: What the caller passed.
+
+    Raises:
+        TypeError: It is no recipe.
+        ValueError: It is one of batches, of positions, or a sketch.
+    """
+    if not isinstance(estimator, Estimator):
+        raise TypeError(f"estimator must be an Estimator such as DiagonalFisher(), got {estimator!r}.")
+    if not estimator.per_example or estimator.definition.get("unit", "example") != "example":
+        raise ValueError(
+            f"verify compares with whole gradients of single examples, from which {estimator.definition} cannot be "
+            "made: take a recipe of unit='example'."
+        )
+
+
+def check_kind(statistics: Statistics, estimator: Estimator, examples: int) -> None:
+    """Refuse statistics of another recipe, or of another number of examples.
+
+    Args:
+        statistics: What is to be verified.
+        estimator: The recipe asked about.
+        examples: How many examples the data holds.
+
+    Raises:
+        ValueError: They are.
+    """
+    definition = statistics.provenance["definition"]
+    expected = estimator.definition
+    wrong = {key: definition[key] for key in expected if definition.get(key, expected[key]) != expected[key]}
+    for run in statistics.provenance["runs"]:
+        wrong |= {key: run[key] for key, value in estimator.settings.items() if run.get(key, value) != value}
+    if wrong:
+        raise ValueError(
+            f"verify was asked about {({**expected, **estimator.settings})}, these statistics are of {wrong}: pass the "
+            "recipe that they were estimated with as estimator=."
+        )
+    if statistics.count != examples * estimator.units(1):
+        raise ValueError(
+            f"the statistics are the mean over {statistics.count} examples and the data holds {examples}: give the "
+            "examples that they were estimated on."
+        )
+
+
+def check_loss(
+    statistics: Mapping[str, Tensor],
+    model: nn.Module,
+    likelihood: Likelihood | LossFunction | Drawn | None,
+    one: Examples,
+) -> None:
+    """Refuse statistics of a known loss that is not the one asked about, or not the model's own where none was.
+
+    Functions go by many names, and are not compared.
+
+    Args:
+        statistics: What is to be verified.
+        model: The model, in evaluation mode.
+        likelihood: The loss asked about.
+        one: An example.
+
+    Raises:
+        ValueError: They are.
+    """
+    theirs = statistics.provenance["definition"].get("likelihood") if isinstance(statistics, Statistics) else None
+    if theirs is None or theirs.startswith("function ") or (likelihood is None and hosts.task(model) is None):
+        return
+    theirs = theirs.removesuffix(OWN_TOKENS)
+    ours = described(recognise_likelihood(model, one.content) if likelihood is None else likelihood)
+    if ours != theirs and not ours.startswith("function "):
+        raise ValueError(
+            f"the statistics are of the loss {theirs}, and verify was asked about {ours}: pass the likelihood= that "
+            "they were estimated with."
+        )
+    if likelihood is None:
+        answering = Answering(model, None)
+        answering.recognise(one)
+        answering.prepare(one)
+
+
+def check_shapes(statistics: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+    """Refuse statistics of other shapes.
+
+    Args:
+        statistics: What is to be verified.
+        expected: The shape of each statistic.
+
+    Raises:
+        ValueError: One has another.
+    """
+    for name, shape in expected.items():
+        if statistics[name].shape != shape:
+            raise ValueError(
+                f"the statistics hold {name} with shape {tuple(statistics[name].shape)}, of this model it has "
+                f"{tuple(shape)}: they are of another model."
+            )

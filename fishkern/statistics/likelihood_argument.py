@@ -1,0 +1,146 @@
+"""What is passed as ``likelihood=``: an instance or a function; what else people write is told what to write."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from fishkern.statistics.drawn import Drawn, LossFunction
+from fishkern.statistics.likelihood import (
+    CausalLM,
+    Classification,
+    Likelihood,
+    MaskedLM,
+    MultiLabel,
+    QuestionAnswering,
+    Regression,
+    Seq2SeqLM,
+    TokenClassification,
+)
+
+# Behind a likelihood in the provenance, where the model did not get the number of the batch's labels.
+OWN_TOKENS = ", own tokens"
+
+_KINDS = (
+    CausalLM, MaskedLM, Seq2SeqLM, Classification, Regression, MultiLabel, TokenClassification, QuestionAnswering,
+)  # fmt: skip
+# what others call them, without case and hyphens
+_SYNONYMS: dict[str, type[Likelihood]] = {
+    "clm": CausalLM,
+    "mlm": MaskedLM,
+    "seq2seq": Seq2SeqLM,
+    "sequenceclassification": Classification,
+    "imageclassification": Classification,
+    "crossentropy": Classification,
+    "mse": Regression,
+    "bce": MultiLabel,
+    "multilabelclassification": MultiLabel,
+}
+_BY_TORCH_LOSS: dict[str, tuple[type[Likelihood], str]] = {
+    "crossentropy": (Classification, "cross_entropy"),
+    "nll": (Classification, "nll_loss"),
+    "bcewithlogits": (MultiLabel, "binary_cross_entropy_with_logits"),
+    "binarycrossentropywithlogits": (MultiLabel, "binary_cross_entropy_with_logits"),
+    "mse": (Regression, "mse_loss"),
+}
+_EXPECTED = "likelihood must be an instance such as fishkern.CausalLM() or a function (model, batch) -> losses [N]"
+
+
+def checked_likelihood(likelihood: Any) -> Likelihood | LossFunction | Drawn | None:
+    """Refuse what is no likelihood.
+
+    Args:
+        likelihood: What the caller passed.
+
+    Returns:
+        The same.
+
+    Raises:
+        TypeError: It is a class, a word, a loss of torch, or nothing that can be called with ``(model, batch)``.
+    """
+    if likelihood is None or isinstance(likelihood, Likelihood | Drawn):
+        return likelihood
+    if isinstance(likelihood, type) and issubclass(likelihood, Likelihood):
+        raise TypeError(f"{_EXPECTED}, got the class {likelihood.__name__}: call it, {_written(likelihood)}.")
+    if isinstance(likelihood, str):
+        raise TypeError(f"{_EXPECTED}, got {likelihood!r}: {_meant(likelihood)}.")
+    if name := _torch_loss(likelihood):
+        raise TypeError(f"{_EXPECTED}, got torch's {name}, which takes (outputs, labels): {_instead(name)}.")
+    if not callable(likelihood):
+        raise TypeError(f"{_EXPECTED}, got {likelihood!r:.80}.")
+    if not _takes_two(likelihood):
+        raise TypeError(f"{_EXPECTED}, got {_name(likelihood)}{inspect.signature(likelihood)}.")
+    return likelihood
+
+
+def described(likelihood: Likelihood | LossFunction | Drawn | None) -> str:
+    """Describe a likelihood for the provenance.
+
+    Args:
+        likelihood: A recognised or given one.
+
+    Returns:
+        Its kind and reduction, or the function's name.
+    """
+    if isinstance(likelihood, Likelihood):
+        return f"{type(likelihood).__name__}(reduction={likelihood.reduction!r})"
+    if isinstance(likelihood, Drawn):
+        return f"function {_name(likelihood.function)}, drawn for each example"
+    return f"function {_name(likelihood)}"
+
+
+def _written(kind: type[Likelihood]) -> str:
+    prefix = "fishkern." if kind in _KINDS else ""
+    return f"likelihood={prefix}{kind.__name__}()"
+
+
+def _meant(word: str) -> str:
+    plain = _plain(word)
+    kinds = {kind.__name__.lower(): kind for kind in _KINDS} | _SYNONYMS
+    found = kinds.get(plain.removesuffix("loss")) or kinds.get(plain)
+    if found:
+        return f"write {_written(found)}"
+    return "write one of " + ", ".join(f"fishkern.{kind.__name__}()" for kind in _KINDS)
+
+
+def _torch_loss(likelihood: Any) -> str | None:
+    """Name a loss of torch, as a module or as a function, also with arguments bound to it."""
+    while isinstance(likelihood, functools.partial):
+        likelihood = likelihood.func
+    if isinstance(likelihood, nn.modules.loss._Loss):
+        return type(likelihood).__name__
+    if isinstance(likelihood, type) and issubclass(likelihood, nn.modules.loss._Loss):
+        return likelihood.__name__
+    if getattr(likelihood, "__module__", None) in ("torch.nn.functional", "torch._C._nn"):
+        return likelihood.__name__
+    return None
+
+
+def _instead(name: str) -> str:
+    found = _BY_TORCH_LOSS.get(_plain(name).removesuffix("loss"))
+    kind, function = found or (None, "the_loss")
+    own = f'lambda model, batch: torch.nn.functional.{function}(model(batch[0]), batch[1], reduction="none")'
+    with_options = "with weights or options of its own" if kind else "with one value for each example"
+    return f"{f'write {_written(kind)}, or ' if kind else 'write '}{own} {with_options}"
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # a function of C that does not say
+        return True
+    return True
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def _plain(word: str) -> str:
+    return "".join(letter for letter in word.lower() if letter.isalnum())

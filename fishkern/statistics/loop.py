@@ -1,0 +1,155 @@
+"""The batch-size-1 loop by ordinary autograd: a recipe's definition, run on the whole gradients of single examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fishkern import hosts
+from fishkern.layers import DenseGrads
+from fishkern.statistics.accumulators import Accumulators
+from fishkern.statistics.answering import Answering
+from fishkern.statistics.autograd import backward, check_finite, take_grad, with_last
+from fishkern.statistics.base import Estimator
+from fishkern.statistics.batches import Batch, Examples
+from fishkern.statistics.diagonal_fisher import DiagonalFisher
+from fishkern.statistics.drawn import Drawn, LossFunction
+from fishkern.statistics.labels import UnknownLabelError
+from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
+from fishkern.statistics.outputs import own_loss
+from fishkern.statistics.predictive import Predictive
+
+
+class Loop:
+    """Gradients of single losses, handed to a recipe as autograd brings them, one gradient alive at a time.
+
+    Args:
+        model: Without running wrappers; changed only inside :meth:`collecting`.
+        chosen: The parameters that are differentiated by, by canonical name.
+        likelihood: As for :func:`fishkern.estimate`.
+        estimator: The recipe, one of single examples.
+
+    Attributes:
+        estimator: The recipe.
+        device: Where the model runs.
+        dtypes: Floating dtypes that the model's modules have returned so far: under autocast not those of its weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        chosen: Mapping[str, nn.Parameter],
+        likelihood: Likelihood | LossFunction | Drawn | None,
+        estimator: Estimator,
+    ) -> None:
+        self._model = model
+        self._chosen = chosen
+        self._likelihood = likelihood
+        self.estimator = estimator
+        self._answering: Answering | None = None
+        self._totals: Accumulators | None = None
+        self.device = next(iter(chosen.values())).device
+        self.dtypes: set[torch.dtype] = set()
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Listen to the parameters, and leave the model as found."""
+        found = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self._model.parameters()]
+        names = {parameter: name for name, parameter in self._chosen.items()}
+        handles = []
+        modes = {module: module.training for module in self._model.modules()}
+        devices = [self.device] if self.device.type == "cuda" else []
+        with (
+            torch.compiler.set_stance("force_eager"),
+            torch.enable_grad(),
+            torch.random.fork_rng(devices),
+        ):
+            try:
+                for module in modes:
+                    module.training = False  # activation checkpointing included: single examples need none
+                    if any(True for _ in module.parameters(recurse=False)):
+                        handles.append(module.register_forward_hook(self._note_dtypes))
+                for parameter, _, _ in found:
+                    parameter.grad = None
+                    parameter.requires_grad_(parameter in names)
+                for parameter in names:
+                    handles.append(parameter.register_post_accumulate_grad_hook(lambda p: self._add(names[p], p)))
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+                for module, mode in modes.items():
+                    module.training = mode
+                for parameter, required, grad in found:
+                    parameter.requires_grad_(required)
+                    parameter.grad = grad
+
+    def taken(self) -> dict[str, Tensor]:
+        """Take the accumulators so far; as new where no gradient arrived."""
+        taken, self._totals = self._accumulators(), None
+        return taken.states
+
+    def add_alone(self, row: Examples) -> None:
+        """Add one example, for the empirical Fisher by the loss that the model itself returns where it does."""
+        losses = self._own_loss(row.content)
+        try:
+            answer = self._answer(row) if losses is None else losses
+        except UnknownLabelError as error:
+            raise error.at(f"example {row.places[0]}") from None
+        self._add_objectives(answer, row.places)
+
+    def add_in_batch(self, batch: Examples) -> None:
+        """Add each example, back-propagated through the batch."""
+        self._add_objectives(self._answer(batch), batch.places)
+
+    def _add_objectives(self, answer: Predictive | Tensor, places: range) -> None:
+        for objective, last in with_last(self.estimator.objectives(answer, places)):
+            if objective is None:
+                continue
+            check_finite(objective, places)
+            for n, value in enumerate(objective):
+                backward(value, retain_graph=not last or n + 1 < len(objective))
+
+    def _own_loss(self, row: Batch) -> Tensor | None:
+        empirical = isinstance(self.estimator, DiagonalFisher) and self.estimator.fisher_type == "empirical"
+        if self._likelihood is not None or not empirical:
+            return None
+        labels = row.get("labels") if isinstance(row, Mapping) else row[1]
+        numbers = hosts.task(self._model, labels) in ("regression", "multi-label")
+        loss = own_loss(self._model, row, numbers=numbers)
+        return None if loss is None else loss[None]
+
+    def _answer(self, batch: Examples) -> Predictive | Tensor:
+        if self._answering is None:
+            content = batch.content
+            likelihood = recognise_likelihood(self._model, content) if self._likelihood is None else self._likelihood
+            if isinstance(likelihood, Likelihood):
+                likelihood = likelihood.settled(self._model, content)
+            self._answering = Answering(self._model, likelihood)
+        return self._answering(batch)
+
+    def _accumulators(self) -> Accumulators:
+        """Those in use; made when they are needed, so that no set of them lies about empty."""
+        if self._totals is None:
+            self._totals = Accumulators(
+                {name: parameter.shape for name, parameter in self._chosen.items()},
+                {name: parameter.device for name, parameter in self._chosen.items()},
+                {name: torch.promote_types(one.dtype, torch.float32) for name, one in self._chosen.items()},
+                self.estimator,
+                None,
+            )
+        return self._totals
+
+    def _add(self, name: str, parameter: nn.Parameter) -> None:
+        grad = take_grad(parameter)
+        if grad is not None:  # torch comes here also for a gradient that a backward of the user's left undefined
+            self._accumulators().add(name, DenseGrads(grad[None]))
+
+    def _note_dtypes(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        leaves = tree_leaves(output)
+        self.dtypes |= {leaf.dtype for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()}

@@ -1,0 +1,153 @@
+"""A model is run on a batch, and its logits or its own loss are read off, in whatever form it returns them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fishkern import hosts
+from fishkern.statistics.batches import Batch
+
+_LABELS = ("labels", "start_positions", "end_positions")
+_OWN_FUNCTION = "pass likelihood= as a function (model, batch) -> losses [N]"
+
+
+def call(model: nn.Module, batch: Batch, *, without: tuple[str, ...] = (), **more: Any) -> Any:
+    """Run the model on a batch.
+
+    Args:
+        model: The model.
+        batch: A mapping of keyword arguments, or ``(inputs, labels)``, of which the model gets the inputs.
+        without: Keys that the model does not get.
+        more: What it gets besides, or instead of the batch's own.
+
+    Returns:
+        What the model returns.
+
+    Raises:
+        ValueError: Rows of the batch hold several examples each.
+    """
+    if not isinstance(batch, Mapping):
+        return model(batch[0], **more)
+    if reason := hosts.packed_batch(batch):
+        raise ValueError(
+            f"this batch is packed ({reason}): its rows hold several examples, which would be taken for one. "
+            "Use a collator that keeps one example in each row."
+        )
+    arguments = {key: value for key, value in batch.items() if key not in without}
+    return model(**{**hosts.call_options(model), **arguments, **more})
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Take logits to float32 at least, as transformers does before its losses.
+
+    Args:
+        logits: Any floating tensor.
+
+    Returns:
+        The same values, float32 or float64.
+    """
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def logits_of(outputs: Any, model: nn.Module, names: tuple[str, ...] = ("logits",)) -> list[Tensor]:
+    """Read the logits off what a model returned: by name, or by place in a plain tuple, behind a loss.
+
+    Args:
+        outputs: A tensor, an object or a mapping with these names, or a tuple that begins with them.
+        model: Who returned it, for the message.
+        names: How they are called.
+
+    Returns:
+        One tensor for each name.
+
+    Raises:
+        ValueError: They are not there.
+    """
+    found = [_named(outputs, name) for name in names]
+    if isinstance(outputs, Tensor):
+        found = [outputs]
+    elif isinstance(outputs, tuple | list) and not hasattr(outputs, "_fields"):
+        loss = _loss(outputs)
+        found = list(outputs[0 if loss is None else 1 :][: len(names)])
+    if len(found) == len(names) and all(isinstance(one, Tensor) and one.ndim for one in found):
+        return [wide(one) for one in found]
+    if _loss(outputs) is not None and hasattr(outputs, names[0]):
+        raise ValueError(
+            f"{type(model).__name__} returned no logits ({type(outputs).__name__}): a fused loss (Liger) keeps them "
+            f"back. Switch the fused loss off for this pass, or {_OWN_FUNCTION}."
+        )
+    wanted = " and ".join(map(repr, names))
+    raise ValueError(
+        f"{type(model).__name__} returned no logits, but {_described(outputs)}: expected a tensor, an object or "
+        f"mapping with {wanted}, or a tuple that begins with them. Let it return that, or {_OWN_FUNCTION}."
+    )
+
+
+def other_candidates(outputs: Any) -> list[tuple[int, ...]]:
+    """Tell what else in a plain tuple might be the logits: tensors of several axes behind the one that is taken.
+
+    Args:
+        outputs: What a model returned.
+
+    Returns:
+        Shapes of the first such tensor and of the others; empty where nothing is in doubt.
+    """
+    if not isinstance(outputs, tuple | list) or hasattr(outputs, "_fields"):
+        return []
+    shapes = [tuple(one.shape) for one in outputs if isinstance(one, Tensor) and one.ndim > 1]
+    return shapes if len(shapes) > 1 else []
+
+
+def own_loss(model: nn.Module, example: Batch, *, numbers: bool) -> Tensor | None:
+    """Run the model on a labelled example, and read the loss that it returns.
+
+    Args:
+        model: The model.
+        example: Keyword arguments, labels among them; or a pair, for a model that takes ``labels``.
+        numbers: Whether the labels are numbers to be met, else classes.
+
+    Returns:
+        A scalar, or ``None`` where it returns none, or takes no labels.
+    """
+    given = example if isinstance(example, Mapping) else {"labels": example[1]}
+    labels = {key: _as_torch_takes(given[key], numbers) for key in _LABELS if given.get(key) is not None}
+    if not labels or not all(hosts.accepts(model, key) for key in labels):
+        return None
+    config = getattr(hosts.base_model(model), "config", None)
+    problem = getattr(config, "problem_type", None)
+    try:
+        return _loss(call(model, example, **labels))
+    finally:
+        if hasattr(config, "problem_type"):  # transformers notes there what it takes the labels for
+            config.problem_type = problem
+
+
+def _loss(outputs: Any) -> Tensor | None:
+    """In a plain tuple a loss stands first, as in transformers."""
+    plain = isinstance(outputs, tuple | list) and not hasattr(outputs, "_fields")
+    loss = outputs[0] if plain and outputs else _named(outputs, "loss")
+    return loss if isinstance(loss, Tensor) and not loss.ndim else None
+
+
+def _named(outputs: Any, name: str) -> Any:
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+
+
+def _described(outputs: Any) -> str:
+    names = list(outputs) if isinstance(outputs, Mapping) else list(getattr(outputs, "_fields", ()))
+    if names:
+        return f"{type(outputs).__name__} with {', '.join(map(repr, names))}"
+    if isinstance(outputs, tuple | list):
+        return f"a {type(outputs).__name__} of {', '.join(type(one).__name__ for one in outputs) or 'nothing'}"
+    return f"{type(outputs).__name__}"
+
+
+def _as_torch_takes(labels: Any, numbers: bool) -> Any:
+    """Labels of integers in the dtype that torch's losses take: they fail on narrow classes, and on whole numbers."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        return labels
+    return labels.float() if numbers else labels.long()
