@@ -60,7 +60,8 @@ def gpu_state() -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return {}
-    values = done.stdout.splitlines()[0].split(", ")
+    lines = done.stdout.splitlines()
+    values = lines[0].split(", ") if lines else []
     return dict(zip([field.replace(".", "_") for field in fields], values, strict=False))
 
 
