@@ -43,7 +43,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     With ``master_weights`` the selected entries of 16-bit parameters are also kept in float32, with state in float32,
     and rounded into the parameter at each step: this is the float32 optimizer, rounded. Without, it is torch's on
-    16-bit weights, where small steps are lost. Weights that something else changes in the meantime are overwritten.
+    16-bit weights, where small steps are lost. Where a weight is not its master rounded, it was changed elsewhere, as
+    by loading a checkpoint, and the step goes on from the weight.
 
     Released gradients are gathered at the selected entries as soon as backward has accumulated them, in float32, and
     ``.grad`` is set to ``None``: dense gradients do not pile up beside the model. They add up over backward passes

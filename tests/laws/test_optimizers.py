@@ -195,6 +195,37 @@ def test_master_is_float32_rounded(kind):
     assert not torch.equal(weights(wide), weights(tiny(torch.bfloat16)).float())
 
 
+def by_state_dict(model, start, selection):
+    model.load_state_dict(start)
+
+
+def by_data(model, start, selection):
+    """Which autograd does not notice."""
+    for name, p in model.named_parameters():
+        p.data = start[name].clone()
+
+
+def by_delta(model, start, selection):
+    base = tiny(torch.bfloat16)
+    fk.apply_delta(model, fk.delta(base, selection))
+
+
+@every_optimizer
+@pytest.mark.parametrize("restore", [by_state_dict, by_data, by_delta])
+def test_restored_weights_stay_restored(kind, restore):
+    """A checkpoint that is loaded between two steps counts, not the float32 copies of before."""
+    model = tiny(torch.bfloat16)
+    selection, start = some(model, 0.5), copy.deepcopy(model.state_dict())
+    optimizer = kind.make(model, selection)
+    train(model, optimizer, range(5))
+    assert not torch.equal(weights(model), weights(tiny(torch.bfloat16)))
+    restore(model, start, selection)
+    train(model, optimizer, [5], lr=0.0)
+    assert torch.equal(weights(model), weights(tiny(torch.bfloat16)))
+    train(model, optimizer, range(6, 9), lr=0.5)
+    assert not torch.equal(weights(model), weights(tiny(torch.bfloat16)))
+
+
 @every_optimizer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_load_continue(kind, dtype):
