@@ -108,7 +108,7 @@ def estimate(
         if estimator.per_example:
             way = PerExamplePass(model, chosen, answering, estimator, accumulators, check)
         else:
-            path = "batch" if estimator.definition["unit"] == "batch" else "sketch"
+            path = "sketch" if estimator.definition.get("estimator") == "SketchedFisher" else "batch"
             way = GradientPass(chosen, answering, estimator, accumulators, path)
         units = 0
         for batch, examples in data:
