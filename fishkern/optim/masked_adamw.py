@@ -10,7 +10,7 @@ from torch import Tensor
 from fishkern.ops import masked_adamw_
 from fishkern.optim.base import MaskedOptimizer
 from fishkern.optim.compact import Bucket
-from fishkern.optim.groups import Outside, Parameters
+from fishkern.optim.groups import Outside, Parameters, check_lr
 from fishkern.selection import Selection
 
 
@@ -53,11 +53,6 @@ class MaskedAdamW(MaskedOptimizer):
         max_grad_norm: float | None = None,
         release_grads: bool | None = None,
     ) -> None:
-        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
-            raise ValueError(
-                "lr, eps and weight_decay must be at least 0 and betas in [0, 1), "
-                f"got lr={lr}, eps={eps}, weight_decay={weight_decay}, betas={betas}."
-            )
         super().__init__(
             model_or_named_parameters,
             selection,
@@ -67,6 +62,15 @@ class MaskedAdamW(MaskedOptimizer):
             max_grad_norm=max_grad_norm,
             release_grads=release_grads,
         )
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        lr, betas, eps, weight_decay = (options[name] for name in ("lr", "betas", "eps", "weight_decay"))
+        check_lr(lr)
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
+            raise ValueError(
+                "lr, eps and weight_decay must be at least 0 and betas in [0, 1), "
+                f"got lr={lr}, eps={eps}, weight_decay={weight_decay}, betas={betas}."
+            )
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
