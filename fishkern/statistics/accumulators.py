@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 
 import torch
@@ -30,6 +31,7 @@ class Accumulators:
 
     Raises:
         ValueError: The estimator begins with something else than zeros of these kinds.
+        TypeError: What it says of itself is not JSON.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Accumulators:
         estimator: Estimator,
         backend: Backend | None,
     ) -> None:
+        _check_plain(estimator)
         self._estimator = estimator
         self._backend = backend
         self.states = {key: _begun(estimator, key, shape, dtypes[key], devices[key]) for key, shape in shapes.items()}
@@ -96,6 +99,18 @@ class Accumulators:
         self.touched = False
         for state in self.states.values():
             state.zero_()
+
+
+def _check_plain(estimator: Estimator) -> None:
+    """Demand before a pass what the header of a file can hold after it."""
+    for name, values in (("definition", estimator.definition), ("settings", estimator.settings)):
+        what = f"{type(estimator).__name__}.{name} must be a dict of plain values, for the header of a file"
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{what}; got {type(values).__name__}.")
+        try:
+            json.dumps(dict(values), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{what}: {error}.") from None
 
 
 def _begun(estimator: Estimator, key: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

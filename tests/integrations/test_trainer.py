@@ -63,10 +63,16 @@ SHORT = dict(  # a training of four steps on a CPU
 
 
 def trainer(model: nn.Module, folder: Path, selection: fk.Selection, **options) -> transformers.Trainer:
+    evaluated = options.pop("eval_dataset", None)
     arguments = transformers.TrainingArguments(**{**SHORT, "output_dir": str(folder), **options})
     optimizer = fk.MaskedAdamW(model, selection, lr=1e-2, weight_decay=arguments.weight_decay)
     return transformers.Trainer(
-        model, arguments, train_dataset=Rows(), optimizers=(optimizer, None), callbacks=[FisherCallback(selection)]
+        model,
+        arguments,
+        train_dataset=Rows(),
+        eval_dataset=evaluated,
+        optimizers=(optimizer, None),
+        callbacks=[FisherCallback(selection)],
     )
 
 
@@ -167,6 +173,24 @@ def test_stopping_and_going_on_is_not_stopping(tmp_path):
     expected = values(whole)
     for name, value in values(resumed).items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
+
+
+def test_the_best_checkpoint_stays_loaded(tmp_path):
+    """In 16 bits the optimizer keeps float32 copies, which must not bring back the weights of the last step."""
+    model = adapted(torch.bfloat16)
+    selection = selected(model)
+    options = dict(eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True)
+    options |= dict(metric_for_best_model="eval_loss", greater_is_better=True, eval_dataset=Rows())
+    training = trainer(model, tmp_path, selection, **options)
+    training.train()
+    assert training.state.best_global_step < 4
+    best, optimizer = values(model), training.optimizer.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    model(**Rows().batch).loss.backward()
+    optimizer.step()
+    for name, value in values(model).items():
+        assert torch.equal(value, best[name]), name
 
 
 def test_arguments_that_the_optimizer_does_not_have_are_said_once(tmp_path):

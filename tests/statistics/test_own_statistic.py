@@ -165,7 +165,19 @@ class SaysSquares(MeanPower):
         super().update_(state, grads, backend)
 
 
+class NoHeader(MeanPower):
+    @property
+    def definition(self):
+        return {"weights": torch.ones(3)}
+
+
+class NoDict(MeanPower):
+    settings = "seed 3"
+
+
 REFUSED = {
+    "a definition that no file holds": (NoHeader, TypeError, "NoHeader.definition must be a dict of plain val.*: Obj"),
+    "settings that are no dict": (NoDict, TypeError, "NoDict.settings must be a dict of plain values.*; got str"),
     "another shape": (RowSums, ValueError, r"RowSums.init must give torch.float32 of the parameter's shape, \(41, 24\) "
                       r"for model.embed_tokens.weight, on cpu; got torch.float32, \(41,\): accumulate every entry"),
     "no zeros": (Largest, ValueError, "Largest.init must give zeros"),
