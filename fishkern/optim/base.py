@@ -135,9 +135,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
         ]
         return f"{type(self).__name__}({', '.join([*parts, *shown])})"
 
-    @abstractmethod
     def _check_options(self, options: dict[str, Any]) -> None:
         """Refuse options of a group that are out of range."""
+        if isinstance(lr := options["lr"], Tensor) and lr.ndim:
+            raise ValueError(
+                f"lr must be one number or a zero-dimensional tensor, got {tuple(lr.shape)}: give parameters with "
+                "another one a group of their own."
+            )
 
     @abstractmethod
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:

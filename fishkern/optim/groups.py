@@ -108,22 +108,6 @@ def settle(groups: Sequence[Group], selection: Selection, outside: Outside) -> l
     return [{**group, "params": [(n, p) for n, p in group["params"] if n in kept]} for group in groups]
 
 
-def check_lr(lr: float | Tensor) -> None:
-    """Demand one learning rate.
-
-    Args:
-        lr: A number or a zero-dimensional tensor.
-
-    Raises:
-        ValueError: It is a tensor with dimensions.
-    """
-    if isinstance(lr, Tensor) and lr.ndim:
-        raise ValueError(
-            f"lr must be one number or a zero-dimensional tensor, got {tuple(lr.shape)}: give parameters with another "
-            "one a group of their own."
-        )
-
-
 def _of_model(model: nn.Module, selection: Selection) -> list[Named]:
     """Name every parameter of a model once."""
     names: dict[Tensor, list[str]] = {}

@@ -10,7 +10,7 @@ from torch import Tensor
 from fishkern.ops import masked_adamw_
 from fishkern.optim.base import MaskedOptimizer
 from fishkern.optim.compact import Bucket
-from fishkern.optim.groups import Outside, Parameters, check_lr
+from fishkern.optim.groups import Outside, Parameters
 from fishkern.selection import Selection
 
 
@@ -64,8 +64,8 @@ class MaskedAdamW(MaskedOptimizer):
         )
 
     def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
         lr, betas, eps, weight_decay = (options[name] for name in ("lr", "betas", "eps", "weight_decay"))
-        check_lr(lr)
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(
                 "lr, eps and weight_decay must be at least 0 and betas in [0, 1), "

@@ -10,7 +10,7 @@ from torch import Tensor
 from fishkern.ops import masked_sgd_
 from fishkern.optim.base import MaskedOptimizer
 from fishkern.optim.compact import Bucket
-from fishkern.optim.groups import Outside, Parameters, check_lr
+from fishkern.optim.groups import Outside, Parameters
 from fishkern.selection import Selection
 
 
@@ -72,10 +72,10 @@ class MaskedSGD(MaskedOptimizer):
         )
 
     def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
         lr, momentum, dampening, weight_decay = (
             options[name] for name in ("lr", "momentum", "dampening", "weight_decay")
         )
-        check_lr(lr)
         if not (lr >= 0 and momentum >= 0 and weight_decay >= 0):
             raise ValueError(
                 "lr, momentum and weight_decay must be at least 0, "

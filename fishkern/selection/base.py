@@ -64,7 +64,8 @@ class Rule(ABC):
     def settings(self) -> dict[str, Any]:
         """The rule in plain values, for the header of a file."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        values |= {name: value for name, value in vars(self).items() if not name.startswith("_")}  # of no dataclass
+        if "__dataclass_fields__" not in vars(type(self)):  # what an __init__ of its own has set
+            values |= {name: value for name, value in vars(self).items() if not name.startswith("_")}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return {"name": type(self).__name__, **plain}
 

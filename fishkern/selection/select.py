@@ -124,13 +124,13 @@ def _scores(statistics: Statistics | Mapping[str, AnyTensor]) -> dict[str, AnyTe
 
 
 def _check_score(name: str, score: object) -> None:
-    if isinstance(score, StoredTensor) and score.dtype.is_floating_point:
-        return
-    if not isinstance(score, Tensor):
+    if not isinstance(score, Tensor | StoredTensor):
         what = type(score).__name__
         raise TypeError(f"scores are floating tensors, {name} is {what}: make a tensor of it (torch.as_tensor).")
-    if not score.is_floating_point():
+    if not score.dtype.is_floating_point:
         raise TypeError(f"scores are floating tensors, {name} is {score.dtype}: cast it.")
+    if isinstance(score, StoredTensor):
+        return
     if score.is_nested or score.layout != torch.strided:
         what = "nested" if score.is_nested else str(score.layout)
         raise TypeError(f"scores are dense tensors, {name} is {what}: make it dense, as by to_dense().")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import pytest
 import torch
@@ -105,6 +106,17 @@ def test_the_header_says_what_a_rule_depends_on(tmp_path):
         saved = fk.select(statistics(), rule).save(tmp_path / "selection")
         expected = {"name": type(rule).__name__, "always": [], "never": [], **settings}
         assert fk.Selection.load(saved).provenance["rule"] == expected
+
+
+def test_what_a_dataclass_remembers_is_not_in_the_header():
+    class Counted(Above):
+        @cached_property
+        def table(self):
+            return torch.ones(3)
+
+    decorated = dataclass(frozen=True)(Counted)(0.5)
+    assert decorated.table.sum() == 3
+    assert decorated.settings == {"name": "Counted", "always": [], "never": [], "threshold": 0.5}
 
 
 def gives(indices, **patterns):
