@@ -108,7 +108,7 @@ def estimate(
         if estimator.per_example:
             way = PerExamplePass(model, chosen, answering, estimator, accumulators, check)
         else:
-            path = "sketch" if estimator.definition.get("estimator") == "SketchedFisher" else "batch"
+            path = "batch" if estimator.definition.get("unit") == "batch" else "sketch"
             way = GradientPass(chosen, answering, estimator, accumulators, path)
         units = 0
         for batch, examples in data:

@@ -95,6 +95,10 @@ def test_the_batchs_gradient_will_do():
     class OfBatches(MeanPower):
         per_example = False
 
+        @property
+        def definition(self):
+            return {**super().definition, "unit": "batch"}
+
         def units(self, num_examples):
             return 1
 
