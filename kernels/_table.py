@@ -48,6 +48,15 @@ def entries_of_block(
     return mask, parameter, tl.load(row + 4) + offs, params + places, grads + grad_places
 
 
+@triton.jit
+def followed(master, stored):
+    """Give the master's value, or what is stored where that is not the master rounded, bit for bit."""
+    weight = stored.to(tl.float32)
+    rounded = master.to(stored.dtype).to(tl.float32)
+    own = rounded.to(tl.int32, bitcast=True) == weight.to(tl.int32, bitcast=True)  # else 0 would pass for -0
+    return tl.where(own, master, weight)
+
+
 def tables(
     params: Sequence[Tensor], grads: Sequence[Tensor | None], indices: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._table import BLOCK, OPTIONS, as_tensor, entries_of_block, tables
+from ._table import BLOCK, OPTIONS, as_tensor, entries_of_block, followed, tables
 
 
 @triton.jit
@@ -29,10 +29,10 @@ def _masked_sgd_kernel(
         grad = grad * tl.load(scale_ptr)
     if MAXIMIZE:
         grad = -grad
+    stored = tl.load(param_ptrs, mask=mask, other=0.0)
+    weight = stored.to(tl.float32)
     if master_ptr is not None:
-        weight = tl.load(master_ptr + offs, mask=mask, other=0.0)
-    else:
-        weight = tl.load(param_ptrs, mask=mask, other=0.0).to(tl.float32)
+        weight = followed(tl.load(master_ptr + offs, mask=mask, other=0.0), stored)
     grad += weight_decay * weight
     if momentum_buffer_ptr is not None:
         age = tl.load(steps_ptr + parameter)

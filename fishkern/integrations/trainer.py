@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
+import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,10 @@ from transformers.training_args import OptimizerNames
 from fishkern import hosts
 from fishkern.layers import UnsupportedModuleError
 from fishkern.optim import MaskedAdamW, MaskedOptimizer
-from fishkern.selection import Selection
+from fishkern.selection import Rule, Selection, select
+from fishkern.statistics import estimate
+
+Select = Callable[[nn.Module, Iterable[Any]], Selection]
 
 FILE = "selection.safetensors"
 
@@ -30,8 +37,9 @@ class FisherCallback(TrainerCallback):
         Trainer(model, args, ..., optimizers=(optimizer, None), callbacks=[FisherCallback(selection)])
 
     It hands ``max_grad_norm`` over to the optimizer, which clips by the norm of the entries that move, where the
-    Trainer would take that of whole gradients; logs what is trained, and the norm; and saves the selection into every
-    checkpoint, beside the optimizer's compact state. Works with every Trainer that is built on transformers'.
+    Trainer would take that of whole gradients; warns of options of the arguments that the optimizer does not have, and
+    that are without effect; logs what is trained, and the norm; and saves the selection into every checkpoint, beside
+    the optimizer's compact state. Works with every Trainer that is built on transformers'.
 
     Args:
         selection: What is trained.
@@ -67,9 +75,10 @@ class FisherCallback(TrainerCallback):
         if reason := hosts.lost_prefix(kwargs["model"], training=True):
             raise UnsupportedModuleError(f"{reason}.")
         self._optimizer, self._max_grad_norm = optimizer, args.max_grad_norm
-        if args.max_grad_norm and optimizer.max_grad_norm is None:
-            optimizer.max_grad_norm = args.max_grad_norm
+        if optimizer.max_grad_norm is None:
+            optimizer.max_grad_norm = args.max_grad_norm or math.inf
         args.max_grad_norm = 0.0
+        _warn_of_ignored(args, optimizer)
         _log.info("training %s", self._selection)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -129,17 +138,25 @@ class FisherMixin:
     :class:`fishkern.MaskedAdamW` with the arguments' options, and their exceptions from weight decay.
 
     The scores are those of the model's own loss, or of the ``likelihood`` that ``select`` is given; what the Trainer
-    may do to a loss besides (``compute_loss_func``, label smoothing) has no part in them.
+    may do to a loss besides (``compute_loss_func``, label smoothing) has no part in them, and a warning says so.
 
     Args:
         args: The Trainer's own.
-        select: Called as ``select(model, batches)`` at the start of training.
+        select: Called as ``select(model, batches)`` at the start of training; or a rule, for the diagonal Fisher of
+            everything trainable over all of the batches.
+        select_data: Batches to select on, such as a ``DataLoader``, in the place of the Trainer's own: unpacked ones,
+            where training packs several examples into a row.
         kwargs: The Trainer's own.
+
+    Raises:
+        TypeError: ``select`` is neither a function nor a rule.
     """
 
-    def __init__(self, *args: Any, select: Callable[[nn.Module, Iterable[Any]], Selection], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, select: Select | Rule, select_data: Iterable[Any] | None = None, **kwargs: Any
+    ) -> None:
+        self._select, self._select_data = _checked(select), select_data
         super().__init__(*args, **kwargs)
-        self._select = select
         self._checkpoint: str | None = None
         self._callback: FisherCallback | None = None
 
@@ -169,6 +186,7 @@ class FisherMixin:
 
         Raises:
             ValueError: The arguments ask for another algorithm than AdamW.
+            TypeError: ``select`` gives no selection.
         """
         if self.optimizer is not None:
             return self.optimizer
@@ -179,8 +197,12 @@ class FisherMixin:
         if self._checkpoint is not None:
             selection = Selection.load(Path(self._checkpoint) / FILE)
         else:
+            self._warn_of_another_loss()
             with torch.random.fork_rng(devices=[]):  # the order of training is what it would be without
-                selection = self._select(model, self.get_train_dataloader())
+                batches = self.get_train_dataloader() if self._select_data is None else self._select_data
+                selection = self._select(model, batches)
+            if not isinstance(selection, Selection):
+                raise TypeError(f"select must give a Selection, got {type(selection).__name__}.")
         decayed = set(self.get_decay_parameter_names(model))
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         groups = [
@@ -203,3 +225,63 @@ class FisherMixin:
         self._callback = FisherCallback(selection)
         self.add_callback(self._callback)
         return self.optimizer
+
+    def _warn_of_another_loss(self) -> None:
+        ways = {
+            "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
+            f"label_smoothing_factor={self.args.label_smoothing_factor}": bool(self.args.label_smoothing_factor),
+        }
+        another = [way for way, used in ways.items() if used]
+        told = isinstance(self._select, partial) and "likelihood" in self._select.keywords
+        if another and not told:
+            warnings.warn(
+                f"this Trainer trains another loss than the model's own ({', '.join(another)}), which has no part in "
+                "the scores: give select a likelihood of that loss, as in partial(fk.fish_tuning, density=0.2, "
+                "likelihood=losses).",
+                stacklevel=3,
+            )
+
+
+def _checked(select: Any) -> Select:
+    """Demand a function or a rule, and make a function of a rule."""
+    if isinstance(select, Rule):
+        return partial(_estimate_and_select, select)
+    if isinstance(select, Selection):
+        raise TypeError(
+            "select is a function (model, batches) -> Selection or a rule, got a Selection: with one at hand take a "
+            "plain Trainer, optimizers=(fishkern.MaskedAdamW(model, selection), None) and FisherCallback(selection)."
+        )
+    if isinstance(select, type) or not callable(select):
+        what = f"the class {select.__name__}: call it" if isinstance(select, type) else type(select).__name__
+        raise TypeError(
+            "select must be a function (model, batches) -> Selection, such as partial(fk.fish_tuning, density=0.2), or "
+            f"a rule such as fk.GlobalTopK(density=0.005); got {what}."
+        )
+    return select
+
+
+def _estimate_and_select(rule: Rule, model: nn.Module, batches: Iterable[Any]) -> Selection:
+    return select(estimate(model, batches), rule)
+
+
+def _warn_of_ignored(args: Any, optimizer: MaskedOptimizer) -> None:
+    """Say which options of the arguments, set to something else than their defaults, the optimizer does not have."""
+    has = {
+        "learning_rate": [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups],
+        "weight_decay": [group["weight_decay"] for group in optimizer.param_groups],
+        "adam_beta1": [group["betas"][0] for group in optimizer.param_groups if "betas" in group],
+        "adam_beta2": [group["betas"][1] for group in optimizer.param_groups if "betas" in group],
+        "adam_epsilon": [group["eps"] for group in optimizer.param_groups if "eps" in group],
+    }
+    defaults = {field.name: field.default for field in fields(args)}
+    ignored = [
+        f"{name}={getattr(args, name)} (the optimizer has {' and '.join(map(str, dict.fromkeys(values)))})"
+        for name, values in has.items()
+        if values and name in defaults and getattr(args, name) not in (defaults[name], *values)
+    ]
+    if ignored:
+        warnings.warn(
+            "these training arguments have no effect, since the Trainer was given its optimizer: "
+            f"{', '.join(ignored)}. Set them where the optimizer is made.",
+            stacklevel=3,
+        )

@@ -32,14 +32,17 @@ class Capture:
     Args:
         sites: What to capture.
         sink: Called with a parameter's canonical name and its per-example gradients, during backward.
+        squares: Whether the sink only adds squares. Then those of a head whose weight an embedding shares come first,
+            and what the embedding adds to them later (:class:`TiedRows`); else both come as one, once both are known.
 
     Attributes:
         distrusted: Paths of modules whose picked rows turned out not to be one for each example.
     """
 
-    def __init__(self, sites: Sequence[Site], sink: Sink) -> None:
+    def __init__(self, sites: Sequence[Site], sink: Sink, *, squares: bool = True) -> None:
         self._sites = sites
         self._sink = sink
+        self._squares = squares
         self._active = False
         self._forward = False
         self._handles: list[Any] = []
@@ -251,7 +254,7 @@ class Capture:
         if expected == 1 or isinstance(grads, DenseGrads):
             self._sink(key, grads)
             return
-        if isinstance(grads, OuterProductGrads) and self._is_only_head(key):
+        if self._squares and isinstance(grads, OuterProductGrads) and self._is_only_head(key):
             self._sink(key, grads)
             self._batch.heads[key] = self._head_rows(key, grads)
             return

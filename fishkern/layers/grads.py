@@ -324,7 +324,10 @@ class TiedRows(PerExampleGrads):
         return self.embedding.device
 
     def example(self, n: int) -> Tensor:
-        raise NotImplementedError("the head's part is already squared")
+        raise NotImplementedError(
+            "the gradients of a weight that an embedding and a head share were asked for singly, after the head's were "
+            "squared: an estimator that reads single gradients has adds_squares = False."
+        )
 
     def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
         E = self.embedding

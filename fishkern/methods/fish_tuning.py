@@ -7,6 +7,7 @@ whole pool together, train those alone; the head, which starts at random, is tra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from decimal import ROUND_UP, Decimal
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from fishkern import adapters, hosts
 from fishkern.backend import Backend
 from fishkern.layers import UnsupportedModuleError
-from fishkern.names import canonical_name
+from fishkern.names import canonical_name, listed
 from fishkern.selection import GlobalTopK, Random, Selection, bound_to_start, select
 from fishkern.selection.base import budget, fraction_of
 from fishkern.statistics import DiagonalFisher, Likelihood, Statistics, estimate
@@ -75,7 +76,8 @@ def fish_tuning(
         heads: Names of the modules that are the head.
         rank_gates: Whether UniPELT's gates are ranked with the rest; by default they are trained whole, as the head is,
             and paid for by ``match``. A reconstruction: the paper does not say.
-        allow_zeros: Go on although half of the pool or more scores exactly zero.
+        allow_zeros: Go on although half of the adapter or more scores exactly zero; with ``pool="model"``, although
+            ``k`` exceeds the scores that are not zero.
         seed: Of the random order, independent of all other generators.
         accumulate_on: See :func:`fishkern.estimate`.
         backend: ``None`` for the ambient choice, see :mod:`fishkern.backend`.
@@ -86,8 +88,8 @@ def fish_tuning(
         carries a digest of the values that both stand at, which the first step of a masked optimizer compares.
 
     Raises:
-        ValueError: Not exactly one budget is given, it is not in the pool's range, the model has no adapter, or half
-            of the pool scores exactly zero.
+        ValueError: Not exactly one budget is given, it is not in the pool's range, the model has no adapter, half of
+            the adapter scores exactly zero, or fewer entries of a whole model than ``k`` score anything.
         TypeError: ``match`` is no adapter, or another budget or ``seed`` is no number.
         RuntimeError: Under a process group, the ranks have selected different entries.
         UnsupportedModuleError: The model would not see PEFT's prefix, whatever of it is selected.
@@ -126,8 +128,10 @@ def fish_tuning(
         backend=backend,
         progress=progress,
     )
-    if not allow_zeros:
-        _refuse_zeros(statistics, list(ranked), entries)
+    if not allow_zeros and pool == "adapter":
+        _refuse_zeros(statistics, model, ranked)
+    elif not allow_zeros and order == "largest":
+        _refuse_more_than_scored(statistics, model, ranked, k)
     rule = GlobalTopK(k=k, order=order, always=_exactly(head))
     return _bound(select(statistics, rule, backend=backend), model, pool)
 
@@ -192,12 +196,22 @@ def _budget(
         k = integer(k, "k")
     if trainable is not None or (whole and density is not None):
         if k < 1:
-            raise ValueError(f"{said} does not pay for the head of {head:,} entries, which is trained whole.")
+            least = f"trainable={head + 1}" if trainable is not None else f"density={_least_density(head, entries)}"
+            raise ValueError(
+                f"{said} does not pay for the head of {head:,} entries, which is trained whole: take at least {least}, "
+                "or k=, which counts without the head."
+            )
     elif k < 1:
         raise ValueError(f"{said} selects nothing out of a pool of {entries:,} entries.")
     if k > entries:
         raise ValueError(f"{said} asks for {k:,} entries, and the pool has {entries:,} beside the head.")
     return k
+
+
+def _least_density(head: int, entries: int) -> str:
+    """Give the smallest density of a few digits that pays for the head and one entry more."""
+    least = Decimal(head + 1) / (entries + head)
+    return f"{least.quantize(Decimal(1).scaleb(least.adjusted() - 2), ROUND_UP).normalize():f}"
 
 
 def _trained_by(adapter: Any, model: nn.Module, heads: tuple[str, ...]) -> int:
@@ -215,14 +229,71 @@ def _exactly(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name.replace("[", "[[]") for name in names)
 
 
-def _refuse_zeros(statistics: Statistics, names: list[str], entries: int) -> None:
-    zeros = {name: statistics[name].numel() - int(statistics[name].count_nonzero()) for name in names}
-    if 2 * sum(zeros.values()) >= entries:
-        worst = max(zeros, key=zeros.get)
+def _refuse_zeros(statistics: Statistics, model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse an adapter half of whose own entries score zero: no choice of data ranks them."""
+    names = _adapter_entries(model, names)
+    zeros = {name: _num_zeros(statistics[name]) for name in names}
+    entries = sum(statistics[name].numel() for name in names)
+    if not entries or 2 * sum(zeros.values()) < entries:
+        return
+    worst = max(zeros, key=zeros.get)
+    if "prompt_encoder" in worst:
+        why = "Where PEFT's prefix is for cross-attention, it is not seen: take LoRA"
+    elif "lora_" in worst:
         why = "LoRA's usual start B = 0 does that: start from PiSSA (init_lora_weights='pissa')"
-        if "prompt_encoder" in worst:
-            why = "Where PEFT's prefix is for cross-attention, it is not seen: take LoRA"
-        raise ValueError(
-            f"{sum(zeros.values()):,} of {entries:,} entries of the pool score exactly zero (most of them in {worst}), "
-            f"so that a ranking would go by position. {why}, or pass allow_zeros=True."
-        )
+    else:
+        why = "A start at zero does that, or a module that no example reaches: start elsewhere"
+    raise ValueError(
+        f"{sum(zeros.values()):,} of {entries:,} entries of the adapter score exactly zero (most of them in {worst}), "
+        f"so that the data do not rank them. {why}, or pass allow_zeros=True."
+    )
+
+
+def _adapter_entries(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Leave out what is trained beside the adapter, and what an adapter of an embedding has for each token."""
+    model = hosts.unwrap(model)
+    prefix = getattr(getattr(model, "base_model", None), "prefix", None)  # PEFT's word for its own parameters
+    own = set(adapters.adapter_parameters(model))
+    tables = tuple(
+        canonical_name(f"{path}.")
+        for path, module in model.named_modules()
+        if isinstance(getattr(module, "base_layer", None), nn.Embedding)
+    )
+    names = [name for name in names if not name.startswith(tables)]
+    if own:
+        return [name for name in names if name in own]
+    return [name for name in names if not prefix or any(part.startswith(prefix) for part in name.split("."))]
+
+
+def _refuse_more_than_scored(statistics: Statistics, model: nn.Module, names: Iterable[str], k: int) -> None:
+    """Refuse to spend a budget on entries of a whole model that score zero, and say what they are."""
+    zeros = {name: _num_zeros(statistics[name]) for name in names}
+    non_zero = sum(statistics[name].numel() - count for name, count in zeros.items())
+    if k <= non_zero:
+        return
+    if unseen := _unseen(statistics, model, zeros):
+        what = f"{sum(unseen.values()):,} are rows of {listed(unseen)} that these examples do not contain"
+    else:
+        what = f"most of them in {max(zeros, key=zeros.get)}"
+    raise ValueError(
+        f"k={k:,} exceeds the {non_zero:,} non-zero scores of the pool; {sum(zeros.values()):,} entries score exactly "
+        f"zero ({what}). Take more examples or a smaller budget, or pass allow_zeros=True to choose among the zeros by "
+        "their position."
+    )
+
+
+def _num_zeros(score: Tensor) -> int:
+    return score.numel() - int(score.count_nonzero())
+
+
+def _unseen(statistics: Statistics, model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """Count for each embedding the entries in rows that no example looks up."""
+    counts = {}
+    for path, module in hosts.unwrap(model).named_modules():
+        name = canonical_name(f"{path}.weight")
+        if isinstance(module, nn.Embedding) and name in names:
+            empty = statistics[name].count_nonzero(dim=1) == 0
+            if module.padding_idx is not None:
+                empty[module.padding_idx] = False  # it has no gradient, contained or not
+            counts[name] = int(empty.sum()) * module.embedding_dim
+    return {name: count for name, count in counts.items() if count}

@@ -17,6 +17,8 @@ from torch import Tensor
 # updated and scattered, many enough that the calls cost little.
 _CHUNK = 2**14
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 Update = Callable[[slice, float, Tensor, Tensor], None]
 
 
@@ -136,7 +138,8 @@ def update_entries_(
         steps: ``[P]``.
         dtype: What is computed in.
         maximize: Whether gradients change their sign.
-        master: ``[K]``, the weights that are updated in the place of the rounded ones in ``params``.
+        master: ``[K]``, the weights that are updated in the place of the rounded ones in ``params``, which it follows
+            where they are not its own.
         scale: What gradients are multiplied by, zero-dimensional.
     """
     counts = [
@@ -149,7 +152,9 @@ def update_entries_(
             grad = grad * scale
         if maximize:
             grad = -grad
-        weight = _gather(params, places, counts, pieces) if master is None else master[span]
+        weight = _gather(params, places, counts, pieces)
+        if master is not None:
+            weight = _followed(master[span], weight)
         update(span, step, weight, grad)
         _scatter_(params, places, pieces, weight)
 
@@ -217,6 +222,15 @@ def _gather(
         else:
             torch.index_select(tensors[i], 0, chosen, out=part)
     return gathered
+
+
+def _followed(master: Tensor, stored: Tensor) -> Tensor:
+    """Take what is stored as the master of the entries where it is not what the master rounds to, bit for bit."""
+    bits = _BITS[stored.element_size()]  # numbers would take 0 for -0, and a NaN for another than itself
+    rounded, own = master.to(stored.dtype).view(bits), stored.view(bits)
+    if not torch.equal(rounded, own):  # stored by another hand
+        master.copy_(torch.where(rounded == own, master, stored.to(master.dtype)))
+    return master
 
 
 def _scatter_(params: Sequence[Tensor], places: list[Tensor | None], pieces: list[_Piece], weight: Tensor) -> None:

@@ -63,7 +63,8 @@ def masked_adamw_(
         weight_decay: Decoupled decay.
         maximize: Go up the gradient.
         master: ``[K]``, float32, the selected weights of 16-bit parameters unrounded: updated, and then rounded into
-            the parameters. ``None``: the parameters' own values are updated.
+            the parameters. Where a parameter is not its master rounded, to the bit, its value becomes the master first.
+            ``None``: the parameters' own values are updated.
         starts: ``[K]``, float32: for each entry the value of its parameter's ``steps`` when it was selected, so that
             ``t`` is the difference. ``None``: zeros.
         scale: Zero-dimensional tensor that the gradients are multiplied by, such as for clipping.

@@ -43,12 +43,15 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     With ``master_weights`` the selected entries of 16-bit parameters are also kept in float32, with state in float32,
     and rounded into the parameter at each step: this is the float32 optimizer, rounded. Without, it is torch's on
-    16-bit weights, where small steps are lost. Weights that something else changes in the meantime are overwritten.
+    16-bit weights, where small steps are lost. Where a weight is not its master rounded, it was changed elsewhere, as
+    by loading a checkpoint, and the step goes on from the weight.
 
     Released gradients are gathered at the selected entries as soon as backward has accumulated them, in float32, and
     ``.grad`` is set to ``None``: dense gradients do not pile up beside the model. They add up over backward passes
     until ``step`` takes them or :meth:`zero_grad` drops them (``model.zero_grad()`` cannot). ``clip_grad_norm_`` and a
-    ``GradScaler`` do not see them, hence ``max_grad_norm``.
+    ``GradScaler`` do not see them, hence ``max_grad_norm``; the first step without it warns.
+
+    ``torch.compile`` runs ``step`` as it is, uncompiled.
 
     Args:
         model_or_named_parameters: A model, its ``named_parameters()``, or groups of them.
@@ -71,6 +74,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     grad_norm: Tensor | None
     """Norm of the gradients of the last step before clipping, zero-dimensional; ``None`` without ``max_grad_norm``."""
+    _warned = False
 
     def __init__(
         self,
@@ -85,6 +89,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     ) -> None:
         if outside not in OUTSIDE:
             raise ValueError(f"outside must be one of {OUTSIDE}, got {outside!r}.")
+        self._check_options(defaults)
         self.selection, self.grad_norm, self._at_start = selection, None, True
         self._settings: dict[str, Any] = {
             "outside": outside,
@@ -101,13 +106,6 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._released: ReleasedGrads | None = None
         super().__init__(groups, defaults)
         self._attach()
-        if self._released is not None and max_grad_norm is None:
-            warnings.warn(
-                f"the gradients of {self._released.count} parameters are released during backward, so that "
-                "clip_grad_norm_ does not see them: clip with max_grad_norm= (math.inf for no clipping), or keep the "
-                "gradients with release_grads=False.",
-                stacklevel=3,
-            )
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -120,6 +118,31 @@ class MaskedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"max_grad_norm must be above 0 (math.inf: no clipping), got {norm}.")
         self._settings["max_grad_norm"] = norm
 
+    def __repr__(self) -> str:
+        options = {
+            key: [group.get(key) for group in self.param_groups]
+            for key in self.defaults
+            if any(key in group for group in self.param_groups)
+        }
+        shown = (
+            f"{key}={values[0] if all(value is values[0] or value == values[0] for value in values) else values}"
+            for key, values in options.items()
+        )
+        parts = [
+            f"{self.selection.count:,} of {self.selection.total:,} entries",
+            f"{sum(len(group['params']) for group in self.param_groups)} parameters",
+            *([f"{len(self.param_groups)} groups"] if len(self.param_groups) > 1 else []),
+        ]
+        return f"{type(self).__name__}({', '.join([*parts, *shown])})"
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Refuse options of a group that are out of range."""
+        if isinstance(lr := options["lr"], Tensor) and lr.ndim:
+            raise ValueError(
+                f"lr must be one number or a zero-dimensional tensor, got {tuple(lr.shape)}: give parameters with "
+                "another one a group of their own."
+            )
+
     @abstractmethod
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Name what is kept for each selected entry with the options of this group."""
@@ -130,6 +153,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Run the operation on a bucket, whose steps are already counted."""
 
+    @torch._disable_dynamo  # it makes and replaces state; torch.compile breaks the graph here and runs it as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Do one step.
@@ -153,6 +177,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if self._at_start and not self.state:  # the first step, and no state was loaded
             check_start(self.selection, self._named())
         self._at_start = False
+        self._warn_of_clipping()
         work = [
             (bucket, group, [self._grad_of(parameter) for parameter in bucket.params])
             for group, buckets in zip(self.param_groups, self._current_buckets(), strict=True)
@@ -190,6 +215,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         Args:
             param_group: ``{"params": [(name, parameter), ...], ...}`` with options of its own.
         """
+        self._check_options({**self.defaults, **param_group})
         (group,) = settle(named_groups([param_group], self.selection), self.selection, self._settings["outside"])
         if not group["params"]:
             group["param_names"] = []  # torch forgets that an empty group has names
@@ -327,6 +353,18 @@ class MaskedOptimizer(torch.optim.Optimizer):
             self._released = ReleasedGrads(self, entries)
         # Makes a GradScaler hand over to step(), which refuses it, instead of failing without a word why.
         self._step_supports_amp_scaling = bool(entries)
+
+    def _warn_of_clipping(self) -> None:
+        """Say, once and only when a step would go unclipped, that ``clip_grad_norm_`` has missed gradients."""
+        if self._released is None or not self._released.grads or self.max_grad_norm is not None or self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"the gradients of {self._released.count} parameters are released during backward, so that "
+            "clip_grad_norm_ does not see them: clip with max_grad_norm= (math.inf for no clipping), or keep the "
+            "gradients with release_grads=False.",
+            stacklevel=7,  # the caller of step, past torch's wrappers
+        )
 
     def _check_released(self) -> None:
         if self._released is None:

@@ -53,11 +53,6 @@ class MaskedAdamW(MaskedOptimizer):
         max_grad_norm: float | None = None,
         release_grads: bool | None = None,
     ) -> None:
-        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
-            raise ValueError(
-                "lr, eps and weight_decay must be at least 0 and betas in [0, 1), "
-                f"got lr={lr}, eps={eps}, weight_decay={weight_decay}, betas={betas}."
-            )
         super().__init__(
             model_or_named_parameters,
             selection,
@@ -67,6 +62,15 @@ class MaskedAdamW(MaskedOptimizer):
             max_grad_norm=max_grad_norm,
             release_grads=release_grads,
         )
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        lr, betas, eps, weight_decay = (options[name] for name in ("lr", "betas", "eps", "weight_decay"))
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
+            raise ValueError(
+                "lr, eps and weight_decay must be at least 0 and betas in [0, 1), "
+                f"got lr={lr}, eps={eps}, weight_decay={weight_decay}, betas={betas}."
+            )
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")

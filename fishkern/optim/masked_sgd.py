@@ -54,15 +54,6 @@ class MaskedSGD(MaskedOptimizer):
         max_grad_norm: float | None = None,
         release_grads: bool | None = None,
     ) -> None:
-        if not (lr >= 0 and momentum >= 0 and weight_decay >= 0):
-            raise ValueError(
-                "lr, momentum and weight_decay must be at least 0, "
-                f"got lr={lr}, momentum={momentum}, weight_decay={weight_decay}."
-            )
-        if nesterov and (momentum == 0 or dampening != 0):
-            raise ValueError(
-                f"Nesterov needs a momentum and no dampening, got momentum={momentum}, dampening={dampening}."
-            )
         super().__init__(
             model_or_named_parameters,
             selection,
@@ -79,6 +70,21 @@ class MaskedSGD(MaskedOptimizer):
             max_grad_norm=max_grad_norm,
             release_grads=release_grads,
         )
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        lr, momentum, dampening, weight_decay = (
+            options[name] for name in ("lr", "momentum", "dampening", "weight_decay")
+        )
+        if not (lr >= 0 and momentum >= 0 and weight_decay >= 0):
+            raise ValueError(
+                "lr, momentum and weight_decay must be at least 0, "
+                f"got lr={lr}, momentum={momentum}, weight_decay={weight_decay}."
+            )
+        if options["nesterov"] and (momentum == 0 or dampening != 0):
+            raise ValueError(
+                f"Nesterov needs a momentum and no dampening, got momentum={momentum}, dampening={dampening}."
+            )
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()

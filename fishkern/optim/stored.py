@@ -25,7 +25,8 @@ def loaded(
         places: Of each name the indices that it moves at, ``[K]`` on its device, or ``None`` for all.
 
     Returns:
-        State by parameter, copied to its device, and groups with the saved options.
+        State by parameter, copied to its device, and groups with the saved options; one that is newer than the state
+        keeps the optimizer's own.
 
     Raises:
         ValueError: It has other groups, names or entries.
@@ -54,7 +55,7 @@ def loaded(
             }
     options = [{key: value for key, value in group.items() if key != "params"} for group in saved_groups]
     return state, [
-        {**copy.deepcopy(saved), "params": group["params"], "param_names": group["param_names"]}
+        {**group, **copy.deepcopy(saved), "params": group["params"], "param_names": group["param_names"]}
         for group, saved in zip(groups, options, strict=True)
     ]
 

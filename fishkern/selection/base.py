@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fishkern.backend import Backend
@@ -32,12 +33,24 @@ class Rule(ABC):
         always: Patterns of parameters that are selected whole, beside what the rule chooses.
         never: Patterns of parameters that belong to the pool and are selected nowhere.
 
+    Attributes:
+        streams: Whether :meth:`choose` takes scores that lie on disk as :class:`~fishkern.files.StoredTensor`, to read
+            them piece by piece. Where not, a score is read whole whenever it is looked up. False for a class that
+            defines ``choose`` and does not say.
+
     Raises:
         ValueError: A pattern is not a string.
     """
 
+    streams: ClassVar[bool] = False
+
     always: Patterns = field(default=(), kw_only=True)
     never: Patterns = field(default=(), kw_only=True)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "choose" in vars(cls) and "streams" not in vars(cls):  # what it inherits speaks of another choose
+            cls.streams = False
 
     def __post_init__(self) -> None:
         for name in ("always", "never"):
@@ -51,6 +64,8 @@ class Rule(ABC):
     def settings(self) -> dict[str, Any]:
         """The rule in plain values, for the header of a file."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        if "__dataclass_fields__" not in vars(type(self)):  # what an __init__ of its own has set
+            values |= {name: value for name, value in vars(self).items() if not name.startswith("_")}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return {"name": type(self).__name__, **plain}
 
@@ -61,7 +76,7 @@ class Rule(ABC):
         """Choose among the parameters that are neither selected always nor never.
 
         Args:
-            scores: By name, floating, in memory or on disk.
+            scores: By name, floating tensors; where the rule :attr:`streams`, also what lies on disk.
             total: Coordinates of the whole pool, those selected always or never included.
             backend: Passed on to the operation behind it.
 
@@ -199,13 +214,31 @@ def topk(
 
     Raises:
         ValueError: A score is NaN; its parameter is named.
-    """
+        TypeError: Scores are of a dtype without an order of its own, such as float8.
+    """  # noqa: DOC502
+    check_ordered(scores)
     names = list(scores)
     try:
         indices, threshold = topk_with_threshold(list(scores.values()), k, order=order, backend=backend)
     except NaNScoreError as error:
         raise ValueError(no_rank(names[error.block], error.index)) from None
     return dict(zip(names, indices, strict=True)), threshold
+
+
+def check_ordered(scores: Mapping[str, AnyTensor]) -> None:
+    """Demand scores that torch can sort.
+
+    Args:
+        scores: By name.
+
+    Raises:
+        TypeError: One is of another dtype, such as float8.
+    """
+    for name, score in scores.items():
+        if score.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"scores must be float64, float32, bfloat16 or float16; {name} is {score.dtype}: cast it."
+            )
 
 
 def no_rank(name: str, index: int) -> str:

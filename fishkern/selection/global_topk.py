@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -32,6 +33,7 @@ class GlobalTopK(Rule):
         TypeError: ``k`` or ``density`` is no number.
     """
 
+    streams: ClassVar[bool] = True
     k: int | None = None
     density: float | None = None
     order: Order = "largest"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from fishkern.backend import Backend
 from fishkern.files import PIECE, AnyTensor, pieces
 from fishkern.ops.streaming_topk import Order
-from fishkern.selection.base import Rule, check_order, count_of, no_rank, warn_of_zeros
+from fishkern.selection.base import Rule, check_order, check_ordered, count_of, no_rank, warn_of_zeros
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class PerRowTopK(Rule):
         TypeError: ``k`` is no integer.
     """
 
+    streams: ClassVar[bool] = True
     k: int
     order: Order = "largest"
 
@@ -49,6 +51,7 @@ class PerRowTopK(Rule):
                 f"{len(flat)} of {len(scores)} parameters have no rows, such as {flat[0]} of shape "
                 f"{tuple(scores[flat[0]].shape)}: name them in always= or never=."
             )
+        check_ordered(scores)
         widths = {name: score.shape[1:].numel() for name, score in scores.items()}
         if narrow := [name for name, width in widths.items() if width < self.k and scores[name].numel()]:
             raise ValueError(

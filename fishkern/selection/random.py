@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class Random(Rule):
         TypeError: ``k``, ``density`` or ``seed`` is no number.
     """
 
+    streams: ClassVar[bool] = True
     k: int | None = None
     density: float | None = None
     seed: int = 0

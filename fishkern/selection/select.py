@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from fishkern.backend import Backend
@@ -24,7 +25,8 @@ def select(
     """Choose coordinates by their scores.
 
     Statistics that were loaded lazily are read piece by piece, never as a whole: once beside a small sample, and again
-    where the sample does not tell enough, or where the last score selected is zero, to count the zeros.
+    where the sample does not tell enough, or where the last score selected is zero, to count the zeros. A rule of your
+    own gets a tensor, read whole, for each score that it looks up (but see :attr:`Rule.streams`).
 
     Args:
         statistics: What the rule sorts by: statistics, or any mapping from names to floating tensors, in memory or
@@ -39,9 +41,10 @@ def select(
         apart and is no checksum.
 
     Raises:
-        TypeError: ``rule`` is no rule or holds what is not JSON, or an entry is not a floating tensor.
-        ValueError: ``k`` exceeds what can be chosen from, a pattern matches nothing, a score is NaN, or two names
-            become one without wrappers.
+        TypeError: ``rule`` is no rule or holds what is not JSON, ``statistics`` is no mapping, an entry is not a
+            floating tensor with values, or the rule gives no indices by name.
+        ValueError: ``k`` exceeds what can be chosen from, a pattern matches nothing, a score is NaN, two names
+            become one without wrappers, or the rule selects from a parameter that it was not asked about.
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"rule must be a selection rule such as GlobalTopK(density=0.005), got {rule!r}.")
@@ -57,7 +60,8 @@ def select(
         raise ValueError(f"{min(both)} is in always= and in never=: leave it out of one.")
     kept = {name: score for name, score in scores.items() if name not in {*always, *never}}
     total = sum(score.numel() for score in scores.values())
-    indices = rule.choose(kept, total, backend)
+    indices = rule.choose(kept if rule.streams else _OnAccess(kept), total, backend)
+    _check_chosen(f"{type(rule).__name__}.choose", indices, kept)
     described = {"digest": _digest(statistics, scores)}
     if isinstance(statistics, Statistics):
         described |= {"count": statistics.count, "definition": statistics.provenance["definition"]}
@@ -66,18 +70,72 @@ def select(
     return Selection(shapes, indices, whole=always, provenance=provenance)
 
 
+class _OnAccess(Mapping[str, Tensor]):
+    """Scores as tensors, also those on disk, which are read when they are looked up, and not kept."""
+
+    def __init__(self, scores: Mapping[str, AnyTensor]) -> None:
+        self._scores = scores
+
+    def __getitem__(self, name: str) -> Tensor:
+        score = self._scores[name]
+        return score if isinstance(score, Tensor) else score.read(torch.promote_types(score.dtype, torch.float32))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scores)
+
+    def __len__(self) -> int:
+        return len(self._scores)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._scores  # Mapping's own would read the tensor
+
+
+def _check_chosen(what: str, indices: object, scores: Mapping[str, AnyTensor]) -> None:
+    if not isinstance(indices, Mapping):
+        raise TypeError(f"{what} must give flat indices by name, a dict of tensors [K]; got {type(indices).__name__}.")
+    for name, chosen in indices.items():
+        if name not in scores:
+            raise ValueError(
+                f"{what} selects from {name}, which is not among the {len(scores)} scores that it got (not in the "
+                "pool, or in always= or never=)."
+            )
+        if not isinstance(chosen, Tensor) or chosen.ndim != 1:
+            shown = tuple(chosen.shape) if isinstance(chosen, Tensor) else type(chosen).__name__
+            raise TypeError(f"{what} must give flat indices, a tensor [K] for each name; for {name} it gave {shown}.")
+
+
 def _scores(statistics: Statistics | Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
     if isinstance(statistics, Statistics):
         return dict(statistics.blocks)
+    if not callable(getattr(statistics, "items", None)):
+        raise TypeError(
+            "scores come as statistics or as a mapping from names to tensors, such as dict(model.named_parameters()); "
+            f"got {type(statistics).__name__}."
+        )
     scores: dict[str, AnyTensor] = {}
     for name, score in statistics.items():
-        if not isinstance(score, Tensor | StoredTensor) or not score.dtype.is_floating_point:
-            what = getattr(score, "dtype", type(score).__name__)
-            raise TypeError(f"scores are floating tensors, {name} is {what}: cast it.")
+        if not isinstance(name, str):
+            raise TypeError(f"scores are given by the names of parameters, strings; got {name!r}.")
+        _check_score(name, score)
         if (short := canonical_name(name)) in scores:
             raise ValueError(f"two names become {short} without wrappers: leave one out.")
         scores[short] = score.detach() if isinstance(score, Tensor) else score
     return scores
+
+
+def _check_score(name: str, score: object) -> None:
+    if not isinstance(score, Tensor | StoredTensor):
+        what = type(score).__name__
+        raise TypeError(f"scores are floating tensors, {name} is {what}: make a tensor of it (torch.as_tensor).")
+    if not score.dtype.is_floating_point:
+        raise TypeError(f"scores are floating tensors, {name} is {score.dtype}: cast it.")
+    if isinstance(score, StoredTensor):
+        return
+    if score.is_nested or score.layout != torch.strided:
+        what = "nested" if score.is_nested else str(score.layout)
+        raise TypeError(f"scores are dense tensors, {name} is {what}: make it dense, as by to_dense().")
+    if score.is_meta:
+        raise TypeError(f"{name} is on the meta device, where scores have no values: load it first.")
 
 
 def _digest(statistics: Statistics | Mapping[str, AnyTensor], scores: Mapping[str, AnyTensor]) -> str:

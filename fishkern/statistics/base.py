@@ -6,13 +6,13 @@ import hashlib
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fishkern.backend import Backend
-from fishkern.layers import PerExampleGrads
+from fishkern.layers import DenseGrads, PerExampleGrads
 from fishkern.statistics.predictive import Predictive
 
 
@@ -20,13 +20,26 @@ class Estimator(ABC):
     """Recipe of a statistic.
 
     A pass over data asks for :meth:`objectives` of each batch, back-propagates each of them, and hands the gradients of
-    every parameter to :meth:`update_`.
+    every parameter to :meth:`update_`. One of your own needs :attr:`definition` and :meth:`update_`; the rest is that
+    of a mean over examples at the data's labels.
+
+    Attributes:
+        adds_squares: Whether :meth:`update_` asks nothing of the gradients but to add their squares, which then may
+            come in parts (of a tied weight the head's before the embedding's), and may miss zero by rounding. False for
+            a class that defines ``update_`` and does not say.
     """
 
+    adds_squares: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "update_" in vars(cls) and "adds_squares" not in vars(cls):  # what it inherits speaks of another update_
+            cls.adds_squares = False
+
     @property
-    @abstractmethod
     def per_example(self) -> bool:
         """Whether the gradients of single examples are needed, or those of the objectives as a whole will do."""
+        return True
 
     @property
     @abstractmethod
@@ -34,11 +47,10 @@ class Estimator(ABC):
         """What is estimated, as plain values: statistics merge only if these are equal."""
 
     @property
-    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What may differ between statistics that merge, as plain values."""
+        return {}
 
-    @abstractmethod
     def objectives(self, answer: Predictive | Tensor, examples: range) -> Iterator[Tensor | None]:
         """Say what to back-propagate for a batch.
 
@@ -50,8 +62,8 @@ class Estimator(ABC):
             ``[N]``; entry ``n`` depends on example ``n`` alone, and the sum is back-propagated. ``None`` where there is
             nothing to back-propagate for these examples, so that the places of the others are those of the whole batch.
         """
+        yield losses_of(answer)
 
-    @abstractmethod
     def units(self, num_examples: int) -> int:
         """Count what one batch adds to the number that the result is a mean over.
 
@@ -61,6 +73,7 @@ class Estimator(ABC):
         Returns:
             The number of units.
         """
+        return num_examples
 
     def init(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Make the accumulator of one parameter.
@@ -71,19 +84,29 @@ class Estimator(ABC):
             device: Where it lies.
 
         Returns:
-            Zeros.
+            Zeros of this shape, dtype and device.
         """
         return torch.zeros(shape, dtype=dtype, device=device)
 
     @abstractmethod
     def update_(self, state: Tensor, grads: PerExampleGrads, backend: Backend | None = None) -> None:
-        """Add the gradients of one objective.
+        """Add the gradients of one objective; parts of the data may be added up elsewhere and be summed.
 
         Args:
             state: Accumulator, changed in place.
-            grads: Gradients of the parameter.
+            grads: Gradients of the parameter: ``grads.example(n)`` for ``n`` below ``grads.num_examples``, or the sum
+                of their squares by ``grads.add_squares_(state, backend)``. All examples of a batch, or some of them.
             backend: Passed on to the operation behind it.
         """
+
+    def add_single_(self, state: Tensor, grad: Tensor) -> None:
+        """Add the gradient of a single example, whole: the statistic's definition, for a loop to compare with.
+
+        Args:
+            state: Accumulator, changed in place.
+            grad: Of the parameter's shape.
+        """
+        self.update_(state, DenseGrads(grad[None]))
 
     def result(self, state: Tensor, count: int) -> Tensor:
         """Turn an accumulator into the statistic.
@@ -95,8 +118,7 @@ class Estimator(ABC):
         Returns:
             The mean over units, float32.
         """
-        # a tied weight's squares are formed as A^2 + (2A + E)E, which rounding may leave just below zero
-        return state.clamp_(min=0).div_(count).float()
+        return state.div_(count).float()
 
 
 def integer(value: Any, name: str) -> int:

@@ -68,7 +68,10 @@ def check_coverage(entries: Mapping[str, AnyTensor], coverage: Mapping[str, Cove
         if covered.path == "left out":
             raise ValueError(f"{name} is held, but coverage says it was left out.")
         if covered.numel != entry.numel():
-            raise ValueError(f"{name} has {entry.numel()} coordinates, but coverage says {covered.numel}.")
+            raise ValueError(
+                f"{name} has {entry.numel()} coordinates, but coverage says {covered.numel}: a statistic has its "
+                "parameter's shape; sum over axes or groups afterwards."
+            )
     for name, covered in coverage.items():
         if covered.path != "left out" and name not in entries:
             raise ValueError(f"coverage says {covered.path} of {name}, which is not held.")

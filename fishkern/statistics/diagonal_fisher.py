@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -43,6 +43,7 @@ class DiagonalFisher(Estimator):
         TypeError: ``mc_samples``, ``seed`` or ``max_label_passes`` is no integer.
     """
 
+    adds_squares: ClassVar[bool] = True
     fisher_type: Literal["empirical", "mc", "type-2"] = "empirical"
     unit: Literal["example", "position", "batch"] = "example"
     mc_samples: int = 1
@@ -105,3 +106,7 @@ class DiagonalFisher(Estimator):
             grads.add_position_squares_(state)
         else:
             grads.add_squares_(state, backend)
+
+    def result(self, state: Tensor, count: int) -> Tensor:
+        # a tied weight's squares are formed as A^2 + (2A + E)E, which rounding may leave just below zero
+        return super().result(state.clamp_(min=0), count)

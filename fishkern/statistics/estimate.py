@@ -123,7 +123,7 @@ def estimate(
         way: GradientPass | PerExamplePass
         if estimator.per_example:
             way = PerExamplePass(model, chosen, answer, estimator, accumulators, check, independence)
-        elif estimator.definition["unit"] == "batch":
+        elif estimator.definition.get("unit") == "batch":
             way = GradientPass(chosen, answer, estimator, accumulators, "batch", None)
         else:
             way = GradientPass(chosen, answer, estimator, accumulators, "sketch", independence)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -13,7 +14,9 @@ from fishkern.statistics.coverage import merged_coverage
 from fishkern.statistics.result import Statistics
 
 
-def merge(a: Statistics, b: Statistics, *more: Statistics) -> Statistics:
+def merge(
+    a: Statistics, b: Statistics | None = None, *more: Statistics, weights: Sequence[float] | None = None
+) -> Statistics:
     """Merge statistics of different data into those of all of it: the mean, weighted by ``count``.
 
     merged[name] = sum_s count_s * s[name] / sum_s count_s, in float64. ``merge(a, b) == merge(b, a)``.
@@ -22,35 +25,68 @@ def merge(a: Statistics, b: Statistics, *more: Statistics) -> Statistics:
         a: Statistics of some data.
         b: The same statistic, of the same parameters, on other data.
         more: Any number of further ones.
+        weights: One for each of them, in the place of the counts; at least 0, not all of them 0. They stand in the
+            definition of what comes out, which then merges with nothing of another definition.
 
     Returns:
         New statistics on ``a``'s device and in its order; ``count`` is the sum, ``runs`` are concatenated. Where a
         parameter took different paths, the coverage has the slower one, and every reason.
 
     Raises:
-        ValueError: They differ in definition, names, shapes or sizes of parameters; the message says where.
+        TypeError: Something else than statistics is given, one by one, or fewer than two.
+        ValueError: They differ in definition, names, shapes or sizes of parameters; the message says where. Or
+            ``weights`` are not one number of at least 0 for each, or all 0.
     """  # noqa: DOC502
     parts = (a, b, *more)
+    _check_statistics(parts)
     for part in parts[1:]:
         _check_mergeable(a, part)
-    count = sum(part.count for part in parts)
+    shares = _shares(parts, weights)
     tensors = {}
     for name, shape in a.shapes.items():
         tensors[name] = torch.empty(shape, dtype=torch.float32, device=a.blocks[name].device)
         rest = tensors[name].view(-1)
         for aligned in zip(*(part.pieces(name) for part in parts), strict=True):
             doubles = (piece.to(rest.device, torch.float64) for piece in aligned)
-            weighted = (part.count * double for part, double in zip(parts, doubles, strict=True))
-            rest[: len(aligned[0])] = sum(weighted) / count
+            weighted = (share * double for share, double in zip(shares, doubles, strict=True))
+            rest[: len(aligned[0])] = sum(weighted) / sum(shares)
             rest = rest[len(aligned[0]) :]
     definition = a.provenance["definition"]
+    if weights is not None:
+        definition["weights"] = [*definition.get("weights", []), list(shares)]  # one list for each such merge
     runs = [run for part in parts for run in part.provenance["runs"]]
     return Statistics(
         tensors,
-        count=count,
+        count=sum(part.count for part in parts),
         provenance={"definition": definition, "runs": runs},
         coverage=reduce(merged_coverage, (part.coverage for part in parts)),
     )
+
+
+def _check_statistics(parts: Sequence[object]) -> None:
+    others = [part for part in parts if part is not None and not isinstance(part, Statistics)]
+    if others and isinstance(others[0], list | tuple):
+        raise TypeError("merge takes statistics one by one: merge(*parts), not merge(parts).")
+    if others:
+        raise TypeError(
+            f"merge takes statistics, such as estimate gives, got {type(others[0]).__name__}. To average models, "
+            "weight each by its statistics."
+        )
+    if None in parts[1:]:
+        raise TypeError("merge takes two statistics or more: merge(a, b).")
+
+
+def _shares(parts: Sequence[Statistics], weights: Sequence[float] | None) -> list[float]:
+    """Give what each part is weighted by."""
+    if weights is None:
+        return [part.count for part in parts]
+    shares = [float(weight) for weight in weights]
+    if len(shares) != len(parts) or not all(0 <= share < math.inf for share in shares) or not any(shares):
+        raise ValueError(
+            f"weights must be one number of at least 0 for each of the {len(parts)} statistics, not all of them 0; "
+            f"got {shares}."
+        )
+    return shares
 
 
 def _check_mergeable(a: Statistics, b: Statistics) -> None:

@@ -218,7 +218,7 @@ class PerExamplePass:
             )
 
     def _refuse_positions(self, keys: Iterable[str]) -> None:
-        if self._estimator.definition["unit"] == "position" and (without := sorted(keys)):
+        if self._estimator.definition.get("unit") == "position" and (without := sorted(keys)):
             raise UnsupportedModuleError(
                 f"unit='position' needs a rule for positions, and there is none for {without}. {leave_out(without)}"
             )
@@ -268,7 +268,8 @@ class PerExamplePass:
         withheld: dict[str, set[int]] = defaultdict(set)
         reached = set(looped)
         if plan.sites:
-            with only_trainable(looped.values()), Capture(plan.sites, add_wanted) as capture:
+            capturing = Capture(plan.sites, add_wanted, squares=self._estimator.adds_squares)
+            with only_trainable(looped.values()), capturing as capture:
                 with capture.forward(batch.num_examples):
                     answer = self._answer(batch)
                 for index, (objective, last) in enumerate(with_last(self._estimator.objectives(answer, batch.places))):

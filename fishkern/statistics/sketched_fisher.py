@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -31,6 +31,7 @@ class SketchedFisher(Estimator):
         TypeError: ``draws`` or ``seed`` is no integer.
     """
 
+    adds_squares: ClassVar[bool] = True
     draws: int = 8
     seed: int = 0
 

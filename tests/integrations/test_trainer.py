@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -62,10 +63,16 @@ SHORT = dict(  # a training of four steps on a CPU
 
 
 def trainer(model: nn.Module, folder: Path, selection: fk.Selection, **options) -> transformers.Trainer:
+    evaluated = options.pop("eval_dataset", None)
     arguments = transformers.TrainingArguments(**{**SHORT, "output_dir": str(folder), **options})
     optimizer = fk.MaskedAdamW(model, selection, lr=1e-2, weight_decay=arguments.weight_decay)
     return transformers.Trainer(
-        model, arguments, train_dataset=Rows(), optimizers=(optimizer, None), callbacks=[FisherCallback(selection)]
+        model,
+        arguments,
+        train_dataset=Rows(),
+        eval_dataset=evaluated,
+        optimizers=(optimizer, None),
+        callbacks=[FisherCallback(selection)],
     )
 
 
@@ -166,6 +173,55 @@ def test_stopping_and_going_on_is_not_stopping(tmp_path):
     expected = values(whole)
     for name, value in values(resumed).items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
+
+
+def test_the_best_checkpoint_stays_loaded(tmp_path):
+    """In 16 bits the optimizer keeps float32 copies, which must not bring back the weights of the last step."""
+    model = adapted(torch.bfloat16)
+    selection = selected(model)
+    options = dict(eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True)
+    options |= dict(metric_for_best_model="eval_loss", greater_is_better=True, eval_dataset=Rows())
+    training = trainer(model, tmp_path, selection, **options)
+    training.train()
+    assert training.state.best_global_step < 4
+    best, optimizer = values(model), training.optimizer.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    model(**Rows().batch).loss.backward()
+    optimizer.step()
+    for name, value in values(model).items():
+        assert torch.equal(value, best[name]), name
+
+
+def test_arguments_that_the_optimizer_does_not_have_are_said_once(tmp_path):
+    """A Trainer that is given its optimizer ignores them without a word."""
+    model = adapted()
+    selection = selected(model)
+    message = (
+        r"no effect, since the Trainer was given its optimizer: learning_rate=0.5 \(the optimizer has 0.01\), "
+        r"adam_beta2=0.9 \(the optimizer has 0.999\). Set them where"
+    )
+    with pytest.warns(UserWarning, match=message) as warned:
+        trainer(model, tmp_path, selection, learning_rate=0.5, adam_beta2=0.9, lr_scheduler_type="constant").train()
+    assert len([one for one in warned if "no effect" in str(one.message)]) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0}, {"warmup_steps": 2}], ids=str)
+def test_the_callback_leaves_nothing_to_warn_of(tmp_path, options):
+    """It hands the clipping over before the first step, also that there is none; and defaults are nobody's wish."""
+    model = adapted()
+    selection = selected(model)
+    arguments = transformers.TrainingArguments(**{**SHORT, "output_dir": str(tmp_path), "max_steps": 2, **options})
+    arguments.learning_rate = transformers.TrainingArguments("x").learning_rate
+    optimizer = fk.MaskedAdamW(model, selection, lr=1e-2, weight_decay=0.1, release_grads=True)
+    training = transformers.Trainer(
+        model, arguments, train_dataset=Rows(), optimizers=(optimizer, None), callbacks=[FisherCallback(selection)]
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=UserWarning)
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*|.*pin_memory.*")
+        training.train()
+    assert optimizer.max_grad_norm == (options.get("max_grad_norm", 1.0) or float("inf"))
 
 
 def test_another_optimizer_or_selection_is_refused(tmp_path):

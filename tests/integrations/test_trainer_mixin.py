@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -34,13 +35,15 @@ class FisherTrainer(FisherMixin, transformers.Trainer): ...
 
 
 def selecting(folder: Path, model: nn.Module | None = None, select=None, **options) -> FisherTrainer:
-    init = options.pop("model_init", None)
+    init, own = options.pop("model_init", None), options.pop("own", {})
+    own |= {"select_data": options.pop("select_data")} if "select_data" in options else {}
     return FisherTrainer(
         model=model,
         model_init=init,
         args=transformers.TrainingArguments(**{**SHORT, "output_dir": str(folder), "weight_decay": 0.0, **options}),
         train_dataset=Rows(),
-        select=select or partial(fk.fish_tuning, density=0.3),
+        select=partial(fk.fish_tuning, density=0.3) if select is None else select,
+        **own,
     )
 
 
@@ -110,6 +113,76 @@ def test_weight_decay_has_the_trainers_exceptions(tmp_path):
     assert {decay for name, decay in decays.items() if not name.endswith("bias")} == {0.1}
     assert optimizer.max_grad_norm == 2.0
     assert training.create_optimizer() is optimizer
+
+
+def test_a_rule_selects_by_the_fisher_of_the_trainers_data(tmp_path):
+    model = adapted()
+    start, expected = values(model), fk.select(fk.estimate(adapted(), [Rows().batch]), fk.GlobalTopK(density=0.1))
+    training = selecting(tmp_path, model, fk.GlobalTopK(density=0.1))
+    training.train()
+    assert training.optimizer.optimizer.selection.overlap(expected) > 0.99  # equal but for ties of rounding
+    assert_only_the_selection_moved(model, training.optimizer.optimizer.selection, start)
+
+
+def test_it_selects_on_data_of_its_own(tmp_path):
+    """Training goes on with the Trainer's."""
+    seen = []
+
+    def select(model: nn.Module, batches: object) -> fk.Selection:
+        seen.extend(batches)
+        return fk.fish_tuning(model, seen, density=0.3)
+
+    own = [{key: value[:3] for key, value in Rows().batch.items()}]
+    training = selecting(tmp_path, adapted(), select, select_data=own)
+    training.train()
+    assert seen == own
+    assert training.optimizer.optimizer.selection == fk.fish_tuning(adapted(), own, density=0.3)
+    assert training.state.global_step == 4
+
+
+REFUSED = {
+    "nothing callable": (0.3, r"select must be a function .*, or a rule such as .*; got float"),
+    "a class": (fk.GlobalTopK, "got the class GlobalTopK: call it"),
+    "a selection": (fk.Selection({"w": (2,)}, {}), r"got a Selection: with one at hand take a plain Trainer"),
+}
+
+
+@pytest.mark.parametrize("select, message", REFUSED.values(), ids=REFUSED)
+def test_what_selects_is_checked_when_it_is_made(tmp_path, select, message):
+    """Not minutes later, when training starts."""
+    with pytest.raises(TypeError, match=message):
+        selecting(tmp_path, adapted(), select)
+
+
+def test_what_it_gives_is_checked(tmp_path):
+    with pytest.raises(TypeError, match="select must give a Selection, got dict"):
+        selecting(tmp_path, adapted(), lambda model, batches: {"w": [0]}).train()
+
+
+def smoothed(outputs, labels, num_items_in_batch=None):
+    return nn.functional.cross_entropy(outputs["logits"], labels, label_smoothing=0.3)
+
+
+def losses(model, batch):
+    logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    return nn.functional.cross_entropy(logits, batch["labels"], label_smoothing=0.3, reduction="none")
+
+
+OTHERS = {"compute_loss_func": {"compute_loss_func": smoothed}, "label_smoothing_factor=0.3": {"smoothing": 0.3}}
+
+
+@pytest.mark.parametrize("said, options", OTHERS.items(), ids=OTHERS)
+def test_a_loss_that_the_scores_are_not_of_is_warned_of(tmp_path, said, options):
+    arguments = {"label_smoothing_factor": options["smoothing"]} if "smoothing" in options else {}
+    own = {key: value for key, value in options.items() if key != "smoothing"}
+    message = rf"trains another loss than the model's own \({said}\), which has no part in the scores: give select"
+    with pytest.warns(UserWarning, match=message):
+        selecting(tmp_path, adapted(), **arguments, own=own).create_optimizer()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        told = partial(fk.fish_tuning, density=0.3, likelihood=losses)
+        selecting(tmp_path, adapted(), told, **arguments, own=own).create_optimizer()
+        selecting(tmp_path, adapted()).create_optimizer()
 
 
 def test_another_algorithm_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
 
 import datasets  # noqa: E402
 
-from fishkern.integrations.trainer import FILE, FisherCallback  # noqa: E402
+from fishkern.integrations.trainer import FILE, FisherCallback, FisherMixin  # noqa: E402
 from tests.integrations.test_trainer import SHORT, assert_only_the_selection_moved, values, words  # noqa: E402
 
 
@@ -45,3 +46,33 @@ def test_sft_moves_the_selection_alone(tmp_path):
     checkpoint = tmp_path / "checkpoint-4"
     assert fk.Selection.load(checkpoint / FILE) == selection
     assert json.loads((checkpoint / "adapter_config.json").read_text())["init_lora_weights"] == "pissa"
+
+
+class FisherSFT(FisherMixin, trl.SFTTrainer): ...
+
+
+def test_packed_training_selects_on_unpacked_data(tmp_path):
+    """Rows that hold several examples are refused for the scores, and are what is trained on."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    rows = datasets.Dataset.from_dict({"text": ["the sea falls", "rain on old stones", "all night long", "rain"] * 6})
+    options = dict(output_dir=str(tmp_path), max_length=16, bf16=False, packing=True, padding_free=True)
+
+    def sft(**own) -> FisherSFT:
+        return FisherSFT(
+            zoo.llama(vocab_size=41).model,
+            trl.SFTConfig(**{**SHORT, **options}),
+            train_dataset=rows,
+            processing_class=words(),
+            peft_config=config,
+            select=partial(fk.fish_tuning, density=0.3),
+            **own,
+        )
+
+    with pytest.raises(ValueError, match="this batch is packed"):
+        sft().train()
+    unpacked = torch.utils.data.DataLoader([{k: v[n] for k, v in zoo.text_batch(8, 7).items()} for n in range(8)], 4)
+    trainer = sft(select_data=unpacked)
+    start = values(trainer.model)
+    trainer.train()
+    assert_only_the_selection_moved(trainer.model, trainer.optimizer.optimizer.selection, start)

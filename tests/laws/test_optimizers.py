@@ -195,6 +195,37 @@ def test_master_is_float32_rounded(kind):
     assert not torch.equal(weights(wide), weights(tiny(torch.bfloat16)).float())
 
 
+def by_state_dict(model, start, selection):
+    model.load_state_dict(start)
+
+
+def by_data(model, start, selection):
+    """Which autograd does not notice."""
+    for name, p in model.named_parameters():
+        p.data = start[name].clone()
+
+
+def by_delta(model, start, selection):
+    base = tiny(torch.bfloat16)
+    fk.apply_delta(model, fk.delta(base, selection))
+
+
+@every_optimizer
+@pytest.mark.parametrize("restore", [by_state_dict, by_data, by_delta])
+def test_restored_weights_stay_restored(kind, restore):
+    """A checkpoint that is loaded between two steps counts, not the float32 copies of before."""
+    model = tiny(torch.bfloat16)
+    selection, start = some(model, 0.5), copy.deepcopy(model.state_dict())
+    optimizer = kind.make(model, selection)
+    train(model, optimizer, range(5))
+    assert not torch.equal(weights(model), weights(tiny(torch.bfloat16)))
+    restore(model, start, selection)
+    train(model, optimizer, [5], lr=0.0)
+    assert torch.equal(weights(model), weights(tiny(torch.bfloat16)))
+    train(model, optimizer, range(6, 9), lr=0.5)
+    assert not torch.equal(weights(model), weights(tiny(torch.bfloat16)))
+
+
 @every_optimizer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_load_continue(kind, dtype):
@@ -217,6 +248,54 @@ def test_save_load_continue(kind, dtype):
     train(resumed, another, range(5, 10))
     assert torch.equal(weights(resumed), weights(model))
     assert same_state(another.state_dict(), optimizer.state_dict())
+
+
+@every_optimizer
+def test_a_state_from_before_an_option_existed_loads(kind):
+    """The option keeps the value that the optimizer was made with, its default; what the state has counts."""
+    model, twin = tiny(), tiny()
+    selection = some(model)
+    optimizer = kind.make(model, selection)
+    train(model, optimizer, range(3))
+    twin.load_state_dict(model.state_dict())
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["maximize"], group["weight_decay"]
+    resumed = kind.make(twin, selection, lr=7.0)
+    resumed.load_state_dict(saved)
+    train(model, optimizer, range(3, 5))
+    train(twin, resumed, range(3, 5))
+    assert torch.equal(weights(model), weights(twin))
+
+
+@every_optimizer
+def test_a_compiled_step_is_the_step(kind):
+    """``torch.compile`` runs it as it is; also the first one, which makes the state."""
+    model, twin = tiny(torch.bfloat16), tiny(torch.bfloat16)
+    selection = some(model)
+    optimizer, other = kind.make(model, selection), kind.make(twin, selection)
+    compiled = torch.compile(other.step, backend="eager")
+    for step in range(3):
+        train(model, optimizer, [step])
+        other.zero_grad()
+        loss_of(twin, step).backward()
+        compiled()
+    assert torch.equal(weights(model), weights(twin))
+    assert same_state(optimizer.state_dict(), other.state_dict())
+
+
+@every_optimizer
+def test_its_repr_is_short(kind):
+    """What it moves and its options, in one line; not the names of a model's parameters."""
+    model = tiny()
+    named = list(model.named_parameters())
+    groups = [{"params": named[:2], "lr": 0.5}, {"params": named[2:]}]
+    one, two = repr(kind.make(model, some(model))), repr(kind.make(groups, some(model)))
+    count = some(model).count
+    assert one.startswith(f"{kind.masked.__name__}({count} of 155 entries, 6 parameters, lr={kind.options['lr']}, ")
+    assert f"6 parameters, 2 groups, lr=[0.5, {kind.options['lr']}], " in two
+    assert max(map(len, (one, two))) < 200
+    assert "\n" not in one + two
 
 
 @every_optimizer
@@ -303,9 +382,9 @@ def test_released_gradients_change_nothing(kind, dtype):
     kept, released = tiny(dtype), tiny(dtype)
     selection = some(kept)
     train(kept, kind.make(kept, selection, release_grads=False), range(5))
+    optimizer = kind.make(released, selection, release_grads=True)
     with pytest.warns(UserWarning, match="clip_grad_norm_ does not see them"):
-        optimizer = kind.make(released, selection, release_grads=True)
-    train(released, optimizer, range(5))
+        train(released, optimizer, range(5))
     assert torch.equal(weights(kept), weights(released))
     assert [p.grad is None for p in released.parameters()] == [name not in selection.whole for name in selection.names]
 

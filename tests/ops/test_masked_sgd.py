@@ -109,6 +109,25 @@ def test_master_is_float32_rounded(backend):
     assert all(torch.equal(p, w.half()) for p, w in zip(params, wide, strict=True))
 
 
+def test_master_follows_weights_that_were_restored(backend):
+    """A step after a restore is the step of a master that stands at the restored weights."""
+    params, indices = draw(SHAPES, 0.3, torch.float16)
+    base = [p.clone() for p in params]
+    master, fresh = (
+        torch.cat([p.view(-1)[i.long()].float() for p, i in zip(base, indices, strict=True)]) for _ in range(2)
+    )
+    options = dict(lr=0.1, momentum=0.9, weight_decay=0.1, backend=backend)
+    buffer = buffer_of(indices, options)
+    run(params, indices, buffer, 3, master=master, **options)
+    for p, values in zip(params, base, strict=True):
+        p.copy_(values)
+    other = buffer.clone()
+    run(params, indices, buffer, 1, first=4, master=master, **options)
+    run(base, indices, other, 1, first=4, master=fresh, **options)
+    assert torch.equal(master, fresh)
+    assert all(torch.equal(p, q) for p, q in zip(params, base, strict=True))
+
+
 @pytest.mark.parametrize("dampening", [0.0, 0.4])
 def test_entries_count_their_own_updates(dampening, backend):
     """Momentum begins with an entry's first gradient whole, also where it came in later."""

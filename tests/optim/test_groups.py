@@ -186,6 +186,20 @@ def test_nothing_selected():
     assert optimizer.state.keys() == set(model.head.parameters())
 
 
+@pytest.mark.parametrize("kind", [fk.MaskedAdamW, fk.MaskedSGD])
+def test_a_learning_rate_is_one_number(kind):
+    """Also that of a group."""
+    model = Model()
+    model.head.requires_grad_(False)
+    two, named = torch.tensor([0.1, 0.2]), list(model.adapter.named_parameters(prefix="adapter"))
+    for arguments, options in ((model, {"lr": two}), ([{"params": named, "lr": two}], {})):
+        with pytest.raises(ValueError, match=r"lr must be one number or a zero-dimensional tensor, got \(2,\)"):
+            kind(arguments, adapter(model), **options)
+    with pytest.raises(ValueError, match="must be at least 0.* got lr=-1"):
+        kind([{"params": named, "lr": -1}], adapter(model))
+    step(model, kind(model, adapter(model), lr=torch.tensor(0.1)))
+
+
 def test_sgd_options():
     model = Model()
     with pytest.raises(ValueError, match="Nesterov needs a momentum and no dampening"):

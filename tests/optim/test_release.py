@@ -33,13 +33,32 @@ def test_base_weights_by_default_and_adapters_not():
 
 
 def test_clipping_elsewhere_is_warned_of_once():
+    """At the first step that nobody clips, and at the line that does it."""
     model = nn.Linear(5, 3)
-    with pytest.warns(UserWarning, match=r"1 parameters are released .* clip with max_grad_norm= \(math.inf for no"):
-        fk.MaskedSGD(model, selection(model), release_grads=True)
+
+    def step(optimizer):
+        model(torch.randn(2, 5)).sum().backward()
+        optimizer.step()
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fk.MaskedSGD(model, selection(model), release_grads=True, max_grad_norm=math.inf)
-        fk.MaskedSGD(model, selection(model), release_grads=False)
+        optimizer = fk.MaskedSGD(model, selection(model, 0.5), release_grads=True)
+        optimizer.step()  # nothing was released
+    with pytest.warns(UserWarning, match=r"1 parameters are released .* max_grad_norm= \(math.inf for no") as warned:
+        step(optimizer)
+    assert warned[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(optimizer)
+        optimizer.close()
+        late = fk.MaskedSGD(model, selection(model, 0.5), release_grads=True)
+        late.max_grad_norm = 1.0  # as a callback of a Trainer does
+        step(late)
+        late.close()
+        unclipped = fk.MaskedSGD(model, selection(model, 0.5), release_grads=True, max_grad_norm=math.inf)
+        step(unclipped)
+        unclipped.close()
+        step(fk.MaskedSGD(model, selection(model, 0.5), release_grads=False))
 
 
 def test_a_parameter_without_selected_entries_is_released_too():

@@ -220,6 +220,24 @@ def test_what_cannot_be_selected_from():
         fk.select({"w": torch.ones(3).long()}, fk.GlobalTopK(k=1))
     with pytest.raises(TypeError, match="scores are floating tensors, w is list"):
         fk.select({"w": [1.0]}, fk.GlobalTopK(k=1))
+    w = torch.rand(3)
+    for odd, message in {
+        "numpy": (w.numpy(), "scores are floating tensors, w is ndarray: make a tensor of it"),
+        "sparse": (w.to_sparse(), r"scores are dense tensors, w is torch.sparse_coo: make it dense"),
+        "meta": (w.to("meta"), "w is on the meta device, where scores have no values"),
+        "complex": (w.cfloat(), "scores are floating tensors, w is torch.complex64: cast it"),
+    }.values():
+        for rule in (fk.GlobalTopK(k=1), fk.PerTensorTopK(k=1), fk.PerRowTopK(1), fk.Random(k=1)):
+            with pytest.raises(TypeError, match=message):
+                fk.select({"w": odd}, rule)
+    for rule in (fk.GlobalTopK(k=1), fk.PerTensorTopK(k=1), fk.PerRowTopK(1)):
+        with pytest.raises(TypeError, match="scores must be float64, .*; w is torch.float8_e4m3fn: cast it"):
+            fk.select({"v": w[None], "w": w[None].to(torch.float8_e4m3fn)}, rule)
+    for odd in ([("w", w)], iter([("w", w)]), w, "fisher.safetensors", None):
+        with pytest.raises(TypeError, match=f"a mapping from names to tensors, .*; got {type(odd).__name__}"):
+            fk.select(odd, fk.GlobalTopK(k=1))
+    with pytest.raises(TypeError, match="by the names of parameters, strings; got 0"):
+        fk.select({0: w}, fk.GlobalTopK(k=1))
     with pytest.raises(ValueError, match="two names become w without wrappers"):
         fk.select({"w": torch.rand(3), "module.w": torch.rand(3)}, fk.GlobalTopK(k=1))
     assert fk.select({}, fk.GlobalTopK(density=0.5)).count == 0

@@ -211,6 +211,35 @@ def test_merge_with_statistics_of_unknown_coverage():
     assert merge(make(), unknown).coverage == merge(unknown, make()).coverage == make().coverage
 
 
+def test_merge_by_weights():
+    """In the place of the counts; they stand in the definition, one list for each merge."""
+    a, b, c = (make(seed, count) for seed, count in ((0, 3), (1, 5), (2, 8)))
+    merged = merge(a, b, c, weights=(0.5, 0, 2))
+    for name in a:
+        torch.testing.assert_close(merged[name], (0.5 * a[name] + 2 * c[name]) / 2.5)
+    assert merged.count == 16
+    assert merged.provenance["definition"] == {**DEFINITION, "weights": [[0.5, 0, 2]]}
+    twice = merge(merged, merged, weights=torch.tensor([1, 3]))
+    assert twice.provenance["definition"]["weights"] == [[0.5, 0, 2], [1, 3]]
+    with pytest.raises(ValueError, match="only statistics of one definition merge; these differ in weights"):
+        merge(merged, a)
+    for weights in ((1,), (1, 2, 3), (0, 0), (1, -1), (1, float("inf")), (1, float("nan"))):
+        with pytest.raises(ValueError, match="weights must be one number of at least 0 for each of the 2 statistics"):
+            merge(a, b, weights=weights)
+
+
+def test_merge_says_what_to_write():
+    a = make()
+    with pytest.raises(TypeError, match=r"one by one: merge\(\*parts\), not merge\(parts\)"):
+        merge([a, a])
+    with pytest.raises(TypeError, match="merge takes statistics, such as estimate gives, got Linear"):
+        merge(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="merge takes statistics, such as estimate gives, got dict"):
+        merge(a, dict(a))
+    with pytest.raises(TypeError, match=r"two statistics or more: merge\(a, b\)"):
+        merge(a)
+
+
 def test_merge_names_what_differs():
     with pytest.raises(ValueError, match=r"fisher_type \('empirical' and 'mc'\), mc_samples \(absent and 4\)"):
         merge(make(), make(fisher_type="mc", mc_samples=4))

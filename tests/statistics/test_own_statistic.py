@@ -1,0 +1,198 @@
+"""A statistic that a user writes outside the package, by the page on extending."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import fishkern as fk
+from tests.support import zoo
+from tests.support.exactness import LIMIT
+from tests.support.oracle import row, size, worst_error
+
+pytest.importorskip("transformers")
+
+
+@dataclass(frozen=True)
+class MeanPower(fk.Estimator):
+    """The mean of a power of the gradient, 1 with its sign."""
+
+    power: int = 1
+
+    @property
+    def definition(self):
+        return {"estimator": "MeanPower", "power": self.power}
+
+    def update_(self, state, grads, backend=None):
+        for n in range(grads.num_examples):
+            state += grads.example(n) ** self.power
+
+
+def singly(specimen: zoo.Specimen, batch: dict, power: int) -> dict[str, torch.Tensor]:
+    """The same by a loop over examples."""
+    named = dict(specimen.model.eval().named_parameters())
+    total = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in named.items()}
+    for n in range(size(batch)):
+        grads = torch.autograd.grad(specimen.loss(specimen.model, row(batch, n)), list(named.values()))
+        for name, grad in zip(named, grads, strict=True):
+            total[name] += grad.double() ** power / size(batch)
+    return total
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("check", [True, False], ids=["checked", "unchecked"])
+@pytest.mark.parametrize("power", [1, 3])
+def test_it_equals_the_loop(power, check, tied):
+    """Also where an embedding and a head share their weight, and with a sign."""
+    specimen = zoo.llama(tie_word_embeddings=tied)
+    batch = zoo.text_batch()
+    batches = [{key: value[part] for key, value in batch.items()} for part in (slice(0, 3), slice(3, 5))]
+    statistics = fk.estimate(specimen.model, batches, MeanPower(power), check=check)
+    truth = singly(specimen, batch, power)
+    error, name = worst_error(statistics, truth, torch.float32)
+    assert error < LIMIT[torch.float32], f"{name}: relative error {error:.1e}"
+    assert {covered.path for covered in statistics.coverage.values()} == {"fused"}
+    assert (statistics["model.embed_tokens.weight"] < 0).any()
+
+
+def test_the_slow_paths_serve_it_as_well():
+    """An embedding and a head that share their weight, one of them past its module's call."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(9, 5)
+
+        def forward(self, ids):
+            return self.table(ids).mean(1) @ self.table.weight.t()
+
+    torch.manual_seed(0)
+    model, ids, labels = Tied(), torch.randint(9, (6, 4)), torch.randint(9, (6,))
+    with pytest.warns(UserWarning, match="slow exact path"):
+        statistics = fk.estimate(model, [(ids, labels)], MeanPower(), likelihood=fk.Classification())
+    loss = nn.functional.cross_entropy(model(ids), labels)
+    torch.testing.assert_close(statistics["table.weight"], torch.autograd.grad(loss, model.table.weight)[0])
+
+
+def test_parts_merge_by_the_definition():
+    specimen, batch = zoo.llama(tie_word_embeddings=True), zoo.text_batch()
+    whole = fk.estimate(specimen.model, [batch], MeanPower())
+    parts = [{key: value[part] for key, value in batch.items()} for part in ([0, 1], [2, 3, 4])]
+    merged = fk.merge(*(fk.estimate(specimen.model, [part], MeanPower()) for part in parts))
+    for name in whole:
+        torch.testing.assert_close(merged[name], whole[name])
+    with pytest.raises(ValueError, match=r"differ in power \(1 and 2\)"):
+        fk.merge(whole, fk.estimate(specimen.model, [batch], MeanPower(2)))
+
+
+def test_the_batchs_gradient_will_do():
+    """Without single examples: ordinary autograd, of which the coverage says so."""
+
+    class OfBatches(MeanPower):
+        per_example = False
+
+        @property
+        def definition(self):
+            return {**super().definition, "unit": "batch"}
+
+        def units(self, num_examples):
+            return 1
+
+    specimen, batch = zoo.llama(), zoo.text_batch()
+    statistics = fk.estimate(specimen.model, [batch], OfBatches())
+    assert {covered.path for covered in statistics.coverage.values()} == {"batch"}
+    error, _ = worst_error(statistics, {n: 5 * v for n, v in singly(specimen, batch, 1).items()}, torch.float32)
+    assert error < LIMIT[torch.float32]
+
+
+def test_one_gradient_at_a_time_is_its_definition():
+    """What a comparison runs: the same recipe on gradients that autograd has left."""
+    specimen, batch = zoo.llama(tie_word_embeddings=True), zoo.text_batch()
+    statistics = fk.estimate(specimen.model, [batch], fk.DiagonalFisher())
+    parameter = specimen.model.model.embed_tokens.weight
+    estimator = fk.DiagonalFisher()
+    state = estimator.init(parameter.shape, torch.float32, parameter.device)
+    for n in range(size(batch)):
+        estimator.add_single_(state, torch.autograd.grad(specimen.loss(specimen.model, row(batch, n)), parameter)[0])
+    torch.testing.assert_close(estimator.result(state, size(batch)), statistics["model.embed_tokens.weight"])
+
+
+def test_a_subclass_that_reads_single_gradients_does_not_inherit_that_squares_will_do():
+    class Absolute(fk.DiagonalFisher):
+        def update_(self, state, grads, backend=None):
+            for n in range(grads.num_examples):
+                state += grads.example(n).abs()
+
+    assert fk.DiagonalFisher.adds_squares
+    assert not Absolute.adds_squares
+    specimen, batch = zoo.llama(tie_word_embeddings=True), zoo.text_batch()
+    statistics = fk.estimate(specimen.model, [batch], Absolute())
+    single = sum(
+        torch.autograd.grad(specimen.loss(specimen.model, row(batch, n)), specimen.model.lm_head.weight)[0].abs()
+        for n in range(5)
+    )
+    torch.testing.assert_close(statistics["model.embed_tokens.weight"], single / 5)
+
+
+class RowSums(MeanPower):
+    def init(self, shape, dtype, device):
+        return torch.zeros(shape[:1], dtype=dtype, device=device)
+
+    def update_(self, state, grads, backend=None):
+        for n in range(grads.num_examples):
+            state += grads.example(n).flatten(1).sum(1)
+
+
+class Largest(MeanPower):
+    def init(self, shape, dtype, device):
+        return torch.full(shape, -torch.inf, dtype=dtype, device=device)
+
+
+class NotInPlace(MeanPower):
+    def update_(self, state, grads, backend=None):
+        return state + grads.example(0)
+
+
+class Narrower(MeanPower):
+    def result(self, state, count):
+        return super().result(state, count).sum(-1)
+
+
+class SaysSquares(MeanPower):
+    adds_squares: ClassVar[bool] = True
+
+    def update_(self, state, grads, backend=None):
+        super().update_(state, grads, backend)
+
+
+class NoHeader(MeanPower):
+    @property
+    def definition(self):
+        return {"weights": torch.ones(3)}
+
+
+class NoDict(MeanPower):
+    settings = "seed 3"
+
+
+REFUSED = {
+    "a definition that no file holds": (NoHeader, TypeError, "NoHeader.definition must be a dict of plain val.*: Obj"),
+    "settings that are no dict": (NoDict, TypeError, "NoDict.settings must be a dict of plain values.*; got str"),
+    "another shape": (RowSums, ValueError, r"RowSums.init must give torch.float32 of the parameter's shape, \(41, 24\) "
+                      r"for model.embed_tokens.weight, on cpu; got torch.float32, \(41,\): accumulate every entry"),
+    "no zeros": (Largest, ValueError, "Largest.init must give zeros"),
+    "not in place": (NotInPlace, TypeError, "NotInPlace.update_ must change the state in place"),
+    "a narrower result": (Narrower, ValueError, "has 41 coordinates, but coverage says 984: a statistic has its"),
+    "squares that are none": (SaysSquares, NotImplementedError, "reads single gradients has adds_squares = False"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("check", [True, False], ids=["checked", "unchecked"])
+@pytest.mark.parametrize("estimator, error, message", REFUSED.values(), ids=REFUSED)
+def test_refused_in_one_sentence(estimator, error, message, check):
+    with pytest.raises(error, match=message):
+        fk.estimate(zoo.llama(tie_word_embeddings=True).model, [zoo.text_batch()], estimator(), check=check)
