@@ -7,6 +7,7 @@
 
 from fishkern.files.atomic import atomic_write, check_target
 from fishkern.files.loading import Format, open_tensors
+from fishkern.files.parsing import checked_shape, in_brief, parsing, read_count, read_json
 from fishkern.files.saving import check_cast, save_tensors
 from fishkern.files.stored import PIECE, AnyTensor, StoredTensor, pieces
 
@@ -18,7 +19,12 @@ __all__ = [
     "atomic_write",
     "check_cast",
     "check_target",
+    "checked_shape",
+    "in_brief",
     "open_tensors",
+    "parsing",
     "pieces",
+    "read_count",
+    "read_json",
     "save_tensors",
 ]
