@@ -66,21 +66,62 @@ def open_tensors(path: str | os.PathLike[str], *, format: Format) -> tuple[dict[
         FileNotFoundError: There is no such file, or a shard is missing.
         ValueError: The file is truncated or damaged, holds something else, is one shard of a set, or was written in a
             newer format.
-    """
-    path = Path(path)
-    single, index = single_and_index(path)
-    if path.is_file() and path != index:
-        single = path
+    """  # noqa: DOC502
+    single, index = _found(path)
     contents = read_index(index) if index.is_file() else None
     if contents and (contents["metadata"].get("format") == format.name or not single.is_file()):
         return _open_shards(index, contents, format)
-    if not single.is_file():
-        said = in_brief(f"nothing to load at {path}: no {single.name}, no {index.name}.")
-        raise FileNotFoundError(errno.ENOENT, said)
     metadata, tensors = open_one(single, format)
     if "index" in metadata:
         raise ValueError(f"{single} is one shard of several: load {metadata['index']}.")
     return metadata, tensors
+
+
+def format_of(path: str | os.PathLike[str]) -> str | None:
+    """Read what a file says it is.
+
+    Args:
+        path: As for :func:`open_tensors`.
+
+    Returns:
+        The ``format`` entry of its header, ``None`` where there is none.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or no ``.safetensors``.
+    """  # noqa: DOC502
+    single, index = _found(path)
+    said = [read_index(index)["metadata"].get("format")] if index.is_file() else []
+    if single.is_file():
+        said.append(read_header(single)[0]["__metadata__"].get("format"))
+    return next((one for one in said if str(one).startswith("fishkern.")), said[-1])
+
+
+def files_of(path: str | os.PathLike[str]) -> list[Path]:
+    """List the files of one save.
+
+    Args:
+        path: What :func:`save_tensors` returned.
+
+    Returns:
+        The file itself, or the index and the shards that it names.
+    """
+    path = Path(path)
+    if not path.name.endswith(".index.json"):
+        return [path]
+    return [path, *(path.parent / name for name in dict.fromkeys(read_index(path)["weight_map"].values()))]
+
+
+def _found(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Find the file that a name stands for, and the index that may stand beside it; one of them is there."""
+    path = Path(path)
+    single, index = single_and_index(path)
+    if path.is_file() and path != index:
+        single = path
+    if not single.is_file() and not index.is_file():
+        said = in_brief(f"nothing to load at {path}: no {single.name}, no {index.name}.")
+        raise FileNotFoundError(errno.ENOENT, said)
+    return single, index
 
 
 def _open_shards(

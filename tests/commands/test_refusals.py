@@ -46,7 +46,7 @@ def estimate(capsys, folder, model, data, *arguments: object) -> str:
         ("llama", "text.jsonl", ("--device", "abacus"), ("--device", "abacus")),
         ("llama", "text.jsonl", ("--max-length", 5000), ("5000", "2048")),
         ("llama", "text.jsonl", ("--parameters", "zzz"), ("zzz", "model.embed_tokens.weight")),
-        ("llama", "text.jsonl", ("--fisher-type", "true"), ("fisher_type", "'true'")),
+        ("llama", "text.jsonl", ("--fisher-type", "true"), ("--fisher-type", "'true'")),
         ("llama", "text.jsonl", ("--mc-samples", 2), ("--mc-samples", "--fisher-type mc")),
         ("llama", "text.jsonl", ("--split", "validation"), ("one file", "'validation'", "--split")),
         ("llama", "text.jsonl", ("--subset", "cola"), ("text.jsonl", "'cola'", "--subset")),
