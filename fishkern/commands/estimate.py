@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from fishkern.commands.options import Json, Workload, with_options
-from fishkern.commands.output import checked_path, console, progress, rows_in_words, size_on_disk, waiting
+from fishkern.commands.output import checked_path, console, next_command, progress, rows_in_words, size_on_disk, waiting
 
 if TYPE_CHECKING:
     from fishkern.statistics import Estimator
@@ -39,9 +39,9 @@ def estimate(
     reduction: Annotated[
         str, Option(metavar="HOW", help="Loss of an example: mean over its tokens, or sum (of its whole text).")
     ] = "mean",
-    check: Annotated[
-        bool, Option("--check/--no-check", help="First compare two examples with ordinary autograd.")
-    ] = True,
+    no_check: Annotated[
+        bool, Option("--no-check", help="Leave out the comparison of two examples with ordinary autograd.")
+    ] = False,
     accumulate_on: Annotated[
         str, Option(metavar="NAME", help="Device of the sums, such as cpu; by default the model's.")
     ] = "",
@@ -80,7 +80,7 @@ def estimate(
             likelihood=likelihood,
             parameters=predicate(work.parameters, prepared.model),
             accumulate_on=accumulate_on or None,
-            check=check,
+            check=not no_check,
             progress=lambda done, _: report(done, len(prepared.examples)),
         )
 
@@ -114,7 +114,7 @@ def estimate(
     rate = len(prepared.examples) / seconds
     console().print(f"{'took':9} {seconds:.1f} s on {device}, {rate:,.1f} examples/s, batch size {used}")
     console().print(f"{'saved':9} {path}, {size_on_disk(path)}")
-    console().print(f"\nNext:  fishkern show {path} --plot {path.name.partition('.')[0]}.png")
+    next_command("fishkern", "show", path, "--plot", f"{path.name.partition('.')[0]}.png")
 
 
 def _recipe(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,13 +24,21 @@ Report = Callable[[int, int | None], None]
 
 @dataclass
 class Stopwatch:
-    """Seconds that each part of a command took.
+    """Seconds that each part of a command takes.
 
     Attributes:
-        seconds: By part.
+        ended: By part, what has ended.
     """
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    ended: dict[str, float] = field(default_factory=dict)
+    _running: dict[str, float] = field(default_factory=dict, init=False)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By part, so far."""
+        now = time.perf_counter()
+        running = {what: now - start for what, start in self._running.items()}
+        return {what: self.ended.get(what, 0.0) + running.get(what, 0.0) for what in {**self.ended, **running}}
 
     @contextmanager
     def adding(self, what: str) -> Iterator[None]:
@@ -41,11 +50,11 @@ class Stopwatch:
         Yields:
             Nothing.
         """
-        start = time.perf_counter()
+        self._running[what] = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+            self.ended, _ = self.seconds, self._running.pop(what)
 
 
 def console() -> Console:
@@ -97,21 +106,21 @@ def progress(what: str, unit: str, begun: int = 0) -> Iterator[Report]:
 
 
 @contextmanager
-def waiting(what: str) -> Iterator[None]:
+def waiting(what: str) -> Iterator[Callable[[str], None]]:
     """Show that something is under way whose end nobody can tell; nothing where standard error is no terminal.
 
     Args:
-        what: ``"loading model and data"``.
+        what: ``"reading data"``.
 
     Yields:
-        Nothing.
+        A function that says what comes next.
     """
     stream = Console(stderr=True)
     if not stream.is_terminal:
-        yield
+        yield lambda what: None
         return
-    with stream.status(what):
-        yield
+    with stream.status(what) as status:
+        yield status.update
 
 
 def checked_file(path: str | os.PathLike[str], option: str, name: str) -> Path:
@@ -157,8 +166,8 @@ def checked_path(path: str | os.PathLike[str], kind: type[Statistics | Selection
     name = f"{kind.__name__.lower()}.safetensors"
     path = checked_file(path, "--out", name)
     if re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) and path.suffix != ".safetensors":
-        what, advice = name.removesuffix(".safetensors"), path.with_suffix(".safetensors")
-        raise ValueError(f"{what} goes into a .safetensors file, and {path} names another kind: --out {advice}.")
+        advice = path.with_suffix(".safetensors")
+        raise ValueError(f"what is saved is a .safetensors file, and {path} names another kind: --out {advice}.")
     path = checked_file(path.with_name(path.name.removesuffix(".safetensors") + ".safetensors"), "--out", name)
     if path.exists():
         try:
@@ -182,6 +191,15 @@ def rows_in_words(rows: Any) -> str:
     if rows["seed"] is None:
         return f"{rows['used']:,}, the first rows"
     return f"{rows['used']:,}, drawn at random with seed {rows['seed']} from {rows['of']:,} rows"
+
+
+def next_command(*words: object) -> None:
+    """Suggest what may come next, as a line that can be pasted into a shell.
+
+    Args:
+        words: Of the command.
+    """
+    console().print(f"\nNext:  {shlex.join(map(str, words))}")
 
 
 def size_on_disk(path: Path) -> str:

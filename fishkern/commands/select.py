@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from fishkern.commands.options import Json
-from fishkern.commands.output import checked_path, console, progress, size_on_disk
+from fishkern.commands.output import checked_path, console, next_command, progress, size_on_disk
 from fishkern.commands.watching import watched
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def select(
         return
     console().print(repr(selection))
     console().print(f"saved as {path}, {size_on_disk(path)}")
-    console().print(f"\nNext:  fishkern show {path}")
+    next_command("fishkern", "show", path)
 
 
 def _recipe(

@@ -28,7 +28,7 @@ def train(
     seed: int,
     report: Report,
     checkpoint: Checkpoint,
-    described: dict[str, Any],
+    described: Callable[[], dict[str, Any]],
 ) -> list[float]:
     """Train in shuffled epochs, with a learning rate that falls to zero in a straight line.
 
@@ -44,7 +44,7 @@ def train(
         seed: Of the shuffling and of dropout; the global generators are left alone.
         report: Told the examples seen, and to be seen.
         checkpoint: Keeps the state.
-        described: Goes into the checkpoint besides.
+        described: Makes what goes into the checkpoint besides.
 
     Returns:
         The mean loss of each epoch.
@@ -62,7 +62,7 @@ def train(
     def state() -> dict[str, Any]:
         moving = named_tensors(model)
         return {
-            **described,
+            **described(),
             "seen": len(losses) * len(examples) + taken * batch_size,
             "values": {name: moving[name].detach().cpu() for name in optimizer.selection.names},
             "buffers": {name: buffer.cpu() for name, buffer in model.named_buffers()},

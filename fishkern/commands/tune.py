@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from fishkern.commands.options import Json, Workload, with_options
-from fishkern.commands.output import Stopwatch, console, note, progress, rows_in_words, waiting
+from fishkern.commands.output import Stopwatch, console, next_command, note, progress, rows_in_words, waiting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -186,7 +185,7 @@ def tune(
         seen = 0
     else:
         with checkpoint.reading():
-            stopwatch.seconds.update({str(what): float(seconds) for what, seconds in held["seconds"].items()})
+            stopwatch.ended.update({str(what): float(seconds) for what, seconds in held["seconds"].items()})
             before, seen = {str(what): float(value) for what, value in held["before"].items()}, int(held["seen"])
         note(f"going on with the unfinished run in {out}: {seen:,} of {total:,} examples are seen")
         selection = fk.Selection.load(out / "selection.safetensors")
@@ -199,7 +198,8 @@ def tune(
             losses = train(
                 model, optimizer, encoder, examples,
                 epochs=training.epochs, batch_size=batch_size, seed=work.seed, report=report,
-                checkpoint=checkpoint, described={"data": data, "seconds": stopwatch.seconds, "before": before},
+                checkpoint=checkpoint,
+                described=lambda: {"data": data, "seconds": stopwatch.seconds, "before": before},
             )  # fmt: skip
         with stopwatch.adding("measuring"):
             after = measure("after")
@@ -228,7 +228,7 @@ def tune(
         print(json.dumps(found, indent=2))
     else:
         _tell(found, saved, len(held_out))
-        console().print(f"\nNext:  fishkern show {shlex.quote(str(out / 'delta.safetensors'))}")
+        next_command("fishkern", "show", out / "delta.safetensors")
         console().print(f"or in Python:  {_in_python(model, recipe, prepared, saved)}")
 
 

@@ -12,6 +12,7 @@ _PHRASES = (
     (r"Write one with Selection\.save", "A selection is made by fishkern select"),
     (r"Write one with (Delta\.save|fishkern\.selection\.save_start)", "It is made by fishkern tune"),
     (r"Pass parameters='all' or a predicate", "Name them with --parameters, '*' for all"),
+    (r"estimate with DiagonalFisher\(\)", "estimate without --draws, --fisher-type and --unit"),
     (r"parameters='all'", "--parameters '*'"),
     (r"with parameters=(lambda name, parameter: \.\.\.)?", "by naming the others with --parameters"),
     (r"fishkern\.SketchedFisher", "--draws 8"),
@@ -19,6 +20,7 @@ _PHRASES = (
     (r"either k or density", "either --k or --density"),
     (r"\bPass likelihood=", "In Python, pass likelihood="),
     (r"\bmax_examples\b", "--samples"),
+    (r"\bcheck=False\b", "--no-check"),
 )
 """What is said otherwise as a whole."""
 
@@ -46,8 +48,8 @@ def in_options(message: str) -> str:
 
 def _option(found: re.Match[str]) -> str:
     name, value = found[1], found[2]
-    if value in ("True", "False"):
-        return _spelled(name) if value == "True" else f"--no-{_spelled(name)[2:]}"
+    if value == "True":
+        return _spelled(name)
     return f"{_spelled(name)} {shlex.quote(value.strip(chr(39)))}"
 
 

@@ -89,8 +89,9 @@ def prepare(work: Workload, samples: int) -> Prepared:
     if work.task and work.task not in models.TASKS:
         raise ValueError(f"--task is one of {', '.join(models.TASKS)}, got {work.task!r}.")
     device = checked_device(work.device or ("cuda" if torch.cuda.is_available() else "cpu"), "--device")
-    with waiting("loading model and data"), hub.quiet(downloads=False) as warned:
+    with waiting("reading data") as now, hub.quiet(downloads=False) as warned:
         rows = data.read(work.data, name=work.subset or None, split=work.split, first=work.first, seed=work.seed)
+        now("loading model")
         source = models.find(work.model, work.base or None)
         task = work.task or source.task
         if task is None:
@@ -110,6 +111,7 @@ def prepare(work: Workload, samples: int) -> Prepared:
         encoder = Encoder(task, columns, processor, config, max_length, work.seed)
         if task == "sequence-classification":
             _set_pad_token(config, processor)
+        now("making examples")
         examples = list(encoder.examples(rows, samples))
     for text in warned:
         note(text)
