@@ -83,7 +83,7 @@ def _options(
 def _note(message: Warning | str, category: type[Warning], *place: object) -> None:
     """Show a warning in one line, without the place in the code; those for developers not at all."""
     if not issubclass(category, DeprecationWarning | FutureWarning | PendingDeprecationWarning):
-        print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
+        print(f"note: {_worded(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def _in_one_line(error: Exception) -> str:
@@ -99,4 +99,11 @@ def _in_one_line(error: Exception) -> str:
     message = re.sub(r"^\[Errno \d+\] ", "", " ".join(message.split())) or type(error).__name__
     if context := getattr(error, "ctx", None):  # typer's own: a command or an option that it does not know
         return f"{message.removesuffix('.')} (see {context.command_path} --help)"
-    return message
+    return _worded(message)
+
+
+def _worded(message: str) -> str:
+    """Say of options what the library says of its arguments."""
+    from fishkern.commands.wording import in_options
+
+    return in_options(message)

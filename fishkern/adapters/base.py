@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from json import dumps, loads
+from json import dumps
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fishkern import hosts
-from fishkern.files import Format, open_tensors, save_tensors
+from fishkern.files import Format, in_brief, open_tensors, parsing, read_json, save_tensors
 from fishkern.names import canonical_name
 
 FORMAT = Format("fishkern.adapter", version=1, saved_by="fishkern.adapters.save")
@@ -208,14 +208,19 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
             what is frozen.
     """
     metadata, stored = open_tensors(path, format=FORMAT)
-    adapter = _from_description(loads(metadata["adapter"]), path)
+    with parsing(f"{path} has a damaged header"):
+        adapter = _from_description(read_json(metadata["adapter"]))
+        _check_sizes(adapter, {size for tensor in stored.values() for size in tensor.shape})
+    if odd := [name for name, tensor in stored.items() if not tensor.dtype.is_floating_point]:
+        raise ValueError(f"{path} holds {in_brief(odd[0], 80)} as {stored[odd[0]].dtype}, and an adapter is floating.")
     attach(model, adapter, train=())
     named = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
     for name, tensor in stored.items():
         if name not in named or named[name].shape != tensor.shape:
             detach(model)
             has = f"has it as {tuple(named[name].shape)}" if name in named else "has no such parameter"
-            raise ValueError(f"{path} holds {name} {tuple(tensor.shape)}, and {type(model).__name__} {has}.")
+            shown = f"{in_brief(name, 80)} {tuple(tensor.shape)}"
+            raise ValueError(f"{path} holds {shown}, and {type(model).__name__} {has}.")
     with torch.no_grad():
         for name, tensor in stored.items():
             named[name].copy_(tensor.read())
@@ -273,9 +278,21 @@ def _described(adapter: Adapter) -> dict[str, Any]:
     return {"type": type(adapter).__name__, **asdict(adapter)}
 
 
-def _from_description(described: Mapping[str, Any], path: str | os.PathLike[str]) -> Adapter:
+def _from_description(described: Any) -> Adapter:
     settings = dict(described)
     cls = {known.__name__: known for known in Adapter.__subclasses__()}.get(settings.pop("type", ""))
     if cls is None or settings.keys() != {field.name for field in fields(cls)}:
-        raise ValueError(f"{path} holds an adapter that this fishkern does not know: {described!r}. Update fishkern.")
+        raise ValueError(f"an adapter that this fishkern does not know, {described!r}: update fishkern")
+    if (layers := settings["layers"]) is not None and not all(type(number) is int for number in layers):
+        raise ValueError(f"layers have numbers, got {layers!r}")
     return cls(**settings)
+
+
+def _check_sizes(adapter: Adapter, stored: set[int]) -> None:
+    """Demand that every size is that of a stored tensor, before memory is taken for it."""
+    for field in fields(adapter):
+        value = getattr(adapter, field.name)
+        if field.type == "int" and not (type(value) is int and 0 <= value <= max(stored, default=0)):
+            raise ValueError(f"{field.name} is {value!r}, and no tensor has this size")
+        if field.type == "float" and not (type(value) in (int, float) and isfinite(value)):
+            raise ValueError(f"{field.name} is a number, got {value!r}")

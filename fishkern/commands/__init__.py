@@ -17,7 +17,7 @@ COMMANDS: dict[Callable[..., int | None], str] = {
     verify: "fishkern verify ./my-adapter --data ./squad --samples 32 --json report.json",
     select: "fishkern select fisher.safetensors --density 0.005 --rule global --out selection.safetensors",
     show: "fishkern show fisher.safetensors --plot fisher.png",
-    tune: "fishkern tune bert-base-cased --data ./cola --density 0.2 --eval-split validation --out tuned",
+    tune: "fishkern tune bert-base-cased --data ./cola --task sequence-classification --eval-split validation",
     doctor: "fishkern doctor",
     demo: "fishkern demo --seconds 10",
 }

@@ -3,19 +3,58 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fishkern.files import check_target
+from fishkern.files import check_target, files_of
 from fishkern.selection import Selection
 from fishkern.statistics import Statistics
 
 Report = Callable[[int, int | None], None]
+
+
+@dataclass
+class Stopwatch:
+    """Seconds that each part of a command takes.
+
+    Attributes:
+        ended: By part, what has ended.
+    """
+
+    ended: dict[str, float] = field(default_factory=dict)
+    _running: dict[str, float] = field(default_factory=dict, init=False)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By part, so far."""
+        now = time.perf_counter()
+        running = {what: now - start for what, start in self._running.items()}
+        return {what: self.ended.get(what, 0.0) + running.get(what, 0.0) for what in {**self.ended, **running}}
+
+    @contextmanager
+    def adding(self, what: str) -> Iterator[None]:
+        """Add the seconds until the end of a block.
+
+        Args:
+            what: Which part it is.
+
+        Yields:
+            Nothing.
+        """
+        self._running[what] = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.ended, _ = self.seconds, self._running.pop(what)
 
 
 def console() -> Console:
@@ -66,6 +105,24 @@ def progress(what: str, unit: str, begun: int = 0) -> Iterator[Report]:
         yield report
 
 
+@contextmanager
+def waiting(what: str) -> Iterator[Callable[[str], None]]:
+    """Show that something is under way whose end nobody can tell; nothing where standard error is no terminal.
+
+    Args:
+        what: ``"reading data"``.
+
+    Yields:
+        A function that says what comes next.
+    """
+    stream = Console(stderr=True)
+    if not stream.is_terminal:
+        yield lambda what: None
+        return
+    with stream.status(what) as status:
+        yield status.update
+
+
 def checked_file(path: str | os.PathLike[str], option: str, name: str) -> Path:
     """Find out before the work whether a file can be written there.
 
@@ -102,11 +159,15 @@ def checked_path(path: str | os.PathLike[str], kind: type[Statistics | Selection
         The path with its suffix.
 
     Raises:
+        ValueError: The name is that of another kind of file.
         FileExistsError: It holds something else.
         OSError: As in :func:`checked_file`.
     """  # noqa: DOC502
     name = f"{kind.__name__.lower()}.safetensors"
     path = checked_file(path, "--out", name)
+    if re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) and path.suffix != ".safetensors":
+        advice = path.with_suffix(".safetensors")
+        raise ValueError(f"what is saved is a .safetensors file, and {path} names another kind: --out {advice}.")
     path = checked_file(path.with_name(path.name.removesuffix(".safetensors") + ".safetensors"), "--out", name)
     if path.exists():
         try:
@@ -116,6 +177,31 @@ def checked_path(path: str | os.PathLike[str], kind: type[Statistics | Selection
     return path
 
 
+def rows_in_words(rows: Any) -> str:
+    """Say how many rows were taken, and how.
+
+    Args:
+        rows: ``{"used": ..., "of": ..., "seed": ...}``; a sentence in files of older versions.
+
+    Returns:
+        A sentence.
+    """
+    if not isinstance(rows, Mapping):
+        return str(rows)
+    if rows["seed"] is None:
+        return f"{rows['used']:,}, the first rows"
+    return f"{rows['used']:,}, drawn at random with seed {rows['seed']} from {rows['of']:,} rows"
+
+
+def next_command(*words: object) -> None:
+    """Suggest what may come next, as a line that can be pasted into a shell.
+
+    Args:
+        words: Of the command.
+    """
+    console().print(f"\nNext:  {shlex.join(map(str, words))}")
+
+
 def size_on_disk(path: Path) -> str:
     """Say how large a save is.
 
@@ -123,8 +209,7 @@ def size_on_disk(path: Path) -> str:
         path: What :meth:`Statistics.save` returned.
 
     Returns:
-        Kilobytes or megabytes, with all shards.
+        Kilobytes or megabytes, with its index and its shards.
     """
-    stem = path.name.removesuffix(".index.json").removesuffix(".safetensors")
-    total = sum(file.stat().st_size for file in path.parent.glob(f"{stem}*.safetensors"))
+    total = sum(file.stat().st_size for file in files_of(path))
     return f"{total / 1e6:,.1f} MB" if total >= 1e5 else f"{total / 1e3:.1f} kB"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishkern.files import atomic_write
+from fishkern.files import atomic_write, in_brief
 from fishkern.integrations.examples import Example
 
 FILE = "unfinished.pt"
+HELD = ("data", "seconds", "before", "seen", "values", "buffers", "optimizer", "schedule", "generators", "epoch")
+
+ADVICE = "choose another --out, or begin anew with --restart"
 
 State = dict[str, Any]
 
@@ -59,16 +63,29 @@ class Checkpoint:
             made.remove()
         if not path.exists():
             return made
-        advice = "choose another --out, or begin anew with --restart"
-        try:
+        with made.reading():
             stored = torch.load(path, map_location="cpu", weights_only=True)
-            before, made.state = stored["settings"], stored["state"]
-        except Exception:  # whatever torch and pickle raise about a file that is none of ours
-            raise ValueError(f"{path} is not what an interrupted tune leaves behind: {advice}.") from None
+            before, made.state = dict(stored["settings"]), {key: stored["state"][key] for key in HELD}
         if other := [key for key in {**before, **settings} if before.get(key) != settings.get(key)]:
             was, asked = (", ".join(f"{key} {given.get(key)}" for key in other) for given in (before, settings))
-            raise ValueError(f"{folder} holds an unfinished run with {was}, not {asked}: go on with its own, {advice}.")
+            was = in_brief(was)
+            raise ValueError(f"{folder} holds an unfinished run with {was}, not {asked}: go on with its own, {ADVICE}.")
         return made
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Say of a file that is none of ours, whatever torch and pickle raise about it, that it is none.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            ValueError: It is none.
+        """
+        try:
+            yield
+        except Exception:
+            raise ValueError(f"{self.path} is not what an interrupted tune leaves behind: {ADVICE}.") from None
 
     def demand_same_data(self, digest: str) -> None:
         """Make sure that the run goes on with the examples that it began with.
@@ -80,10 +97,7 @@ class Checkpoint:
             ValueError: They are others.
         """
         if self.state is not None and self.state["data"] != digest:
-            raise ValueError(
-                f"the data is not what the unfinished run in {self.path.parent} began with: choose another --out, or "
-                "begin anew with --restart."
-            )
+            raise ValueError(f"the data is not what the unfinished run in {self.path.parent} began with: {ADVICE}.")
 
     def keep(self, state: Callable[[], State], *, now: bool = False) -> None:
         """Write the file, where it is time.

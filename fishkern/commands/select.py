@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-from torch import Tensor
 from typer import Argument, Option
 
 from fishkern.commands.options import Json
-from fishkern.commands.output import Report, checked_path, console, progress, size_on_disk
-from fishkern.files import StoredTensor
+from fishkern.commands.output import checked_path, console, next_command, progress, size_on_disk
+from fishkern.commands.watching import watched
 
 if TYPE_CHECKING:
     from fishkern.selection import Rule
-    from fishkern.statistics import Statistics
 
 RULES = ("global", "per-tensor", "per-row", "random")
 
@@ -48,7 +44,7 @@ def select(
     target = checked_path(out, fk.Selection)
     statistics = fk.Statistics.load(file, lazy=True)
     with progress("reading", "entries") as report:
-        selection = fk.select(_watched(statistics, report), recipe)
+        selection = fk.select(watched(statistics, report), recipe)
     path = selection.save(target)
     if json_:
         found = {"file": str(path), "count": selection.count, "total": selection.total, "density": selection.density}
@@ -56,34 +52,7 @@ def select(
         return
     console().print(repr(selection))
     console().print(f"saved as {path}, {size_on_disk(path)}")
-    console().print(f"\nNext:  fishkern show {path}")
-
-
-@dataclass(frozen=True)
-class _Watched(StoredTensor):
-    """A stored tensor that tells how much of it is read."""
-
-    tell: Callable[[int], None]
-
-    def pieces(self, *sizes: int, **options: Any) -> Iterator[Tensor]:
-        for piece in super().pieces(*sizes, **options):
-            if "start" not in options:  # a sample says where it begins
-                self.tell(len(piece))
-            yield piece
-
-
-def _watched(statistics: Statistics, report: Report) -> Statistics:
-    total, done = statistics.total, 0
-
-    def tell(entries: int) -> None:
-        nonlocal done
-        done += entries
-        report(done, -(-done // total) * total)  # what has to be read again is as much once more
-
-    blocks = {name: _Watched(**vars(block), tell=tell) for name, block in statistics.blocks.items()}
-    return type(statistics)(
-        blocks, count=statistics.count, provenance=statistics.provenance, coverage=statistics.coverage
-    )
+    next_command("fishkern", "show", path)
 
 
 def _recipe(

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from fishkern.commands.options import Json
-from fishkern.commands.output import console, note, progress
-from fishkern.report import locate, summarise
-from fishkern.report.tables import comparison_table, selection_table, summary_table
-from fishkern.selection import Selection
+from fishkern.commands.output import console, note, progress, rows_in_words
+from fishkern.commands.watching import watched
+from fishkern.files import StoredTensor, format_of, in_brief
+from fishkern.report import held_values, locate, summarise
+from fishkern.report.tables import comparison_table, selection_table, summary_table, values_table
+from fishkern.selection import Delta, Selection, open_start
 from fishkern.statistics import Statistics
 
 
 def show(
-    file: Annotated[Path, Argument(metavar="FILE", help="Statistics or a selection.")],
-    other: Annotated[Path | None, Argument(metavar="OTHER", help="A selection to compare it with.")] = None,
+    file: Annotated[Path, Argument(metavar="FILE", help="Statistics, a selection, a delta or a start.")],
+    other: Annotated[
+        Path | None,
+        Argument(metavar="OTHER", help="A selection to compare it with, or the start that a delta moved from."),
+    ] = None,
     plot: Annotated[str | None, Option(metavar="PNG", help="Also draw a picture: .png, .pdf or .svg.")] = None,
     density: Annotated[
         float | None,
@@ -28,8 +34,11 @@ def show(
 ) -> None:
     """Show what lies where: by layer, by type of module, as a picture.
 
-    Of statistics the Fisher information, of a selection its density, of two selections what they have in common.
+    Of statistics the Fisher information, of a selection its density, of two selections what they have in common, of a
+    delta its values and how far they have moved from the start that lies beside it.
     """  # noqa: DOC501 - it is the help text
+    if density is not None and not 0 < density <= 1:
+        raise ValueError(f"--density is a fraction in (0, 1], got {density:g}.")
     picture = None
     if plot is not None:
         from fishkern.report.plots import checked_picture
@@ -37,8 +46,12 @@ def show(
         picture = checked_picture(plot)
     held = _load(file)
     if density is not None and not isinstance(held, Statistics):
-        raise ValueError("a selection has its own density: leave out --density.")
-    if other is not None:
+        raise ValueError(f"--density is for statistics, and {file} holds {_what(held)}: leave it out.")
+    if isinstance(held, Delta | Start):
+        if plot is not None:
+            raise ValueError(f"{_what(held)} is shown in a table: leave out --plot.")
+        _show_values(held, file, other, json_)
+    elif other is not None:
         if plot is not None:
             raise ValueError("two selections are compared in a table: leave out --plot, or show one file.")
         _show_comparison(held, _load(other), json_)
@@ -50,18 +63,77 @@ def show(
         console().print(f"The picture is in {plot}.")
 
 
-def _load(path: Path) -> Statistics | Selection:
+class Start(dict[str, StoredTensor]):
+    """The values of a start by parameter name, on disk."""
+
+
+Shown = Statistics | Selection | Delta | Start
+
+_KINDS: dict[str, Callable[[Path], Shown]] = {
+    "fishkern.statistics": lambda path: Statistics.load(path, lazy=True),
+    "fishkern.selection": Selection.load,
+    "fishkern.delta": Delta.load,
+    "fishkern.start": lambda path: Start(open_start(path)),
+}
+
+
+def _load(path: Path) -> Shown:
+    expected = "statistics, a selection, a delta or a start; made by fishkern estimate / select / tune"
+    if path.is_dir():
+        inside = sorted(file.name for file in path.glob("*.safetensors"))
+        found = f"name a file in it, such as {path / inside[0]}" if inside else f"expected {expected}"
+        raise IsADirectoryError(f"{path} is a folder: {found}.")
     try:
-        return Statistics.load(path, lazy=True)
+        kind = format_of(path)
     except ValueError as error:
-        if "format=fishkern.selection" not in str(error):
-            raise
-    return Selection.load(path)
+        raise ValueError(f"{str(error).rstrip('.')}; expected {expected}.") from None
+    if kind not in _KINDS:
+        says = "says nothing of a format" if kind is None else f"says format={in_brief(kind, 40)}"
+        raise ValueError(f"{path} is no file of fishkern's (its header {says}): expected {expected}.")
+    return _KINDS[kind](path)
+
+
+def _what(held: Shown) -> str:
+    names = {Statistics: "statistics", Selection: "a selection", Delta: "a delta", Start: "a start"}
+    return names[type(held)]
+
+
+def _show_values(held: Delta | Start, file: Path, other: Path | None, as_json: bool) -> None:
+    if isinstance(held, Start):
+        if other is not None:
+            raise ValueError("a start is compared with a delta: name the delta first.")
+        found, title = held_values({name: tensor.read() for name, tensor in held.items()}), f"a start of {len(held)}"
+        title += " parameters"
+        beside = None
+    else:
+        beside = file.with_name("start.safetensors") if other is None else other
+        start = None
+        if other is not None or beside.is_file():
+            start = _load(beside)
+            if not isinstance(start, Start):
+                raise ValueError(f"a delta is compared with a start, and {beside} holds {_what(start)}.")
+        read = None if start is None else {name: tensor.read() for name, tensor in start.items()}
+        found, title = held_values(held, read), repr(held)
+        beside = None if start is None else beside
+    if as_json:
+        whose = {} if beside is None else {"start": str(beside)}
+        print(json.dumps({"file": str(file), **whose, **found.to_dict()}, indent=2))
+        return
+    console().print(f"{file}: {title}\n")
+    console().print(values_table(found))
+    whole = found.whole
+    if beside is not None:
+        moved = f"{whole.moved:,} of {whole.values:,} have moved from {beside}"
+        console().print(f"{moved}, by {whole.largest_move:.3g} at most")
+    elif isinstance(held, Delta):
+        note("how far they have moved is not known without the start: fishkern show DELTA START")
+
+
 
 
 def _show_statistics(statistics: Statistics, file: Path, picture: Path | None, density: float, as_json: bool) -> None:
     with progress("reading", "entries") as report:
-        summary = summarise(statistics, density, report)
+        summary = summarise(watched(statistics, report, times=2), density)
     of = f"of {summary.whole.coordinates:,} entries are"
     if infinite := summary.whole.infinite:
         note(f"{infinite:,} {of} infinite and stand in no sum: something overflowed where they come from")
@@ -75,8 +147,7 @@ def _show_statistics(statistics: Statistics, file: Path, picture: Path | None, d
         for run in statistics.provenance["runs"]:
             for key in ("model", "from", "task", "data", "rows", "dtype"):
                 if key in run:
-                    value = run[key]
-                    console().print(f"{key:6} {', '.join(value) if isinstance(value, list) else value}")
+                    console().print(f"{key:6} {in_brief(_in_words(key, run[key]), 400)}")
             console().print()
         console().print(summary_table(summary))
     if picture is not None:
@@ -85,6 +156,12 @@ def _show_statistics(statistics: Statistics, file: Path, picture: Path | None, d
         name = (statistics.provenance["runs"] or [{}])[0].get("model", "")
         title = f"{name} ({file.name}, mean over {statistics.count:,})".strip()
         save(draw(summary, title=title, quantity="Fisher information", unit="nats² per parameter unit²"), picture)
+
+
+def _in_words(key: str, value: Any) -> str:
+    if key == "rows":
+        return rows_in_words(value)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _show_selection(selection: Selection, file: Path, picture: Path | None, as_json: bool) -> None:
@@ -101,9 +178,10 @@ def _show_selection(selection: Selection, file: Path, picture: Path | None, as_j
         save(draw_selection(parts, title=f"{file.name}: {selection.count:,} of {selection.total:,}"), picture)
 
 
-def _show_comparison(one: Statistics | Selection, other: Statistics | Selection, as_json: bool) -> None:
-    if not isinstance(one, Selection) or not isinstance(other, Selection):
-        raise ValueError("only two selections are compared, and one of these files holds statistics: show it alone.")
+def _show_comparison(one: Shown, other: Shown, as_json: bool) -> None:
+    for held in (one, other):
+        if not isinstance(held, Selection):
+            raise ValueError(f"only two selections are compared, and one of these is {_what(held)}: show it alone.")
     overlap = one.overlap(other)
     shared = one & other
     if as_json:

@@ -28,7 +28,7 @@ def train(
     seed: int,
     report: Report,
     checkpoint: Checkpoint,
-    described: dict[str, Any],
+    described: Callable[[], dict[str, Any]],
 ) -> list[float]:
     """Train in shuffled epochs, with a learning rate that falls to zero in a straight line.
 
@@ -44,7 +44,7 @@ def train(
         seed: Of the shuffling and of dropout; the global generators are left alone.
         report: Told the examples seen, and to be seen.
         checkpoint: Keeps the state.
-        described: Goes into the checkpoint besides.
+        described: Makes what goes into the checkpoint besides.
 
     Returns:
         The mean loss of each epoch.
@@ -62,7 +62,7 @@ def train(
     def state() -> dict[str, Any]:
         moving = named_tensors(model)
         return {
-            **described,
+            **described(),
             "seen": len(losses) * len(examples) + taken * batch_size,
             "values": {name: moving[name].detach().cpu() for name in optimizer.selection.names},
             "buffers": {name: buffer.cpu() for name, buffer in model.named_buffers()},
@@ -74,12 +74,13 @@ def train(
 
     with _drawing(seed, device):
         if (held := checkpoint.state) is not None:
-            _restore(model, held)
-            optimizer.load_state_dict(held["optimizer"])
-            schedule.load_state_dict(held["schedule"])
-            _set_generators(held["generators"], device)
-            losses, total, begun, taken = (held["epoch"][key] for key in ("losses", "total", "begun", "taken"))
-            generator.set_state(begun)
+            with checkpoint.reading():
+                _restore(model, held)
+                optimizer.load_state_dict(held["optimizer"])
+                schedule.load_state_dict(held["schedule"])
+                _set_generators(held["generators"], device)
+                losses, total, begun, taken = (held["epoch"][key] for key in ("losses", "total", "begun", "taken"))
+                generator.set_state(begun)
         else:
             checkpoint.keep(state, now=True)  # the selection is not made twice
         while len(losses) < epochs:
@@ -138,7 +139,9 @@ def _restore(model: nn.Module, held: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, encoder: Encoder, examples: list[Example], batch_size: int) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, encoder: Encoder, examples: list[Example], batch_size: int, report: Report
+) -> dict[str, float]:
     """Measure a model on examples.
 
     Args:
@@ -146,6 +149,7 @@ def evaluate(model: nn.Module, encoder: Encoder, examples: list[Example], batch_
         encoder: Makes batches.
         examples: What to measure on.
         batch_size: Examples in a batch.
+        report: Told the examples measured, and how many there are.
 
     Returns:
         ``"loss"``, the mean of the batches' losses weighted by their examples, and for single labels ``"accuracy"``.
@@ -162,5 +166,6 @@ def evaluate(model: nn.Module, encoder: Encoder, examples: list[Example], batch_
         if labels.ndim == 1 and not labels.is_floating_point():
             right += int((outputs.logits.argmax(-1) == labels).sum())
             labelled += len(labels)
+        report(min(start + batch_size, len(examples)), len(examples))
     found = {"loss": loss / len(examples)}
     return found | {"accuracy": right / labelled} if labelled else found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from fishkern.commands.options import Json, Workload, with_options
-from fishkern.commands.output import console, note, progress
+from fishkern.commands.output import Stopwatch, console, next_command, note, progress, rows_in_words, waiting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,6 +72,14 @@ class Budget:
             rich_help_panel=_BUDGET,
         ),
     ] = "largest"
+    allow_zeros: Annotated[
+        bool,
+        Option(
+            "--allow-zeros",
+            help="Go on where half of the entries or more have no Fisher information.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = False
     fisher_samples: Annotated[
         int | None,
         Option(
@@ -128,11 +135,13 @@ def tune(
     it would have ended without.
     """
     import fishkern as fk
-    from fishkern.commands.resuming import Checkpoint, digest_of
-    from fishkern.commands.training import evaluate, train
-    from fishkern.commands.workload import prepare
+
+    with waiting("loading libraries"):
+        from fishkern.commands.resuming import Checkpoint, digest_of
+        from fishkern.commands.training import train
+        from fishkern.commands.workload import prepare
+        from fishkern.integrations import adapting as by_name
     from fishkern.files import atomic_write
-    from fishkern.integrations import adapting as by_name
     from fishkern.selection import check_start, save_start
 
     _check_parameters(work)
@@ -155,36 +164,45 @@ def tune(
         kind = "the given adapter"
     else:
         task = prepared.described["task"]
-        model, recipe = by_name.adapt(model, kind, task=task, layers=layers, size=adapting.size, seed=work.seed)
+        with waiting(f"adding {kind}"):
+            model, recipe = by_name.adapt(model, kind, task=task, layers=layers, size=adapting.size, seed=work.seed)
 
     batch_size, total = work.batch_size or 16, training.epochs * len(examples)
+    stopwatch = Stopwatch()
+
+    def measure(when: str) -> dict[str, float]:
+        return _measure(model, prepared, held_out, batch_size, when) if held_out else {}
+
     if (held := checkpoint.state) is None:
-        selecting = time.perf_counter()
-        selection = _select(model, prepared, budget, work)
-        selecting = time.perf_counter() - selecting
+        with stopwatch.adding("selecting"):
+            selection = _select(model, prepared, budget, work)
         out.mkdir(exist_ok=True)
         (out / "report.json").unlink(missing_ok=True)  # comes last: a folder without one is not finished
         selection.save(out / "selection.safetensors")
         save_start(model, selection, out / "start.safetensors")
-        before = evaluate(model, encoder, held_out, batch_size) if held_out else {}
+        with stopwatch.adding("measuring"):
+            before = measure("before")
         seen = 0
     else:
-        selecting, before, seen = held["selecting"], held["before"], held["seen"]
+        with checkpoint.reading():
+            stopwatch.ended.update({str(what): float(seconds) for what, seconds in held["seconds"].items()})
+            before, seen = {str(what): float(value) for what, value in held["before"].items()}, int(held["seen"])
         note(f"going on with the unfinished run in {out}: {seen:,} of {total:,} examples are seen")
         selection = fk.Selection.load(out / "selection.safetensors")
         check_start(selection, model)
     optimizer = fk.MaskedAdamW(
         model, selection, training.lr, weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm
     )
-    taken = time.perf_counter()
-    with _interruptible(), progress("training", "examples", seen) as report:
-        losses = train(
-            model, optimizer, encoder, examples,
-            epochs=training.epochs, batch_size=batch_size, seed=work.seed, report=report,
-            checkpoint=checkpoint, described={"data": data, "selecting": selecting, "before": before},
-        )  # fmt: skip
-    taken = time.perf_counter() - taken
-    after = evaluate(model, encoder, held_out, batch_size) if held_out else {}
+    with _interruptible():
+        with stopwatch.adding("training"), progress("training", "examples", seen) as report:
+            losses = train(
+                model, optimizer, encoder, examples,
+                epochs=training.epochs, batch_size=batch_size, seed=work.seed, report=report,
+                checkpoint=checkpoint,
+                described=lambda: {"data": data, "seconds": stopwatch.seconds, "before": before},
+            )  # fmt: skip
+        with stopwatch.adding("measuring"):
+            after = measure("after")
     fk.delta(model, selection).save(out / "delta.safetensors")
     saved = by_name.save_adapter(model, recipe, out)
     found: dict[str, Any] = {
@@ -201,7 +219,7 @@ def tune(
         "loss": losses,
         "before": before,
         "after": after,
-        "seconds": {"selecting": round(selecting, 3), "training": round(taken, 3)},
+        "seconds": {what: round(seconds, 3) for what, seconds in stopwatch.seconds.items()},
     }
     with atomic_write(out / "report.json", "w") as file:
         file.write(json.dumps(found, indent=2) + "\n")
@@ -210,6 +228,8 @@ def tune(
         print(json.dumps(found, indent=2))
     else:
         _tell(found, saved, len(held_out))
+        next_command("fishkern", "show", out / "delta.safetensors")
+        console().print(f"or in Python:  {_in_python(model, recipe, prepared, saved)}")
 
 
 @contextmanager
@@ -220,6 +240,27 @@ def _interruptible() -> Iterator[None]:
     except KeyboardInterrupt:
         note("the same command goes on from there")
         raise
+
+
+def _measure(
+    model: nn.Module, prepared: Prepared, held_out: list[dict[str, Any]], batch_size: int, when: str
+) -> dict[str, float]:
+    from fishkern.commands.training import evaluate
+
+    with progress(f"measuring {when}", "examples") as report:
+        return evaluate(model, prepared.encoder, held_out, batch_size, report)
+
+
+def _in_python(model: nn.Module, recipe: Any, prepared: Prepared, saved: Path) -> str:
+    """Write the line that gives the tuned model, from its base and what was saved."""
+    from fishkern.integrations.models import TASKS
+
+    config = prepared.encoder.config
+    labels = f", num_labels={config.num_labels}" if "label" in prepared.described["columns"] else ""
+    base = f"transformers.{TASKS[prepared.described['task']]}.from_pretrained({config._name_or_path!r}{labels})"
+    if recipe is None:
+        return f"import peft, transformers; model = peft.PeftModel.from_pretrained({base}, {str(saved)!r})"
+    return f"import fishkern, transformers; model = {base}; fishkern.adapters.load(model, {str(saved)!r})"
 
 
 def _select(model: nn.Module, prepared: Prepared, budget: Budget, work: Workload) -> Selection:
@@ -239,6 +280,7 @@ def _select(model: nn.Module, prepared: Prepared, budget: Budget, work: Workload
             density=0.2 if unset else budget.density,
             trainable=budget.trainable,
             order=budget.order,
+            allow_zeros=budget.allow_zeros,
             max_examples=count,
             seed=work.seed,
             progress=lambda done, _: report(done, count),
@@ -249,20 +291,23 @@ def _select(model: nn.Module, prepared: Prepared, budget: Budget, work: Workload
 
 
 def _held_out(prepared: Prepared, work: Workload, split: str) -> list[dict[str, Any]]:
-    from fishkern.integrations import data
+    from fishkern.integrations import data, hub
 
     if not split:
         return []
-    rows = data.read(work.data, name=work.subset or None, split=split, first=True)
-    if not (examples := list(prepared.encoder.examples(rows, MOST_HELD_OUT))):
+    with waiting(f"reading {split}"), hub.quiet():
+        rows = data.read(work.data, name=work.subset or None, split=split, first=True)
+        examples = list(prepared.encoder.examples(rows, MOST_HELD_OUT))
+    if not examples:
         raise ValueError(f"{work.data} has no row in {split!r} with anything to measure on.")
     return examples
 
 
 def _tell(found: dict[str, Any], saved: Path, held_out: int) -> None:
     say = console().print
-    for key in ("task", "data", "rows"):
+    for key in ("task", "data"):
         say(f"{key:9} {found[key]}")
+    say(f"{'rows':9} {rows_in_words(found['rows'])}")
     share = found["trained"] / found["parameters"]
     say(f"{'trained':9} {found['trained']:,} of {found['pool']:,} entries of {found['adapter']} and head")
     say(f"{'':9} ({share:.4%} of the model; {found['order']}, the head whole)")
@@ -270,7 +315,8 @@ def _tell(found: dict[str, Any], saved: Path, held_out: int) -> None:
     for name, value in found["after"].items():
         say(f"{name:9} {found['before'][name]:.4f}, then {value:.4f} on {held_out:,} examples of {found['eval_split']}")
     seconds = found["seconds"]
-    say(f"{'took':9} {seconds['selecting']:.1f} s to select, {seconds['training']:.1f} s to train")
+    measuring = f", {seconds['measuring']:.1f} s to measure" if "measuring" in seconds and held_out else ""
+    say(f"{'took':9} {seconds['selecting']:.1f} s to select, {seconds['training']:.1f} s to train{measuring}")
     say(f"{'saved':9} {saved}, with selection, start, delta and report beside it")
 
 
@@ -293,6 +339,10 @@ def _check_parameters(work: Workload) -> None:
 
 
 def _check_budget(budget: Budget) -> None:
+    from fishkern.methods.fish_tuning import ORDERS
+
+    if budget.order not in ORDERS:
+        raise ValueError(f"--order is one of {', '.join(ORDERS)}, got {budget.order!r}.")
     if budget.fisher_samples is not None and budget.order in BLIND:
         raise ValueError(f"--order {budget.order} looks at no example: leave out --fisher-samples.")
 

@@ -8,20 +8,37 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from fishkern.commands.options import Workload
-from fishkern.commands.output import note
+from fishkern.commands.output import note, waiting
 from fishkern.integrations import data, hub, models, processors
-from fishkern.integrations.examples import CANDIDATES, Encoder, Example, choose_columns, pad_token, read_head
+from fishkern.integrations.examples import (
+    CANDIDATES,
+    Encoder,
+    Example,
+    choose_columns,
+    pad_token,
+    read_head,
+    task_of_labels,
+    unused_label,
+)
 from fishkern.names import canonical_name
+from fishkern.statistics import CausalLM, Likelihood, MaskedLM, Seq2SeqLM, TokenClassification
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 BATCH_SIZE = {"cpu": 8}  # a guess, halved while memory does not suffice
 BATCH_SIZE_ELSEWHERE = 32
 
 Result = TypeVar("Result")
+
+_OF_TOKENS: dict[str, type[Likelihood]] = {
+    "causal-lm": CausalLM,
+    "masked-lm": MaskedLM,
+    "seq2seq-lm": Seq2SeqLM,
+    "token-classification": TokenClassification,
+}
+"""The tasks in which an example has several labels, and the likelihood of each."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +88,10 @@ def prepare(work: Workload, samples: int) -> Prepared:
         raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, got {work.dtype!r}.")
     if work.task and work.task not in models.TASKS:
         raise ValueError(f"--task is one of {', '.join(models.TASKS)}, got {work.task!r}.")
-    device = _device(work.device)
-    terminal = Console(stderr=True)
-    with terminal.status("loading model and data") as status, hub.quiet(downloads=False) as warned:
-        if not terminal.is_terminal:
-            status.stop()
+    device = checked_device(work.device or ("cuda" if torch.cuda.is_available() else "cpu"), "--device")
+    with waiting("reading data") as now, hub.quiet(downloads=False) as warned:
         rows = data.read(work.data, name=work.subset or None, split=work.split, first=work.first, seed=work.seed)
+        now("loading model")
         source = models.find(work.model, work.base or None)
         task = work.task or source.task
         if task is None:
@@ -96,17 +111,24 @@ def prepare(work: Workload, samples: int) -> Prepared:
         encoder = Encoder(task, columns, processor, config, max_length, work.seed)
         if task == "sequence-classification":
             _set_pad_token(config, processor)
+        now("making examples")
         examples = list(encoder.examples(rows, samples))
     for text in warned:
         note(text)
     if not examples:
-        raise ValueError(f"{work.data} has no row with something to learn from ({encoder.passed_over} were read).")
+        raise ValueError(f"{work.data} has no row with something to learn from ({encoder.passed_over:,} were read).")
     _announce(work, encoder, fresh, len(examples), samples)
+    if not work.task and source.adapter is None and (column := unused_label(task, columns, rows)):
+        other = task_of_labels(column, rows)
+        note(
+            f"task {task} comes from the model's config; the data has a column {column!r} that it does not use "
+            f"(--task {other} would)"
+        )
     examples.sort(key=lambda example: -len(example.get("input_ids", ())))
     described = {
         "data": work.data,
         "split": rows.split,
-        "rows": f"{len(examples)}, {rows.drawn}",
+        "rows": {"used": len(examples), "of": rows.total, "seed": rows.seed},
         "columns": dict(columns),
         "task": task,
         **({"max_length": max_length} if max_length else {}),
@@ -114,6 +136,28 @@ def prepare(work: Workload, samples: int) -> Prepared:
         **({"random weights": fresh} if fresh else {}),
     }
     return Prepared(model, encoder, examples, described)
+
+
+def likelihood_of(reduction: str, task: str) -> Likelihood | None:
+    """Make of ``--reduction`` what ``likelihood=`` takes.
+
+    Args:
+        reduction: ``"mean"`` or ``"sum"``.
+        task: What the model is trained for, or ``""`` where that is not known yet.
+
+    Returns:
+        The likelihood, or ``None`` for the model's own loss.
+
+    Raises:
+        ValueError: ``reduction`` is neither, or makes no difference to this task.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"--reduction is mean or sum, got {reduction!r}.")
+    if reduction == "mean" or not task:
+        return None
+    if task not in _OF_TOKENS:
+        raise ValueError(f"an example of {task} has one label, and nothing to sum: leave out --reduction.")
+    return _OF_TOKENS[task](reduction="sum")
 
 
 def predicate(patterns: Sequence[str], model: nn.Module) -> Callable[[str, nn.Parameter], bool] | None:
@@ -178,13 +222,25 @@ def _check_num_labels(asked: int, task: str, columns: Mapping[str, str], head: m
         raise ValueError(f"--num-labels {asked} is against {who}, which has {there}: leave it out.")
 
 
-def _device(name: str) -> str:
-    """Find out before the weights are read whether torch has such a device."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+def checked_device(name: str, option: str) -> str:
+    """Find out before the weights are read whether torch has such a device.
+
+    Args:
+        name: Such as ``"cuda:1"``.
+        option: Which says so.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if name == "meta":
+        raise ValueError(f"{option} meta cannot be used: it holds no values.")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # what a torch without CUDA raises
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{option} {name} cannot be used: {str(error).splitlines()[0]}") from None
     return name
 
 
@@ -224,6 +280,6 @@ def _announce(work: Workload, encoder: Encoder, fresh: list[str], found: int, sa
             f"random weights of seed {work.seed}; the Fisher is that of an untrained head"
         )
     if encoder.passed_over:
-        note(f"{encoder.passed_over} rows passed over: nothing in them to learn from")
+        note(f"{encoder.passed_over:,} rows passed over: nothing in them to learn from")
     if found < samples:
-        note(f"the data has {found} examples, fewer than the {samples} asked for")
+        note(f"the data has {found:,} examples, fewer than the {samples:,} asked for")

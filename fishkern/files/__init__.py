@@ -6,7 +6,8 @@
 """
 
 from fishkern.files.atomic import atomic_write, check_target
-from fishkern.files.loading import Format, open_tensors
+from fishkern.files.loading import Format, files_of, format_of, open_tensors
+from fishkern.files.parsing import checked_shape, in_brief, parsing, read_count, read_json
 from fishkern.files.saving import check_cast, save_tensors
 from fishkern.files.stored import PIECE, AnyTensor, StoredTensor, pieces
 
@@ -18,7 +19,14 @@ __all__ = [
     "atomic_write",
     "check_cast",
     "check_target",
+    "checked_shape",
+    "files_of",
+    "format_of",
+    "in_brief",
     "open_tensors",
+    "parsing",
     "pieces",
+    "read_count",
+    "read_json",
     "save_tensors",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fishkern.files.parsing import checked_shape, in_brief, parsing, read_count, read_json
 from fishkern.files.stored import StoredTensor, stamp_of
 
 CODES = {
@@ -28,6 +28,8 @@ CODES = {
     torch.bool: "BOOL",
 }
 DTYPES = {code: dtype for dtype, code in CODES.items()}
+
+LARGEST_INDEX = 100_000_000  # bytes: what safetensors allows a header
 
 
 @dataclass(frozen=True)
@@ -64,20 +66,62 @@ def open_tensors(path: str | os.PathLike[str], *, format: Format) -> tuple[dict[
         FileNotFoundError: There is no such file, or a shard is missing.
         ValueError: The file is truncated or damaged, holds something else, is one shard of a set, or was written in a
             newer format.
-    """
-    path = Path(path)
-    single, index = single_and_index(path)
-    if path.is_file() and path != index:
-        single = path
+    """  # noqa: DOC502
+    single, index = _found(path)
     contents = read_index(index) if index.is_file() else None
     if contents and (contents["metadata"].get("format") == format.name or not single.is_file()):
         return _open_shards(index, contents, format)
-    if not single.is_file():
-        raise FileNotFoundError(errno.ENOENT, f"nothing to load at {path}: no {single.name}, no {index.name}.")
     metadata, tensors = open_one(single, format)
     if "index" in metadata:
         raise ValueError(f"{single} is one shard of several: load {metadata['index']}.")
     return metadata, tensors
+
+
+def format_of(path: str | os.PathLike[str]) -> str | None:
+    """Read what a file says it is.
+
+    Args:
+        path: As for :func:`open_tensors`.
+
+    Returns:
+        The ``format`` entry of its header, ``None`` where there is none.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or no ``.safetensors``.
+    """  # noqa: DOC502
+    single, index = _found(path)
+    said = [read_index(index)["metadata"].get("format")] if index.is_file() else []
+    if single.is_file():
+        said.append(read_header(single)[0]["__metadata__"].get("format"))
+    return next((one for one in said if str(one).startswith("fishkern.")), said[-1])
+
+
+def files_of(path: str | os.PathLike[str]) -> list[Path]:
+    """List the files of one save.
+
+    Args:
+        path: What :func:`save_tensors` returned.
+
+    Returns:
+        The file itself, or the index and the shards that it names.
+    """
+    path = Path(path)
+    if not path.name.endswith(".index.json"):
+        return [path]
+    return [path, *(path.parent / name for name in dict.fromkeys(read_index(path)["weight_map"].values()))]
+
+
+def _found(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Find the file that a name stands for, and the index that may stand beside it; one of them is there."""
+    path = Path(path)
+    single, index = single_and_index(path)
+    if path.is_file() and path != index:
+        single = path
+    if not single.is_file() and not index.is_file():
+        said = in_brief(f"nothing to load at {path}: no {single.name}, no {index.name}.")
+        raise FileNotFoundError(errno.ENOENT, said)
+    return single, index
 
 
 def _open_shards(
@@ -88,8 +132,9 @@ def _open_shards(
     shards = {}
     for name in dict.fromkeys(contents["weight_map"].values()):
         shard = index.parent / name
-        if shard.parent != index.parent or name == "..":
-            raise ValueError(f"{index} is damaged: it names the shard {name!r}, which is not a plain file name.")
+        if shard.name != name or name == ".." or not name.isprintable() or len(name.encode()) > 255:
+            shown = in_brief(repr(name), 80)
+            raise ValueError(f"{index} is damaged: it names the shard {shown}, which is not a plain file name.")
         if not shard.is_file():
             raise FileNotFoundError(
                 errno.ENOENT, f"{shard} is missing, which {index.name} names: copy all files that it lists."
@@ -97,10 +142,17 @@ def _open_shards(
         said, shards[name] = open_one(shard, format)
         if said != metadata | {"index": index.name}:
             raise ValueError(f"{shard} belongs to another save than {index.name}: copy all files of one save.")
-    try:
-        return metadata, {name: shards[shard][name] for name, shard in contents["weight_map"].items()}
-    except KeyError as error:
-        raise ValueError(f"{index} is damaged: its shards hold no tensor {error}.") from None
+    tensors = {}
+    for name, shard in contents["weight_map"].items():
+        if name not in shards[shard]:
+            raise ValueError(f"{index} is damaged: its shards hold no tensor {in_brief(repr(name), 80)}.")
+        tensors[name] = shards[shard].pop(name)
+    for shard, unnamed in shards.items():
+        for name in unnamed:
+            raise ValueError(
+                f"{index} is damaged: it does not name {in_brief(repr(name), 80)} of {shard}. Copy or save it again."
+            )
+    return metadata, tensors
 
 
 def open_one(path: Path, format: Format) -> tuple[dict[str, str], dict[str, StoredTensor]]:
@@ -117,14 +169,16 @@ def open_one(path: Path, format: Format) -> tuple[dict[str, str], dict[str, Stor
         ValueError: The file is damaged, holds something else, or was written in a newer format.
     """
     header, start, stamp = read_header(path)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__")
     _check_format(path, metadata, format)
     tensors = {}
     for name, entry in header.items():
         if (dtype := DTYPES.get(entry["dtype"])) is None:
-            raise ValueError(f"{path} holds {name} as {entry['dtype']}; the dtypes read are {', '.join(DTYPES)}.")
-        offset = start + entry["data_offsets"][0]
-        tensors[name] = StoredTensor(path.absolute(), stamp, dtype, torch.Size(entry["shape"]), offset)
+            shown = in_brief(name, 80)
+            raise ValueError(f"{path} holds {shown} as {entry['dtype']}; the dtypes read are {', '.join(DTYPES)}.")
+        with parsing(f"{path} is damaged: of {in_brief(name, 80)}"):
+            shape = checked_shape(entry["shape"])
+        tensors[name] = StoredTensor(path.absolute(), stamp, dtype, shape, start + entry["data_offsets"][0])
     return metadata, tensors
 
 
@@ -145,11 +199,13 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, tuple[int, int]]:
             pass
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is truncated, damaged or no .safetensors file ({error}): copy or save it again."
+            f"{path} is truncated, damaged or no .safetensors file ({in_brief(error)}): copy or save it again."
         ) from None
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, parsing(f"{path} has a damaged header"):
         length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(length)), 8 + length, stamp_of(file)
+        header = read_json(file.read(length))
+        header["__metadata__"] = header.get("__metadata__") or {}  # safetensors takes null for none
+        return header, 8 + length, stamp_of(file)
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -165,8 +221,9 @@ def read_index(path: Path) -> dict[str, Any]:
         ValueError: It is no such index.
     """
     try:
-        contents = json.loads(path.read_bytes())
-        if isinstance(contents["metadata"], dict) and all(type(v) is str for v in contents["weight_map"].values()):
+        contents = read_json(path.read_bytes()) if path.stat().st_size <= LARGEST_INDEX else None
+        said = {key: value for key, value in contents["metadata"].items() if key != "total_size"}
+        if all(type(value) is str for value in (*said.values(), *contents["weight_map"].values())):
             return contents
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
@@ -175,15 +232,18 @@ def read_index(path: Path) -> dict[str, Any]:
 
 def _check_format(path: Path, metadata: Mapping[str, str], format: Format) -> None:
     if (said := metadata.get("format")) != format.name:
-        says = "nothing of a format" if said is None else f"format={said}"
+        says = "nothing of a format" if said is None else f"format={in_brief(said, 80)}"
         raise ValueError(
             f"{path} holds no {format.noun}: its header says {says}, expected "
             f"format={format.name}. Write one with {format.saved_by}."
         )
     version = metadata.get("format_version", "")
-    if not version.isdecimal():
-        raise ValueError(f"{path} is damaged: its header says format_version={version!r}. Copy or save it again.")
-    if int(version) > format.version:
+    try:
+        number = read_count(version)
+    except ValueError:
+        shown = in_brief(repr(version), 80)
+        raise ValueError(f"{path} is damaged: its header says format_version={shown}. Copy or save it again.") from None
+    if number > format.version:
         raise ValueError(
             f"{path} is in {format.name} format {version}, this fishkern reads up to {format.version}: update fishkern."
         )
@@ -197,7 +257,12 @@ def single_and_index(path: str | os.PathLike[str]) -> tuple[Path, Path]:
 
     Returns:
         ``name.safetensors`` and its ``.index.json``.
+
+    Raises:
+        ValueError: It is no name of a file.
     """
     path = Path(path)
+    if not path.name:
+        raise ValueError(f"{os.fspath(path)!r} names no file: give the name of one, such as name.safetensors.")
     name = path.name.removesuffix(".index.json").removesuffix(".safetensors") + ".safetensors"
     return path.with_name(name), path.with_name(name + ".index.json")

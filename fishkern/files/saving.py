@@ -179,7 +179,7 @@ def _refuse_foreign(single: Path, index: Path, format: Format) -> None:
     """Overwrite one's own kind or a damaged file, but no model that happens to have this name."""
     metadata = []
     with suppress(ValueError, OSError):
-        metadata.append((single, read_header(single)[0].get("__metadata__", {})))
+        metadata.append((single, read_header(single)[0]["__metadata__"]))
     with suppress(ValueError, OSError):
         metadata.append((index, read_index(index)["metadata"]))
     for path, said in metadata:

@@ -82,8 +82,16 @@ class StoredTensor:
 
         Returns:
             A new tensor of :attr:`shape` on the CPU.
+
+        Raises:
+            MemoryError: It does not fit into memory.
         """
-        tensor = torch.empty(self.shape, dtype=dtype or self.dtype)
+        dtype = dtype or self.dtype
+        try:
+            tensor = torch.empty(self.shape, dtype=dtype)
+        except RuntimeError:
+            size = f"{self.numel() * dtype.itemsize / 2**30:,.3g} GiB"
+            raise MemoryError(f"a tensor of {self.path} needs {size}, and there is not so much memory.") from None
         rest = tensor.view(-1)
         for piece in self.pieces():
             rest[: len(piece)] = piece

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,22 +30,23 @@ class Rows:
     Attributes:
         source: The file, folder or id.
         split: Which part of it.
-        drawn: How the order comes about, in words.
+        total: How many there are, or ``None`` where they are read one by one and not all of them.
         features: Column name to the type that datasets has for it.
+        seed: Of the draw, or ``None`` where they come from the start.
     """
 
     source: str
     split: str
-    drawn: str
+    total: int | None
     features: Mapping[str, Any]
+    seed: int | None
     _dataset: Any
-    _seed: int | None
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        if self._seed is None:
+        if self.seed is None:
             yield from enumerate(self._dataset)
             return
-        generator = torch.Generator().manual_seed(self._seed)
+        generator = torch.Generator().manual_seed(self.seed)
         for place in torch.randperm(len(self._dataset), generator=generator).tolist():
             yield place, self._dataset[place]
 
@@ -57,7 +59,7 @@ class Rows:
         Returns:
             Every value once, or ``None`` where the rows are read one by one and not all of them.
         """
-        if self._seed is None:
+        if self.seed is None:
             return None
         found: set[Any] = set()
         for value in self._dataset[column]:
@@ -100,11 +102,13 @@ def read(source: str, *, name: str | None = None, split: str = "train", first: b
         if not path.stat().st_size:
             raise ValueError(f"{source} is empty.")
         kind, more = BUILDERS[path.suffix.lower()]
-        arguments, options = (kind,), {**options, "data_files": str(path), **more}
+        arguments, options = (kind,), {**options, "data_files": glob.escape(str(path)), **more}
     elif path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _rows(source, split, first, seed, _from_disk(path, split))
         arguments = (str(path),)
+        if glob.has_magic(str(path)):
+            options["data_files"] = _patterns_in(path)
     elif path.is_absolute() or source.startswith(".") or source.count("/") > 1:
         raise FileNotFoundError(f"there is no file or folder {source}.")
     else:
@@ -120,12 +124,22 @@ def read(source: str, *, name: str | None = None, split: str = "train", first: b
 def _rows(source: str, split: str, first: bool, seed: int, dataset: Any) -> Rows:
     if first:
         dataset = dataset if dataset.features else dataset._resolve_features()
-        drawn = "the first rows"
-    else:
-        drawn = f"drawn at random with seed {seed} from {len(dataset):,} rows"
     if not first and not len(dataset):
         raise ValueError("it holds no row.")
-    return Rows(source, split, drawn, dict(dataset.features or {}), dataset, None if first else seed)
+    total = None if first else len(dataset)
+    return Rows(source, split, total, dict(dataset.features or {}), None if first else seed, dataset)
+
+
+def _patterns_in(folder: Path) -> dict[str, list[str]]:
+    """Find the parts of a folder as datasets does, which takes a bracket in the folder's own name for a pattern."""
+    from datasets.data_files import get_data_patterns
+
+    place = glob.escape(folder.resolve().as_posix())
+    try:
+        found = get_data_patterns(place)
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} cannot be read: it holds no file of data.") from error
+    return {str(split): [f"{place}/{pattern}" for pattern in patterns] for split, patterns in found.items()}
 
 
 def _from_disk(path: Path, split: str) -> Any:

@@ -82,6 +82,40 @@ def choose_columns(task: str, rows: Rows, named: Mapping[str, str | None]) -> di
     return chosen
 
 
+def unused_label(task: str, columns: Mapping[str, str], rows: Rows) -> str | None:
+    """Look for a column of labels that a task passes over.
+
+    Args:
+        task: A key of :data:`NEEDS`.
+        columns: Role to column, as :func:`choose_columns` gives them.
+        rows: The data.
+
+    Returns:
+        The column, or ``None`` where there is none, or the task has a use for labels.
+    """
+    if "label" in NEEDS[task]:
+        return None
+    usual = [name for name in CANDIDATES["label"] if name not in CANDIDATES["target"]]
+    return next((name for name in usual if name in rows.features and name not in columns.values()), None)
+
+
+def task_of_labels(column: str, rows: Rows) -> str:
+    """Say which task would use a column of labels.
+
+    Args:
+        column: One that :func:`unused_label` found.
+        rows: The data.
+
+    Returns:
+        A key of :data:`NEEDS`.
+    """
+    if any(name in rows.features for name in CANDIDATES["image"]):
+        return "image-classification"
+    listed = getattr(rows.features[column], "feature", None) is not None
+    words = any(name in rows.features for name in CANDIDATES["words"])
+    return "token-classification" if listed and words else "sequence-classification"
+
+
 def read_head(rows: Rows, columns: Mapping[str, str], num_labels: int | None = None) -> Head | None:
     """Read from the data what labels a classifier needs.
 

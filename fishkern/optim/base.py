@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -270,7 +270,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: It has other groups, names or entries.
         """  # noqa: DOC502
-        state_dict = state_dict.copy()
+        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         places = {name: self._places(name, parameter) for name, parameter in self._named()}

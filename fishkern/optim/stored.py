@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ def loaded(
     Raises:
         ValueError: It has other groups, names or entries.
     """
+    _check_form(state_dict)
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(groups):
         raise ValueError(f"the state has {len(saved_groups)} groups, the optimizer {len(groups)}.")
@@ -53,20 +55,74 @@ def loaded(
                 key: value.detach().to(parameter.device, copy=True) if isinstance(value, Tensor) else value
                 for key, value in saved.items()
             }
-    options = [{key: value for key, value in group.items() if key != "params"} for group in saved_groups]
-    return state, [
-        {**group, **copy.deepcopy(saved), "params": group["params"], "param_names": group["param_names"]}
-        for group, saved in zip(groups, options, strict=True)
-    ]
+    return state, [_options(number, group, saved_groups[number]) for number, group in enumerate(groups)]
 
 
-def _check_entries(name: str, parameter: Tensor, saved: Mapping[str, Any], places: Tensor | None) -> None:
-    theirs = saved.get("indices")
-    same = (places is None) == (theirs is None) and (places is None or torch.equal(places, theirs.to(places)))
+def _check_form(state_dict: object) -> None:
+    """Demand what ``state_dict()`` gives, before anything of it is looked up."""
+    groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+    state = state_dict.get("state") if isinstance(state_dict, Mapping) else None
+    if not isinstance(groups, list | tuple) or not isinstance(state, Mapping):
+        raise ValueError("this is no state of an optimizer: it has a 'state' by number and a list of 'param_groups'.")
+    for group in groups:
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise ValueError("this is no state of an optimizer: each of its groups lists its 'params'.")
+        if "param_names" not in group:
+            raise ValueError("the state holds no names of parameters: it is not that of a masked optimizer.")
+        numbers, names = group["params"], group["param_names"]
+        lists = isinstance(numbers, list | tuple) and isinstance(names, list | tuple) and len(numbers) == len(names)
+        if not lists or not all(type(n) is int for n in numbers) or not all(isinstance(name, str) for name in names):
+            raise ValueError("the state is damaged: each of its groups has a number and a name for each parameter.")
+
+
+def _options(number: int, own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Take a group's saved options; one that the save does not know stays as it is, as torch has it."""
+    if set(saved["param_names"]) != set(own["param_names"]):
+        raise ValueError(
+            f"group {number} of the state holds other parameters than group {number} of the optimizer: make the "
+            "optimizer with the same groups."
+        )
+    for key in own.keys() & saved.keys() - {"params", "param_names"}:
+        if not _of_a_kind(own[key], saved[key]):
+            raise ValueError(f"the state is damaged: {key} of group {number} is {saved[key]!r:.60}.")
+    options = {key: copy.deepcopy(value) for key, value in saved.items()}
+    return {**own, **options, "params": own["params"], "param_names": own["param_names"]}
+
+
+def _of_a_kind(own: object, saved: object) -> bool:
+    """Tell whether a saved option can stand where one stands: a number, a flag, as many betas."""
+    if isinstance(own, list | tuple):
+        fits = isinstance(saved, list | tuple) and len(own) == len(saved)
+        return fits and all(_of_a_kind(0.0, beta) and 0 <= beta < 1 for beta in saved)
+    if own is None and saved is None:
+        return True
+    if isinstance(own, bool):
+        return isinstance(saved, bool)
+    if isinstance(saved, Tensor):
+        return saved.ndim == 0 and not saved.is_complex() and bool(saved.isfinite())
+    number = isinstance(saved, int | float) and not isinstance(saved, bool)
+    return number and (math.isfinite(saved) if isinstance(saved, float) else abs(saved) < 2**63)
+
+
+def _check_entries(name: str, parameter: Tensor, saved: object, places: Tensor | None) -> None:
+    if not isinstance(saved, Mapping) or not all(isinstance(value, Tensor | int | float) for value in saved.values()):
+        raise ValueError(f"the state of {name} is damaged: it is a tensor for each of its keys.")
+    step, theirs = torch.as_tensor(saved.get("step", 0)), saved.get("indices")
+    if step.ndim or step.is_complex() or not 0 <= float(step) < 2**53:
+        raise ValueError(f"the state of {name} is damaged: step is the number of its updates.")
+    same = (places is None) == (theirs is None) and (places is None or _same_places(places, theirs))
     count = parameter.numel() if places is None else len(places)
-    sizes = [tuple(value.shape) for key, value in saved.items() if isinstance(value, Tensor) and key != "step"]
-    if not same or any(size != (count,) for size in sizes):
+    values = {key: value for key, value in saved.items() if key not in ("step", "indices")}
+    sized = all(isinstance(value, Tensor) and tuple(value.shape) == (count,) for value in values.values())
+    if not same or not sized:
         raise ValueError(
             f"the state of {name} belongs to other entries than are selected here: make the optimizer with the "
             "selection that was in use when the state was saved."
         )
+    if odd := [key for key, value in values.items() if value.is_complex() or value.dtype == torch.bool]:
+        raise ValueError(f"the state of {name} is damaged: {odd[0]} is {values[odd[0]].dtype}.")
+
+
+def _same_places(places: Tensor, theirs: object) -> bool:
+    whole = isinstance(theirs, Tensor) and theirs.dtype in (torch.int32, torch.int64)
+    return whole and torch.equal(places, theirs.to(places))

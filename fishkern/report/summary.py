@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,20 +26,20 @@ class Part:
     Attributes:
         coordinates: How many entries it has.
         selected: How many of them are selected, or among the largest of the whole.
-        total: Sum of the scores that are finite.
+        sum: Sum of the scores that are finite.
         infinite: How many entries are infinite, or above all of float32.
     """
 
     coordinates: int = 0
     selected: int = 0
-    total: float = 0.0
+    sum: float = 0.0
     infinite: int = 0
 
     @property
     def mean(self) -> float:
         """Mean score of the entries that are finite."""
         finite = self.coordinates - self.infinite
-        return self.total / finite if finite else 0.0
+        return self.sum / finite if finite else 0.0
 
     @property
     def density(self) -> float:
@@ -54,7 +54,7 @@ class Part:
         """
         self.coordinates += other.coordinates
         self.selected += other.selected
-        self.total += other.total
+        self.sum += other.sum
         self.infinite += other.infinite
 
 
@@ -64,9 +64,28 @@ class Parts:
 
     Attributes:
         cells: Each layer and type of module, in the model's order; layer ``None`` is outside the layers.
+        parameters: Each parameter, by its name.
     """
 
     cells: dict[Place, Part]
+    parameters: dict[str, Part]
+
+    @classmethod
+    def of(cls, parameters: dict[str, Part], *rest: Any) -> Self:
+        """Gather parameters into layers and types of module.
+
+        Args:
+            parameters: Each parameter's own, by its name.
+            rest: What else a subclass holds.
+
+        Returns:
+            The parts.
+        """
+        layout = Layout(parameters)
+        cells: dict[Place, Part] = {}
+        for name, part in parameters.items():
+            cells.setdefault(layout[name], Part()).add(part)
+        return cls(cells, parameters, *rest)
 
     @property
     def whole(self) -> Part:
@@ -103,6 +122,7 @@ class Parts:
             "whole": plain(self.whole),
             "layers": {name: plain(part) for name, part in self.layers.items()},
             "modules": {name: plain(part) for name, part in self.modules.items()},
+            "parameters": {name: plain(part) for name, part in self.parameters.items()},
         }
 
 
@@ -161,14 +181,12 @@ def summarise(
     size = sum(block.numel() for block in blocks.values())
     if not size:
         raise ValueError("there is nothing to summarise: no parameter has an entry.")
-    layout = Layout(blocks)
     indices, threshold = topk(blocks, max(1, int(density * size)), "largest", None)
-    cells: dict[Place, Part] = {}
+    parameters: dict[str, Part] = {}
     counts = torch.zeros(_BINS, dtype=torch.long)
     read = below = negative = 0
     for name, block in blocks.items():
-        part = cells.setdefault(layout[name], Part())
-        part.add(Part(block.numel(), len(indices[name])))
+        part = parameters[name] = Part(block.numel(), len(indices[name]))
         for piece in pieces(block):
             read += piece.numel()
             if infinite := int((beyond := piece.float().isinf()).sum()):
@@ -178,12 +196,12 @@ def summarise(
             counts += (bits >> 16).bincount(minlength=_BINS)
             below += int((bits == 0).sum())
             negative += int((piece < 0).sum())
-            part.total += piece.sum(dtype=torch.float64).item()
+            part.sum += piece.sum(dtype=torch.float64).item()
             if report:
                 report(read, size)
     counts[0] -= below
     threshold = threshold if threshold is not None and math.isfinite(threshold) else None
-    return Summary(cells, density, threshold, *_distribution(counts), below - negative, negative)
+    return Summary.of(parameters, density, threshold, *_distribution(counts), below - negative, negative)
 
 
 def locate(selection: Selection) -> Parts:
@@ -195,11 +213,8 @@ def locate(selection: Selection) -> Parts:
     Returns:
         The parts of its pool; they carry no scores.
     """
-    layout = Layout(selection.names)
-    cells: dict[Place, Part] = {}
-    for name, count in selection.counts.items():
-        cells.setdefault(layout[name], Part()).add(Part(selection.shapes[name].numel(), count))
-    return Parts(cells)
+    counts = selection.counts.items()
+    return Parts.of({name: Part(selection.shapes[name].numel(), count) for name, count in counts})
 
 
 def _distribution(counts: Tensor, per_decade: int = 8) -> tuple[Tensor, Tensor]:

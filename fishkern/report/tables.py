@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from fishkern.report.summary import Part, Parts, Summary
+from fishkern.report.values import Held, Values
 from fishkern.statistics import Verification
+from fishkern.statistics.verification import Compared
 
 
 def summary_table(summary: Summary) -> Table:
@@ -20,12 +23,12 @@ def summary_table(summary: Summary) -> Table:
     Returns:
         The table.
     """
-    total = summary.whole.total or 1.0
+    total = summary.whole.sum or 1.0
     some_infinite = summary.whole.infinite > 0
     headings = ["coordinates", "share of the sum", "mean", f"among the top {summary.density:.2%}"]
 
     def cells(part: Part) -> list[str]:
-        shown = [f"{part.coordinates:,}", f"{part.total / total:.1%}", f"{part.mean:.1e}", f"{part.density:.2%}"]
+        shown = [f"{part.coordinates:,}", f"{part.sum / total:.1%}", f"{part.mean:.1e}", f"{part.density:.2%}"]
         return [*shown, f"{part.infinite:,}"] if some_infinite else shown
 
     return _by_parts(summary, [*headings, "infinite"] if some_infinite else headings, cells)
@@ -48,6 +51,29 @@ def selection_table(parts: Parts) -> Table:
             f"{part.coordinates:,}", f"{part.selected:,}", f"{part.selected / count:.1%}", f"{part.density:.2%}"
         ),
     )  # fmt: skip
+
+
+def values_table(values: Values) -> Table:
+    """Show where values lie, how large they are, and how far they have moved: by layer, then by type of module.
+
+    Args:
+        values: What :func:`fishkern.report.held_values` found.
+
+    Returns:
+        The table.
+    """
+    whole = values.whole
+    headings = ["coordinates", "values", "largest value"]
+    headings += ["moved", "largest move"] if whole.moved is not None else []
+    headings += ["infinite"] if whole.infinite else []
+
+    def cells(held: Held) -> list[str]:
+        shown = [f"{held.coordinates:,}", f"{held.values:,}", f"{held.largest:.3g}"]
+        if whole.moved is not None:
+            shown += [f"{held.moved or 0:,}", f"{held.largest_move or 0.0:.3g}"]
+        return [*shown, f"{held.infinite:,}"] if whole.infinite else shown
+
+    return _by_parts(values, headings, cells)
 
 
 def comparison_table(one: Parts, other: Parts, shared: Parts) -> Table:
@@ -73,32 +99,43 @@ def comparison_table(one: Parts, other: Parts, shared: Parts) -> Table:
     return table
 
 
-def verification_table(found: Verification, rows: int = 12) -> Table:
-    """Show the parameters that are farthest from the loop.
+def verification_rows(found: Verification, most: int = 12) -> tuple[Compared, ...]:
+    """Choose the parameters that are farthest from the loop.
 
     Args:
         found: What :func:`fishkern.verify` found.
-        rows: How many parameters; every one that fails is among them.
+        most: How many; every one that fails is among them.
+
+    Returns:
+        The farthest first.
+    """
+    failing = sum(not one.holds for one in found.compared)
+    return tuple(found.worst_first)[: max(most, failing)]
+
+
+def verification_table(rows: Sequence[Compared]) -> Table:
+    """Show how far parameters are from the loop.
+
+    Args:
+        rows: What :func:`verification_rows` chose.
 
     Returns:
         The table.
     """
-    failing = sum(not one.holds for one in found.compared)
-    shown = found.worst_first[: max(rows, failing)]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=found.headline(len(shown)), title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("parameter", overflow="fold")
     table.add_column("path")
     for heading in ("error", "noise", "allowed"):
         table.add_column(heading, justify="right")
     table.add_column("")
-    for one in shown:
+    for one in rows:
         verdict = "FAILS" if not one.holds else one.note or "holds"
         figures = (f"{one.error:.1e}", f"{one.noise:.1e}", f"{one.allowed:.1e}")
         table.add_row(one.name, one.path, *figures, verdict)
     return table
 
 
-def _by_parts(parts: Parts, headings: Sequence[str], cells: Callable[[Part], Sequence[str]]) -> Table:
+def _by_parts(parts: Parts | Values, headings: Sequence[str], cells: Callable[[Any], Sequence[str]]) -> Table:
     table = _headed(headings)
     for group in (parts.layers, parts.modules):
         for name, part in group.items():

@@ -8,7 +8,7 @@ from fishkern.selection.per_tensor_topk import PerTensorTopK
 from fishkern.selection.random import Random
 from fishkern.selection.result import Selection
 from fishkern.selection.select import select
-from fishkern.selection.start import bound_to_start, check_start, load_start, save_start
+from fishkern.selection.start import bound_to_start, check_start, load_start, open_start, save_start
 
 __all__ = [
     "Delta",
@@ -23,6 +23,7 @@ __all__ = [
     "check_start",
     "delta",
     "load_start",
+    "open_start",
     "save_start",
     "select",
 ]

@@ -12,11 +12,11 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from fishkern.files import PIECE, AnyTensor, Format, open_tensors, save_tensors
-from fishkern.ops.streaming_topk import index_dtype
-from fishkern.selection._packed import packed, unpacked
+from fishkern.files import PIECE, AnyTensor, Format, in_brief, open_tensors, parsing, read_json, save_tensors
+from fishkern.selection._packed import packed
 from fishkern.selection.result import Selection
 from fishkern.selection.start import named_tensors
+from fishkern.selection.stored import checked_entry, read_indices, read_provenance
 
 FORMAT = Format("fishkern.delta", version=1, saved_by="Delta.save")
 
@@ -134,22 +134,33 @@ class Delta:
             ValueError: The file is truncated or damaged, holds no delta, or was written in a newer format.
         """  # noqa: DOC502
         metadata, stored = open_tensors(path, format=FORMAT)
-        try:
-            pool = {name: (torch.Size(entry[0]), *entry[1:]) for name, entry in json.loads(metadata["pool"]).items()}
-            provenance = json.loads(metadata["provenance"])
+        with parsing(f"{path} holds no valid delta"):
+            listed = {name: _checked_entry(name, *entry) for name, entry in read_json(metadata["pool"]).items()}
+            pool = {name: (shape, form) for name, (shape, form, _) in listed.items()}
+            provenance = read_provenance(metadata["provenance"])
+            wanted = {f"entries:{name}" for name, (_, form) in pool.items() if form in ("indices", "bits")}
+            wanted |= {f"values:{name}" for name, (_, form) in pool.items() if form != "none"}
+            if odd := stored.keys() ^ wanted:
+                raise ValueError(f"its header and its tensors disagree on {in_brief(min(odd), 80)}")
             indices, values = {}, {}
-            for name, (shape, form, _) in pool.items():
+            for name, (shape, form) in pool.items():
                 if form in ("indices", "bits"):
-                    entries = stored[f"entries:{name}"].read()
-                    indices[name] = unpacked(entries, index_dtype(shape.numel())) if form == "bits" else entries
+                    indices[name] = read_indices(name, stored[f"entries:{name}"], shape, form)
                 if form != "none":
-                    values[name] = stored[f"values:{name}"].read()
-            shapes = {name: shape for name, (shape, _, _) in pool.items()}
-            whole = [name for name, (_, form, _) in pool.items() if form == "whole"]
+                    held = stored[f"values:{name}"]
+                    if not held.dtype.is_floating_point or held.numel() > shape.numel():
+                        raise ValueError(f"{in_brief(name, 80)} {tuple(shape)} holds {held.numel()} {held.dtype}")
+                    values[name] = held.read()
+            shapes = {name: shape for name, (shape, _) in pool.items()}
+            whole = [name for name, (_, form) in pool.items() if form == "whole"]
             selection = Selection(shapes, indices, whole=whole, provenance=provenance)
-            return cls(selection, values, {name: digest for name, (_, _, digest) in pool.items()})
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} holds no valid delta ({error!r}): copy or save it again.") from None
+            return cls(selection, values, {name: digest for name, (_, _, digest) in listed.items()})
+
+
+def _checked_entry(name: str, shape: object, form: object, digest: object) -> tuple[torch.Size, str, str]:
+    if not isinstance(digest, str):
+        raise ValueError(f"the digest of {in_brief(name, 80)} is no text")
+    return *checked_entry(name, shape, form), digest
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from fishkern.files import parsing
 from fishkern.names import canonical_name, listed, renamed
 from fishkern.ops.streaming_topk import index_dtype
 from fishkern.selection import algebra, stored
@@ -351,10 +352,8 @@ class Selection:
             ValueError: The file is truncated or damaged, holds no selection, or was written in a newer format.
         """  # noqa: DOC502
         held = stored.load(path)
-        try:
+        with parsing(f"{path} holds no valid selection"):
             return cls(**held)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} holds no valid selection: {error}") from None
 
     def _entry(self, name: str) -> Tensor | None:
         try:

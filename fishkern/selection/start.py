@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fishkern.files import Format, open_tensors, save_tensors
+from fishkern.files import Format, StoredTensor, in_brief, open_tensors, save_tensors
 from fishkern.names import canonical_name
 from fishkern.selection.result import Selection
 
@@ -99,17 +99,38 @@ def load_start(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: What :func:`save_start` wrote.
 
     Raises:
-        ValueError: The model lacks a parameter, or has it in another shape; it is then left as it was.
+        ValueError: The file is damaged, or the model lacks a parameter or has it in another shape; the model is then
+            left as it was.
     """
-    _, stored = open_tensors(path, format=FORMAT)
+    stored = open_start(path)
     named = named_tensors(model)
     for name, tensor in stored.items():
         if name not in named or named[name].shape != tensor.shape:
             has = f"has it as {tuple(named[name].shape)}" if name in named else "has no such parameter"
-            raise ValueError(f"{path} holds {name} {tuple(tensor.shape)}, and {type(model).__name__} {has}.")
+            shown = f"{in_brief(name, 80)} {tuple(tensor.shape)}"
+            raise ValueError(f"{path} holds {shown}, and {type(model).__name__} {has}.")
     with torch.no_grad():
         for name, tensor in stored.items():
             named[name].copy_(tensor.read())
+
+
+def open_start(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+    """Open what :func:`save_start` wrote; the values stay on disk.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The values of each parameter by name.
+
+    Raises:
+        ValueError: The file is damaged, or holds no start.
+    """
+    _, stored = open_tensors(path, format=FORMAT)
+    for name, tensor in stored.items():
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(f"{path} holds {in_brief(name, 80)} as {tensor.dtype}, and a start is floating.")
+    return stored
 
 
 def named_tensors(model: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -14,7 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishkern.files import AnyTensor, Format, open_tensors, save_tensors
+from fishkern.files import (
+    AnyTensor,
+    Format,
+    StoredTensor,
+    checked_shape,
+    in_brief,
+    open_tensors,
+    parsing,
+    read_json,
+    save_tensors,
+)
 from fishkern.ops.streaming_topk import index_dtype
 from fishkern.selection._packed import packed, unpacked
 
@@ -70,26 +80,91 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: Header and tensors are damaged or do not agree.
     """
     metadata, stored = open_tensors(path, format=FORMAT)
-    try:
-        provenance = json.loads(metadata["provenance"])
-        pool = {name: (torch.Size(shape), form) for name, (shape, form) in json.loads(metadata["pool"]).items()}
-        for name, (_, form) in pool.items():
-            if form not in FORMS:
-                raise ValueError(f"{name} is held as {form!r}, which is none of {', '.join(FORMS)}")
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} has a damaged header ({error!r}): copy or save it again.") from None
+    with parsing(f"{path} has a damaged header"):
+        provenance = read_provenance(metadata["provenance"])
+        pool = {name: checked_entry(name, *entry) for name, entry in read_json(metadata["pool"]).items()}
     if listed := stored.keys() ^ {name for name, (_, form) in pool.items() if form in ("indices", "bits")}:
-        raise ValueError(f"{path} is damaged: its header and its tensors disagree on {min(listed)}. Save it again.")
-    indices = {}
-    try:
-        for name, tensor in stored.items():
-            shape, form = pool[name]
-            if form == "bits" and (tensor.dtype, tensor.numel()) != (torch.uint8, -(-shape.numel() // 8)):
-                raise ValueError(f"{name} is said to be bits of {tuple(shape)}, and is not.")
-            read = tensor.read()
-            indices[name] = unpacked(read, index_dtype(shape.numel())) if form == "bits" else read
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} holds no valid selection: {error}") from None
+        odd = in_brief(min(listed), 80)
+        raise ValueError(f"{path} is damaged: its header and its tensors disagree on {odd}. Save it again.")
+    with parsing(f"{path} holds no valid selection"):
+        indices = {name: read_indices(name, tensor, *pool[name]) for name, tensor in stored.items()}
     whole = [name for name, (_, form) in pool.items() if form == "whole"]
     shapes = {name: shape for name, (shape, _) in pool.items()}
     return {"shapes": shapes, "indices": indices, "whole": whole, "provenance": provenance}
+
+
+def checked_entry(name: str, shape: object, form: object) -> tuple[torch.Size, str]:
+    """Demand what a header says of one parameter of a pool.
+
+    Args:
+        name: The parameter's name.
+        shape: Its shape.
+        form: How what is selected of it is held.
+
+    Returns:
+        Shape and form.
+
+    Raises:
+        ValueError: It is no shape, or none of :data:`FORMS`.
+    """
+    if form not in FORMS:
+        shown = in_brief(repr(form), 40)
+        raise ValueError(f"{in_brief(name, 80)} is held as {shown}, which is none of {', '.join(FORMS)}")
+    try:
+        return checked_shape(shape), form
+    except ValueError as error:
+        raise ValueError(f"the shape of {in_brief(name, 80)}: {error}") from None
+
+
+def read_indices(name: str, tensor: StoredTensor, shape: torch.Size, form: str) -> Tensor:
+    """Read the list of indices of one parameter.
+
+    Args:
+        name: The parameter's name.
+        tensor: Its indices ``[K]``, or its bits.
+        shape: Its shape.
+        form: ``"indices"`` or ``"bits"``.
+
+    Returns:
+        Indices, not checked.
+
+    Raises:
+        ValueError: The tensor cannot be that.
+    """
+    numel = shape.numel()
+    if form == "indices":
+        if tensor.numel() > numel:
+            raise ValueError(f"{in_brief(name, 80)} has {numel} coordinates, and {tensor.numel()} indices")
+        return tensor.read()
+    if (tensor.dtype, tuple(tensor.shape)) != (torch.uint8, (-(-numel // 8),)):
+        raise ValueError(f"{in_brief(name, 80)} is said to be bits of {tuple(shape)}, and is not")
+    return unpacked(tensor.read(), index_dtype(numel))
+
+
+def read_provenance(text: str) -> dict[str, Any]:
+    """Read where a selection comes from, as far as others rely on its form.
+
+    Args:
+        text: JSON.
+
+    Returns:
+        The provenance.
+
+    Raises:
+        ValueError: It has another form.
+    """
+    provenance = read_json(text)
+    if not isinstance(provenance, dict):
+        raise ValueError("provenance is an object of JSON")
+    rule, start, k = provenance.get("rule", {}), provenance.get("start", {}), provenance.get("k")
+    if isinstance(rule, dict) and not isinstance(rule.get("name", ""), str):
+        raise ValueError(f"a rule has no name {in_brief(repr(rule['name']), 40)}")
+    if not (k is None or type(k) is int):
+        raise ValueError(f"k is a number of entries, not {in_brief(repr(k), 40)}")
+    if not isinstance(start, dict) or not all(map(_is_digest, start.values())):
+        raise ValueError("the start is a norm and a sum for each name")
+    return provenance
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(number, int | float) for number in value)

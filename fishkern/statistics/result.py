@@ -13,7 +13,20 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fishkern.files import PIECE, AnyTensor, Format, StoredTensor, check_cast, open_tensors, pieces, save_tensors
+from fishkern.files import (
+    PIECE,
+    AnyTensor,
+    Format,
+    StoredTensor,
+    check_cast,
+    in_brief,
+    open_tensors,
+    parsing,
+    pieces,
+    read_count,
+    read_json,
+    save_tensors,
+)
 from fishkern.names import canonical_name, renamed
 from fishkern.statistics.coverage import Covered, check_coverage
 
@@ -235,23 +248,26 @@ class Statistics(Mapping[str, Tensor]):
             ValueError: The file is truncated or damaged, holds no statistics, or was written in a newer format.
         """  # noqa: DOC502
         metadata, stored = open_tensors(path, format=FORMAT)
-        try:
-            count = int(metadata["count"])
+        with parsing(f"{path} has a damaged header"):
+            count = read_count(metadata["count"])
             dtype = metadata["dtype"]
-            provenance = json.loads(metadata["provenance"])
-            coverage = {name: Covered(*covered) for name, covered in json.loads(metadata["coverage"]).items()}
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} has a damaged header ({error!r}): copy or save it again.") from None
+            provenance = read_json(metadata["provenance"])
+            coverage = {name: _covered(*entry) for name, entry in read_json(metadata["coverage"]).items()}
         for name, tensor in stored.items():
             if (found := str(tensor.dtype).removeprefix("torch.")) != dtype:
-                raise ValueError(f"{path} holds {name} as {found}, its header says {dtype}: save it again.")
+                shown, said = in_brief(name, 80), in_brief(dtype, 40)
+                raise ValueError(f"{path} holds {shown} as {found}, its header says {said}: save it again.")
         tensors: Mapping[str, AnyTensor] = stored
         if not lazy:
             tensors = {name: tensor.read(torch.float32) for name, tensor in stored.items()}
-        try:
+        with parsing(f"{path} holds no valid statistics"):
             return cls(tensors, count=count, provenance=provenance, coverage=coverage)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} holds no valid statistics: {error}") from None
+
+
+def _covered(path: object, numel: object, reason: object = "") -> Covered:
+    if type(numel) is not int or numel < 0 or not isinstance(path, str) or not isinstance(reason, str):
+        raise ValueError(f"coverage is a path, a number of coordinates and a reason, got {[path, numel, reason]}")
+    return Covered(path, numel, reason)
 
 
 def _float32(name: str, tensor: AnyTensor) -> AnyTensor:

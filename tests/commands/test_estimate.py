@@ -147,3 +147,64 @@ def test_a_command_of_its_own(tmp_path, models, rows):
     assert "fused" in done.stdout
     assert done.stdout.rstrip().splitlines()[-1].startswith("Next:  fishkern show")
     assert [path.name for path in tmp_path.iterdir()] == ["fisher.safetensors"]
+
+
+def test_rows_are_numbers_for_machines(capsys, tmp_path, models, rows):
+    arguments = (models / "llama", "--data", rows / "text.jsonl")
+    statistics, found, _ = estimated(capsys, tmp_path, *arguments, "--seed", 3)
+    assert found["rows"] == {"used": 6, "of": 12, "seed": 3}
+    assert statistics.provenance["runs"][0]["rows"] == found["rows"]
+    assert estimated(capsys, tmp_path, *arguments, "--first")[1]["rows"] == {"used": 6, "of": None, "seed": None}
+
+
+def test_the_sum_over_tokens(capsys, tmp_path, models, rows):
+    """-log p of the whole text: an example of T labels weighs T^2 times as much."""
+    arguments = (models / "llama", "--data", rows / "text.jsonl", "--first")
+    mean, _, _ = estimated(capsys, tmp_path, *arguments, samples=1)
+    total, found, _ = estimated(capsys, tmp_path, *arguments, "--reduction", "sum", samples=1)
+    assert found["definition"]["likelihood"] == "CausalLM(reduction='sum')"
+    labels = len(json.loads((rows / "text.jsonl").read_text().splitlines()[0])["text"].split()) - 1
+    for name in mean:
+        torch.testing.assert_close(total[name], mean[name] * labels**2, rtol=1e-4, atol=1e-9)
+    options = ("--statistics", tmp_path / "fisher.safetensors")
+    status, output, _ = command(capsys, "verify", *arguments, *options)
+    assert (status, "It holds." in output) == (0, True)
+
+
+def test_a_sketch_and_a_pass_without_check(capsys, tmp_path, models, rows):
+    arguments = (models / "llama", "--data", rows / "text.jsonl", "--accumulate-on", "cpu")
+    statistics, _, _ = estimated(capsys, tmp_path, *arguments, "--draws", 3)
+    assert statistics.provenance["definition"]["estimator"] == "SketchedFisher"
+    assert statistics.provenance["runs"][0]["draws"] == 3
+    checked, _, _ = estimated(capsys, tmp_path, *arguments)
+    unchecked, _, _ = estimated(capsys, tmp_path, *arguments, "--no-check")
+    assert [run.provenance["runs"][0]["checked"] for run in (checked, unchecked)] == [True, False]
+    assert all(torch.equal(checked[name], unchecked[name]) for name in checked)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options", "suggested"),
+    [
+        ("bert", "text.jsonl", (), "--task sequence-classification would"),
+        ("bert", "words.jsonl", ("--text", "joined"), "--task token-classification would"),
+        ("bert", "text.jsonl", ("--task", "masked-lm"), None),
+        ("classifier", "text.jsonl", (), None),
+        ("bert", "lines.txt", (), None),
+        ("lora", "text.jsonl", (), None),
+    ],
+    ids=str,
+)
+def test_labels_that_the_task_does_not_use_are_pointed_out(
+    capsys, tmp_path, tmp_path_factory, models, rows, model, data, options, suggested
+):
+    data = rows / data
+    if "joined" in options:
+        table = [json.loads(line) for line in data.read_text().splitlines()]
+        data = tmp_path_factory.mktemp("rows") / "joined.jsonl"
+        data.write_text("\n".join(json.dumps({**row, "joined": " ".join(row["tokens"])}) for row in table))
+    _, _, error = estimated(capsys, tmp_path, models / model, "--data", data, *options)
+    if suggested is None:
+        assert "does not use" not in error
+    else:
+        assert "note: task masked-lm comes from the model's config; the data has a column" in error
+        assert suggested in error

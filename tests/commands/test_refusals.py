@@ -46,7 +46,7 @@ def estimate(capsys, folder, model, data, *arguments: object) -> str:
         ("llama", "text.jsonl", ("--device", "abacus"), ("--device", "abacus")),
         ("llama", "text.jsonl", ("--max-length", 5000), ("5000", "2048")),
         ("llama", "text.jsonl", ("--parameters", "zzz"), ("zzz", "model.embed_tokens.weight")),
-        ("llama", "text.jsonl", ("--fisher-type", "true"), ("fisher_type", "'true'")),
+        ("llama", "text.jsonl", ("--fisher-type", "true"), ("--fisher-type", "'true'")),
         ("llama", "text.jsonl", ("--mc-samples", 2), ("--mc-samples", "--fisher-type mc")),
         ("llama", "text.jsonl", ("--split", "validation"), ("one file", "'validation'", "--split")),
         ("llama", "text.jsonl", ("--subset", "cola"), ("text.jsonl", "'cola'", "--subset")),
@@ -140,6 +140,29 @@ def test_an_adapter_whose_base_has_moved(capsys, folder, tmp_path, models, rows)
     assert "--base" in line
     arguments = ("--base", models / "llama", "--samples", 2, "--out", tmp_path / "f")
     assert command(capsys, "estimate", tmp_path / "lora", "--data", rows / "text.jsonl", *arguments)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["model.bin", "cola.csv", "fisher.v2", "fisher.SAFETENSORS"])
+def test_a_name_of_another_kind_of_file_is_noticed_before_the_work(capsys, folder, name):
+    line = refused(capsys, "estimate", "never/loaded", "--data", "never/loaded", "--out", folder / name)
+    assert line.endswith(f"names another kind: --out {(folder / name).with_suffix('.safetensors')}.")
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "words"),
+    [
+        ("llama", ("--reduction", "median"), ("--reduction is mean or sum", "'median'")),
+        ("classifier", ("--reduction", "sum"), ("sequence-classification", "--reduction")),
+        ("llama", ("--max-label-passes", 5), ("--fisher-type empirical", "--max-label-passes")),
+        ("llama", ("--fisher-type", "type-2", "--max-label-passes", 5), ("more than --max-label-passes 5",)),
+        ("llama", ("--draws", 2, "--unit", "batch"), ("--draws",)),
+        ("llama", ("--accumulate-on", "scores.bin"), ("--accumulate-on scores.bin",)),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit(capsys, folder, models, rows, model, arguments, words):
+    line = estimate(capsys, folder, models / model, rows / "text.jsonl", *arguments)
+    assert all(word in line for word in words), line
 
 
 def test_no_hub(capsys, folder, models, rows):

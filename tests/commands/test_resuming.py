@@ -202,3 +202,33 @@ def test_control_c_in_a_process_of_its_own(capsys, arguments, tmp_path):
     assert status == 0
     assert "going on with the unfinished run" in error
     assert_same(whole, stopped)
+
+
+def test_a_file_with_something_else_in_it_is_refused(capsys, arguments, interrupted, tmp_path):
+    interrupted.at = 2
+    assert command(capsys, *arguments, "--out", tmp_path / "a")[0] == 130
+    path = tmp_path / "a" / UNFINISHED
+    held = torch.load(path, weights_only=True)
+    state = held["state"]
+    without = {key: value for key, value in state.items() if key != "seen"}
+    wrong = {"seconds": 3, "values": {"w": torch.zeros(2)}, "optimizer": {}, "generators": None, "epoch": {"taken": 1}}
+    for changed in (without, *({**state, key: value} for key, value in wrong.items())):
+        torch.save({**held, "state": changed}, path)
+        line = refused(capsys, *arguments, "--out", tmp_path / "a")
+        assert line.endswith(
+            "is not what an interrupted tune leaves behind: choose another --out, or begin anew with --restart."
+        )
+
+
+def test_the_seconds_before_an_interrupt_count():
+    from fishkern.commands.output import Stopwatch
+
+    first = Stopwatch()
+    with first.adding("training"):
+        time.sleep(0.02)
+        held = first.seconds  # what a checkpoint of that moment has
+    assert 0.02 <= held["training"] <= first.seconds["training"]
+    second = Stopwatch(held)
+    with second.adding("training"):
+        time.sleep(0.02)
+    assert second.seconds["training"] >= held["training"] + 0.02

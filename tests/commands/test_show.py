@@ -147,13 +147,108 @@ def test_a_selection_is_shown_drawn_and_compared(capsys, saved, tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.fixture
+def trained(tmp_path):
+    """A delta, and the start that it moved from, in a folder as tune leaves them."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 25, bias=False), torch.nn.Linear(25, 3))
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    chosen = fk.Selection(shapes, {"0.weight": torch.arange(0, 200, 10)}, whole=["1.bias"])
+    fk.selection.save_start(model, chosen, tmp_path / "start")
+    with torch.no_grad():
+        model[0].weight.view(-1)[:20] += torch.arange(20) / 8  # of the selected ones 0 and 10
+        model[1].bias += 0.5
+    return fk.delta(model, chosen).save(tmp_path / "delta")
+
+
+def test_a_delta_is_shown_with_its_moves(capsys, trained, tmp_path):
+    status, output, error = command(capsys, "show", trained)
+    assert (status, error) == (0, "")
+    assert "23 values in 2 parameters" in output
+    assert f"4 of 23 have moved from {tmp_path / 'start.safetensors'}, by 1.25 at most" in output
+    found = json.loads(command(capsys, "show", trained, "--json")[1])
+    assert found["whole"]["coordinates"] == 200 + 75 + 3
+    largest = fk.Delta.load(trained).values("0.weight").abs().max().item()
+    plain = {"coordinates": 200, "values": 20, "moved": 1, "infinite": 0, "largest": largest}
+    assert found["parameters"]["0.weight"] == plain | {"largest_move": pytest.approx(1.25)}
+    assert [found["parameters"]["1.bias"][key] for key in ("values", "moved", "largest_move")] == [3, 3, 0.5]
+    assert found["parameters"]["1.weight"]["values"] == 0
+
+
+def test_a_delta_without_its_start_is_shown_too(capsys, trained, tmp_path):
+    (tmp_path / "start.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    status, output, error = command(capsys, "show", trained)
+    assert status == 0
+    assert "largest value" in output
+    assert "move" not in output
+    assert "not known without the start: fishkern show DELTA START" in error
+    assert "4 of 23 have moved" in command(capsys, "show", trained, tmp_path / "elsewhere.safetensors")[1]
+
+
+def test_a_start_is_shown(capsys, trained, tmp_path):
+    status, output, error = command(capsys, "show", tmp_path / "start.safetensors")
+    assert (status, error) == (0, "")
+    assert "a start of 3 parameters" in output
+    assert json.loads(command(capsys, "show", tmp_path / "start.safetensors", "--json")[1])["whole"]["values"] == 278
+
+
+def test_another_models_start_is_refused(capsys, trained, tmp_path, saved):
+    other = torch.nn.Sequential(torch.nn.Linear(9, 25, bias=False))
+    fk.selection.save_start(other, fk.Selection({"0.weight": (25, 9)}, {}), tmp_path / "other")
+    assert "it is another's" in refused(capsys, "show", trained, tmp_path / "other.safetensors")
+    assert "holds statistics" in refused(capsys, "show", trained, saved)
+    assert "--plot" in refused(capsys, "show", trained, "--plot", tmp_path / "a.png")
+    assert "--density" in refused(capsys, "show", trained, "--density", 0.1)
+
+
+def test_a_file_that_is_none_of_ours(capsys, tmp_path):
+    from safetensors.torch import save_file
+
+    expected = "expected statistics, a selection, a delta or a start; made by fishkern estimate / select / tune."
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    line = refused(capsys, "show", tmp_path / "model.safetensors")
+    assert "is no file of fishkern's (its header says format=pt)" in line
+    assert line.endswith(expected)
+    (tmp_path / "table.csv").write_text("text,label\nthe sea,1\n" * 9)
+    assert refused(capsys, "show", tmp_path / "table.csv").endswith(expected)
+    fk.Statistics({"w": torch.ones(3)}, count=1).save(tmp_path / "fisher")
+    line = refused(capsys, "show", tmp_path)
+    assert "is a folder: name a file in it, such as" in line
+    assert "fisher.safetensors" in line
+
+
+def test_a_sum_is_no_number_of_entries(capsys, saved):
+    """total counts, as it does in Statistics and Selection."""
+    found = json.loads(command(capsys, "show", saved, "--json")[1])
+    statistics = fk.Statistics.load(saved)
+    assert "total" not in found["whole"]
+    assert found["whole"]["sum"] == pytest.approx(sum(value.double().sum().item() for value in statistics.values()))
+    assert list(found["parameters"]) == list(statistics)
+    for name, value in statistics.items():
+        assert found["parameters"][name]["sum"] == pytest.approx(value.double().sum().item())
+
+
+def test_a_size_is_that_of_the_file_alone(capsys, saved, tmp_path):
+    """Neighbours whose names begin alike are other files."""
+    from fishkern.commands.output import size_on_disk
+
+    statistics = fk.Statistics.load(saved)
+    statistics.save(tmp_path / "fisher.csv.safetensors")
+    statistics.save(tmp_path / "fisher-2.safetensors")
+    assert size_on_disk(saved) == f"{saved.stat().st_size / 1e3:.1f} kB"
+    index = statistics.save(tmp_path / "large", max_shard_size=2000)
+    files = [index, *tmp_path.glob("large-0*.safetensors")]
+    assert len(files) > 2
+    assert size_on_disk(index) == f"{sum(file.stat().st_size for file in files) / 1e3:.1f} kB"
+
+
 def test_what_cannot_be_shown_is_refused(capsys, saved, tmp_path):
     assert "nothing to load" in refused(capsys, "show", tmp_path / "none.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(saved.read_bytes()[:-10])
     assert "truncated" in refused(capsys, "show", tmp_path / "cut.safetensors")
     assert ".png" in refused(capsys, "show", saved, "--plot", tmp_path / "a.gif")
     assert "does not exist" in refused(capsys, "show", saved, "--plot", tmp_path / "none" / "a.png")
-    assert "density" in refused(capsys, "show", saved, "--density", 2)
+    assert "--density" in refused(capsys, "show", saved, "--density", 2)
     nan = fk.Statistics({"fine": torch.ones(2), "norm.bias": torch.tensor([torch.nan])}, count=1).save(tmp_path / "nan")
     assert "norm.bias holds NaN" in refused(capsys, "show", nan)
     chosen = fk.select(fk.Statistics.load(saved), fk.GlobalTopK(k=3)).save(tmp_path / "chosen")
@@ -166,8 +261,8 @@ def test_what_cannot_be_selected_is_refused(capsys, saved, tmp_path):
     out = ("--out", tmp_path / "selection.safetensors")
     assert "--rule" in refused(capsys, "select", saved, "--rule", "best", *out)
     assert "--k" in refused(capsys, "select", saved, "--rule", "per-row", *out)
-    assert "k or density" in refused(capsys, "select", saved, "--k", 1, "--density", 0.1, *out)
-    assert "density" in refused(capsys, "select", saved, "--density", 0, *out)
+    assert "either --k or --density" in refused(capsys, "select", saved, "--k", 1, "--density", 0.1, *out)
+    assert "--density" in refused(capsys, "select", saved, "--density", 0, *out)
     assert "--smallest" in refused(capsys, "select", saved, "--rule", "random", "--smallest", *out)
     for rule in ("global", "per-tensor", "per-row"):
         assert "--seed" in refused(capsys, "select", saved, "--rule", rule, "--k", 1, "--seed", 0, *out)

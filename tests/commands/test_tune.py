@@ -104,10 +104,10 @@ def test_an_adapter_is_trained_further(capsys, arguments, tuned, shared_data, tm
         (["--adapter", "lore"], "--adapter is one of lora, dora"),
         (["--adapter", "ia3", "--size", 3], "ia3 has no size"),
         (["--layers", "1-x"], "--layers is like 0-4 or 0,2,5, got '1-x'"),
-        (["--k", 0], "k=0 selects nothing"),
+        (["--k", 0], "--k 0 selects nothing"),
         (["--k", 10**9], "asks for 1,000,000,000 entries"),
-        (["--k", 5, "--density", 0.5], "exactly one budget"),
-        (["--order", "best"], "order must be one of"),
+        (["--k", 5, "--density", 0.5], "give one of --density, --k and --trainable, got k, density"),
+        (["--order", "best"], "--order is one of largest, smallest"),
         (["--order", "random", "--fisher-samples", 4], "--order random looks at no example"),
         (["--eval-split", "test"], "test"),
         (["--out", "missing/folder"], "the folder missing does not exist"),
@@ -119,3 +119,52 @@ def test_refusals(capsys, arguments, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, *arguments, *options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_wait_shows_how_far_it_is(capsys, arguments, tmp_path, monkeypatch):
+    from contextlib import contextmanager
+    from importlib import import_module
+
+    told = {}
+
+    @contextmanager
+    def progress(what, unit, begun=0):
+        told[what] = []
+        yield lambda *done: told[what].append(done)
+
+    monkeypatch.setattr(import_module("fishkern.commands.tune"), "progress", progress)
+    options = ["--eval-split", "validation", "--out", tmp_path / "a"]
+    status, output, error = command(capsys, *arguments, *options)
+    assert status == 0, error
+    assert list(told) == ["selecting", "measuring before", "training", "measuring after"]
+    assert told["measuring before"] == told["measuring after"]
+    assert told["measuring before"][-1] == (1043, 1043)
+    seconds = json.loads((tmp_path / "a" / "report.json").read_text())["seconds"]
+    assert all(seconds[part] > 0 for part in ("selecting", "training", "measuring"))
+    took = next(line for line in output.splitlines() if line.startswith("took"))
+    assert all(words in took for words in (" s to select, ", " s to train, ", " s to measure"))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "bottleneck"])
+def test_what_it_suggests_next_works_when_pasted(capsys, arguments, tmp_path, monkeypatch, adapter, shared_data):
+    import shlex
+
+    monkeypatch.chdir(tmp_path)
+    status, output, error = command(capsys, *arguments, "--adapter", adapter, "--out", "my runs")
+    assert status == 0, error
+    lines = output.splitlines()
+    shell = next(line.removeprefix("Next:  ") for line in lines if line.startswith("Next:"))
+    program, *words = shlex.split(shell)
+    assert program == "fishkern"
+    status, shown, _ = command(capsys, *words)
+    assert (status, "values in" in shown) == (0, True)
+    python = next(line.removeprefix("or in Python:  ") for line in lines if line.startswith("or in Python:"))
+    names: dict = {}
+    exec(python, names)
+    held = {fk.canonical_name(name): value for name, value in names["model"].named_parameters()}
+    delta, seen = fk.Delta.load("my runs/delta.safetensors"), 0
+    for name in delta.selection.names:
+        if delta.selection.counts[name] and (adapter == "bottleneck" or "modules_to_save" in name):
+            torch.testing.assert_close(held[name].detach().flatten()[delta.selection.indices(name)], delta.values(name))
+            seen += 1
+    assert seen

@@ -91,3 +91,25 @@ def test_a_model_whose_statistics_are_not_the_loops(capsys, arguments, monkeypat
     status, output, _ = command(capsys, "verify", *arguments, "--samples", 6)
     assert status == 1
     assert "It does not hold" in output
+
+
+def test_how_many_rows_are_left_out_is_said(capsys, models, rows):
+    arguments = ("verify", models / "llama", "--data", rows / "text.jsonl", "--samples", 3)
+    few, every = command(capsys, *arguments)[1], command(capsys, *arguments, "--all")[1]
+    count = sum("model." in line or "lm_head" in line for line in every.splitlines())
+    assert count > 12
+    assert few.startswith(f"the 12 largest errors of {count} (--all shows each)\n")
+    assert sum("model." in line or "lm_head" in line for line in few.splitlines()) == 12
+    assert "largest errors" not in every
+
+
+def test_a_file_of_an_older_version_holds(capsys, saved, arguments):
+    """There a sentence said which rows were taken."""
+    held = fk.Statistics.load(saved)
+    provenance = held.provenance
+    provenance["runs"][0]["rows"] = "6, drawn at random with seed 0 from 12 rows"
+    fk.Statistics(dict(held), count=held.count, provenance=provenance, coverage=held.coverage).save(saved)
+    assert command(capsys, "verify", *arguments, "--statistics", saved)[0] == 0
+    assert "rows = 6, drawn at random with seed 0" in refused(
+        capsys, "verify", *arguments, "--statistics", saved, "--seed", 1
+    )

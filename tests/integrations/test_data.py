@@ -48,6 +48,30 @@ def test_every_row_once(table, tmp_path, suffix, first):
     assert ([place for place, _ in found] == list(range(20))) is first
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["drawn", "first"])
+@pytest.mark.parametrize("kind", ["file", "folder", "saved"])
+def test_brackets_in_a_path_are_no_pattern(table, tmp_path, kind, first):
+    folder = tmp_path / "rows [v1]*"
+    if kind == "saved":
+        table.save_to_disk(folder)
+    else:
+        folder.mkdir()
+        write(table, folder / "train.csv")
+        write(table.select(range(3)), folder / "validation.csv")
+    source = str(folder / "train.csv" if kind == "file" else folder)
+    assert len(list(read(source, first=first))) == 20
+    if kind == "folder":
+        assert len(list(read(source, first=first, split="validation"))) == 3
+        with pytest.raises(ValueError, match="test"):
+            read(source, split="test")
+
+
+def test_a_folder_without_data_says_so(tmp_path):
+    (tmp_path / "[v1]").mkdir()
+    with pytest.raises(ValueError, match=r"\[v1\] cannot be read: it holds no file of data"):
+        read(str(tmp_path / "[v1]"))
+
+
 def test_the_seed_decides(table, tmp_path):
     path = write(table, tmp_path / "rows.csv")
     one, again, other = ([place for place, _ in read(path, seed=seed)] for seed in (1, 1, 2))

@@ -26,15 +26,15 @@ def test_sums_and_top(scores):
     everything = torch.cat([value.flatten() for value in scores.values()]).double()
     top = everything.sort(descending=True).values[: len(everything) // 10]
     assert found.whole.coordinates == len(everything)
-    assert found.whole.total == pytest.approx(everything.sum().item())
+    assert found.whole.sum == pytest.approx(everything.sum().item())
     assert found.whole.selected == len(top)
     assert found.threshold == pytest.approx(top[-1].item())
     assert list(found.layers) == ["embed", "layer 0", "layer 1", "layer 2", "head"]
     assert list(found.modules) == ["embed", "up", "down", "head"]
     up = torch.stack([scores[f"layers.{n}.up.weight"] for n in range(3)])
-    assert found.modules["up"].total == pytest.approx(up.sum().item())
+    assert found.modules["up"].sum == pytest.approx(up.sum().item())
     assert found.modules["up"].selected == int((up >= top[-1].float()).sum())
-    assert sum(part.total for part in found.layers.values()) == pytest.approx(found.whole.total)
+    assert sum(part.sum for part in found.layers.values()) == pytest.approx(found.whole.sum)
 
 
 @given(st.lists(st.just(0.0) | st.floats(2.0**-120, 2.0**100, width=32), min_size=1, max_size=50))
@@ -63,7 +63,7 @@ def test_infinite_and_negative_entries_are_counted_beside_the_rest(scores):
     assert (found.negative, found.zeros) == (1, 1)
     assert found.whole.coordinates == 6 + 2 + 6 * 35 == int(found.counts.sum()) + 4 + 1 + 1
     up = scores["layers.0.up.weight"].double().sum().item() + 2.0 - 3.0 + 1.0
-    assert found.modules["up"].total == pytest.approx(up)
+    assert found.modules["up"].sum == pytest.approx(up)
     assert found.modules["up"].mean == pytest.approx(up / (35 + 3 + 1))
     assert found.threshold is None  # it lies among those that are infinite
     json.dumps(found.to_dict(), allow_nan=False)

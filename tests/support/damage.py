@@ -1,0 +1,351 @@
+"""Files as they come from strangers: cut, flipped, and written to be misread; and how a loader takes them."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import struct
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fishkern as fk
+from fishkern import adapters
+from fishkern.selection import load_start, save_start
+from fishkern.statistics import Covered
+
+DEEP = '{"a":' * 20_000 + "1" + "}" * 20_000
+ODD = [None, True, -1, 0, 1.5, float("nan"), float("inf"), 2**60, 2**63, 2**70, "", "x" * 5000, "a\nb\x1b[2J", "\ud800",
+       [], {}, [[]], [-1], [2**60, 2**60], [0, 2**62], [1] * 500, {"a": {}}]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Something that is loaded from files, and a good one of them.
+
+    Attributes:
+        load: Takes a path.
+        write: Writes a good file, or an index of shards, and says which is to be opened.
+    """
+
+    load: Callable[[Path], Any]
+    write: Callable[[Path], Path]
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 3))
+
+
+def selection() -> fk.Selection:
+    """Indices, bits, all, and none of a parameter."""
+    shapes = {name: parameter.shape for name, parameter in small_model().named_parameters()}
+    held = {"0.weight": torch.arange(0, 2000, 97), "1.weight": torch.arange(0, 150, 2)}
+    return fk.Selection(shapes, held, whole=["1.bias"], provenance={"rule": {"name": "Mine"}, "k": 3})
+
+
+def statistics() -> fk.Statistics:
+    tensors = {name: parameter.detach().abs() for name, parameter in small_model().named_parameters()}
+    coverage = {name: Covered("fused", tensor.numel()) for name, tensor in tensors.items()}
+    return fk.Statistics(tensors, count=3, provenance={"runs": [{"seed": 0}]}, coverage=coverage)
+
+
+def optimizer(cls: type = fk.MaskedAdamW) -> torch.optim.Optimizer:
+    model = small_model().bfloat16()
+    made = cls(model, selection(), lr=0.1, **({"momentum": 0.9} if cls is fk.MaskedSGD else {}))
+    model(torch.ones(2, 40, dtype=torch.bfloat16)).sum().backward()
+    made.step()
+    return made
+
+
+def read_all(path: Path, *, lazy: bool) -> None:
+    held = fk.Statistics.load(path, lazy=lazy)
+    repr(held)
+    for name in held:
+        held[name]
+
+
+def load_selection(path: Path) -> None:
+    held = fk.Selection.load(path)
+    repr(held)
+    held.check(small_model())
+
+
+def load_delta(path: Path) -> None:
+    held = fk.Delta.load(path)
+    repr(held)
+    fk.apply_delta(small_model(), held)
+
+
+def load_adapter(path: Path) -> None:
+    from tests.support import zoo  # needs transformers, as no other loader does
+
+    adapters.load(zoo.bert_classifier().model, path)
+
+
+def write_adapter(path: Path) -> Path:
+    from tests.support import zoo
+
+    model, adapter = zoo.bert_classifier().model, adapters.UniPELTAdapter()
+    adapters.attach(model, adapter)
+    return adapters.save(model, adapter, path)
+
+
+def write_start(path: Path) -> Path:
+    return save_start(small_model(), selection(), path)
+
+
+def load_optimizer(cls: type) -> Callable[[Path], None]:
+    def load(path: Path) -> None:
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:  # the user's own call of torch
+            raise ValueError("torch's own") from error
+        made = optimizer(cls)
+        made.load_state_dict(state)
+        made.param_groups[0]["params"][0].grad = None
+        made.step()
+
+    return load
+
+
+def write_optimizer(cls: type) -> Callable[[Path], Path]:
+    def write(path: Path) -> Path:
+        path = path.with_suffix(".pt")  # torch.load takes a .safetensors for what it says
+        torch.save(optimizer(cls).state_dict(), path)
+        return path
+
+    return write
+
+
+LOADERS = {
+    "statistics": Loader(lambda path: read_all(path, lazy=False), lambda path: statistics().save(path)),
+    "lazy statistics": Loader(lambda path: read_all(path, lazy=True), lambda path: statistics().save(path)),
+    "shards": Loader(
+        lambda path: read_all(path, lazy=False), lambda path: statistics().save(path, max_shard_size=1000)
+    ),
+    "selection": Loader(load_selection, lambda path: selection().save(path)),
+    "delta": Loader(load_delta, lambda path: fk.delta(small_model(), selection()).save(path)),
+    "start": Loader(lambda path: load_start(small_model(), path), write_start),
+    "adapter": Loader(load_adapter, write_adapter),
+    "MaskedAdamW": Loader(load_optimizer(fk.MaskedAdamW), write_optimizer(fk.MaskedAdamW)),
+    "MaskedSGD": Loader(load_optimizer(fk.MaskedSGD), write_optimizer(fk.MaskedSGD)),
+}
+
+
+def damaged(content: bytes, kind: str, rng: random.Random) -> bytes:
+    """One damage of a file's bytes: anything for all files, what only its kind has for each kind."""
+    ways: list[Callable[[bytes, random.Random], bytes]] = [_cut, _flipped, _filled, _lengthened]
+    if kind.endswith(".json"):
+        ways += [_odd_index] * 4
+    elif content[:2] == b"PK":
+        ways += [_odd_state] * 8
+    else:
+        ways += [_odd_header, _odd_metadata, _odd_entry, _twice, _odd_length] * 2
+    return rng.choice(ways)(content, rng)
+
+
+def _cut(content: bytes, rng: random.Random) -> bytes:
+    return content[: rng.randrange(len(content))]
+
+
+def _flipped(content: bytes, rng: random.Random) -> bytes:
+    made = bytearray(content)
+    end = len(made) if rng.random() < 0.3 else min(len(made), 3000)  # most of them in the header
+    for _ in range(rng.choice([1, 1, 1, 5, 50])):
+        made[rng.randrange(end)] ^= 1 << rng.randrange(8)
+    return bytes(made)
+
+
+def _filled(content: bytes, rng: random.Random) -> bytes:
+    start = rng.randrange(len(content))
+    return content[:start] + rng.choice([b"\0", b"\xff", b"[", b"9"]) * rng.choice([1, 8, 2000]) + content[start + 8 :]
+
+
+def _lengthened(content: bytes, rng: random.Random) -> bytes:
+    return content + bytes(rng.choice([1, 4, 4096]))
+
+
+def header_of(content: bytes) -> tuple[dict[str, Any], bytes]:
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def file_of(header: dict[str, Any] | str, data: bytes) -> bytes:
+    text = header if isinstance(header, str) else json.dumps(header)
+    raw = text.encode(errors="surrogatepass")
+    return struct.pack("<Q", len(raw)) + raw + data
+
+
+def _odd_header(content: bytes, rng: random.Random) -> bytes:
+    header, data = header_of(content)
+    value = rng.choice(ODD)
+    how = rng.randrange(4)
+    if how == 0:
+        return file_of(json.dumps(value), data)
+    if how == 1:
+        return file_of(DEEP, data)
+    header[rng.choice([*header, "new" * 2000, "module.0.bias", "\x1b[31m"])] = value
+    return file_of(header, data)
+
+
+def _odd_metadata(content: bytes, rng: random.Random) -> bytes:
+    """An entry of the header's texts, or something inside the JSON that it holds."""
+    header, data = header_of(content)
+    said = header["__metadata__"]
+    key = rng.choice([key for key in said if key not in ("format",)] or ["format"])
+    how = rng.randrange(5)
+    if how == 0:
+        del said[key]
+    elif how == 1:
+        said[key] = rng.choice([*map(str, ODD), DEEP, "[" * 100_000, "NaN", "1e999", "9" * 5000, "²", '"\\ud800"'])
+    else:
+        try:
+            said[key] = json.dumps(replaced(json.loads(said[key]), rng))
+        except ValueError:
+            said[key] = rng.choice(list(map(str, ODD)))
+    return file_of(header, data)
+
+
+def _odd_entry(content: bytes, rng: random.Random) -> bytes:
+    """What the header says of one tensor: dtype, shape, offsets; also such as overlap."""
+    header, data = header_of(content)
+    names = [name for name in header if name != "__metadata__"]
+    entry = header[rng.choice(names)]
+    how = rng.randrange(4)
+    if how == 0:
+        entry["dtype"] = rng.choice(["F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "C64", "X", 3])
+    elif how == 1:
+        entry["shape"] = rng.choice([*ODD, [], [1, *entry["shape"]], [*entry["shape"], 1], entry["shape"][::-1], [0]])
+    elif how == 2:
+        entry["data_offsets"] = rng.choice([*ODD, [0, 4], [4, 0], [-4, 0], [0, len(data)], [2**60, 2**60 + 4]])
+    else:
+        other = header[rng.choice(names)]
+        entry["data_offsets"], other["data_offsets"] = other["data_offsets"], entry["data_offsets"]
+        entry["dtype"], other["dtype"] = other["dtype"], entry["dtype"]
+    return file_of(header, data)
+
+
+def _twice(content: bytes, rng: random.Random) -> bytes:
+    header, data = header_of(content)
+    key = rng.choice(list(header))
+    return file_of(json.dumps(header)[:-1] + f", {json.dumps(key)}: {json.dumps(header[key])}}}", data)
+
+
+def _odd_length(content: bytes, rng: random.Random) -> bytes:
+    length = rng.choice([0, 1, 7, 2**31, 2**40, 2**63, 2**64 - 1, len(content)])
+    return struct.pack("<Q", length) + content[8:]
+
+
+def _odd_index(content: bytes, rng: random.Random) -> bytes:
+    """Shards elsewhere, outside the folder, or none; and an index that is another thing."""
+    index = json.loads(content)
+    names = list(index["weight_map"])
+    elsewhere = ["/etc/passwd", "../x.safetensors", "..", ".", "", "a/b", "a\0b", "x" * 5000, "\ud800", "\x1b[2J",
+                 "s.safetensors.index.json", "/dev/zero", "loop.safetensors", "folder.safetensors"]  # fmt: skip
+    how = rng.randrange(6)
+    if how == 0:
+        index["weight_map"][rng.choice(names)] = rng.choice([*elsewhere, *ODD])
+    elif how == 1:
+        one, other = rng.choice(names), rng.choice(names)
+        index["weight_map"][one] = index["weight_map"][other]
+    elif how == 2:
+        del index["weight_map"][rng.choice(names)]
+    elif how == 3:
+        index["metadata"][rng.choice([*index["metadata"], "more"])] = rng.choice(ODD)
+    elif how == 4:
+        index = replaced(index, rng)
+    else:
+        return rng.choice([DEEP.encode(), b"[" * 100_000, b"\xed\xa0\x80", b"\xff\xfe{", b"{}", b"3", b""])
+    return json.dumps(index).encode()
+
+
+def _odd_state(content: bytes, rng: random.Random) -> bytes:
+    """A state of an optimizer in which something is replaced by something else."""
+    state = torch.load(io.BytesIO(content), weights_only=True)
+    for _ in range(rng.choice([1, 1, 3])):
+        state = replaced(state, rng)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def replaced(value: Any, rng: random.Random) -> Any:
+    """A copy in which one thing somewhere inside is another, or missing."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        made = dict(value)
+        key = rng.choice(list(made))
+        if rng.random() < 0.15:
+            del made[key]
+        else:
+            made[key] = replaced(made[key], rng)
+        return made
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        place = rng.randrange(len(value))
+        return [*value[:place], replaced(value[place], rng), *value[place + 1 :]]
+    tensors = [torch.zeros(()), torch.zeros(3, 3), torch.full((3,), torch.nan), torch.zeros(2, dtype=torch.complex64)]
+    if isinstance(value, torch.Tensor):
+        return rng.choice([*tensors, value.bool(), value.to(torch.float64), value[None], None, "x", -1, [1]])
+    return rng.choice(ODD)
+
+
+def good_files(name: str, folder: Path) -> tuple[str, dict[str, bytes]]:
+    """Which file a loader opens, and the content of all that belong to it."""
+    folder.mkdir()
+    opened = LOADERS[name].write(folder / "s.safetensors")
+    return opened.name, {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def tried(name: str, good: tuple[str, dict[str, bytes]], folder: Path, seed: int) -> str | None:
+    """Damage a file of one kind, load it, and say what is wrong with how that ended; ``None`` where nothing is.
+
+    Right is a value, or a ``ValueError``, ``OSError`` or ``MemoryError`` of one short line.
+    """
+    rng = random.Random(f"{name} {seed}")
+    opened, files = good
+    victim = rng.choice(list(files))
+    folder.mkdir()
+    for file, content in files.items():
+        (folder / file).write_bytes(damaged(content, file, rng) if file == victim else content)
+    (folder / "loop.safetensors").symlink_to("loop.safetensors")
+    (folder / "folder.safetensors").mkdir()
+    try:
+        LOADERS[name].load(folder / opened)
+    except (ValueError, OSError, MemoryError) as error:
+        text = str(error)
+        if isinstance(error, UnicodeError | json.JSONDecodeError) or not text:
+            return f"{name} {seed}: {type(error).__name__}: {text[:200]}"
+        if not text.isprintable() or len(text) > 700:
+            return f"{name} {seed}: not one short line: {text[:200]!r}"
+    except Exception as error:
+        return f"{name} {seed}: {type(error).__name__}: {str(error)[:200]}"
+    return None
+
+
+def main(cases: int, gibibytes: float) -> None:
+    """Try each loader on damaged files, with so much memory beside what good ones take, and print the faults."""
+    import resource
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        good = {name: good_files(name, Path(folder) / name) for name in LOADERS}
+        for name, (opened, _) in good.items():
+            LOADERS[name].load(Path(folder) / name / opened)  # what is imported late is imported now
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limit = taken + int(gibibytes * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        for name in LOADERS:
+            for seed in range(cases):
+                if fault := tried(name, good[name], Path(folder) / f"{name}-{seed}", seed):
+                    print(fault)
+    print(f"{cases * len(LOADERS)} files tried")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]))
