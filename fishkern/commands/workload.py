@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from fishkern import hosts
 from fishkern.commands.options import Workload
 from fishkern.commands.output import note
 from fishkern.integrations import data, hub, models, processors
 from fishkern.integrations.examples import CANDIDATES, Encoder, Example, choose_columns, pad_token, read_head
-from fishkern.names import canonical_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 BATCH_SIZE = {"cpu": 8}  # a guess, halved while memory does not suffice
@@ -129,7 +129,7 @@ def predicate(patterns: Sequence[str], model: nn.Module) -> Callable[[str, nn.Pa
     Raises:
         ValueError: A pattern matches no parameter.
     """
-    names = [canonical_name(name) for name, _ in model.named_parameters()]
+    names = list(hosts.named_parameters(model))
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"--parameters {pattern!r} matches none of {len(names)} names such as {names[0]}.")

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from fishkern import adapters, hosts
 from fishkern.backend import Backend
 from fishkern.layers import UnsupportedModuleError
-from fishkern.names import canonical_name
 from fishkern.selection import GlobalTopK, Random, Selection, bound_to_start, select
 from fishkern.selection.base import budget, fraction_of
 from fishkern.statistics import DiagonalFisher, Likelihood, Statistics, estimate
@@ -148,7 +147,7 @@ def _digest(selection: Selection) -> str:
 
 
 def _pool(model: nn.Module, pool: str) -> dict[str, nn.Parameter]:
-    named = {canonical_name(name): parameter for name, parameter in hosts.unwrap(model).named_parameters()}
+    named = hosts.named_parameters(model)
     if pool == "model":
         return named
     if pool != "adapter":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor, StoredTensor
-from fishkern.names import canonical_name
+from fishkern.names import without_wrappers
 from fishkern.selection.base import Rule, matching
 from fishkern.selection.result import Selection
 from fishkern.statistics import Statistics
@@ -74,7 +74,7 @@ def _scores(statistics: Statistics | Mapping[str, AnyTensor]) -> dict[str, AnyTe
         if not isinstance(score, Tensor | StoredTensor) or not score.dtype.is_floating_point:
             what = getattr(score, "dtype", type(score).__name__)
             raise TypeError(f"scores are floating tensors, {name} is {what}: cast it.")
-        if (short := canonical_name(name)) in scores:
+        if (short := without_wrappers(name)) in scores:
             raise ValueError(f"two names become {short} without wrappers: leave one out.")
         scores[short] = score.detach() if isinstance(score, Tensor) else score
     return scores

@@ -14,7 +14,7 @@ from fishkern import hosts
 from fishkern.backend import Backend
 from fishkern.layers import UnsupportedModuleError, own_parameters, weight_shape
 from fishkern.layers.linear import QuantizedLinear
-from fishkern.names import canonical_name
+from fishkern.names import without_wrappers
 from fishkern.statistics.accumulators import Accumulators
 from fishkern.statistics.answering import Answering, LossFunction
 from fishkern.statistics.base import Estimator
@@ -180,7 +180,7 @@ def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) ->
 
 
 def _chosen(model: nn.Module, which: Predicate | Literal["all"] | None) -> dict[str, nn.Parameter]:
-    named = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    named = hosts.named_parameters(model)
     if which is None:
         chosen = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     elif which == "all":
@@ -203,7 +203,7 @@ def _refuse_integers(model: nn.Module, chosen: Mapping[str, nn.Parameter], estim
     if estimator.per_example:
         for path, module in model.named_modules():
             if "weight" in QuantizedLinear().covers(module):
-                integers.discard(canonical_name(f"{path}.weight".removeprefix(".")))
+                integers.discard(without_wrappers(f"{path}.weight".removeprefix(".")))
     if integers:
         raise UnsupportedModuleError(
             f"{sorted(integers)} are not floating point, so autograd gives them no gradient; only DiagonalFisher with "
@@ -232,8 +232,7 @@ def _coverage(
 ) -> dict[str, Covered]:
     by_whose_word = "requires_grad is False" if which is None else "the parameters argument"
     coverage = {}
-    for name, parameter in model.named_parameters():
-        key = canonical_name(name)
+    for key, parameter in hosts.named_parameters(model).items():
         path, reason = paths[key] if key in chosen else ("left out", by_whose_word)
         numel = _shape(model, key, parameter).numel() if key in chosen else parameter.numel()
         coverage[key] = Covered(path, numel, reason)

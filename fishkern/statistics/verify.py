@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.files import AnyTensor
-from fishkern.names import canonical_name
 from fishkern.ops.streaming_topk import NaNScoreError, streaming_topk
 from fishkern.statistics.answering import LossFunction
 from fishkern.statistics.batches import Batch, checked_batch, num_examples, take, to_device
@@ -83,7 +82,7 @@ def verify(
         statistics = estimate(model, kept, likelihood=likelihood, parameters=parameters, progress=progress is True)
         estimate_seconds = _clock(model) - start
     _check_kind(statistics, examples)
-    named = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    named = hosts.named_parameters(model)
     wanted = _wanted(named, statistics, parameters)
     chosen = {name: named[name] for name in wanted if name in statistics and named[name].is_floating_point()}
     if not chosen:
