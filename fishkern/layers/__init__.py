@@ -1,5 +1,6 @@
 """From a module's activations and output gradients to per-example gradients."""
 
+from fishkern.layers.as_found import as_found
 from fishkern.layers.base import Call, Layer, own_parameters
 from fishkern.layers.capture import Capture
 from fishkern.layers.convolution import Convolution
@@ -46,6 +47,7 @@ __all__ = [
     "SummedGrads",
     "TiedRows",
     "UnsupportedModuleError",
+    "as_found",
     "join",
     "leave_out",
     "own_parameters",

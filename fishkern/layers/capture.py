@@ -215,9 +215,9 @@ class Capture:
         self._active, active = False, self._active
         try:
             for n in range(self._batch.num_examples):
-                row = slice(n, n + 1)
-                tensors = [tensor[row] if sliced else tensor for tensor, sliced in zip(saved, site.sliced, strict=True)]
-                output_grads = [None if grad is None else grad[row] for grad in grads]
+                both = zip(saved, site.sliced, strict=True)
+                tensors = [_row(tensor, n) if sliced else tensor for tensor, sliced in both]
+                output_grads = [None if grad is None else grad[n : n + 1] for grad in grads]
                 for name, grad in module_grads(call.thaw(tensors), output_grads, site.keys).items():
                     self._deliver(site.keys[name], DenseGrads(grad[None]))
         finally:
@@ -302,3 +302,8 @@ class _Batch:
 
 def _rows(tensor: Tensor) -> int | None:
     return tensor.shape[0] if tensor.ndim else None
+
+
+def _row(tensor: Tensor, n: int) -> Tensor:
+    """Copy one row: the module may write into it, and torch's backward fails on rows of ``channels_last`` for some."""
+    return tensor[n : n + 1].clone(memory_format=torch.contiguous_format)

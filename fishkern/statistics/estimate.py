@@ -7,22 +7,24 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fishkern import backend as backends
 from fishkern import hosts
 from fishkern.backend import Backend
-from fishkern.layers import UnsupportedModuleError, own_parameters, weight_shape
+from fishkern.layers import UnsupportedModuleError, as_found, own_parameters, weight_shape
 from fishkern.layers.linear import QuantizedLinear
 from fishkern.names import without_wrappers
 from fishkern.statistics.accumulators import Accumulators
 from fishkern.statistics.answering import Answering, LossFunction
 from fishkern.statistics.base import Estimator
+from fishkern.statistics.batches import Batch
 from fishkern.statistics.coverage import Covered, slowest_paths
 from fishkern.statistics.data import Data, Progress
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.passes import GradientPass, PerExamplePass
+from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.shards import Ranks
 
@@ -103,13 +105,18 @@ def estimate(
     data = Data(batches, device, max_examples, ranks)
     report = Progress(progress if ranks.rank == 0 else False, data.total)
     answering = Answering(model, likelihood)
-    with ranks.failing_together(), _as_found(model):
+    with ranks.failing_together(), _as_found(model) as restore:
+
+        def answer(batch: Batch) -> Predictive | Tensor:
+            restore()
+            return answering(batch)
+
         way: GradientPass | PerExamplePass
         if estimator.per_example:
-            way = PerExamplePass(model, chosen, answering, estimator, accumulators, check)
+            way = PerExamplePass(model, chosen, answer, estimator, accumulators, check)
         else:
             path = "batch" if estimator.definition["unit"] == "batch" else "sketch"
-            way = GradientPass(chosen, answering, estimator, accumulators, path)
+            way = GradientPass(chosen, answer, estimator, accumulators, path)
         units = 0
         for batch, examples in data:
             with _own_randomness(device):
@@ -200,7 +207,7 @@ def _chosen(model: nn.Module, which: Predicate | Literal["all"] | None) -> dict[
 def _refuse_integers(model: nn.Module, chosen: Mapping[str, nn.Parameter], estimator: Estimator) -> None:
     """Integer parameters are served where a quantised linear owns them and gradients are captured, nowhere else."""
     integers = {key for key, parameter in chosen.items() if not parameter.is_floating_point()}
-    if estimator.per_example:
+    if integers and estimator.per_example:  # asking a parametrized module for its weight runs the parametrization
         for path, module in model.named_modules():
             if "weight" in QuantizedLinear().covers(module):
                 integers.discard(without_wrappers(f"{path}.weight".removeprefix(".")))
@@ -240,24 +247,14 @@ def _coverage(
 
 
 @contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
-    """Freeze the model for a pass and restore what a pass touches."""
-    parameters = list(model.parameters())
-    found = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
+def _as_found(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Prepare the model for a pass and restore what a pass touches."""
     with ExitStack() as stack:
         stack.enter_context(hosts.evaluation_mode(model))
         stack.enter_context(hosts.connected_inputs(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.enable_grad())
-        try:
-            for parameter in parameters:
-                parameter.grad = None
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter, required, grad in found:
-                parameter.requires_grad_(required)
-                parameter.grad = grad
+        yield stack.enter_context(as_found(model))
 
 
 @contextmanager

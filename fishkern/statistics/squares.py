@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fishkern.layers import as_found
 from fishkern.statistics.answering import LossFunction
 from fishkern.statistics.autograd import backward, check_finite, take_grad
 from fishkern.statistics.batches import Batch
@@ -29,13 +30,13 @@ class Squares:
         self._model = model
         self._chosen = chosen
         self._likelihood = likelihood
+        self._restore = lambda: None
         self._totals: dict[str, Tensor] = {}
         self.device = next(iter(chosen.values())).device
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Listen to the parameters, and leave the model as found."""
-        found = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self._model.parameters()]
         names = {parameter: name for name, parameter in self._chosen.items()}
         handles = []
         modes = {module: module.training for module in self._model.modules()}
@@ -44,14 +45,13 @@ class Squares:
             torch.compiler.set_stance("force_eager"),
             torch.enable_grad(),
             torch.random.fork_rng(devices),
+            as_found(self._model) as self._restore,
         ):
             try:
                 for module in modes:
                     module.training = False  # activation checkpointing included: single examples need none
-                for parameter, _, _ in found:
-                    parameter.grad = None
-                    parameter.requires_grad_(parameter in names)
                 for parameter in names:
+                    parameter.requires_grad_(True)
                     handles.append(parameter.register_post_accumulate_grad_hook(lambda p: self._square(names[p], p)))
                 yield
             finally:
@@ -59,9 +59,6 @@ class Squares:
                     handle.remove()
                 for module, mode in modes.items():
                     module.training = mode
-                for parameter, required, grad in found:
-                    parameter.requires_grad_(required)
-                    parameter.grad = grad
 
     def taken(self) -> dict[str, Tensor]:
         """Take the sums so far; zeros where no gradient arrived."""
@@ -73,6 +70,7 @@ class Squares:
 
     def add_alone(self, row: Batch, place: int) -> None:
         """Add the squared gradient of one example, by the loss that the model itself returns where it does."""
+        self._restore()
         losses = self._own_loss(row)
         losses = self._losses(row) if losses is None else losses
         check_finite(losses, range(place, place + 1))
@@ -80,6 +78,7 @@ class Squares:
 
     def add_in_batch(self, batch: Batch) -> None:
         """Add the squared gradient of each example, back-propagated through the batch."""
+        self._restore()
         losses = self._losses(batch)
         check_finite(losses, range(len(losses)))
         for loss in losses:
