@@ -17,6 +17,7 @@ from fishkern.layers.grads import (
 )
 from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear, weight_shape
+from fishkern.layers.reentrant import Connection
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.survey import LAYERS, Plan, survey
@@ -26,6 +27,7 @@ __all__ = [
     "LAYERS",
     "Call",
     "Capture",
+    "Connection",
     "Conv1D",
     "Convolution",
     "DenseGrads",

@@ -19,8 +19,7 @@ from fishkern.layers.embedding import Embedding
 from fishkern.layers.generic import module_grads
 from fishkern.layers.grads import DenseGrads, OuterProductGrads, PerExampleGrads, TiedRows, join
 from fishkern.layers.site import Layout, Site
-from fishkern.layers.tap import FrozenCall, frozen_call, rows_and_length, tapped
-from fishkern.layers.unsupported import UnsupportedModuleError, leave_out
+from fishkern.layers.tap import FrozenCall, copied, frozen_call, rows_and_length, tapped
 from fishkern.ops import embedding_rows
 
 Sink = Callable[[str, PerExampleGrads], None]
@@ -44,6 +43,7 @@ class Capture:
         self._forward = False
         self._handles: list[Any] = []
         self._anchor = torch.zeros((), requires_grad=True)
+        self._entered: dict[Site, list[tuple[tuple, dict[str, Any]]]] = {}
         self._by_key: dict[str, list[Site]] = defaultdict(list)
         for site in sites:
             for key in site.keys.values():
@@ -58,7 +58,12 @@ class Capture:
 
     def __enter__(self) -> Capture:
         for site in self._sites:
-            self._handles.append(site.module.register_forward_hook(self._hook(site), with_kwargs=True))
+            module = site.module
+            # next to the module's forward: around ours are the user's, which may change what goes in and comes out
+            if site.reruns and (module._forward_pre_hooks or site.rewritten):
+                enter = self._enter(site)
+                self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+            self._handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True, prepend=True))
         for block in {site.block for site in self._sites if site.layout is Layout.FLATTENED}:
             self._handles.append(block.register_forward_pre_hook(self._note_length, with_kwargs=True))
         return self
@@ -67,6 +72,7 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._entered.clear()
         self._batch = _Batch(0)
 
     @contextmanager
@@ -80,6 +86,8 @@ class Capture:
             Nothing.
         """
         self._batch = _Batch(num_examples)
+        for calls in self._entered.values():
+            calls.clear()
         self._active = self._forward = True
         try:
             yield
@@ -107,10 +115,26 @@ class Capture:
         for key in self._batch.received.keys() - self._batch.unsettled:
             self._close(key)
 
+    def _enter(self, site: Site) -> Callable[..., None]:
+        """Note what a module is called with, ahead of the hooks on its input: a second run goes through them, too."""
+        self._entered[site] = []
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if self._active:
+                self._entered[site].append(copied((args, kwargs)) if site.rewritten else (args, kwargs))
+
+        return enter
+
     def _hook(self, site: Site) -> Callable[..., Any]:
+        entered = self._entered.get(site)
+
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
             if not self._active:
                 return None
+            if entered:
+                args, kwargs = entered.pop()
+            elif site.rewritten and site.reads_input:
+                args, kwargs = copied((args, kwargs))
             if self._forward:  # later calls are checkpointing's recomputations
                 self._batch.calls[site] += 1
                 self._note_tokens(site, args, kwargs)
@@ -189,7 +213,8 @@ class Capture:
         if site.layout is Layout.BATCHED and lengths == {1} and self._batch.num_examples > 1:
             self._batch.unsettled.update(site.keys.values())  # shared by all examples, and surveyed in a batch of one
             return
-        if site.picked and not self._rows_are_the_examples(site, grads[0]):
+        alike = self._has_the_rows(site, saved, grads)
+        if not alike or (site.picked and not self._rows_are_the_examples(site, grads[0])):
             self._batch.unsettled.update(site.keys.values())
             self.distrusted.add(site.path)
             return
@@ -199,7 +224,6 @@ class Capture:
                 self._receive_generic(site, call, saved, grads)
                 return
             (grad,) = grads
-            self._check_rows(site, grad)
             N = self._batch.num_examples
             if site.layout is Layout.SHARED:
                 saved = [tensor.expand(N, *tensor.shape[1:]) if _rows(tensor) == 1 else tensor for tensor in saved]
@@ -211,7 +235,6 @@ class Capture:
     def _receive_generic(
         self, site: Site, call: FrozenCall, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> None:
-        self._check_slices(site, saved, grads)
         self._active, active = False, self._active
         try:
             for n in range(self._batch.num_examples):
@@ -223,24 +246,14 @@ class Capture:
         finally:
             self._active = active
 
-    def _check_slices(self, site: Site, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-        N = self._batch.num_examples
+    def _has_the_rows(self, site: Site, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> bool:
+        """Tell whether a call has the rows that the survey has seen: their number may depend on the data."""
+        if site.layer is not None:
+            return self._right_number(site, grads[0])
         lengths = {tensor.shape[0] for tensor, sliced in zip(saved, site.sliced, strict=False) if sliced}
         lengths |= {grad.shape[0] for grad in grads if grad is not None}
-        if len(saved) != len(site.sliced) or lengths != {N} or self._batch.calls[site] != 1:
-            raise UnsupportedModuleError(
-                f"{site.path!r} ({type(site.module).__name__}) was called in another way than on the first batch: "
-                f"expected one call whose tensors have {N} rows, one for each example, got {self._batch.calls[site]} "
-                f"call(s) with row counts {sorted(lengths)}. {leave_out(site.keys.values())}"
-            )
-
-    def _check_rows(self, site: Site, grad: Tensor) -> None:
-        if not self._right_number(site, grad):
-            raise UnsupportedModuleError(
-                f"{site.path!r} ({type(site.module).__name__}) gave {grad.shape[0]} rows for "
-                f"{self._batch.num_examples} examples, but on the first batch its rows could be told apart by example "
-                f"({site.layout.value}): its row count depends on the data. {leave_out(site.keys.values())}"
-            )
+        alike = len(saved) == len(site.sliced) and lengths == {self._batch.num_examples}
+        return alike and self._batch.calls[site] == 1
 
     def _deliver(self, key: str, grads: PerExampleGrads) -> None:
         sites = self._by_key[key]

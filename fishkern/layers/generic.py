@@ -27,7 +27,8 @@ def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mappi
     Returns:
         Gradients by name; a parameter that the example does not reach is left out.
     """
-    module = dict(call.module.named_parameters())
+    # under each of its names: a module may register what belongs to one inside it
+    module = dict(call.module.named_parameters(remove_duplicate=False))
     with torch.enable_grad():
         parameters = {name: module[name].detach().requires_grad_() for name in names}
         leaves, _ = tree_flatten(call.run(parameters))
@@ -64,11 +65,13 @@ def same_rows_alone(call: Call, output: Any) -> bool:
         return False
     expected, _ = tree_flatten(output)
     for n in range(2):
-        row = [leaf[n : n + 1] if isinstance(leaf, Tensor) and has_example_axis(leaf) else leaf for leaf in leaves]
+        row = [_row(leaf, n) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(row, spec)
         try:
             actual, _ = tree_flatten(Call(call.module, args, kwargs, call.autocast).run())
         except (RuntimeError, ValueError, IndexError):
+            return False
+        if len(actual) != len(expected):
             return False
         for place in floating_places(expected):
             whole = expected[place]
@@ -78,6 +81,11 @@ def same_rows_alone(call: Call, output: Any) -> bool:
             if gap > 64 * torch.finfo(whole.dtype).eps * whole.abs().max():
                 return False
     return True
+
+
+def _row(tensor: Tensor, n: int) -> Tensor:
+    """Copy one row, or all of what has none: the module may write into its input."""
+    return (tensor[n : n + 1] if has_example_axis(tensor) else tensor).clone()
 
 
 def _is_stateful(leaf: Any) -> bool:

@@ -21,7 +21,7 @@ from fishkern.layers.embedding import Embedding
 from fishkern.layers.generic import has_example_axis, same_rows_alone, tensors_of
 from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear
-from fishkern.layers.observe import Seen, observe, upwards
+from fishkern.layers.observe import Observation, Seen, observe, upwards
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.tap import FrozenCall, leading_shape
@@ -89,6 +89,7 @@ def survey(
     keys: Mapping[nn.Parameter, str],
     losses: Callable[[], Tensor],
     distrusted: Collection[str] = (),
+    answered: Callable[[Callable[[], Any]], Any] = lambda run: run(),
 ) -> Plan:
     """Establish how each parameter is served.
 
@@ -97,33 +98,57 @@ def survey(
         keys: Canonical name of each parameter asked for.
         losses: Runs the model on two examples and returns their losses, ``[2]``; called once or more times.
         distrusted: Paths of modules whose rows have been seen to follow the data.
+        answered: Runs a run of the model (:meth:`fishkern.layers.reentrant.Connection.answered`).
 
     Returns:
         The plan.
     """
+    hooked = {key: _HOOKED for parameter, key in keys.items() if parameter._backward_hooks}
+    keys = {parameter: key for parameter, key in keys.items() if key not in hooked}
     owners: dict[str, dict[str, str]] = {}
     for path, module in model.named_modules():
         asked = {name: keys[parameter] for name, parameter in own_parameters(module).items() if parameter in keys}
         if asked and not isinstance(module, nn.ParameterDict | nn.ParameterList):
             owners[path] = asked
-    seen = observe(model, owners, losses)
-    return _Planner(model, owners, seen, distrusted).plan()
+    observation = observe(model, owners, losses, answered)
+    planner = _Planner(model, owners, observation, distrusted)
+    plan = planner.plan()
+    if planner.rewritten:
+        observation.copy(planner.rewritten)
+        plan = _Planner(model, owners, observation, distrusted).plan()
+    return plan.with_loop(hooked)
+
+
+_BATCH_FIRST = (
+    nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.Transformer
+)  # fmt: skip
+_HOOKED = (
+    "a hook on it (register_hook) may change the gradient of each example: without the hook, its layer's rule serves it"
+)
 
 
 class _Planner:
-    """Turns what was seen into sites."""
+    """Turns what was seen into sites.
+
+    Attributes:
+        rewritten: Modules that may keep the examples apart, which cannot be seen any more: the model has written into
+            their outputs since.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         owners: Mapping[str, Mapping[str, str]],
-        seen: Mapping[nn.Module, Seen],
+        observation: Observation,
         distrusted: Collection[str],
     ) -> None:
         self._modules = dict(model.named_modules())
+        self._by_any_path = dict(model.named_modules(remove_duplicate=False))
+        self._around = observation.around
+        self.rewritten: set[nn.Module] = set()
         self._distrusted = distrusted
         self._owners = owners
-        self._seen = seen
+        self._seen = observation.seen
 
     def plan(self) -> Plan:
         sites: list[Site] = []
@@ -185,9 +210,11 @@ class _Planner:
         left = dict(asked)
         for layer in LAYERS:
             names = layer.covers(module) & left.keys()
-            if names and (names := layer.confirms(*_two_examples(seen), names)):
+            if names and (names := layer.confirms(*_two_examples(seen, layer.reruns), names)):
                 keys = {name: left.pop(name) for name in sorted(names)}
-                sites.append(Site(path, module, layer, keys, layout if settled else None, seen.block, picked=picked))
+                told = layout if settled else None
+                rewritten = seen.input_rewritten
+                sites.append(Site(path, module, layer, keys, told, seen.block, picked=picked, rewritten=rewritten))
         return sites
 
     @staticmethod
@@ -214,21 +241,49 @@ class _Planner:
 
     def _host(self, path: str) -> str | None:
         """Find the smallest module around it, below the root, that keeps the examples apart."""
-        return next((host for host in upwards(path) if host and self._keeps_examples(self._modules[host])), None)
+        return next((host for host in upwards(path) if host and self._serves(host, path)), None)
+
+    def _serves(self, host: str, path: str) -> bool:
+        """Tell whether a module keeps the examples apart and every call of one inside it lies within its own."""
+        module = self._modules[host]
+        return host not in self._distrusted and self._encloses(module, path) and self._keeps_examples(module)
+
+    def _encloses(self, module: nn.Module, path: str) -> bool:
+        inner = self._modules[path]
+        if inner is module:
+            return True
+        if (around := self._around.get(inner)) is not None:
+            return module in around
+        # a mere container of parameters, which others read
+        paths = [at for at, one in self._by_any_path.items() if one is inner]
+        return all(any(self._by_any_path[at] is module for at in upwards(one)) for one in paths)
 
     def _why_no_host(self, path: str) -> str:
-        """Say why the loop is left, and the way round it for modules of torch that hand all weights to one function."""
+        """Say why the loop is left, and the way round it where there is one."""
+        if path in self._distrusted:
+            return f"the rows of {path} are not those of the examples, or their number follows the data"
         reason = "no module below the whole model keeps its examples apart"
-        around = (self._modules[at] for at in upwards(path))
-        module = next((one for one in around if isinstance(one, nn.RNNBase | nn.MultiheadAttention)), None)
-        if module is None or (module.batch_first and not isinstance(module, nn.RNNBase)):
-            return reason
+        around = [self._modules[at] for at in upwards(path) if at]
+        of_torch = next((one for one in reversed(around) if isinstance(one, _BATCH_FIRST)), None)
+        second = [one for one in around if self._has_examples_second(one)]
         has, ways = "also returns its last state, whose examples are", []
-        if not module.batch_first:
+        if of_torch is not None and not _is_batch_first(of_torch):
             has, ways = "has its examples", ["make it with batch_first=True"]
-        if isinstance(module, nn.RNNBase):
+        elif second and of_torch is None:
+            has, ways = "has its examples", ["put it into a module that takes and returns them along the first"]
+        if isinstance(of_torch, nn.RNNBase):
             ways.append("put it into a module that returns its output alone")
+        if not ways:
+            return reason
+        module = of_torch if of_torch is not None else second[-1]
         return f"{reason} ({type(module).__name__} {has} along the second axis: {' and '.join(ways)})"
+
+    def _has_examples_second(self, module: nn.Module) -> bool:
+        """Tell whether the gradients at a module have shown its examples along the second axis, ``[T, N, ...]``."""
+        seen = self._seen.get(module)
+        columns = seen.columns if seen else []
+        apart = all(entry is not None and bool((entry[1] == entry[0]).all()) for entry in columns)
+        return apart and {entry[0] for entry in columns if len(entry[1])} == {0, 1}
 
     def _keeps_examples(self, module: nn.Module) -> bool:
         seen = self._seen.get(module)
@@ -238,12 +293,25 @@ class _Planner:
             return False
         shown = [entry for entry in seen.touched if len(entry[3])]
         apart = all(rows == 2 and bool((touched == example).all()) for _, example, rows, touched in shown)
-        return bool(shown) and apart and same_rows_alone(*_two_examples(seen))
+        if not shown or not apart:
+            return False
+        if seen.output_rewritten or (seen.input_rewritten and not seen.was_rewritten):
+            self.rewritten.add(module)
+            return False
+        return same_rows_alone(*_two_examples(seen, entered=True))
 
     def _generic_site(self, path: str, asked: Mapping[str, str]) -> Site:
-        call, _ = _two_examples(self._seen[self._modules[path]])
+        seen = self._seen[self._modules[path]]
+        call, _ = _two_examples(seen, entered=True)
         sliced = tuple(has_example_axis(tensor) for tensor in tensors_of(call))
-        return Site(path, self._modules[path], None, dict(asked), Layout.BATCHED, sliced=sliced)
+        rewritten = seen.input_rewritten
+        return Site(path, self._modules[path], None, dict(asked), Layout.BATCHED, sliced=sliced, rewritten=rewritten)
+
+
+def _is_batch_first(module: nn.Module) -> bool:
+    """Tell how a module of torch was made; those around an attention do not all remember it."""
+    inner = (one for one in module.modules() if isinstance(one, nn.RNNBase | nn.MultiheadAttention))
+    return all(one.batch_first for one in inner)
 
 
 def _are_picked(seen: Seen) -> bool:
@@ -254,9 +322,11 @@ def _are_picked(seen: Seen) -> bool:
     return inside and rows is not None and rows.ndim == 2 and rows.is_floating_point()
 
 
-def _two_examples(seen: Seen) -> tuple[Call, Any]:
-    """Take the last call that a gradient reached, or the last one."""
-    call, output = seen.calls[max(seen.with_gradient, default=len(seen.calls) - 1)]
+def _two_examples(seen: Seen, entered: bool) -> tuple[Call, Any]:
+    """Take the last call that a gradient reached, or the last one, ahead of the hooks on its input or behind them."""
+    place = max(seen.with_gradient, default=len(seen.calls) - 1)
+    call, output = seen.calls[place]
+    call = seen.entered[place] if entered else call
     return call.thaw(call.tensors), output
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fishkern import backend as backends
 from fishkern import hosts
 from fishkern.backend import Backend
-from fishkern.layers import UnsupportedModuleError, as_found, own_parameters, weight_shape
+from fishkern.layers import Connection, UnsupportedModuleError, as_found, own_parameters, weight_shape
 from fishkern.layers.linear import QuantizedLinear
 from fishkern.names import without_wrappers
 from fishkern.statistics.accumulators import Accumulators
@@ -105,7 +105,7 @@ def estimate(
     data = Data(batches, device, max_examples, ranks)
     report = Progress(progress if ranks.rank == 0 else False, data.total)
     answering = Answering(model, likelihood)
-    with ranks.failing_together(), _as_found(model) as restore:
+    with ranks.failing_together(), _as_found(model) as restore, Connection(model, chosen.values()) as connection:
 
         def answer(batch: Batch) -> Predictive | Tensor:
             restore()
@@ -113,10 +113,10 @@ def estimate(
 
         way: GradientPass | PerExamplePass
         if estimator.per_example:
-            way = PerExamplePass(model, chosen, answer, estimator, accumulators, check)
+            way = PerExamplePass(model, chosen, answer, estimator, accumulators, check, connection)
         else:
             path = "batch" if estimator.definition["unit"] == "batch" else "sketch"
-            way = GradientPass(chosen, answer, estimator, accumulators, path)
+            way = GradientPass(chosen, answer, estimator, accumulators, path, connection)
         units = 0
         for batch, examples in data:
             with _own_randomness(device):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fishkern.layers import (
     Capture,
+    Connection,
     DenseGrads,
     PerExampleGrads,
     Plan,
@@ -39,6 +40,7 @@ class GradientPass:
         estimator: The recipe.
         accumulators: Where the squares go.
         path: Name of this path in the coverage.
+        connection: Lets segments under reentrant checkpointing be reached.
     """
 
     def __init__(
@@ -48,12 +50,14 @@ class GradientPass:
         estimator: Estimator,
         accumulators: Accumulators,
         path: str,
+        connection: Connection,
     ) -> None:
         self._parameters = parameters
         self._answer = answer
         self._estimator = estimator
         self._accumulators = accumulators
         self.paths = dict.fromkeys(parameters, (path, ""))
+        self._connection = connection
 
     def run(self, batch: Batch, examples: range) -> None:
         """Add one batch.
@@ -63,7 +67,8 @@ class GradientPass:
             examples: Places of its examples in the data.
         """
         with only_trainable(self._parameters.values()):
-            for objective, last in with_last(self._estimator.objectives(self._answer(batch), examples)):
+            answer = self._connection.answered(lambda: self._answer(batch))
+            for objective, last in with_last(self._estimator.objectives(answer, examples)):
                 check_finite(objective, examples)
                 backward(objective.sum(), retain_graph=not last)
                 for key, parameter in self._parameters.items():
@@ -82,6 +87,7 @@ class PerExamplePass:
         estimator: The recipe.
         accumulators: Where the squares go.
         check: Compare with ordinary autograd on two examples before the first batch.
+        connection: Lets segments under reentrant checkpointing be reached.
     """
 
     def __init__(
@@ -92,6 +98,7 @@ class PerExamplePass:
         estimator: Estimator,
         accumulators: Accumulators,
         check: bool,
+        connection: Connection,
     ) -> None:
         self._model = model
         self._parameters = parameters
@@ -99,6 +106,7 @@ class PerExamplePass:
         self._estimator = estimator
         self._accumulators = accumulators
         self._check = check
+        self._connection = connection
         self._plan: Plan | None = None
         self._begun = False
         self._distrusted: set[str] = set()
@@ -141,7 +149,7 @@ class PerExamplePass:
 
         keys = {parameter: key for key, parameter in self._parameters.items()}
         with only_trainable(()):
-            plan = survey(self._model, keys, losses, self._distrusted)
+            plan = survey(self._model, keys, losses, self._distrusted, self._connection.answered)
         self._refuse_integers(key for key, (path, _) in plan.paths.items() if path != "fused")
         if self._check:
             plan = self._checked(plan, two, places, place)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fishkern.layers import as_found
+from fishkern.layers import Connection, as_found
 from fishkern.statistics.answering import LossFunction
 from fishkern.statistics.autograd import backward, check_finite, take_grad
 from fishkern.statistics.batches import Batch
@@ -31,6 +31,7 @@ class Squares:
         self._chosen = chosen
         self._likelihood = likelihood
         self._restore = lambda: None
+        self._connection = Connection(model, ())
         self._totals: dict[str, Tensor] = {}
         self.device = next(iter(chosen.values())).device
 
@@ -46,6 +47,7 @@ class Squares:
             torch.enable_grad(),
             torch.random.fork_rng(devices),
             as_found(self._model) as self._restore,
+            Connection(self._model, self._chosen.values()) as self._connection,
         ):
             try:
                 for module in modes:
@@ -71,8 +73,7 @@ class Squares:
     def add_alone(self, row: Batch, place: int) -> None:
         """Add the squared gradient of one example, by the loss that the model itself returns where it does."""
         self._restore()
-        losses = self._own_loss(row)
-        losses = self._losses(row) if losses is None else losses
+        losses = self._connection.answered(lambda: self._loss_alone(row))
         check_finite(losses, range(place, place + 1))
         backward(losses[0])
 
@@ -83,6 +84,10 @@ class Squares:
         check_finite(losses, range(len(losses)))
         for loss in losses:
             backward(loss, retain_graph=True)
+
+    def _loss_alone(self, row: Batch) -> Tensor:
+        losses = self._own_loss(row)
+        return self._losses(row) if losses is None else losses
 
     def _own_loss(self, row: Batch) -> Tensor | None:
         if self._likelihood is not None or not isinstance(row, Mapping):
