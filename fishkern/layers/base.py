@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,7 +44,9 @@ class Call:
         """The first argument, by position or by keyword."""
         return self.args[0] if self.args else next(iter(self.kwargs.values()))
 
-    def run(self, parameters: Mapping[str, Tensor] | None = None) -> Any:
+    def run(
+        self, parameters: Mapping[str, Tensor] | None = None, then: Callable[[Any], Any] = lambda output: output
+    ) -> Any:
         """Call the module once more, under the autocast state of the first time and without checkpointing.
 
         Its own hooks on output and gradients are left out, for a tap sees an output before they do. Those on its input
@@ -52,9 +54,11 @@ class Call:
 
         Args:
             parameters: Tensors that stand in for parameters, by their names in the module.
+            then: What to do with what the module returns while the stand-ins are in place: a backward pass may
+                recompute a segment of the module.
 
         Returns:
-            What the module returns.
+            What ``then`` returns: by default, what the module returns.
         """
         device_type, enabled, dtype = self.autocast
         # in a model in evaluation mode, only what checkpoints its activations still says that it trains
@@ -67,13 +71,24 @@ class Call:
                 module.training = False
             with torch.autocast(device_type, dtype=dtype, enabled=enabled):
                 values = _in_each_place(self.module, parameters or {})
-                return torch.func.functional_call(
-                    self.module, values, self.args, dict(self.kwargs), tie_weights=False
-                )
+                following = _Following(self.module, then)
+                values = {f"module.{name}": value for name, value in values.items()}
+                return torch.func.functional_call(following, values, self.args, dict(self.kwargs), tie_weights=False)
         finally:
             state.update(around)
             for module in training:
                 module.training = True
+
+
+class _Following(nn.Module):
+    """A module, and what is done with its output."""
+
+    def __init__(self, module: nn.Module, then: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.module, self._then = module, then
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._then(self.module(*args, **kwargs))
 
 
 def _in_each_place(module: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

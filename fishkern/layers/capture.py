@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from fishkern.layers.embedding import Embedding
 from fishkern.layers.generic import module_grads
 from fishkern.layers.grads import DenseGrads, OuterProductGrads, PerExampleGrads, TiedRows, join
+from fishkern.layers.reentrant import in_segment
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.tap import FrozenCall, copied, frozen_call, rows_and_length, tapped
 from fishkern.ops import embedding_rows
@@ -139,6 +141,7 @@ class Capture:
                 self._batch.calls[site] += 1
                 self._note_tokens(site, args, kwargs)
             if not torch.is_grad_enabled():
+                self._batch.reentrant = self._batch.reentrant or in_segment()
                 return None
             if site.layout is Layout.SHARED:
                 output = output.expand(self._batch.num_examples, *output.shape[1:])
@@ -162,10 +165,22 @@ class Capture:
         while not self._batch.exponents or numbers.any():  # one probe for each digit of the example's number
             self._batch.exponents.append(numbers % most - most // 2)
             weighted = (self._weights(losses)[-1] * losses).sum()
-            grads = torch.autograd.grad(weighted, outputs, retain_graph=True, allow_unused=True)
+            grads = self._grads_at(outputs, weighted)
             for (site, _), grad in zip(picked, grads, strict=True):
                 self._batch.weighted[site].append(grad)
             numbers = numbers // most
+
+    def _grads_at(self, outputs: Sequence[Tensor], weighted: Tensor) -> Sequence[Tensor | None]:
+        if not self._batch.reentrant:
+            return torch.autograd.grad(weighted, outputs, retain_graph=True, allow_unused=True)
+        grads: list[Tensor | None] = [None] * len(outputs)  # reentrant checkpointing refuses autograd.grad
+        handles = [output.register_hook(partial(grads.__setitem__, place)) for place, output in enumerate(outputs)]
+        try:
+            weighted.backward(retain_graph=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return grads
 
     def _weights(self, like: Tensor) -> list[Tensor]:
         """Powers of two, by which a gradient scales without rounding; all probes together tell every example apart."""
@@ -311,6 +326,7 @@ class _Batch:
     picked: list[tuple[Site, Tensor]] = field(default_factory=list)
     weighted: dict[Site, list[Tensor | None]] = field(default_factory=dict)
     exponents: list[Tensor] = field(default_factory=list)
+    reentrant: bool = False
 
 
 def _rows(tensor: Tensor) -> int | None:

@@ -29,9 +29,10 @@ def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mappi
     """
     # under each of its names: a module may register what belongs to one inside it
     module = dict(call.module.named_parameters(remove_duplicate=False))
-    with torch.enable_grad():
-        parameters = {name: module[name].detach().requires_grad_() for name in names}
-        leaves, _ = tree_flatten(call.run(parameters))
+    parameters = {name: module[name].detach().requires_grad_() for name in names}
+
+    def gradients(output: Any) -> dict[str, Tensor]:
+        leaves, _ = tree_flatten(output)
         outputs = [leaves[place] for place in floating_places(leaves)]
         pairs = [
             (output, grad)
@@ -40,13 +41,17 @@ def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mappi
         ]
         if not pairs:
             return {}
-        found = torch.autograd.grad(
-            [output for output, _ in pairs],
-            list(parameters.values()),
-            [grad for _, grad in pairs],
-            allow_unused=True,
-        )
-    return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
+        with torch.autocast(call.autocast[0], enabled=False):
+            found = torch.autograd.grad(
+                [output for output, _ in pairs],
+                list(parameters.values()),
+                [grad for _, grad in pairs],
+                allow_unused=True,
+            )
+        return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
+
+    with torch.enable_grad():
+        return call.run(parameters, gradients)
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ class Seen:
         entered: For each call, the same with its tensors as they are ahead of the hooks on its input.
         versions: For each call, how often its tensors of ``entered`` and its output had been written into.
         was_rewritten: Whether copies have taken the place of an input that the model writes into.
+        returns_input: Whether the module writes into its input and returns it: others may hold it, past any tap.
     """
 
     calls: list[tuple[FrozenCall, Any]] = field(default_factory=list)
@@ -41,6 +42,7 @@ class Seen:
     entered: list[FrozenCall] = field(default_factory=list)
     versions: list[tuple[list[int], list[int]]] = field(default_factory=list)
     was_rewritten: bool = False
+    returns_input: bool = False
 
     @property
     def with_gradient(self) -> set[int]:
@@ -67,11 +69,13 @@ class Observation:
     Args:
         seen: Of each module that owns parameters asked for, or is around one, and was called.
         around: For each of these modules, those that were running at every one of its calls, itself included.
+        checkpointing: Modules that run segments under reentrant checkpointing, or lie in one around others.
         again: Runs the model once more and keeps copies of what goes into and comes out of some modules.
     """
 
     seen: dict[nn.Module, Seen]
     around: dict[nn.Module, set[nn.Module]]
+    checkpointing: set[nn.Module]
     again: Callable[[frozenset[nn.Module]], dict[nn.Module, Seen]]
 
     def copy(self, modules: Collection[nn.Module]) -> None:
@@ -100,6 +104,7 @@ class _Observer:
     ) -> None:
         self.seen: dict[nn.Module, Seen] = defaultdict(Seen)
         self.around: dict[nn.Module, set[nn.Module]] = {}
+        self.checkpointing: set[nn.Module] = set()
         self._paths = {module: path for path, module in observed.items()}
         self._modules = dict(model.named_modules())
         self.shared = shared
@@ -144,10 +149,13 @@ class _Observer:
                 return given, versions
 
     def _hook(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if not self._recomputes and (torch.is_grad_enabled() or in_segment()):
-            running = {one for one, _, _ in self._running}
+        running = {one for one, _, _ in self._running}
+        segment = not torch.is_grad_enabled() and in_segment()
+        if not self._recomputes and (segment or torch.is_grad_enabled()):
             self.around[module] = running & self.around.get(module, running)
         given, versions = self._ended(module)
+        if segment:
+            self.checkpointing |= running - {module}
         if not torch.is_grad_enabled() and module not in self._copying:
             return None
         if module in self.shared and isinstance(output, Tensor):
@@ -161,6 +169,7 @@ class _Observer:
             seen.calls.append((seen.entered[-1], copied(output)))
             return None
         seen.calls.append((frozen_call(module, args, kwargs), _detached(output)))
+        seen.returns_input |= _is_rewritten_input(output, seen.entered[-1].tensors, versions)
         seen.versions.append((versions, _versions(_tensors(output))))
 
         def receive(_: Any, grads: tuple[Tensor | None, ...]) -> None:
@@ -241,7 +250,7 @@ def observe(
     def again(modules: frozenset[nn.Module]) -> dict[nn.Module, Seen]:
         return run(shared, modules)[0].seen
 
-    return Observation(observer.seen, observer.around, again)
+    return Observation(observer.seen, observer.around, observer.checkpointing, again)
 
 
 def _expanded(
@@ -271,6 +280,13 @@ def _same_losses(
 def _detached(output: Any) -> Any:
     leaves, spec = tree_flatten(output)
     return tree_unflatten([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+
+
+def _is_rewritten_input(output: Any, inputs: Sequence[Tensor], before: Sequence[int]) -> bool:
+    if _versions(inputs) == before:
+        return False
+    outputs = {tensor.untyped_storage().data_ptr() for tensor in _tensors(output)}
+    return any(tensor.untyped_storage().data_ptr() in outputs for tensor in inputs)
 
 
 def _tensors(values: Any) -> list[Tensor]:

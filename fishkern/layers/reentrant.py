@@ -80,12 +80,13 @@ class Connection:
         """
         if self._settled:
             return run()
-        with self._watched() as cut_off:
+        with self._watched() as (segments, cut_off):
             answer = run()
-        if cut_off:
+        if segments:  # also for later runs, in which less may require a gradient
             self._handles += [module.register_forward_hook(_require) for module in self._modules]
+        if cut_off:
             del answer
-            with self._watched() as cut_off:
+            with self._watched() as (_, cut_off):
                 answer = run()
         if cut_off:
             module = cut_off[0]
@@ -98,16 +99,20 @@ class Connection:
         return answer
 
     @contextmanager
-    def _watched(self) -> Iterator[list[nn.Module]]:
+    def _watched(self) -> Iterator[tuple[list[nn.Module], list[nn.Module]]]:
+        """List the modules asked for that run in segments, and those in segments that are cut off."""
+        segments: list[nn.Module] = []
         cut_off: list[nn.Module] = []
 
         def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not torch.is_grad_enabled() and in_segment(cut_off=True):
-                cut_off.append(module)
+            if not torch.is_grad_enabled() and in_segment():
+                segments.append(module)
+                if in_segment(cut_off=True):
+                    cut_off.append(module)
 
         handles = [module.register_forward_pre_hook(look) for module in self._asked]
         try:
-            yield cut_off
+            yield segments, cut_off
         finally:
             for handle in handles:
                 handle.remove()

@@ -174,7 +174,28 @@ def test_an_input_that_is_written_into(inside):
             y = self.shift(x)
             return self.last(y if inside else y.sin() + x.mul_(3.0))
 
-    assert assert_exact(Block(), 5, 6)["generic"] == {"shift.shift"}
+    if inside:
+        with pytest.warns(UserWarning, match="shift writes into its input and returns that, which others may hold"):
+            by_path = assert_exact(Block(), 5, 6)
+        assert by_path["loop"] == {"shift.shift"}
+        assert "loop" not in assert_exact(nn.Sequential(nn.Linear(6, 6), Block()), 5, 6)
+    else:
+        assert assert_exact(Block(), 5, 6)["generic"] == {"shift.shift"}
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shift, self.last = nn.Linear(6, 6), Shift(True), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(self.shift(x) + x)
+
+
+@pytest.mark.filterwarnings("ignore:.*slow exact path")
+def test_an_input_that_is_written_into_and_used_past_the_output():
+    assert assert_exact(Residual(), 5, 6)["loop"] == {"shift.shift"}
 
 
 class Calls(nn.Module):
@@ -313,6 +334,30 @@ def test_reentrant_checkpoints_with_nothing_in_front_are_refused(estimator):
         likelihood=losses, parameters=lambda name, parameter: "head" in name,
     )  # fmt: skip
     assert list(head) == ["head.weight", "head.bias"]
+
+
+class Segments(nn.Module):
+    """A block that checkpoints what is inside it, and holds what has no rule of its own."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.inner, self.after, self.reentrant = nn.GRU(6, 6, batch_first=True), nn.Linear(6, 6), reentrant
+
+    def forward(self, x):
+        return self.after(checkpoint(self.inner, x, use_reentrant=self.reentrant)[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*slow exact path")
+def test_a_checkpoint_inside_what_runs_once_more_for_each_example():
+    """Its recomputation, too, must see the parameters that stand in."""
+    by_path = assert_exact(nn.Sequential(nn.Linear(6, 6), Segments(False)), 5, 6)
+    assert len(by_path["generic"]) == 4
+    model = nn.Sequential(nn.Linear(6, 6), Segments(True)).double()
+    batches = [{"x": torch.randn(N, 5, 6, dtype=torch.float64)} for N in (3, 1)]
+    statistics = fk.estimate(model, batches, likelihood=losses)
+    model[1].reentrant = False
+    error, name = worst_error(statistics, squares_one_by_one(model, batches, lambda model, row: losses(model, row)[0]))
+    assert error < LIMIT[torch.float64], name
 
 
 class LengthFirst(nn.Module):
