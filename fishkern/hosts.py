@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fishkern.names import renamed, without_wrappers
+
 Task = Literal[
     "causal-lm",
     "masked-lm",
@@ -58,10 +60,27 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+        elif any(base.__name__ in ("DistributedDataParallel", "DataParallel") for base in type(model).__mro__):
             model = model.module
         else:
             return model
+
+
+def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
+    """Give every parameter of a model by its one name.
+
+    Args:
+        model: Any module, wrapped or not.
+        remove_duplicate: Whether a shared parameter has its first name alone.
+
+    Returns:
+        Parameters by the names that the unwrapped model gives them, without what torch puts in between. A submodule
+        called ``module`` keeps its name.
+
+    Raises:
+        ValueError: Two names become one.
+    """  # noqa: DOC502
+    return renamed(dict(unwrap(model).named_parameters(remove_duplicate=remove_duplicate)), without_wrappers)
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import fishkern as fk
+from fishkern import hosts
 from fishkern.names import canonical_name
 
 
@@ -56,3 +58,58 @@ def _raw_parameters(module: nn.Module, path: tuple[str, ...] = ()):
         yield (*path, name), parameter
     for name, child in module._modules.items():
         yield from _raw_parameters(child, (*path, name))
+
+
+class Inner(nn.Module):
+    """Has a submodule called ``module``, and beside it a parameter of the same name as one in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module, self.weight = nn.Linear(4, 3), nn.Parameter(torch.rand(4))
+
+    def forward(self, x):
+        return self.module(x * self.weight)
+
+
+WRAPS = {
+    "bare": lambda model: model,
+    "compiled": torch.compile,
+    "parallel": nn.DataParallel,
+    "both": lambda model: nn.DataParallel(torch.compile(model)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*slow exact path")
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_a_submodule_called_module_keeps_its_name(wrap):
+    inner = Inner()
+    model, batches = wrap(inner), [(torch.randn(3, 4), torch.tensor([0, 1, 2]))]
+    statistics = fk.estimate(model, batches, likelihood=fk.Classification())
+    names = [name for name, _ in inner.named_parameters()]
+    assert list(statistics) == names == ["weight", "module.weight", "module.bias"]
+    assert sum(covered.numel for covered in statistics.coverage.values()) == sum(map(torch.numel, inner.parameters()))
+    assert all(statistics[name].shape == parameter.shape for name, parameter in inner.named_parameters())
+    assert fk.verify(model, batches, statistics, likelihood=fk.Classification()).ok
+    selection = fk.select(statistics, fk.PerTensorTopK(k=2))
+    selection.check(model)
+    selection.check(inner.named_parameters())
+    for parameters in (model, inner.named_parameters(), nn.DataParallel(inner).named_parameters()):
+        optimizer = fk.MaskedSGD(parameters, selection, lr=0.1)
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
+
+
+def test_averaged_models_keep_the_names_that_they_give():
+    model = torch.optim.swa_utils.AveragedModel(nn.Sequential(nn.Linear(4, 3)))
+    statistics = fk.estimate(model, [(torch.randn(3, 4), torch.tensor([0, 1, 2]))], likelihood=fk.Classification())
+    assert list(statistics) == ["module.0.weight", "module.0.bias"]
+    selection = fk.select(statistics, fk.GlobalTopK(k=3))
+    assert fk.MaskedAdamW(model, selection, lr=0.1).param_groups
+
+
+def test_names_that_would_become_one_are_refused():
+    model = nn.Module()
+    model.weight, model._orig = nn.Parameter(torch.rand(3)), nn.Module()
+    model.add_module("_fsdp_wrapped_module", nn.Module())
+    model._fsdp_wrapped_module.weight = nn.Parameter(torch.rand(3))
+    with pytest.raises(ValueError, match="weight and _fsdp_wrapped_module.weight would both be named weight"):
+        hosts.named_parameters(model)

@@ -19,7 +19,6 @@ from torch import nn
 
 from fishkern import hosts
 from fishkern.files import Format, in_brief, open_tensors, parsing, read_json, save_tensors
-from fishkern.names import canonical_name
 
 FORMAT = Format("fishkern.adapter", version=1, saved_by="fishkern.adapters.save")
 
@@ -125,8 +124,8 @@ def attach(model: nn.Module, adapter: Adapter, *, train: tuple[str, ...] = hosts
             wrapper.to(like.device, like.dtype)
             blocks[number].set_submodule(path, wrapper)
     names = adapter_parameters(model)
-    for name, parameter in model.named_parameters():
-        if canonical_name(name) in names or hosts.is_head(name, train):
+    for name, parameter in hosts.named_parameters(model).items():
+        if name in names or hosts.is_head(name, train):
             parameter.requires_grad_(True)
     return names
 
@@ -152,13 +151,13 @@ def adapter_parameters(model: nn.Module) -> list[str]:
         Canonical names, in the model's order.
     """
     own = {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
+        parameter
+        for module in model.modules()
         if isinstance(module, Wrapper)
-        for name, _ in module.named_parameters()
+        for name, parameter in module.named_parameters()
         if not name.startswith("base_layer.")
     }
-    return [canonical_name(name) for name, _ in model.named_parameters() if name in own]
+    return [name for name, parameter in hosts.named_parameters(model).items() if parameter in own]
 
 
 def gates(model: nn.Module) -> list[str]:
@@ -189,7 +188,7 @@ def save(model: nn.Module, adapter: Adapter, path: str | os.PathLike[str]) -> Pa
     """
     if not adapter_parameters(model):
         raise ValueError(f"{type(model).__name__} has no adapter to save: attach one first.")
-    tensors = {canonical_name(name): value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    tensors = {name: value.detach() for name, value in hosts.named_parameters(model).items() if value.requires_grad}
     return save_tensors(path, tensors, format=FORMAT, metadata={"adapter": dumps(_described(adapter))})
 
 
@@ -214,7 +213,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
     if odd := [name for name, tensor in stored.items() if not tensor.dtype.is_floating_point]:
         raise ValueError(f"{path} holds {in_brief(odd[0], 80)} as {stored[odd[0]].dtype}, and an adapter is floating.")
     attach(model, adapter, train=())
-    named = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    named = hosts.named_parameters(model)
     for name, tensor in stored.items():
         if name not in named or named[name].shape != tensor.shape:
             detach(model)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fishkern import hosts
 from fishkern.commands.options import Workload
 from fishkern.commands.output import note, waiting
 from fishkern.integrations import data, hub, models, processors
@@ -23,7 +24,6 @@ from fishkern.integrations.examples import (
     task_of_labels,
     unused_label,
 )
-from fishkern.names import canonical_name
 from fishkern.statistics import CausalLM, Likelihood, MaskedLM, Seq2SeqLM, TokenClassification
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -173,7 +173,7 @@ def predicate(patterns: Sequence[str], model: nn.Module) -> Callable[[str, nn.Pa
     Raises:
         ValueError: A pattern matches no parameter.
     """
-    names = [canonical_name(name) for name, _ in model.named_parameters()]
+    names = list(hosts.named_parameters(model))
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"--parameters {pattern!r} matches none of {len(names)} names such as {names[0]}.")

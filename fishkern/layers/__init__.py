@@ -1,5 +1,6 @@
 """From a module's activations and output gradients to per-example gradients."""
 
+from fishkern.layers.as_found import as_found
 from fishkern.layers.base import Call, Layer, own_parameters
 from fishkern.layers.capture import Capture
 from fishkern.layers.convolution import Convolution
@@ -16,6 +17,7 @@ from fishkern.layers.grads import (
 )
 from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear, weight_shape
+from fishkern.layers.reentrant import Connection
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.survey import LAYERS, Plan, survey
@@ -25,6 +27,7 @@ __all__ = [
     "LAYERS",
     "Call",
     "Capture",
+    "Connection",
     "Conv1D",
     "Convolution",
     "DenseGrads",
@@ -46,6 +49,7 @@ __all__ = [
     "SummedGrads",
     "TiedRows",
     "UnsupportedModuleError",
+    "as_found",
     "join",
     "leave_out",
     "own_parameters",

@@ -9,14 +9,17 @@ rows are those of ``[N, T]`` laid behind one another, the gradients are joined a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fishkern.layers.grads import PerExampleGrads
+
+_AROUND_FORWARD = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,9 @@ class Call:
 
     Args:
         module: The module.
-        args: Its positional arguments, detached.
-        kwargs: Its keyword arguments, detached.
+        args: Its positional arguments, detached: as its ``forward`` gets them, or, where a rule runs the module once
+            more, as they are before the hooks that run ahead of it.
+        kwargs: Its keyword arguments, the same.
         autocast: Device type, whether autocast was on, and its dtype, when the call was made.
     """
 
@@ -40,30 +44,86 @@ class Call:
         """The first argument, by position or by keyword."""
         return self.args[0] if self.args else next(iter(self.kwargs.values()))
 
-    def run(self, parameters: Mapping[str, Tensor] | None = None) -> Any:
+    def run(
+        self, parameters: Mapping[str, Tensor] | None = None, then: Callable[[Any], Any] = lambda output: output
+    ) -> Any:
         """Call the module once more, under the autocast state of the first time and without checkpointing.
+
+        Its own hooks on output and gradients are left out, for a tap sees an output before they do. Those on its input
+        run, since some make a weight there (pruning); so do all hooks of modules inside.
 
         Args:
             parameters: Tensors that stand in for parameters, by their names in the module.
+            then: What to do with what the module returns while the stand-ins are in place: a backward pass may
+                recompute a segment of the module.
 
         Returns:
-            What the module returns.
+            What ``then`` returns: by default, what the module returns.
         """
         device_type, enabled, dtype = self.autocast
         # in a model in evaluation mode, only what checkpoints its activations still says that it trains
         training = [module for module in self.module.modules() if module.training]
+        state = vars(self.module)
+        around = {name: state[name] for name in _AROUND_FORWARD if state[name]}
         try:
+            state.update({name: OrderedDict() for name in around})
             for module in training:
                 module.training = False
             with torch.autocast(device_type, dtype=dtype, enabled=enabled):
-                return torch.func.functional_call(self.module, dict(parameters or {}), self.args, dict(self.kwargs))
+                values = _in_each_place(self.module, parameters or {})
+                following = _Following(self.module, then)
+                values = {f"module.{name}": value for name, value in values.items()}
+                return torch.func.functional_call(following, values, self.args, dict(self.kwargs), tie_weights=False)
         finally:
+            state.update(around)
             for module in training:
                 module.training = True
 
 
+class _Following(nn.Module):
+    """A module, and what is done with its output."""
+
+    def __init__(self, module: nn.Module, then: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.module, self._then = module, then
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._then(self.module(*args, **kwargs))
+
+
+def _in_each_place(module: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name every place once where a parameter is registered.
+
+    torch's own way to do so (``tie_weights``) names a module that two others share twice, and leaves the stand-in
+    there instead of the parameter.
+
+    Args:
+        module: The module.
+        parameters: Stand-ins, by any name of the parameter.
+
+    Returns:
+        Stand-ins by the names of all places.
+    """
+    if not parameters:
+        return {}
+    named = dict(module.named_parameters(remove_duplicate=False))
+    values = {named[name]: value for name, value in parameters.items()}
+    return {
+        f"{path}.{name}" if path else name: values[parameter]
+        for path, one in module.named_modules()
+        for name, parameter in one._parameters.items()
+        if parameter is not None and parameter in values
+    }
+
+
 class Layer(ABC):
-    """Per-example gradients of the parameters that one kind of module owns."""
+    """Per-example gradients of the parameters that one kind of module owns.
+
+    Attributes:
+        reruns: Whether the gradients are had by running the module once more (:meth:`Call.run`).
+    """
+
+    reruns: ClassVar[bool] = False
 
     @abstractmethod
     def covers(self, module: nn.Module) -> frozenset[str]:
@@ -114,6 +174,32 @@ class Layer(ABC):
         Yields:
             Name and gradients.
         """
+
+
+def runs(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Tell whether a module computes what a class of torch's does.
+
+    Args:
+        module: Any module.
+        kind: The class.
+
+    Returns:
+        Whether it is one and its ``forward`` is that of the class: neither a subclass's own nor one that was put on the
+        module itself (as accelerate's ``add_hook_to_module`` does).
+    """
+    return isinstance(module, kind) and type(module).forward is kind.forward and not is_patched(module)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Tell whether a module has a ``forward`` of its own, which its class knows nothing of.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Whether it has.
+    """
+    return "forward" in vars(module)
 
 
 def positions(tensor: Tensor, features: int = 1) -> Tensor:

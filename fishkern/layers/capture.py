@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from fishkern.layers.embedding import Embedding
 from fishkern.layers.generic import module_grads
 from fishkern.layers.grads import DenseGrads, OuterProductGrads, PerExampleGrads, TiedRows, join
+from fishkern.layers.reentrant import in_segment
 from fishkern.layers.site import Layout, Site
-from fishkern.layers.tap import FrozenCall, frozen_call, rows_and_length, tapped
-from fishkern.layers.unsupported import UnsupportedModuleError, leave_out
+from fishkern.layers.tap import FrozenCall, copied, frozen_call, rows_and_length, tapped
 from fishkern.ops import embedding_rows
 
 Sink = Callable[[str, PerExampleGrads], None]
@@ -47,6 +48,7 @@ class Capture:
         self._forward = False
         self._handles: list[Any] = []
         self._anchor = torch.zeros((), requires_grad=True)
+        self._entered: dict[Site, list[tuple[tuple, dict[str, Any]]]] = {}
         self._by_key: dict[str, list[Site]] = defaultdict(list)
         for site in sites:
             for key in site.keys.values():
@@ -61,7 +63,12 @@ class Capture:
 
     def __enter__(self) -> Capture:
         for site in self._sites:
-            self._handles.append(site.module.register_forward_hook(self._hook(site), with_kwargs=True))
+            module = site.module
+            # next to the module's forward: around ours are the user's, which may change what goes in and comes out
+            if site.reruns and (module._forward_pre_hooks or site.rewritten):
+                enter = self._enter(site)
+                self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+            self._handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True, prepend=True))
         for block in {site.block for site in self._sites if site.layout is Layout.FLATTENED}:
             self._handles.append(block.register_forward_pre_hook(self._note_length, with_kwargs=True))
         return self
@@ -70,6 +77,7 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._entered.clear()
         self._batch = _Batch(0)
 
     @contextmanager
@@ -83,6 +91,8 @@ class Capture:
             Nothing.
         """
         self._batch = _Batch(num_examples)
+        for calls in self._entered.values():
+            calls.clear()
         self._active = self._forward = True
         try:
             yield
@@ -110,14 +120,31 @@ class Capture:
         for key in self._batch.received.keys() - self._batch.unsettled:
             self._close(key)
 
+    def _enter(self, site: Site) -> Callable[..., None]:
+        """Note what a module is called with, ahead of the hooks on its input: a second run goes through them, too."""
+        self._entered[site] = []
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if self._active:
+                self._entered[site].append(copied((args, kwargs)) if site.rewritten else (args, kwargs))
+
+        return enter
+
     def _hook(self, site: Site) -> Callable[..., Any]:
+        entered = self._entered.get(site)
+
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
             if not self._active:
                 return None
+            if entered:
+                args, kwargs = entered.pop()
+            elif site.rewritten and site.reads_input:
+                args, kwargs = copied((args, kwargs))
             if self._forward:  # later calls are checkpointing's recomputations
                 self._batch.calls[site] += 1
                 self._note_tokens(site, args, kwargs)
             if not torch.is_grad_enabled():
+                self._batch.reentrant = self._batch.reentrant or in_segment()
                 return None
             if site.layout is Layout.SHARED:
                 output = output.expand(self._batch.num_examples, *output.shape[1:])
@@ -141,10 +168,22 @@ class Capture:
         while not self._batch.exponents or numbers.any():  # one probe for each digit of the example's number
             self._batch.exponents.append(numbers % most - most // 2)
             weighted = (self._weights(losses)[-1] * losses).sum()
-            grads = torch.autograd.grad(weighted, outputs, retain_graph=True, allow_unused=True)
+            grads = self._grads_at(outputs, weighted)
             for (site, _), grad in zip(picked, grads, strict=True):
                 self._batch.weighted[site].append(grad)
             numbers = numbers // most
+
+    def _grads_at(self, outputs: Sequence[Tensor], weighted: Tensor) -> Sequence[Tensor | None]:
+        if not self._batch.reentrant:
+            return torch.autograd.grad(weighted, outputs, retain_graph=True, allow_unused=True)
+        grads: list[Tensor | None] = [None] * len(outputs)  # reentrant checkpointing refuses autograd.grad
+        handles = [output.register_hook(partial(grads.__setitem__, place)) for place, output in enumerate(outputs)]
+        try:
+            weighted.backward(retain_graph=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return grads
 
     def _weights(self, like: Tensor) -> list[Tensor]:
         """Powers of two, by which a gradient scales without rounding; all probes together tell every example apart."""
@@ -192,7 +231,8 @@ class Capture:
         if site.layout is Layout.BATCHED and lengths == {1} and self._batch.num_examples > 1:
             self._batch.unsettled.update(site.keys.values())  # shared by all examples, and surveyed in a batch of one
             return
-        if site.picked and not self._rows_are_the_examples(site, grads[0]):
+        alike = self._has_the_rows(site, saved, grads)
+        if not alike or (site.picked and not self._rows_are_the_examples(site, grads[0])):
             self._batch.unsettled.update(site.keys.values())
             self.distrusted.add(site.path)
             return
@@ -202,7 +242,6 @@ class Capture:
                 self._receive_generic(site, call, saved, grads)
                 return
             (grad,) = grads
-            self._check_rows(site, grad)
             N = self._batch.num_examples
             if site.layout is Layout.SHARED:
                 saved = [tensor.expand(N, *tensor.shape[1:]) if _rows(tensor) == 1 else tensor for tensor in saved]
@@ -214,36 +253,25 @@ class Capture:
     def _receive_generic(
         self, site: Site, call: FrozenCall, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> None:
-        self._check_slices(site, saved, grads)
         self._active, active = False, self._active
         try:
             for n in range(self._batch.num_examples):
-                row = slice(n, n + 1)
-                tensors = [tensor[row] if sliced else tensor for tensor, sliced in zip(saved, site.sliced, strict=True)]
-                output_grads = [None if grad is None else grad[row] for grad in grads]
+                both = zip(saved, site.sliced, strict=True)
+                tensors = [_row(tensor, n) if sliced else tensor for tensor, sliced in both]
+                output_grads = [None if grad is None else grad[n : n + 1] for grad in grads]
                 for name, grad in module_grads(call.thaw(tensors), output_grads, site.keys).items():
                     self._deliver(site.keys[name], DenseGrads(grad[None]))
         finally:
             self._active = active
 
-    def _check_slices(self, site: Site, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-        N = self._batch.num_examples
+    def _has_the_rows(self, site: Site, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> bool:
+        """Tell whether a call has the rows that the survey has seen: their number may depend on the data."""
+        if site.layer is not None:
+            return self._right_number(site, grads[0])
         lengths = {tensor.shape[0] for tensor, sliced in zip(saved, site.sliced, strict=False) if sliced}
         lengths |= {grad.shape[0] for grad in grads if grad is not None}
-        if len(saved) != len(site.sliced) or lengths != {N} or self._batch.calls[site] != 1:
-            raise UnsupportedModuleError(
-                f"{site.path!r} ({type(site.module).__name__}) was called in another way than on the first batch: "
-                f"expected one call whose tensors have {N} rows, one for each example, got {self._batch.calls[site]} "
-                f"call(s) with row counts {sorted(lengths)}. {leave_out(site.keys.values())}"
-            )
-
-    def _check_rows(self, site: Site, grad: Tensor) -> None:
-        if not self._right_number(site, grad):
-            raise UnsupportedModuleError(
-                f"{site.path!r} ({type(site.module).__name__}) gave {grad.shape[0]} rows for "
-                f"{self._batch.num_examples} examples, but on the first batch its rows could be told apart by example "
-                f"({site.layout.value}): its row count depends on the data. {leave_out(site.keys.values())}"
-            )
+        alike = len(saved) == len(site.sliced) and lengths == {self._batch.num_examples}
+        return alike and self._batch.calls[site] == 1
 
     def _deliver(self, key: str, grads: PerExampleGrads) -> None:
         sites = self._by_key[key]
@@ -301,7 +329,13 @@ class _Batch:
     picked: list[tuple[Site, Tensor]] = field(default_factory=list)
     weighted: dict[Site, list[Tensor | None]] = field(default_factory=dict)
     exponents: list[Tensor] = field(default_factory=list)
+    reentrant: bool = False
 
 
 def _rows(tensor: Tensor) -> int | None:
     return tensor.shape[0] if tensor.ndim else None
+
+
+def _row(tensor: Tensor, n: int) -> Tensor:
+    """Copy one row: the module may write into it, and torch's backward fails on rows of ``channels_last`` for some."""
+    return tensor[n : n + 1].clone(memory_format=torch.contiguous_format)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fishkern.layers.base import Call, Layer
+from fishkern.layers.base import Call, Layer, runs
 from fishkern.layers.grads import OuterProductGrads, PerExampleGrads, PositionGrads
 
 
@@ -15,8 +15,7 @@ class Convolution(Layer):
     """``nn.Conv1d`` and ``nn.Conv2d``: positions are the places of the kernel, activations the patches under it."""
 
     def covers(self, module: nn.Module) -> frozenset[str]:
-        kinds = (nn.Conv1d, nn.Conv2d)
-        plain = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+        plain = runs(module, nn.Conv1d) or runs(module, nn.Conv2d)
         if not plain or module.groups != 1 or module.padding_mode != "zeros":
             return frozenset()
         return frozenset({"weight", "bias"})

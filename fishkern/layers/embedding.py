@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fishkern.layers.base import Call, Layer, positions
+from fishkern.layers.base import Call, Layer, is_patched, positions
 from fishkern.layers.grads import EmbeddingGrads, PerExampleGrads
 
 
@@ -17,6 +17,7 @@ class Embedding(Layer):
 
     def covers(self, module: nn.Module) -> frozenset[str]:
         plain = isinstance(module, nn.Embedding) and module.max_norm is None and not module.scale_grad_by_freq
+        plain = plain and not is_patched(module)
         return frozenset({"weight"}) if plain else frozenset()
 
     def confirms(self, call: Call, output: Tensor, names: frozenset[str]) -> frozenset[str]:

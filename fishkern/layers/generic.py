@@ -27,10 +27,12 @@ def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mappi
     Returns:
         Gradients by name; a parameter that the example does not reach is left out.
     """
-    module = dict(call.module.named_parameters())
-    with torch.enable_grad():
-        parameters = {name: module[name].detach().requires_grad_() for name in names}
-        leaves, _ = tree_flatten(call.run(parameters))
+    # under each of its names: a module may register what belongs to one inside it
+    module = dict(call.module.named_parameters(remove_duplicate=False))
+    parameters = {name: module[name].detach().requires_grad_() for name in names}
+
+    def gradients(output: Any) -> dict[str, Tensor]:
+        leaves, _ = tree_flatten(output)
         outputs = [leaves[place] for place in floating_places(leaves)]
         pairs = [
             (output, grad)
@@ -39,13 +41,17 @@ def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mappi
         ]
         if not pairs:
             return {}
-        found = torch.autograd.grad(
-            [output for output, _ in pairs],
-            list(parameters.values()),
-            [grad for _, grad in pairs],
-            allow_unused=True,
-        )
-    return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
+        with torch.autocast(call.autocast[0], enabled=False):
+            found = torch.autograd.grad(
+                [output for output, _ in pairs],
+                list(parameters.values()),
+                [grad for _, grad in pairs],
+                allow_unused=True,
+            )
+        return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
+
+    with torch.enable_grad():
+        return call.run(parameters, gradients)
 
 
 @torch.no_grad()
@@ -65,14 +71,13 @@ def same_rows_alone(call: Call, output: Any, num_examples: int) -> bool:
         return False
     expected, _ = tree_flatten(output)
     for n in range(num_examples):
-        row = [
-            leaf[n : n + 1] if isinstance(leaf, Tensor) and has_example_axis(leaf, num_examples) else leaf
-            for leaf in leaves
-        ]
+        row = [_row(leaf, n, num_examples) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(row, spec)
         try:
             actual, _ = tree_flatten(Call(call.module, args, kwargs, call.autocast).run())
         except (RuntimeError, ValueError, IndexError):
+            return False
+        if len(actual) != len(expected):
             return False
         for place in floating_places(expected):
             whole = expected[place]
@@ -82,6 +87,11 @@ def same_rows_alone(call: Call, output: Any, num_examples: int) -> bool:
             if gap > 64 * torch.finfo(whole.dtype).eps * whole.abs().max():
                 return False
     return True
+
+
+def _row(tensor: Tensor, n: int, num_examples: int) -> Tensor:
+    """Copy one row, or all of what has none: the module may write into its input."""
+    return (tensor[n : n + 1] if has_example_axis(tensor, num_examples) else tensor).clone()
 
 
 def _is_stateful(leaf: Any) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fishkern.layers.base import Call, Layer, positions
+from fishkern.layers.base import Call, Layer, positions, runs
 from fishkern.layers.grads import PerExampleGrads, PositionGrads, wide
 
 
@@ -15,8 +15,7 @@ class LayerNorm(Layer):
     """``y = xhat * w + b``: ``grad_n w = sum_t output_grads * xhat``, ``grad_n b = sum_t output_grads``."""
 
     def covers(self, module: nn.Module) -> frozenset[str]:
-        plain = isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward
-        return frozenset({"weight", "bias"}) if plain else frozenset()
+        return frozenset({"weight", "bias"}) if runs(module, nn.LayerNorm) else frozenset()
 
     def reads_input(self, names: frozenset[str]) -> bool:
         return "weight" in names

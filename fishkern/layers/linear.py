@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishkern.layers.base import Call, Layer, positions
+from fishkern.layers.base import Call, Layer, is_patched, positions, runs
 from fishkern.layers.grads import OuterProductGrads, PerExampleGrads, PositionGrads
 
 
@@ -16,8 +16,8 @@ class Linear(Layer):
     """``y = x W^T + b`` with ``W [O, I]``: ``grad_n W = sum_t output_grads[n, t] (x) activations[n, t]``."""
 
     def covers(self, module: nn.Module) -> frozenset[str]:
-        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-        return frozenset({"weight", "bias"}) if plain and module.weight.is_floating_point() else frozenset()
+        plain = runs(module, nn.Linear) and module.weight.is_floating_point()
+        return frozenset({"weight", "bias"}) if plain else frozenset()
 
     def reads_input(self, names: frozenset[str]) -> bool:
         return "weight" in names
@@ -47,7 +47,7 @@ class Conv1D(Layer):
     """transformers' transposed linear, ``y = x W + b`` with ``W [I, O]``, as in GPT-2."""
 
     def covers(self, module: nn.Module) -> frozenset[str]:
-        named = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+        named = type(module).__name__ == "Conv1D" and hasattr(module, "nf") and not is_patched(module)
         return frozenset({"weight", "bias"}) if named else frozenset()
 
     def reads_input(self, names: frozenset[str]) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fishkern.layers.tap import FrozenCall, frozen_call, rows_and_length, tapped
+from fishkern.layers.reentrant import in_segment
+from fishkern.layers.tap import FrozenCall, copied, frozen_call, rows_and_length, tapped
 
 
 @dataclass
@@ -23,32 +24,95 @@ class Seen:
         calls: Each call, with its tensors, and its output.
         touched: For each output gradient: the call, the example whose loss it is of, the number of rows, and the rows
             that are not zero.
+        columns: For each output gradient ``[T, N, ...]``: the example whose loss it is of, and the columns that are not
+            zero; ``None`` for one of another shape.
         lengths: For each call ``T`` of the enclosing module's input ``[N, T, ...]``, where there is one.
         block: That module.
+        entered: For each call, the same with its tensors as they are ahead of the hooks on its input.
+        versions: For each call, how often its tensors of ``entered`` and its output had been written into.
+        was_rewritten: Whether copies have taken the place of an input that the model writes into.
+        returns_input: Whether the module writes into its input and returns it: others may hold it, past any tap.
     """
 
     calls: list[tuple[FrozenCall, Any]] = field(default_factory=list)
     touched: list[tuple[int, int, int | None, Tensor]] = field(default_factory=list)
+    columns: list[tuple[int, Tensor] | None] = field(default_factory=list)
     lengths: list[int | None] = field(default_factory=list)
     block: nn.Module | None = None
+    entered: list[FrozenCall] = field(default_factory=list)
+    versions: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    was_rewritten: bool = False
+    returns_input: bool = False
 
     @property
     def with_gradient(self) -> set[int]:
         """Calls that a gradient reached."""
         return {call for call, _, _, _ in self.touched}
 
+    @property
+    def input_rewritten(self) -> bool:
+        """Whether the model has written into an input of a call, while the module ran or afterwards."""
+        calls = zip(self.entered, self.versions, strict=True)
+        return self.was_rewritten or any(_versions(call.tensors) != before for call, (before, _) in calls)
+
+    @property
+    def output_rewritten(self) -> bool:
+        """Whether the model has written into an output, as an activation in place does."""
+        calls = zip(self.calls, self.versions, strict=True)
+        return any(_versions(_tensors(output)) != before for (_, output), (_, before) in calls)
+
+
+@dataclass
+class Observation:
+    """What was seen of a model.
+
+    Args:
+        seen: Of each module that owns parameters asked for, or is around one, and was called.
+        around: For each of these modules, those that were running at every one of its calls, itself included.
+        checkpointing: Modules that run segments under reentrant checkpointing, or lie in one around others.
+        again: Runs the model once more and keeps copies of what goes into and comes out of some modules.
+    """
+
+    seen: dict[nn.Module, Seen]
+    around: dict[nn.Module, set[nn.Module]]
+    checkpointing: set[nn.Module]
+    again: Callable[[frozenset[nn.Module]], dict[nn.Module, Seen]]
+
+    def copy(self, modules: Collection[nn.Module]) -> None:
+        """Replace what was kept of modules into whose memory the model has written since, by copies.
+
+        Args:
+            modules: Which; the model runs once more.
+        """
+        for module, copies in self.again(frozenset(modules)).items():
+            seen = self.seen[module]
+            if len(copies.calls) == len(seen.calls) == 1:
+                seen.was_rewritten = seen.input_rewritten
+                seen.calls, seen.entered = copies.calls, copies.entered
+                seen.versions = [(_versions(call.tensors), _versions(_tensors(out))) for call, out in seen.calls]
+
 
 class _Observer:
     """Hooks that record calls and the rows of their output gradients."""
 
     def __init__(
-        self, model: nn.Module, observed: Mapping[str, nn.Module], shared: frozenset[nn.Module], num_examples: int
+        self,
+        model: nn.Module,
+        observed: Mapping[str, nn.Module],
+        shared: frozenset[nn.Module],
+        num_examples: int,
+        copying: frozenset[nn.Module] = frozenset(),
     ) -> None:
         self._num_examples = num_examples
         self.seen: dict[nn.Module, Seen] = defaultdict(Seen)
+        self.around: dict[nn.Module, set[nn.Module]] = {}
+        self.checkpointing: set[nn.Module] = set()
         self._paths = {module: path for path, module in observed.items()}
         self._modules = dict(model.named_modules())
         self.shared = shared
+        self._copying = copying
+        self._running: list[tuple[nn.Module, tuple[tuple, dict[str, Any]], list[int]]] = []
+        self._recomputes = False
         self._inputs: dict[nn.Module, tuple[int, int] | None] = {}
         self._anchor = torch.zeros((), requires_grad=True)
         self._example = 0
@@ -56,10 +120,11 @@ class _Observer:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         handles = []
+        # next to the module's forward, or ahead of all, so that hooks of the user change nothing in between
         for module in set(self._modules.values()):
-            handles.append(module.register_forward_pre_hook(self._note_input, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(self._note_input, with_kwargs=True, prepend=True))
         for module in self._paths:
-            handles.append(module.register_forward_hook(self._hook, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._hook, with_kwargs=True, prepend=True))
         try:
             yield
         finally:
@@ -67,6 +132,7 @@ class _Observer:
                 handle.remove()
 
     def backward(self, losses: Tensor) -> None:
+        self._recomputes = True
         with self.hooked():  # for what is recomputed
             count = self._num_examples if losses.requires_grad else 0
             for self._example in range(count):
@@ -74,27 +140,52 @@ class _Observer:
 
     def _note_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._inputs[module] = rows_and_length((args, kwargs))
+        if module in self._paths:
+            given = copied((args, kwargs)) if module in self._copying else (args, kwargs)
+            self._running.append((module, given, _versions(_tensors(given))))
+
+    def _ended(self, module: nn.Module) -> tuple[tuple[tuple, dict[str, Any]], list[int]]:
+        """Take a module off those that run, with what it was called with."""
+        while True:  # what stopped half-way, as the recomputation of a checkpoint does, lies above it
+            ended, given, versions = self._running.pop()
+            if ended is module:
+                return given, versions
 
     def _hook(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if not torch.is_grad_enabled():
+        running = {one for one, _, _ in self._running}
+        segment = not torch.is_grad_enabled() and in_segment()
+        if not self._recomputes and (segment or torch.is_grad_enabled()):
+            self.around[module] = running & self.around.get(module, running)
+        given, versions = self._ended(module)
+        if segment:
+            self.checkpointing |= running - {module}
+        if not torch.is_grad_enabled() and module not in self._copying:
             return None
         if module in self.shared and isinstance(output, Tensor):
             output = output.expand(self._num_examples, *output.shape[1:])
         seen = self.seen[module]
         index = len(seen.calls)
-        call = frozen_call(module, args, kwargs)
         seen.block, length = self._enclosing(self._paths[module])
         seen.lengths.append(length)
-        seen.calls.append((replace(call, tensors=list(call.tensors)), _detached(output)))
-        call.tensors.clear()  # recorded above; autograd need not keep them
+        seen.entered.append(frozen_call(module, *given))
+        if module in self._copying:
+            seen.calls.append((seen.entered[-1], copied(output)))
+            return None
+        seen.calls.append((frozen_call(module, args, kwargs), _detached(output)))
+        seen.returns_input |= _is_rewritten_input(output, seen.entered[-1].tensors, versions)
+        seen.versions.append((versions, _versions(_tensors(output))))
 
         def receive(_: Any, grads: tuple[Tensor | None, ...]) -> None:
             for grad in grads:
                 if grad is not None:
                     rows = grad.ne(0).unsqueeze(-1).flatten(1).any(1) if grad.ndim else grad.new_zeros(0)
                     seen.touched.append((index, self._example, grad.shape[0] if grad.ndim else None, rows.nonzero()))
+                    second = grad.ndim > 2 and grad.shape[1] == self._num_examples > 1
+                    columns = grad.ne(0).transpose(0, 1).flatten(1).any(1).nonzero() if second else None
+                    seen.columns.append(None if columns is None else (self._example, columns))
 
-        return tapped(output, self._anchor, receive, call)
+        # recorded above; autograd need not keep its tensors
+        return tapped(output, self._anchor, receive, frozen_call(module, (), {}))
 
     def _enclosing(self, path: str) -> tuple[nn.Module | None, int | None]:
         """Find the nearest enclosing module whose input is ``[N, T, ...]``, and ``T``."""
@@ -108,8 +199,12 @@ class _Observer:
 
 
 def observe(
-    model: nn.Module, owners: Mapping[str, Mapping[str, str]], losses: Callable[[], Tensor], num_examples: int
-) -> dict[nn.Module, Seen]:
+    model: nn.Module,
+    owners: Mapping[str, Mapping[str, str]],
+    losses: Callable[[], Tensor],
+    answered: Callable[[Callable[[], Any]], Any],
+    num_examples: int,
+) -> Observation:
     """Run the model on a few examples, back-propagate the loss of each alone, and record what happens at its modules.
 
     An output shared by all examples (leading size 1) is expanded where that changes no loss.
@@ -118,17 +213,21 @@ def observe(
         model: The model, its weights frozen.
         owners: Paths of the modules that own parameters asked for.
         losses: Runs the model and returns the losses.
+        answered: Runs a run, once more where segments of the model are cut off
+            (:meth:`fishkern.layers.reentrant.Connection.answered`).
         num_examples: 2, or 1.
 
     Returns:
-        What was seen of each owner, and of each module around one, that was called.
+        What was seen.
     """
     modules = dict(model.named_modules())
     observed = {path: modules[path] for owner in owners for path in upwards(owner) if path or owner == ""}
     owning = {modules[path] for path in owners}
 
-    def run(shared: frozenset[nn.Module]) -> tuple[_Observer, Tensor]:
-        observer = _Observer(model, observed, shared, num_examples)
+    def run(
+        shared: frozenset[nn.Module], copying: frozenset[nn.Module] = frozenset()
+    ) -> tuple[_Observer, Tensor]:
+        observer = _Observer(model, observed, shared, num_examples, copying)
         with observer.hooked():
             return observer, losses()
 
@@ -140,7 +239,7 @@ def observe(
                                         for _, output in seen.calls)
         )  # fmt: skip
 
-    observer, values = run(frozenset())
+    observer, values = answered(lambda: run(frozenset()))
     found = of_all_examples(observer) if num_examples > 1 else frozenset()
     if found:
         expected = values.detach()
@@ -151,7 +250,13 @@ def observe(
     if late:  # what only the recomputation of a checkpoint shows
         observer, values = _expanded(run, observer.shared, late, values.detach())
         observer.backward(values)
-    return observer.seen
+    shared = observer.shared
+    del values
+
+    def again(modules: frozenset[nn.Module]) -> dict[nn.Module, Seen]:
+        return run(shared, modules)[0].seen
+
+    return Observation(observer.seen, observer.around, observer.checkpointing, again)
 
 
 def _expanded(
@@ -181,6 +286,22 @@ def _same_losses(
 def _detached(output: Any) -> Any:
     leaves, spec = tree_flatten(output)
     return tree_unflatten([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+
+
+def _is_rewritten_input(output: Any, inputs: Sequence[Tensor], before: Sequence[int]) -> bool:
+    if _versions(inputs) == before:
+        return False
+    outputs = {tensor.untyped_storage().data_ptr() for tensor in _tensors(output)}
+    return any(tensor.untyped_storage().data_ptr() in outputs for tensor in inputs)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, Tensor)]
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often memory has been written into; a detached tensor counts with its source."""
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
 def upwards(path: str) -> Iterator[str]:

@@ -20,6 +20,8 @@ class Scale(Layer):
     class is known by name.
     """
 
+    reruns = True
+
     def covers(self, module: nn.Module) -> frozenset[str]:
         return frozenset(
             name

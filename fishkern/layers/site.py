@@ -33,6 +33,7 @@ class Site:
         sliced: For the generic path: which tensors of a call carry the example axis.
         picked: Whether the rows are taken from among the positions of the examples (a pooler's first token, an
             expert's tokens), so that their number may depend on the data: whose they are is checked on every batch.
+        rewritten: Whether the model writes into an input of the module while or after it runs, so that a copy is kept.
     """
 
     path: str
@@ -43,8 +44,14 @@ class Site:
     block: nn.Module | None = None
     sliced: tuple[bool, ...] = ()
     picked: bool = False
+    rewritten: bool = False
 
     @property
     def reads_input(self) -> bool:
         """Whether the tensors of a call are kept until its backward."""
         return self.layer is None or self.layer.reads_input(frozenset(self.keys))
+
+    @property
+    def reruns(self) -> bool:
+        """Whether the gradients are had by running the module once more."""
+        return self.layer is None or self.layer.reruns

@@ -22,7 +22,7 @@ from fishkern.layers.embedding import Embedding
 from fishkern.layers.generic import has_example_axis, same_rows_alone, tensors_of
 from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear
-from fishkern.layers.observe import Seen, observe, upwards
+from fishkern.layers.observe import Observation, Seen, observe, upwards
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.tap import FrozenCall, leading_shape
@@ -90,6 +90,7 @@ def survey(
     keys: Mapping[nn.Parameter, str],
     losses: Callable[[], Tensor],
     distrusted: Collection[str] = (),
+    answered: Callable[[Callable[[], Any]], Any] = lambda run: run(),
     num_examples: int = 2,
 ) -> Plan:
     """Establish how each parameter is served.
@@ -99,38 +100,63 @@ def survey(
         keys: Canonical name of each parameter asked for.
         losses: Runs the model on two examples, or one, and returns their losses; called once or more times.
         distrusted: Paths of modules whose rows have been seen to follow the data.
+        answered: Runs a run of the model (:meth:`fishkern.layers.reentrant.Connection.answered`).
         num_examples: 2; or 1, for a plan that serves batches of one.
 
     Returns:
         The plan.
     """
+    hooked = {key: _HOOKED for parameter, key in keys.items() if parameter._backward_hooks}
+    keys = {parameter: key for parameter, key in keys.items() if key not in hooked}
     owners: dict[str, dict[str, str]] = {}
     for path, module in model.named_modules():
         asked = {name: keys[parameter] for name, parameter in own_parameters(module).items() if parameter in keys}
         if asked and not isinstance(module, nn.ParameterDict | nn.ParameterList):
             owners[path] = asked
-    seen = observe(model, owners, losses, num_examples)
-    return _Planner(model, owners, seen, distrusted, num_examples).plan()
+    observation = observe(model, owners, losses, answered, num_examples)
+    planner = _Planner(model, owners, observation, distrusted, num_examples)
+    plan = planner.plan()
+    if planner.rewritten:
+        observation.copy(planner.rewritten)
+        plan = _Planner(model, owners, observation, distrusted, num_examples).plan()
+    return plan.with_loop(hooked)
+
+
+_BATCH_FIRST = (
+    nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.Transformer
+)  # fmt: skip
+_HOOKED = (
+    "a hook on it (register_hook) may change the gradient of each example: without the hook, its layer's rule serves it"
+)
 
 
 class _Planner:
-    """Turns what was seen into sites."""
+    """Turns what was seen into sites.
+
+    Attributes:
+        rewritten: Modules that may keep the examples apart, which cannot be seen any more: the model has written into
+            their outputs since.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         owners: Mapping[str, Mapping[str, str]],
-        seen: Mapping[nn.Module, Seen],
+        observation: Observation,
         distrusted: Collection[str],
         num_examples: int,
     ) -> None:
         self._modules = dict(model.named_modules())
         self._places: dict[nn.Module, list[str]] = defaultdict(list)  # of a module object, as often as it is registered
-        for path, module in model.named_modules(remove_duplicate=False):
+        self._by_any_path = dict(model.named_modules(remove_duplicate=False))
+        for path, module in self._by_any_path.items():
             self._places[module].append(path)
+        self._around = observation.around
+        self._checkpointing = observation.checkpointing
+        self.rewritten: set[nn.Module] = set()
         self._distrusted = distrusted
         self._owners = owners
-        self._seen = seen
+        self._seen = observation.seen
         self._num_examples = num_examples
 
     def plan(self) -> Plan:
@@ -183,7 +209,7 @@ class _Planner:
         """Sites of the rules that serve some of a module's parameters, if its layout can be told."""
         module = self._modules[path]
         seen = self._seen.get(module)
-        if seen is None or path in self._distrusted:
+        if seen is None or seen.returns_input or path in self._distrusted:
             return []
         layout, settled = self._layout(seen)
         picked = layout is Layout.FLATTENED or (layout is Layout.BATCHED and self._are_picked(seen))
@@ -193,9 +219,11 @@ class _Planner:
         left = dict(asked)
         for layer in LAYERS:
             names = layer.covers(module) & left.keys()
-            if names and (names := layer.confirms(*_last_call(seen), names)):
+            if names and (names := layer.confirms(*_last_call(seen, layer.reruns), names)):
                 keys = {name: left.pop(name) for name in sorted(names)}
-                sites.append(Site(path, module, layer, keys, layout if settled else None, seen.block, picked=picked))
+                told = layout if settled else None
+                rewritten = seen.input_rewritten
+                sites.append(Site(path, module, layer, keys, told, seen.block, picked=picked, rewritten=rewritten))
         return sites
 
     def _layout(self, seen: Seen) -> tuple[Layout | None, bool]:
@@ -230,32 +258,67 @@ class _Planner:
         """
         places = self._places[self._modules[path]]
         around = (host for host in upwards(path) if host and all(f"{at}.".startswith(f"{host}.") for at in places))
-        return next((host for host in around if self._keeps_examples(self._modules[host])), None)
+        return next((host for host in around if self._serves(host, path)), None)
+
+    def _serves(self, host: str, path: str) -> bool:
+        """Tell whether a module keeps the examples apart and every call of one inside it lies within its own."""
+        module = self._modules[host]
+        return host not in self._distrusted and self._encloses(module, path) and self._keeps_examples(module)
+
+    def _encloses(self, module: nn.Module, path: str) -> bool:
+        inner = self._modules[path]
+        if inner is module:
+            return True
+        if (around := self._around.get(inner)) is not None:
+            return module in around
+        # a mere container of parameters, which others read
+        paths = [at for at, one in self._by_any_path.items() if one is inner]
+        return all(any(self._by_any_path[at] is module for at in upwards(one)) for one in paths)
 
     def _why_no_host(self, path: str) -> str:
-        """Say why the loop is left, and the way round it for modules of torch that hand all weights to one function."""
+        """Say why the loop is left, and the way round it where there is one."""
+        if path in self._distrusted:
+            return f"the rows of {path} are not those of the examples, or their number follows the data"
+        if (seen := self._seen.get(self._modules[path])) is not None and seen.returns_input:
+            return f"{path or 'the model'} writes into its input and returns that, which others may hold"
         reason = "no module below the whole model keeps its examples apart"
-        around = (self._modules[at] for at in upwards(path))
-        module = next((one for one in around if isinstance(one, nn.RNNBase | nn.MultiheadAttention)), None)
-        if module is None or (module.batch_first and not isinstance(module, nn.RNNBase)):
-            return reason
+        around = [self._modules[at] for at in upwards(path) if at]
+        of_torch = next((one for one in reversed(around) if isinstance(one, _BATCH_FIRST)), None)
+        second = [one for one in around if self._has_examples_second(one)]
         has, ways = "also returns its last state, whose examples are", []
-        if not module.batch_first:
+        if of_torch is not None and not _is_batch_first(of_torch):
             has, ways = "has its examples", ["make it with batch_first=True"]
-        if isinstance(module, nn.RNNBase):
+        elif second and of_torch is None:
+            has, ways = "has its examples", ["put it into a module that takes and returns them along the first"]
+        if isinstance(of_torch, nn.RNNBase):
             ways.append("put it into a module that returns its output alone")
+        if not ways:
+            return reason
+        module = of_torch if of_torch is not None else second[-1]
         return f"{reason} ({type(module).__name__} {has} along the second axis: {' and '.join(ways)})"
+
+    def _has_examples_second(self, module: nn.Module) -> bool:
+        """Tell whether the gradients at a module have shown its examples along the second axis, ``[T, N, ...]``."""
+        seen = self._seen.get(module)
+        columns = seen.columns if seen else []
+        apart = all(entry is not None and bool((entry[1] == entry[0]).all()) for entry in columns)
+        return apart and {entry[0] for entry in columns if len(entry[1])} == {0, 1}
 
     def _keeps_examples(self, module: nn.Module) -> bool:
         seen = self._seen.get(module)
         if seen is None or len({call for call, example, _, _ in seen.touched if example == 0}) != 1:
             return False
-        if self._are_picked(seen):
+        if self._are_picked(seen) or seen.returns_input or module in self._checkpointing:
             return False
         shown = [entry for entry in seen.touched if len(entry[3])]
         N = self._num_examples
         apart = all(rows == N and bool((touched == example).all()) for _, example, rows, touched in shown)
-        return bool(shown) and apart and same_rows_alone(*_last_call(seen), N)
+        if not shown or not apart:
+            return False
+        if seen.output_rewritten or (seen.input_rewritten and not seen.was_rewritten):
+            self.rewritten.add(module)
+            return False
+        return same_rows_alone(*_last_call(seen, entered=True), N)
 
     def _are_picked(self, seen: Seen) -> bool:
         """Tell whether a module gets rows ``[N, features]`` inside a module that got ``[N, T, ...]``, ``N > 1``."""
@@ -267,14 +330,24 @@ class _Planner:
         return inside and rows is not None and rows.ndim == 2 and rows.is_floating_point()
 
     def _generic_site(self, path: str, asked: Mapping[str, str]) -> Site:
-        call, _ = _last_call(self._seen[self._modules[path]])
+        seen = self._seen[self._modules[path]]
+        call, _ = _last_call(seen, entered=True)
         sliced = tuple(has_example_axis(tensor, self._num_examples) for tensor in tensors_of(call))
-        return Site(path, self._modules[path], None, dict(asked), Layout.BATCHED, sliced=sliced)
+        rewritten = seen.input_rewritten
+        return Site(path, self._modules[path], None, dict(asked), Layout.BATCHED, sliced=sliced, rewritten=rewritten)
 
 
-def _last_call(seen: Seen) -> tuple[Call, Any]:
-    """Take the last call that a gradient reached, or the last one."""
-    call, output = seen.calls[max(seen.with_gradient, default=len(seen.calls) - 1)]
+def _is_batch_first(module: nn.Module) -> bool:
+    """Tell how a module of torch was made; those around an attention do not all remember it."""
+    inner = (one for one in module.modules() if isinstance(one, nn.RNNBase | nn.MultiheadAttention))
+    return all(one.batch_first for one in inner)
+
+
+def _last_call(seen: Seen, entered: bool) -> tuple[Call, Any]:
+    """Take the last call that a gradient reached, or the last one, ahead of the hooks on its input or behind them."""
+    place = max(seen.with_gradient, default=len(seen.calls) - 1)
+    call, output = seen.calls[place]
+    call = seen.entered[place] if entered else call
     return call.thaw(call.tensors), output
 
 

@@ -75,6 +75,19 @@ def frozen_call(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], *, ke
     return FrozenCall(module, rest, places, spec, autocast, tensors)
 
 
+def copied(values: Any) -> Any:
+    """Copy the tensors of a nest, since the model writes into them later.
+
+    Args:
+        values: Any nest.
+
+    Returns:
+        The same nest with detached copies.
+    """
+    leaves, spec = tree_flatten(values)
+    return tree_unflatten([leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+
+
 def tapped(output: Any, anchor: Tensor, receive: Callable[..., None], call: FrozenCall) -> Any:
     """Pass an output through the identity that reports its gradient.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fishkern import adapters, hosts
 from fishkern.backend import Backend
 from fishkern.layers import UnsupportedModuleError
-from fishkern.names import canonical_name, listed
+from fishkern.names import listed, without_wrappers
 from fishkern.selection import GlobalTopK, Random, Selection, bound_to_start, select
 from fishkern.selection.base import budget, fraction_of
 from fishkern.statistics import DiagonalFisher, Likelihood, Statistics, estimate
@@ -152,7 +152,7 @@ def _digest(selection: Selection) -> str:
 
 
 def _pool(model: nn.Module, pool: str) -> dict[str, nn.Parameter]:
-    named = {canonical_name(name): parameter for name, parameter in hosts.unwrap(model).named_parameters()}
+    named = hosts.named_parameters(model)
     if pool == "model":
         return named
     if pool != "adapter":
@@ -255,7 +255,7 @@ def _adapter_entries(model: nn.Module, names: Iterable[str]) -> list[str]:
     prefix = getattr(getattr(model, "base_model", None), "prefix", None)  # PEFT's word for its own parameters
     own = set(adapters.adapter_parameters(model))
     tables = tuple(
-        canonical_name(f"{path}.")
+        without_wrappers(f"{path}.")
         for path, module in model.named_modules()
         if isinstance(getattr(module, "base_layer", None), nn.Embedding)
     )
@@ -290,7 +290,7 @@ def _unseen(statistics: Statistics, model: nn.Module, names: Iterable[str]) -> d
     """Count for each embedding the entries in rows that no example looks up."""
     counts = {}
     for path, module in hosts.unwrap(model).named_modules():
-        name = canonical_name(f"{path}.weight")
+        name = without_wrappers(f"{path}.weight")
         if isinstance(module, nn.Embedding) and name in names:
             empty = statistics[name].count_nonzero(dim=1) == 0
             if module.padding_idx is not None:

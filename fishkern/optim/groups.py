@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.layers import UnsupportedModuleError
-from fishkern.names import canonical_name, listed
+from fishkern.names import fitted, listed
 from fishkern.selection import Selection
 
 Outside = Literal["error", "freeze", "train"]
@@ -44,6 +44,8 @@ def named_groups(parameters: Parameters, selection: Selection) -> list[Group]:
         if not groups or not isinstance(groups[0], dict):
             groups = [{"params": groups}]
     groups = [{**group, "params": list(_named(group["params"]))} for group in groups]
+    read = iter(fitted([name for name, _ in all_named(groups)], selection))
+    groups = [{**group, "params": [(next(read), parameter) for _, parameter in group["params"]]} for group in groups]
     names: dict[Tensor, str] = {}
     for name, parameter in all_named(groups):
         if parameter in names:
@@ -111,8 +113,8 @@ def settle(groups: Sequence[Group], selection: Selection, outside: Outside) -> l
 def _of_model(model: nn.Module, selection: Selection) -> list[Named]:
     """Name every parameter of a model once."""
     names: dict[Tensor, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(canonical_name(name))
+    for name, parameter in hosts.named_parameters(model, remove_duplicate=False).items():
+        names.setdefault(parameter, []).append(name)
     return [(next((n for n in aliases if n in selection), aliases[0]), p) for p, aliases in names.items()]
 
 
@@ -123,4 +125,4 @@ def _named(entries: Iterable[Named]) -> Iterator[Named]:
                 "a masked optimizer knows parameters by their names: pass the model, model.named_parameters(), or "
                 f"groups of (name, parameter) pairs; got {type(entry).__name__}."
             )
-        yield canonical_name(entry[0]), entry[1]
+        yield entry

@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from fishkern import hosts
 from fishkern.files import parsing
-from fishkern.names import canonical_name, listed, renamed
+from fishkern.names import fitted, listed, renamed, without_wrappers
 from fishkern.ops.streaming_topk import index_dtype
 from fishkern.selection import algebra, stored
 from fishkern.selection.base import Patterns, matching
@@ -47,13 +48,13 @@ class Selection:
         whole: Iterable[str] = (),
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        pool = renamed(shapes, canonical_name)
+        pool = renamed(shapes, without_wrappers)
         pool = {name: torch.Size(shape) for name, shape in pool.items()}
         for name, shape in pool.items():
             if min(shape, default=0) < 0:
                 raise ValueError(f"{name} has the shape {tuple(shape)}, and no size is below zero.")
-        given = renamed(indices, canonical_name)
-        all_of = {canonical_name(name) for name in whole}
+        given = renamed(indices, without_wrappers)
+        all_of = {without_wrappers(name) for name in whole}
         for name in [*given, *all_of]:
             if name not in pool:
                 raise ValueError(f"{name} is not in the pool of {len(pool)} names: give its shape.")
@@ -288,7 +289,7 @@ class Selection:
         Raises:
             ValueError: Two names become one.
         """  # noqa: DOC502
-        renamed(self._shapes, lambda name: canonical_name(fn(name)))
+        renamed(self._shapes, lambda name: without_wrappers(fn(name)))
         return self._rebuilt({name: fn(name) for name in self.names})
 
     def check(self, model: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
@@ -300,8 +301,12 @@ class Selection:
         Raises:
             ValueError: It does not fit; the message says which names and shapes differ.
         """
-        named = model.named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else model
-        shapes = {canonical_name(name): parameter.shape for name, parameter in named}
+        if isinstance(model, nn.Module):
+            shapes = {n: p.shape for n, p in hosts.named_parameters(model, remove_duplicate=False).items()}
+        else:
+            given = [(name, parameter.shape) for name, parameter in model]
+            names = fitted([name for name, _ in given], self._shapes)
+            shapes = {name: shape for name, (_, shape) in zip(names, given, strict=True)}
         faults = []
         if missing := [name for name in self._shapes if name not in shapes]:
             faults.append(f"{len(missing)} of {len(self._shapes)} names are not in the model ({listed(missing)})")

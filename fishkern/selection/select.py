@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor, StoredTensor
-from fishkern.names import canonical_name
+from fishkern.names import without_wrappers
 from fishkern.selection.base import Rule, matching
 from fishkern.selection.result import Selection
 from fishkern.statistics import Statistics
@@ -117,7 +117,7 @@ def _scores(statistics: Statistics | Mapping[str, AnyTensor]) -> dict[str, AnyTe
         if not isinstance(name, str):
             raise TypeError(f"scores are given by the names of parameters, strings; got {name!r}.")
         _check_score(name, score)
-        if (short := canonical_name(name)) in scores:
+        if (short := without_wrappers(name)) in scores:
             raise ValueError(f"two names become {short} without wrappers: leave one out.")
         scores[short] = score.detach() if isinstance(score, Tensor) else score
     return scores

@@ -7,14 +7,15 @@ digest of its start, and the values themselves can be saved beside it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fishkern import hosts
 from fishkern.files import Format, StoredTensor, in_brief, open_tensors, save_tensors
-from fishkern.names import canonical_name
+from fishkern.names import fitted
 from fishkern.selection.result import Selection
 
 FORMAT = Format("fishkern.start", version=1, saved_by="fishkern.selection.save_start")
@@ -58,7 +59,7 @@ def check_start(selection: Selection, model: nn.Module | Iterable[tuple[str, Ten
     """
     if (digests := selection.provenance.get("start")) is None:
         return
-    named = named_tensors(model)
+    named = named_tensors(model, digests)
     for name, (norm, signed) in digests.items():
         if name not in named:
             continue
@@ -133,17 +134,23 @@ def open_start(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     return stored
 
 
-def named_tensors(model: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def named_tensors(
+    model: nn.Module | Iterable[tuple[str, Tensor]], known: Container[str] = ()
+) -> dict[str, Tensor]:
     """Give every parameter by its canonical name, a shared one by each of them.
 
     Args:
         model: A model, or its named parameters.
+        known: For named parameters: names that tell whether these are those of a model under DDP.
 
     Returns:
         Name to parameter.
     """
-    named = model.named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else model
-    return {canonical_name(name): parameter for name, parameter in named}
+    if isinstance(model, nn.Module):
+        return hosts.named_parameters(model, remove_duplicate=False)
+    named = list(model)
+    names = fitted([name for name, _ in named], known)
+    return {name: tensor for name, (_, tensor) in zip(names, named, strict=True)}
 
 
 @torch.no_grad()

@@ -8,18 +8,18 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fishkern import backend as backends
 from fishkern import hosts
 from fishkern.backend import Backend
-from fishkern.layers import UnsupportedModuleError, own_parameters, weight_shape
+from fishkern.layers import Connection, UnsupportedModuleError, as_found, own_parameters, weight_shape
 from fishkern.layers.linear import QuantizedLinear
-from fishkern.names import canonical_name
+from fishkern.names import without_wrappers
 from fishkern.statistics.accumulators import Accumulators
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.base import Estimator
-from fishkern.statistics.batches import Reader, Shared
+from fishkern.statistics.batches import Examples, Reader, Shared
 from fishkern.statistics.choosing import Wanted, chosen_names
 from fishkern.statistics.coverage import Covered, slowest_paths
 from fishkern.statistics.cutting import answering_parts
@@ -30,6 +30,7 @@ from fishkern.statistics.independence import Independence
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.likelihood_argument import OWN_TOKENS
 from fishkern.statistics.passes import GradientPass, PerExamplePass
+from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.randomness import OwnRandomness
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.shards import Ranks
@@ -115,18 +116,23 @@ def estimate(
     data = Data(batches, reader, device, max_examples, ranks)
     report = Progress(progress if ranks.rank == 0 else False, data.total)
     answering = Answering(model, likelihood)
-    answer = answering_parts(answering)
+    answer_parts = answering_parts(answering)
     by_labels = estimator.definition.get("fisher_type", "empirical") == "empirical"
-    independence = Independence(model, answer, by_labels=by_labels)
     randomness = OwnRandomness(device)
-    with ranks.failing_together(), _as_found(model):
+    with ranks.failing_together(), _as_found(model) as restore, Connection(model, chosen.values()) as connection:
+
+        def answer(batch: Examples) -> Predictive | Tensor:
+            restore()
+            return answer_parts(batch)
+
+        independence = Independence(model, answer, by_labels=by_labels)
         way: GradientPass | PerExamplePass
         if estimator.per_example:
-            way = PerExamplePass(model, chosen, answer, estimator, accumulators, check, independence)
+            way = PerExamplePass(model, chosen, answer, estimator, accumulators, check, independence, connection)
         elif estimator.definition.get("unit") == "batch":
-            way = GradientPass(chosen, answer, estimator, accumulators, "batch", None)
+            way = GradientPass(chosen, answer, estimator, accumulators, "batch", None, connection)
         else:
-            way = GradientPass(chosen, answer, estimator, accumulators, "sketch", independence)
+            way = GradientPass(chosen, answer, estimator, accumulators, "sketch", independence, connection)
         units = 0
         for batch in data:
             with randomness.drawing():
@@ -225,7 +231,7 @@ def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) ->
 
 
 def _chosen(model: nn.Module, which: Wanted) -> dict[str, nn.Parameter]:
-    named = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    named = hosts.named_parameters(model)
     chosen = {name: named[name] for name in chosen_names(named, which)}
     if not chosen:
         why = "none of them requires a gradient" if which is None else "the predicate took none of them"
@@ -239,10 +245,10 @@ def _chosen(model: nn.Module, which: Wanted) -> dict[str, nn.Parameter]:
 def _refuse_integers(model: nn.Module, chosen: Mapping[str, nn.Parameter], estimator: Estimator) -> None:
     """Integer parameters are served where a quantised linear owns them and gradients are captured, nowhere else."""
     integers = {key for key, parameter in chosen.items() if not parameter.is_floating_point()}
-    if estimator.per_example:
+    if integers and estimator.per_example:  # asking a parametrized module for its weight runs the parametrization
         for path, module in model.named_modules():
             if "weight" in QuantizedLinear().covers(module):
-                integers.discard(canonical_name(f"{path}.weight".removeprefix(".")))
+                integers.discard(without_wrappers(f"{path}.weight".removeprefix(".")))
     if integers:
         raise UnsupportedModuleError(
             f"{sorted(integers)} are not floating point, so autograd gives them no gradient; only DiagonalFisher with "
@@ -271,8 +277,7 @@ def _coverage(
 ) -> dict[str, Covered]:
     by_whose_word = "requires_grad is False" if which is None else "the parameters argument"
     coverage = {}
-    for name, parameter in model.named_parameters():
-        key = canonical_name(name)
+    for key, parameter in hosts.named_parameters(model).items():
         path, reason = paths[key] if key in chosen else ("left out", by_whose_word)
         numel = _shape(model, key, parameter).numel() if key in chosen else parameter.numel()
         coverage[key] = Covered(path, numel, reason)
@@ -280,21 +285,11 @@ def _coverage(
 
 
 @contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
-    """Freeze the model for a pass and restore what a pass touches."""
-    parameters = list(model.parameters())
-    found = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
+def _as_found(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Prepare the model for a pass and restore what a pass touches."""
     with ExitStack() as stack:
         stack.enter_context(hosts.evaluation_mode(model))
         stack.enter_context(hosts.connected_inputs(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.enable_grad())
-        try:
-            for parameter in parameters:
-                parameter.grad = None
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter, required, grad in found:
-                parameter.requires_grad_(required)
-                parameter.grad = grad
+        yield stack.enter_context(as_found(model))

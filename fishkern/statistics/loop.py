@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fishkern import hosts
-from fishkern.layers import DenseGrads
+from fishkern.layers import Connection, DenseGrads, as_found
 from fishkern.statistics.accumulators import Accumulators
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.autograd import backward, check_finite, take_grad, with_last
@@ -52,6 +52,8 @@ class Loop:
         self._likelihood = likelihood
         self.estimator = estimator
         self._answering: Answering | None = None
+        self._restore: Callable[[], None] = lambda: None
+        self._connection = Connection(model, ())
         self._totals: Accumulators | None = None
         self.device = next(iter(chosen.values())).device
         self.dtypes: set[torch.dtype] = set()
@@ -59,7 +61,6 @@ class Loop:
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Listen to the parameters, and leave the model as found."""
-        found = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self._model.parameters()]
         names = {parameter: name for name, parameter in self._chosen.items()}
         handles = []
         modes = {module: module.training for module in self._model.modules()}
@@ -68,16 +69,16 @@ class Loop:
             torch.compiler.set_stance("force_eager"),
             torch.enable_grad(),
             torch.random.fork_rng(devices),
+            as_found(self._model) as self._restore,
+            Connection(self._model, self._chosen.values()) as self._connection,
         ):
             try:
                 for module in modes:
                     module.training = False  # activation checkpointing included: single examples need none
                     if any(True for _ in module.parameters(recurse=False)):
                         handles.append(module.register_forward_hook(self._note_dtypes))
-                for parameter, _, _ in found:
-                    parameter.grad = None
-                    parameter.requires_grad_(parameter in names)
                 for parameter in names:
+                    parameter.requires_grad_(True)
                     handles.append(parameter.register_post_accumulate_grad_hook(lambda p: self._add(names[p], p)))
                 yield
             finally:
@@ -85,9 +86,6 @@ class Loop:
                     handle.remove()
                 for module, mode in modes.items():
                     module.training = mode
-                for parameter, required, grad in found:
-                    parameter.requires_grad_(required)
-                    parameter.grad = grad
 
     def taken(self) -> dict[str, Tensor]:
         """Take the accumulators so far; as new where no gradient arrived."""
@@ -96,15 +94,16 @@ class Loop:
 
     def add_alone(self, row: Examples) -> None:
         """Add one example, for the empirical Fisher by the loss that the model itself returns where it does."""
-        losses = self._own_loss(row.content)
+        self._restore()
         try:
-            answer = self._answer(row) if losses is None else losses
+            answer = self._connection.answered(lambda: self._answer_alone(row))
         except UnknownLabelError as error:
             raise error.at(f"example {row.places[0]}") from None
         self._add_objectives(answer, row.places)
 
     def add_in_batch(self, batch: Examples) -> None:
         """Add each example, back-propagated through the batch."""
+        self._restore()
         self._add_objectives(self._answer(batch), batch.places)
 
     def _add_objectives(self, answer: Predictive | Tensor, places: range) -> None:
@@ -114,6 +113,10 @@ class Loop:
             check_finite(objective, places)
             for n, value in enumerate(objective):
                 backward(value, retain_graph=not last or n + 1 < len(objective))
+
+    def _answer_alone(self, row: Examples) -> Predictive | Tensor:
+        losses = self._own_loss(row.content)
+        return self._answer(row) if losses is None else losses
 
     def _own_loss(self, row: Batch) -> Tensor | None:
         empirical = isinstance(self.estimator, DiagonalFisher) and self.estimator.fisher_type == "empirical"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fishkern.layers import (
     Capture,
+    Connection,
     DenseGrads,
     PerExampleGrads,
     Plan,
@@ -41,6 +42,7 @@ class GradientPass:
         accumulators: Where the squares go.
         path: Name of this path in the coverage.
         independence: Whether the loss of an example is its own; ``None`` where no example is asked for.
+        connection: Lets segments under reentrant checkpointing be reached.
 
     Attributes:
         paths: Path and reason for each parameter.
@@ -55,6 +57,7 @@ class GradientPass:
         accumulators: Accumulators,
         path: str,
         independence: Independence | None,
+        connection: Connection,
     ) -> None:
         self._parameters = parameters
         self._answer = answer
@@ -63,6 +66,7 @@ class GradientPass:
         self._independence = independence
         self.paths = dict.fromkeys(parameters, (path, ""))
         self.connected = False
+        self._connection = connection
 
     def run(self, batch: Examples) -> None:
         """Add one batch.
@@ -75,7 +79,8 @@ class GradientPass:
                 two = batch.take(0, 2)
                 self._independence.note_beside(self._answer(two))
                 self._independence.settle(two)
-            for objective, last in with_last(self._estimator.objectives(self._answer(batch), batch.places)):
+            answer = self._connection.answered(lambda: self._answer(batch))
+            for objective, last in with_last(self._estimator.objectives(answer, batch.places)):
                 check_finite(objective, batch.places)
                 self.connected |= objective.requires_grad
                 backward(objective.sum(), retain_graph=not last)
@@ -96,6 +101,7 @@ class PerExamplePass:
         accumulators: Where the squares go.
         check: Compare with ordinary autograd on two examples before the first batch.
         independence: Whether the loss of an example is its own.
+        connection: Lets segments under reentrant checkpointing be reached.
 
     Attributes:
         paths: Path and reason for each parameter.
@@ -111,6 +117,7 @@ class PerExamplePass:
         accumulators: Accumulators,
         check: bool,
         independence: Independence,
+        connection: Connection,
     ) -> None:
         self._model = model
         self._parameters = parameters
@@ -120,6 +127,7 @@ class PerExamplePass:
         self._check = check
         self._independence = independence
         self._plans: dict[bool, Plan] = {}  # for batches of one, and for all batches
+        self._connection = connection
         self._begun = False
         self._distrusted: set[str] = set()
         self._announced: set[str] = set()
@@ -170,7 +178,7 @@ class PerExamplePass:
         place = 0
 
         keys = {parameter: key for key, parameter in self._parameters.items()}
-        plan = survey(self._model, keys, losses, self._distrusted, few.num_examples)
+        plan = survey(self._model, keys, losses, self._distrusted, self._connection.answered, few.num_examples)
         self._refuse_integers(key for key, (path, _) in plan.paths.items() if path != "fused")
         found = self._disagreements(plan, few, place) if self._check else {}
         if compared:

@@ -27,7 +27,7 @@ from fishkern.files import (
     read_json,
     save_tensors,
 )
-from fishkern.names import canonical_name, renamed
+from fishkern.names import renamed, without_wrappers
 from fishkern.statistics.coverage import Covered, check_coverage
 
 FORMAT = Format("fishkern.statistics", version=1, saved_by="Statistics.save")
@@ -35,7 +35,7 @@ FORMAT = Format("fishkern.statistics", version=1, saved_by="Statistics.save")
 class Statistics(Mapping[str, Tensor]):
     """The mean of a per-parameter statistic over ``count`` units, by parameter name; for example the diagonal Fisher.
 
-    A read-only mapping from the canonical name (:func:`fishkern.names.canonical_name`) to a float32 tensor of the
+    A read-only mapping from the canonical name (:func:`fishkern.names.without_wrappers`) to a float32 tensor of the
     parameter's shape, in the model's order. What a unit is (an example, a batch) and which Fisher it is stands in
     ``provenance["definition"]``. ``==`` compares contents; runs in any order.
 
@@ -65,8 +65,8 @@ class Statistics(Mapping[str, Tensor]):
         count = operator.index(count)
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}.")
-        entries = {name: _float32(name, tensor) for name, tensor in renamed(tensors, canonical_name).items()}
-        coverage = renamed(coverage or {}, canonical_name)
+        entries = {name: _float32(name, tensor) for name, tensor in renamed(tensors, without_wrappers).items()}
+        coverage = renamed(coverage or {}, without_wrappers)
         check_coverage(entries, coverage)
         # Past the lock below. The provenance is kept as text: a copy nobody can change, and exactly what a file holds.
         vars(self).update(

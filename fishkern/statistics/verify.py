@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.names import canonical_name
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples, Reader, Shared
 from fishkern.statistics.choosing import Wanted, chosen_names
@@ -103,7 +102,7 @@ def verify(
         estimate_seconds = _clock(model) - start
     elif isinstance(statistics, Statistics):
         check_kind(statistics, estimator, examples)
-    named = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    named = hosts.named_parameters(model)
     wanted = _wanted(named, statistics, parameters)
     chosen = {name: named[name] for name in wanted if name in statistics and named[name].dtype in ROUNDING}
     if not chosen:

@@ -142,7 +142,7 @@ def test_the_same_again_from_a_mapping_from_statistics_and_from_a_file(name: str
             assert again.provenance == fk.select(statistics, RULES[name]).provenance
     finally:
         torch.set_num_threads(threads)
-    wrapped = {f"module._orig_mod.{key}": value for key, value in scores().items()}
+    wrapped = {f"_orig_mod.{key}": value for key, value in scores().items()}
     assert fk.select(wrapped, RULES[name]) == plain
 
 

@@ -145,7 +145,7 @@ def twice(model):
 
 
 def one_name(model):
-    return [("adapter.weight", model.adapter.weight), ("module.adapter.weight", model.head.weight)]
+    return [("adapter.weight", model.adapter.weight), ("adapter._orig_mod.weight", model.head.weight)]
 
 
 REFUSED = {

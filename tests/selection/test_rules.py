@@ -239,5 +239,5 @@ def test_what_cannot_be_selected_from():
     with pytest.raises(TypeError, match="by the names of parameters, strings; got 0"):
         fk.select({0: w}, fk.GlobalTopK(k=1))
     with pytest.raises(ValueError, match="two names become w without wrappers"):
-        fk.select({"w": torch.rand(3), "module.w": torch.rand(3)}, fk.GlobalTopK(k=1))
+        fk.select({"w": torch.rand(3), "_orig_mod.w": torch.rand(3)}, fk.GlobalTopK(k=1))
     assert fk.select({}, fk.GlobalTopK(density=0.5)).count == 0

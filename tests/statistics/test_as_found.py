@@ -12,6 +12,7 @@ import fishkern as fk
 from tests.support import zoo
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore:.*slow exact path")
 
 HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
@@ -278,3 +279,89 @@ def test_dropout_is_off_and_comes_back():
     one, other = (fk.estimate(model, [batch], likelihood=fk.Classification()) for _ in range(2))
     assert one == other
     assert model[1].training
+
+
+class Counting(nn.Module):
+    """Counts its calls and keeps a running mean, in every mode, and remembers in a plain attribute what it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.longest = nn.Linear(4, 4), 0
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.ones(4))
+        self.register_buffer("cache", None, persistent=False)
+
+    def forward(self, x):
+        self.calls += 1
+        if self.longest < 4:
+            self.register_buffer("cache", torch.full((4,), 0.5), persistent=False)
+            self.longest = 4
+        shift = self.mean + self.cache
+        self.mean.mul_(0.9)
+        return self.linear(x - shift)
+
+
+class Bounded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4, max_norm=0.1)
+
+    def forward(self, x):
+        return self.embed((10 * x).long() % 9).mean(1)
+
+
+def normed() -> nn.Module:
+    return nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("kind", ["empirical", "sketched"])
+@pytest.mark.parametrize("make", [Counting, Bounded, normed], ids=["counter", "max_norm", "spectral norm"])
+def test_buffers_and_tables_that_move_in_every_forward_pass(make, kind):
+    """And each example meets the state that was found, whatever came before it."""
+    model = nn.Sequential(make(), nn.Linear(4, 3)).train()
+    batches = [(torch.rand(2, 4), torch.tensor([0, 2])), (torch.rand(3, 4), torch.tensor([1, 0, 1]))]
+    with as_found(model):
+        statistics = fk.estimate(model, batches, ESTIMATORS[kind], likelihood=fk.Classification())
+    if make is Counting:
+        assert model[0].cache is None
+        assert model[0].longest == 0
+    assert all(covered.path != "loop" for covered in statistics.coverage.values())
+    turned = fk.estimate(model, batches[::-1], likelihood=fk.Classification())
+    if kind == "empirical":
+        for name in statistics:
+            torch.testing.assert_close(turned[name], statistics[name])
+        with as_found(model):
+            assert fk.verify(model, batches, statistics, likelihood=fk.Classification()).ok
+
+
+@pytest.mark.parametrize("kind", ["empirical", "batch", "sketched"])
+def test_an_optimizer_that_steps_in_backward_rests(kind):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    batches = [(torch.rand(2, 4), torch.tensor([0, 2]))]
+    expected = fk.estimate(model, batches, ESTIMATORS[kind], likelihood=fk.Classification())
+    optimizers = {parameter: torch.optim.SGD([parameter], lr=0.1) for parameter in model.parameters()}
+
+    def step(parameter):
+        optimizers[parameter].step()
+        parameter.grad = None
+
+    handles = [parameter.register_post_accumulate_grad_hook(step) for parameter in model.parameters()]
+    with as_found(model):
+        assert fk.estimate(model, batches, ESTIMATORS[kind], likelihood=fk.Classification()) == expected
+        fk.verify(model, batches, likelihood=fk.Classification())
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    model(batches[0][0]).sum().backward()
+    assert not any(map(torch.equal, model.parameters(), before))
+    for handle in handles:
+        handle.remove()
+    model(batches[0][0]).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_gradients_that_a_masked_optimizer_releases_are_seen_all_the_same():
+    model, batches = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), [(torch.rand(2, 4), torch.tensor([0, 2]))]
+    expected = fk.estimate(model, batches, likelihood=fk.Classification())
+    selection = fk.select(expected, fk.GlobalTopK(density=0.1))
+    optimizer = fk.MaskedSGD(model, selection, lr=0.1, release_grads=True, max_grad_norm=1.0)
+    assert fk.estimate(model, batches, likelihood=fk.Classification()) == expected
+    assert optimizer.param_groups

@@ -47,7 +47,7 @@ def test_unknown_and_left_out_names():
 
 def test_a_plain_dict_enters():
     tensor = torch.randn(3, requires_grad=True)
-    statistics = Statistics({"module.layer._orig_mod.weight": tensor, "b": torch.ones(2).double()}, count=1)
+    statistics = Statistics({"layer._orig_mod.weight": tensor, "b": torch.ones(2).double()}, count=1)
     assert list(statistics) == ["layer.weight", "b"]
     assert all(entry.dtype == torch.float32 and not entry.requires_grad for entry in statistics.values())
     assert statistics["layer.weight"].data_ptr() == tensor.data_ptr()
@@ -79,7 +79,7 @@ def test_frozen():
         (TypeError, dict(tensors={"w": torch.ones(2).int()}), "floating tensors, w is torch.int32"),
         (TypeError, dict(tensors={"w": [1.0]}), "floating tensors, w is list"),
         (ValueError, dict(tensors={"w": torch.tensor(1e300, dtype=torch.float64)}), "w holds .*, which float32 cannot"),
-        (ValueError, dict(tensors={"module.w": torch.ones(2), "w": torch.ones(2)}), "module.w and w would both be"),
+        (ValueError, dict(tensors={"_orig_mod.w": torch.ones(2), "w": torch.ones(2)}), "w would both be named w"),
         (ValueError, dict(provenance={"model": "Tiny"}), r"got the keys \['model'\]"),
         (TypeError, dict(provenance={"definition": {"device": torch.device("cpu")}}), "must be JSON: .*device"),
         (TypeError, dict(provenance={"runs": [{"loss": float("nan")}]}), "must be JSON"),
