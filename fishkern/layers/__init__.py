@@ -18,6 +18,7 @@ from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear, weight_shape
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Layout, Site
+from fishkern.layers.strays import Strays
 from fishkern.layers.survey import LAYERS, Plan, survey
 from fishkern.layers.unsupported import UnsupportedModuleError, leave_out
 
@@ -43,6 +44,7 @@ __all__ = [
     "QuantizedLinear",
     "Scale",
     "Site",
+    "Strays",
     "SummedGrads",
     "TiedRows",
     "UnsupportedModuleError",

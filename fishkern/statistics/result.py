@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fishkern.files import PIECE, AnyTensor, Format, StoredTensor, check_cast, open_tensors, pieces, save_tensors
 from fishkern.names import canonical_name, renamed
+from fishkern.statistics.choosing import near
 from fishkern.statistics.coverage import Covered, check_coverage
 
 FORMAT = Format("fishkern.statistics", version=1, saved_by="Statistics.save")
@@ -95,7 +96,8 @@ class Statistics(Mapping[str, Tensor]):
             entry = self._entries[name]
         except KeyError:
             covered = self._coverage.get(name)  # held or left out
-            raise KeyError(f"{name} was left out: {covered.reason or 'no reason given'}" if covered else name) from None
+            left_out = f"{name} was left out: {covered.reason or 'no reason given'}" if covered else ""
+            raise KeyError(left_out or f"{name}{near(name, self)}") from None
         return entry.read(torch.float32) if isinstance(entry, StoredTensor) else entry
 
     def __iter__(self) -> Iterator[str]:
