@@ -106,10 +106,10 @@ class Examples:
                 return leaf.index_select(0, torch.arange(rows.start, rows.stop, device=leaf.device))
             return leaf[rows]
         except (RuntimeError, TypeError) as error:  # a layout that torch does not slice
+            kind = type(leaf).__name__ + (f" of layout {leaf.layout}" if isinstance(leaf, Tensor) else "")
             raise ValueError(
-                f"{_name(place, self.content)} of a batch cannot be cut by rows: it is a {type(leaf).__name__}"
-                f"{f' of layout {leaf.layout}' if isinstance(leaf, Tensor) else ''}. Bring it as a dense tensor, or give "
-                "batches of one."
+                f"{_name(place, self.content)} of a batch cannot be cut by rows: it is a {kind}. Bring it as a dense "
+                "tensor, or give batches of one."
             ) from error
 
     def _each(self, place: Place, value: Any, change: Callable[[Place, Any], Any]) -> Any:
