@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.statistics.batches import Batch, Examples
+from fishkern.statistics.cutting import answering_parts
 from fishkern.statistics.drawn import Drawn, LossFunction, losses_by_function
 from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
 from fishkern.statistics.predictive import Predictive
@@ -28,29 +29,22 @@ class Answering:
         self._model = model
         self._likelihood = likelihood
 
-    def recognise(self, batch: Examples) -> None:
-        """Recognise the likelihood where none was given.
+    def prepare(self, batch: Examples) -> None:
+        """Recognise the likelihood, and compare the loss of one example with the model's own.
 
         Args:
             batch: The first batch.
 
         Raises:
-            ValueError: The model's loss is not known.
+            ValueError: The model's loss is not known, or is another.
         """  # noqa: DOC502
         if self._likelihood is None:
             self._likelihood = recognise_likelihood(self._model, batch.content)
-
-    def prepare(self, batch: Examples) -> None:
-        """Compare the loss of one example with the model's own.
-
-        Args:
-            batch: The first example.
-
-        Raises:
-            ValueError: The model's loss is another.
-        """  # noqa: DOC502
         if isinstance(self._likelihood, Likelihood):
-            _compare_with_own_loss(self._model, self._likelihood, batch.content)
+            answering_parts(self._compare_with_own_loss, self)(batch.take(0, 1))
+
+    def _compare_with_own_loss(self, example: Examples) -> None:
+        _compare_with_own_loss(self._model, self._likelihood, example.content)
 
     @property
     def description(self) -> str:

@@ -356,3 +356,34 @@ def test_patches_of_one_example_are_whole(check):
     assert_equal(fk.estimate(model, batches, likelihood=losses, check=check), truth(model, batches, losses))
     with pytest.raises(ValueError, match="2 examples by 'input_ids', and 'pixel_values' is of leading size 8"):
         fk.estimate(model, [batch(2)], likelihood=losses)
+
+
+class ThreeAxesForCausalLM(nn.Module):
+    """Positions of three kinds for each token come as ``[3, N, T]``, as in Qwen2-VL."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = zoo.llama().model
+        self.config = self.inner.config
+
+    def forward(self, input_ids, attention_mask=None, labels=None, position_ids=None, use_cache=None):
+        assert position_ids.shape == (3, *input_ids.shape)
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_an_error_on_cut_rows_names_what_was_cut(check):
+    """With three examples the axis of the three kinds looks like that of the examples."""
+    batch = {**zoo.llama().batch(3, 6), "position_ids": torch.arange(6).expand(3, 3, 6)}
+    with pytest.raises(ValueError, match="takes a batch of 3, and fails on example 0 alone .*'position_ids'.*shared="):
+        fk.estimate(ThreeAxesForCausalLM(), [batch], check=check)
+    one = {key: value[:1] for key, value in batch.items()} | {"position_ids": torch.arange(6).expand(3, 1, 6)}
+    assert fk.estimate(ThreeAxesForCausalLM(), [one], check=check).count == 1
+
+
+def test_an_error_of_the_whole_batch_is_the_models_own():
+    def losses(model, batch):
+        raise KeyError("no such entry")
+
+    with pytest.raises(KeyError, match="no such entry"):
+        fk.estimate(linear(), [rows(3)], likelihood=losses)
