@@ -20,6 +20,7 @@ from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear, weight_shape
 from fishkern.layers.reentrant import Connection
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Layout, Site
+from fishkern.layers.strays import Strays
 from fishkern.layers.survey import LAYERS, Plan, survey
 from fishkern.layers.unsupported import UnsupportedModuleError, leave_out
 
@@ -46,6 +47,7 @@ __all__ = [
     "QuantizedLinear",
     "Scale",
     "Site",
+    "Strays",
     "SummedGrads",
     "TiedRows",
     "UnsupportedModuleError",

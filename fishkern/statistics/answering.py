@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.statistics.batches import Batch, Examples
+from fishkern.statistics.cutting import answering_parts
 from fishkern.statistics.drawn import Drawn, LossFunction, losses_by_function
 from fishkern.statistics.labels import UnknownLabelError, counted_padding
 from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
@@ -39,38 +40,28 @@ class Answering:
         self._named = likelihood is not None
         self._usual = 1
 
-    def recognise(self, batch: Examples) -> None:
-        """Recognise the likelihood where none was given.
+    def prepare(self, batch: Examples) -> None:
+        """Recognise the likelihood, and compare the loss of one example with the model's own.
 
         Args:
             batch: The first batch.
 
         Raises:
-            ValueError: The model's loss is not known.
+            ValueError: The model's loss is not known, or is another; or what the model or a function returns is cut off
+                from the parameters.
 
         Warns:
-            UserWarning: Labels count padding.
+            UserWarning: The likelihood was named, and the model's own loss is another; or labels count padding, or what
+                is taken for logits are probabilities.
         """  # noqa: DOC502
         self._usual = batch.num_examples
         if self._likelihood is None:
             self._likelihood = recognise_likelihood(self._model, batch.content)
         if isinstance(self._likelihood, Likelihood):
             _note_padding(batch.content)
+        answering_parts(self._prepare_on, self)(batch.take(0, 1))
 
-    def prepare(self, example: Examples) -> None:
-        """Compare the loss of one example with the model's own, and demand that a gradient leads back from it.
-
-        Args:
-            example: The first example.
-
-        Raises:
-            ValueError: The model's loss is another; or what the model or a function returns is cut off from the
-                parameters.
-
-        Warns:
-            UserWarning: The likelihood was named, and the model's own loss is another; or what is taken for logits are
-                probabilities.
-        """
+    def _prepare_on(self, example: Examples) -> None:
         with _differentiable(self._model):
             if isinstance(self._likelihood, Likelihood):
                 self._prepare_likelihood(example.content)

@@ -63,7 +63,7 @@ class Examples:
         if (start, stop) == (0, self.num_examples):
             return self
         rows = slice(start, stop)
-        content = self._each((), self.content, lambda place, leaf: leaf[rows] if place in self.by_rows else leaf)
+        content = self._each((), self.content, lambda place, leaf: self._cut(place, leaf, rows))
         return replace(
             self, content=content, num_examples=stop - start, places=self.places[rows], cut_from=self.cut_from or self
         )
@@ -97,6 +97,20 @@ class Examples:
             The moved batch.
         """
         return replace(self, content=_moved(self.content, device))
+
+    def _cut(self, place: Place, leaf: Any, rows: slice) -> Any:
+        if place not in self.by_rows:
+            return leaf
+        try:
+            if isinstance(leaf, Tensor) and leaf.layout is torch.sparse_coo:
+                return leaf.index_select(0, torch.arange(rows.start, rows.stop, device=leaf.device))
+            return leaf[rows]
+        except (RuntimeError, TypeError) as error:  # a layout that torch does not slice
+            kind = type(leaf).__name__ + (f" of layout {leaf.layout}" if isinstance(leaf, Tensor) else "")
+            raise ValueError(
+                f"{_name(place, self.content)} of a batch cannot be cut by rows: it is a {kind}. Bring it as a dense "
+                "tensor, or give batches of one."
+            ) from error
 
     def _each(self, place: Place, value: Any, change: Callable[[Place, Any], Any]) -> Any:
         """Rebuild the structure around changed leaves."""
@@ -210,7 +224,7 @@ class Reader:
         if not isinstance(value, list):
             return None
         sizes = _sizes(value)
-        if not sizes:
+        if not sizes or _holds_mappings(value):
             return place, len(value)
         if certain or (len(set(sizes)) == 1 and sizes[0] != len(value)):
             return None  # one tensor for each example, or several with all examples in each
@@ -277,7 +291,7 @@ class _Decision:
     def _decide_list(self, place: Place, value: list[Any]) -> None:
         sizes = _sizes(value)
         one_each = len(value) == self._N
-        all_in_each = bool(sizes) and all(size == self._N for size in sizes)
+        all_in_each = bool(sizes) and all(size == self._N for size in sizes) and not _holds_mappings(value)
         if one_each and all_in_each:
             if place not in self._settled:
                 self._refuse(
@@ -332,6 +346,11 @@ def _leaves(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
 def _sizes(value: list[Any]) -> list[int | None]:
     """Leading sizes of all tensors in a list, however deep; ``None`` for one without an axis."""
     return [leaf.shape[0] if len(leaf.shape) else None for _, leaf in _leaves((), value) if _is_array(leaf)]
+
+
+def _holds_mappings(value: list[Any]) -> bool:
+    """Tell a list of mappings, as detectors take their targets: one for each example."""
+    return all(isinstance(item, Mapping) for item in value)
 
 
 def _name(place: Place, content: Batch) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -43,13 +43,13 @@ def chosen_names(named: Mapping[str, nn.Parameter], wanted: Wanted) -> list[str]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in named):
             raise ValueError(
-                f"parameters={pattern!r} matches none of {len(named)} names{near(pattern, named)}. A pattern is "
-                "for the whole name, as in '*.bias'."
+                f"parameters={pattern!r} matches none of {len(named)} names such as {next(iter(named), '')!r}"
+                f"{near(pattern, named)}. A pattern is for the whole name, as in '*.bias'."
             )
     return [name for name in named if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def near(name: str, names: Mapping[str, object] | Sequence[str]) -> str:
+def near(name: str, names: Iterable[str]) -> str:
     """Say which names are near to one that is not there.
 
     Args:
@@ -57,11 +57,10 @@ def near(name: str, names: Mapping[str, object] | Sequence[str]) -> str:
         names: Those that are there.
 
     Returns:
-        A clause for a message; empty where there are no names.
+        A clause for a message; empty where none is near.
     """
     names = list(names)
-    inside = [other for other in names if name.strip("*.") and name.strip("*.") in other]
-    found = get_close_matches(name, names, n=3, cutoff=0.5) or inside[:3]
-    if not found:
-        return f", such as {names[0]!r}" if names else ""
-    return f" (did you mean {', '.join(map(repr, found))}?)"
+    core = name.strip("*.")
+    inside = [other for other in names if core and core in other]
+    found = inside[:3] or get_close_matches(name, names, n=3, cutoff=0.75)
+    return f" (did you mean {', '.join(map(repr, found))}?)" if found else ""

@@ -94,9 +94,7 @@ def check_loss(
             "they were estimated with."
         )
     if likelihood is None:
-        answering = Answering(model, None)
-        answering.recognise(one)
-        answering.prepare(one)
+        Answering(model, None).prepare(one)
 
 
 def check_shapes(statistics: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:

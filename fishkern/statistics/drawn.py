@@ -91,7 +91,7 @@ class Drawn:
             raise TypeError(f"function must be (model, batch, draws) -> losses [N], got {self.function!r}.")
         object.__setattr__(self, "seed", integer(self.seed, "seed"))
 
-    def losses(self, model: nn.Module, batch: Examples) -> Tensor:
+    def __call__(self, model: nn.Module, batch: Examples) -> Tensor:
         """Give the losses of a batch.
 
         Args:
@@ -116,6 +116,4 @@ def losses_by_function(function: LossFunction | Drawn, model: nn.Module, batch: 
     Returns:
         What it returns.
     """
-    if isinstance(function, Drawn):
-        return function.losses(model, batch)
-    return function(model, batch.content)
+    return function(model, batch if isinstance(function, Drawn) else batch.content)

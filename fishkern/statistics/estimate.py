@@ -137,8 +137,7 @@ def estimate(
         for batch in data:
             with randomness.drawing():
                 if data.batches == 1:
-                    answering.recognise(batch)
-                    answering_parts(answering.prepare, answering)(batch.take(0, 1))
+                    answering.prepare(batch)
                 way.run(batch)
             units += estimator.units(batch.num_examples)
             report(data.examples)

@@ -16,6 +16,7 @@ from fishkern.layers import (
     DenseGrads,
     PerExampleGrads,
     Plan,
+    Strays,
     UnsupportedModuleError,
     leave_out,
     survey,
@@ -130,6 +131,7 @@ class PerExamplePass:
         self._connection = connection
         self._begun = False
         self._distrusted: set[str] = set()
+        self._strayed: dict[str, str] = {}
         self._announced: set[str] = set()
         self.paths: dict[str, tuple[str, str]] = {}
         self.connected = False
@@ -184,7 +186,7 @@ class PerExamplePass:
         if compared:
             with only_trainable(self._floating().values()):
                 self._independence.settle(few)
-        plan = plan.with_loop(found)
+        plan = plan.with_loop({**found, **self._strayed})
         self._announce(plan)
         return plan
 
@@ -212,6 +214,13 @@ class PerExamplePass:
 
     def _floating(self) -> dict[str, nn.Parameter]:
         return {key: parameter for key, parameter in self._parameters.items() if parameter.is_floating_point()}
+
+    def _note_strays(self, strays: Mapping[str, str]) -> None:
+        """Send parameters whose module is called from outside of its host through the loop, from this batch on."""
+        self._refuse_integers(strays)
+        self._strayed |= strays
+        self._plans = {lone: plan.with_loop(strays) for lone, plan in self._plans.items()}
+        self._announce(Plan((), strays))
 
     def _note_paths(self, paths: Mapping[str, tuple[str, str]]) -> None:
         """Keep the slowest path that each parameter has taken."""
@@ -267,9 +276,10 @@ class PerExamplePass:
             What was withheld, and is still to be added: parameters, and of which objectives.
         """
         index = 0
+        strays = Strays(plan.sites)
 
         def add_wanted(key: str, grads: PerExampleGrads) -> None:
-            if wanted is None or index in wanted[key]:
+            if key not in strays.found and (wanted is None or index in wanted[key]):
                 add(key, grads)
 
         looped = {key: self._parameters[key] for key in plan.loop}
@@ -278,7 +288,7 @@ class PerExamplePass:
         if plan.sites:
             capturing = Capture(plan.sites, add_wanted, squares=self._estimator.adds_squares)
             with only_trainable(looped.values()), capturing as capture:
-                with capture.forward(batch.num_examples):
+                with capture.forward(batch.num_examples), strays.watched():
                     answer = self._answer(batch)
                 for index, (objective, last) in enumerate(with_last(self._estimator.objectives(answer, batch.places))):
                     if objective is None:
@@ -286,13 +296,15 @@ class PerExamplePass:
                     check_finite(objective, batch.places)
                     self.connected |= objective.requires_grad
                     capture.backward(objective, retain_graph=not (last or only_first))
-                    for key in capture.unsettled:
+                    for key in capture.unsettled - strays.found.keys():
                         if wanted is None or index in wanted[key]:
                             withheld[key].add(index)
                     self._distrusted |= capture.distrusted
                     if only_first:
                         break
-                reached = {key for key, parameter in looped.items() if parameter.grad is not None}
+                reached = {key for key, parameter in looped.items() if parameter.grad is not None} | strays.found.keys()
+        if strays.found:
+            self._note_strays(strays.found)
         if reached and not only_first:
             self._looped({key: wanted and wanted[key] for key in reached}, batch, add)
         return withheld

@@ -28,6 +28,7 @@ from fishkern.files import (
     save_tensors,
 )
 from fishkern.names import renamed, without_wrappers
+from fishkern.statistics.choosing import near
 from fishkern.statistics.coverage import Covered, check_coverage
 
 FORMAT = Format("fishkern.statistics", version=1, saved_by="Statistics.save")
@@ -108,7 +109,8 @@ class Statistics(Mapping[str, Tensor]):
             entry = self._entries[name]
         except KeyError:
             covered = self._coverage.get(name)  # held or left out
-            raise KeyError(f"{name} was left out: {covered.reason or 'no reason given'}" if covered else name) from None
+            left_out = f"{name} was left out: {covered.reason or 'no reason given'}" if covered else ""
+            raise KeyError(left_out or f"{name}{near(name, self)}") from None
         return entry.read(torch.float32) if isinstance(entry, StoredTensor) else entry
 
     def __iter__(self) -> Iterator[str]:

@@ -174,6 +174,41 @@ def test_places_in_a_tuple_are_shared():
     assert_equal(fk.estimate(model, [batch], likelihood=losses, shared=2), truth(model, alone, losses))
 
 
+@pytest.mark.filterwarnings("ignore:.*slow exact path")
+@pytest.mark.parametrize("N", [1, 2, 3, 4])
+def test_lists_of_images_and_targets(N):
+    """As detectors take them: here each target has as many boxes as there are images."""
+
+    def losses(model, batch):
+        images, targets = batch
+        return torch.stack([
+            (model(image).mean() - target["boxes"].mean()).square()
+            for image, target in zip(images, targets, strict=True)
+        ])  # fmt: skip
+
+    model = linear()
+    images = [torch.randn(5, 4 + n, 4, dtype=torch.float64) for n in range(N)]
+    targets = [{"boxes": torch.randn(N, 4)} for n in range(N)]
+    alone = [([images[n]], [targets[n]]) for n in range(N)]
+    assert_equal(fk.estimate(model, [(images, targets)], likelihood=losses), truth(model, alone, losses))
+
+
+def test_a_tensor_that_cannot_be_cut_is_named():
+    nested = torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)], layout=torch.jagged)
+    with pytest.raises(ValueError, match="'inputs' of a batch cannot be cut by rows: .* layout torch.jagged"):
+        fk.estimate(nn.Linear(4, 3), [(nested, torch.zeros(2))], likelihood=lambda model, batch: batch[1] + 1.0)
+
+
+def test_a_sparse_tensor_is_cut():
+    def losses(model, batch):
+        return model(batch[0].to_dense()).square().sum(1)
+
+    x = torch.eye(4, dtype=torch.float64)[:3]
+    model = linear()
+    found = fk.estimate(model, [(x.to_sparse(), torch.zeros(3))], likelihood=losses)
+    assert_equal(found, truth(model, [(x[n : n + 1], None) for n in range(3)], losses))
+
+
 SHARED = {
     "a slip of the pen": ("wieghts", ValueError, "names no entry of the first batch.*'weights'"),
     "no name": (2.5, TypeError, "patterns of entry names"),
@@ -321,3 +356,34 @@ def test_patches_of_one_example_are_whole(check):
     assert_equal(fk.estimate(model, batches, likelihood=losses, check=check), truth(model, batches, losses))
     with pytest.raises(ValueError, match="2 examples by 'input_ids', and 'pixel_values' is of leading size 8"):
         fk.estimate(model, [batch(2)], likelihood=losses)
+
+
+class ThreeAxesForCausalLM(nn.Module):
+    """Positions of three kinds for each token come as ``[3, N, T]``, as in Qwen2-VL."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = zoo.llama().model
+        self.config = self.inner.config
+
+    def forward(self, input_ids, attention_mask=None, labels=None, position_ids=None, use_cache=None):
+        assert position_ids.shape == (3, *input_ids.shape)
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_an_error_on_cut_rows_names_what_was_cut(check):
+    """With three examples the axis of the three kinds looks like that of the examples."""
+    batch = {**zoo.llama().batch(3, 6), "position_ids": torch.arange(6).expand(3, 3, 6)}
+    with pytest.raises(ValueError, match="takes a batch of 3, and fails on example 0 alone .*'position_ids'.*shared="):
+        fk.estimate(ThreeAxesForCausalLM(), [batch], check=check)
+    one = {key: value[:1] for key, value in batch.items()} | {"position_ids": torch.arange(6).expand(3, 1, 6)}
+    assert fk.estimate(ThreeAxesForCausalLM(), [one], check=check).count == 1
+
+
+def test_an_error_of_the_whole_batch_is_the_models_own():
+    def losses(model, batch):
+        raise KeyError("no such entry")
+
+    with pytest.raises(KeyError, match="no such entry"):
+        fk.estimate(linear(), [rows(3)], likelihood=losses)

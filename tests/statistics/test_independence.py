@@ -224,6 +224,14 @@ def test_zeros_everywhere_are_told():
         fk.estimate(model, [labelled(torch.float32)], likelihood=fk.Classification())
 
 
+@every_check
+def test_a_contrastive_loss_in_batches_of_one_is_zero_and_told(check):
+    """Alone an example has nothing to be told from: zero is the right answer, and no user would guess it."""
+    with pytest.warns(UserWarning, match="every entry is exactly zero"):
+        found = fk.estimate(Towers(), [towers(1), towers(1)], likelihood=contrastive, check=check)
+    assert not any(value.any() for value in found.values())
+
+
 def test_the_number_of_items_in_the_batch_divides_nothing():
     specimen = zoo.llama()
     batch = specimen.batch(3, 6)

@@ -1,0 +1,67 @@
+"""Strays: calls of a module inside a generic host from outside of it, for examples that the survey did not see."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from fishkern.layers.site import Site
+
+
+class Strays:
+    """Watches the modules that the generic path reaches through a host around them.
+
+    Args:
+        sites: What is captured.
+
+    Attributes:
+        found: Canonical names of parameters whose module was called while its host was not running, with the reason.
+    """
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.found: dict[str, str] = {}
+        self._running: Counter[nn.Module] = Counter()
+        self._hosts: dict[nn.Module, dict[nn.Module, list[tuple[str, str]]]] = defaultdict(lambda: defaultdict(list))
+        for site in sites:
+            if site.layer is None:
+                for name, key in site.keys.items():
+                    inner = site.module.get_submodule(name.rpartition(".")[0])
+                    if inner is not site.module:
+                        self._hosts[site.module][inner].append((key, site.path))
+
+    @contextmanager
+    def watched(self) -> Any:
+        """Watch a forward pass.
+
+        Yields:
+            Nothing.
+        """
+        self._running.clear()
+        handles = []
+        for host, inside in self._hosts.items():
+            handles.append(host.register_forward_pre_hook(self._enter, prepend=True))
+            handles.append(host.register_forward_hook(self._leave, always_call=True))
+            for inner, keys in inside.items():
+                handles.append(inner.register_forward_pre_hook(self._noting(host, keys)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._running[module] += 1
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running[module] -= 1
+
+    def _noting(self, host: nn.Module, keys: list[tuple[str, str]]) -> Any:
+        def note(module: nn.Module, args: Any) -> None:
+            if not self._running[host]:
+                self.found |= {key: f"its module is also called outside of {path}" for key, path in keys}
+
+        return note
