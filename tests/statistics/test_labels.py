@@ -416,6 +416,24 @@ def test_classes_on_the_axis_of_torch_are_told_from_those_of_transformers():
     assert_equals_the_loop(ClassesFirst(), pictures, fk.TokenClassification(), by_position_first)
 
 
+@pytest.mark.parametrize("fisher_type", ["empirical", "mc", "type-2"])
+def test_every_kind_of_fisher_is_the_same_wherever_the_classes_are(fisher_type):
+    batch, likelihood = (inputs(N, L, 4), POSITIONS), fk.TokenClassification()
+    first = fk.estimate(ClassesFirst(), [batch], fk.DiagonalFisher(fisher_type), likelihood=likelihood)
+    last = fk.estimate(net(), [batch], fk.DiagonalFisher(fisher_type), likelihood=likelihood)
+    error, name = worst_error({name.removeprefix("net."): value for name, value in first.items()}, last)
+    assert error < LIMIT[torch.float64], name
+
+
+@pytest.mark.parametrize("likelihood", [fk.Regression(), fk.MultiLabel()])
+def test_drawn_labels_of_many_axes_are_those_of_one(likelihood):
+    x, drawn = inputs(N, 2, 4), fk.DiagonalFisher("mc", mc_samples=3)
+    many = fk.estimate(net(), [(x, None)], drawn, likelihood=likelihood)
+    one = fk.estimate(nn.Sequential(net(), nn.Flatten()), [(x, None)], drawn, likelihood=likelihood)
+    error, name = worst_error({name.removeprefix("0."): value for name, value in one.items()}, many)
+    assert error < LIMIT[torch.float64], name
+
+
 def test_as_many_classes_as_positions_are_refused_or_said():
     batch = inputs(N, C, 4), POSITIONS[:, :C]
     for model in (net(), ClassesFirst()):
