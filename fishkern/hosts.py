@@ -199,6 +199,20 @@ def added_loss(model: nn.Module) -> str | None:
     return None
 
 
+def padding_token(model: nn.Module) -> int | None:
+    """Name the token of a language model that is padding and nothing else.
+
+    Args:
+        model: A module, with or without PEFT around it.
+
+    Returns:
+        Its number; ``None`` where there is none, or where it also ends texts.
+    """
+    config = getattr(base_model(unwrap(model)), "config", None)
+    pad = getattr(config, "pad_token_id", None)
+    return None if pad == getattr(config, "eos_token_id", None) else pad
+
+
 def packed_batch(batch: Mapping[str, Any]) -> str | None:
     """Say what shows that rows of a batch hold several examples each.
 

@@ -16,10 +16,11 @@ from fishkern import hosts
 from fishkern.statistics.batches import Batch, Examples
 from fishkern.statistics.cutting import answering_parts
 from fishkern.statistics.drawn import Drawn, LossFunction, losses_by_function
-from fishkern.statistics.labels import UnknownLabelError, counted_padding
+from fishkern.statistics.labels import UnknownLabelError
 from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
 from fishkern.statistics.likelihood_argument import checked_likelihood, described
-from fishkern.statistics.outputs import other_candidates, own_loss
+from fishkern.statistics.notes import note_choice, note_labels, note_probabilities
+from fishkern.statistics.outputs import own_loss
 from fishkern.statistics.predictive import Categorical, Predictive
 
 
@@ -57,9 +58,9 @@ class Answering:
         self._usual = batch.num_examples
         if self._likelihood is None:
             self._likelihood = recognise_likelihood(self._model, batch.content)
-        if isinstance(self._likelihood, Likelihood):
-            _note_padding(batch.content)
         answering_parts(self._prepare_on, self)(batch.take(0, 1))
+        if isinstance(self._likelihood, Likelihood):
+            note_labels(self._model, self._likelihood, batch.content)
 
     def _prepare_on(self, example: Examples) -> None:
         with _differentiable(self._model):
@@ -82,14 +83,13 @@ class Answering:
             raise error.at(f"row 0 of a batch of {self._usual}") from None
         finally:
             handle.remove()
-        if hosts.task(self._model) is None:  # those of transformers begin with the logits
-            _note_choice(returned[-1] if returned else None, type(self._model).__name__)
+        note_choice(self._model, returned[-1] if returned else None)
         outputs = getattr(answer, "logits", getattr(answer, "means", None))
         if isinstance(outputs, Tensor):
             if self._is_cut_off(outputs):
                 raise ValueError(_cut_off(f"the outputs of {type(self._model).__name__}"))
             if isinstance(answer, Categorical):
-                _note_probabilities(outputs.detach(), type(self._likelihood).__name__)
+                note_probabilities(self._likelihood, outputs)
         _compare_with_own_loss(self._model, self._likelihood, answer, example, self._named)
 
     @property
@@ -152,37 +152,6 @@ def _cut_off(what: str) -> str:
         f"{what} are cut off from the parameters, so that no gradient arrives: they must be what torch computed, "
         "without detach(), item(), numpy(), argmax() or no_grad()."
     )
-
-
-def _note_padding(batch: Batch) -> None:
-    if count := counted_padding(batch):
-        warnings.warn(
-            f"{count} labels of the first batch stand where its attention_mask is 0: padding counts as text, in the "
-            "model's own loss, too. Mark it with the label -100.",
-            stacklevel=4,
-        )
-
-
-def _note_choice(outputs: Any, name: str) -> None:
-    """Say which of several tensors is taken for the logits."""
-    if shapes := other_candidates(outputs):
-        first, *others = shapes
-        warnings.warn(
-            f"{name} returned a tuple, of which the first tensor was taken for the logits, of shape {first} for one "
-            f"example, and not {', '.join(map(str, others))}: return a mapping with 'logits' where it is another.",
-            stacklevel=5,
-        )
-
-
-def _note_probabilities(logits: Tensor, kind: str) -> None:
-    """Say that a softmax was taken already: the loss would take another one."""
-    sums = logits.sum(-1)
-    if logits.shape[-1] > 1 and bool((logits >= 0).all() and torch.isclose(sums, torch.ones_like(sums)).all()):
-        warnings.warn(
-            f"the model's outputs look like probabilities (not negative, and 1 in sum), and {kind} takes logits: leave "
-            "the softmax out, or pass likelihood= as a function (model, batch) -> losses [N].",
-            stacklevel=5,
-        )
 
 
 def _compare_with_own_loss(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -150,23 +150,6 @@ def yes_or_no_like(labels: Any, logits: Tensor) -> Tensor:
         where, label = _first(labels, ~inside)
         raise UnknownLabelError(where, f"has the label {label!r}; yes-or-no labels lie between 0 and 1.")
     return labels
-
-
-def counted_padding(batch: Any) -> int:
-    """Count the labels of positions that the attention mask hides: padding that was not marked.
-
-    Args:
-        batch: Any batch.
-
-    Returns:
-        Their number; 0 where the batch does not tell.
-    """
-    if not isinstance(batch, Mapping):
-        return 0
-    labels, mask = batch.get("labels"), batch.get("attention_mask")
-    if not isinstance(labels, Tensor) or not isinstance(mask, Tensor) or labels.ndim != 2 or labels.shape != mask.shape:
-        return 0
-    return int(((labels != -100) & (mask == 0)).sum())
 
 
 def in_words(shape: Sequence[int], N: int) -> str:

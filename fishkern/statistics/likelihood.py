@@ -144,7 +144,8 @@ class Seq2SeqLM(Likelihood):
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
         labels = as_tensor(_labels(batch, "sequence-to-sequence modelling"))
         # the decoder's inputs are made from the labels
-        logits = _logits(model, batch, labels=labels if labels.is_floating_point() else labels.long())
+        more = {"labels": labels if labels.is_floating_point() else labels.long()}
+        logits = _logits(model, batch, **(more if hosts.accepts(model, "labels") else {}))
         return _by_position(logits, labels, self.reduction)
 
 

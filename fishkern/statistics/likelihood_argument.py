@@ -47,6 +47,10 @@ _BY_TORCH_LOSS: dict[str, tuple[type[Likelihood], str]] = {
     "binarycrossentropywithlogits": (MultiLabel, "binary_cross_entropy_with_logits"),
     "mse": (Regression, "mse_loss"),
 }
+# nobody calls a model so
+_OUTPUTS = frozenset(
+    ("input", "inputs", "logits", "output", "outputs", "pred", "preds", "prediction", "predictions", "y_hat", "y_pred")
+)
 _EXPECTED = "likelihood must be an instance such as fishkern.CausalLM() or a function (model, batch) -> losses [N]"
 
 
@@ -72,8 +76,14 @@ def checked_likelihood(likelihood: Any) -> Likelihood | LossFunction | Drawn | N
         raise TypeError(f"{_EXPECTED}, got torch's {name}, which takes (outputs, labels): {_instead(name)}.")
     if not callable(likelihood):
         raise TypeError(f"{_EXPECTED}, got {likelihood!r:.80}.")
-    if not _takes_two(likelihood):
-        raise TypeError(f"{_EXPECTED}, got {_name(likelihood)}{inspect.signature(likelihood)}.")
+    signature = _signature(likelihood)
+    if signature is not None and not _takes_two(signature):
+        raise TypeError(f"{_EXPECTED}, got {_name(likelihood)}{signature}.")
+    if signature is not None and next(iter(signature.parameters)) in _OUTPUTS:
+        raise TypeError(
+            f"{_EXPECTED}, got {_name(likelihood)}{signature}: write lambda model, batch: the_loss(model(batch[0]), "
+            "batch[1]), with one value for each example."
+        )
     return likelihood
 
 
@@ -128,13 +138,19 @@ def _instead(name: str) -> str:
     return f"{f'write {_written(kind)}, or ' if kind else 'write '}{own} {with_options}"
 
 
-def _takes_two(function: Callable[..., Any]) -> bool:
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    """Read what a function takes, or a module's ``forward``; one of C may not say."""
     try:
-        inspect.signature(function).bind(None, None)
+        return inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except ValueError:
+        return None
+
+
+def _takes_two(signature: inspect.Signature) -> bool:
+    try:
+        signature.bind(None, None)
     except TypeError:
         return False
-    except ValueError:  # a function of C that does not say
-        return True
     return True
 
 

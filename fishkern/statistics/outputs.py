@@ -87,21 +87,6 @@ def logits_of(outputs: Any, model: nn.Module, names: tuple[str, ...] = ("logits"
     )
 
 
-def other_candidates(outputs: Any) -> list[tuple[int, ...]]:
-    """Tell what else in a plain tuple might be the logits: tensors of several axes behind the one that is taken.
-
-    Args:
-        outputs: What a model returned.
-
-    Returns:
-        Shapes of the first such tensor and of the others; empty where nothing is in doubt.
-    """
-    if not isinstance(outputs, tuple | list) or hasattr(outputs, "_fields"):
-        return []
-    shapes = [tuple(one.shape) for one in outputs if isinstance(one, Tensor) and one.ndim > 1]
-    return shapes if len(shapes) > 1 else []
-
-
 def own_loss(model: nn.Module, example: Batch, *, numbers: bool) -> Tensor | None:
     """Run the model on a labelled example, and read the loss that it returns.
 

@@ -70,7 +70,7 @@ class Verification:
     noise_overlap: float
     loop_seconds: float
     estimate_seconds: float | None
-    largest: float = math.inf
+    largest: float
 
     @property
     def ok(self) -> bool:
@@ -115,6 +115,7 @@ class Verification:
         for one in plain["compared"]:
             for key in ("error", "noise", "allowed"):
                 one[key] = one[key] if one[key] < math.inf else None  # JSON has no infinity
+        plain["largest"] = self.largest if self.largest < math.inf else None
         return json.dumps(plain, indent=2)
 
     def __repr__(self) -> str:

@@ -143,6 +143,51 @@ def test_labels_of_padding_are_noted_once():
         fk.estimate(specimen.model, [batch])
 
 
+def test_labels_that_are_the_padding_token_are_noted():
+    """A decoder's labels have no mask of their own."""
+    specimen = zoo.t5()
+    batch = specimen.batch()
+    padded = int((batch["labels"] == -100).sum())
+    unmarked = {**batch, "labels": batch["labels"].clamp(min=0)}
+    with pytest.warns(UserWarning, match=f"{padded} labels of the first batch are the padding token 0.*-100"):
+        fk.estimate(specimen.model, [unmarked])
+    classes = transformers.BertForTokenClassification(
+        transformers.BertConfig(vocab_size=zoo.V, hidden_size=24, intermediate_size=40, num_hidden_layers=1,
+                                num_attention_heads=4, num_labels=3, pad_token_id=0)
+    )  # fmt: skip
+    text = zoo.text_batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fk.estimate(specimen.model, [batch])
+        fk.estimate(classes, [{**text, "labels": text["labels"].clamp(min=-100, max=0)}])  # 0 is a class
+
+
+class Tokens(nn.Module):
+    """A language model of one's own, trained on pairs of text and next tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(zoo.V, 6), nn.Linear(6, zoo.V)
+
+    def forward(self, ids):
+        return self.head(self.embed(ids))
+
+
+def test_labels_that_were_shifted_already_are_noted():
+    ids = torch.randint(zoo.V, (N, 8), generator=torch.Generator().manual_seed(2))
+    shifted = ids[:, :-1], ids[:, 1:]
+    with pytest.warns(UserWarning, match=r"shifted by one.*TokenClassification\(\)"):
+        fk.estimate(Tokens(), [shifted], likelihood=fk.CausalLM())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        ours = fk.estimate(Tokens(), [shifted], likelihood=fk.TokenClassification())
+        theirs = fk.estimate(Tokens(), [(ids, ids)], likelihood=fk.CausalLM())
+        fk.estimate(Tokens(), [(torch.ones_like(ids),) * 2], likelihood=fk.CausalLM())  # text that repeats itself
+    error, name = worst_error(ours, theirs, torch.float32)
+    assert error < LIMIT[torch.float32], name
+
+
 def test_probabilities_in_place_of_logits_are_noted():
     model = nn.Sequential(net(), nn.Softmax(-1))
     with pytest.warns(UserWarning, match="look like probabilities.*Classification takes logits"):
@@ -369,6 +414,24 @@ def test_classes_on_the_axis_of_torch_are_told_from_those_of_transformers():
     pictures = inputs(N, 2, L, 4), torch.stack([POSITIONS, POSITIONS.flip(1)], 1)
     assert_equals_the_loop(net(), pictures, fk.TokenClassification(), by_position)
     assert_equals_the_loop(ClassesFirst(), pictures, fk.TokenClassification(), by_position_first)
+
+
+@pytest.mark.parametrize("fisher_type", ["empirical", "mc", "type-2"])
+def test_every_kind_of_fisher_is_the_same_wherever_the_classes_are(fisher_type):
+    batch, likelihood = (inputs(N, L, 4), POSITIONS), fk.TokenClassification()
+    first = fk.estimate(ClassesFirst(), [batch], fk.DiagonalFisher(fisher_type), likelihood=likelihood)
+    last = fk.estimate(net(), [batch], fk.DiagonalFisher(fisher_type), likelihood=likelihood)
+    error, name = worst_error({name.removeprefix("net."): value for name, value in first.items()}, last)
+    assert error < LIMIT[torch.float64], name
+
+
+@pytest.mark.parametrize("likelihood", [fk.Regression(), fk.MultiLabel()])
+def test_drawn_labels_of_many_axes_are_those_of_one(likelihood):
+    x, drawn = inputs(N, 2, 4), fk.DiagonalFisher("mc", mc_samples=3)
+    many = fk.estimate(net(), [(x, None)], drawn, likelihood=likelihood)
+    one = fk.estimate(nn.Sequential(net(), nn.Flatten()), [(x, None)], drawn, likelihood=likelihood)
+    error, name = worst_error({name.removeprefix("0."): value for name, value in one.items()}, many)
+    assert error < LIMIT[torch.float64], name
 
 
 def test_as_many_classes_as_positions_are_refused_or_said():

@@ -313,8 +313,17 @@ def test_losses_that_are_cut_off_from_the_model_are_refused_before_the_pass(kind
         classify(batches(), ESTIMATORS[kind], likelihood=losses)
 
 
-def outputs_and_labels(outputs, labels, weights):
+def outputs_and_labels(outputs, labels):
     return outputs
+
+
+def of_three(model, inputs, labels):
+    return inputs
+
+
+class Criterion(nn.Module):
+    def forward(self, y_pred, y_true):
+        return y_pred
 
 
 LIKELIHOODS = {
@@ -330,7 +339,9 @@ LIKELIHOODS = {
     "another loss": (nn.HuberLoss(), ["torch's HuberLoss", "lambda model, batch"]),
     "a loss with arguments": (partial(F.cross_entropy, reduction="none"), ["torch's cross_entropy"]),
     "one of C": (F.binary_cross_entropy_with_logits, ["fishkern.MultiLabel()"]),
-    "of three": (outputs_and_labels, ["(model, batch) -> losses [N]", "outputs_and_labels(outputs, labels, weights)"]),
+    "of three": (of_three, ["(model, batch) -> losses [N]", "of_three(model, inputs, labels)"]),
+    "of outputs": (outputs_and_labels, ["outputs_and_labels(outputs, labels)", "the_loss(model(batch[0]), batch[1])"]),
+    "a criterion": (Criterion(), ["Criterion(y_pred, y_true)", "the_loss(model(batch[0]), batch[1])"]),
     "a number": (0.5, ["(model, batch) -> losses [N]", "got 0.5"]),
 }  # fmt: skip
 

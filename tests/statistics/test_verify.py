@@ -385,6 +385,35 @@ def test_other_recipes_are_judged_by_their_own_definition(bert, kind):
         fk.verify(model, batches, statistics)
 
 
+class RowSums(MeanAbs):
+    """A statistic that is smaller than its parameter."""
+
+    @property
+    def definition(self):
+        return {"estimator": "RowSums", "unit": "example"}
+
+    def init(self, shape, dtype, device):
+        return torch.zeros(shape[:1], dtype=dtype, device=device)
+
+    def update_(self, state, grads, backend=None, **_):
+        for n in range(grads.num_examples):
+            state += grads.example(n).square().flatten(1).sum(1)
+
+
+def test_a_statistic_of_another_shape_is_judged_in_that_shape(bert):
+    model, batches = bert
+    whole = fk.estimate(model, batches, parameters=lambda name, parameter: parameter.ndim == 2)
+    sums = {name: value.sum(1) for name, value in whole.items()}
+    found = fk.verify(model, batches, sums, lambda name, _: name in sums, estimator=RowSums())
+    assert found.ok, found
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    wrong = changed(sums, name, lambda value: value.flip(0))
+    found = fk.verify(model, batches, wrong, lambda name, _: name in sums, estimator=RowSums())
+    assert [one.name for one in found.compared if not one.holds] == [name]
+    with pytest.raises(ValueError, match="of another model"):
+        fk.verify(model, batches, dict(whole), lambda name, _: name in sums, estimator=RowSums())
+
+
 def test_draws_of_another_seed_are_another_statistic(bert):
     model, batches = bert
     statistics = fk.estimate(model, batches, RECIPES["mc"])
