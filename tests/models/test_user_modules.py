@@ -304,7 +304,7 @@ class Checkpointed(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.filterwarnings("error:None of the inputs have requires_grad")
 @pytest.mark.parametrize("estimator", [fk.DiagonalFisher(), fk.DiagonalFisher(unit="batch")], ids=["example", "batch"])
 def test_reentrant_checkpoints_behind_an_embedding_that_is_left_out(estimator):
     """The numbers of training, where the embedding requires a gradient: not zeros."""
