@@ -339,7 +339,7 @@ def connected_inputs(model: nn.Module) -> Iterator[None]:
 
     def connect(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, Tensor) and torch.is_grad_enabled() and not output.requires_grad:
-            return output.detach().requires_grad_()
+            return output.detach().requires_grad_().clone()  # no leaf: the model may write into it
         return None
 
     handle = embeddings.register_forward_hook(connect)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from fishkern.layers.embedding import Embedding
 from fishkern.layers.generic import module_grads
 from fishkern.layers.grads import DenseGrads, OuterProductGrads, PerExampleGrads, TiedRows, join
-from fishkern.layers.reentrant import in_segment
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.tap import FrozenCall, copied, frozen_call, rows_and_length, tapped
 from fishkern.ops import embedding_rows
@@ -46,6 +45,7 @@ class Capture:
         self._squares = squares
         self._active = False
         self._forward = False
+        self._weighing = False
         self._handles: list[Any] = []
         self._anchor = torch.zeros((), requires_grad=True)
         self._entered: dict[Site, list[tuple[tuple, dict[str, Any]]]] = {}
@@ -111,12 +111,13 @@ class Capture:
         self._batch.unsettled.clear()
         if not losses.requires_grad:
             return
-        self._weigh_picked_rows(losses)
-        self._active = True
         try:
+            self._active = self._weighing = True  # what is recomputed runs as it did, but nothing is received
+            self._weigh_picked_rows(losses)
+            self._weighing = False
             losses.sum().backward(retain_graph=retain_graph)
         finally:
-            self._active = False
+            self._active = self._weighing = False
         for key in self._batch.received.keys() - self._batch.unsettled:
             self._close(key)
 
@@ -144,7 +145,6 @@ class Capture:
                 self._batch.calls[site] += 1
                 self._note_tokens(site, args, kwargs)
             if not torch.is_grad_enabled():
-                self._batch.reentrant = self._batch.reentrant or in_segment()
                 return None
             if site.layout is Layout.SHARED:
                 output = output.expand(self._batch.num_examples, *output.shape[1:])
@@ -174,9 +174,12 @@ class Capture:
             numbers = numbers // most
 
     def _grads_at(self, outputs: Sequence[Tensor], weighted: Tensor) -> Sequence[Tensor | None]:
-        if not self._batch.reentrant:
+        try:
             return torch.autograd.grad(weighted, outputs, retain_graph=True, allow_unused=True)
-        grads: list[Tensor | None] = [None] * len(outputs)  # reentrant checkpointing refuses autograd.grad
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):  # a checkpoint of this kind, behind the rows, knows backward alone
+                raise
+        grads: list[Tensor | None] = [None] * len(outputs)
         handles = [output.register_hook(partial(grads.__setitem__, place)) for place, output in enumerate(outputs)]
         try:
             weighted.backward(retain_graph=True)
@@ -221,7 +224,7 @@ class Capture:
 
     @torch.no_grad()
     def _receive(self, site: Site, call: FrozenCall, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-        if not self._active or all(grad is None for grad in grads):
+        if not self._active or self._weighing or all(grad is None for grad in grads):
             return
         if site.layout is None:
             if any(grad is not None and bool(grad.any()) for grad in grads):
@@ -329,7 +332,6 @@ class _Batch:
     picked: list[tuple[Site, Tensor]] = field(default_factory=list)
     weighted: dict[Site, list[Tensor | None]] = field(default_factory=dict)
     exponents: list[Tensor] = field(default_factory=list)
-    reentrant: bool = False
 
 
 def _rows(tensor: Tensor) -> int | None:

@@ -31,7 +31,7 @@ class Seen:
         entered: For each call, the same with its tensors as they are ahead of the hooks on its input.
         versions: For each call, how often its tensors of ``entered`` and its output had been written into.
         was_rewritten: Whether copies have taken the place of an input that the model writes into.
-        returns_input: Whether the module writes into its input and returns it: others may hold it, past any tap.
+        writes_input: Whether the module itself writes into its input: what others hold of it bypasses any tap.
     """
 
     calls: list[tuple[FrozenCall, Any]] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Seen:
     entered: list[FrozenCall] = field(default_factory=list)
     versions: list[tuple[list[int], list[int]]] = field(default_factory=list)
     was_rewritten: bool = False
-    returns_input: bool = False
+    writes_input: bool = False
 
     @property
     def with_gradient(self) -> set[int]:
@@ -172,7 +172,7 @@ class _Observer:
             seen.calls.append((seen.entered[-1], copied(output)))
             return None
         seen.calls.append((frozen_call(module, args, kwargs), _detached(output)))
-        seen.returns_input |= _is_rewritten_input(output, seen.entered[-1].tensors, versions)
+        seen.writes_input |= _versions(seen.entered[-1].tensors) != versions
         seen.versions.append((versions, _versions(_tensors(output))))
 
         def receive(_: Any, grads: tuple[Tensor | None, ...]) -> None:
@@ -286,13 +286,6 @@ def _same_losses(
 def _detached(output: Any) -> Any:
     leaves, spec = tree_flatten(output)
     return tree_unflatten([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
-
-
-def _is_rewritten_input(output: Any, inputs: Sequence[Tensor], before: Sequence[int]) -> bool:
-    if _versions(inputs) == before:
-        return False
-    outputs = {tensor.untyped_storage().data_ptr() for tensor in _tensors(output)}
-    return any(tensor.untyped_storage().data_ptr() in outputs for tensor in inputs)
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -7,6 +7,7 @@ not ask for it would cut off the segments behind, and their parameters would get
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -112,7 +113,9 @@ class Connection:
 
         handles = [module.register_forward_pre_hook(look) for module in self._asked]
         try:
-            yield segments, cut_off
+            with warnings.catch_warnings():  # torch's own word of it: they are connected, or refused
+                warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+                yield segments, cut_off
         finally:
             for handle in handles:
                 handle.remove()

@@ -209,7 +209,7 @@ class _Planner:
         """Sites of the rules that serve some of a module's parameters, if its layout can be told."""
         module = self._modules[path]
         seen = self._seen.get(module)
-        if seen is None or seen.returns_input or path in self._distrusted:
+        if seen is None or seen.writes_input or path in self._distrusted:
             return []
         layout, settled = self._layout(seen)
         picked = layout is Layout.FLATTENED or (layout is Layout.BATCHED and self._are_picked(seen))
@@ -279,8 +279,8 @@ class _Planner:
         """Say why the loop is left, and the way round it where there is one."""
         if path in self._distrusted:
             return f"the rows of {path} are not those of the examples, or their number follows the data"
-        if (seen := self._seen.get(self._modules[path])) is not None and seen.returns_input:
-            return f"{path or 'the model'} writes into its input and returns that, which others may hold"
+        if (seen := self._seen.get(self._modules[path])) is not None and seen.writes_input:
+            return f"{path or 'the model'} writes into its input, which others may hold"
         reason = "no module below the whole model keeps its examples apart"
         around = [self._modules[at] for at in upwards(path) if at]
         of_torch = next((one for one in reversed(around) if isinstance(one, _BATCH_FIRST)), None)
@@ -308,7 +308,7 @@ class _Planner:
         seen = self._seen.get(module)
         if seen is None or len({call for call, example, _, _ in seen.touched if example == 0}) != 1:
             return False
-        if self._are_picked(seen) or seen.returns_input or module in self._checkpointing:
+        if self._are_picked(seen) or seen.writes_input or module in self._checkpointing:
             return False
         shown = [entry for entry in seen.touched if len(entry[3])]
         N = self._num_examples

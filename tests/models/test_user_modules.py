@@ -175,7 +175,7 @@ def test_an_input_that_is_written_into(inside):
             return self.last(y if inside else y.sin() + x.mul_(3.0))
 
     if inside:
-        with pytest.warns(UserWarning, match="shift writes into its input and returns that, which others may hold"):
+        with pytest.warns(UserWarning, match="shift writes into its input, which others may hold"):
             by_path = assert_exact(Block(), 5, 6)
         assert by_path["loop"] == {"shift.shift"}
         assert "loop" not in assert_exact(nn.Sequential(nn.Linear(6, 6), Block()), 5, 6)
@@ -304,7 +304,7 @@ class Checkpointed(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.filterwarnings("error:None of the inputs have requires_grad")
 @pytest.mark.parametrize("estimator", [fk.DiagonalFisher(), fk.DiagonalFisher(unit="batch")], ids=["example", "batch"])
 def test_reentrant_checkpoints_behind_an_embedding_that_is_left_out(estimator):
     """The numbers of training, where the embedding requires a gradient: not zeros."""
