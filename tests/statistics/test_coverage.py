@@ -272,7 +272,7 @@ def test_an_expert_whose_rows_follow_the_data_is_counted_once(kind, by_position,
     ids = [torch.tensor(ROUTED[name]) for name in order.split()]
     labels = [(torch.arange(3, 3 + rows.numel()) % 4).view_as(rows) for rows in ids]  # 3 for no label
     labels = [torch.where(label == 3, -100, label) for label in labels]
-    model, likelihood = Expert(by_position).double(), fk.TokenClassification(reduction="sum")
+    model, likelihood = Expert(by_position).double(), fk.TokenClassification(reduction="sum", class_axis=-1)
     batches = list(zip(ids, labels, strict=True))
     statistics = fk.estimate(model, batches, fk.DiagonalFisher(kind), likelihood=likelihood)
     truth = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
@@ -293,7 +293,7 @@ def test_an_expert_whose_rows_follow_the_data_is_counted_once(kind, by_position,
 def test_rows_in_another_order_are_told_apart_in_16_bits(dtype):
     """As many rows as examples, of which the sixth is the first example's."""
     batches = [(ids, torch.zeros_like(ids)) for ids in (torch.tensor(ROUTED[name]) for name in ("first", "six"))]
-    model, likelihood = Expert(by_position=True).to(dtype), fk.TokenClassification()
+    model, likelihood = Expert(by_position=True).to(dtype), fk.TokenClassification(class_axis=-1)
     low, high = (fk.estimate(model.to(kind), batches, likelihood=likelihood) for kind in (dtype, torch.float64))
     for name in high:
         assert (low[name] - high[name]).abs().max() <= 8 * torch.finfo(dtype).eps * high[name].max(), name
