@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import traceback
@@ -34,6 +35,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             )
     except (typer.Abort, KeyboardInterrupt):
         status = 130
+    except BrokenPipeError:  # whoever read the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        sys.exit(141)
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -105,5 +109,6 @@ def _in_one_line(error: Exception) -> str:
 def _worded(message: str) -> str:
     """Say of options what the library says of its arguments."""
     from fishkern.commands.wording import in_options
+    from fishkern.files import in_brief
 
-    return in_options(message)
+    return in_brief(in_options(message), 10_000)  # what a file or a path dictates is text, and no control of terminals

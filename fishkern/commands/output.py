@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.segment import Segment
 
 from fishkern.files import check_target, files_of
 from fishkern.selection import Selection
 from fishkern.statistics import Statistics
 
 Report = Callable[[int, int | None], None]
+
+_LARGEST_REPORT = 100_000_000  # bytes
 
 
 @dataclass
@@ -57,13 +61,25 @@ class Stopwatch:
             self.ended, _ = self.seconds, self._running.pop(what)
 
 
+class _Paper(Console):
+    """Shows what a file dictates as text alone, and does not end the process where nobody reads any more."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in segment.text)
+            yield segment if segment.control or text == segment.text else segment._replace(text=text)
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Make the console for results; lines are not wrapped, so that paths can be copied.
 
     Returns:
         A console on standard output; where that is no terminal, wide enough for every table.
     """
-    made = Console(highlight=False, soft_wrap=True, markup=False)
+    made = _Paper(highlight=False, soft_wrap=True, markup=False)
     if not made.is_terminal:
         made.width = 160
     return made
@@ -145,6 +161,32 @@ def checked_file(path: str | os.PathLike[str], option: str, name: str) -> Path:
         raise FileNotFoundError(f"the folder {path.parent} does not exist: create it, or choose another {option}.")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path.parent.absolute()} may not be written to: choose another folder with {option}.")
+    return path
+
+
+def checked_report(path: str | os.PathLike[str], option: str, keys: Iterable[str]) -> Path:
+    """Find out before the work whether a report can be written there: over an older one, and nothing else.
+
+    Args:
+        path: Where it shall go.
+        option: Which says so.
+        keys: What a report has.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileExistsError: It holds something else.
+        OSError: As in :func:`checked_file`.
+    """  # noqa: DOC502
+    path = checked_file(path, option, "report.json")
+    if path.is_file() and path.stat().st_size:
+        try:
+            held = json.loads(path.read_bytes()) if path.stat().st_size < _LARGEST_REPORT else None
+        except (ValueError, RecursionError):
+            held = None
+        if not isinstance(held, dict) or not held.keys() >= set(keys):
+            raise FileExistsError(f"{path} holds no report and is not overwritten: choose another name with {option}.")
     return path
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MOST_HELD_OUT = 10_000  # examples that are measured on
 FISHER_SAMPLES = 128
+OWN = ("bottleneck", "prefix", "unipelt")  # adapters that are one file; PEFT's are folders
 BLIND = ("random", "magnitude")  # orders that look at no example
 
 _ADAPTER, _BUDGET, _TRAINING = "Adapter", "Selection", "Training"
@@ -148,6 +149,7 @@ def tune(
     _check_budget(budget)
     kind = adapting.adapter or "lora"
     by_name.check(kind, adapting.size)
+    _check_leftover(out, kind)
     layers = _layers(adapting.layers)
     _check_folder(out)
     settings = {**vars(work), **vars(adapting), **vars(budget), **vars(training), "samples": samples}
@@ -350,6 +352,13 @@ def _check_budget(budget: Budget) -> None:
 def _check_given_adapter(adapting: Adapting, work: Workload) -> None:
     if given := [f"--{name}" for name, value in vars(adapting).items() if value]:
         raise ValueError(f"{work.model} is an adapter, and no other is added: leave out {' and '.join(given)}.")
+
+
+def _check_leftover(out: Path, kind: str) -> None:
+    """Refuse to save beside the adapter of another run, which would be taken for this one's."""
+    other = out / ("adapter" if kind in OWN else "adapter.safetensors")
+    if other.exists():
+        raise FileExistsError(f"{other} is the adapter of another run: choose another --out, or delete it first.")
 
 
 def _check_folder(out: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from fishkern.commands.options import Workload, with_options
-from fishkern.commands.output import checked_file, console, progress, rows_in_words, waiting
+from fishkern.commands.output import checked_report, console, progress, rows_in_words, waiting
 
 if TYPE_CHECKING:
     from fishkern.statistics import Statistics
@@ -43,7 +43,7 @@ def verify(
         raise ValueError(f"--density is a fraction in (0, 1], got {density:g}.")
 
     if json_ not in ("", "-"):
-        checked_file(json_, "--json", "report.json")
+        checked_report(json_, "--json", ("ok", "failures", "compared"))
     given = None if statistics is None else fk.Statistics.load(statistics, lazy=True)
     with waiting("loading libraries"):
         from fishkern.commands.workload import fitting, likelihood_of, predicate, prepare

@@ -116,7 +116,10 @@ def read(source: str, *, name: str | None = None, split: str = "train", first: b
         if reason := unreachable():
             raise FileNotFoundError(f"there is no file or folder {source}, and the hub cannot be asked ({reason}).")
     try:
-        return _rows(source, split, first, seed, datasets.load_dataset(*arguments, **options))
+        rows = _rows(source, split, first, seed, datasets.load_dataset(*arguments, **options))
+        if path.suffix.lower() == ".csv" and len(rows.features) == 1 and ";" in next(iter(rows.features)):
+            raise ValueError("its columns are separated by ';'. Save it with commas, or as .tsv with tabs.")
+        return rows
     except Exception as error:  # each loader raises what its own library raises
         raise ValueError(f"{source} cannot be read: {_innermost(error)}") from error
 

@@ -40,7 +40,7 @@ def draw(summary: Summary, *, title: str = "", quantity: str = "score", unit: st
     figure = _figure(width, map_height + 3.4)
     above, below = figure.subfigures(2, 1, height_ratios=[map_height, 3.4])
     above.suptitle("\n".join(filter(None, [title, f"mean {quantity} of a coordinate{unit}"])), fontsize=10)
-    _map(above, summary, lambda part: part.mean, f"mean{unit}")
+    _map(above, summary, lambda part: part.mean, "mean")
     _distribution(below.subplots(), summary, f"{quantity} of a coordinate{unit}")
     return figure
 

@@ -96,7 +96,7 @@ def comparison_table(one: Parts, other: Parts, shared: Parts) -> Table:
             overlap = f"{part.selected / either:.1%}" if either else "-"
             table.add_row(name, *(f"{count:,}" for count in (*counts, part.selected)), overlap)
         table.add_section()
-    return table
+    return _wide_enough(table)
 
 
 def verification_rows(found: Verification, most: int = 12) -> tuple[Compared, ...]:
@@ -141,6 +141,14 @@ def _by_parts(parts: Parts | Values, headings: Sequence[str], cells: Callable[[A
         for name, part in group.items():
             table.add_row(name, *cells(part))
         table.add_section()
+    return _wide_enough(table)
+
+
+def _wide_enough(table: Table) -> Table:
+    """Keep every figure whole where the terminal is narrow: a line then goes on in the next one."""
+    for column in table.columns[1:]:
+        words = [*str(column.header).split(), *map(str, column.cells)]
+        column.min_width = max(map(len, words))
     return table
 
 

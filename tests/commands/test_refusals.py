@@ -72,6 +72,7 @@ def test_what_is_named_wrongly(capsys, folder, models, rows, model, data, argume
         ("a.parquet", "no parquet", ("cannot be read",)),
         ("a.xlsx", "?", (".parquet", ".csv")),
         ("a.txt", "\n\n\n", ("no row with something to learn from",)),
+        ("a.csv", '\ufefftext;label\r\n"the sea; old";1\r\n', ("separated by ';'", "commas")),
     ],
     ids=str,
 )

@@ -270,3 +270,52 @@ def test_what_cannot_be_selected_is_refused(capsys, saved, tmp_path):
     assert "no.such" in refused(capsys, "select", saved, "--always", "no.such", *out)
     assert "not overwritten" in refused(capsys, "select", saved, "--out", saved)
     assert [path.name for path in tmp_path.iterdir()] == ["fisher.safetensors"]
+
+
+def test_what_a_name_dictates_is_text(capsys, tmp_path):
+    """A file of a stranger's clears no screen."""
+    name = "layers.0.\x1b[2J\x1b]0;title\x07up.weight"
+    provenance = {"definition": {"estimator": "\x1b[31mX"}, "runs": [{"model": "\x1b[2Jbad", "data": "a\nb"}]}
+    statistics = fk.Statistics({name: torch.rand(4)}, count=1, provenance=provenance).save(tmp_path / "s")
+    rule = {"rule": {"name": "\x1b[31mR"}}
+    chosen = fk.Selection({name: (4,)}, {name: torch.tensor([1])}, provenance=rule).save(tmp_path / "c")
+    for path in (statistics, chosen):
+        status, output, error = command(capsys, "show", path)
+        assert (status, error) == (0, "")
+        assert "[2J" in output
+        assert all(character.isprintable() or character == "\n" for character in output)
+    line = refused(capsys, "show", tmp_path / "\x1b[2J.safetensors")
+    assert line.isprintable()
+
+
+def test_figures_stay_whole_on_a_narrow_terminal(capsys, saved, monkeypatch):
+    from rich.console import Console
+
+    from fishkern.report import summarise
+    from fishkern.report.tables import summary_table
+
+    console = Console(width=40, soft_wrap=True, force_terminal=False)
+    summary = summarise(fk.Statistics.load(saved))
+    console.print(summary_table(summary))
+    shown = capsys.readouterr().out
+    for part in summary.layers.values():
+        assert f"{part.coordinates:,}" in shown
+        assert f"{part.mean:.1e}" in shown
+    assert "…" not in shown
+
+
+def test_who_stops_reading_is_no_failure(saved):
+    """1 would say that something does not hold."""
+    import os
+    import subprocess
+    import sys
+
+    from tests.support.command import ROOT
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    path = f"import sys; sys.path.insert(0, {str(ROOT)!r})"
+    code = f"{path}; from fishkern.cli import main; main(['show', {str(saved)!r}])"
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -98,6 +98,14 @@ def test_an_adapter_is_trained_further(capsys, arguments, tuned, shared_data, tm
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize(("kind", "other"), [("lora", "adapter.safetensors"), ("prefix", "adapter")])
+def test_the_adapter_of_another_run_does_not_stay_beside(capsys, arguments, tmp_path, kind, other):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / other).touch()
+    line = refused(capsys, *arguments, "--adapter", kind, "--out", tmp_path / "a")
+    assert line.endswith(f"a/{other} is the adapter of another run: choose another --out, or delete it first.")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

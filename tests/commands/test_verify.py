@@ -113,3 +113,18 @@ def test_a_file_of_an_older_version_holds(capsys, saved, arguments):
     assert "rows = 6, drawn at random with seed 0" in refused(
         capsys, "verify", *arguments, "--statistics", saved, "--seed", 1
     )
+
+
+def test_a_report_replaces_nothing_but_a_report(capsys, tmp_path, models, rows):
+    """Least of all the data, where its name was given twice."""
+    data = tmp_path / "texts.jsonl"
+    data.write_text((rows / "text.jsonl").read_text())
+    before = data.read_bytes()
+    for path in (data, models / "llama" / "config.json"):
+        line = refused(capsys, "verify", models / "llama", "--data", data, "--json", path)
+        assert line == f"fishkern: {path} holds no report and is not overwritten: choose another name with --json."
+    assert data.read_bytes() == before
+    report = tmp_path / "report.json"
+    report.touch()
+    for _ in range(2):
+        assert command(capsys, "verify", models / "llama", "--data", data, "--samples", 2, "--json", report)[0] == 0
