@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fishkern.layers.reentrant import in_segment
+from fishkern.layers.reentrant import segment, stays
 from fishkern.layers.tap import FrozenCall, copied, frozen_call, rows_and_length, tapped
 
 
@@ -69,7 +69,7 @@ class Observation:
     Args:
         seen: Of each module that owns parameters asked for, or is around one, and was called.
         around: For each of these modules, those that were running at every one of its calls, itself included.
-        checkpointing: Modules that run segments under reentrant checkpointing, or lie in one around others.
+        checkpointing: Modules around segments under reentrant checkpointing.
         again: Runs the model once more and keeps copies of what goes into and comes out of some modules.
     """
 
@@ -92,6 +92,16 @@ class Observation:
                 seen.versions = [(_versions(call.tensors), _versions(_tensors(out))) for call, out in seen.calls]
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A call that has not ended: what it got, how often that had been written into, and whether in grad mode."""
+
+    module: nn.Module
+    given: tuple[tuple, dict[str, Any]]
+    versions: list[int]
+    with_grad: bool
+
+
 class _Observer:
     """Hooks that record calls and the rows of their output gradients."""
 
@@ -111,7 +121,7 @@ class _Observer:
         self._modules = dict(model.named_modules())
         self.shared = shared
         self._copying = copying
-        self._running: list[tuple[nn.Module, tuple[tuple, dict[str, Any]], list[int]]] = []
+        self._running: list[_Running] = []
         self._recomputes = False
         self._inputs: dict[nn.Module, tuple[int, int] | None] = {}
         self._anchor = torch.zeros((), requires_grad=True)
@@ -142,23 +152,22 @@ class _Observer:
         self._inputs[module] = rows_and_length((args, kwargs))
         if module in self._paths:
             given = copied((args, kwargs)) if module in self._copying else (args, kwargs)
-            self._running.append((module, given, _versions(_tensors(given))))
+            self._running.append(_Running(module, given, _versions(_tensors(given)), torch.is_grad_enabled()))
 
-    def _ended(self, module: nn.Module) -> tuple[tuple[tuple, dict[str, Any]], list[int]]:
-        """Take a module off those that run, with what it was called with."""
+    def _ended(self, module: nn.Module) -> _Running:
+        """Take a module off those that run."""
         while True:  # what stopped half-way, as the recomputation of a checkpoint does, lies above it
-            ended, given, versions = self._running.pop()
-            if ended is module:
-                return given, versions
+            if (ended := self._running.pop()).module is module:
+                return ended
 
     def _hook(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        running = {one for one, _, _ in self._running}
-        segment = not torch.is_grad_enabled() and in_segment()
-        if not self._recomputes and (segment or torch.is_grad_enabled()):
+        running = {one.module for one in self._running}
+        inside = None if torch.is_grad_enabled() else segment()
+        if not self._recomputes and (inside or torch.is_grad_enabled()):
             self.around[module] = running & self.around.get(module, running)
-        given, versions = self._ended(module)
-        if segment:
-            self.checkpointing |= running - {module}
+        if inside and stays(inside):
+            self.checkpointing |= {one.module for one in self._running if one.with_grad}
+        entered = self._ended(module)
         if not torch.is_grad_enabled() and module not in self._copying:
             return None
         if module in self.shared and isinstance(output, Tensor):
@@ -167,13 +176,13 @@ class _Observer:
         index = len(seen.calls)
         seen.block, length = self._enclosing(self._paths[module])
         seen.lengths.append(length)
-        seen.entered.append(frozen_call(module, *given))
+        seen.entered.append(frozen_call(module, *entered.given))
         if module in self._copying:
             seen.calls.append((seen.entered[-1], copied(output)))
             return None
         seen.calls.append((frozen_call(module, args, kwargs), _detached(output)))
-        seen.writes_input |= _versions(seen.entered[-1].tensors) != versions
-        seen.versions.append((versions, _versions(_tensors(output))))
+        seen.writes_input |= _versions(seen.entered[-1].tensors) != entered.versions
+        seen.versions.append((entered.versions, _versions(_tensors(output))))
 
         def receive(_: Any, grads: tuple[Tensor | None, ...]) -> None:
             for grad in grads:

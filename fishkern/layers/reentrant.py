@@ -10,35 +10,56 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from fishkern import hosts
 from fishkern.layers.base import own_parameters
 from fishkern.layers.unsupported import UnsupportedModuleError
 
 Answer = TypeVar("Answer")
 
 
-def in_segment(*, cut_off: bool = False) -> bool:
-    """Tell whether the caller runs in the forward pass of a reentrantly checkpointed segment.
-
-    Args:
-        cut_off: Ask only for one none of whose inputs requires a gradient.
+def segment() -> FrameType | None:
+    """Find the reentrantly checkpointed segment in whose forward pass the caller runs.
 
     Returns:
-        Whether it does.
+        The frame of the outermost one, when segments are nested: those inside it see no gradient in any case.
     """
     frame, found = sys._getframe(1), None
     while frame is not None:
         if frame.f_code is CheckpointFunction.forward.__code__:
-            found = frame  # the outermost, when segments are nested: the inner ones see no gradient in any case
+            found = frame
         frame = frame.f_back
-    if found is None or not cut_off:
-        return found is not None
+    return found
+
+
+def is_cut_off(found: FrameType) -> bool:
+    """Tell whether no input of a segment requires a gradient.
+
+    Args:
+        found: From :func:`segment`.
+
+    Returns:
+        Whether none does.
+    """
     return not any(isinstance(arg, Tensor) and arg.requires_grad for arg in found.f_locals["args"])
+
+
+def stays(found: FrameType) -> bool:
+    """Tell whether a segment is checkpointed also where a module around it runs once more.
+
+    Args:
+        found: From :func:`segment`.
+
+    Returns:
+        Whether it is: transformers' own layers are not (:meth:`fishkern.layers.base.Call.run`).
+    """
+    return getattr(found.f_locals["run_function"], "__module__", None) != hosts.__name__
 
 
 class Connection:
@@ -106,9 +127,9 @@ class Connection:
         cut_off: list[nn.Module] = []
 
         def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not torch.is_grad_enabled() and in_segment():
+            if not torch.is_grad_enabled() and (found := segment()) is not None:
                 segments.append(module)
-                if in_segment(cut_off=True):
+                if is_cut_off(found):
                     cut_off.append(module)
 
         handles = [module.register_forward_pre_hook(look) for module in self._asked]
