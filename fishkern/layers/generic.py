@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fishkern.layers.base import Call
+from fishkern.layers.quantized import is_wrapped
 from fishkern.layers.tap import floating_places
+from fishkern.layers.unsupported import without_gradient
 
 
 def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -26,6 +28,10 @@ def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mappi
 
     Returns:
         Gradients by name; a parameter that the example does not reach is left out.
+
+    Raises:
+        without_gradient: An :class:`UnsupportedModuleError`: a parameter is of a tensor subclass to which autograd
+            gives no gradient.
     """
     module = dict(call.module.named_parameters())
     with torch.enable_grad():
@@ -45,6 +51,9 @@ def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mappi
             [grad for _, grad in pairs],
             allow_unused=True,
         )
+    for name, grad in zip(parameters, found, strict=True):
+        if grad is None and is_wrapped(parameters[name]):
+            raise without_gradient(names[name], parameters[name])
     return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
 
 

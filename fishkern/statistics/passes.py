@@ -16,8 +16,11 @@ from fishkern.layers import (
     PerExampleGrads,
     Plan,
     UnsupportedModuleError,
+    is_wrapped,
     leave_out,
+    stored_weights,
     survey,
+    without_gradient,
 )
 from fishkern.statistics.accumulators import Accumulators
 from fishkern.statistics.autograd import backward, check_finite, first, only_trainable, take_grad, with_last
@@ -61,6 +64,10 @@ class GradientPass:
         Args:
             batch: The batch.
             examples: Places of its examples in the data.
+
+        Raises:
+            without_gradient: An :class:`UnsupportedModuleError`: a parameter is of a tensor subclass to which autograd
+                gives no gradient.
         """
         with only_trainable(self._parameters.values()):
             for objective, last in with_last(self._estimator.objectives(self._answer(batch), examples)):
@@ -69,6 +76,8 @@ class GradientPass:
                 for key, parameter in self._parameters.items():
                     if (grad := take_grad(parameter)) is not None:
                         self._accumulators.add(key, DenseGrads(grad[None]))
+                    elif is_wrapped(parameter):
+                        raise without_gradient(key, parameter)
 
 
 class PerExamplePass:
@@ -76,8 +85,7 @@ class PerExamplePass:
 
     Args:
         model: In evaluation mode.
-        parameters: What to differentiate by, by canonical name; those that autograd cannot reach (integer weights)
-            included.
+        parameters: What to differentiate by, by canonical name; the stored weights of quantised linears included.
         answer: Runs the model on a batch.
         estimator: The recipe.
         accumulators: Where the squares go.
@@ -104,6 +112,8 @@ class PerExamplePass:
         self._distrusted: set[str] = set()
         self._announced: set[str] = set()
         self.paths: dict[str, tuple[str, str]] = {}
+        stored = stored_weights(model)
+        self._stored = {key for key in parameters.keys() & stored.keys() if not is_wrapped(parameters[key])}
 
     def run(self, batch: Batch, examples: range) -> None:
         """Add one batch.
@@ -121,7 +131,7 @@ class PerExamplePass:
             self._plan = self._make_plan(batch, examples)
             withheld = self._captured(self._plan.only(withheld), batch, examples, add, wanted=withheld)
         if withheld:
-            self._refuse_integers(withheld)
+            self._refuse_stored(withheld)
             self._looped(withheld, batch, examples, add)
             where = f"on examples {examples[0]} to {examples[-1]}, where its rows could not yet be told apart"
             self._note_paths(dict.fromkeys(withheld, ("loop", where)))
@@ -142,7 +152,7 @@ class PerExamplePass:
         keys = {parameter: key for key, parameter in self._parameters.items()}
         with only_trainable(()):
             plan = survey(self._model, keys, losses, self._distrusted)
-        self._refuse_integers(key for key, (path, _) in plan.paths.items() if path != "fused")
+        self._refuse_stored(key for key, (path, _) in plan.paths.items() if path != "fused")
         if self._check:
             plan = self._checked(plan, two, places, place)
         self._announce(plan)
@@ -161,7 +171,7 @@ class PerExamplePass:
             parameters = {
                 key: parameter
                 for key, parameter in self._parameters.items()
-                if parameter.is_floating_point() and key not in withheld and key not in plan.loop
+                if key not in self._stored and key not in withheld and key not in plan.loop
             }
             found = disagreements(parameters, squares.states, objective, two, places, kept=plan.reused)
         finally:
@@ -172,12 +182,11 @@ class PerExamplePass:
         """Keep the slowest path that each parameter has taken."""
         self.paths = slowest_paths([self.paths, paths])
 
-    def _refuse_integers(self, keys: Iterable[str]) -> None:
-        lost = sorted(key for key in keys if not self._parameters[key].is_floating_point())
-        if lost:
+    def _refuse_stored(self, keys: Iterable[str]) -> None:
+        if lost := sorted(self._stored.intersection(keys)):
             raise UnsupportedModuleError(
-                "autograd gives integer weights no gradient, and the rows of these quantised linears cannot be told "
-                f"apart by example: {lost}. {leave_out(lost)}"
+                "autograd gives stored weights no gradient, and these quantised linears do not compute x W^T + b, or "
+                f"their rows cannot be told apart by example: {lost}. {leave_out(lost)}"
             )
 
     def _refuse_positions(self, keys: Iterable[str]) -> None:
@@ -273,5 +282,7 @@ class PerExamplePass:
                     backward(objective.sum(), retain_graph=not last)
                     for key, parameter in parameters.items():
                         grad = take_grad(parameter)
+                        if grad is None and is_wrapped(parameter):
+                            raise without_gradient(key, parameter)
                         if grad is not None and (wanted[key] is None or index in wanted[key]):
                             add(key, DenseGrads(grad[None]))

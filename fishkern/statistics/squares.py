@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fishkern.layers import gradient_kept
 from fishkern.statistics.answering import LossFunction
 from fishkern.statistics.autograd import backward, check_finite, take_grad
 from fishkern.statistics.batches import Batch
@@ -21,6 +22,10 @@ class Squares:
         model: Without running wrappers; changed only inside :meth:`collecting`.
         chosen: The parameters whose gradients are squared, by canonical name.
         likelihood: As for :func:`fishkern.estimate`.
+
+    Attributes:
+        device: Where the model is.
+        arrived: Names of those that a gradient has reached.
     """
 
     def __init__(
@@ -30,6 +35,7 @@ class Squares:
         self._chosen = chosen
         self._likelihood = likelihood
         self._totals: dict[str, Tensor] = {}
+        self.arrived: set[str] = set()
         self.device = next(iter(chosen.values())).device
 
     @contextmanager
@@ -44,6 +50,7 @@ class Squares:
             torch.compiler.set_stance("force_eager"),
             torch.enable_grad(),
             torch.random.fork_rng(devices),
+            gradient_kept(self._model),
         ):
             try:
                 for module in modes:
@@ -66,10 +73,10 @@ class Squares:
     def taken(self) -> dict[str, Tensor]:
         """Take the sums so far; zeros where no gradient arrived."""
         totals, self._totals = self._totals, {}
-        return {
-            name: totals[name] if name in totals else torch.zeros_like(parameter, dtype=_wide(parameter))
-            for name, parameter in self._chosen.items()
-        }
+        for name, parameter in self._chosen.items():
+            if name not in totals:  # zeros_like is more than some tensor subclasses can do
+                totals[name] = torch.zeros(parameter.shape, dtype=_wide(parameter), device=parameter.device)
+        return {name: totals[name] for name in self._chosen}
 
     def add_alone(self, row: Batch, place: int) -> None:
         """Add the squared gradient of one example, by the loss that the model itself returns where it does."""
@@ -98,7 +105,10 @@ class Squares:
         return likelihood(self._model, batch)
 
     def _square(self, name: str, parameter: nn.Parameter) -> None:
-        grad = take_grad(parameter).to(_wide(parameter))
+        if (grad := take_grad(parameter)) is None:
+            return
+        self.arrived.add(name)
+        grad = grad.to(_wide(parameter))
         if name in self._totals:
             self._totals[name].addcmul_(grad, grad)
         else:

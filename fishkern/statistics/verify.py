@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.files import AnyTensor
-from fishkern.names import canonical_name
+from fishkern.layers import has_gradient_dtype, is_wrapped, scored_tensors, stored_weights
 from fishkern.ops.streaming_topk import NaNScoreError, streaming_topk
 from fishkern.statistics.answering import LossFunction
 from fishkern.statistics.batches import Batch, checked_batch, num_examples, take, to_device
@@ -83,9 +83,11 @@ def verify(
         statistics = estimate(model, kept, likelihood=likelihood, parameters=parameters, progress=progress is True)
         estimate_seconds = _clock(model) - start
     _check_kind(statistics, examples)
-    named = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    named = scored_tensors(model)
+    stored = {name for name in stored_weights(model).keys() & named.keys() if not is_wrapped(named[name])}
     wanted = _wanted(named, statistics, parameters)
-    chosen = {name: named[name] for name in wanted if name in statistics and named[name].is_floating_point()}
+    held = [name for name in wanted if name in statistics]
+    chosen = {name: named[name] for name in held if name not in stored and has_gradient_dtype(named[name])}
     if not chosen:
         raise ValueError(f"nothing to verify: the statistics hold no parameter of {type(model).__name__} asked for.")
     for name, parameter in chosen.items():
@@ -104,6 +106,8 @@ def verify(
                 progress(n + 1, examples)
         loop_seconds = _clock(model) - start
         truth = {name: total.div_(examples) for name, total in squares.taken().items()}
+    for name in [name for name in chosen if is_wrapped(named[name]) and name not in squares.arrived]:
+        del chosen[name], truth[name]
     covered = statistics.coverage if isinstance(statistics, Statistics) else {}
     compared = _judged(chosen, statistics, truth, noise, covered)
     coverage: Counter[str] = Counter()
@@ -233,7 +237,7 @@ def _check_kind(statistics: Mapping[str, Tensor], examples: int) -> None:
 
 
 def _wanted(
-    named: Mapping[str, nn.Parameter],
+    named: Mapping[str, Tensor],
     statistics: Mapping[str, Tensor],
     parameters: Predicate | Literal["all"] | None,
 ) -> list[str]:
