@@ -90,12 +90,12 @@ def fish_tuning(
             of the pool scores exactly zero.
         TypeError: ``match`` is no adapter, or another budget or ``seed`` is no number.
         RuntimeError: Under a process group, the ranks have selected different entries.
-        UnsupportedModuleError: The model would not see PEFT's prefix, whatever of it is selected.
+        UnsupportedModuleError: The model is sharded, or would not see PEFT's prefix, whatever of it is selected.
     """  # noqa: DOC502
     if order not in ORDERS:
         raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
     seed = integer(seed, "seed")
-    if reason := hosts.lost_prefix(model):
+    if reason := hosts.sharded(model) or hosts.lost_prefix(model):
         raise UnsupportedModuleError(f"{reason}.")
     heads = tuple(heads)
     parameters = _pool(model, pool)

@@ -34,10 +34,10 @@ def named_groups(parameters: Parameters, selection: Selection) -> list[Group]:
         TypeError: A parameter has no name.
         ValueError: A parameter or a name comes twice.
         UnsupportedModuleError: The model, as it is, does not see PEFT's prefix, so that training it has no effect; or
-            the pool holds a quantised weight.
+            it is sharded, or the pool holds a quantised weight.
     """  # noqa: DOC502
     if isinstance(parameters, nn.Module):
-        if reason := hosts.lost_prefix(parameters):
+        if reason := hosts.sharded(parameters) or hosts.lost_prefix(parameters):
             raise UnsupportedModuleError(f"{reason}.")
         _refuse_stored(key for key in stored_weights(parameters) if key in selection)
         groups = [{"params": _of_model(parameters, selection)}]

@@ -171,7 +171,7 @@ def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) ->
             "estimate takes gradients, which torch.inference_mode() rules out, also for parameters made under it: call "
             "it, and load the model, outside (torch.no_grad() does no harm)."
         )
-    if reason := hosts.lost_prefix(model):
+    if reason := hosts.sharded(model) or hosts.lost_prefix(model):
         raise UnsupportedModuleError(f"{reason}.")
     if reason := hosts.dispatched(model):
         raise UnsupportedModuleError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.files import AnyTensor
-from fishkern.layers import has_gradient_dtype, is_wrapped, scored_tensors, stored_weights
+from fishkern.layers import UnsupportedModuleError, has_gradient_dtype, is_wrapped, scored_tensors, stored_weights
 from fishkern.ops.streaming_topk import NaNScoreError, streaming_topk
 from fishkern.statistics.answering import LossFunction
 from fishkern.statistics.batches import Batch, checked_batch, num_examples, take, to_device
@@ -73,8 +73,10 @@ def verify(
         ValueError: The statistics are of another kind or of other examples, or no parameter can be compared; and as
             :func:`estimate`.
         UnsupportedModuleError: As :func:`estimate`.
-    """  # noqa: DOC502
+    """
     model = hosts.unwrap(model)
+    if reason := hosts.sharded(model):
+        raise UnsupportedModuleError(f"{reason}.")
     kept = _kept(batches, max_examples)
     examples = sum(map(num_examples, kept))
     estimate_seconds = None
