@@ -73,8 +73,7 @@ def stored_weight(module: nn.Module) -> str | None:
         The name of the parameter or buffer in the module; ``None`` when it is no linear (``in_features``,
         ``out_features``), or keeps its weight as an ordinary parameter.
     """
-    sizes = [getattr(module, name, None) for name in ("out_features", "in_features")]
-    if not all(isinstance(size, int) for size in sizes):
+    if (sizes := _sizes(module)) is None:
         return None
     held = {**module._buffers, **module._parameters}  # not getattr, which would run a parametrization
     if (weight := held.get("weight")) is not None:
@@ -84,6 +83,12 @@ def stored_weight(module: nn.Module) -> str | None:
         special = type(weight) is not nn.Parameter and not nn.parameter.is_lazy(weight)
         return "weight" if special and weight.numel() < sizes[0] * sizes[1] else None
     return next((name for name in _STORED_AS if held.get(name) is not None), None)
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Read ``(O, I)`` off a module that says them, as linears do."""
+    sizes = tuple(getattr(module, name, None) for name in ("out_features", "in_features"))
+    return sizes if all(isinstance(size, int) for size in sizes) else None
 
 
 def own_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -194,7 +199,7 @@ class _Guard:
         leaves, spec = tree_flatten(output)
         places = floating_places(leaves)
         if not self._connected:
-            self._demand_gradient(module, tree_flatten((args, kwargs))[0], [leaves[place] for place in places])
+            self._demand_gradient(module, args, kwargs, [leaves[place] for place in places])
             return None
         if any(parameter.requires_grad for parameter in module.parameters()):
             return None  # the graph that was begun here is also theirs
@@ -202,28 +207,49 @@ class _Guard:
             leaves[place] = _detached(leaves[place])
         return tree_unflatten(leaves, spec)
 
-    def _demand_gradient(self, module: nn.Module, arguments: list[Any], outputs: list[Tensor]) -> None:
-        """Once, take the gradient through the module: an output may say that it requires one and yet pass none on."""
-        if self._passes_gradient or not outputs or any(True for child in module.children() if [*child.parameters()]):
-            return
-        inputs = [one for one in arguments if isinstance(one, Tensor) and one.requires_grad]
-        differentiable = [output for output in outputs if output.requires_grad]
-        if differentiable:
-            ones = [torch.ones_like(output) for output in differentiable]
-            grads = torch.autograd.grad(differentiable, inputs, ones, retain_graph=True, allow_unused=True)
-            self._passes_gradient = any(grad is not None for grad in grads)
-        if not self._passes_gradient:
-            raise UnsupportedModuleError(
-                f"{self._path!r} ({type(module).__name__}) cuts the gradient: its input requires one and gets none, so "
-                "that nothing before it can be scored or trained. Linears that quantise their activations have no "
-                "backward pass: quantise the weights alone. bitsandbytes' 4-bit ones lose it on a CPU for good when "
-                "they run in evaluation mode without gradients: load the model again, and estimate before that."
-            )
+    def _demand_gradient(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]
+    ) -> None:
+        if outputs and not self._passes_gradient:
+            self._passes_gradient = any(output.requires_grad for output in outputs)
+            if self._passes_gradient and next(module.children(), None) is None:  # calls of others would be seen
+                self._passes_gradient = _passes_gradient(module, args, kwargs)
+            if not self._passes_gradient:
+                raise UnsupportedModuleError(
+                    f"{self._path!r} ({type(module).__name__}) cuts the gradient: its input requires one and gets "
+                    "none, so that nothing before it can be scored or trained. Linears that quantise their activations "
+                    "have no backward pass: quantise the weights alone. bitsandbytes' 4-bit ones lose it on a CPU for "
+                    "good when they run in evaluation mode without gradients: load the model again, and estimate "
+                    "before that."
+                )
+
+
+def _passes_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Take the gradient through a module: an output may say that it requires one and yet pass none on."""
+    leaves, spec = tree_flatten((args, kwargs))
+    inputs = floating_places(leaves)
+    for place in inputs:
+        leaves[place] = _requiring_grad(leaves[place])
+    args, kwargs = tree_unflatten(leaves, spec)
+    # on a graph of its own, of which activation checkpointing, if it is on, keeps nothing
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        found, _ = tree_flatten(module.forward(*args, **kwargs))
+        outputs = [found[place] for place in floating_places(found) if found[place].requires_grad]
+        if not outputs:
+            return False
+        ones = [torch.ones_like(output) for output in outputs]
+        grads = torch.autograd.grad(outputs, [leaves[place] for place in inputs], ones, allow_unused=True)
+    return any(grad is not None for grad in grads)
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    held = own_parameters(module).values()
-    return stored_weight(module) is not None or any(is_wrapped(one) or not has_gradient_dtype(one) for one in held)
+    """Tell what is guarded: modules with stored values, and linears that keep their weight nobody knows where."""
+    if stored_weight(module) is not None:
+        return True
+    hidden = _sizes(module) is not None and module._parameters.get("weight") is None
+    if hidden and next(module.children(), None) is None:
+        return True
+    return any(is_wrapped(one) or not has_gradient_dtype(one) for one in own_parameters(module).values())
 
 
 def _requiring_grad(tensor: Tensor) -> Tensor:

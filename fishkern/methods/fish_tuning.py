@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fishkern import adapters, hosts
 from fishkern.backend import Backend
-from fishkern.layers import UnsupportedModuleError
-from fishkern.names import canonical_name
+from fishkern.layers import UnsupportedModuleError, stored_weights
+from fishkern.names import canonical_name, listed
 from fishkern.selection import GlobalTopK, Random, Selection, bound_to_start, select
 from fishkern.selection.base import budget, fraction_of
 from fishkern.statistics import DiagonalFisher, Likelihood, Statistics, estimate
@@ -150,6 +150,11 @@ def _digest(selection: Selection) -> str:
 def _pool(model: nn.Module, pool: str) -> dict[str, nn.Parameter]:
     named = {canonical_name(name): parameter for name, parameter in hosts.unwrap(model).named_parameters()}
     if pool == "model":
+        if stored := list(stored_weights(hosts.unwrap(model))):
+            raise UnsupportedModuleError(
+                f"pool='model' trains entries of the weights, and {len(stored)} of them are quantised "
+                f"({listed(stored)}): put an adapter on the model and take pool='adapter'."
+            )
         return named
     if pool != "adapter":
         raise ValueError(f"pool must be 'adapter' or 'model', got {pool!r}.")

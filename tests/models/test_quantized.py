@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import fishkern as fk
 from fishkern.statistics.coverage import Covered
+from tests.support import zoo
 from tests.support.oracle import squares_one_by_one, worst_error
 
 O, I = 6, 6
@@ -281,10 +282,45 @@ class Dynamic(Float8):
             return F.linear(x.round(decimals=2), self.weight.to(x.dtype))
 
 
-def test_a_linear_without_a_backward_pass_is_refused_by_name():
+class Hidden(nn.Module):
+    """The same, with its weight where nothing lists it, as in torch's own quantised linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = I, O
+        self.held = (torch.randint(-9, 9, (O, I)).double(),)
+
+    def forward(self, x):
+        return F.linear(x.detach(), self.held[0])
+
+
+@pytest.mark.parametrize("kind", [Dynamic, Hidden])
+def test_a_linear_without_a_backward_pass_is_refused_by_name(kind):
     for parameters in (None, "all"):
-        with pytest.raises(fk.UnsupportedModuleError, match=r"'2.2' \(Dynamic\) cuts the gradient"):
-            fk.estimate(net(Dynamic), [batch()], likelihood=losses, parameters=parameters)
+        with pytest.raises(fk.UnsupportedModuleError, match=rf"'2.2' \({kind.__name__}\) cuts the gradient"):
+            fk.estimate(net(kind), [batch()], likelihood=losses, parameters=parameters)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("parameters", [None, "all"])
+def test_a_quantised_model_with_activation_checkpointing(parameters, reentrant):
+    model = zoo.llama().model.double()
+    for block in model.model.layers:
+        block.mlp.down_proj = Repacking(24, 40)
+        block.self_attn.k_proj = Repacking(12, 24)
+    batches = [zoo.text_batch()]
+    expected = fk.estimate(model, batches, parameters=parameters)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = fk.estimate(model, batches, parameters=parameters)
+    assert not any(module.packed for module in model.modules() if isinstance(module, Repacking))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+    for module in model.modules():
+        if isinstance(module, Repacking):
+            module.packed = True
+    with pytest.raises(fk.UnsupportedModuleError, match="cuts the gradient"):
+        fk.estimate(model, batches, parameters=parameters)
 
 
 class Squashed(Packed):
@@ -373,3 +409,10 @@ def test_a_masked_optimizer_refuses_a_stored_weight_by_name(kind):
     others = selection.restrict(lambda name: name.startswith("4."))
     model[4].requires_grad_(True)
     fk.MaskedAdamW(model, others, lr=1e-3)
+
+
+@pytest.mark.parametrize("order", ["largest", "magnitude", "random"])
+@pytest.mark.parametrize("kind", [Packed, Subclassed])
+def test_fish_tuning_of_a_whole_quantised_model_is_refused_by_name(kind, order):
+    with pytest.raises(fk.UnsupportedModuleError, match="2 of them are quantised .0.weight, 2.2.weight.*adapter"):
+        fk.fish_tuning(net(kind), [batch()], density=0.1, pool="model", likelihood=losses, order=order)
