@@ -51,8 +51,10 @@ class QuantizedLinear(Linear):
             return names
         O, I = weight_shape(call.module)
         x = call.input
-        fits = isinstance(output, Tensor) and x.is_floating_point() and output.shape == (*x.shape[:-1], O)
-        return names if fits and x.shape[-1] == I and _is_linear(call) else frozenset()
+        if not isinstance(x, Tensor) or not isinstance(output, Tensor) or not x.is_floating_point():
+            return frozenset()
+        fits = x.shape[-1] == I and output.shape == (*x.shape[:-1], O)
+        return names if fits and _is_linear(call) else frozenset()
 
     def reads_input(self, names: frozenset[str]) -> bool:
         return bool(names - {"bias"})

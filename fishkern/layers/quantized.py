@@ -79,9 +79,8 @@ def stored_weight(module: nn.Module) -> str | None:
     if (weight := held.get("weight")) is not None:
         if is_wrapped(weight) or not has_gradient_dtype(weight):
             return "weight"
-        # bytes may be packed into a floating dtype; a plain parameter of another shape is no packed weight
-        special = type(weight) is not nn.Parameter and not nn.parameter.is_lazy(weight)
-        return "weight" if special and weight.numel() < sizes[0] * sizes[1] else None
+        # bitsandbytes packs bytes into a floating dtype, too; fewer entries alone also have, say, blocks of heads
+        return "weight" if hasattr(weight, "quant_state") and weight.numel() < sizes[0] * sizes[1] else None
     return next((name for name in _STORED_AS if held.get(name) is not None), None)
 
 
@@ -131,7 +130,7 @@ def scored_tensors(model: nn.Module) -> dict[str, Tensor]:
         model: Any module.
 
     Returns:
-        Parameters and stored weights by key, in the model's order.
+        Parameters and stored weights by key, in the model's order; those stored as buffers come last.
     """
     keys = {storage: key for key, (storage, _) in stored_weights(model).items()}
     found: dict[str, Tensor] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -90,8 +90,7 @@ def verify(
     wanted = _wanted(named, statistics, parameters)
     held = [name for name in wanted if name in statistics]
     chosen = {name: named[name] for name in held if name not in stored and has_gradient_dtype(named[name])}
-    if not chosen:
-        raise ValueError(f"nothing to verify: the statistics hold no parameter of {type(model).__name__} asked for.")
+    _demand_any(chosen, held, model)
     for name, parameter in chosen.items():
         if statistics[name].shape != parameter.shape:
             raise ValueError(
@@ -110,6 +109,7 @@ def verify(
         truth = {name: total.div_(examples) for name, total in squares.taken().items()}
     for name in [name for name in chosen if is_wrapped(named[name]) and name not in squares.arrived]:
         del chosen[name], truth[name]
+    _demand_any(chosen, held, model)
     covered = statistics.coverage if isinstance(statistics, Statistics) else {}
     compared = _judged(chosen, statistics, truth, noise, covered)
     coverage: Counter[str] = Counter()
@@ -129,6 +129,15 @@ def verify(
         loop_seconds=loop_seconds,
         estimate_seconds=estimate_seconds,
     )
+
+
+def _demand_any(chosen: Mapping[str, Tensor], held: Collection[str], model: nn.Module) -> None:
+    if not chosen:
+        name = type(model).__name__
+        stored = f"of {name} only stored weights, to which no loop has a gradient"
+        raise ValueError(
+            f"nothing to verify: the statistics hold {stored if held else f'no parameter of {name} asked for'}."
+        )
 
 
 def _batch_noise(squares: Squares, batch: Batch, density: float) -> tuple[dict[str, float], float, int]:

@@ -76,7 +76,7 @@ class FloatStorage(Repacking):
     """4-bit values in a 16-bit floating dtype, as bitsandbytes stores them for FSDP."""
 
     class Params(nn.Parameter):
-        pass
+        quant_state = "as bitsandbytes calls what it needs to dequantise"
 
     def __init__(self, *sizes: int) -> None:
         super().__init__(*sizes)
@@ -261,6 +261,8 @@ def test_verify_of_other_storages(kind):
     found = fk.verify(net(kind), [batch()], likelihood=losses, parameters="all")
     assert found.ok, found.failures
     assert found.integers == ("0.weight", "2.2.weight")
+    with pytest.raises(ValueError, match="of Sequential only stored weights, to which no loop has a gradient"):
+        fk.verify(net(kind), [batch()], likelihood=losses, parameters=lambda name, _: name == "0.weight")
 
 
 def test_a_layer_that_has_repacked_itself_is_refused_by_name():
@@ -335,21 +337,33 @@ def test_a_module_that_is_not_linear_is_refused_by_name(check):
 
 
 class Mixing(nn.Module):
-    """A graph convolution: an ordinary weight of another shape than ``[O, I]`` is not a packed one."""
+    """A graph convolution."""
+
+    shape = (I, 4)
 
     def __init__(self) -> None:
         super().__init__()
         self.in_features, self.out_features = I, 4
-        self.weight = nn.Parameter(torch.randn(I, 4, dtype=torch.float64))
+        self.weight = nn.Parameter(torch.randn(self.shape, dtype=torch.float64))
 
     def forward(self, x):
         return x.cumsum(1) @ self.weight
 
 
-def test_an_ordinary_weight_of_another_shape_is_not_a_packed_one():
-    model, batches = nn.Sequential(Mixing(), nn.Linear(4, 3).double()), [batch()]
+class Blocks(Mixing):
+    """Two heads, each with half of the features."""
+
+    shape = (2, 2, I // 2)
+
+    def forward(self, x):
+        return torch.einsum("nthi,hoi->ntho", x.unflatten(-1, (2, -1)), self.weight).flatten(2)
+
+
+@pytest.mark.parametrize("kind", [Mixing, Blocks])
+def test_an_ordinary_weight_of_another_shape_is_not_a_packed_one(kind):
+    model, batches = nn.Sequential(kind(), nn.Linear(4, 3).double()), [batch()]
     statistics = fk.estimate(model, batches, likelihood=losses)
-    assert statistics["0.weight"].shape == (I, 4)
+    assert statistics["0.weight"].shape == kind.shape
     assert worst_error(statistics, squares_one_by_one(model, batches, first))[0] < 1e-6
 
 
