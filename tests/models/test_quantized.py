@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import fishkern as fk
+from fishkern.commands.training import evaluate
 from fishkern.statistics.coverage import Covered
 from tests.support import zoo
 from tests.support.oracle import squares_one_by_one, worst_error
@@ -246,6 +249,16 @@ def test_a_model_that_would_repack_itself_trains_afterwards_as_before(kind, esti
     for name, parameter in model.named_parameters():
         assert (after[name] is not None) == parameter.requires_grad
         assert after[name] is None or torch.equal(after[name], before[name])
+
+
+def test_measuring_a_model_between_epochs_repacks_nothing():
+    model = zoo.llama().model
+    model.model.layers[0].self_attn.k_proj = Repacking(12, 24)  # its input depends on the embedding alone
+    model.model.embed_tokens.requires_grad_(False)
+    encoder = SimpleNamespace(collate=lambda examples: zoo.text_batch(len(examples)))
+    expected = model.train()(**zoo.text_batch(3)).loss.item()
+    assert evaluate(model, encoder, list(range(3)), 3) == {"loss": pytest.approx(expected)}
+    assert not model.model.layers[0].self_attn.k_proj.packed
 
 
 def test_verify_repacks_nothing_and_names_what_no_loop_can_tell():
