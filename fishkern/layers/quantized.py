@@ -171,7 +171,8 @@ class _Guard:
 
     def __init__(self, path: str, module: nn.Module) -> None:
         self._path = path
-        self._connected = False
+        self._is_leaf = next(module.children(), None) is None
+        self._connected = self._requires_grad = False
         self._passes_gradient = False
         self._handles = [
             module.register_forward_pre_hook(self._connect, with_kwargs=True),
@@ -185,7 +186,8 @@ class _Guard:
     def _connect(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         places = floating_places(leaves)
-        self._connected = not any(leaves[place].requires_grad for place in places)
+        self._requires_grad = any(leaves[place].requires_grad for place in places)
+        self._connected = bool(places) and not self._requires_grad
         if not self._connected:
             return None
         for place in places:
@@ -197,11 +199,11 @@ class _Guard:
             return None
         leaves, spec = tree_flatten(output)
         places = floating_places(leaves)
-        if not self._connected:
+        if self._requires_grad:
             self._demand_gradient(module, args, kwargs, [leaves[place] for place in places])
+        # the graph that was begun here is also that of other parameters, and of modules inside, which may be tapped
+        if not self._connected or not self._is_leaf or any(one.requires_grad for one in module.parameters()):
             return None
-        if any(parameter.requires_grad for parameter in module.parameters()):
-            return None  # the graph that was begun here is also theirs
         for place in places:
             leaves[place] = _detached(leaves[place])
         return tree_unflatten(leaves, spec)
@@ -211,7 +213,7 @@ class _Guard:
     ) -> None:
         if outputs and not self._passes_gradient:
             self._passes_gradient = any(output.requires_grad for output in outputs)
-            if self._passes_gradient and next(module.children(), None) is None:  # calls of others would be seen
+            if self._passes_gradient and self._is_leaf:  # other modules would be seen called twice
                 self._passes_gradient = _passes_gradient(module, args, kwargs)
             if not self._passes_gradient:
                 raise UnsupportedModuleError(

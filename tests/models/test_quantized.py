@@ -380,6 +380,20 @@ def test_an_ordinary_weight_of_another_shape_is_not_a_packed_one(kind):
     assert worst_error(statistics, squares_one_by_one(model, batches, first))[0] < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_stored_values_beside_ordinary_modules_cut_nothing(dtype):
+    model, batches = net(Packed), [batch()]
+    model[0] = nn.Linear(I, I).double()
+    expected = fk.estimate(model, batches, likelihood=losses)
+    for holder in (model, model[2]):
+        holder.register_parameter("table", nn.Parameter(torch.ones(3).to(dtype), requires_grad=False))
+    found = fk.estimate(model, batches, likelihood=losses)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name], expected[name])
+        assert found.coverage[name].path == expected.coverage[name].path
+
+
 @pytest.mark.parametrize("kind", [Packed, Subclassed, Float8])
 def test_an_approximation_by_ordinary_autograd_is_refused(kind):
     with pytest.raises(fk.UnsupportedModuleError, match=r"0.weight.*(stored as|autograd gives no gradient)"):
