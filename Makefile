@@ -19,7 +19,7 @@ test: lint ## install what is needed, lint, and run the tests
 	@echo "==> Running the tests"
 	$(BIN)/python -m pytest -n auto
 
-slow: $(VENV)/.dev ## run the tests that take long
+slow: $(VENV)/.quant ## run the tests that take long
 	@echo "==> Running the slow tests"
 	$(BIN)/python -m pytest -m slow -v
 
@@ -50,6 +50,11 @@ $(VENV)/.dev: $(REQUIREMENTS) | $(VENV)/.made
 	@echo "==> Installing fishkern with the tools to test and measure it (some minutes the first time)"
 	$(PIP) -c constraints.txt -e ".[all,bench,dev]"
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.quant: $(REQUIREMENTS) | $(VENV)/.made
+	@echo "==> Installing fishkern with the tools to test it, and the libraries of quantised weights"
+	$(PIP) -c constraints.txt -e ".[all,bench,dev,quant]"
+	@touch $@ $(VENV)/.dev $(VENV)/.demo
 
 $(VENV)/.demo: $(REQUIREMENTS) | $(VENV)/.made
 	@echo "==> Installing fishkern (some minutes the first time)"

@@ -257,6 +257,29 @@ def dispatched(model: nn.Module) -> str | None:
     return None
 
 
+def sharded(model: nn.Module) -> str | None:
+    """Say what shows that processes hold parts of a model's parameters.
+
+    Args:
+        model: A module.
+
+    Returns:
+        The reason and the way out, or ``None`` when every process holds them whole.
+    """
+    whole = "Load the whole model in each process, wrapped in DistributedDataParallel or not at all"
+    for name, module in model.named_modules():
+        if any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule") for base in type(module).__mro__):
+            return f"FSDP shards the parameters of {name or 'the model'!r}. {whole}, and shard it after the estimate"
+    if (size := getattr(base_model(unwrap(model)), "_tp_size", None) or 1) > 1:
+        return f"transformers has split it over {size} processes. {whole}, without tp_plan="
+    for name, parameter in model.named_parameters():
+        if any(base.__name__ == "DTensor" for base in type(parameter).__mro__):
+            return f"{name} is a DTensor, split over processes. {whole}, and split it after the estimate"
+        if hasattr(parameter, "ds_id"):
+            return f"DeepSpeed's ZeRO-3 has partitioned {name}. {whole}, or take ZeRO stage 2"
+    return None
+
+
 def lost_prefix(model: nn.Module, *, training: bool = False) -> str | None:
     """Say why a model would not see the prefix that PEFT hands over as a cache; most of them drop it without a word.
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from fishkern.commands.resuming import Checkpoint
 from fishkern.integrations.examples import Encoder, Example
+from fishkern.layers import gradient_kept
 from fishkern.optim import MaskedOptimizer
 from fishkern.selection.start import named_tensors
 
@@ -160,7 +161,8 @@ def evaluate(
     for start in range(0, len(examples), batch_size):
         batch = encoder.collate(examples[start : start + batch_size])
         batch = {key: value.to(device) for key, value in batch.items()}
-        outputs = model(**batch)
+        with gradient_kept(model):  # no layer repacks itself for inference, since training goes on
+            outputs = model(**batch)
         labels = batch["labels"]
         loss += outputs.loss.item() * len(labels)
         if labels.ndim == 1 and not labels.is_floating_point():

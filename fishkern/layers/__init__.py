@@ -17,12 +17,20 @@ from fishkern.layers.grads import (
 )
 from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear, weight_shape
+from fishkern.layers.quantized import (
+    gradient_kept,
+    has_gradient_dtype,
+    is_stored,
+    is_wrapped,
+    scored_tensors,
+    stored_weights,
+)
 from fishkern.layers.reentrant import Connection
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.strays import Strays
 from fishkern.layers.survey import LAYERS, Plan, survey
-from fishkern.layers.unsupported import UnsupportedModuleError, leave_out
+from fishkern.layers.unsupported import UnsupportedModuleError, leave_out, without_gradient
 
 __all__ = [
     "LAYERS",
@@ -52,9 +60,16 @@ __all__ = [
     "TiedRows",
     "UnsupportedModuleError",
     "as_found",
+    "gradient_kept",
+    "has_gradient_dtype",
+    "is_stored",
+    "is_wrapped",
     "join",
     "leave_out",
     "own_parameters",
+    "scored_tensors",
+    "stored_weights",
     "survey",
     "weight_shape",
+    "without_gradient",
 ]

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fishkern.layers.base import Call
+from fishkern.layers.quantized import is_wrapped
 from fishkern.layers.tap import floating_places
+from fishkern.layers.unsupported import without_gradient
 
 
 def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -26,7 +28,10 @@ def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mappi
 
     Returns:
         Gradients by name; a parameter that the example does not reach is left out.
-    """
+
+    Raises:
+        UnsupportedModuleError: A parameter is of a tensor subclass to which autograd gives no gradient.
+    """  # noqa: DOC502
     # under each of its names: a module may register what belongs to one inside it
     module = dict(call.module.named_parameters(remove_duplicate=False))
     parameters = {name: module[name].detach().requires_grad_() for name in names}
@@ -48,6 +53,9 @@ def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mappi
                 [grad for _, grad in pairs],
                 allow_unused=True,
             )
+        for name, grad in zip(parameters, found, strict=True):
+            if grad is None and is_wrapped(parameters[name]):
+                raise without_gradient(names[name], parameters[name])
         return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
 
     with torch.enable_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 
 from fishkern.layers.base import Call, Layer, is_patched, positions, runs
 from fishkern.layers.grads import OuterProductGrads, PerExampleGrads, PositionGrads
+from fishkern.layers.quantized import stored_weight
 
 
 class Linear(Layer):
     """``y = x W^T + b`` with ``W [O, I]``: ``grad_n W = sum_t output_grads[n, t] (x) activations[n, t]``."""
 
     def covers(self, module: nn.Module) -> frozenset[str]:
-        plain = runs(module, nn.Linear) and module.weight.is_floating_point()
+        plain = runs(module, nn.Linear) and stored_weight(module) is None
         return frozenset({"weight", "bias"}) if plain else frozenset()
 
     def reads_input(self, names: frozenset[str]) -> bool:
@@ -34,13 +36,36 @@ class Linear(Layer):
 
 
 class QuantizedLinear(Linear):
-    """A linear whose weight is stored in integers: the statistic is that of the dequantised weight ``[O, I]``."""
+    """A linear whose weight autograd does not differentiate: the statistic is that of the weight it multiplies by.
+
+    The weight itself is not looked at, so that one rule serves every storage: ``[O, I]`` is the shape that the module
+    says it has, and :meth:`confirms` checks on a real call that it is linear.
+    """
 
     def covers(self, module: nn.Module) -> frozenset[str]:
-        sized = all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
-        weight = getattr(module, "weight", None)
-        integer = isinstance(weight, Tensor) and not weight.is_floating_point()
-        return frozenset({"weight", "bias"}) if sized and integer else frozenset()
+        stored = stored_weight(module)
+        return frozenset() if stored is None else frozenset({stored, "bias"})
+
+    def confirms(self, call: Call, output: Tensor, names: frozenset[str]) -> frozenset[str]:
+        if not names:
+            return names
+        O, I = weight_shape(call.module)
+        x = call.input
+        if not isinstance(x, Tensor) or not isinstance(output, Tensor) or not x.is_floating_point():
+            return frozenset()
+        fits = x.shape[-1] == I and output.shape == (*x.shape[:-1], O)
+        return names if fits and _is_linear(call) else frozenset()
+
+    def reads_input(self, names: frozenset[str]) -> bool:
+        return bool(names - {"bias"})
+
+    def per_example_grads(
+        self, call: Call, output_grads: Tensor, names: frozenset[str]
+    ) -> Iterator[tuple[str, PerExampleGrads]]:
+        stored = stored_weight(call.module)
+        renamed = frozenset("weight" if name == stored else name for name in names)
+        for name, grads in super().per_example_grads(call, output_grads, renamed):
+            yield stored if name == "weight" else name, grads
 
 
 class Conv1D(Layer):
@@ -74,3 +99,28 @@ def weight_shape(module: Any) -> torch.Size:
         ``[O, I]``.
     """
     return torch.Size((module.out_features, module.in_features))
+
+
+@torch.enable_grad()
+def _is_linear(call: Call, scale: float = -8.0, tolerance: float = 0.05) -> bool:
+    """Tell whether a module is ``x W^T + b`` and gives the gradient ``g W``, up to what it rounds of ``x``."""
+    # along x its derivative must be what x adds to b, and a multiple of x must add that multiple of it
+
+    def run(x: Tensor) -> Tensor:
+        args, kwargs = (x, *call.args[1:]), call.kwargs
+        if not call.args:
+            args, kwargs = (), {**kwargs, next(iter(kwargs)): x}
+        return replace(call, args=args, kwargs=kwargs).run()
+
+    x = call.input.detach().requires_grad_()
+    y = run(x)
+    if not y.requires_grad:
+        return False
+    b = run(torch.zeros_like(x)).detach()
+    product = (y - b).detach()
+    (grad,) = torch.autograd.grad(y, x, product)
+    product, scaled = product.double(), (run(scale * x).detach() - b).double()
+    squared = product.square().sum()
+    along = (grad.double() * x.detach().double()).sum()
+    gap = (scaled - scale * product).norm()
+    return bool((along - squared).abs() <= tolerance * squared and gap <= tolerance * (scale * product).norm())

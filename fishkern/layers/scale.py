@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fishkern.layers.base import Call, Layer, own_parameters, positions
 from fishkern.layers.grads import PerExampleGrads, PositionGrads, wide
+from fishkern.layers.quantized import has_gradient_dtype
 
 
 class Scale(Layer):
@@ -26,7 +28,7 @@ class Scale(Layer):
         return frozenset(
             name
             for name, parameter in own_parameters(module).items()
-            if parameter.is_floating_point() and parameter.numel() == max(parameter.shape, default=0)
+            if has_gradient_dtype(parameter) and parameter.numel() == max(parameter.shape, default=0)
         )
 
     def confirms(self, call: Call, output: Tensor, names: frozenset[str]) -> frozenset[str]:
@@ -77,7 +79,10 @@ class OnePlusFactor(Scale):
 def _derivative(call: Call, name: str, direction: Tensor) -> Tensor:
     """Forward-mode derivative of the output along ``direction`` in one parameter."""
     parameter = own_parameters(call.module)[name].detach()
-    return torch.func.jvp(lambda value: call.run({name: value}), (parameter,), (direction,))[1]
+    with forward_ad.dual_level():  # inside torch.func.jvp no tensor could be made to require a gradient
+        output = call.run({name: forward_ad.make_dual(parameter, direction)})
+        tangent = forward_ad.unpack_dual(output).tangent
+    return torch.zeros_like(output) if tangent is None else tangent
 
 
 def _equal(actual: Tensor, expected: Tensor) -> bool:

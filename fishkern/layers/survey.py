@@ -16,13 +16,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fishkern.layers.base import Call, Layer, own_parameters
+from fishkern.layers.base import Call, Layer
 from fishkern.layers.convolution import Convolution
 from fishkern.layers.embedding import Embedding
 from fishkern.layers.generic import has_example_axis, same_rows_alone, tensors_of
 from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear
 from fishkern.layers.observe import Observation, Seen, observe, upwards
+from fishkern.layers.quantized import own_weights
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.tap import FrozenCall, leading_shape
@@ -87,7 +88,7 @@ class Plan:
 
 def survey(
     model: nn.Module,
-    keys: Mapping[nn.Parameter, str],
+    keys: Mapping[Tensor, str],
     losses: Callable[[], Tensor],
     distrusted: Collection[str] = (),
     answered: Callable[[Callable[[], Any]], Any] = lambda run: run(),
@@ -97,7 +98,7 @@ def survey(
 
     Args:
         model: In evaluation mode, its weights frozen; left without hooks.
-        keys: Canonical name of each parameter asked for.
+        keys: Canonical name of each parameter or stored weight asked for.
         losses: Runs the model on two examples, or one, and returns their losses; called once or more times.
         distrusted: Paths of modules whose rows have been seen to follow the data.
         answered: Runs a run of the model (:meth:`fishkern.layers.reentrant.Connection.answered`).
@@ -110,7 +111,7 @@ def survey(
     keys = {parameter: key for parameter, key in keys.items() if key not in hooked}
     owners: dict[str, dict[str, str]] = {}
     for path, module in model.named_modules():
-        asked = {name: keys[parameter] for name, parameter in own_parameters(module).items() if parameter in keys}
+        asked = {name: keys[tensor] for name, tensor in own_weights(module).items() if tensor in keys}
         if asked and not isinstance(module, nn.ParameterDict | nn.ParameterList):
             owners[path] = asked
     observation = observe(model, owners, losses, answered, num_examples)

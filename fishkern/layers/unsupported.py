@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import Tensor
+
 
 class UnsupportedModuleError(RuntimeError):
     """A module's per-example gradients cannot be had exactly; the message names it and the way to leave it out."""
@@ -23,4 +25,20 @@ def leave_out(keys: Iterable[str]) -> str:
     return (
         f"Leave {shown} out with parameters=lambda name, parameter: ..., or take fishkern.SketchedFisher, "
         "which needs to know no layer."
+    )
+
+
+def without_gradient(key: str, parameter: Tensor) -> UnsupportedModuleError:
+    """Make the error for a parameter that takes a path of ordinary autograd, which gives it no gradient.
+
+    Args:
+        key: Its canonical name.
+        parameter: The parameter, a tensor subclass.
+
+    Returns:
+        The error.
+    """
+    return UnsupportedModuleError(
+        f"{key} is a {type(parameter).__name__}, to which autograd gives no gradient, and no rule of a layer serves it "
+        f"here. {leave_out([key])}"
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fishkern import adapters, hosts
 from fishkern.backend import Backend
-from fishkern.layers import UnsupportedModuleError
+from fishkern.layers import UnsupportedModuleError, stored_weights
 from fishkern.names import listed, without_wrappers
 from fishkern.selection import GlobalTopK, Random, Selection, bound_to_start, select
 from fishkern.selection.base import budget, fraction_of
@@ -92,12 +92,12 @@ def fish_tuning(
             the adapter scores exactly zero, or fewer entries of a whole model than ``k`` score anything.
         TypeError: ``match`` is no adapter, or another budget or ``seed`` is no number.
         RuntimeError: Under a process group, the ranks have selected different entries.
-        UnsupportedModuleError: The model would not see PEFT's prefix, whatever of it is selected.
+        UnsupportedModuleError: The model is sharded, or would not see PEFT's prefix, whatever of it is selected.
     """  # noqa: DOC502
     if order not in ORDERS:
         raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
     seed = integer(seed, "seed")
-    if reason := hosts.lost_prefix(model):
+    if reason := hosts.sharded(model) or hosts.lost_prefix(model):
         raise UnsupportedModuleError(f"{reason}.")
     heads = tuple(heads)
     parameters = _pool(model, pool)
@@ -154,6 +154,11 @@ def _digest(selection: Selection) -> str:
 def _pool(model: nn.Module, pool: str) -> dict[str, nn.Parameter]:
     named = hosts.named_parameters(model)
     if pool == "model":
+        if stored := list(stored_weights(hosts.unwrap(model))):
+            raise UnsupportedModuleError(
+                f"pool='model' trains entries of the weights, and {len(stored)} of them are quantised "
+                f"({listed(stored)}): put an adapter on the model and take pool='adapter'."
+            )
         return named
     if pool != "adapter":
         raise ValueError(f"pool must be 'adapter' or 'model', got {pool!r}.")

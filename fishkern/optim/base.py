@@ -69,7 +69,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         TypeError: A parameter has no name.
         ValueError: Selection and parameters do not fit, a trainable parameter is outside the pool, a selected one is
             frozen, nothing would move, or an option is out of range.
-        UnsupportedModuleError: A model is given that, as it is, does not see PEFT's prefix.
+        UnsupportedModuleError: A model is given that, as it is, does not see PEFT's prefix, or is sharded; or the
+            selection's pool holds a quantised weight.
     """
 
     grad_norm: Tensor | None

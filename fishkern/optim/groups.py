@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.layers import UnsupportedModuleError
+from fishkern.layers import UnsupportedModuleError, is_stored, stored_weights
 from fishkern.names import fitted, listed
 from fishkern.selection import Selection
 
@@ -33,11 +33,13 @@ def named_groups(parameters: Parameters, selection: Selection) -> list[Group]:
     Raises:
         TypeError: A parameter has no name.
         ValueError: A parameter or a name comes twice.
-        UnsupportedModuleError: The model, as it is, does not see PEFT's prefix, so that training it has no effect.
+        UnsupportedModuleError: The model, as it is, does not see PEFT's prefix, so that training it has no effect; or
+            it is sharded, or the pool holds a quantised weight.
     """  # noqa: DOC502
     if isinstance(parameters, nn.Module):
-        if reason := hosts.lost_prefix(parameters):
+        if reason := hosts.sharded(parameters) or hosts.lost_prefix(parameters):
             raise UnsupportedModuleError(f"{reason}.")
+        _refuse_stored(key for key in stored_weights(hosts.unwrap(parameters)) if key in selection)
         groups = [{"params": _of_model(parameters, selection)}]
     else:
         groups = list(parameters)
@@ -46,6 +48,7 @@ def named_groups(parameters: Parameters, selection: Selection) -> list[Group]:
     groups = [{**group, "params": list(_named(group["params"]))} for group in groups]
     read = iter(fitted([name for name, _ in all_named(groups)], selection))
     groups = [{**group, "params": [(next(read), parameter) for _, parameter in group["params"]]} for group in groups]
+    _refuse_stored(name for name, parameter in all_named(groups) if name in selection and is_stored(parameter))
     names: dict[Tensor, str] = {}
     for name, parameter in all_named(groups):
         if parameter in names:
@@ -108,6 +111,15 @@ def settle(groups: Sequence[Group], selection: Selection, outside: Outside) -> l
             raise ValueError(f"{name} is sharded over processes (a DTensor), which masked optimizers do not support.")
     kept = {name for name, _ in trained} | {name for name, _ in all_named(groups) if name in selection}
     return [{**group, "params": [(n, p) for n, p in group["params"] if n in kept]} for group in groups]
+
+
+def _refuse_stored(names: Iterable[str]) -> None:
+    if names := list(names):
+        raise UnsupportedModuleError(
+            f"{len(names)} weights of the selection's pool are quantised and stored in another form ({listed(names)}), "
+            "whose entries no optimizer can move: estimate without them (parameters=), or take the others with "
+            "selection.restrict(...)."
+        )
 
 
 def _of_model(model: nn.Module, selection: Selection) -> list[Named]:

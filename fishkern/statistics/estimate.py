@@ -13,9 +13,17 @@ from torch import Tensor, nn
 from fishkern import backend as backends
 from fishkern import hosts
 from fishkern.backend import Backend
-from fishkern.layers import Connection, UnsupportedModuleError, as_found, own_parameters, weight_shape
-from fishkern.layers.linear import QuantizedLinear
-from fishkern.names import without_wrappers
+from fishkern.layers import (
+    Connection,
+    UnsupportedModuleError,
+    as_found,
+    gradient_kept,
+    has_gradient_dtype,
+    is_wrapped,
+    scored_tensors,
+    stored_weights,
+    weight_shape,
+)
 from fishkern.statistics.accumulators import Accumulators
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.base import Estimator
@@ -75,7 +83,9 @@ def estimate(
             function ``(model, batch) -> losses [N]``, which gives the empirical Fisher only; as :class:`Drawn` where
             it draws random numbers.
         parameters: ``None``: every parameter with ``requires_grad``. ``"all"``: every parameter, also those stored as
-            integers by a quantised linear. Patterns of canonical names. Or a predicate of canonical name and parameter.
+            integers, float8 or in packed form by a quantised linear, whose key is ``<module>.weight`` and whose shape
+            is ``[O, I]``. Patterns of canonical names. Or a predicate of canonical name and parameter (for such a
+            weight: the tensor that stores it).
         max_examples: Stop after so many examples, of all ranks together.
         accumulate_on: Device of the accumulators; ``None`` for each parameter's own.
         check: Whether to run the comparison with ordinary autograd; a parameter used past its module's call is found
@@ -100,12 +110,13 @@ def estimate(
     model = hosts.unwrap(model)
     _refuse(model, estimator, max_examples)
     chosen = _chosen(model, parameters)
-    _refuse_integers(model, chosen, estimator)
-    shapes = {key: _shape(model, key, parameter) for key, parameter in chosen.items()}
+    stored = {key: weight_shape(module) for key, (_, module) in stored_weights(model).items()}
+    _refuse_without_gradient(stored, chosen, estimator)
+    shapes = {key: stored.get(key, parameter.shape) for key, parameter in chosen.items()}
     accumulators = Accumulators(
         shapes,
         {key: torch.device(accumulate_on or parameter.device) for key, parameter in chosen.items()},
-        {key: torch.promote_types(_real(parameter), torch.float32) for key, parameter in chosen.items()},
+        {key: torch.promote_types(_gradient_dtype(parameter), torch.float32) for key, parameter in chosen.items()},
         estimator,
         backends.current() if backend is None else backend,
     )
@@ -212,7 +223,7 @@ def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) ->
             "estimate takes gradients, which torch.inference_mode() rules out, also for parameters made under it: call "
             "it, and load the model, outside (torch.no_grad() does no harm)."
         )
-    if reason := hosts.lost_prefix(model):
+    if reason := hosts.sharded(model) or hosts.lost_prefix(model):
         raise UnsupportedModuleError(f"{reason}.")
     if reason := hosts.dispatched(model):
         raise UnsupportedModuleError(
@@ -229,8 +240,8 @@ def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) ->
             )
 
 
-def _chosen(model: nn.Module, which: Wanted) -> dict[str, nn.Parameter]:
-    named = hosts.named_parameters(model)
+def _chosen(model: nn.Module, which: Wanted) -> dict[str, Tensor]:
+    named = scored_tensors(model)
     chosen = {name: named[name] for name in chosen_names(named, which)}
     if not chosen:
         why = "none of them requires a gradient" if which is None else "the predicate took none of them"
@@ -241,45 +252,50 @@ def _chosen(model: nn.Module, which: Wanted) -> dict[str, nn.Parameter]:
     return chosen
 
 
-def _refuse_integers(model: nn.Module, chosen: Mapping[str, nn.Parameter], estimator: Estimator) -> None:
-    """Integer parameters are served where a quantised linear owns them and gradients are captured, nowhere else."""
-    integers = {key for key, parameter in chosen.items() if not parameter.is_floating_point()}
-    if integers and estimator.per_example:  # asking a parametrized module for its weight runs the parametrization
-        for path, module in model.named_modules():
-            if "weight" in QuantizedLinear().covers(module):
-                integers.discard(without_wrappers(f"{path}.weight".removeprefix(".")))
-    if integers:
+def _refuse_without_gradient(
+    stored: Mapping[str, torch.Size], chosen: Mapping[str, Tensor], estimator: Estimator
+) -> None:
+    """Refuse what autograd does not differentiate, except in a quantised linear whose gradients are captured."""
+    without = {
+        key: parameter
+        for key, parameter in chosen.items()
+        if not has_gradient_dtype(parameter) or (key in stored and not is_wrapped(parameter))
+    }
+    if numbers := sorted(key for key, parameter in without.items() if parameter.is_complex()):
         raise UnsupportedModuleError(
-            f"{sorted(integers)} are not floating point, so autograd gives them no gradient; only DiagonalFisher with "
+            f"{numbers} are complex, and a Fisher of complex parameters is not defined here: leave them out with "
+            "parameters=, or hold real and imaginary part as two real parameters."
+        )
+    if lost := sorted(key for key in without if not estimator.per_example or key not in stored):
+        dtypes = sorted({str(without[key].dtype).removeprefix("torch.") for key in lost})
+        raise UnsupportedModuleError(
+            f"{lost} are stored as {', '.join(dtypes)}, so autograd gives them no gradient; only DiagonalFisher with "
             "unit='example' or 'position' serves such a weight, where it belongs to a quantised linear (a module with "
-            "in_features, out_features and an integer weight). Leave them out with parameters=."
+            "in_features, out_features and one stored weight). Leave them out with parameters=."
         )
 
 
-def _real(parameter: nn.Parameter) -> torch.dtype:
-    """Name the dtype of a parameter's gradient; that of an integer weight is taken for float32."""
-    return parameter.dtype if parameter.is_floating_point() else torch.float32
-
-
-def _shape(model: nn.Module, key: str, parameter: nn.Parameter) -> torch.Size:
-    if parameter.is_floating_point():
-        return parameter.shape
-    owner = next(m for m in model.modules() if any(p is parameter for p in own_parameters(m).values()))
-    return weight_shape(owner)
+def _gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """Name the dtype of a parameter's gradient; that of a stored weight is taken for float32."""
+    return parameter.dtype if has_gradient_dtype(parameter) else torch.float32
 
 
 def _coverage(
     model: nn.Module,
-    chosen: Mapping[str, nn.Parameter],
+    chosen: Mapping[str, Tensor],
     paths: Mapping[str, tuple[str, str]],
     which: Wanted,
 ) -> dict[str, Covered]:
     by_whose_word = "requires_grad is False" if which is None else "the parameters argument"
+    stored = stored_weights(model)
     coverage = {}
-    for key, parameter in hosts.named_parameters(model).items():
+    for key, parameter in scored_tensors(model).items():
         path, reason = paths[key] if key in chosen else ("left out", by_whose_word)
-        numel = _shape(model, key, parameter).numel() if key in chosen else parameter.numel()
+        storage, module = stored.get(key, (key, None))
+        numel = parameter.numel() if module is None else weight_shape(module).numel()
         coverage[key] = Covered(path, numel, reason)
+        if storage != key:
+            coverage[storage] = Covered("left out", 0, f"stored for {key}")
     return coverage
 
 
@@ -289,6 +305,7 @@ def _as_found(model: nn.Module) -> Iterator[Callable[[], None]]:
     with ExitStack() as stack:
         stack.enter_context(hosts.evaluation_mode(model))
         stack.enter_context(hosts.connected_inputs(model))
+        stack.enter_context(gradient_kept(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.enable_grad())
         yield stack.enter_context(as_found(model))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fishkern import hosts
-from fishkern.layers import Connection, DenseGrads, as_found
+from fishkern.layers import Connection, DenseGrads, as_found, gradient_kept
 from fishkern.statistics.accumulators import Accumulators
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.autograd import backward, check_finite, take_grad, with_last
@@ -37,6 +37,7 @@ class Loop:
     Attributes:
         estimator: The recipe.
         device: Where the model runs.
+        arrived: Names of the parameters that a gradient has reached.
         dtypes: Floating dtypes that the model's modules have returned so far: under autocast not those of its weights.
     """
 
@@ -57,6 +58,7 @@ class Loop:
         self._totals: Accumulators | None = None
         self.device = next(iter(chosen.values())).device
         self.dtypes: set[torch.dtype] = set()
+        self.arrived: set[str] = set()
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -70,6 +72,7 @@ class Loop:
             torch.enable_grad(),
             torch.random.fork_rng(devices),
             as_found(self._model) as self._restore,
+            gradient_kept(self._model),
             Connection(self._model, self._chosen.values()) as self._connection,
         ):
             try:
@@ -151,6 +154,7 @@ class Loop:
     def _add(self, name: str, parameter: nn.Parameter) -> None:
         grad = take_grad(parameter)
         if grad is not None:  # torch comes here also for a gradient that a backward of the user's left undefined
+            self.arrived.add(name)
             self._accumulators().add(name, DenseGrads(grad[None]))
 
     def _note_dtypes(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -18,8 +18,11 @@ from fishkern.layers import (
     Plan,
     Strays,
     UnsupportedModuleError,
+    is_wrapped,
     leave_out,
+    stored_weights,
     survey,
+    without_gradient,
 )
 from fishkern.statistics.accumulators import Accumulators
 from fishkern.statistics.autograd import backward, check_finite, first, only_trainable, take_grad, with_last
@@ -74,6 +77,9 @@ class GradientPass:
 
         Args:
             batch: The batch.
+
+        Raises:
+            UnsupportedModuleError: A parameter is of a tensor subclass to which autograd gives no gradient.
         """
         with only_trainable(self._parameters.values()):
             if self._independence is not None and self._independence.pending and batch.num_examples > 1:
@@ -88,6 +94,8 @@ class GradientPass:
                 for key, parameter in self._parameters.items():
                     if (grad := take_grad(parameter)) is not None:
                         self._accumulators.add(key, DenseGrads(grad[None]))
+                    elif is_wrapped(parameter):
+                        raise without_gradient(key, parameter)
 
 
 class PerExamplePass:
@@ -95,8 +103,7 @@ class PerExamplePass:
 
     Args:
         model: In evaluation mode.
-        parameters: What to differentiate by, by canonical name; those that autograd cannot reach (integer weights)
-            included.
+        parameters: What to differentiate by, by canonical name; the stored weights of quantised linears included.
         answer: Runs the model on a batch.
         estimator: The recipe.
         accumulators: Where the squares go.
@@ -135,6 +142,8 @@ class PerExamplePass:
         self._announced: set[str] = set()
         self.paths: dict[str, tuple[str, str]] = {}
         self.connected = False
+        stored = stored_weights(model)
+        self._stored = {key for key in parameters.keys() & stored.keys() if not is_wrapped(parameters[key])}
 
     def run(self, batch: Examples) -> None:
         """Add one batch.
@@ -151,7 +160,7 @@ class PerExamplePass:
             plan = self._plan_for(batch)
             withheld = self._captured(plan.only(withheld), batch, add, wanted=withheld)
         if withheld:
-            self._refuse_integers(withheld)
+            self._refuse_stored(withheld)
             self._looped(withheld, batch, add)
             where = f"on examples {batch.places[0]} to {batch.places[-1]}, where its rows could not yet be told apart"
             self._note_paths(dict.fromkeys(withheld, ("loop", where)))
@@ -181,10 +190,10 @@ class PerExamplePass:
 
         keys = {parameter: key for key, parameter in self._parameters.items()}
         plan = survey(self._model, keys, losses, self._distrusted, self._connection.answered, few.num_examples)
-        self._refuse_integers(key for key, (path, _) in plan.paths.items() if path != "fused")
+        self._refuse_stored(key for key, (path, _) in plan.paths.items() if path != "fused")
         found = self._disagreements(plan, few, place) if self._check else {}
         if compared:
-            with only_trainable(self._floating().values()):
+            with only_trainable(self._reached().values()):
                 self._independence.settle(few)
         plan = plan.with_loop({**found, **self._strayed})
         self._announce(plan)
@@ -205,19 +214,20 @@ class PerExamplePass:
             withheld = self._captured(plan, few, squares.add_squares, only_first=True)
             parameters = {
                 key: parameter
-                for key, parameter in self._floating().items()
+                for key, parameter in self._reached().items()
                 if key not in withheld and key not in plan.loop
             }
             return disagreements(parameters, squares.states, objective, few, kept=plan.reused)
         finally:
             squares.zero_()
 
-    def _floating(self) -> dict[str, nn.Parameter]:
-        return {key: parameter for key, parameter in self._parameters.items() if parameter.is_floating_point()}
+    def _reached(self) -> dict[str, nn.Parameter]:
+        """List what autograd reaches: all but the stored weights of quantised linears."""
+        return {key: parameter for key, parameter in self._parameters.items() if key not in self._stored}
 
     def _note_strays(self, strays: Mapping[str, str]) -> None:
         """Send parameters whose module is called from outside of its host through the loop, from this batch on."""
-        self._refuse_integers(strays)
+        self._refuse_stored(strays)
         self._strayed |= strays
         self._plans = {lone: plan.with_loop(strays) for lone, plan in self._plans.items()}
         self._announce(Plan((), strays))
@@ -226,12 +236,11 @@ class PerExamplePass:
         """Keep the slowest path that each parameter has taken."""
         self.paths = slowest_paths([self.paths, paths])
 
-    def _refuse_integers(self, keys: Iterable[str]) -> None:
-        lost = sorted(key for key in keys if not self._parameters[key].is_floating_point())
-        if lost:
+    def _refuse_stored(self, keys: Iterable[str]) -> None:
+        if lost := sorted(self._stored.intersection(keys)):
             raise UnsupportedModuleError(
-                "autograd gives integer weights no gradient, and the rows of these quantised linears cannot be told "
-                f"apart by example: {lost}. {leave_out(lost)}"
+                "autograd gives stored weights no gradient, and these quantised linears do not compute x W^T + b, or "
+                f"their rows cannot be told apart by example: {lost}. {leave_out(lost)}"
             )
 
     def _refuse_positions(self, keys: Iterable[str]) -> None:
@@ -329,5 +338,7 @@ class PerExamplePass:
                     backward(objective.sum(), retain_graph=not last)
                     for key, parameter in parameters.items():
                         grad = take_grad(parameter)
+                        if grad is None and is_wrapped(parameter):
+                            raise without_gradient(key, parameter)
                         if grad is not None and (wanted[key] is None or index in wanted[key]):
                             add(key, DenseGrads(grad[None]))

@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from fishkern.layers import UnsupportedModuleError, is_wrapped, leave_out
+from fishkern.names import listed
 from fishkern.statistics.autograd import backward, only_trainable, take_grad, with_last
 from fishkern.statistics.batches import Examples
 
@@ -36,13 +38,18 @@ def disagreements(
 
     Returns:
         The reason in words, for each parameter that disagrees.
-    """
+
+    Raises:
+        UnsupportedModuleError: Autograd gives a parameter no gradient, and the capture does.
+    """  # noqa: DOC502
     scales = dict.fromkeys(parameters, 0.0)
+    arrived: set[str] = set()
 
     def compare(key: str) -> None:
         grad = take_grad(parameters[key])
         if grad is None:
             return
+        arrived.add(key)
         squares = grad.to(states[key].dtype).square()
         scales[key] += squares.max().item() if squares.numel() else 0.0
         states[key].sub_(squares.to(states[key].device))
@@ -68,7 +75,18 @@ def disagreements(
         finally:
             for handle in handles:
                 handle.remove()
-    return _judged(parameters, states, scales)
+    _refuse_without_gradient({key: parameters[key] for key in parameters.keys() - arrived}, states)
+    return _judged({key: parameters[key] for key in parameters if key in arrived}, states, scales)
+
+
+def _refuse_without_gradient(parameters: Mapping[str, nn.Parameter], states: Mapping[str, Tensor]) -> None:
+    """Refuse what only the capture sees; but a weight in a tensor subclass keeps its capture, for there is no other."""
+    cut = sorted(key for key, one in parameters.items() if not is_wrapped(one) and bool(states[key].any()))
+    if cut:
+        raise UnsupportedModuleError(
+            f"a gradient arrives at the modules of {listed(cut)}, and ordinary autograd gives none to the parameters: "
+            f"the modules compute without gradients, or detach them. {leave_out(cut)}"
+        )
 
 
 def _judged(

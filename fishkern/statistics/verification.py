@@ -45,7 +45,8 @@ class Verification:
     Attributes:
         compared: Every parameter that was compared, in the model's order.
         missing: Parameters asked for that the statistics do not hold.
-        integers: Parameters that the statistics hold and no loop can: autograd gives an integer weight no gradient.
+        integers: Stored weights (integers, float8, packed, in a tensor subclass) that the statistics hold and no loop
+            can: autograd gives them no gradient.
         coverage: Coordinates of the model by the path that computed them, those left out included.
         size: Coordinates of the model.
         examples: How many examples the loop ran over.
@@ -151,7 +152,7 @@ class Verification:
         """What was found, in a few lines."""
         lines = [f"{len(self.compared)} parameters compared with a loop over {self.examples} examples"]
         if self.integers:
-            lines.append(f"{len(self.integers)} integer weights not compared: autograd gives them no gradient")
+            lines.append(f"{len(self.integers)} stored weights not compared: autograd gives them no gradient")
         if self.coverage:
             paths = ", ".join(f"{path} {numel:,}" for path, numel in self.coverage.items())
             lines.append(f"coverage: {paths} of {self.size:,} coordinates")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
+from fishkern.layers import UnsupportedModuleError, is_wrapped, scored_tensors, stored_weights
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples, Reader, Shared
 from fishkern.statistics.choosing import Wanted, chosen_names
@@ -82,6 +83,8 @@ def verify(
         UnsupportedModuleError: As :func:`estimate`.
     """  # noqa: DOC502
     model = hosts.unwrap(model)
+    if reason := hosts.sharded(model):
+        raise UnsupportedModuleError(f"{reason}.")
     estimator = DiagonalFisher() if estimator is None else estimator
     check_recipe(estimator)
     likelihood = checked_likelihood(likelihood)
@@ -102,11 +105,12 @@ def verify(
         estimate_seconds = _clock(model) - start
     elif isinstance(statistics, Statistics):
         check_kind(statistics, estimator, examples)
-    named = hosts.named_parameters(model)
+    named = scored_tensors(model)
+    stored = {name for name in stored_weights(model).keys() & named.keys() if not is_wrapped(named[name])}
     wanted = _wanted(named, statistics, parameters)
-    chosen = {name: named[name] for name in wanted if name in statistics and named[name].dtype in ROUNDING}
-    if not chosen:
-        raise ValueError(f"nothing to verify: the statistics hold no parameter of {type(model).__name__} asked for.")
+    held = [name for name in wanted if name in statistics]
+    chosen = {name: named[name] for name in held if name not in stored and named[name].dtype in ROUNDING}
+    _demand_any(chosen, held, model)
     loop = Loop(model, chosen, likelihood, estimator)
     with loop.collecting():
         if estimate_seconds is None:
@@ -121,6 +125,9 @@ def verify(
         loop_seconds = _clock(model) - start
         units = examples * estimator.units(1)
         truth = {name: estimator.result(state, units) for name, state in loop.taken().items()}
+    for name in [name for name in chosen if is_wrapped(named[name]) and name not in loop.arrived]:
+        del chosen[name], truth[name]
+    _demand_any(chosen, held, model)
     covered = statistics.coverage if isinstance(statistics, Statistics) else {}
     compared = judged(chosen, statistics, truth, noise, covered, loop.dtypes)
     coverage: Counter[str] = Counter()
@@ -141,6 +148,15 @@ def verify(
         loop_seconds=loop_seconds,
         estimate_seconds=estimate_seconds,
     )
+
+
+def _demand_any(chosen: Mapping[str, Tensor], held: Collection[str], model: nn.Module) -> None:
+    if not chosen:
+        name = type(model).__name__
+        stored = f"of {name} only stored weights, to which no loop has a gradient"
+        raise ValueError(
+            f"nothing to verify: the statistics hold {stored if held else f'no parameter of {name} asked for'}."
+        )
 
 
 def _batch_noise(loop: Loop, batch: Examples, density: float) -> tuple[Noise, dict[str, torch.Size]]:
@@ -190,7 +206,7 @@ def _rows(batches: Iterable[Examples], device: torch.device) -> Iterator[Example
 
 
 def _wanted(
-    named: Mapping[str, nn.Parameter],
+    named: Mapping[str, Tensor],
     statistics: Mapping[str, Tensor],
     parameters: Wanted,
 ) -> list[str]:

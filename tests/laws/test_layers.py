@@ -257,7 +257,7 @@ def test_a_model_of_one_layer_is_exact(case):
 
 @pytest.mark.parametrize("case", [case for case in FLAT if case[0] not in "QSO" and case.endswith(("D", "(7, 5)"))])
 def test_no_rule_claims_a_subclass_that_computes_something_else(case):
-    """But the scales, which know no class, and the quantised linear, which is one by its attributes."""
+    """But the scales, which know no class, and the quantised linear, whose weight is not asked for here."""
     module, input = seeded(FLAT[case])
     plain = type(module)
     module.__class__ = type("Custom", (plain,), {"forward": lambda self, input: plain.forward(self, input).sin()})

@@ -242,7 +242,7 @@ def test_integer_weights_are_named_not_compared():
     found = fk.verify(model, [batch], given, likelihood=fk.Classification())
     assert found.integers == ("weight",)
     assert [one.name for one in found.compared] == ["scale"]
-    assert "1 integer weights not compared" in str(found)
+    assert "1 stored weights not compared" in str(found)
 
 
 def contrastive(model: nn.Module, batch: tuple) -> torch.Tensor:
