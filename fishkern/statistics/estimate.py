@@ -38,6 +38,7 @@ from fishkern.statistics.independence import Independence
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.likelihood_argument import OWN_TOKENS
 from fishkern.statistics.passes import GradientPass, PerExamplePass
+from fishkern.statistics.precision import Precision
 from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.randomness import OwnRandomness
 from fishkern.statistics.result import Statistics
@@ -136,7 +137,7 @@ def estimate(
             restore()
             return answer_parts(batch)
 
-        independence = Independence(model, answer, by_labels=by_labels)
+        independence = Independence(model, answer, Precision(model), by_labels=by_labels)
         way: GradientPass | PerExamplePass
         if estimator.per_example:
             way = PerExamplePass(model, chosen, answer, estimator, accumulators, check, independence, connection)

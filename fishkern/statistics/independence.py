@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fishkern.statistics.base import losses_of
 from fishkern.statistics.batches import Examples
+from fishkern.statistics.precision import Precision
 from fishkern.statistics.predictive import Categorical, Predictive
 
 # What the loss of an example may move by between a batch and alone, relative to the larger loss of the two examples.
@@ -25,21 +26,28 @@ class Independence:
     """Compares the losses of two examples together with those of each alone, once, before anything is counted.
 
     Args:
-        model: In evaluation mode; the dtypes of its parameters say how exact a loss is.
+        model: In evaluation mode.
         answer: Runs it on examples.
+        precision: What it computes in, which says how exact a loss is.
         by_labels: Whether the losses at the data's labels are what is asked for.
 
     Attributes:
+        precision: As given.
         note: What was found and let pass.
     """
 
     def __init__(
-        self, model: nn.Module, answer: Callable[[Examples], Predictive | Tensor], *, by_labels: bool
+        self,
+        model: nn.Module,
+        answer: Callable[[Examples], Predictive | Tensor],
+        precision: Precision,
+        *,
+        by_labels: bool,
     ) -> None:
         self._model = model
         self._answer = answer
         self._by_labels = by_labels
-        self._dtype = _coarsest(model.parameters())
+        self.precision = precision
         self._pending = True
         self._beside: list[float] = []
         self._alone: list[float] = []
@@ -134,19 +142,15 @@ class Independence:
 
     def _equal(self, one: Sequence[float], other: Sequence[float]) -> bool:
         scale = max((abs(value) for value in (*one, *other) if math.isfinite(value)), default=0.0)
-        allowed = _TOLERANCE[self._dtype] * scale + _ROUNDING[self._dtype] * torch.finfo(self._dtype).eps
+        dtype = _coarsest(self.precision.dtypes)
+        allowed = _TOLERANCE[dtype] * scale + _ROUNDING[dtype] * torch.finfo(dtype).eps
         return all(abs(a - b) <= allowed or str(a) == str(b) for a, b in zip(one, other, strict=True))  # str: NaN
 
 
-def _coarsest(parameters: Iterable[nn.Parameter]) -> torch.dtype:
-    """Name the coarsest dtype that a loss comes from: one of 16 bits under autocast and behind quantised weights."""
-    parameters = list(parameters)
-    for device in sorted({parameter.device.type for parameter in parameters}):
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-    found = {parameter.dtype for parameter in parameters}
-    known = [dtype for dtype in _TOLERANCE if dtype in found]
-    return known[-1] if known and found <= set(_TOLERANCE) else torch.bfloat16
+def _coarsest(dtypes: set[torch.dtype]) -> torch.dtype:
+    """Name the coarsest dtype that a loss comes from; behind quantised weights it is as coarse as 16 bits."""
+    known = [dtype for dtype in _TOLERANCE if dtype in dtypes]
+    return known[-1] if known and dtypes <= set(_TOLERANCE) else torch.bfloat16
 
 
 def _farthest(one: Sequence[float], other: Sequence[float]) -> int:

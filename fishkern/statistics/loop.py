@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fishkern import hosts
 from fishkern.layers import Connection, DenseGrads, as_found, gradient_kept
@@ -22,6 +20,7 @@ from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.labels import UnknownLabelError
 from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
 from fishkern.statistics.outputs import own_loss
+from fishkern.statistics.precision import Precision
 from fishkern.statistics.predictive import Predictive
 
 
@@ -38,7 +37,7 @@ class Loop:
         estimator: The recipe.
         device: Where the model runs.
         arrived: Names of the parameters that a gradient has reached.
-        dtypes: Floating dtypes that the model's modules have returned so far: under autocast not those of its weights.
+        precision: What the model computes in.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Loop:
         self._connection = Connection(model, ())
         self._totals: Accumulators | None = None
         self.device = next(iter(chosen.values())).device
-        self.dtypes: set[torch.dtype] = set()
+        self.precision = Precision(model)
         self.arrived: set[str] = set()
 
     @contextmanager
@@ -74,12 +73,11 @@ class Loop:
             as_found(self._model) as self._restore,
             gradient_kept(self._model),
             Connection(self._model, self._chosen.values()) as self._connection,
+            self.precision.noting(),
         ):
             try:
                 for module in modes:
                     module.training = False  # activation checkpointing included: single examples need none
-                    if any(True for _ in module.parameters(recurse=False)):
-                        handles.append(module.register_forward_hook(self._note_dtypes))
                 for parameter in names:
                     parameter.requires_grad_(True)
                     handles.append(parameter.register_post_accumulate_grad_hook(lambda p: self._add(names[p], p)))
@@ -156,7 +154,3 @@ class Loop:
         if grad is not None:  # torch comes here also for a gradient that a backward of the user's left undefined
             self.arrived.add(name)
             self._accumulators().add(name, DenseGrads(grad[None]))
-
-    def _note_dtypes(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        leaves = tree_leaves(output)
-        self.dtypes |= {leaf.dtype for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()}

@@ -84,7 +84,8 @@ class GradientPass:
         with only_trainable(self._parameters.values()):
             if self._independence is not None and self._independence.pending and batch.num_examples > 1:
                 two = batch.take(0, 2)
-                self._independence.note_beside(self._answer(two))
+                with self._independence.precision.noting():
+                    self._independence.note_beside(self._answer(two))
                 self._independence.settle(two)
             answer = self._connection.answered(lambda: self._answer(batch))
             for objective, last in with_last(self._estimator.objectives(answer, batch.places)):
@@ -189,7 +190,8 @@ class PerExamplePass:
         place = 0
 
         keys = {parameter: key for key, parameter in self._parameters.items()}
-        plan = survey(self._model, keys, losses, self._distrusted, self._connection.answered, few.num_examples)
+        with self._independence.precision.noting():
+            plan = survey(self._model, keys, losses, self._distrusted, self._connection.answered, few.num_examples)
         self._refuse_stored(key for key, (path, _) in plan.paths.items() if path != "fused")
         found = self._disagreements(plan, few, place) if self._check else {}
         if compared:
@@ -217,7 +219,8 @@ class PerExamplePass:
                 for key, parameter in self._reached().items()
                 if key not in withheld and key not in plan.loop
             }
-            return disagreements(parameters, squares.states, objective, few, kept=plan.reused)
+            half = self._independence.precision.half
+            return disagreements(parameters, squares.states, objective, few, kept=plan.reused, half=half)
         finally:
             squares.zero_()
 

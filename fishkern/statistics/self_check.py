@@ -23,6 +23,7 @@ def disagreements(
     two: Examples,
     *,
     kept: Collection[str],
+    half: bool,
 ) -> dict[str, str]:
     """Find the parameters whose captured squares are not those of ordinary autograd.
 
@@ -35,6 +36,7 @@ def disagreements(
         objective: Losses of a batch ``[N]``.
         two: The two examples, or the one of a batch of one.
         kept: Parameters whose gradient arrives in several parts and is read only when backward has ended.
+        half: Whether the model computes in 16 bits somewhere.
 
     Returns:
         The reason in words, for each parameter that disagrees.
@@ -66,7 +68,7 @@ def disagreements(
             for parameter in at_once
         ]
         try:
-            if _is_16_bit(parameters):
+            if half:
                 for loss, last in with_last(iter(objective(two))):
                     subtract(loss, retain_graph=not last)
             else:
@@ -76,7 +78,7 @@ def disagreements(
             for handle in handles:
                 handle.remove()
     _refuse_without_gradient({key: parameters[key] for key in parameters.keys() - arrived}, states)
-    return _judged({key: parameters[key] for key in parameters if key in arrived}, states, scales)
+    return _judged({key: parameters[key] for key in parameters if key in arrived}, states, scales, half)
 
 
 def _refuse_without_gradient(parameters: Mapping[str, nn.Parameter], states: Mapping[str, Tensor]) -> None:
@@ -90,28 +92,21 @@ def _refuse_without_gradient(parameters: Mapping[str, nn.Parameter], states: Map
 
 
 def _judged(
-    parameters: Mapping[str, nn.Parameter], states: Mapping[str, Tensor], scales: Mapping[str, float]
+    parameters: Mapping[str, nn.Parameter], states: Mapping[str, Tensor], scales: Mapping[str, float], half: bool
 ) -> dict[str, str]:
     largest = max(scales.values(), default=0.0)
-    low = _is_16_bit(parameters)
     found = {}
     for key, parameter in parameters.items():
         if not parameter.numel():
             continue
         error = states[key].abs().max().item()
         # a gradient that is zero but for rounding (a key's bias) is compared at the scale of the whole model
-        rounding = (64 * torch.finfo(torch.bfloat16 if low else parameter.dtype).eps) ** 2 * largest
-        tolerance = _TOLERANCE_16_BIT if low else _TOLERANCE[parameter.dtype]
-        if not error <= tolerance * scales[key] + rounding * (1e-2 if low else 1.0):
+        rounding = (64 * torch.finfo(torch.bfloat16 if half else parameter.dtype).eps) ** 2 * largest
+        tolerance = _TOLERANCE_16_BIT if half else _TOLERANCE[parameter.dtype]
+        if not error <= tolerance * scales[key] + rounding * (1e-2 if half else 1.0):
             relative = error / scales[key] if scales[key] else float("inf")
             found[key] = (
                 f"ordinary autograd disagrees with its captured gradient (relative error {relative:.1e}), as happens "
                 "when a parameter is used past its module's call"
             )
     return found
-
-
-def _is_16_bit(parameters: Mapping[str, nn.Parameter]) -> bool:
-    devices = {parameter.device.type for parameter in parameters.values()}
-    autocast = any(torch.is_autocast_enabled(device) for device in devices)
-    return autocast or any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in parameters.values())

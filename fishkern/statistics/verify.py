@@ -129,7 +129,7 @@ def verify(
         del chosen[name], truth[name]
     _demand_any(chosen, held, model)
     covered = statistics.coverage if isinstance(statistics, Statistics) else {}
-    compared = judged(chosen, statistics, truth, noise, covered, loop.dtypes)
+    compared = judged(chosen, statistics, truth, noise, covered, loop.precision.dtypes)
     coverage: Counter[str] = Counter()
     for one in covered.values():
         coverage[one.path] += one.numel

@@ -240,3 +240,30 @@ def test_the_number_of_items_in_the_batch_divides_nothing():
         found = fk.estimate(specimen.model, [{**batch, "num_items_in_batch": torch.tensor(40)}] * 2)
     torch.testing.assert_close(found["lm_head.weight"], expected["lm_head.weight"])
     assert found.provenance["definition"]["likelihood"] == "CausalLM(reduction='mean'), own tokens"
+
+
+def _mean_in_bfloat16(model, batch):
+    """The mean loss of each example's tokens, under autocast that only the loss function enters."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    labels = batch["labels"][:, 1:]
+    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    return losses.sum(1) / (labels != -100).sum(1)
+
+
+@pytest.mark.parametrize("kind", [fk.DiagonalFisher, fk.SketchedFisher])
+def test_autocast_inside_the_loss_function_is_no_dependence(kind):
+    """Rounding is judged by what the modules return, and captured gradients are trusted as under autocast outside."""
+    specimen = zoo.llama()
+    batches = [specimen.batch(4, seed=seed) for seed in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = fk.estimate(specimen.model, batches, kind(), likelihood=_mean_in_bfloat16)
+    assert {one.path for one in found.coverage.values()} == {"fused" if kind is fk.DiagonalFisher else "sketch"}
+
+    def coupled(model, batch):
+        losses = _mean_in_bfloat16(model, batch)
+        return losses + losses.mean() * (len(losses) - 1)
+
+    with pytest.raises(ValueError, match="see each other"):
+        fk.estimate(specimen.model, batches, kind(), likelihood=coupled)
