@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import fishkern as fk
@@ -58,16 +57,12 @@ class Bfloat16Sums(Estimator):
     def units(self, num_examples: int) -> int:
         return self.loop.units(num_examples)
 
-    def init(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.zeros(shape, dtype=torch.bfloat16, device=device)
-
     def update_(self, state: Tensor, grads: PerExampleGrads, backend: Any = None) -> None:
-        squares = torch.zeros(state.shape, device=state.device)
-        self.loop.update_(squares, grads, backend)
-        state += squares
+        self.loop.update_(state, grads, backend)
+        state.copy_(state.bfloat16())
 
     def result(self, state: Tensor, count: int) -> Tensor:
-        return state.float() / count
+        return state / count
 
 
 @dataclass(frozen=True)

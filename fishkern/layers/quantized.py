@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fishkern.layers.base import own_parameters
-from fishkern.layers.tap import floating_places
+from fishkern.layers.tap import floating_places, is_tapped
 from fishkern.layers.unsupported import UnsupportedModuleError
 from fishkern.names import without_wrappers
 
@@ -176,7 +176,8 @@ class _Guard:
         self._passes_gradient = False
         self._handles = [
             module.register_forward_pre_hook(self._connect, with_kwargs=True),
-            module.register_forward_hook(self._check, with_kwargs=True),
+            # ahead of the user's hooks, behind a tap: what these make of an output is asked for if the output is
+            module.register_forward_hook(self._check, with_kwargs=True, prepend=True),
         ]
 
     def remove(self) -> None:
@@ -205,7 +206,8 @@ class _Guard:
         if not self._connected or not self._is_leaf or any(one.requires_grad for one in module.parameters()):
             return None
         for place in places:
-            leaves[place] = _detached(leaves[place])
+            if not is_tapped(leaves[place]):
+                leaves[place] = _detached(leaves[place])
         return tree_unflatten(leaves, spec)
 
     def _demand_gradient(

@@ -155,6 +155,18 @@ def leading_shape(arguments: Any) -> torch.Size:
     return next((leaf.shape for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), torch.Size())
 
 
+def is_tapped(tensor: Tensor) -> bool:
+    """Tell whether a tensor comes straight out of :func:`tapped`, so that its gradient was asked for.
+
+    Args:
+        tensor: A module's output.
+
+    Returns:
+        Whether it does.
+    """
+    return isinstance(tensor.grad_fn, _Tap._backward_cls)
+
+
 class _Tap(torch.autograd.Function):
     """The identity; backward reports the output gradients together with the saved tensors."""
 

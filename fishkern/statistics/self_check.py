@@ -77,13 +77,25 @@ def disagreements(
         finally:
             for handle in handles:
                 handle.remove()
-    _refuse_without_gradient({key: parameters[key] for key in parameters.keys() - arrived}, states)
-    return _judged({key: parameters[key] for key in parameters if key in arrived}, states, scales, half)
+    # a weight in a tensor subclass keeps its capture, for there is no other
+    captured = {
+        key: one
+        for key, one in parameters.items()
+        if key not in arrived and not is_wrapped(one) and bool(states[key].any())
+    }
+    if captured:
+        _refuse_without_gradient(captured, objective, two)
+    compared = {key: one for key, one in parameters.items() if key in arrived or key in captured}
+    return _judged(compared, states, scales, half)
 
 
-def _refuse_without_gradient(parameters: Mapping[str, nn.Parameter], states: Mapping[str, Tensor]) -> None:
-    """Refuse what only the capture sees; but a weight in a tensor subclass keeps its capture, for there is no other."""
-    cut = sorted(key for key, one in parameters.items() if not is_wrapped(one) and bool(states[key].any()))
+def _refuse_without_gradient(
+    parameters: Mapping[str, nn.Parameter], objective: Callable[[Examples], Tensor], two: Examples
+) -> None:
+    """Refuse what only the capture sees, unless it is a choice of the batch that an example alone does not make."""
+    with only_trainable(parameters.values()):
+        backward(objective(two).sum())
+        cut = sorted(key for key, parameter in parameters.items() if take_grad(parameter) is None)
     if cut:
         raise UnsupportedModuleError(
             f"a gradient arrives at the modules of {listed(cut)}, and ordinary autograd gives none to the parameters: "

@@ -184,6 +184,18 @@ def test_a_quantised_weight_has_the_fisher_of_its_dequantised_twin(kind, check):
     assert {statistics.coverage[key].path for key in statistics} == {"fused"}
 
 
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_users_hook_behind_a_quantised_linear_counts(kind):
+    """What a hook makes of the output is what the loss sees."""
+    model, batches = net(kind), [batch(3)]
+    twin = dequantized(model).requires_grad_()
+    for one in (model, twin):
+        one[0].register_forward_hook(lambda module, args, output: 3 * output)
+    statistics = fk.estimate(model, batches, likelihood=losses, parameters="all")
+    error, name = worst_error(statistics, squares_one_by_one(twin, batches, first))
+    assert error < 1e-6, f"{name}: {error:.1e}"
+
+
 @pytest.mark.parametrize("kind", [Packed, Buffered])
 def test_a_weight_is_named_and_counted_by_what_it_is_not_by_its_storage(kind):
     model = net(kind)
@@ -257,7 +269,7 @@ def test_measuring_a_model_between_epochs_repacks_nothing():
     model.model.embed_tokens.requires_grad_(False)
     encoder = SimpleNamespace(collate=lambda examples: zoo.text_batch(len(examples)))
     expected = model.train()(**zoo.text_batch(3)).loss.item()
-    assert evaluate(model, encoder, list(range(3)), 3) == {"loss": pytest.approx(expected)}
+    assert evaluate(model, encoder, list(range(3)), 3, lambda done, total: None) == {"loss": pytest.approx(expected)}
     assert not model.model.layers[0].self_attn.k_proj.packed
 
 
