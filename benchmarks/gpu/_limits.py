@@ -66,7 +66,8 @@ def end(process: subprocess.Popen) -> None:
     """Kill a process that leads a session, and all that it started."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):  # a driver that hangs may hold it for good
+        process.wait(CLOSING)
 
 
 def why_it_ended(process: subprocess.Popen) -> str:
