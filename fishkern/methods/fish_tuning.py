@@ -20,8 +20,9 @@ from fishkern.layers import UnsupportedModuleError, stored_weights
 from fishkern.names import listed, without_wrappers
 from fishkern.selection import GlobalTopK, Random, Selection, bound_to_start, select
 from fishkern.selection.base import budget, fraction_of
-from fishkern.statistics import DiagonalFisher, Likelihood, Statistics, estimate
+from fishkern.statistics import DiagonalFisher, Drawn, Likelihood, Statistics, estimate
 from fishkern.statistics.base import integer
+from fishkern.statistics.batches import Shared
 from fishkern.statistics.shards import Ranks
 
 Order = Literal["largest", "smallest", "random", "magnitude"]
@@ -39,7 +40,7 @@ def fish_tuning(
     order: Order = "largest",
     pool: Literal["adapter", "model"] = "adapter",
     max_examples: int | None = 128,
-    likelihood: Likelihood | Callable[[nn.Module, Any], Tensor] | None = None,
+    likelihood: Likelihood | Callable[[nn.Module, Any], Tensor] | Drawn | None = None,
     heads: Iterable[str] = hosts.HEADS,
     rank_gates: bool = False,
     allow_zeros: bool = False,
@@ -47,6 +48,7 @@ def fish_tuning(
     accumulate_on: str | torch.device | None = None,
     backend: Backend | None = None,
     progress: bool | Callable[[int, int | None], None] = False,
+    shared: Shared = None,
 ) -> Selection:
     """Select the entries of an adapter that FISH-Tuning trains.
 
@@ -82,6 +84,7 @@ def fish_tuning(
         accumulate_on: See :func:`fishkern.estimate`.
         backend: ``None`` for the ambient choice, see :mod:`fishkern.backend`.
         progress: See :func:`fishkern.estimate`.
+        shared: See :func:`fishkern.estimate`.
 
     Returns:
         A selection whose pool is the adapter and the head, the head selected whole; ``.k`` counts without the head. It
@@ -127,6 +130,7 @@ def fish_tuning(
         accumulate_on=accumulate_on,
         backend=backend,
         progress=progress,
+        shared=shared,
     )
     if not allow_zeros and pool == "adapter":
         _refuse_zeros(statistics, model, ranked)

@@ -183,6 +183,23 @@ def test_fish_mask_over_the_model_pays_for_its_head():
     assert fish_tuning(model, batches(), trainable=500, pool="model").count == 500
 
 
+def test_what_all_examples_share_is_the_users_word():
+    """Class weights beside the batch: refused without a word, as :func:`fishkern.estimate` does."""
+    model, weights = lora(classifier()), torch.tensor([1.0, 2.0, 0.5])
+
+    def losses(model, batch):
+        logits = model(**{name: value for name, value in batch.items() if name not in ("labels", "weights")}).logits
+        return nn.functional.cross_entropy(logits, batch["labels"], weight=batch["weights"], reduction="none")
+
+    data = [{**batch, "weights": weights} for batch in batches()]
+    with pytest.raises(ValueError, match="shared="):
+        fish_tuning(model, data, k=20, likelihood=losses)
+    found = fish_tuning(model, data, k=20, likelihood=losses, shared="weights")
+    alone = [{**{name: value[n : n + 1] for name, value in batch.items()}, "weights": weights}
+             for batch in batches() for n in range(4)]  # fmt: skip
+    assert found == fish_tuning(model, alone, k=20, likelihood=losses)
+
+
 def test_an_adapter_of_ours():
     model = classifier()
     names = adapters.attach(model, adapters.BottleneckAdapter(width=2))
