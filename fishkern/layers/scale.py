@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -80,9 +81,16 @@ def _derivative(call: Call, name: str, direction: Tensor) -> Tensor:
     """Forward-mode derivative of the output along ``direction`` in one parameter."""
     parameter = own_parameters(call.module)[name].detach()
     with forward_ad.dual_level():  # inside torch.func.jvp no tensor could be made to require a gradient
-        output = call.run({name: forward_ad.make_dual(parameter, direction)})
+        output = call.run({name: _dual(parameter, direction)})
         tangent = forward_ad.unpack_dual(output).tangent
     return torch.zeros_like(output) if tangent is None else tangent
+
+
+def _dual(parameter: Tensor, direction: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        # said of torch's own rules, which it loads with the first dual tensor
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
+        return forward_ad.make_dual(parameter, direction)
 
 
 def _equal(actual: Tensor, expected: Tensor) -> bool:

@@ -54,26 +54,28 @@ class Answering:
         Warns:
             UserWarning: The likelihood was named, and the model's own loss is another; or labels count padding, or what
                 is taken for logits are probabilities.
-        """  # noqa: DOC502
+        """
         self._usual = batch.num_examples
         if self._likelihood is None:
             self._likelihood = recognise_likelihood(self._model, batch.content)
-        answering_parts(self._prepare_on, self)(batch.take(0, 1))
+        refusal = answering_parts(self._prepare_on, self)(batch.take(0, 1))
+        if refusal:  # raised here, since what is said of the loss is no error of cut rows
+            raise ValueError(refusal)
         if isinstance(self._likelihood, Likelihood):
             note_labels(self._model, self._likelihood, batch.content)
 
-    def _prepare_on(self, example: Examples) -> None:
+    def _prepare_on(self, example: Examples) -> str | None:
+        """Run an example, and say why its loss will not do, or nothing."""
         with _differentiable(self._model):
             if isinstance(self._likelihood, Likelihood):
-                self._prepare_likelihood(example.content)
-            elif self._is_cut_off(self(example)):
-                raise ValueError(_cut_off(f"the losses of {self.description}"))
+                return self._prepare_likelihood(example.content)
+            return _cut_off(f"the losses of {self.description}") if self._is_cut_off(self(example)) else None
 
     def _is_cut_off(self, outputs: Tensor) -> bool:
         """Tell whether no gradient leads back; behind a weight stored as integers only a pass can tell."""
         return not outputs.requires_grad and all(p.is_floating_point() for p in self._model.parameters())
 
-    def _prepare_likelihood(self, example: Batch) -> None:
+    def _prepare_likelihood(self, example: Batch) -> str | None:
         returned: list[Any] = []
         handle = self._model.register_forward_hook(lambda _, args, outputs: returned.append(outputs))
         try:
@@ -87,10 +89,10 @@ class Answering:
         outputs = getattr(answer, "logits", getattr(answer, "means", None))
         if isinstance(outputs, Tensor):
             if self._is_cut_off(outputs):
-                raise ValueError(_cut_off(f"the outputs of {type(self._model).__name__}"))
+                return _cut_off(f"the outputs of {type(self._model).__name__}")
             if isinstance(answer, Categorical):
                 note_probabilities(self._likelihood, outputs)
-        _compare_with_own_loss(self._model, self._likelihood, answer, example, self._named)
+        return _compare_with_own_loss(self._model, self._likelihood, answer, example, self._named)
 
     @property
     def description(self) -> str:
@@ -156,29 +158,29 @@ def _cut_off(what: str) -> str:
 
 def _compare_with_own_loss(
     model: nn.Module, likelihood: Likelihood, answer: Predictive, example: Batch, named: bool
-) -> None:
+) -> str | None:
     """Compare a loss with what the model returns for the example, to the rounding of its dtype.
 
     One that was recognised must be the model's own. One that was named is the user's word, and is noted.
 
-    Raises:
-        ValueError: A recognised loss is not the model's own.
+    Returns:
+        Why a recognised loss will not do; ``None`` where it will.
     """
     own = None
     # a model may not take the labels of a loss that was named: then it has none to compare with
     with suppress(IndexError, RuntimeError, TypeError, ValueError) if named else nullcontext():
         own = own_loss(model, example, numbers=likelihood.labels_are_numbers)
     if own is None:
-        return
+        return None
     answer = replace(answer, mean=True) if hasattr(answer, "mean") else answer
     ours = answer.losses()[0].item()
     if not math.isfinite(ours):
-        return
+        return None
     # where transformers leaves a loss in 16 bits it is rounded a few times; else it is float32, also in float64 models
     half = own.dtype in (torch.float16, torch.bfloat16)
     tolerance = 4 * torch.finfo(own.dtype).eps if half else 64 * torch.finfo(torch.float32).eps
     if abs(ours - own.item()) <= tolerance * max(1.0, abs(own.item())):
-        return
+        return None
     kind = type(likelihood).__name__
     numbers = f"the loss of the first example is {ours:.6g} by {kind} and {own.item():.6g} by the model itself"
     if not math.isfinite(own.item()):
@@ -188,9 +190,9 @@ def _compare_with_own_loss(
             "the model's holds more than that (an auxiliary loss, label smoothing, another shift)"
         )
     if named:
-        warnings.warn(f"{numbers}: {why}. As {kind} was named, the statistics are of its loss alone.", stacklevel=5)
-        return
-    raise ValueError(
+        warnings.warn(f"{numbers}: {why}. As {kind} was named, the statistics are of its loss alone.", stacklevel=7)
+        return None
+    return (
         f"{numbers}: they should agree, but {why}. For the loss of the labels alone name it, "
         f"likelihood=fishkern.{kind}(); for another, pass a function (model, batch) -> losses [N] that computes it."
     )

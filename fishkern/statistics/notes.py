@@ -59,7 +59,7 @@ def note_choice(model: nn.Module, outputs: Any) -> None:
             f"{type(model).__name__} returned a tuple, of which the first tensor was taken for the logits, of shape "
             f"{first} for one example, and not {', '.join(map(str, others))}: return a mapping with 'logits' where it "
             "is another.",
-            up=6,
+            up=8,
         )
 
 
@@ -76,7 +76,7 @@ def note_probabilities(likelihood: Likelihood, logits: Tensor) -> None:
             f"the model's outputs look like probabilities (not negative, and 1 in sum), and "
             f"{type(likelihood).__name__} takes logits: leave the softmax out, or pass likelihood= as a function "
             "(model, batch) -> losses [N].",
-            up=6,
+            up=8,
         )
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +17,8 @@ from tests.support.exactness import LIMIT, as_dtype, assert_exact, paths
 from tests.support.oracle import squares_one_by_one, worst_error
 
 pytest.importorskip("transformers")
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def with_lora(specimen: zoo.Specimen) -> zoo.Specimen:
@@ -315,3 +321,18 @@ def test_padding_row_of_a_tied_embedding():
     specimen = zoo.llama(tie_word_embeddings=True, pad_token_id=0)
     assert specimen.model.model.embed_tokens.padding_idx == 0
     assert_exact(specimen, [specimen.batch(4, 7), specimen.batch(3, 5, seed=2)])
+
+
+def test_where_warnings_are_errors():
+    """Torch warns of its own rules when it first loads them, which a process of its own shows."""
+    code = """
+import torch, warnings
+import fishkern as fk
+warnings.simplefilter("error")
+model = torch.nn.Sequential(torch.nn.RMSNorm(4), torch.nn.Linear(4, 3))
+batch = torch.randn(3, 4), torch.tensor([0, 1, 2])
+found = fk.estimate(model, [batch], likelihood=fk.Classification())
+print(found.coverage["0.weight"].path)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "fused\n", done.stderr

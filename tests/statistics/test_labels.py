@@ -190,8 +190,9 @@ def test_labels_that_were_shifted_already_are_noted():
 
 def test_probabilities_in_place_of_logits_are_noted():
     model = nn.Sequential(net(), nn.Softmax(-1))
-    with pytest.warns(UserWarning, match="look like probabilities.*Classification takes logits"):
+    with pytest.warns(UserWarning, match="look like probabilities.*Classification takes logits") as warned:
         fk.estimate(model, [(inputs(N, 4), CLASSES)], likelihood=fk.Classification())
+    assert [one.filename for one in warned if "look like" in str(one.message)] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         fk.estimate(nn.Sequential(net(), nn.LogSoftmax(-1)), [(inputs(N, 4), CLASSES)], likelihood=fk.Classification())
@@ -247,7 +248,7 @@ def test_outputs_that_are_cut_off_from_the_model_are_refused_before_the_pass(for
         yield inputs(N, 4), CLASSES
         raise AssertionError("the pass went on")
 
-    with pytest.raises(ValueError, match=r"the outputs of Returning are cut off from the parameters.*detach\(\)"):
+    with pytest.raises(ValueError, match=r"^the outputs of Returning are cut off from the parameters.*detach\(\)"):
         fk.estimate(Returning(form), batches(), likelihood=fk.Classification())
 
 

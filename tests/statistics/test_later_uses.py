@@ -130,3 +130,29 @@ def test_a_use_from_outside_of_the_host_is_announced():
     with pytest.warns(UserWarning, match="block.inner.frequency: its module is also called outside of block"):
         found = fk.estimate(model, [batch(large=()), batch(large=(4,)), batch(large=())], likelihood=losses)
     assert found.coverage["block.inner.frequency"].path == "loop"
+
+
+class UsingTheWeight(nn.Module):
+    """Rows that begin with a large number meet the weight once more, without its module's call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x):
+        hidden, large = self.linear(x), x[:, 0, 0] > 10
+        if large.any():
+            hidden = torch.where(large[:, None, None], F.linear(hidden.tanh(), self.linear.weight), hidden)
+        return hidden
+
+
+@pytest.mark.parametrize("large", [(0,), (2, 3)])
+def test_a_weight_used_past_its_call_is_seen_by_verify_whichever_examples_do_it(large):
+    """``estimate`` sees it where the first two examples show it."""
+    torch.manual_seed(0)
+    model, whole = UsingTheWeight().double(), batch(large)
+    statistics = fk.estimate(model, [whole], likelihood=losses)
+    error, _ = worst_error(statistics, squares_one_by_one(model, [whole], lambda model, row: losses(model, row)[0]))
+    report = fk.verify(model, [whole], statistics, likelihood=losses)
+    assert report.ok == (error < 1e-5) == (large == (0,))
+    assert all("linear.weight" in failure for failure in report.failures)

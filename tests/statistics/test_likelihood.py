@@ -178,7 +178,7 @@ def routed() -> nn.Module:
 @pytest.mark.parametrize(("make", "why"), [(penalised, "auxiliary loss"), (routed, "output_router_logits")])
 def test_a_recognised_loss_that_is_not_the_models_raises_with_both_numbers(make, why, dtype):
     model, batch = make().to(dtype), zoo.text_batch()
-    with pytest.raises(ValueError, match=rf"{why}.*name it, likelihood=fishkern.CausalLM\(\)") as raised:
+    with pytest.raises(ValueError, match=rf"^the loss of.*{why}.*name it, likelihood=fishkern.CausalLM\(\)") as raised:
         fk.estimate(model, [batch])
     ours, own = (float(number) for number in re.findall(r"\d+\.\d+", str(raised.value))[:2])
     with torch.no_grad():
@@ -245,8 +245,9 @@ def test_a_models_own_loss_that_is_not_finite_is_told_apart():
 
 def test_a_named_likelihood_that_is_not_the_models_is_noted():
     specimen = zoo.llama()
-    with pytest.warns(UserWarning, match="by MaskedLM and .* by the model itself"):
+    with pytest.warns(UserWarning, match="by MaskedLM and .* by the model itself") as warned:
         statistics = fk.estimate(specimen.model, [specimen.batch()], likelihood=fk.MaskedLM())
+    assert {one.filename for one in warned if "by MaskedLM" in str(one.message)} == {__file__}
     truth = squares_one_by_one(specimen.model, [specimen.batch()], zoo.oracle.per_token)
     error, name = worst_error(statistics, truth, torch.float32)
     assert error < LIMIT[torch.float32], name
