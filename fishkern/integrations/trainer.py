@@ -27,7 +27,27 @@ Select = Callable[[nn.Module, Iterable[Any]], Selection]
 
 FILE = "selection.safetensors"
 
+
+
 _log = logging.getLogger(__name__)
+
+
+class _HandedOver(float):
+    """The 0 that a Trainer finds as ``max_grad_norm``, so that it does not clip, and what the user asked for.
+
+    A training that ends with an exception never gives the arguments their value back; the next one finds it here. A
+    copy or a pickle, as in a checkpoint's arguments, is the value that was asked for.
+    """
+
+    asked: float
+
+    def __new__(cls, asked: float) -> _HandedOver:
+        made = super().__new__(cls, 0.0)
+        made.asked = asked
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return float, (self.asked,)
 
 
 class FisherCallback(TrainerCallback):
@@ -74,10 +94,11 @@ class FisherCallback(TrainerCallback):
             raise ValueError("the Trainer's optimizer has another selection than this callback: give both the same.")
         if reason := hosts.lost_prefix(kwargs["model"], training=True):
             raise UnsupportedModuleError(f"{reason}.")
-        self._optimizer, self._max_grad_norm = optimizer, args.max_grad_norm
+        asked = args.max_grad_norm.asked if isinstance(args.max_grad_norm, _HandedOver) else args.max_grad_norm
+        self._optimizer, self._max_grad_norm = optimizer, asked
         if optimizer.max_grad_norm is None:
-            optimizer.max_grad_norm = args.max_grad_norm or math.inf
-        args.max_grad_norm = 0.0
+            optimizer.max_grad_norm = asked or math.inf
+        args.max_grad_norm = _HandedOver(asked or 0.0)
         _warn_of_ignored(args, optimizer)
         _log.info("training %s", self._selection)
 
