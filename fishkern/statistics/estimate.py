@@ -111,6 +111,8 @@ def estimate(
     model = hosts.unwrap(model)
     _refuse(model, estimator, max_examples)
     chosen = _chosen(model, parameters)
+    if reason := hosts.merged_adapter(model, chosen):
+        raise UnsupportedModuleError(f"{reason}.")
     stored = {key: weight_shape(module) for key, (_, module) in stored_weights(model).items()}
     _refuse_without_gradient(stored, chosen, estimator)
     shapes = {key: stored.get(key, parameter.shape) for key, parameter in chosen.items()}
