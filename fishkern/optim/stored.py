@@ -72,7 +72,8 @@ def _check_form(state_dict: object) -> None:
             raise ValueError("the state holds no names of parameters: it is not that of a masked optimizer.")
         numbers, names = group["params"], group["param_names"]
         lists = isinstance(numbers, list | tuple) and isinstance(names, list | tuple) and len(numbers) == len(names)
-        if not lists or not all(type(n) in (int, str) for n in numbers) or not all(isinstance(name, str) for name in names):
+        keyed = lists and all(type(n) in (int, str) for n in numbers)
+        if not keyed or not all(isinstance(name, str) for name in names):
             raise ValueError("the state is damaged: each of its groups has a key and a name for each parameter.")
 
 
