@@ -220,8 +220,7 @@ class FisherMixin:
         else:
             self._warn_of_another_loss()
             with torch.random.fork_rng(devices=[]):  # the order of training is what it would be without
-                batches = self.get_train_dataloader() if self._select_data is None else self._select_data
-                selection = self._select(model, batches)
+                selection = self._selected(model)
             if not isinstance(selection, Selection):
                 raise TypeError(f"select must give a Selection, got {type(selection).__name__}.")
         decayed = set(self.get_decay_parameter_names(model))
@@ -246,6 +245,19 @@ class FisherMixin:
         self._callback = FisherCallback(selection)
         self.add_callback(self._callback)
         return self.optimizer
+
+    def _selected(self, model: nn.Module) -> Any:
+        if self._select_data is not None:
+            return self._select(model, self._select_data)
+        batches = self.get_train_dataloader()
+        try:
+            return self._select(model, batches)
+        except ValueError as error:
+            error.add_note(
+                f"These were the batches that {type(self).__name__} trains on: where they are none for the model's own "
+                "loss (packed rows, pairs of answers), give select_data= batches that are."
+            )
+            raise
 
     def _warn_of_another_loss(self) -> None:
         ways = {
