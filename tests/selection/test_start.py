@@ -165,3 +165,21 @@ def test_a_part_of_a_selection_goes_on_as_well():
     optimizer = fk.MaskedSGD(of, selection.restrict("0.*"), lr=0.1, outside="train")
     of(torch.ones(2, 4)).sum().backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["whole", "restricted"])
+def test_a_renamed_selection_still_knows_its_start(part):
+    """As for the same adapter inside another model."""
+    selection = selected(model()).restrict("0.*") if part else selected(model())
+    renamed = selection.rename(lambda name: f"inner.{name}")
+    for seed in (0, 1):
+        outer = nn.Module()
+        outer.inner = model(seed)
+        outer.inner(torch.ones(2, 4)).sum().backward()
+        optimizer = fk.MaskedSGD(outer, renamed, lr=0.1, outside="freeze")
+        if seed:
+            with pytest.raises(ValueError, match="another start: inner.0.weight"):
+                optimizer.step()
+        else:
+            optimizer.step()
+            check_start(selection, model())
