@@ -362,3 +362,12 @@ def test_the_weights_under_a_merged_adapter_are_estimated():
     model.get_parameter(name).requires_grad_(True)
     statistics = fk.estimate(model, batches(), parameters=[name])
     torch.testing.assert_close(statistics[name].double(), squares_one_by_one(model, batches(), one_class)[name])
+
+
+def test_an_unknown_task_inside_peft_is_called_by_its_own_name():
+    torch.manual_seed(0)
+    config = classifier().config
+    model = lora(transformers.BertForMultipleChoice(config), task_type=None, modules_to_save=["classifier"])
+    choices = [{"input_ids": torch.randint(50, (4, 3, 6)), "labels": torch.tensor([0, 1, 2, 0])}]
+    with pytest.raises(ValueError, match="which loss belongs to a BertForMultipleChoice"):
+        fish_tuning(model, choices, density=0.3)
