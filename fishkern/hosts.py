@@ -280,6 +280,25 @@ def sharded(model: nn.Module) -> str | None:
     return None
 
 
+def scripted(model: nn.Module) -> str | None:
+    """Name a module that ``torch.jit.script`` made: nothing can be hooked on it. Traced ones take hooks.
+
+    Args:
+        model: A module.
+
+    Returns:
+        The reason and the way out, or ``None`` where there is none.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.RecursiveScriptModule):
+            return (
+                f"{repr(name) if name else 'the model'} ({module.original_name}) was made by torch.jit.script, and "
+                "such a module takes no hooks. Estimate with the module that it was made from: its parameters have the "
+                "same names"
+            )
+    return None
+
+
 def lost_prefix(model: nn.Module, *, training: bool = False) -> str | None:
     """Say why a model would not see the prefix that PEFT hands over as a cache; most of them drop it without a word.
 

@@ -366,6 +366,11 @@ def _rebuilt(value: Any, items: Mapping[Any, Any]) -> Any:
         new = copy.copy(value)
         new.data = dict(items)
         return new
+    if isinstance(value, dict) and value.keys() == items.keys():
+        new = copy.copy(value)  # of its class: a loss function may read entries as attributes, or rely on defaults
+        for key, item in items.items():
+            new[key] = item
+        return new
     if isinstance(value, Mapping):
         return dict(items)
     if hasattr(value, "_fields"):  # a named tuple

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import UserDict
+from collections import UserDict, defaultdict
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -112,6 +113,32 @@ def test_a_mapping_of_another_class_is_a_batch():
         return model(input_ids=batch.input_ids).logits.square().mean((1, 2))  # by attribute, as BatchEncoding has it
 
     assert fk.estimate(specimen.model, [transformers.BatchEncoding(batch)], likelihood=losses).count == 3
+
+
+class ByAttribute(dict):
+    __getattr__ = dict.__getitem__
+
+
+@dataclass
+class Output(transformers.utils.ModelOutput):
+    x: Tensor | None = None
+    y: Tensor | None = None
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("make", [ByAttribute, Output, lambda **items: defaultdict(int, items)], ids=range(3))
+def test_a_mapping_keeps_its_class_and_what_comes_with_it(make, nested):
+    def losses(model, batch):
+        batch = batch["inside"] if nested else batch
+        x, y = (batch["x"], batch["y"]) if isinstance(batch, defaultdict) else (batch.x, batch.y)
+        weight = 1 + batch["missing"] if isinstance(batch, defaultdict) else 1
+        return weight * cross_entropy(model, {"x": x, "y": y})
+
+    model = linear()
+    wrapped = [make(**rows(N)) for N in (4, 3)]
+    statistics = fk.estimate(model, [{"inside": one} if nested else one for one in wrapped], likelihood=losses)
+    alone = [{"x": x[None], "y": y[None]} for N in (4, 3) for x, y in zip(*rows(N).values(), strict=True)]
+    assert_equal(statistics, truth(model, alone, cross_entropy))
 
 
 def test_a_list_of_tensors_is_settled_by_an_earlier_batch():
