@@ -32,8 +32,8 @@ class Seen:
         versions: For each call, how often its tensors of ``entered`` and its output had been written into.
         was_rewritten: Whether copies have taken the place of an input that the model writes into.
         writes_input: Whether the module itself writes into its input: what others hold of it bypasses any tap.
-        transformed: Whether it was called inside a transform of ``torch.func`` (``vmap``, ``grad``), where rows are no
-            rows of the batch and nothing can be tapped. Such calls are not among ``calls``.
+        untapped: Whether it was called inside a transform of ``torch.func`` (``vmap``, ``grad``) or returned a nested
+            tensor, where rows are no rows of the batch or cannot be told. Such calls are not among ``calls``.
     """
 
     calls: list[tuple[FrozenCall, Any]] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Seen:
     versions: list[tuple[list[int], list[int]]] = field(default_factory=list)
     was_rewritten: bool = False
     writes_input: bool = False
-    transformed: bool = False
+    untapped: bool = False
 
     @property
     def with_gradient(self) -> set[int]:
@@ -171,8 +171,8 @@ class _Observer:
         if inside and stays(inside):
             self.checkpointing |= {one.module for one in self._running if one.with_grad}
         entered = self._ended(module)
-        if torch._C._are_functorch_transforms_active():
-            self.seen[module].transformed = True
+        if torch._C._are_functorch_transforms_active() or any(leaf.is_nested for leaf in _tensors(output)):
+            self.seen[module].untapped = True
             return None
         if not torch.is_grad_enabled() and module not in self._copying:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import warnings
 
 import pytest
 import torch
@@ -516,3 +517,56 @@ def test_a_parameter_in_a_sparse_layout_is_refused_and_what_is_around_it_exact(l
             fk.estimate(model, [{"x": torch.randn(3, 6).double()}], estimator, likelihood=losses)
     model[1].weight.requires_grad_(False)
     assert_exact(model, 6)
+
+
+@pytest.mark.filterwarnings("ignore:.*slow exact path")
+def test_nested_tensors_run_through_the_model_in_batches_of_one():
+    def losses(model, batch):
+        return torch.stack([sequence.sin().sum() for sequence in model(batch["x"]).unbind()])
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    sequences = [torch.randn(T, 6, dtype=torch.float64) for T in (2, 3, 4)]
+    batches = [{"x": torch.nested.nested_tensor([one], layout=torch.jagged)} for one in sequences]
+    rows = [{"x": one[None]} for one in sequences]
+    truth = squares_one_by_one(model, rows, lambda model, row: model(row["x"]).sin().sum())
+    for check in (True, False):
+        statistics = fk.estimate(model, batches, likelihood=losses, check=check)
+        assert worst_error(statistics, truth)[0] < LIMIT[torch.float64]
+
+
+def test_a_target_without_gradient_costs_no_path():
+    """A model that learns from its own answer, as self-distillation does."""
+
+    def distilled(model, batch):
+        with torch.no_grad():
+            target = model(0.9 * batch["x"])
+        return (model(batch["x"]) - target).square().mean(1) + losses(model, batch)
+
+    def from_itself(model, batch):
+        with torch.no_grad():
+            target = model(0.9 * batch["x"])
+        return (model(batch["x"]) - target).square().mean(1)
+
+    model = around(Custom()).double()
+    batches = [{"x": torch.randn(N, 6, dtype=torch.float64)} for N in (3, 2)]
+    for function, path in ((from_itself, "generic"), (distilled, "loop")):
+        truth = squares_one_by_one(model, batches, lambda model, row, function=function: function(model, row)[0])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error" if path == "generic" else "ignore", ".*slow exact path")
+            statistics = fk.estimate(model, batches, likelihood=function)
+        assert worst_error(statistics, truth)[0] < LIMIT[torch.float64]
+        assert statistics.coverage["2.matrix"].path == path
+
+
+def test_a_head_that_is_not_called_is_said_to_be_so():
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(6, 2), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    with pytest.warns(UserWarning, match="unused.weight: unused was not called by the first examples"):
+        assert assert_exact(Heads(), 6)["loop"] == {"unused.weight", "unused.bias"}
