@@ -7,7 +7,7 @@ is to be called, what in it cannot be served.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -36,12 +36,15 @@ _TASK_BY_SUFFIX: dict[str, Task] = {
 }
 _CLASSIFIER_SUFFIXES = ("ForSequenceClassification", "ForImageClassification")
 
+_RUNNING = ("DistributedDataParallel", "DataParallel", "AveragedModel")
+"""Wrappers of torch that hold the model as ``module``."""
+
 HEADS = ("classifier", "pre_classifier", "score", "qa_outputs", "classification_head")
 """What transformers calls a task's own layers, which start at random. A language model's head is not one of them."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Take off the wrappers that only change how a model runs (DDP, ``torch.compile``).
+    """Take off the wrappers that only change how a model runs, or average it (DDP, ``torch.compile``, torch's EMA).
 
     Args:
         model: Any module.
@@ -60,7 +63,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif any(base.__name__ in ("DistributedDataParallel", "DataParallel") for base in type(model).__mro__):
+        elif any(base.__name__ in _RUNNING for base in type(model).__mro__):
             model = model.module
         else:
             return model
@@ -277,6 +280,47 @@ def sharded(model: nn.Module) -> str | None:
             return f"{name} is a DTensor, split over processes. {whole}, and split it after the estimate"
         if hasattr(parameter, "ds_id"):
             return f"DeepSpeed's ZeRO-3 has partitioned {name}. {whole}, or take ZeRO stage 2"
+    return None
+
+
+def merged_adapter(model: nn.Module, names: Container[str]) -> str | None:
+    """Say why parameters of an adapter would get no gradient: PEFT has merged them into the weights.
+
+    Args:
+        model: A module.
+        names: Canonical names of the parameters that need one.
+
+    Returns:
+        The reason and the way out, or ``None`` where none of them is merged.
+    """
+    for path, module in unwrap(model).named_modules():
+        if not isinstance(merged := getattr(module, "merged_adapters", None), list) or not merged:
+            continue
+        for name, _ in module.named_parameters():
+            if not name.startswith("base_layer.") and without_wrappers(f"{path}.{name}") in names:
+                return (
+                    f"the adapter {merged[0]!r} is merged into the weights, so that no gradient reaches {path}.{name}: "
+                    "call unmerge_adapter() first"
+                )
+    return None
+
+
+def scripted(model: nn.Module) -> str | None:
+    """Name a module that ``torch.jit.script`` made: nothing can be hooked on it. Traced ones take hooks.
+
+    Args:
+        model: A module.
+
+    Returns:
+        The reason and the way out, or ``None`` where there is none.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.RecursiveScriptModule):
+            return (
+                f"{repr(name) if name else 'the model'} ({module.original_name}) was made by torch.jit.script, and "
+                "such a module takes no hooks. Estimate with the module that it was made from: its parameters have the "
+                "same names"
+            )
     return None
 
 

@@ -1,5 +1,7 @@
 """One name per parameter, whatever the model is wrapped in."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -98,12 +100,24 @@ def test_a_submodule_called_module_keeps_its_name(wrap):
         assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
 
 
-def test_averaged_models_keep_the_names_that_they_give():
-    model = torch.optim.swa_utils.AveragedModel(nn.Sequential(nn.Linear(4, 3)))
-    statistics = fk.estimate(model, [(torch.randn(3, 4), torch.tensor([0, 1, 2]))], likelihood=fk.Classification())
-    assert list(statistics) == ["module.0.weight", "module.0.bias"]
+def test_the_average_of_a_trained_model_gives_its_delta():
+    """torch's EMA holds a copy as ``module``: the same parameters by the same names."""
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(4, 3)), [(torch.randn(3, 4), torch.tensor([0, 1, 2]))]
+    statistics = fk.estimate(model, batches, likelihood=fk.Classification())
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    of_average = fk.estimate(average, batches, likelihood=fk.Classification())
+    assert list(of_average) == list(statistics) == ["0.weight", "0.bias"]
+    assert torch.equal(of_average["0.weight"], statistics["0.weight"])
     selection = fk.select(statistics, fk.GlobalTopK(k=3))
-    assert fk.MaskedAdamW(model, selection, lr=0.1).param_groups
+    base, optimizer = copy.deepcopy(model), fk.MaskedAdamW(model, selection, lr=0.1)
+    for _ in range(3):
+        model(batches[0][0]).sum().backward()
+        optimizer.step()
+        average.update_parameters(model)
+    fk.apply_delta(base, fk.delta(average, selection))
+    assert torch.equal(base[0].weight, average.module[0].weight)
+    assert not torch.equal(base[0].weight, model[0].weight)
 
 
 def test_names_that_would_become_one_are_refused():

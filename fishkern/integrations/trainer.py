@@ -27,7 +27,27 @@ Select = Callable[[nn.Module, Iterable[Any]], Selection]
 
 FILE = "selection.safetensors"
 
+
+
 _log = logging.getLogger(__name__)
+
+
+class _HandedOver(float):
+    """The 0 that a Trainer finds as ``max_grad_norm``, so that it does not clip, and what the user asked for.
+
+    A training that ends with an exception never gives the arguments their value back; the next one finds it here. A
+    copy or a pickle, as in a checkpoint's arguments, is the value that was asked for.
+    """
+
+    asked: float
+
+    def __new__(cls, asked: float) -> _HandedOver:
+        made = super().__new__(cls, 0.0)
+        made.asked = asked
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return float, (self.asked,)
 
 
 class FisherCallback(TrainerCallback):
@@ -74,10 +94,11 @@ class FisherCallback(TrainerCallback):
             raise ValueError("the Trainer's optimizer has another selection than this callback: give both the same.")
         if reason := hosts.lost_prefix(kwargs["model"], training=True):
             raise UnsupportedModuleError(f"{reason}.")
-        self._optimizer, self._max_grad_norm = optimizer, args.max_grad_norm
+        asked = args.max_grad_norm.asked if isinstance(args.max_grad_norm, _HandedOver) else args.max_grad_norm
+        self._optimizer, self._max_grad_norm = optimizer, asked
         if optimizer.max_grad_norm is None:
-            optimizer.max_grad_norm = args.max_grad_norm or math.inf
-        args.max_grad_norm = 0.0
+            optimizer.max_grad_norm = asked or math.inf
+        args.max_grad_norm = _HandedOver(asked or 0.0)
         _warn_of_ignored(args, optimizer)
         _log.info("training %s", self._selection)
 
@@ -199,8 +220,7 @@ class FisherMixin:
         else:
             self._warn_of_another_loss()
             with torch.random.fork_rng(devices=[]):  # the order of training is what it would be without
-                batches = self.get_train_dataloader() if self._select_data is None else self._select_data
-                selection = self._select(model, batches)
+                selection = self._selected(model)
             if not isinstance(selection, Selection):
                 raise TypeError(f"select must give a Selection, got {type(selection).__name__}.")
         decayed = set(self.get_decay_parameter_names(model))
@@ -225,6 +245,19 @@ class FisherMixin:
         self._callback = FisherCallback(selection)
         self.add_callback(self._callback)
         return self.optimizer
+
+    def _selected(self, model: nn.Module) -> Any:
+        if self._select_data is not None:
+            return self._select(model, self._select_data)
+        batches = self.get_train_dataloader()
+        try:
+            return self._select(model, batches)
+        except ValueError as error:
+            error.add_note(
+                f"These were the batches that {type(self).__name__} trains on: where they are none for the model's own "
+                "loss (packed rows, pairs of answers), give select_data= batches that are."
+            )
+            raise
 
     def _warn_of_another_loss(self) -> None:
         ways = {

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fishkern.layers.embedding import Embedding
 from fishkern.layers.generic import module_grads
 from fishkern.layers.grads import DenseGrads, OuterProductGrads, PerExampleGrads, TiedRows, join
+from fishkern.layers.reentrant import segment
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.tap import FrozenCall, copied, frozen_call, rows_and_length, tapped
 from fishkern.ops import embedding_rows
@@ -141,7 +142,8 @@ class Capture:
                 args, kwargs = entered.pop()
             elif site.rewritten and site.reads_input:
                 args, kwargs = copied((args, kwargs))
-            if self._forward:  # later calls are checkpointing's recomputations
+            # later calls are checkpointing's recomputations; a run without gradients, as of a target, is no use
+            if self._forward and (torch.is_grad_enabled() or segment()):
                 self._batch.calls[site] += 1
                 self._note_tokens(site, args, kwargs)
             if not torch.is_grad_enabled():

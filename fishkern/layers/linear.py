@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.layers.base import Call, Layer, is_patched, positions, runs
+from fishkern.layers.generic import module_grads
 from fishkern.layers.grads import OuterProductGrads, PerExampleGrads, PositionGrads
 from fishkern.layers.quantized import stored_weight
 
@@ -54,7 +55,9 @@ class QuantizedLinear(Linear):
         if not isinstance(x, Tensor) or not isinstance(output, Tensor) or not x.is_floating_point():
             return frozenset()
         fits = x.shape[-1] == I and output.shape == (*x.shape[:-1], O)
-        return names if fits and _is_linear(call) else frozenset()
+        if not fits or not _is_linear(call):
+            return frozenset()
+        return names if "bias" not in names or _adds_bias(call, output) else names - {"bias"}
 
     def reads_input(self, names: frozenset[str]) -> bool:
         return bool(names - {"bias"})
@@ -124,3 +127,11 @@ def _is_linear(call: Call, scale: float = -8.0, tolerance: float = 0.05) -> bool
     along = (grad.double() * x.detach().double()).sum()
     gap = (scaled - scale * product).norm()
     return bool((along - squared).abs() <= tolerance * squared and gap <= tolerance * (scale * product).norm())
+
+
+def _adds_bias(call: Call, output: Tensor) -> bool:
+    """Tell whether a module adds its bias as it is: a gain behind it would scale the bias, too."""
+    weights = torch.linspace(1, 2, output.numel(), device=output.device).view_as(output).to(output.dtype)
+    found = module_grads(call, [weights], {"bias": "bias"}).get("bias")
+    expected = weights.double().flatten(0, -2).sum(0)
+    return found is None or torch.allclose(found.double(), expected, rtol=0.02)

@@ -32,6 +32,8 @@ class Seen:
         versions: For each call, how often its tensors of ``entered`` and its output had been written into.
         was_rewritten: Whether copies have taken the place of an input that the model writes into.
         writes_input: Whether the module itself writes into its input: what others hold of it bypasses any tap.
+        untapped: Whether it was called inside a transform of ``torch.func`` (``vmap``, ``grad``) or returned a nested
+            tensor, where rows are no rows of the batch or cannot be told. Such calls are not among ``calls``.
     """
 
     calls: list[tuple[FrozenCall, Any]] = field(default_factory=list)
@@ -43,6 +45,7 @@ class Seen:
     versions: list[tuple[list[int], list[int]]] = field(default_factory=list)
     was_rewritten: bool = False
     writes_input: bool = False
+    untapped: bool = False
 
     @property
     def with_gradient(self) -> set[int]:
@@ -168,6 +171,9 @@ class _Observer:
         if inside and stays(inside):
             self.checkpointing |= {one.module for one in self._running if one.with_grad}
         entered = self._ended(module)
+        if torch._C._are_functorch_transforms_active() or any(leaf.is_nested for leaf in _tensors(output)):
+            self.seen[module].untapped = True
+            return None
         if not torch.is_grad_enabled() and module not in self._copying:
             return None
         if module in self.shared and isinstance(output, Tensor):
@@ -244,8 +250,8 @@ def observe(
         return frozenset(
             module
             for module, seen in observer.seen.items()
-            if module in owning and all(isinstance(output, Tensor) and output.ndim > 1 and output.shape[0] == 1
-                                        for _, output in seen.calls)
+            if module in owning and seen.calls
+            and all(isinstance(output, Tensor) and output.ndim > 1 and output.shape[0] == 1 for _, output in seen.calls)
         )  # fmt: skip
 
     observer, values = answered(lambda: run(frozenset()))

@@ -249,7 +249,7 @@ def _is_quantized(module: nn.Module) -> bool:
     """Tell what is guarded: modules with stored values, and linears that keep their weight nobody knows where."""
     if stored_weight(module) is not None:
         return True
-    hidden = _sizes(module) is not None and module._parameters.get("weight") is None
+    hidden = _sizes(module) is not None and dict(module._parameters).get("weight") is None
     if hidden and next(module.children(), None) is None:
         return True
     return any(is_wrapped(one) or not has_gradient_dtype(one) for one in own_parameters(module).values())

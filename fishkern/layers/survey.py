@@ -171,7 +171,7 @@ class _Planner:
             sites += found
             served = {key for site in found for key in site.keys.values()}
             for name, key in asked.items():
-                if key in served or (len(owners[key]) > 1 and not self._calls(path)):
+                if key in served or (len(owners[key]) > 1 and not self._is_called(path)):
                     continue
                 if len(owners[key]) > 1:
                     loop[key] = f"several modules share it, and {path} has no rule for it"
@@ -198,7 +198,7 @@ class _Planner:
             for key in asked.values():
                 owners[key].append(path)
         for paths in owners.values():
-            inner = [path for path in paths if self._calls(path)]
+            inner = [path for path in paths if self._is_called(path)]
             paths[:] = [path for path in paths if not any(_is_inside(other, path) for other in inner)]
         return owners
 
@@ -206,11 +206,15 @@ class _Planner:
         seen = self._seen.get(self._modules[path])
         return seen.calls if seen else []
 
+    def _is_called(self, path: str) -> bool:
+        seen = self._seen.get(self._modules[path])
+        return seen is not None and (bool(seen.calls) or seen.untapped)
+
     def _by_rule(self, path: str, asked: Mapping[str, str]) -> list[Site]:
         """Sites of the rules that serve some of a module's parameters, if its layout can be told."""
         module = self._modules[path]
         seen = self._seen.get(module)
-        if seen is None or seen.writes_input or path in self._distrusted:
+        if seen is None or seen.writes_input or seen.untapped or path in self._distrusted:
             return []
         layout, settled = self._layout(seen)
         picked = layout is Layout.FLATTENED or (layout is Layout.BATCHED and self._are_picked(seen))
@@ -279,7 +283,10 @@ class _Planner:
     def _why_no_host(self, path: str) -> str:
         """Say why the loop is left, and the way round it where there is one."""
         if path in self._distrusted:
-            return f"the rows of {path} are not those of the examples, or their number follows the data"
+            return (
+                f"the rows of {path} are not those of the examples, or their number follows the data, or it is called "
+                "several times"
+            )
         if (seen := self._seen.get(self._modules[path])) is not None and seen.writes_input:
             return f"{path or 'the model'} writes into its input, which others may hold"
         reason = "no module below the whole model keeps its examples apart"
@@ -294,7 +301,8 @@ class _Planner:
         if isinstance(of_torch, nn.RNNBase):
             ways.append("put it into a module that returns its output alone")
         if not ways:
-            return reason
+            called = self._modules[path] in self._seen or self._modules[path] in self._around
+            return reason if called else f"{path} was not called by the first examples, and {reason}"
         module = of_torch if of_torch is not None else second[-1]
         return f"{reason} ({type(module).__name__} {has} along the second axis: {' and '.join(ways)})"
 
@@ -309,7 +317,7 @@ class _Planner:
         seen = self._seen.get(module)
         if seen is None or len({call for call, example, _, _ in seen.touched if example == 0}) != 1:
             return False
-        if self._are_picked(seen) or seen.writes_input or module in self._checkpointing:
+        if seen.untapped or self._are_picked(seen) or seen.writes_input or module in self._checkpointing:
             return False
         shown = [entry for entry in seen.touched if len(entry[3])]
         N = self._num_examples

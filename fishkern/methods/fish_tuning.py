@@ -95,7 +95,8 @@ def fish_tuning(
             the adapter scores exactly zero, or fewer entries of a whole model than ``k`` score anything.
         TypeError: ``match`` is no adapter, or another budget or ``seed`` is no number.
         RuntimeError: Under a process group, the ranks have selected different entries.
-        UnsupportedModuleError: The model is sharded, or would not see PEFT's prefix, whatever of it is selected.
+        UnsupportedModuleError: The model is sharded, or would not see PEFT's prefix, whatever of it is selected; or its
+            adapter is merged.
     """  # noqa: DOC502
     if order not in ORDERS:
         raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
@@ -104,6 +105,8 @@ def fish_tuning(
         raise UnsupportedModuleError(f"{reason}.")
     heads = tuple(heads)
     parameters = _pool(model, pool)
+    if reason := hosts.merged_adapter(model, parameters):
+        raise UnsupportedModuleError(f"{reason}.")
     gates = [] if rank_gates else [name for name in adapters.gates(model) if name in parameters]
     head = [name for name in parameters if hosts.is_head(name, heads) or name in gates]
     ranked = {name: parameter for name, parameter in parameters.items() if name not in head}

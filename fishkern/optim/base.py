@@ -168,7 +168,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: A ``GradScaler`` calls, or several processes train, while gradients are released.
             ValueError: A gradient is sparse; or, at the first step, the selection carries the digest of another start
-                than the parameters stand at (:func:`fishkern.selection.bound_to_start`).
+                than the parameters stand at, or were trained from (:func:`fishkern.selection.bound_to_start`).
         """  # noqa: DOC502
         loss = None
         if closure is not None:
@@ -176,7 +176,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_released()
         if self._at_start and not self.state:  # the first step, and no state was loaded
-            check_start(self.selection, self._named())
+            check_start(self.selection, self._named(), trained=True)
         self._at_start = False
         self._warn_of_clipping()
         work = [

@@ -33,11 +33,13 @@ def named_groups(parameters: Parameters, selection: Selection) -> list[Group]:
     Raises:
         TypeError: A parameter has no name.
         ValueError: A parameter or a name comes twice.
-        UnsupportedModuleError: The model, as it is, does not see PEFT's prefix, so that training it has no effect; or
-            it is sharded, or the pool holds a quantised weight.
+        UnsupportedModuleError: The model, as it is, does not see PEFT's prefix, so that training it has no effect, or
+            has its adapter merged; or it is sharded, or the pool holds a quantised weight.
     """  # noqa: DOC502
     if isinstance(parameters, nn.Module):
-        if reason := hosts.sharded(parameters) or hosts.lost_prefix(parameters):
+        moving = {name for name, count in selection.counts.items() if count}
+        lost = hosts.lost_prefix(parameters) or hosts.merged_adapter(parameters, moving)
+        if reason := hosts.sharded(parameters) or lost:
             raise UnsupportedModuleError(f"{reason}.")
         _refuse_stored(key for key in stored_weights(hosts.unwrap(parameters)) if key in selection)
         groups = [{"params": _of_model(parameters, selection)}]

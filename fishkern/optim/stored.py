@@ -21,7 +21,8 @@ def loaded(
     indices and masters to 16 bits.
 
     Args:
-        state_dict: What ``state_dict()`` of a masked optimizer gave.
+        state_dict: What ``state_dict()`` of a masked optimizer gave, or with names in the place of its numbers, as
+            ``torch.distributed.checkpoint`` has it.
         groups: The groups of the optimizer that loads it.
         places: Of each name the indices that it moves at, ``[K]`` on its device, or ``None`` for all.
 
@@ -63,7 +64,7 @@ def _check_form(state_dict: object) -> None:
     groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
     state = state_dict.get("state") if isinstance(state_dict, Mapping) else None
     if not isinstance(groups, list | tuple) or not isinstance(state, Mapping):
-        raise ValueError("this is no state of an optimizer: it has a 'state' by number and a list of 'param_groups'.")
+        raise ValueError("this is no state of an optimizer: it has a 'state' by key and a list of 'param_groups'.")
     for group in groups:
         if not isinstance(group, Mapping) or "params" not in group:
             raise ValueError("this is no state of an optimizer: each of its groups lists its 'params'.")
@@ -71,8 +72,9 @@ def _check_form(state_dict: object) -> None:
             raise ValueError("the state holds no names of parameters: it is not that of a masked optimizer.")
         numbers, names = group["params"], group["param_names"]
         lists = isinstance(numbers, list | tuple) and isinstance(names, list | tuple) and len(numbers) == len(names)
-        if not lists or not all(type(n) is int for n in numbers) or not all(isinstance(name, str) for name in names):
-            raise ValueError("the state is damaged: each of its groups has a number and a name for each parameter.")
+        keyed = lists and all(type(n) in (int, str) for n in numbers)
+        if not keyed or not all(isinstance(name, str) for name in names):
+            raise ValueError("the state is damaged: each of its groups has a key and a name for each parameter.")
 
 
 def _options(number: int, own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -290,7 +290,12 @@ class Selection:
             ValueError: Two names become one.
         """  # noqa: DOC502
         renamed(self._shapes, lambda name: without_wrappers(fn(name)))
-        return self._rebuilt({name: fn(name) for name in self.names})
+        names = {name: without_wrappers(fn(name)) for name in self.names}
+        provenance = self.provenance
+        for key in ("start", "start_unselected"):  # the digests of bound_to_start are of these very parameters
+            if key in provenance:
+                provenance[key] = {names.get(name, name): digest for name, digest in provenance[key].items()}
+        return self._rebuilt(names, provenance)
 
     def check(self, model: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
         """Make sure that the selection fits a model: each name of the pool is a parameter of the shape scored.
@@ -370,12 +375,12 @@ class Selection:
         entry = self._entries[name]
         return self._shapes[name].numel() if entry is None else len(entry)
 
-    def _rebuilt(self, names: Mapping[str, str]) -> Selection:
+    def _rebuilt(self, names: Mapping[str, str], provenance: Mapping[str, Any] | None = None) -> Selection:
         return Selection(
             {new: self._shapes[old] for old, new in names.items()},
             {new: entry for old, new in names.items() if (entry := self._entries[old]) is not None},
             whole=[new for old, new in names.items() if self._entries[old] is None],
-            provenance=self.provenance,
+            provenance=self.provenance if provenance is None else provenance,
         )
 
     def _combined(self, other: Selection, combine: Callable[[Tensor, Tensor], Tensor]) -> Selection:

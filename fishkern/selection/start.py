@@ -7,7 +7,7 @@ digest of its start, and the values themselves can be saved beside it.
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,26 +33,34 @@ def bound_to_start(selection: Selection, model: nn.Module) -> Selection:
         model: The model that it was made for, as it stands.
 
     Returns:
-        The same selection with ``provenance["start"]``: for each name the norm, and the sum under random signs.
+        The same selection with ``provenance["start"]``: for each name the norm, and the sum under random signs; and
+        with ``provenance["start_unselected"]``, which are those of the entries that are not selected.
 
     Raises:
         ValueError: The selection does not fit the model.
     """  # noqa: DOC502
     selection.check(model)
     named = named_tensors(model)
-    digests = {name: _digest(named[name]) for name in selection.names}
     indices = {name: selection.indices(name) for name in selection.names if name not in selection.whole}
+    start = {
+        "start": {name: _digest(named[name]) for name in selection.names},
+        "start_unselected": {name: _digest(_unselected(named[name], selection, name)) for name in indices},
+    }
     return Selection(
-        selection.shapes, indices, whole=selection.whole, provenance={**selection.provenance, "start": digests}
+        selection.shapes, indices, whole=selection.whole, provenance={**selection.provenance, **start}
     )
 
 
-def check_start(selection: Selection, model: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
+def check_start(
+    selection: Selection, model: nn.Module | Iterable[tuple[str, Tensor]], *, trained: bool = False
+) -> None:
     """Make sure that a model stands where it stood when the selection was made.
 
     Args:
         selection: The selection; one that carries no digest passes.
         model: The model before its first step, or its named parameters; what is not among them is not looked at.
+        trained: Whether a model passes as well that this very selection was trained in from there: selected entries
+            have moved, and all others stand where they stood.
 
     Raises:
         ValueError: A parameter has other values.
@@ -64,12 +72,34 @@ def check_start(selection: Selection, model: nn.Module | Iterable[tuple[str, Ten
         if name not in named:
             continue
         found = _digest(named[name])
-        if max(abs(found[0] - norm), abs(found[1] - signed)) > _TOLERANCE * norm:
+        if not _agree(found, (norm, signed)):
+            if trained and _was_trained(selection, named):
+                return
             raise ValueError(
                 f"the selection was made for another start: {name} had norm {norm:.6g} and has {found[0]:.6g} (sums "
                 f"under random signs {signed:.6g} and {found[1]:.6g}). Load the start that was saved with it "
                 "(fishkern.selection.load_start), or select anew."
             )
+
+
+def _was_trained(selection: Selection, named: Mapping[str, Tensor]) -> bool:
+    """Tell whether only selected entries have moved from the start, some of them in a parameter that has others."""
+    # What is selected whole has nothing that could tell: a head alone that differs is another start.
+    held = selection.provenance.get("start_unselected", {})
+    digests = {name: digest for name, digest in held.items() if name in named and name in selection}
+    stay = all(_agree(_digest(_unselected(named[name], selection, name)), own) for name, own in digests.items())
+    told = any(norm > 0 for norm, _ in digests.values())
+    return stay and told and any(not _agree(_digest(named[n]), selection.provenance["start"][n]) for n in digests)
+
+
+def _agree(found: Sequence[float], own: Sequence[float]) -> bool:
+    return max(abs(found[0] - own[0]), abs(found[1] - own[1])) <= _TOLERANCE * own[0]
+
+
+def _unselected(tensor: Tensor, selection: Selection, name: str) -> Tensor:
+    """Give a copy of a parameter, ``[P]``, with zeros where it is selected."""
+    indices = selection.indices(name).long().to(tensor.device)
+    return tensor.detach().flatten().index_fill(0, indices, 0)
 
 
 def save_start(model: nn.Module, selection: Selection, path: str | os.PathLike[str]) -> Path:

@@ -156,13 +156,16 @@ def read_provenance(text: str) -> dict[str, Any]:
     provenance = read_json(text)
     if not isinstance(provenance, dict):
         raise ValueError("provenance is an object of JSON")
-    rule, start, k = provenance.get("rule", {}), provenance.get("start", {}), provenance.get("k")
+    rule, k = provenance.get("rule", {}), provenance.get("k")
     if isinstance(rule, dict) and not isinstance(rule.get("name", ""), str):
         raise ValueError(f"a rule has no name {in_brief(repr(rule['name']), 40)}")
     if not (k is None or type(k) is int):
         raise ValueError(f"k is a number of entries, not {in_brief(repr(k), 40)}")
-    if not isinstance(start, dict) or not all(map(_is_digest, start.values())):
-        raise ValueError("the start is a norm and a sum for each name")
+    for start in (provenance.get("start", {}), provenance.get("start_unselected", {})):
+        if not isinstance(start, dict) or not all(map(_is_digest, start.values())):
+            raise ValueError("the start is a norm and a sum for each name")
+    if not provenance.get("start_unselected", {}).keys() <= provenance.get("start", {}).keys():
+        raise ValueError("the start of what is not selected has other names than the start")
     return provenance
 
 

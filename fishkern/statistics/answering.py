@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.statistics.batches import Batch, Examples
+from fishkern.statistics.batches import Batch, Examples, another_reading
 from fishkern.statistics.cutting import answering_parts
 from fishkern.statistics.drawn import Drawn, LossFunction, losses_by_function
 from fishkern.statistics.labels import UnknownLabelError
@@ -107,7 +107,7 @@ class Answering:
         if isinstance(losses, Tensor) and losses.shape == () and self._usual == N == 1:
             return losses[None]  # where each batch is one example, its mean is that of the example
         if not isinstance(losses, Tensor) or losses.shape != (N,):
-            raise ValueError(_not_one_for_each(losses, N))
+            raise ValueError(_not_one_for_each(losses, N) + another_reading((batch.cut_from or batch).content))
         return losses
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -24,6 +24,7 @@ Batch = Mapping[str, Any] | tuple[Any, ...]
 Place = tuple[Any, ...]
 Shared = str | int | Sequence[str | int] | None
 
+_ONE_ALONE = "(One batch alone is passed as [batch].)"
 _WAYS_OUT = (
     "Put the example axis first, make it a list with one thing for each example, or, if all examples share it, name it "
     "in shared=."
@@ -164,12 +165,15 @@ class Reader:
             ValueError: It holds no example, or something of which it cannot be told whose it is.
         """  # noqa: DOC502
         content = self._checked_kind(raw, number)
+        for place, leaf in _leaves((), content):
+            if isinstance(leaf, Tensor) and leaf.is_nested and leaf.layout is torch.strided:
+                raise ValueError(
+                    f"{_name(place, content)} of batch {number} is a nested tensor, whose rows have no common shape: "
+                    "bring a padded tensor, torch.nested.to_padded_tensor(...), or a list of tensors, one for each."
+                )
         tensors = [leaf for _, leaf in _leaves((), content) if _is_array(leaf) and len(leaf.shape)]
         if not tensors:
-            raise ValueError(
-                f"batch {number} holds no tensor with an example axis: let the collator return tensors "
-                "(return_tensors='pt')."
-            )
+            raise ValueError(_no_tensor(content, number))
         self._check_shared(content, number)
         source, N = self._count(content, number)
         if N == 0:
@@ -185,8 +189,16 @@ class Reader:
         if not isinstance(content, Mapping | tuple) or isinstance(content, PackedSequence):
             raise TypeError(
                 f"batch {number} is a {type(raw).__name__}: expected a mapping of keyword arguments for the model, "
-                "or a pair (inputs, labels), as a DataLoader yields them. (One batch alone is passed as [batch].)"
+                "or a pair (inputs, labels), as a DataLoader yields them. "
+                + ("(vars(batch) makes a mapping of a dataclass.)" if is_dataclass(raw) else _ONE_ALONE)
             )
+        if self._only_pairs:
+            labels = content[-1] if isinstance(content, tuple) else content.get("labels")
+            if isinstance(labels, int | float) or (_is_array(labels) and not len(labels.shape)):
+                raise ValueError(
+                    f"batch {number} has a single number as its labels, as an example has that is in no batch: let a "
+                    "DataLoader make batches, or give each tensor an example axis, x[None]."
+                )
         if isinstance(content, tuple) and self._only_pairs and len(content) != 2:
             raise TypeError(
                 f"batch {number} is a {type(raw).__name__} of {len(content)}: expected a mapping of keyword arguments "
@@ -311,7 +323,46 @@ class _Decision:
             self._refuse(place, f"a list of {len(value)}")
 
     def _refuse(self, place: Place, what: str) -> None:
-        raise ValueError(f"{self._batch}, and {_name(place, self._content)} is {what}. {_WAYS_OUT}")
+        other = another_reading(self._content)
+        raise ValueError(f"{self._batch}, and {_name(place, self._content)} is {what}. {_WAYS_OUT}{other}")
+
+
+def another_reading(content: Batch) -> str:
+    """Say how else a batch that does not work as it was read may be meant.
+
+    Args:
+        content: The batch.
+
+    Returns:
+        A sentence with a space in front; empty where there is no other reading.
+    """
+    entries = list(content) if isinstance(content, tuple) else list(content.values())
+    if isinstance(content, tuple) and all(isinstance(entry, Mapping | tuple | list) for entry in entries):
+        parts = [frozenset(entry) if isinstance(entry, Mapping) else len(entry) for entry in entries]
+        singles = [part for entry in entries for _, part in _items(entry) if _is_single(part) or _has_no_axis(part)]
+        if len(set(parts)) == 1 and singles:
+            return " If it is a list of examples, collate them first (torch.utils.data.default_collate)."
+    tuples = [entry for entry in entries if isinstance(entry, tuple)]
+    if any(_is_structure(one) or _is_array(one) for entry in tuples for one in entry):
+        return " (A tuple is entered and never cut: one thing for each example makes a list.)"
+    if any(_has_no_axis(leaf) for _, leaf in _leaves((), content)):
+        return " If it is one example in no batch, let a DataLoader make batches, or give each tensor an axis, x[None]."
+    return ""
+
+
+def _has_no_axis(value: Any) -> bool:
+    return _is_array(value) and not len(value.shape)
+
+
+def _no_tensor(content: Batch, number: int) -> str:
+    says = f"batch {number} holds no tensor with an example axis"
+    for place, leaf in _leaves((), content):
+        if not (_is_single(leaf) or _is_array(leaf)):
+            return (
+                f"{says}, and {_name(place, content)} is a {type(leaf).__name__}, which is not looked into: give what "
+                "it holds as a mapping, vars(...), or as tensors."
+            )
+    return f"{says}: let the collator return tensors (return_tensors='pt')."
 
 
 def _is_structure(value: Any) -> bool:
@@ -365,6 +416,11 @@ def _rebuilt(value: Any, items: Mapping[Any, Any]) -> Any:
     if isinstance(value, UserDict):
         new = copy.copy(value)
         new.data = dict(items)
+        return new
+    if isinstance(value, dict) and value.keys() == items.keys():
+        new = copy.copy(value)  # of its class: a loss function may read entries as attributes, or rely on defaults
+        for key, item in items.items():
+            new[key] = item
         return new
     if isinstance(value, Mapping):
         return dict(items)

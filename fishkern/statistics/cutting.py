@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from fishkern.layers import UnsupportedModuleError
-from fishkern.statistics.batches import Examples
+from fishkern.statistics.batches import Examples, another_reading
 
 Value = TypeVar("Value")
 
@@ -55,5 +55,5 @@ def _refusal(part: Examples, whole: Examples, error: Exception) -> ValueError:
         f"the model takes a batch of {whole.num_examples}, and fails on example {part.places[0]} {lone} "
         f"({type(error).__name__}: {says}). Cut by rows was {', '.join(cut)}; left whole was "
         f"{', '.join(left) or 'nothing'}. Name in shared= what all examples share, put the example axis first in what "
-        "belongs to one, or give batches of one."
+        f"belongs to one, or give batches of one.{another_reading(whole.content)}"
     )

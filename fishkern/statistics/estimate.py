@@ -111,6 +111,8 @@ def estimate(
     model = hosts.unwrap(model)
     _refuse(model, estimator, max_examples)
     chosen = _chosen(model, parameters)
+    if reason := hosts.merged_adapter(model, chosen):
+        raise UnsupportedModuleError(f"{reason}.")
     stored = {key: weight_shape(module) for key, (_, module) in stored_weights(model).items()}
     _refuse_without_gradient(stored, chosen, estimator)
     shapes = {key: stored.get(key, parameter.shape) for key, parameter in chosen.items()}
@@ -219,12 +221,17 @@ def reader_for(likelihood: Likelihood | LossFunction | Drawn | None, shared: Sha
 def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) -> None:
     if not isinstance(estimator, Estimator):
         raise TypeError(f"estimator must be an Estimator such as DiagonalFisher(), got {estimator!r}.")
+    if lazy := [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]:
+        raise ValueError(
+            f"{lazy[0]!r} of {type(model).__name__} has no shape yet, since its module is a lazy one: run the model "
+            "once on a batch before estimating."
+        )
     if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
         raise RuntimeError(
             "estimate takes gradients, which torch.inference_mode() rules out, also for parameters made under it: call "
             "it, and load the model, outside (torch.no_grad() does no harm)."
         )
-    if reason := hosts.sharded(model) or hosts.lost_prefix(model):
+    if reason := hosts.sharded(model) or hosts.scripted(model) or hosts.lost_prefix(model):
         raise UnsupportedModuleError(f"{reason}.")
     if reason := hosts.dispatched(model):
         raise UnsupportedModuleError(
@@ -266,6 +273,11 @@ def _refuse_without_gradient(
         raise UnsupportedModuleError(
             f"{numbers} are complex, and a Fisher of complex parameters is not defined here: leave them out with "
             "parameters=, or hold real and imaginary part as two real parameters."
+        )
+    if sparse := sorted(key for key, parameter in chosen.items() if parameter.layout is not torch.strided):
+        raise UnsupportedModuleError(
+            f"{sparse} are kept in a sparse layout ({chosen[sparse[0]].layout}), and statistics are dense: leave them "
+            "out with parameters=, or hold a dense parameter and multiply it by its mask."
         )
     if lost := sorted(key for key in without if not estimator.per_example or key not in stored):
         dtypes = sorted({str(without[key].dtype).removeprefix("torch.") for key in lost})

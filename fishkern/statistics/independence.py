@@ -100,9 +100,10 @@ class Independence:
             n = _farthest(again, alone)
             raise ValueError(
                 f"the loss of example {two.places[n]} is {alone[n]:.6g} and {again[n]:.6g} in two runs of it alone: "
-                "the model or its loss draws random numbers in evaluation mode. Switch the draws off (a functional "
-                "dropout needs training=self.training), or give each example draws of its own with "
-                "likelihood=fishkern.Drawn(function, seed=0)."
+                "the model or its loss draws random numbers in evaluation mode, or goes by what it has kept of runs "
+                "before. Switch the draws off (a functional dropout needs training=self.training), or give each "
+                "example draws of its own with likelihood=fishkern.Drawn(function, seed=0); keep state in a buffer, "
+                "which each run finds as it was."
             )
         n = _farthest(beside, alone)
         differs = (

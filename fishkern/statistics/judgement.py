@@ -62,14 +62,15 @@ def judged(
     compared = []
     for name, parameter in chosen.items():
         dtype = _lowest({parameter.dtype, *dtypes})
-        off, moved = error(statistics[name], truth[name]), noise.errors[name]
+        own = statistics[name]
+        off, moved = error(own, truth[name]), noise.errors[name]
         limit, most = ROUNDING[dtype], _NOISE[dtype]
         # the gradient of a key's bias is zero but for rounding, and all of it is noise
         steps = 256 if dtype in (torch.float32, torch.float64) else 16
         tiny = (steps * torch.finfo(dtype).eps) ** 2 * top
-        sizes = largest(truth[name]), largest(statistics[name]), noise.largest[name]
+        sizes = largest(truth[name]), largest(own), noise.largest[name]
         vanishes = top > 0 and all(size <= tiny for size in sizes)  # NaN is not
-        allowed = limit + SLACK * min(moved, most)
+        allowed = limit + SLACK * min(moved, most) + _rounding_of_a_file(own)
         note = ""
         if vanishes:
             note = "zero but for rounding"
@@ -132,6 +133,14 @@ def overlap(ours: Mapping[str, AnyTensor], theirs: Mapping[str, Tensor], density
     except NaNScoreError:  # its parameter fails by its error
         return 0.0
     return sum(int(torch.isin(a.cpu(), b.cpu()).sum()) for a, b in zip(*chosen, strict=True)) / k
+
+
+def _rounding_of_a_file(values: Tensor) -> float:
+    """Give half a unit of the 16-bit dtype that a statistic was saved in: that of which every entry is a number."""
+    for dtype in (torch.bfloat16, torch.float16):  # most numbers of the first are numbers of the second as well
+        if values.any() and torch.equal(values.to(dtype).to(values.dtype), values):
+            return torch.finfo(dtype).eps / 2
+    return 0.0
 
 
 def _lowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:

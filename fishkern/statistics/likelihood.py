@@ -230,8 +230,8 @@ def recognise_likelihood(model: nn.Module, batch: Batch) -> Likelihood:
     if task is None:
         known = ", ".join(f"fishkern.{kind.__name__}()" for kind in _BY_TASK.values())
         raise ValueError(
-            f"cannot tell which loss belongs to a {type(model).__name__}: it is no transformers model with a known "
-            f"head. Pass likelihood=, one of {known}, or a function (model, batch) -> losses [N]."
+            f"cannot tell which loss belongs to a {type(hosts.base_model(model)).__name__}: it is no transformers "
+            f"model with a known head. Pass likelihood=, one of {known}, or a function (model, batch) -> losses [N]."
         )
     return _BY_TASK[task]()
 

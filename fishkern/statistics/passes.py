@@ -243,7 +243,7 @@ class PerExamplePass:
         if lost := sorted(self._stored.intersection(keys)):
             raise UnsupportedModuleError(
                 "autograd gives stored weights no gradient, and these quantised linears do not compute x W^T + b, or "
-                f"their rows cannot be told apart by example: {lost}. {leave_out(lost)}"
+                f"their rows cannot be told apart by example: {lost}. {leave_out(lost, by_autograd=False)}"
             )
 
     def _refuse_positions(self, keys: Iterable[str]) -> None:

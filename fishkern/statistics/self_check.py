@@ -99,7 +99,7 @@ def _refuse_without_gradient(
     if cut:
         raise UnsupportedModuleError(
             f"a gradient arrives at the modules of {listed(cut)}, and ordinary autograd gives none to the parameters: "
-            f"the modules compute without gradients, or detach them. {leave_out(cut)}"
+            f"the modules compute without gradients, or detach them. {leave_out(cut, by_autograd=False)}"
         )
 
 

@@ -83,7 +83,7 @@ def verify(
         UnsupportedModuleError: As :func:`estimate`.
     """  # noqa: DOC502
     model = hosts.unwrap(model)
-    if reason := hosts.sharded(model):
+    if reason := hosts.sharded(model) or hosts.scripted(model):
         raise UnsupportedModuleError(f"{reason}.")
     estimator = DiagonalFisher() if estimator is None else estimator
     check_recipe(estimator)

@@ -236,3 +236,46 @@ def test_another_optimizer_or_selection_is_refused(tmp_path):
         training = trainer(model, tmp_path, selection)
         training.add_callback(FisherCallback(other))
         training.train()
+
+
+class Interrupted(transformers.TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def test_arguments_of_an_interrupted_training_still_clip(tmp_path):
+    """Another optimizer with the same arguments clips by what the user asked for, not by the 0 that the Trainer saw."""
+    model = adapted()
+    selection = selected(model)
+    first = trainer(model, tmp_path, selection, max_grad_norm=0.01)
+    first.add_callback(Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    model = adapted()
+    optimizer = fk.MaskedAdamW(model, selection, lr=1e-2)
+    callbacks = [FisherCallback(selection)]
+    transformers.Trainer(
+        model, first.args, train_dataset=Rows(), optimizers=(optimizer, None), callbacks=callbacks
+    ).train()
+    assert optimizer.max_grad_norm == 0.01
+    assert first.args.max_grad_norm == 0.01
+
+
+def test_a_checkpoint_holds_the_clipping_that_was_asked_for(tmp_path):
+    model = adapted()
+    trainer(model, tmp_path, selected(model), max_grad_norm=0.01).train()
+    saved = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
+    assert saved.max_grad_norm == 0.01
+
+
+def test_a_checkpoint_without_an_optimizer_goes_on(tmp_path):
+    """As with torch's own, the state begins anew; the trained values are not taken for another start."""
+    model = adapted()
+    selection = selected(model)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer(model, tmp_path, selection, save_only_model=True).train()
+    model = adapted()
+    loaded = fk.Selection.load(tmp_path / "checkpoint-2" / FILE)
+    later = trainer(model, tmp_path, loaded, save_only_model=True)
+    assert later.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).global_step == 4
+    assert_only_the_selection_moved(model, selection, start)

@@ -76,3 +76,37 @@ def test_packed_training_selects_on_unpacked_data(tmp_path):
     start = values(trainer.model)
     trainer.train()
     assert_only_the_selection_moved(trainer.model, trainer.optimizer.optimizer.selection, start)
+
+
+class FisherDPO(FisherMixin, trl.DPOTrainer): ...
+
+
+def test_preferences_are_trained_on_a_selection_by_answers(tmp_path):
+    """Pairs of answers are no batch for the model's own loss: the refusal says where another goes."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    pairs = {
+        "prompt": ["the sea", "rain on"] * 8,
+        "chosen": [" falls all", " old stones"] * 8,
+        "rejected": [" rain", " long night long"] * 8,
+    }
+
+    def dpo(**own) -> FisherDPO:
+        return FisherDPO(
+            zoo.llama(vocab_size=41).model,
+            args=trl.DPOConfig(**{**SHORT, "output_dir": str(tmp_path), "bf16": False}),
+            train_dataset=datasets.Dataset.from_dict(pairs),
+            processing_class=words(),
+            peft_config=config,
+            select=partial(fk.fish_tuning, density=0.3),
+            **own,
+        )
+
+    with pytest.raises(ValueError, match="needs 'labels'") as refused:
+        dpo().train()
+    assert "the batches that FisherDPO trains on" in refused.value.__notes__[0]
+    assert "select_data=" in refused.value.__notes__[0]
+    trainer = dpo(select_data=[zoo.text_batch(8, 7)])
+    start = values(trainer.model)
+    trainer.train()
+    assert_only_the_selection_moved(trainer.model, trainer.optimizer.optimizer.selection, start)

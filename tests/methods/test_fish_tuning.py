@@ -351,3 +351,40 @@ def test_refusals():
 
 def test_it_is_exported():
     assert fk.fish_tuning is fish_tuning
+
+
+@pytest.mark.parametrize("order", ["largest", "random"])
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def test_an_adapter_that_is_merged_is_named_as_such(changes, order):
+    """It gets no gradient, which looks like LoRA's start at zero, and trained would stay as it is."""
+    model = lora(classifier(), **changes)
+    selection = fish_tuning(model, [], k=30, order="random")
+    model.merge_adapter()
+    message = r"adapter 'default' is merged into the weights.*call unmerge_adapter\(\) first"
+    with pytest.raises(fk.UnsupportedModuleError, match=message):
+        fish_tuning(model, batches(), k=30, order=order)
+    with pytest.raises(fk.UnsupportedModuleError, match=message):
+        fk.estimate(model, batches())
+    with pytest.raises(fk.UnsupportedModuleError, match=message):
+        fk.MaskedAdamW(model, selection, lr=1e-3)
+    model.unmerge_adapter()
+    assert fish_tuning(model, batches(), k=30, order=order).k == 30
+    fk.MaskedAdamW(model, selection, lr=1e-3)
+
+
+def test_the_weights_under_a_merged_adapter_are_estimated():
+    model = lora(classifier())
+    model.merge_adapter()
+    name = "base_model.model.bert.encoder.layer.0.attention.self.query.base_layer.weight"
+    model.get_parameter(name).requires_grad_(True)
+    statistics = fk.estimate(model, batches(), parameters=[name])
+    torch.testing.assert_close(statistics[name].double(), squares_one_by_one(model, batches(), one_class)[name])
+
+
+def test_an_unknown_task_inside_peft_is_called_by_its_own_name():
+    torch.manual_seed(0)
+    config = classifier().config
+    model = lora(transformers.BertForMultipleChoice(config), task_type=None, modules_to_save=["classifier"])
+    choices = [{"input_ids": torch.randint(50, (4, 3, 6)), "labels": torch.tensor([0, 1, 2, 0])}]
+    with pytest.raises(ValueError, match="which loss belongs to a BertForMultipleChoice"):
+        fish_tuning(model, choices, density=0.3)

@@ -406,6 +406,79 @@ def test_stored_values_beside_ordinary_modules_cut_nothing(dtype):
         assert found.coverage[name].path == expected.coverage[name].path
 
 
+class Gained(Packed):
+    """A gain that trains, behind the product and the bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(O))
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, O))
+
+    def forward(self, x):
+        return F.linear(x, self.dequantize().to(x.dtype), self.bias) * self.gain
+
+
+class Scaled(Packed):
+    """Scales that train beside a packed weight, and an adapter inside the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.scale = nn.Parameter(torch.ones(O)), nn.Parameter(torch.linspace(0.5, 1.5, O)[:, None])
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(2, I)), nn.Parameter(torch.randn(O, 2))
+
+    def forward(self, x):
+        weight = self.dequantize().to(x.dtype) * self.scale
+        return F.linear(x, weight, self.bias) + x @ self.lora_A.T @ self.lora_B.T
+
+
+@pytest.mark.filterwarnings("ignore:.*slow exact path")
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("kind", [Gained, Scaled])
+def test_gains_scales_and_adapters_inside_a_quantised_linear(kind, check):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(I, I), nn.Tanh(), kind(), nn.Linear(O, 3)).double()
+    rows = batch()
+    found = fk.estimate(model, [rows], likelihood=losses, parameters="all", check=check)
+    truth = squares_one_by_one(model, [rows], first)
+    assert worst_error({name: found[name] for name in truth}, truth)[0] < 1e-6
+    inner = model[2]
+    with torch.no_grad():
+        whole = inner(torch.eye(I, dtype=torch.float64)) - inner(torch.zeros(1, I, dtype=torch.float64))
+    twin = nn.Sequential(model[0], model[1], nn.Linear(I, O, dtype=torch.float64), model[3])
+    with torch.no_grad():
+        twin[2].weight.copy_(whole.T)
+        twin[2].bias.copy_(inner(torch.zeros(1, I, dtype=torch.float64))[0])
+    expected = squares_one_by_one(twin, [rows], first)["2.weight"]
+    torch.testing.assert_close(found["2.weight"].double(), expected, rtol=1e-5, atol=1e-12)
+
+
+class Pair(Packed):
+    """The bias beside the product, for the caller to add."""
+
+    def forward(self, x):
+        return super().forward(x), torch.zeros(O, dtype=x.dtype)
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Pair()
+
+    def forward(self, x):
+        product, bias = self.inner(x)
+        return product + bias
+
+
+def test_a_refusal_of_a_stored_weight_names_no_way_that_is_refused_too():
+    model = nn.Sequential(nn.Linear(I, I), Sum(), nn.Linear(O, 3)).double()
+    with pytest.raises(fk.UnsupportedModuleError, match="Leave 1.inner.weight out") as raised:
+        fk.estimate(model, [batch()], likelihood=losses, parameters="all")
+    assert "SketchedFisher" not in str(raised.value)
+    found = fk.estimate(model, [batch()], likelihood=losses, parameters=lambda name, _: name != "1.inner.weight")
+    assert "0.weight" in found
+    assert "1.inner.weight" not in found
+
+
 @pytest.mark.parametrize("kind", [Packed, Subclassed, Float8])
 def test_an_approximation_by_ordinary_autograd_is_refused(kind):
     with pytest.raises(fk.UnsupportedModuleError, match=r"0.weight.*(stored as|autograd gives no gradient)"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import warnings
 
 import pytest
 import torch
@@ -413,3 +414,159 @@ def test_any_other_model_with_the_length_first():
     with pytest.warns(UserWarning, match=advice):
         assert len(assert_exact(LengthFirst(inner), 5, 6)["loop"]) == 3
     assert "loop" not in assert_exact(LengthFirst(Turned(inner), wrapped=True), 5, 6)
+
+
+class Mapped(nn.Module):
+    """A network for one example, or one position, that ``torch.vmap`` runs on all."""
+
+    def __init__(self, axis: int = 0, beside: bool = False) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.axis, self.beside = axis, beside
+
+    def one(self, x):
+        return self.outer(self.inner(x).tanh())
+
+    def forward(self, x):
+        output = torch.vmap(self.one, in_dims=self.axis, out_dims=self.axis)(x)
+        return output + self.outer(x) if self.beside else output
+
+
+@pytest.mark.parametrize(("axis", "beside"), [(0, False), (1, False), (0, True)])
+def test_a_network_that_vmap_runs_on_each_example_or_position(axis, beside):
+    model = nn.Sequential(nn.Linear(6, 6), Mapped(axis, beside), nn.Linear(6, 2))
+    found = assert_exact(model, 5, 6)
+    assert found["generic"] == {f"1.{name}" for name, _ in model[1].named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:.*slow exact path")
+def test_a_whole_model_written_for_one_example():
+    assert len(assert_exact(Mapped(), 6)["loop"]) == 4
+
+
+class Forces(nn.Module):
+    """The slope of an energy, as molecular models give it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.energy = nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Tanh(), Custom())
+
+    def forward(self, x):
+        return torch.vmap(torch.func.grad(lambda one: self.energy(one).sum()))(self.embed(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*slow exact path")
+def test_forces_by_a_gradient_inside_the_model():
+    assert assert_exact(Forces(), 6)["fused"] == {"embed.weight", "embed.bias"}
+
+
+@pytest.mark.filterwarnings("ignore:.*slow exact path")
+def test_a_weight_shared_with_a_module_that_vmap_runs():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return torch.vmap(self.second)(self.first(x).tanh())
+
+    assert "first.weight" in assert_exact(Tied(), 6)["loop"]
+
+
+@pytest.mark.filterwarnings("ignore:.*slow exact path", "ignore:.*torch.jit", "ignore::DeprecationWarning")
+def test_a_traced_module_is_served_and_a_scripted_one_refused_by_name():
+    model = nn.Sequential(nn.Linear(6, 6), Custom(), nn.Linear(6, 2)).double()
+    batches = [{"x": torch.randn(N, 6, dtype=torch.float64)} for N in (3, 2)]
+    truth = squares_one_by_one(model, batches, lambda model, row: losses(model, row)[0])
+    traced = nn.Sequential(model[0], torch.jit.trace(model[1], batches[0]["x"]), model[2])
+    assert worst_error(fk.estimate(traced, batches, likelihood=losses), truth)[0] < LIMIT[torch.float64]
+    scripted = nn.Sequential(model[0], torch.jit.script(model[1]), model[2])
+    for run in (fk.estimate, fk.verify):
+        with pytest.raises(fk.UnsupportedModuleError, match=r"'1' \(Custom\) was made by torch.jit.script.*made from"):
+            run(scripted, batches, likelihood=losses)
+    assert not any(module._forward_hooks for module in (scripted[0], scripted[2]))
+    assert worst_error(fk.estimate(model, batches, likelihood=losses), truth)[0] < LIMIT[torch.float64]
+
+
+def test_a_lazy_module_that_has_not_run_is_refused_in_one_sentence():
+    model = nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.Linear(6, 2))
+    x = torch.randn(3, 4)
+    with pytest.raises(ValueError, match="'0.weight' of Sequential has no shape yet.*run the model once on a batch"):
+        fk.estimate(model, [{"x": x}], likelihood=losses)
+    model(x)
+    assert_exact(model, 4)
+
+
+class Sparse(nn.Module):
+    def __init__(self, layout: torch.layout) -> None:
+        super().__init__()
+        dense = torch.randn(6, 6, dtype=torch.float64) * torch.eye(6)
+        self.weight = nn.Parameter(dense.to_sparse(layout=layout))
+
+    def forward(self, x):
+        return torch.sparse.mm(self.weight, x.t()).t()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+def test_a_parameter_in_a_sparse_layout_is_refused_and_what_is_around_it_exact(layout):
+    model = nn.Sequential(nn.Linear(6, 6), Sparse(layout), nn.Linear(6, 2)).double()
+    for estimator in (fk.DiagonalFisher(), fk.SketchedFisher(draws=1)):
+        with pytest.raises(fk.UnsupportedModuleError, match=r"\['1.weight'\] are kept in a sparse layout.*leave"):
+            fk.estimate(model, [{"x": torch.randn(3, 6).double()}], estimator, likelihood=losses)
+    model[1].weight.requires_grad_(False)
+    assert_exact(model, 6)
+
+
+@pytest.mark.filterwarnings("ignore:.*slow exact path")
+def test_nested_tensors_run_through_the_model_in_batches_of_one():
+    def losses(model, batch):
+        return torch.stack([sequence.sin().sum() for sequence in model(batch["x"]).unbind()])
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    sequences = [torch.randn(T, 6, dtype=torch.float64) for T in (2, 3, 4)]
+    batches = [{"x": torch.nested.nested_tensor([one], layout=torch.jagged)} for one in sequences]
+    rows = [{"x": one[None]} for one in sequences]
+    truth = squares_one_by_one(model, rows, lambda model, row: model(row["x"]).sin().sum())
+    for check in (True, False):
+        statistics = fk.estimate(model, batches, likelihood=losses, check=check)
+        assert worst_error(statistics, truth)[0] < LIMIT[torch.float64]
+
+
+def test_a_target_without_gradient_costs_no_path():
+    """A model that learns from its own answer, as self-distillation does."""
+
+    def distilled(model, batch):
+        with torch.no_grad():
+            target = model(0.9 * batch["x"])
+        return (model(batch["x"]) - target).square().mean(1) + losses(model, batch)
+
+    def from_itself(model, batch):
+        with torch.no_grad():
+            target = model(0.9 * batch["x"])
+        return (model(batch["x"]) - target).square().mean(1)
+
+    model = around(Custom()).double()
+    batches = [{"x": torch.randn(N, 6, dtype=torch.float64)} for N in (3, 2)]
+    for function, path in ((from_itself, "generic"), (distilled, "loop")):
+        truth = squares_one_by_one(model, batches, lambda model, row, function=function: function(model, row)[0])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error" if path == "generic" else "ignore", ".*slow exact path")
+            statistics = fk.estimate(model, batches, likelihood=function)
+        assert worst_error(statistics, truth)[0] < LIMIT[torch.float64]
+        assert statistics.coverage["2.matrix"].path == path
+
+
+def test_a_head_that_is_not_called_is_said_to_be_so():
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(6, 2), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    with pytest.warns(UserWarning, match="unused.weight: unused was not called by the first examples"):
+        assert assert_exact(Heads(), 6)["loop"] == {"unused.weight", "unused.bias"}

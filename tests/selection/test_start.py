@@ -104,3 +104,82 @@ def test_the_first_step_of_an_optimizer_looks(make):
     trained.step()
     mistaken.load_state_dict(trained.state_dict())
     mistaken.step()
+
+
+def trained(selection: Selection, make=fk.MaskedSGD) -> nn.Module:
+    of = model()
+    optimizer = make(of, selection, lr=0.1)
+    of(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return of
+
+
+def test_a_second_stage_with_a_new_optimizer_goes_on(tmp_path):
+    """What was trained by the selection itself stands where it should, also when the selection comes from its file."""
+    selection = Selection.load(selected(model()).save(tmp_path / "selection"))
+    of = trained(selection)
+    before = of[0].weight.clone()
+    optimizer = fk.MaskedSGD(of, selection, lr=0.1)
+    of(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert torch.equal(of[0].weight != before, selection.mask("0.weight"))
+    with pytest.raises(ValueError, match="another start"):  # the start itself must be the untrained one
+        save_start(of, selection, tmp_path / "start")
+
+
+def test_training_beside_the_selection_is_another_start():
+    selection = selected(model())
+    of = trained(selection)
+    with torch.no_grad():
+        of[0].weight += 0.1 * ~selection.mask("0.weight")
+    of(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(ValueError, match="made for another start"):
+        fk.MaskedSGD(of, selection, lr=0.1).step()
+
+
+def test_another_head_alone_is_another_start():
+    """It is selected whole, so that nothing in it tells; and nothing else has moved."""
+    selection, of = selected(model()), model()
+    of[1].load_state_dict(model(seed=1)[1].state_dict())
+    of(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(ValueError, match="another start: 1.weight"):
+        fk.MaskedSGD(of, selection, lr=0.1).step()
+
+
+def test_a_selection_without_the_digest_of_the_rest_asks_for_the_start():
+    """Files from before it was kept."""
+    selection = selected(model())
+    old = {key: value for key, value in selection.provenance.items() if key != "start_unselected"}
+    indices = {name: selection.indices(name) for name in selection.names if name not in selection.whole}
+    older = Selection(selection.shapes, indices, whole=selection.whole, provenance=old)
+    of = trained(older)
+    of(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(ValueError, match="made for another start"):
+        fk.MaskedSGD(of, older, lr=0.1).step()
+
+
+def test_a_part_of_a_selection_goes_on_as_well():
+    selection = selected(model())
+    of = trained(selection)
+    optimizer = fk.MaskedSGD(of, selection.restrict("0.*"), lr=0.1, outside="train")
+    of(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["whole", "restricted"])
+def test_a_renamed_selection_still_knows_its_start(part):
+    """As for the same adapter inside another model."""
+    selection = selected(model()).restrict("0.*") if part else selected(model())
+    renamed = selection.rename(lambda name: f"inner.{name}")
+    for seed in (0, 1):
+        outer = nn.Module()
+        outer.inner = model(seed)
+        outer.inner(torch.ones(2, 4)).sum().backward()
+        optimizer = fk.MaskedSGD(outer, renamed, lr=0.1, outside="freeze")
+        if seed:
+            with pytest.raises(ValueError, match="another start: inner.0.weight"):
+                optimizer.step()
+        else:
+            optimizer.step()
+            check_start(selection, model())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import UserDict
+from collections import UserDict, defaultdict
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -112,6 +113,32 @@ def test_a_mapping_of_another_class_is_a_batch():
         return model(input_ids=batch.input_ids).logits.square().mean((1, 2))  # by attribute, as BatchEncoding has it
 
     assert fk.estimate(specimen.model, [transformers.BatchEncoding(batch)], likelihood=losses).count == 3
+
+
+class ByAttribute(dict):
+    __getattr__ = dict.__getitem__
+
+
+@dataclass
+class Output(transformers.utils.ModelOutput):
+    x: Tensor | None = None
+    y: Tensor | None = None
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("make", [ByAttribute, Output, lambda **items: defaultdict(int, items)], ids=range(3))
+def test_a_mapping_keeps_its_class_and_what_comes_with_it(make, nested):
+    def losses(model, batch):
+        batch = batch["inside"] if nested else batch
+        x, y = (batch["x"], batch["y"]) if isinstance(batch, defaultdict) else (batch.x, batch.y)
+        weight = 1 + batch["missing"] if isinstance(batch, defaultdict) else 1
+        return weight * cross_entropy(model, {"x": x, "y": y})
+
+    model = linear()
+    wrapped = [make(**rows(N)) for N in (4, 3)]
+    statistics = fk.estimate(model, [{"inside": one} if nested else one for one in wrapped], likelihood=losses)
+    alone = [{"x": x[None], "y": y[None]} for N in (4, 3) for x, y in zip(*rows(N).values(), strict=True)]
+    assert_equal(statistics, truth(model, alone, cross_entropy))
 
 
 def test_a_list_of_tensors_is_settled_by_an_earlier_batch():
@@ -387,3 +414,78 @@ def test_an_error_of_the_whole_batch_is_the_models_own():
 
     with pytest.raises(KeyError, match="no such entry"):
         fk.estimate(linear(), [rows(3)], likelihood=losses)
+
+
+def refused(batch, words: str, likelihood=cross_entropy, kind=ValueError) -> None:
+    with pytest.raises(kind, match=words) as raised:
+        fk.estimate(linear(), [batch], likelihood=likelihood)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor, int], ids=["tensors", "numbers"])
+@pytest.mark.parametrize("kind", ["tuples", "mappings"])
+def test_a_list_of_examples_is_told_to_be_collated(kind, labels):
+    """What ``collate_fn=list`` yields."""
+    pairs = [(x, labels(y)) for x, y in zip(rows(4)["x"], (0, 1, 2, 0), strict=True)]
+    examples = pairs if kind == "tuples" else [{"x": x, "y": y} for x, y in pairs]
+
+    def losses(model, batch):
+        each = batch if kind == "tuples" else [(one["x"], one["y"]) for one in batch]
+        x, y = torch.stack([x for x, _ in each]), torch.tensor([int(y) for _, y in each])
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    refused(examples, "If it is a list of examples, collate them first", losses)
+    loader = torch.utils.data.DataLoader(pairs, batch_size=2)
+    assert fk.estimate(linear(), loader, likelihood=fk.Classification()).count == 4
+
+
+@pytest.mark.parametrize("N", [1, 2])
+def test_images_in_a_tuple_are_told_to_be_a_list(N):
+    """What ``tuple(zip(*batch))`` yields, a usual collator of detectors."""
+
+    def losses(model, batch):
+        found = [(model(image.flatten(1).mean(1)[:1].expand(4)), boxes) for image, boxes in zip(*batch, strict=True)]
+        return torch.stack([(logits.sum() * boxes["boxes"].mean()) for logits, boxes in found])
+
+    images = tuple(torch.rand(3, 4 + n, 5, dtype=torch.float64) for n in range(N))
+    targets = tuple({"boxes": torch.rand(2 + n, 4, dtype=torch.float64)} for n in range(N))
+    refused((images, targets), "one thing for each example makes a list", losses)
+    assert fk.estimate(linear(), [(list(images), list(targets))], likelihood=losses).count == N
+
+
+def test_an_example_in_no_batch_is_told_to_be_put_into_one():
+    """What ``batch_size=None`` yields, and a dataset that is passed itself."""
+    x, y = rows(4)["x"][0], torch.tensor(1)
+    refused((x, y), "batch 0 has a single number as its labels.*let a DataLoader make batches", fk.Classification())
+    refused((x, 1), "batch 0 has a single number as its labels.*let a DataLoader make batches", fk.Classification())
+
+    def losses(model, batch):
+        return F.cross_entropy(model(batch["x"][None]), batch["y"][None])
+
+    refused({"x": x, "y": y}, "If it is one example in no batch, let a DataLoader make batches", losses)
+
+
+def test_an_object_is_said_not_to_be_looked_into():
+    @dataclass
+    class Batch:
+        x: Tensor
+        y: Tensor
+
+    batch = Batch(**rows(3))
+    refused(batch, r"batch 0 is a Batch: .*vars\(batch\) makes a mapping of a dataclass", kind=TypeError)
+    refused({"inside": batch}, "'inside' is a Batch, which is not looked into: give what it holds as a mapping")
+    assert fk.estimate(linear(), [vars(batch)], likelihood=cross_entropy).count == 3
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_a_nested_tensor_is_refused_by_name_and_a_list_taken(layout):
+    sequences = [torch.randn(T, 4, dtype=torch.float64) for T in (2, 3, 4)]
+
+    def losses(model, batch):
+        return torch.stack([model(one).sin().sum() for one in batch["x"]])
+
+    nested = torch.nested.nested_tensor(sequences, layout=layout)
+    refused({"x": nested, "y": torch.zeros(3)}, "'x' of .*batch.* (nested tensor|NestedTensor).*[Bb]ring", losses)
+    statistics = fk.estimate(linear(), [{"x": sequences, "y": torch.zeros(3)}], likelihood=losses)
+    assert_equal(statistics, truth(linear(), [{"x": [one]} for one in sequences], losses))

@@ -144,6 +144,40 @@ class AlwaysDrops(nn.Module):
         return self.b(F.dropout(torch.tanh(self.a(x)), 0.3))  # training=True is its default
 
 
+class Remembers(nn.Module):
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.a, self.b, self.where, self.queue = nn.Linear(4, 8), nn.Linear(8, 3), where, []
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        h = self.a(x)
+        mean = torch.stack(self.queue).mean(0) if self.queue else self.mean
+        if self.where == "queue":
+            self.queue.append(h.detach().mean(0))
+        else:
+            self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+        return self.b(torch.tanh(h - mean))
+
+
+@every_check
+def test_a_model_that_keeps_a_queue_is_told_of_a_buffer_in_which_it_is_exact(check):
+    options = {"likelihood": fk.Classification(), "check": check}
+    with pytest.raises(ValueError, match="goes by what it has kept of runs before.*keep state in a buffer"):
+        fk.estimate(Remembers("queue"), [labelled(torch.float32)], **options)
+    model = Remembers("buffer")
+    together = fk.estimate(model, [labelled(torch.float32)], **options)
+    assert not model.mean.any()
+    inputs, labels = labelled(torch.float32)
+    for name, parameter in model.named_parameters():
+        square = torch.zeros_like(parameter)
+        for x, y in zip(inputs, labels, strict=True):
+            model.mean.zero_()
+            loss = F.cross_entropy(model(x[None]), y[None])
+            square += torch.autograd.grad(loss, parameter)[0].square() / len(labels)
+        torch.testing.assert_close(together[name], square, rtol=1e-4, atol=1e-8)
+
+
 @every_check
 @pytest.mark.parametrize("kind", ["empirical", "mc", "type-2"])
 def test_a_model_that_draws_in_evaluation_mode(kind, check):

@@ -58,6 +58,22 @@ def test_a_loaded_file_holds(bert, tmp_path):
     assert fk.verify(model, batches, fk.Statistics.load(path, lazy=True)).ok
 
 
+def test_a_file_of_half_the_size_holds_and_a_wrong_one_does_not(bert, tmp_path):
+    """``save(dtype=torch.bfloat16)`` rounds each entry to three digits, and nothing more is allowed."""
+    model, batches = bert
+    statistics = fk.estimate(model, batches)
+    halved = fk.Statistics.load(statistics.save(tmp_path / "halved", dtype=torch.bfloat16))
+    assert any(not torch.equal(halved[name], statistics[name]) for name in statistics)
+    report = fk.verify(model, batches, halved)
+    assert report.ok, report.failures
+    exact = fk.verify(model, batches, statistics)
+    assert all(0 < a.allowed - b.allowed < 0.004 for a, b in zip(report.compared, exact.compared, strict=True))
+    name = "bert.encoder.layer.0.output.dense.weight"
+    wrong = changed(halved, name, lambda value: (value * 1.01).bfloat16().float())
+    failed = fk.verify(model, batches, wrong)
+    assert [one.name for one in failed.compared if not one.holds] == [name]
+
+
 @pytest.mark.parametrize(
     "change",
     [lambda value: 1.01 * value, torch.zeros_like, lambda value: value.flip(0), lambda value: value * torch.nan],
