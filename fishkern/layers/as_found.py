@@ -35,7 +35,7 @@ def as_found(model: nn.Module) -> Iterator[Callable[[], None]]:
             state.restore()
 
     with ExitStack() as stack:
-        for entered in (_frozen, _accumulation_hooks_at_rest, _bounded_tables, _group_norms_in_order):
+        for entered in (_frozen, _accumulation_hooks_at_rest, _bounded_tables, _norms_in_order):
             stack.enter_context(entered(model))
         stack.callback(restore)
         yield restore
@@ -82,10 +82,11 @@ def _bounded_tables(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _group_norms_in_order(model: nn.Module) -> Iterator[None]:
-    """Keep torch's backward of ``GroupNorm`` from an input in ``channels_last`` whose gradient nobody asks for.
+def _norms_in_order(model: nn.Module) -> Iterator[None]:
+    """Keep ``channels_last`` from two backward passes of torch that do not stand it on a CPU, up to 2.13.
 
-    On a CPU it then reads memory that is not its own and ends the process, up to torch 2.13.
+    That of ``GroupNorm``, where the input's gradient is not asked for, reads memory that is not its own and ends the
+    process. That of ``InstanceNorm`` gives wrong numbers for a batch of one.
     """
 
     def in_order(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -93,8 +94,16 @@ def _group_norms_in_order(model: nn.Module) -> Iterator[None]:
             return (args[0].contiguous(), *args[1:])
         return None
 
-    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
-    handles = [norm.register_forward_pre_hook(in_order) for norm in norms]
+    def gradient_in_order(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(Tensor.contiguous)
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):
+            handles.append(module.register_forward_pre_hook(in_order))
+        elif isinstance(module, nn.modules.instancenorm._InstanceNorm):
+            handles.append(module.register_forward_hook(gradient_in_order))
     try:
         yield
     finally:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fishkern as fk
+from tests.support.oracle import squares_one_by_one, worst_error
 
 SCRIPT = """
 import torch
@@ -63,3 +70,31 @@ def test_group_norm(layer, parameters):
     code = f"import sys; sys.path.insert(0, {str(root)!r})\n{SCRIPT}"
     run = subprocess.run([sys.executable, "-c", code, layer, parameters], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout.split()) == (0, ["exact"]), run.stderr
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("check", [True, False])
+def test_instance_norm(batch_size, check):
+    """Its gradients for one image alone are those of the same model in the ordinary order of memory."""
+    torch.manual_seed(0)
+    last = torch.channels_last
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.InstanceNorm2d(6, affine=True), nn.Conv2d(6, 5, 3), nn.InstanceNorm2d(5, affine=True),
+        nn.SiLU(), nn.Conv2d(5, 4, 3), nn.Flatten(), nn.Linear(16, 3),
+    ).double()  # fmt: skip
+    x, y = torch.randn(4, 3, 8, 8).double(), torch.tensor([0, 1, 2, 1])
+
+    def loss(model, row):
+        return F.cross_entropy(model(row["x"]), row["y"])
+
+    def losses(model, batch):
+        return F.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+    truth = squares_one_by_one(copy.deepcopy(model), [{"x": x, "y": y}], loss)
+    model = model.to(memory_format=last)
+    rows = zip(x.split(batch_size), y.split(batch_size), strict=True)
+    batches = [{"x": images.to(memory_format=last), "y": labels} for images, labels in rows]
+    found = fk.estimate(model, batches, likelihood=losses, check=check)
+    error, name = worst_error(found, truth)
+    assert error < 1e-6, (name, error)
+    assert fk.verify(model, batches, found, likelihood=losses).ok
