@@ -65,7 +65,7 @@ class Answering:
     def _prepare_on(self, example: Examples) -> None:
         with _differentiable(self._model):
             if isinstance(self._likelihood, Likelihood):
-                self._prepare_likelihood(example.content)
+                self._prepare_likelihood(example)
             elif self._is_cut_off(self(example)):
                 raise ValueError(_cut_off(f"the losses of {self.description}"))
 
@@ -73,12 +73,12 @@ class Answering:
         """Tell whether no gradient leads back; behind a weight stored as integers only a pass can tell."""
         return not outputs.requires_grad and all(p.is_floating_point() for p in self._model.parameters())
 
-    def _prepare_likelihood(self, example: Batch) -> None:
+    def _prepare_likelihood(self, example: Examples) -> None:
         returned: list[Any] = []
         handle = self._model.register_forward_hook(lambda _, args, outputs: returned.append(outputs))
         try:
-            self._likelihood = self._likelihood.settled(self._model, example)
-            answer = self._likelihood.predictive(self._model, example)
+            self._likelihood = self._likelihood.settled(self._model, example.handed())
+            answer = self._likelihood.predictive(self._model, example.handed())
         except UnknownLabelError as error:
             raise error.at(f"row 0 of a batch of {self._usual}") from None
         finally:
@@ -90,7 +90,7 @@ class Answering:
                 raise ValueError(_cut_off(f"the outputs of {type(self._model).__name__}"))
             if isinstance(answer, Categorical):
                 note_probabilities(self._likelihood, outputs)
-        _compare_with_own_loss(self._model, self._likelihood, answer, example, self._named)
+        _compare_with_own_loss(self._model, self._likelihood, answer, example.handed(), self._named)
 
     @property
     def description(self) -> str:
@@ -99,7 +99,7 @@ class Answering:
 
     def __call__(self, batch: Examples) -> Predictive | Tensor:
         if isinstance(self._likelihood, Likelihood):
-            return self._likelihood.predictive(self._model, batch.content)
+            return self._likelihood.predictive(self._model, batch.handed())
         losses = losses_by_function(self._likelihood, self._model, batch)
         N = batch.num_examples
         if isinstance(losses, Tensor) and losses.shape == () and self._usual == N == 1:
