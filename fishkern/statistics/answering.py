@@ -68,19 +68,19 @@ class Answering:
         """Run an example, and say why its loss will not do, or nothing."""
         with _differentiable(self._model):
             if isinstance(self._likelihood, Likelihood):
-                return self._prepare_likelihood(example.content)
+                return self._prepare_likelihood(example)
             return _cut_off(f"the losses of {self.description}") if self._is_cut_off(self(example)) else None
 
     def _is_cut_off(self, outputs: Tensor) -> bool:
         """Tell whether no gradient leads back; behind a weight stored as integers only a pass can tell."""
         return not outputs.requires_grad and all(p.is_floating_point() for p in self._model.parameters())
 
-    def _prepare_likelihood(self, example: Batch) -> str | None:
+    def _prepare_likelihood(self, example: Examples) -> str | None:
         returned: list[Any] = []
         handle = self._model.register_forward_hook(lambda _, args, outputs: returned.append(outputs))
         try:
-            self._likelihood = self._likelihood.settled(self._model, example)
-            answer = self._likelihood.predictive(self._model, example)
+            self._likelihood = self._likelihood.settled(self._model, example.handed())
+            answer = self._likelihood.predictive(self._model, example.handed())
         except UnknownLabelError as error:
             raise error.at(f"row 0 of a batch of {self._usual}") from None
         finally:
@@ -92,7 +92,7 @@ class Answering:
                 return _cut_off(f"the outputs of {type(self._model).__name__}")
             if isinstance(answer, Categorical):
                 note_probabilities(self._likelihood, outputs)
-        return _compare_with_own_loss(self._model, self._likelihood, answer, example, self._named)
+        return _compare_with_own_loss(self._model, self._likelihood, answer, example.handed(), self._named)
 
     @property
     def description(self) -> str:
@@ -101,7 +101,7 @@ class Answering:
 
     def __call__(self, batch: Examples) -> Predictive | Tensor:
         if isinstance(self._likelihood, Likelihood):
-            return self._likelihood.predictive(self._model, batch.content)
+            return self._likelihood.predictive(self._model, batch.handed())
         losses = losses_by_function(self._likelihood, self._model, batch)
         N = batch.num_examples
         if isinstance(losses, Tensor) and losses.shape == () and self._usual == N == 1:

@@ -88,6 +88,16 @@ class Examples:
         ))  # fmt: skip
         return cut, whole
 
+    def handed(self) -> Batch:
+        """Copy the content for one run.
+
+        What takes an entry out (``batch.pop("labels")``, as the Trainer does) or writes into one has its own batch.
+
+        Returns:
+            The copy.
+        """
+        return _copied(self.content)
+
     def to(self, device: torch.device) -> Examples:
         """Move every tensor, and cut it off from where it was computed.
 
@@ -437,3 +447,11 @@ def _moved(value: Any, device: torch.device) -> Any:
     if _is_structure(value) or isinstance(value, list):
         return _rebuilt(value, {key: _moved(item, device) for key, item in _items(value)})
     return value
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if _is_structure(value) or isinstance(value, list):
+        return _rebuilt(value, {key: _copied(item) for key, item in _items(value)})
+    return copy.copy(value) if _is_array(value) else value

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence
 
 import fishkern as fk
+from fishkern.statistics import Categorical
 from tests.support import zoo
 from tests.support.oracle import squares_one_by_one, worst_error
 
@@ -489,3 +490,38 @@ def test_a_nested_tensor_is_refused_by_name_and_a_list_taken(layout):
     refused({"x": nested, "y": torch.zeros(3)}, "'x' of .*batch.* (nested tensor|NestedTensor).*[Bb]ring", losses)
     statistics = fk.estimate(linear(), [{"x": sequences, "y": torch.zeros(3)}], likelihood=losses)
     assert_equal(statistics, truth(linear(), [{"x": [one]} for one in sequences], losses))
+
+
+class Popping(fk.Likelihood):
+    def predictive(self, model, batch):
+        labels = batch.pop("y")
+        return Categorical(model(batch["x"].mul_(0.5))[:, None], labels[:, None], mean=True)
+
+
+def popping(model, batch):
+    labels = batch.pop("y")  # as the Trainer's own compute_loss
+    return F.cross_entropy(model(batch["x"].mul_(0.5)), labels, reduction="none")
+
+
+def popping_inside(model, batch):
+    return popping(model, batch["inside"])
+
+
+def popping_and_drawing(model, batch, draws):
+    return popping(model, batch) * (1 + 0 * draws.rand(1)[:, 0])
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(
+    "likelihood", [popping, popping_inside, fk.Drawn(popping_and_drawing), Popping()], ids=range(4)
+)
+def test_a_loss_takes_its_labels_out_of_the_batch_and_writes_into_it(likelihood, check):
+    model, batches = linear(), [rows(4), rows(3), rows(1)]
+    halved = [{"x": 0.5 * x[None], "y": y[None]} for one in batches for x, y in zip(*one.values(), strict=True)]
+    expected = truth(model, halved, cross_entropy)
+    given = [{"inside": one} for one in batches] if likelihood is popping_inside else batches
+    assert_equal(fk.estimate(model, given, likelihood=likelihood, check=check), expected)
+    assert fk.verify(model, given, likelihood=likelihood).ok
+    for N, batch in zip((4, 3, 1), batches, strict=True):
+        assert batch.keys() == rows(N).keys()
+        assert torch.equal(batch["x"], rows(N)["x"])
