@@ -202,8 +202,8 @@ class Reader:
                 "or a pair (inputs, labels), as a DataLoader yields them. "
                 + ("(vars(batch) makes a mapping of a dataclass.)" if is_dataclass(raw) else _ONE_ALONE)
             )
-        if self._only_pairs:
-            labels = content[-1] if isinstance(content, tuple) else content.get("labels")
+        if self._only_pairs and (isinstance(content, Mapping) or len(content) == 2):
+            labels = content.get("labels") if isinstance(content, Mapping) else content[1]
             if isinstance(labels, int | float) or (_is_array(labels) and not len(labels.shape)):
                 raise ValueError(
                     f"batch {number} has a single number as its labels, as an example has that is in no batch: let a "
