@@ -72,12 +72,14 @@ def test_factors_reach_the_kernel_as_they_are(monkeypatch):
         return real(activations, output_grads, **options)
 
     monkeypatch.setattr(backends, "_kernel", lambda op: spy)
+    given = []
+    model[0].register_forward_pre_hook(lambda module, args: given.append(args[0].data_ptr()))
 
     def losses(model: nn.Module, batch: tuple) -> torch.Tensor:
         return model(batch[0]).square().sum((1, 2))
 
     statistics = fk.estimate(model, [(inputs, torch.zeros(3))], likelihood=losses, backend="triton", check=False)
-    assert inputs.data_ptr() in [address for address, _ in seen]
+    assert given[-1] in [address for address, _ in seen]
     assert all(out.is_contiguous() for _, out in seen)
     assert len(seen) == len(statistics) == 2
 
