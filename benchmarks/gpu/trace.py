@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile, supported_activities
 
 import fishkern as fk
 from benchmarks.gpu import Part, Record
@@ -34,8 +34,7 @@ def parts(device: torch.device) -> list[Part]:
 def _trace(case: Case, device: torch.device) -> Iterator[Record]:
     model, batches = case.model(device), case.data(device)
     fk.estimate(model, batches[:2], check=False, backend="triton")  # compiles
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=activities) as profiler:
+    with profile(activities=supported_activities()) as profiler:
         fk.estimate(model, batches[:3], check=False, backend="triton")
     events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     with tempfile.TemporaryDirectory() as folder:
