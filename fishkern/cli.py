@@ -15,6 +15,7 @@ try:
 except ModuleNotFoundError:  # main says what to install
     typer = None
 
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command and exit: 0 when all went well, 2 with one line on standard error when not.
 

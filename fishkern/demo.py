@@ -159,9 +159,7 @@ def _draw(console: Console, summary: Summary, path: Path) -> None:
     if find_spec("matplotlib") is None:
         console.print('   no picture without matplotlib: pip install "fishkern[plot]"\n')
         return
-    figure = plots.draw(
-        summary, title="A small LLaMA", quantity="Fisher information", unit="nats² per parameter unit²"
-    )
+    figure = plots.draw(summary, title="A small LLaMA", quantity="Fisher information", unit="nats² per parameter unit²")
     console.print(f"   Its picture, by layer and module, is {escape(str(plots.save(figure, path)))}\n")
 
 

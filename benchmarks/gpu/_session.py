@@ -176,9 +176,7 @@ def _measure(
     return failed
 
 
-def _chosen(
-    modules: dict[str, ModuleType], device: torch.device, only: set[str], skip_tests: bool
-) -> dict[Key, Part]:
+def _chosen(modules: dict[str, ModuleType], device: torch.device, only: set[str], skip_tests: bool) -> dict[Key, Part]:
     every: dict[Key, Part] = {}
     for name, module in modules.items():
         if tests_of(name, module):

@@ -159,9 +159,7 @@ def _measure(case: Case, device: torch.device) -> Iterator[Record]:
         yield record
 
 
-def _rivals(
-    case: Case, x: Tensor, g: Tensor, offsets: Tensor | None, out: Tensor
-) -> dict[str, Callable[[], object]]:
+def _rivals(case: Case, x: Tensor, g: Tensor, offsets: Tensor | None, out: Tensor) -> dict[str, Callable[[], object]]:
     flat_x, flat_g = x.reshape(-1, case.I), g.reshape(-1, case.O)
     rivals: dict[str, Callable[[], object]] = {"cublas_dw": lambda: flat_g.mT @ flat_x}
     if offsets is None:

@@ -17,9 +17,7 @@ _MODEL, _DATA, _RUN = "Model", "Data", "Run"
 class Workload:
     """A model and the data that runs through it, as the command line names them."""
 
-    model: Annotated[
-        str, Argument(metavar="MODEL", help="Folder of a model or a PEFT adapter, or its id on the hub.")
-    ]
+    model: Annotated[str, Argument(metavar="MODEL", help="Folder of a model or a PEFT adapter, or its id on the hub.")]
     data: Annotated[
         str,
         Option(

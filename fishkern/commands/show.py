@@ -129,8 +129,6 @@ def _show_values(held: Delta | Start, file: Path, other: Path | None, as_json: b
         note("how far they have moved is not known without the start: fishkern show DELTA START")
 
 
-
-
 def _show_statistics(statistics: Statistics, file: Path, picture: Path | None, density: float, as_json: bool) -> None:
     with progress("reading", "entries") as report:
         summary = summarise(watched(statistics, report, times=2), density)

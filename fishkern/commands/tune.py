@@ -59,9 +59,9 @@ class Budget:
         float | None,
         Option(metavar="D", help="Train this fraction of the adapter; by default 0.2.", rich_help_panel=_BUDGET),
     ] = None
-    k: Annotated[
-        int | None, Option("--k", metavar="N", help="Or so many of its entries.", rich_help_panel=_BUDGET)
-    ] = None
+    k: Annotated[int | None, Option("--k", metavar="N", help="Or so many of its entries.", rich_help_panel=_BUDGET)] = (
+        None
+    )
     trainable: Annotated[
         int | None, Option(metavar="N", help="Or so many entries, head included.", rich_help_panel=_BUDGET)
     ] = None
@@ -100,9 +100,7 @@ class Training:
     epochs: Annotated[
         int, Option(min=1, metavar="N", help="How often each example is seen.", rich_help_panel=_TRAINING)
     ] = 3
-    lr: Annotated[
-        float, Option(metavar="LR", help="Learning rate, falling to 0.", rich_help_panel=_TRAINING)
-    ] = 5e-4
+    lr: Annotated[float, Option(metavar="LR", help="Learning rate, falling to 0.", rich_help_panel=_TRAINING)] = 5e-4
     weight_decay: Annotated[
         float, Option(metavar="W", help="Decay of the selected entries.", rich_help_panel=_TRAINING)
     ] = 0.0

@@ -28,7 +28,6 @@ Select = Callable[[nn.Module, Iterable[Any]], Selection]
 FILE = "selection.safetensors"
 
 
-
 _log = logging.getLogger(__name__)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +34,7 @@ class Strays:
                         self._hosts[site.module][inner].append((key, site.path))
 
     @contextmanager
-    def watched(self) -> Any:
+    def watched(self) -> Iterator[None]:
         """Watch a forward pass.
 
         Yields:
@@ -59,7 +59,7 @@ class Strays:
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._running[module] -= 1
 
-    def _noting(self, host: nn.Module, keys: list[tuple[str, str]]) -> Any:
+    def _noting(self, host: nn.Module, keys: list[tuple[str, str]]) -> Callable[[nn.Module, Any], None]:
         def note(module: nn.Module, args: Any) -> None:
             if not self._running[host]:
                 self.found |= {key: f"its module is also called outside of {path}" for key, path in keys}

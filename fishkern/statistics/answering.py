@@ -79,8 +79,8 @@ class Answering:
         returned: list[Any] = []
         handle = self._model.register_forward_hook(lambda _, args, outputs: returned.append(outputs))
         try:
-            self._likelihood = self._likelihood.settled(self._model, example.handed())
-            answer = self._likelihood.predictive(self._model, example.handed())
+            self._likelihood = self._likelihood.settled(self._model, example.copied())
+            answer = self._likelihood.predictive(self._model, example.copied())
         except UnknownLabelError as error:
             raise error.at(f"row 0 of a batch of {self._usual}") from None
         finally:
@@ -92,7 +92,7 @@ class Answering:
                 return _cut_off(f"the outputs of {type(self._model).__name__}")
             if isinstance(answer, Categorical):
                 note_probabilities(self._likelihood, outputs)
-        return _compare_with_own_loss(self._model, self._likelihood, answer, example.handed(), self._named)
+        return _compare_with_own_loss(self._model, self._likelihood, answer, example.copied(), self._named)
 
     @property
     def description(self) -> str:
@@ -101,7 +101,7 @@ class Answering:
 
     def __call__(self, batch: Examples) -> Predictive | Tensor:
         if isinstance(self._likelihood, Likelihood):
-            return self._likelihood.predictive(self._model, batch.handed())
+            return self._likelihood.predictive(self._model, batch.copied())
         losses = losses_by_function(self._likelihood, self._model, batch)
         N = batch.num_examples
         if isinstance(losses, Tensor) and losses.shape == () and self._usual == N == 1:

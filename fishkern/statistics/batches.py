@@ -88,7 +88,7 @@ class Examples:
         ))  # fmt: skip
         return cut, whole
 
-    def handed(self) -> Batch:
+    def copied(self) -> Batch:
         """Copy the content for one run.
 
         What takes an entry out (``batch.pop("labels")``, as the Trainer does) or writes into one has its own batch.

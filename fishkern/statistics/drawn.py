@@ -102,7 +102,7 @@ class Drawn:
             ``[N]``.
         """
         device = next(model.parameters()).device
-        return self.function(model, batch.handed(), Draws(self.seed, batch.places, device))
+        return self.function(model, batch.copied(), Draws(self.seed, batch.places, device))
 
 
 def losses_by_function(function: LossFunction | Drawn, model: nn.Module, batch: Examples) -> Any:
@@ -116,4 +116,4 @@ def losses_by_function(function: LossFunction | Drawn, model: nn.Module, batch: 
     Returns:
         What it returns.
     """
-    return function(model, batch if isinstance(function, Drawn) else batch.handed())
+    return function(model, batch if isinstance(function, Drawn) else batch.copied())

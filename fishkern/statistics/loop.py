@@ -116,7 +116,7 @@ class Loop:
                 backward(value, retain_graph=not last or n + 1 < len(objective))
 
     def _answer_alone(self, row: Examples) -> Predictive | Tensor:
-        losses = self._own_loss(row.handed())
+        losses = self._own_loss(row.copied())
         return self._answer(row) if losses is None else losses
 
     def _own_loss(self, row: Batch) -> Tensor | None:
@@ -130,7 +130,7 @@ class Loop:
 
     def _answer(self, batch: Examples) -> Predictive | Tensor:
         if self._answering is None:
-            content = batch.handed()
+            content = batch.copied()
             likelihood = recognise_likelihood(self._model, content) if self._likelihood is None else self._likelihood
             if isinstance(likelihood, Likelihood):
                 likelihood = likelihood.settled(self._model, content)
