@@ -74,14 +74,15 @@ def test_group_norm(layer, parameters):
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("check", [True, False])
-def test_instance_norm(batch_size, check):
+@pytest.mark.parametrize("tracks", [False, True])
+def test_instance_norm(batch_size, check, tracks):
     """Its gradients for one image alone are those of the same model in the ordinary order of memory."""
     torch.manual_seed(0)
-    last = torch.channels_last
+    last, options = torch.channels_last, dict(affine=True, track_running_stats=tracks)
     model = nn.Sequential(
-        nn.Conv2d(3, 6, 3), nn.InstanceNorm2d(6, affine=True), nn.Conv2d(6, 5, 3), nn.InstanceNorm2d(5, affine=True),
+        nn.Conv2d(3, 6, 3), nn.InstanceNorm2d(6, **options), nn.Conv2d(6, 5, 3), nn.InstanceNorm2d(5, **options),
         nn.SiLU(), nn.Conv2d(5, 4, 3), nn.Flatten(), nn.Linear(16, 3),
-    ).double()  # fmt: skip
+    ).double().eval()  # fmt: skip
     x, y = torch.randn(4, 3, 8, 8).double(), torch.tensor([0, 1, 2, 1])
 
     def loss(model, row):
