@@ -12,10 +12,23 @@ Every file here whose name does not begin with ``_`` measures one thing: ``smoke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 Record = dict[str, Any]
+
+
+def too_large(case: Any, needed: float) -> Record:
+    """The record of a case that the device has no room for, so that no later call takes it up.
+
+    Args:
+        case: A dataclass.
+        needed: Bytes.
+
+    Returns:
+        The record.
+    """
+    return {"provider": "fishkern", "case": asdict(case), "failed": f"needs {needed / 2**30:.0f} GiB of the device"}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import fishkern as fk
-from benchmarks.gpu import Part, Record
+from benchmarks.gpu import Part, Record, too_large
 from benchmarks.gpu._timing import compare
 from benchmarks.masked_cases import PROVIDERS
 
@@ -66,7 +66,8 @@ def parts(device: torch.device) -> list[Part]:
 def _measure(case: Step, device: torch.device) -> Iterator[Record]:
     parameters = case.parameters(device)
     needed = sum(2 * parameter.nbytes for parameter in parameters)
-    if 1.5 * needed > torch.cuda.get_device_properties(device).total_memory:
+    if (most := 1.5 * needed) > torch.cuda.get_device_properties(device).total_memory:
+        yield too_large(case, most)
         return
     selection = drawn(parameters, case.density)
     # A rival makes its state when it is first called, and gives it back before the next one comes.

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import Part, Record
+from benchmarks.gpu import Part, Record, too_large
 from benchmarks.gpu._timing import compare
 from benchmarks.topk_cases import TopK
 from fishkern.ops import streaming_topk
@@ -54,7 +54,8 @@ def parts(device: torch.device) -> list[Part]:
 
 
 def _measure(case: TopK, device: torch.device, distribution: str = "") -> Iterator[Record]:
-    if 4.5 * case.n > torch.cuda.get_device_properties(device).total_memory:
+    if (most := 4.5 * case.n) > torch.cuda.get_device_properties(device).total_memory:
+        yield too_large(case, most)
         return
     scores = case.scores(device)
     torch.manual_seed(0)

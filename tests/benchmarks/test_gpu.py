@@ -201,6 +201,17 @@ def test_masked_steps_on_tiny_parameters(name, monkeypatch):
     assert 60 < records[0]["entries"] < 132  # half of 192, at random
 
 
+def test_what_the_device_has_no_room_for_is_recorded_as_such(monkeypatch):
+    """Else each later call would take it up again."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**20))
+    case = masked_adamw.Step("lora", 0.5, "float32")
+    meta = torch.device("meta")
+    for records in (masked_adamw._measure(case, meta), streaming_topk._measure(TopK(2**31, 0.1, 7), meta)):
+        (record,) = records
+        assert record["provider"] == "fishkern"
+        assert record["failed"].startswith("needs ")
+
+
 def test_entries_are_drawn_alike_and_at_random():
     parameters = torch.nn.ParameterList([torch.zeros(300, 40), torch.zeros(7)])
     selection = masked_adamw.drawn(parameters, 0.2)
