@@ -36,8 +36,8 @@ _TASK_BY_SUFFIX: dict[str, Task] = {
 }
 _CLASSIFIER_SUFFIXES = ("ForSequenceClassification", "ForImageClassification")
 
+# Wrappers of torch that hold the model as ``module``.
 _RUNNING = ("DistributedDataParallel", "DataParallel", "AveragedModel")
-"""Wrappers of torch that hold the model as ``module``."""
 
 HEADS = ("classifier", "pre_classifier", "score", "qa_outputs", "classification_head")
 """What transformers calls a task's own layers, which start at random. A language model's head is not one of them."""
@@ -212,8 +212,8 @@ def padding_token(model: nn.Module) -> int | None:
         Its number; ``None`` where there is none, or where it also ends texts.
     """
     config = getattr(base_model(unwrap(model)), "config", None)
-    pad = getattr(config, "pad_token_id", None)
-    return None if pad == getattr(config, "eos_token_id", None) else pad
+    pad, ends = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    return None if pad in (ends if isinstance(ends, list | tuple) else [ends]) else pad
 
 
 def packed_batch(batch: Mapping[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fishkern as fk
+from fishkern import hosts
 from tests.support import zoo
 from tests.support.exactness import LIMIT
 from tests.support.oracle import row, worst_error
@@ -172,6 +173,14 @@ class Tokens(nn.Module):
 
     def forward(self, ids):
         return self.head(self.embed(ids))
+
+
+@pytest.mark.parametrize(("ends", "padding"), [(3, None), ([3, 4], None), (4, 3), ([4, 5], 3), (None, 3)])
+def test_a_padding_token_that_also_ends_texts_is_no_padding(ends, padding):
+    """LLaMA 3 has several tokens that end a text."""
+    model = zoo.llama().model
+    model.config.pad_token_id, model.config.eos_token_id = 3, ends
+    assert hosts.padding_token(model) == padding
 
 
 def test_labels_that_were_shifted_already_are_noted():
