@@ -23,9 +23,10 @@ slow: $(VENV)/.quant ## run the tests that take long
 	@echo "==> Running the slow tests"
 	$(BIN)/python -m pytest -m slow -v
 
-lint: $(VENV)/.dev ## check the code with ruff
+lint: $(VENV)/.dev ## check the code and its layout with ruff
 	@echo "==> Checking the code"
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 demo: $(VENV)/.demo ## install what is needed, and show what fishkern does
 	@echo "==> Running the demo"

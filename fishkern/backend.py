@@ -45,7 +45,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
     Raises:
         ValueError: ``backend`` is none of these.
-    """  # noqa: DOC502, raised by _known
+    """
     token = _current.set(_known(backend))
     try:
         yield
@@ -105,7 +105,7 @@ def choose(reference: Callable, backend: Backend | None, *tensors: Tensor) -> Ca
     Raises:
         BackendUnavailableError: Triton was named, and cannot run.
         ValueError: ``backend`` is none of :data:`BACKENDS`.
-    """  # noqa: DOC502, raised by _known
+    """
     backend = _current.get() if backend is None else _known(backend)
     if backend == "torch" or (backend == "auto" and not tensors):  # nothing to do, and perhaps no GPU to do it on
         return reference

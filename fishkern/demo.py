@@ -76,7 +76,7 @@ def run(
         OSError: ``folder`` is read-only.
         RuntimeError: torch knows no such device, the estimate is not the loop's, or what was saved loads back as
             something else.
-    """  # noqa: DOC502
+    """
     console = Console(highlight=False, soft_wrap=True)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is not a folder: choose another one.")

@@ -82,7 +82,7 @@ def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict
 
     Raises:
         ValueError: Two names become one.
-    """  # noqa: DOC502
+    """
     return renamed(dict(unwrap(model).named_parameters(remove_duplicate=remove_duplicate)), without_wrappers)
 
 

@@ -74,7 +74,7 @@ def tables(
 
     Raises:
         RuntimeError: They are not kept, and a CUDA graph is being captured.
-    """  # noqa: DOC502
+    """
     device = params[0].device
     rows, counts, first, block = [], [], 0, 0
     for param, grad, chosen in zip(params, grads, indices, strict=True):

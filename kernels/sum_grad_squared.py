@@ -267,9 +267,7 @@ def _has_vectors(layout: Layout) -> bool:
     return layout.aligned and odd in ([], [1])
 
 
-def _chunk_table(
-    offsets: Tensor, positions: int, parts: int, BLOCK_T: int, to: torch.device
-) -> tuple[Tensor, Tensor]:
+def _chunk_table(offsets: Tensor, positions: int, parts: int, BLOCK_T: int, to: torch.device) -> tuple[Tensor, Tensor]:
     """Cut packed examples into chunks, and the chunks into parts of about equal work between examples.
 
     It is computed where the offsets lie and nothing is read back, so that nobody waits for the device.
@@ -288,7 +286,7 @@ def _chunk_table(
     Raises:
         ValueError: The positions pass what int32 counts.
         RuntimeError: The offsets lie on the CPU, and a CUDA graph is being captured.
-    """  # noqa: DOC502
+    """
     if positions >= 2**31:
         raise ValueError(f"the kernel takes up to 2**31 - 1 packed positions, got {positions}: split the call.")
     offsets = offsets.long()

@@ -154,7 +154,7 @@ def checked_file(path: str | os.PathLike[str], option: str, name: str) -> Path:
         FileNotFoundError: Its folder does not exist.
         PermissionError: Its folder may not be written to.
         OSError: It is a folder, or another thing than a file.
-    """  # noqa: DOC502
+    """
     check_target(path, name)
     path = Path(path)
     if not path.parent.is_dir():
@@ -178,7 +178,7 @@ def checked_report(path: str | os.PathLike[str], option: str, keys: Iterable[str
     Raises:
         FileExistsError: It holds something else.
         OSError: As in :func:`checked_file`.
-    """  # noqa: DOC502
+    """
     path = checked_file(path, option, "report.json")
     if path.is_file() and path.stat().st_size:
         try:
@@ -204,7 +204,7 @@ def checked_path(path: str | os.PathLike[str], kind: type[Statistics | Selection
         ValueError: The name is that of another kind of file.
         FileExistsError: It holds something else.
         OSError: As in :func:`checked_file`.
-    """  # noqa: DOC502
+    """
     name = f"{kind.__name__.lower()}.safetensors"
     path = checked_file(path, "--out", name)
     if re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) and path.suffix != ".safetensors":

@@ -83,7 +83,7 @@ def prepare(work: Workload, samples: int) -> Prepared:
     Raises:
         ValueError: An option, a column, a label or a text does not fit; the message says which.
         OSError: Something is neither here nor to be had.
-    """  # noqa: DOC502
+    """
     if work.dtype not in DTYPES:
         raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, got {work.dtype!r}.")
     if work.task and work.task not in models.TASKS:

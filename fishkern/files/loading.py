@@ -66,7 +66,7 @@ def open_tensors(path: str | os.PathLike[str], *, format: Format) -> tuple[dict[
         FileNotFoundError: There is no such file, or a shard is missing.
         ValueError: The file is truncated or damaged, holds something else, is one shard of a set, or was written in a
             newer format.
-    """  # noqa: DOC502
+    """
     single, index = _found(path)
     contents = read_index(index) if index.is_file() else None
     if contents and (contents["metadata"].get("format") == format.name or not single.is_file()):
@@ -89,7 +89,7 @@ def format_of(path: str | os.PathLike[str]) -> str | None:
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged, or no ``.safetensors``.
-    """  # noqa: DOC502
+    """
     single, index = _found(path)
     said = [read_index(index)["metadata"].get("format")] if index.is_file() else []
     if single.is_file():

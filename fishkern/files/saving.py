@@ -58,7 +58,7 @@ def save_tensors(
         OSError: As in :func:`atomic_write`.
         ValueError: A value overflows ``dtype``, or a non-zero one becomes zero in float16; or ``max_shard_size`` is
             no size.
-    """  # noqa: DOC502
+    """
     check_target(path, f"{format.name.rpartition('.')[2]}.safetensors")
     single, index = single_and_index(path)
     _refuse_foreign(single, index, format)

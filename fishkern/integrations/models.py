@@ -86,7 +86,7 @@ def find(source: str, base: str | None = None) -> Source:
         FileNotFoundError: It is neither here nor to be had.
         NotADirectoryError: It is a file.
         ValueError: It holds no model, or ``base`` is given for something that is no adapter.
-    """  # noqa: DOC502
+    """
     from transformers import AutoConfig
 
     folder, reason = locate(source, "model")
@@ -164,7 +164,7 @@ def load(
     Raises:
         ValueError: The files are damaged.
         RuntimeError: The device is out of memory.
-    """  # noqa: DOC502
+    """
     import transformers
 
     auto = getattr(transformers, TASKS[task])

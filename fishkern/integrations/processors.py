@@ -23,7 +23,7 @@ def load_tokenizer(source: Source, named: str | None = None) -> Any:
     Raises:
         FileNotFoundError: ``named`` is neither here nor to be had.
         ValueError: There is none.
-    """  # noqa: DOC502
+    """
     from transformers import AutoTokenizer
 
     folder, reason = (source.folder, source.reason) if named is None else locate(named, "tokenizer")

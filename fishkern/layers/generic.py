@@ -31,7 +31,7 @@ def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mappi
 
     Raises:
         UnsupportedModuleError: A parameter is of a tensor subclass to which autograd gives no gradient.
-    """  # noqa: DOC502
+    """
     # under each of its names: a module may register what belongs to one inside it
     module = dict(call.module.named_parameters(remove_duplicate=False))
     parameters = {name: module[name].detach().requires_grad_() for name in names}

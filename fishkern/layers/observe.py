@@ -239,9 +239,7 @@ def observe(
     observed = {path: modules[path] for owner in owners for path in upwards(owner) if path or owner == ""}
     owning = {modules[path] for path in owners}
 
-    def run(
-        shared: frozenset[nn.Module], copying: frozenset[nn.Module] = frozenset()
-    ) -> tuple[_Observer, Tensor]:
+    def run(shared: frozenset[nn.Module], copying: frozenset[nn.Module] = frozenset()) -> tuple[_Observer, Tensor]:
         observer = _Observer(model, observed, shared, num_examples, copying)
         with observer.hooked():
             return observer, losses()

@@ -97,7 +97,7 @@ def fish_tuning(
         RuntimeError: Under a process group, the ranks have selected different entries.
         UnsupportedModuleError: The model is sharded, or would not see PEFT's prefix, whatever of it is selected; or its
             adapter is merged.
-    """  # noqa: DOC502
+    """
     if order not in ORDERS:
         raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
     seed = integer(seed, "seed")

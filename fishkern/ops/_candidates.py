@@ -109,7 +109,7 @@ class Candidates:
 
         Raises:
             NaNScoreError: One of them is NaN.
-        """  # noqa: DOC502
+        """
         indices, values = _reaching(piece, self._floor, self._strict, self._largest, self._rows)
         if len(indices) == 0:
             return

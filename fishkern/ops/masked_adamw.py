@@ -73,7 +73,7 @@ def masked_adamw_(
     Raises:
         ValueError: Shapes, dtypes or devices are not as described.
         BackendUnavailableError: Triton was named, and cannot run.
-    """  # noqa: DOC502
+    """
     state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     flat_params, flat_grads, indices = check_entries(params, grads, indices, steps, state, master, starts)
     if not params:

@@ -62,7 +62,7 @@ def masked_sgd_(
     Raises:
         ValueError: Shapes, dtypes or devices are not as described.
         BackendUnavailableError: Triton was named, and cannot run.
-    """  # noqa: DOC502
+    """
     if (momentum_buffer is None) is not (momentum == 0):
         raise ValueError(
             f"momentum_buffer belongs to a momentum other than 0, got momentum={momentum} and "

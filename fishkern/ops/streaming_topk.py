@@ -63,7 +63,7 @@ def streaming_topk(
         TypeError: A block is not a floating tensor, or ``k`` is no integer.
         ValueError: ``k`` is out of range, ``order`` is neither, or a score is NaN; its block is named.
         BackendUnavailableError: Triton was named, and cannot run.
-    """  # noqa: DOC502
+    """
     return topk_with_threshold(blocks, k, order=order, backend=backend)[0]
 
 

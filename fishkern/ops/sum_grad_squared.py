@@ -73,7 +73,7 @@ def sum_grad_squared(
         ValueError: Shapes, dtypes or devices are not as described, ``offsets`` do not ascend from 0 to ``S``, or
             entries of the results share a place.
         BackendUnavailableError: Triton was named, and cannot run.
-    """  # noqa: DOC502
+    """
     packed = offsets is not None
     if not activations.ndim == output_grads.ndim == 3 - packed:
         wanted = "[S, I] and [S, O] with offsets" if packed else "[N, T, I] and [N, T, O] without offsets"

@@ -31,7 +31,7 @@ def sum_position_grad_squared(activations: Tensor, output_grads: Tensor, *, out:
 
     Raises:
         ValueError: Shapes, dtypes or devices are not as described.
-    """  # noqa: DOC502
+    """
     check_factors(activations, output_grads)
     total = accumulator(out, (output_grads.shape[-1], activations.shape[-1]), output_grads)
     x, g = activations.flatten(0, -2), output_grads.flatten(0, -2)

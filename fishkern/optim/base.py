@@ -169,7 +169,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             RuntimeError: A ``GradScaler`` calls, or several processes train, while gradients are released.
             ValueError: A gradient is sparse; or, at the first step, the selection carries the digest of another start
                 than the parameters stand at, or were trained from (:func:`fishkern.selection.bound_to_start`).
-        """  # noqa: DOC502
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -270,7 +270,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: It has other groups, names or entries.
-        """  # noqa: DOC502
+        """
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict

@@ -35,7 +35,7 @@ def named_groups(parameters: Parameters, selection: Selection) -> list[Group]:
         ValueError: A parameter or a name comes twice.
         UnsupportedModuleError: The model, as it is, does not see PEFT's prefix, so that training it has no effect, or
             has its adapter merged; or it is sharded, or the pool holds a quantised weight.
-    """  # noqa: DOC502
+    """
     if isinstance(parameters, nn.Module):
         moving = {name for name, count in selection.counts.items() if count}
         lost = hosts.lost_prefix(parameters) or hosts.merged_adapter(parameters, moving)

@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 _LINES, _MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P")
 
 
-def draw_curves(
-    curves: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str, title: str = ""
-) -> Figure:
+def draw_curves(curves: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str, title: str = "") -> Figure:
     """Draw one line for each run.
 
     Args:

@@ -75,7 +75,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: The path has another ending.
         OSError: As in :func:`fishkern.files.atomic_write`.
-    """  # noqa: DOC502
+    """
     path = checked_picture(path)
     with atomic_write(path) as file:
         figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)
@@ -95,7 +95,7 @@ def checked_picture(path: str | os.PathLike[str]) -> Path:
         ValueError: It ends in something else than ``.png``, ``.pdf`` or ``.svg``.
         FileNotFoundError: Its folder does not exist.
         OSError: It is a folder itself.
-    """  # noqa: DOC502
+    """
     check_target(path, "picture.png")
     path = Path(path)
     if not path.parent.is_dir():

@@ -44,7 +44,7 @@ def combined(
 
     Raises:
         ValueError: A parameter has different shapes.
-    """  # noqa: DOC502
+    """
     _check_shapes(ours, theirs)
     pool = {**ours.shapes, **theirs.shapes}
     indices = {}
@@ -67,7 +67,7 @@ def shared(ours: Selection, theirs: Selection) -> dict[str, int]:
 
     Raises:
         ValueError: A parameter has different shapes.
-    """  # noqa: DOC502
+    """
     _check_shapes(ours, theirs)
     counts, others, found = ours.counts, theirs.counts, {}
     whole = {*ours.whole} | {*theirs.whole}

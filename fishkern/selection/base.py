@@ -120,7 +120,7 @@ def count_of(k: Any, name: str = "k") -> int:
     Raises:
         ValueError: It is negative.
         TypeError: It is no integer.
-    """  # noqa: DOC502
+    """
     if (k := integer(k, name)) < 0:
         raise ValueError(f"{name} must be at least 0, got {k}.")
     return k
@@ -163,7 +163,7 @@ def either(k: Any, density: Any) -> dict[str, int | float | None]:
     Raises:
         ValueError: Both or neither are given, ``k`` is negative, or ``density`` is outside (0, 1].
         TypeError: What is given is no number.
-    """  # noqa: DOC502
+    """
     if (k is None) == (density is None):
         raise ValueError(f"give either k or density, got k={k} and density={density}.")
     if k is not None:
@@ -215,7 +215,7 @@ def topk(
     Raises:
         ValueError: A score is NaN; its parameter is named.
         TypeError: Scores are of a dtype without an order of its own, such as float8.
-    """  # noqa: DOC502
+    """
     check_ordered(scores)
     names = list(scores)
     try:
@@ -236,9 +236,7 @@ def check_ordered(scores: Mapping[str, AnyTensor]) -> None:
     """
     for name, score in scores.items():
         if score.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(
-                f"scores must be float64, float32, bfloat16 or float16; {name} is {score.dtype}: cast it."
-            )
+            raise TypeError(f"scores must be float64, float32, bfloat16 or float16; {name} is {score.dtype}: cast it.")
 
 
 def no_rank(name: str, index: int) -> str:

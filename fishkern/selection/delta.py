@@ -85,7 +85,7 @@ class Delta:
 
         Raises:
             ValueError: Two names become one.
-        """  # noqa: DOC502
+        """
         selection = self.selection.rename(fn)
         names = dict(zip(self.selection.names, selection.names, strict=True))
         values = {names[name]: values for name, values in self._values.items()}
@@ -103,7 +103,7 @@ class Delta:
         Raises:
             FileExistsError: A file of that name holds something else, such as a model.
             OSError: The folder is missing or read-only, or the disk is full.
-        """  # noqa: DOC502
+        """
         tensors: dict[str, AnyTensor] = {}
         pool = {}
         for name, shape in self.selection.shapes.items():
@@ -132,7 +132,7 @@ class Delta:
         Raises:
             FileNotFoundError: There is no such file.
             ValueError: The file is truncated or damaged, holds no delta, or was written in a newer format.
-        """  # noqa: DOC502
+        """
         metadata, stored = open_tensors(path, format=FORMAT)
         with parsing(f"{path} holds no valid delta"):
             listed = {name: _checked_entry(name, *entry) for name, entry in read_json(metadata["pool"]).items()}
@@ -178,7 +178,7 @@ def delta(model: nn.Module, selection: Selection) -> Delta:
 
     Raises:
         ValueError: The selection does not fit the model.
-    """  # noqa: DOC502
+    """
     selection.check(model)
     named = named_tensors(model)
     digests = {name: _digest_of_others(named[name], selection, name) for name in selection.names}

@@ -196,7 +196,7 @@ class Selection:
 
         Raises:
             ValueError: A parameter has different shapes.
-        """  # noqa: DOC502
+        """
         return self._combined(other, algebra.union)
 
     def intersection(self, other: Selection) -> Selection:
@@ -210,7 +210,7 @@ class Selection:
 
         Raises:
             ValueError: A parameter has different shapes.
-        """  # noqa: DOC502
+        """
         return self._combined(other, algebra.intersection)
 
     def difference(self, other: Selection) -> Selection:
@@ -224,7 +224,7 @@ class Selection:
 
         Raises:
             ValueError: A parameter has different shapes.
-        """  # noqa: DOC502
+        """
         return self._combined(other, algebra.difference)
 
     def overlap(self, other: Selection) -> float:
@@ -238,7 +238,7 @@ class Selection:
 
         Raises:
             ValueError: A parameter has different shapes.
-        """  # noqa: DOC502
+        """
         shared = sum(algebra.shared(self, other).values())
         return algebra.jaccard(shared, self.count, other.count)
 
@@ -253,7 +253,7 @@ class Selection:
 
         Raises:
             ValueError: A parameter has different shapes.
-        """  # noqa: DOC502
+        """
         shared = algebra.shared(self, other)
         ours, theirs = self.counts, other.counts
         names = dict.fromkeys([*self.names, *other.names])
@@ -270,7 +270,7 @@ class Selection:
 
         Raises:
             ValueError: A pattern matches no name.
-        """  # noqa: DOC502
+        """
         if callable(keep):
             names = [name for name in self.names if keep(name)]
         else:
@@ -288,7 +288,7 @@ class Selection:
 
         Raises:
             ValueError: Two names become one.
-        """  # noqa: DOC502
+        """
         renamed(self._shapes, lambda name: without_wrappers(fn(name)))
         names = {name: without_wrappers(fn(name)) for name in self.names}
         provenance = self.provenance
@@ -344,7 +344,7 @@ class Selection:
         Raises:
             FileExistsError: A file of that name holds something else, such as a model.
             OSError: The folder is missing or read-only, or the disk is full.
-        """  # noqa: DOC502
+        """
         return stored.save(path, self._shapes, self._entries, self._provenance, max_shard_size=max_shard_size)
 
     @classmethod
@@ -360,7 +360,7 @@ class Selection:
         Raises:
             FileNotFoundError: There is no such file, or a shard is missing.
             ValueError: The file is truncated or damaged, holds no selection, or was written in a newer format.
-        """  # noqa: DOC502
+        """
         held = stored.load(path)
         with parsing(f"{path} holds no valid selection"):
             return cls(**held)

@@ -38,7 +38,7 @@ def bound_to_start(selection: Selection, model: nn.Module) -> Selection:
 
     Raises:
         ValueError: The selection does not fit the model.
-    """  # noqa: DOC502
+    """
     selection.check(model)
     named = named_tensors(model)
     indices = {name: selection.indices(name) for name in selection.names if name not in selection.whole}
@@ -46,9 +46,7 @@ def bound_to_start(selection: Selection, model: nn.Module) -> Selection:
         "start": {name: _digest(named[name]) for name in selection.names},
         "start_unselected": {name: _digest(_unselected(named[name], selection, name)) for name in indices},
     }
-    return Selection(
-        selection.shapes, indices, whole=selection.whole, provenance={**selection.provenance, **start}
-    )
+    return Selection(selection.shapes, indices, whole=selection.whole, provenance={**selection.provenance, **start})
 
 
 def check_start(
@@ -115,7 +113,7 @@ def save_start(model: nn.Module, selection: Selection, path: str | os.PathLike[s
 
     Raises:
         ValueError: The selection does not fit the model, or was made for other values.
-    """  # noqa: DOC502
+    """
     selection.check(model)
     check_start(selection, model)
     named = named_tensors(model)
@@ -164,9 +162,7 @@ def open_start(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     return stored
 
 
-def named_tensors(
-    model: nn.Module | Iterable[tuple[str, Tensor]], known: Container[str] = ()
-) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module | Iterable[tuple[str, Tensor]], known: Container[str] = ()) -> dict[str, Tensor]:
     """Give every parameter by its canonical name, a shared one by each of them.
 
     Args:

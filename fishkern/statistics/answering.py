@@ -123,8 +123,10 @@ def _not_one_for_each(losses: object, N: int) -> str:
             f"{expected}; for {where} came {len(losses)} values: average those of each example, losses.view({N}, "
             "-1).mean(1)."
         )
-    if isinstance(losses, list | tuple) and len(losses) == N and all(
-        isinstance(one, Tensor) and one.numel() == 1 for one in losses
+    if (
+        isinstance(losses, list | tuple)
+        and len(losses) == N
+        and all(isinstance(one, Tensor) and one.numel() == 1 for one in losses)
     ):
         return f"{expected}; for {where} came a {type(losses).__name__} of {N} tensors: write torch.stack(losses)."
     if not isinstance(losses, Tensor | float):

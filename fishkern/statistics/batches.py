@@ -173,7 +173,7 @@ class Reader:
         Raises:
             TypeError: It is neither a mapping nor a tuple.
             ValueError: It holds no example, or something of which it cannot be told whose it is.
-        """  # noqa: DOC502
+        """
         content = self._checked_kind(raw, number)
         for place, leaf in _leaves((), content):
             if isinstance(leaf, Tensor) and leaf.is_nested and leaf.layout is torch.strided:

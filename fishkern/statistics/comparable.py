@@ -54,7 +54,7 @@ def check_kind(statistics: Statistics, estimator: Estimator, examples: int) -> N
         wrong |= {key: run[key] for key, value in estimator.settings.items() if run.get(key, value) != value}
     if wrong:
         raise ValueError(
-            f"verify was asked about {({**expected, **estimator.settings})}, these statistics are of {wrong}: pass the "
+            f"verify was asked about {expected | dict(estimator.settings)}, these statistics are of {wrong}: pass the "
             "recipe that they were estimated with as estimator=."
         )
     if statistics.count != examples * estimator.units(1):

@@ -89,7 +89,7 @@ def merged_coverage(a: Mapping[str, Covered], b: Mapping[str, Covered]) -> dict[
 
     Raises:
         ValueError: A parameter has another size in the other.
-    """  # noqa: DOC502
+    """
     merged = dict(a)
     for name, covered in b.items():
         merged[name] = _slower(name, merged.get(name, covered), covered)

@@ -106,7 +106,7 @@ def estimate(
         UnsupportedModuleError: A module cannot be served exactly; the message names it and the way round.
         RuntimeError: It runs under ``torch.inference_mode()``; another rank has failed, or was asked for other
             parameters.
-    """  # noqa: DOC502
+    """
     estimator = DiagonalFisher() if estimator is None else estimator
     model = hosts.unwrap(model)
     _refuse(model, estimator, max_examples)
@@ -198,9 +198,7 @@ def estimate(
         **({"note": independence.note} if independence.note else {}),
     }
     coverage = _coverage(model, chosen, slowest_paths(ranks.gathered(way.paths)), parameters)
-    return Statistics(
-        tensors, count=units, provenance={"definition": definition, "runs": [run]}, coverage=coverage
-    )
+    return Statistics(tensors, count=units, provenance={"definition": definition, "runs": [run]}, coverage=coverage)
 
 
 def reader_for(likelihood: Likelihood | LossFunction | Drawn | None, shared: Shared) -> Reader:

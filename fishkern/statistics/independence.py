@@ -83,7 +83,7 @@ class Independence:
         Raises:
             ValueError: The losses differ by more than rounding, and not because a module chooses or scales by the
                 batch.
-        """  # noqa: DOC502
+        """
         alone = self._alone if len(self._alone) == 2 else self._run_alone(two)
         self._pending = False
         beside = self._beside

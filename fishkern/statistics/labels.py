@@ -143,7 +143,7 @@ def yes_or_no_like(labels: Any, logits: Tensor) -> Tensor:
     Raises:
         ValueError: They are of another shape.
         UnknownLabelError: One lies outside [0, 1].
-    """  # noqa: DOC502
+    """
     labels = values_like(labels, logits)
     inside = (labels >= 0) & (labels <= 1)
     if not inside.all():

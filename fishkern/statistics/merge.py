@@ -36,7 +36,7 @@ def merge(
         TypeError: Something else than statistics is given, one by one, or fewer than two.
         ValueError: They differ in definition, names, shapes or sizes of parameters; the message says where. Or
             ``weights`` are not one number of at least 0 for each, or all 0.
-    """  # noqa: DOC502
+    """
     parts = (a, b, *more)
     _check_statistics(parts)
     for part in parts[1:]:

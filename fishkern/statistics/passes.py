@@ -80,7 +80,7 @@ class GradientPass:
 
         Raises:
             UnsupportedModuleError: A parameter is of a tensor subclass to which autograd gives no gradient.
-        """  # noqa: DOC501, DOC502
+        """  # noqa: DOC501
         with only_trainable(self._parameters.values()):
             if self._independence is not None and self._independence.pending and batch.num_examples > 1:
                 two = batch.take(0, 2)

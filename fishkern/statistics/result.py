@@ -33,6 +33,7 @@ from fishkern.statistics.coverage import Covered, check_coverage
 
 FORMAT = Format("fishkern.statistics", version=1, saved_by="Statistics.save")
 
+
 class Statistics(Mapping[str, Tensor]):
     """The mean of a per-parameter statistic over ``count`` units, by parameter name; for example the diagonal Fisher.
 
@@ -183,7 +184,7 @@ class Statistics(Mapping[str, Tensor]):
 
         Raises:
             ValueError: Two names become one.
-        """  # noqa: DOC502
+        """
         return Statistics(
             renamed(self._entries, fn),
             count=self.count,
@@ -220,7 +221,7 @@ class Statistics(Mapping[str, Tensor]):
             OSError: The folder is missing or read-only, or the disk is full.
             ValueError: ``dtype`` or ``max_shard_size`` is none of the above, or an entry, which is named, overflows
                 ``dtype`` or vanishes in float16.
-        """  # noqa: DOC502
+        """
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}.")
         coverage = {name: [covered.path, covered.numel, covered.reason] for name, covered in self._coverage.items()}
@@ -248,7 +249,7 @@ class Statistics(Mapping[str, Tensor]):
         Raises:
             FileNotFoundError: There is no such file, or a shard is missing.
             ValueError: The file is truncated or damaged, holds no statistics, or was written in a newer format.
-        """  # noqa: DOC502
+        """
         metadata, stored = open_tensors(path, format=FORMAT)
         with parsing(f"{path} has a damaged header"):
             count = read_count(metadata["count"])

@@ -43,7 +43,7 @@ def disagreements(
 
     Raises:
         UnsupportedModuleError: Autograd gives a parameter no gradient, and the capture does.
-    """  # noqa: DOC502
+    """
     scales = dict.fromkeys(parameters, 0.0)
     arrived: set[str] = set()
 

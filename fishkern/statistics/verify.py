@@ -81,7 +81,7 @@ def verify(
         ValueError: The statistics are of another kind, loss or data, the recipe is none of single examples, or no
             parameter can be compared; and as :func:`estimate`.
         UnsupportedModuleError: As :func:`estimate`.
-    """  # noqa: DOC502
+    """
     model = hosts.unwrap(model)
     if reason := hosts.sharded(model) or hosts.scripted(model):
         raise UnsupportedModuleError(f"{reason}.")

@@ -24,6 +24,8 @@ from fishkern.ops.streaming_topk import streaming_topk_torch
 from fishkern.ops.sum_grad_squared import sum_grad_squared_torch
 
 CPU = torch.device("cpu")
+
+
 class Stopwatch:
     """Stands for a device event; the device stands still."""
 

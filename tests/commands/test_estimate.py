@@ -81,9 +81,7 @@ def test_it_equals_the_library(capsys, tmp_path, models, rows):
 
 def test_the_seed_decides_which_rows(capsys, tmp_path, models, rows):
     arguments = (models / "bert", "--data", rows / "text.jsonl")
-    first, again, other = (
-        estimated(capsys, tmp_path, *arguments, "--seed", seed, samples=4)[0] for seed in (1, 1, 2)
-    )
+    first, again, other = (estimated(capsys, tmp_path, *arguments, "--seed", seed, samples=4)[0] for seed in (1, 1, 2))
     assert first == again
     assert any(not torch.equal(first[name], other[name]) for name in first)
 

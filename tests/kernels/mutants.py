@@ -22,10 +22,12 @@ TABLE = "kernels/_table.py"
 # The tests of each operation, and which of them meet its kernel.
 TESTS = {
     "sum_grad_squared": (
-        ["tests/kernels/test_sum_grad_squared.py", "tests/ops/test_sum_grad_squared.py"], "not torch and not memory"
+        ["tests/kernels/test_sum_grad_squared.py", "tests/ops/test_sum_grad_squared.py"],
+        "not torch and not memory",
     ),
     "streaming_topk": (
-        ["tests/kernels/test_streaming_topk.py", "tests/ops/test_streaming_topk.py"], "triton or test_kernel"
+        ["tests/kernels/test_streaming_topk.py", "tests/ops/test_streaming_topk.py"],
+        "triton or test_kernel",
     ),
     "masked_adamw": (["tests/ops/test_masked_adamw.py"], "not torch"),
     "masked_sgd": (["tests/ops/test_masked_sgd.py"], "not torch"),
@@ -41,7 +43,9 @@ SUM_GRAD_SQUARED: Planted = {
     "addresses of examples in int32": (DEVICE, "source + example.to(tl.int64)", "source + example"),
     "addresses of columns in int32": (DEVICE, "offs_c.to(tl.int64) * stride_c", "offs_c * stride_c"),
     "gradient not reset after an example": (
-        DEVICE, "            grad = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)\n        # Known", "        # Known"
+        DEVICE,
+        "            grad = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)\n        # Known",
+        "        # Known",
     ),
     "last part of a split dropped": (LAUNCHER, '"parts": len(parts),', '"parts": len(parts) - 1,'),
     "examples between parts lost": (DEVICE, "(part.to(tl.int64) * N // parts)", "(part.to(tl.int64) * (N // parts))"),
@@ -60,7 +64,9 @@ STREAMING_TOPK: Planted = {
     "of equal candidates the last": (TOPK, "slots, order = slots.sort()", "slots, order = slots.sort(descending=True)"),
     "no margin around the sample": (TOPK, "+ _DEVIATIONS**2\n", "* 0\n"),
     "chunks of a second dtype over those of the first": (
-        TOPK, "left, tl.load(table_ptr + 3 * num_tensors + low) + inside", "left, number"
+        TOPK,
+        "left, tl.load(table_ptr + 3 * num_tensors + low) + inside",
+        "left, number",
     ),
     "behind the end of a tensor": (TOPK, "exists = offs < left", "exists = offs <= left"),
     "NaN not refused": (TOPK, "        if nan:\n            raise", "        if False:\n            raise"),

@@ -16,9 +16,7 @@ pytest.importorskip("transformers")
 GENERIC = {
     "gemma3": set(),
     "opt": {"model.decoder.embed_positions.weight"},
-    "t5": {
-        f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for side in ("encoder", "decoder")
-    },
+    "t5": {f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for side in ("encoder", "decoder")},
     "vit": {"vit.embeddings.position_embeddings"},
 }
 

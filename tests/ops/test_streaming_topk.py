@@ -28,10 +28,7 @@ def oracle(blocks: list[Tensor], k: int, order: str) -> list[Tensor]:
     scores = torch.cat([block.detach().double().flatten() for block in blocks]) + 0.0
     first = torch.sort(scores, descending=order == "largest", stable=True).indices[:k]
     starts = torch.tensor([0, *(block.numel() for block in blocks)]).cumsum(0)
-    return [
-        first[(first >= start) & (first < end)].sort().values - start
-        for start, end in pairwise(starts)
-    ]
+    return [first[(first >= start) & (first < end)].sort().values - start for start, end in pairwise(starts)]
 
 
 def assert_exact(blocks: list[Tensor], k: int, order: str = "largest", backend: str = "torch", source=None) -> None:

@@ -20,7 +20,7 @@ NAMES = ["embed.weight", *(f"layers.{n}.{m}.weight" for n in range(3) for m in (
 
 @pytest.fixture
 def scores() -> dict[str, torch.Tensor]:
-    return {name: torch.rand(5, 7) * 10.0 ** -n for n, name in enumerate(NAMES)}
+    return {name: torch.rand(5, 7) * 10.0**-n for n, name in enumerate(NAMES)}
 
 
 def labels(axes) -> tuple[list[str], list[str]]:

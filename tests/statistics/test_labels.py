@@ -249,9 +249,7 @@ def test_logits_that_are_not_of_the_examples_are_refused(axis):
     refused((inputs(N, L, 4), POSITIONS), fk.TokenClassification(), words, model=Returning(change))
 
 
-@pytest.mark.parametrize(
-    "form", [lambda z: z.detach(), torch.no_grad()(lambda z: z * 2)], ids=["detached", "no_grad"]
-)
+@pytest.mark.parametrize("form", [lambda z: z.detach(), torch.no_grad()(lambda z: z * 2)], ids=["detached", "no_grad"])
 def test_outputs_that_are_cut_off_from_the_model_are_refused_before_the_pass(form):
     def batches():
         yield inputs(N, 4), CLASSES
