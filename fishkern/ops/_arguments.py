@@ -1,4 +1,4 @@
-"""What the operations on weight gradients ask of their arguments."""
+"""Argument checks of the operations on weight gradients."""
 
 from __future__ import annotations
 
@@ -7,17 +7,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fishkern.ops.dtypes import accumulates_in
 
-def check_factors(activations: Tensor, output_grads: Tensor, offsets: Tensor | None = None) -> None:
-    """Demand two factors of one linear map's weight gradients.
+
+def check_linear(activations: Tensor, output_grads: Tensor, offsets: Tensor | None) -> None:
+    """Check the examples of a linear layer, padded to one length or packed.
+
+    Args:
+        activations: ``[N, T, I]``, or ``[S, I]`` with offsets.
+        output_grads: ``[N, T, O]``, or ``[S, O]`` with offsets.
+        offsets: ``[N + 1]``, if the examples are packed.
+
+    Raises:
+        ValueError: They do not belong together, or ``offsets`` do not cut their positions into examples.
+    """
+    packed = offsets is not None
+    if not activations.ndim == output_grads.ndim == 3 - packed:
+        expected = "[S, I] and [S, O] with offsets" if packed else "[N, T, I] and [N, T, O] without offsets"
+        raise ValueError(
+            f"activations and output_grads must be {expected}, "
+            f"got {tuple(activations.shape)} and {tuple(output_grads.shape)}."
+        )
+    check_factors(activations, output_grads)
+    if offsets is not None:
+        _check_offsets(offsets, output_grads.shape[0])
+
+
+def check_factors(activations: Tensor, output_grads: Tensor) -> None:
+    """Check that activations and output gradients belong to one linear map.
 
     Args:
         activations: ``[..., I]``.
         output_grads: ``[..., O]``, the same leading sizes, floating dtype and device.
-        offsets: ``[N + 1]``, if the examples are packed.
 
     Raises:
-        ValueError: They do not go together, or ``offsets`` do not cut their positions into examples.
+        ValueError: They do not belong together.
     """
     sizes = f"activations {tuple(activations.shape)} and output_grads {tuple(output_grads.shape)}"
     if min(activations.ndim, output_grads.ndim) < 2 or activations.shape[:-1] != output_grads.shape[:-1]:
@@ -32,8 +56,6 @@ def check_factors(activations: Tensor, output_grads: Tensor, offsets: Tensor | N
             "activations and output_grads must lie on one device, "
             f"got {activations.device} and {output_grads.device}: move one to the other's."
         )
-    if offsets is not None:
-        _check_offsets(offsets, output_grads.shape[0])
 
 
 def accumulator(out: Tensor | None, shape: Sequence[int], grads: Tensor, name: str = "out") -> Tensor:
@@ -51,7 +73,7 @@ def accumulator(out: Tensor | None, shape: Sequence[int], grads: Tensor, name: s
     Raises:
         ValueError: ``out`` has another shape, dtype or device, or two of its entries may share a place.
     """
-    shape, dtype = tuple(shape), torch.promote_types(grads.dtype, torch.float32)
+    shape, dtype = tuple(shape), accumulates_in(grads.dtype)
     if out is None:
         return torch.zeros(shape, dtype=dtype, device=grads.device)
     if (tuple(out.shape), out.dtype, out.device) != (shape, dtype, grads.device):

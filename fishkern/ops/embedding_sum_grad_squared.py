@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fishkern.ops._arguments import accumulator
+from fishkern.ops.dtypes import accumulates_in
 
 
 def embedding_sum_grad_squared(
@@ -74,7 +75,7 @@ def embedding_rows(
         ValueError: Shapes, dtypes or devices are not as described, or an index is negative.
     """
     _check_lookups(indices, output_grads)
-    dtype = torch.promote_types(output_grads.dtype, torch.float32)
+    dtype = accumulates_in(output_grads.dtype)
     token = indices.long().flatten()
     if token.numel() and (smallest := int(token.min())) < 0:
         raise ValueError(f"indices must not be negative, got {smallest}: give padded positions a row, padding_idx.")

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from fishkern.backend import Backend, choose
-from fishkern.ops._arguments import accumulator, check_apart, check_factors
+from fishkern.ops._arguments import accumulator, check_apart, check_linear
+from fishkern.ops._tiles import tiles
 
-# The result is worked on tile by tile, so that one example's gradient of a tile and the running total stay in the cache
-# while the examples pass by. On a CPU tiles of 2 to 8 MiB are equally fast; smaller matrix products are slower on two
-# cores, and larger ones leave the cache. A GPU needs more to be busy.
-_TILE_ENTRIES = 2**21
-_TILE_ENTRIES_ON_GPU = 2**23
-# A CPU's matrix products of few positions take twice to four times as long per entry where the result is wider.
-_TILE_COLUMNS = 768
 # Up to this size a matrix product costs no more than its call, so that several examples share one call.
 _SMALL_TILE = 2**15
 _EXAMPLES_PER_CALL = 16
@@ -47,13 +40,13 @@ def sum_grad_squared(
     gradient nor a sum over single positions (:func:`fishkern.ops.sum_position_grad_squared`).
 
     Products are summed and squared in float32 (float64 for float64 inputs), also for 16-bit inputs, whose squares would
-    underflow. The per-example gradients ``[N, O, I]`` are never stored: the reference holds 4 MiB of float32 at a time
+    underflow. The per-example gradients ``[N, O, I]`` are never stored: the reference holds 8 MiB of float32 at a time
     on a CPU, 32 MiB on a GPU, and of 16-bit inputs a float32 copy of the examples and columns that it works on. Nothing
     is recorded for autograd.
 
     Args:
-        activations: Inputs of the layer, ``[N, T, I]``, floating. What stands in padded positions does not matter as
-            long as it is finite and ``output_grads`` is zero there.
+        activations: Inputs of the layer, ``[N, T, I]``, floating. Values in padded positions do not matter as long as
+            they are finite and ``output_grads`` is zero there.
         output_grads: Gradient of the **summed** loss by the outputs of the layer, ``[N, T, O]``, same dtype and device.
         offsets: ``[N + 1]``, int64 or int32, ascending from 0 to ``S``: then ``activations`` is ``[S, I]`` and
             ``output_grads`` is ``[S, O]``, the examples packed one after the other, and example ``n`` has the positions
@@ -63,7 +56,7 @@ def sum_grad_squared(
         grad_out: ``[O, I]``, of the result's dtype, any strides, not overlapping ``out``: the sum of the gradients
             themselves, ``sum_n sum_t output_grads[n, t, o] * activations[n, t, i]``, is added to it in the same pass.
         allow_tf32: Whether a kernel may round float32 inputs to tf32, with 10 bits of mantissa, which matrix units
-            multiply faster. It is a permission: the reference makes no use of it.
+            multiply faster. The reference ignores it.
         backend: ``None`` for the ambient choice, see :mod:`fishkern.backend`.
 
     Returns:
@@ -74,14 +67,7 @@ def sum_grad_squared(
             entries of the results share a place.
         BackendUnavailableError: Triton was named, and cannot run.
     """
-    packed = offsets is not None
-    if not activations.ndim == output_grads.ndim == 3 - packed:
-        wanted = "[S, I] and [S, O] with offsets" if packed else "[N, T, I] and [N, T, O] without offsets"
-        raise ValueError(
-            f"activations and output_grads must be {wanted}, "
-            f"got {tuple(activations.shape)} and {tuple(output_grads.shape)}."
-        )
-    check_factors(activations, output_grads, offsets)
+    check_linear(activations, output_grads, offsets)
     given = {name: tensor for name, tensor in (("out", out), ("grad_out", grad_out)) if tensor is not None}
     for name, tensor in given.items():
         accumulator(tensor, (output_grads.shape[-1], activations.shape[-1]), output_grads, name)
@@ -105,7 +91,7 @@ def sum_grad_squared_torch(
     total = accumulator(out, (output_grads.shape[-1], activations.shape[-1]), output_grads)
     lengths = None if offsets is None else offsets.diff().tolist()
     scratch = None
-    for rows, columns in _tiles(total):
+    for rows, columns in tiles(*total.shape, total.device):
         tile, x, g = total[rows, columns], activations[..., columns], output_grads[..., rows]
         mean = None if grad_out is None else grad_out[rows, columns]
         if lengths is None and x.shape[1] == 1:
@@ -150,26 +136,3 @@ def _add_single_positions_(tile: Tensor, mean: Tensor | None, x: Tensor, g: Tens
         if mean is not None:
             mean.addmm_(g_part.mT, x_part)
         tile.addmm_(g_part.square().mT, x_part.square())
-
-
-def _tiles(total: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut the result into rows and columns."""
-    O, I = total.shape
-    if total.device.type == "cpu":
-        entries, width = _TILE_ENTRIES, max(_TILE_COLUMNS, _TILE_ENTRIES // (4 * O + 1))
-    else:
-        entries, width = _TILE_ENTRIES_ON_GPU, I
-    if total.numel() <= entries and width >= I:
-        yield slice(None), slice(None)
-        return
-    for columns in _spans(I, width):
-        for rows in _spans(O, max(1, entries // (min(columns.stop, I) - columns.start))):
-            yield rows, columns
-
-
-def _spans(size: int, longest: int) -> Iterator[slice]:
-    """Cut ``range(size)`` into equal parts, but for the last, of about ``longest``."""
-    step = math.ceil(size / math.ceil(size / longest))
-    step = math.ceil(step / 16) * 16  # whole cache lines
-    for start in range(0, size, step):
-        yield slice(start, min(start + step, size))
