@@ -1,6 +1,7 @@
 """Operations from tensors to tensors: contracts, checks and PyTorch references. No ``nn.Module`` is known here."""
 
 from fishkern.ops.embedding_sum_grad_squared import embedding_rows, embedding_sum_grad_squared
+from fishkern.ops.group_sum_grad_squared import group_sum_grad_squared
 from fishkern.ops.masked_adamw import masked_adamw_
 from fishkern.ops.masked_sgd import masked_sgd_
 from fishkern.ops.streaming_topk import streaming_topk
@@ -10,6 +11,7 @@ from fishkern.ops.sum_position_grad_squared import sum_position_grad_squared
 __all__ = [
     "embedding_rows",
     "embedding_sum_grad_squared",
+    "group_sum_grad_squared",
     "masked_adamw_",
     "masked_sgd_",
     "streaming_topk",
