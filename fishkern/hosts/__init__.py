@@ -1,6 +1,7 @@
 """What a model of transformers or PEFT is, read from its structure and names, importing neither."""
 
 from fishkern.hosts import modes
+from fishkern.hosts.blocks import Layer, layer_of, stack_of, stacks
 from fishkern.hosts.calls import accepts, call_options
 from fishkern.hosts.modes import connected_inputs, evaluation_mode
 from fishkern.hosts.refusals import (
@@ -17,6 +18,7 @@ from fishkern.hosts.wrappers import base_model, named_parameters, unwrap
 
 __all__ = [
     "HEADS",
+    "Layer",
     "Task",
     "accepts",
     "added_loss",
@@ -26,6 +28,7 @@ __all__ = [
     "dispatched",
     "evaluation_mode",
     "is_head",
+    "layer_of",
     "lost_prefix",
     "merged_adapter",
     "modes",
@@ -34,6 +37,8 @@ __all__ = [
     "padding_token",
     "scripted",
     "sharded",
+    "stack_of",
+    "stacks",
     "task",
     "unwrap",
 ]
