@@ -3,6 +3,7 @@
 from fishkern.hosts import modes
 from fishkern.hosts.blocks import Layer, layer_of, stack_of, stacks
 from fishkern.hosts.calls import accepts, call_options
+from fishkern.hosts.insertion import Branch, InsertionPoints, Wrapper, insert, insertion_points, remove
 from fishkern.hosts.modes import connected_inputs, evaluation_mode
 from fishkern.hosts.refusals import (
     added_loss,
@@ -18,8 +19,11 @@ from fishkern.hosts.wrappers import base_model, named_parameters, unwrap
 
 __all__ = [
     "HEADS",
+    "Branch",
+    "InsertionPoints",
     "Layer",
     "Task",
+    "Wrapper",
     "accepts",
     "added_loss",
     "base_model",
@@ -27,6 +31,8 @@ __all__ = [
     "connected_inputs",
     "dispatched",
     "evaluation_mode",
+    "insert",
+    "insertion_points",
     "is_head",
     "layer_of",
     "lost_prefix",
@@ -35,6 +41,7 @@ __all__ = [
     "named_parameters",
     "packed_batch",
     "padding_token",
+    "remove",
     "scripted",
     "sharded",
     "stack_of",
