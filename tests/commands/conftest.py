@@ -10,9 +10,6 @@ import torch
 
 from tests.support import zoo
 
-WORDS = ["<pad>", "<unk>", "</s>", "[MASK]"]
-WORDS += ["the", "sea", "rain", "falls", "on", "old", "stones", "all", "night", "long"]
-
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,14 +24,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of small models: llama, bert, classifier (3 labels), t5, vit, lora and lora-classifier."""
     from peft import LoraConfig, get_peft_model
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("models")
-    words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = dict(pad_token="<pad>", unk_token="<unk>", eos_token="</s>", mask_token="[MASK]")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special, model_max_length=32)
+    folder, tokenizer = tmp_path_factory.mktemp("models"), zoo.tokenizer()
     torch.manual_seed(0)
     made = {
         "llama": zoo.llama(),
@@ -59,7 +50,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files of twelve rows: text.jsonl (also with labels and pairs), table.csv, lines.txt, words.jsonl."""
     folder = tmp_path_factory.mktemp("rows")
-    sentences = [" ".join(WORDS[4 + (n + i) % 10] for i in range(2 + n % 5)) for n in range(12)]
+    sentences = [" ".join(zoo.WORDS[4 + (n + i) % 10] for i in range(2 + n % 5)) for n in range(12)]
     records = [
         {"text": text, "other": "the sea", "label": n % 3, "score": n / 2, "name": ["low", "high"][n % 2],
          "summary": "rain falls"}

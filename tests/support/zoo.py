@@ -12,6 +12,9 @@ from tests.support import oracle
 
 V = 41
 
+WORDS = ["<pad>", "<unk>", "</s>", "[MASK]"]
+WORDS += ["the", "sea", "rain", "falls", "on", "old", "stones", "all", "night", "long"]
+
 
 @dataclass(frozen=True)
 class Specimen:
@@ -60,6 +63,17 @@ def image_batch(N: int = 5, T: int = 0, **options) -> dict:
     generator = torch.Generator().manual_seed(3)
     labels = torch.randint(0, 3, (N,), generator=generator)
     return {"pixel_values": torch.randn(N, 3, 16, 16, generator=generator), "labels": labels}
+
+
+def tokenizer():
+    """One that knows :data:`WORDS`, whole ones, and nothing else."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = dict(pad_token="<pad>", unk_token="<unk>", eos_token="</s>", mask_token="[MASK]")
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special, model_max_length=32)
 
 
 _SMALL = dict(vocab_size=V, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
@@ -115,10 +129,10 @@ def bert() -> Specimen:
     return Specimen(BertForMaskedLM(config), masked_batch, oracle.per_token)
 
 
-def bert_classifier() -> Specimen:
+def bert_classifier(**changes) -> Specimen:
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(**_SMALL, max_position_embeddings=32, num_labels=3)
+    config = BertConfig(**{**_SMALL, "max_position_embeddings": 32, "num_labels": 3, **changes})
     return Specimen(BertForSequenceClassification(config), class_batch, oracle.one_class)
 
 
