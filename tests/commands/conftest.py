@@ -11,12 +11,18 @@ import torch
 from tests.support import zoo
 
 
+@pytest.fixture(scope="session", autouse=True)
+def packages() -> None:
+    """Every command needs them all; before ``models`` is made, which does, too."""
+    for package in ("transformers", "peft", "datasets", "typer", "rich"):
+        pytest.importorskip(package)
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is written to the user's own cache."""
-    for package in ("transformers", "peft", "typer", "rich"):
-        pytest.importorskip(package)
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 

@@ -18,11 +18,6 @@ from safetensors.torch import load_file, save_file
 import fishkern as fk
 from tests.support.command import ROOT, command, refused
 
-pytest.importorskip("typer")
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-pytest.importorskip("datasets")
-
 STEPS = 12  # 12 rows, 2 in a batch, 2 epochs
 UNFINISHED = "unfinished.pt"
 

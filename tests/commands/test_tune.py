@@ -11,10 +11,8 @@ import torch
 import fishkern as fk
 from tests.support.command import command, refused
 
-pytest.importorskip("typer")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-pytest.importorskip("datasets")
 
 
 @pytest.fixture(scope="module")

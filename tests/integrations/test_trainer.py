@@ -89,17 +89,6 @@ def test_a_prefix_that_checkpointing_would_drop_is_not_trained(tmp_path):
     assert any((parameter != before[name]).any() for name, parameter in model.named_parameters() if "prompt" in name)
 
 
-def words() -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of a few whole words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    listed = ["<pad>", "<unk>", "</s>", "the", "sea", "rain", "falls", "on", "old", "stones", "all", "night", "long"]
-    made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(listed)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = dict(pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
-
-
 def assert_only_the_selection_moved(model: nn.Module, selection: fk.Selection, start: dict) -> None:
     """And nearly all of it did: a few gradients are zero."""
     moved = {name: value != start[name] for name, value in values(model).items()}

@@ -24,16 +24,8 @@ TARGETS = ["query", "key", "value"]
 
 def classifier(**changes) -> nn.Module:
     torch.manual_seed(0)
-    settings = dict(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        num_labels=3,
-    )
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**{**settings, **changes}))
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+    return zoo.bert_classifier(**{**sizes, **changes}).model
 
 
 def lora(model: nn.Module, **changes) -> nn.Module:

@@ -66,7 +66,7 @@ def image_batch(N: int = 5, T: int = 0, **options) -> dict:
 
 
 def tokenizer():
-    """One that knows :data:`WORDS`, whole ones, and nothing else."""
+    """A tokenizer of transformers that knows :data:`WORDS`, undivided, and nothing else."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -122,18 +122,21 @@ def opt() -> Specimen:
     return Specimen(OPTForCausalLM(config), text_batch, oracle.next_token)
 
 
-def bert() -> Specimen:
-    from transformers import BertConfig, BertForMaskedLM
+def bert_for(head: str, **changes) -> nn.Module:
+    """BERT with one of the heads of transformers, such as ``"TokenClassification"``."""
+    import transformers
 
-    config = BertConfig(**_SMALL, max_position_embeddings=32)
-    return Specimen(BertForMaskedLM(config), masked_batch, oracle.per_token)
+    config = transformers.BertConfig(**{**_SMALL, "max_position_embeddings": 32, **changes})
+    return getattr(transformers, f"BertFor{head}")(config)
+
+
+def bert() -> Specimen:
+    return Specimen(bert_for("MaskedLM"), masked_batch, oracle.per_token)
 
 
 def bert_classifier(**changes) -> Specimen:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    config = BertConfig(**{**_SMALL, "max_position_embeddings": 32, "num_labels": 3, **changes})
-    return Specimen(BertForSequenceClassification(config), class_batch, oracle.one_class)
+    model = bert_for("SequenceClassification", **{"num_labels": 3, **changes})
+    return Specimen(model, class_batch, oracle.one_class)
 
 
 def modernbert() -> Specimen:
@@ -159,11 +162,11 @@ def t5(**changes) -> Specimen:
     return Specimen(model, answer_batch, oracle.decoder_tokens)
 
 
-def vit() -> Specimen:
+def vit(**changes) -> Specimen:
     from transformers import ViTConfig, ViTForImageClassification
 
     sizes = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
-    config = ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=3)
+    config = ViTConfig(**{**sizes, "image_size": 16, "patch_size": 4, "num_labels": 3, **changes})
     return Specimen(ViTForImageClassification(config), image_batch, oracle.one_class)
 
 
