@@ -155,7 +155,7 @@ def test_interpreter_by_name():
 @needs_triton
 def test_named_backend_is_a_demand(monkeypatch):
     monkeypatch.setattr(backend, "_interprets", lambda: False)
-    with pytest.raises(BackendUnavailableError, match="the tensors lie on the CPU"):
+    with pytest.raises(BackendUnavailableError, match="the tensors are on the CPU"):
         choose(reference, "triton", cpu)
 
 
