@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import fishkern as fk
 from fishkern import adapters
@@ -157,24 +157,32 @@ def test_optimizers_take_the_next_step(files, name):
     assert all(not torch.equal(after[f"weight {key}"], before[f"weight {key}"]) for key in moving)
 
 
-def test_a_checkpoint_of_a_trainer_goes_on(files, tmp_path):
+@pytest.mark.parametrize("kind", ["trainer", "selecting-trainer"])
+def test_a_checkpoint_of_a_trainer_goes_on(files, tmp_path, kind):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     pytest.importorskip("accelerate")
     from fishkern.integrations.trainer import FILE
 
-    checkpoint = shutil.copytree(files / "trainer" / samples.CHECKPOINT, tmp_path / samples.CHECKPOINT)
+    def select(model: nn.Module, batches: object) -> fk.Selection:
+        pytest.fail("the selection is that of the checkpoint")
+
+    checkpoint = shutil.copytree(files / kind / samples.CHECKPOINT, tmp_path / samples.CHECKPOINT)
     model, selection = samples.adapted(), fk.Selection.load(checkpoint / FILE)
-    training = samples.trainer(model, selection, tmp_path)
+    if kind == "trainer":
+        training = samples.trainer(model, selection, tmp_path)
+    else:
+        training = samples.selecting_trainer(model, select, tmp_path)
     assert training.train(resume_from_checkpoint=str(checkpoint)).global_step == 4
-    expected = load_file(files / "trainer" / "expected.safetensors")
+    expected = load_file(files / kind / "expected.safetensors")
     trained = samples.trained_values(model)
     assert trained.keys() == expected.keys()
     for name, value in trained.items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5)
-    state = training.optimizer.optimizer.state
-    assert sum(held["exp_avg"].numel() for held in state.values()) == selection.count
-    assert {held["step"].item() for held in state.values()} == {4}, "two of these steps are the checkpoint's"
+    optimizer = training.optimizer.optimizer
+    assert optimizer.selection == selection
+    assert sum(kept["exp_avg"].numel() for kept in optimizer.state.values()) == selection.count
+    assert {kept["step"].item() for kept in optimizer.state.values()} == {4}, "two of these steps are the checkpoint's"
 
 
 def test_a_tune_under_way_goes_on(files, tmp_path, monkeypatch, capsys):

@@ -13,12 +13,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when they are imported
 
 import torch
 from safetensors.torch import save_file
+from transformers import Trainer
 
 import fishkern as fk
 from fishkern import adapters, cli
@@ -60,14 +62,24 @@ def write_optimizers(folder: Path) -> None:
 
 
 def write_trainer(folder: Path) -> None:
-    """The files of a checkpoint that training needs to go on, and the values after all steps."""
     with tempfile.TemporaryDirectory() as scratch:
         model = samples.adapted()
         selected = fk.fish_tuning(model, [zoo.class_batch(4, 7)], density=0.3)
-        samples.trainer(model, selected, Path(scratch)).train()
-        left_out = shutil.ignore_patterns("README.md", "rng_state*", "training_args.bin")
-        shutil.copytree(Path(scratch) / samples.CHECKPOINT, folder / samples.CHECKPOINT, ignore=left_out)
-    save_file(samples.trained_values(model), folder / "expected.safetensors")
+        train_and_keep_checkpoint(samples.trainer(model, selected, Path(scratch)), folder)
+
+
+def write_selecting_trainer(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        select = partial(fk.fish_tuning, density=0.3)
+        train_and_keep_checkpoint(samples.selecting_trainer(samples.adapted(), select, Path(scratch)), folder)
+
+
+def train_and_keep_checkpoint(trainer: Trainer, folder: Path) -> None:
+    """The files of a checkpoint that training needs to go on, and the values after all steps."""
+    trainer.train()
+    left_out = shutil.ignore_patterns("README.md", "rng_state*", "training_args.bin")
+    shutil.copytree(Path(trainer.args.output_dir) / samples.CHECKPOINT, folder / samples.CHECKPOINT, ignore=left_out)
+    save_file(samples.trained_values(trainer.model), folder / "expected.safetensors")
 
 
 def write_tune(folder: Path) -> None:
@@ -113,6 +125,7 @@ WRITERS = {
     "values": write_values,
     "optimizers": write_optimizers,
     "trainer": write_trainer,
+    "selecting-trainer": write_selecting_trainer,
     "tune": write_tune,
 }
 

@@ -211,16 +211,31 @@ def trainer(model: nn.Module, selected: fk.Selection, folder: Path) -> Any:
 
     from fishkern.integrations.trainer import FisherCallback
 
+    optimizer = fk.MaskedAdamW(model, selected, lr=1e-2, weight_decay=0.1)
+    callback = FisherCallback(selected)
+    return transformers.Trainer(model, **_of_a_trainer(folder), optimizers=(optimizer, None), callbacks=[callback])
+
+
+def selecting_trainer(model: nn.Module, select: Any, folder: Path) -> Any:
+    """The same, but the Trainer itself calls ``select`` and makes the optimizer, in groups with and without decay."""
+    import transformers
+
+    from fishkern.integrations.trainer import FisherMixin
+
+    class FisherTrainer(FisherMixin, transformers.Trainer): ...
+
+    return FisherTrainer(model, **_of_a_trainer(folder), select=select)
+
+
+def _of_a_trainer(folder: Path) -> dict[str, Any]:
+    import transformers
+
     batch = zoo.class_batch(4, 7)
-    rows = [{key: value[n] for key, value in batch.items()} for n in range(4)]
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), max_steps=4, save_steps=2, per_device_train_batch_size=4, learning_rate=1e-2,
         weight_decay=0.1, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, seed=1,
     )  # fmt: skip
-    optimizer = fk.MaskedAdamW(model, selected, lr=1e-2, weight_decay=0.1)
-    return transformers.Trainer(
-        model, arguments, train_dataset=rows, optimizers=(optimizer, None), callbacks=[FisherCallback(selected)]
-    )
+    return {"args": arguments, "train_dataset": [{key: value[n] for key, value in batch.items()} for n in range(4)]}
 
 
 def trained_values(model: nn.Module) -> dict[str, Tensor]:
