@@ -1,4 +1,4 @@
-"""Models and data in files, as a user has them: made on the spot, and real ones where they lie beside the checkout."""
+"""Models and data in files, as a user has them: small ones, and real ones where they are next to the checkout."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ def test_the_seconds_before_an_interrupt_count():
     first = Stopwatch()
     with first.adding("training"):
         time.sleep(0.02)
-        held = first.seconds  # what a checkpoint of that moment has
+        held = first.seconds  # as a checkpoint of that moment saves it
     assert 0.02 <= held["training"] <= first.seconds["training"]
     second = Stopwatch(held)
     with second.adding("training"):

@@ -1,4 +1,4 @@
-"""``fishkern tune`` on real text: what it trains, what it saves, what it refuses."""
+"""``fishkern tune`` on real text: training, saving, and refusals."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def test_stopping_and_going_on_is_not_stopping(tmp_path):
     checkpoint = tmp_path / "part" / "checkpoint-2"
     assert fk.Selection.load(checkpoint / FILE) == selection
     state = torch.load(checkpoint / "optimizer.pt")["state"]
-    assert sum(len(held["exp_avg"].view(-1)) for held in state.values()) == selection.count  # compact
+    assert sum(len(kept["exp_avg"].view(-1)) for kept in state.values()) == selection.count  # compact
     resumed = adapted()
     trainer(resumed, tmp_path / "part", selection).train(resume_from_checkpoint=str(checkpoint))
     expected = values(whole)
@@ -233,7 +233,7 @@ class Interrupted(transformers.TrainerCallback):
 
 
 def test_arguments_of_an_interrupted_training_still_clip(tmp_path):
-    """Another optimizer with the same arguments clips by what the user asked for, not by the 0 that the Trainer saw."""
+    """Another optimizer with the same arguments clips to the norm in them, not to the 0 that the Trainer was shown."""
     model = adapted()
     selection = selected(model)
     first = trainer(model, tmp_path, selection, max_grad_norm=0.01)

@@ -52,7 +52,7 @@ class FisherSFT(FisherMixin, trl.SFTTrainer): ...
 
 
 def test_packed_training_selects_on_unpacked_data(tmp_path):
-    """Rows that hold several examples are refused for the scores, and are what is trained on."""
+    """Rows of several examples are refused for the scores, and are trained on."""
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
     rows = datasets.Dataset.from_dict({"text": ["the sea falls", "rain on old stones", "all night long", "rain"] * 6})

@@ -96,7 +96,7 @@ def test_default_lora_start_scores_every_entry_of_A_zero():
 
 
 def test_a_gradient_that_shows_up_late():
-    """What was silent on the first two examples is looped when it speaks, and surveyed again after that."""
+    """A parameter without a gradient on two examples takes the loop when it gets one, and is then surveyed again."""
     specimen = away_from_zero(adapted(zoo.llama, lora()))
     adapted_linear = specimen.model.base_model.model.model.layers[1].mlp.down_proj
 

@@ -232,7 +232,7 @@ class Core(nn.Module):
 
 
 class Output(nn.Module):
-    """What the message and docs/layers.md advise around a recurrent layer."""
+    """Following the advice of the message and of docs/layers.md about a recurrent layer."""
 
     batch_first = True
 

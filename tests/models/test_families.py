@@ -12,7 +12,7 @@ from tests.support.oracle import squares_one_by_one, worst_error
 
 pytest.importorskip("transformers")
 
-# what has no rule of its own, and so takes a slower exact path
+# parameters of modules without a rule, which take a slower exact path
 GENERIC = {
     "gemma3": set(),
     "opt": {"model.decoder.embed_positions.weight"},
