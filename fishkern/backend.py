@@ -2,7 +2,7 @@
 
 Every operation in :mod:`fishkern.ops` has a PyTorch reference; some also have a Triton kernel of the same name and
 signature in :mod:`fishkern.kernels`. ``"auto"`` takes the kernel exactly when :func:`why_not_triton` finds nothing
-against it. Naming a backend is a demand, not a wish: if it cannot run, the call raises.
+against it. A backend that is requested by name is never replaced by another: if it cannot run, the call raises.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from torch import Tensor
 Backend = Literal["auto", "torch", "triton"]
 BACKENDS: tuple[Backend, ...] = ("auto", "torch", "triton")
 
-# What the kernels compute in: they accumulate in float32, which would cut float64 short.
+# The kernels accumulate in float32, which would cost float64 its precision.
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The interpreter works on the bit patterns of bfloat16 and is silently wrong (triton issue 11584).
 _INTERPRETER_DTYPES = (torch.float32, torch.float16)
 
+# Each thread and each asynchronous task has its own, so that one cannot change the backend of another.
 _current: ContextVar[Backend] = ContextVar("fishkern_backend", default="auto")
 
 
 class BackendUnavailableError(RuntimeError):
-    """The backend asked for by name cannot run on these tensors."""
+    """The backend that was requested by name cannot run on these tensors."""
 
 
 @contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
-    """Set the backend of every operation that is called inside the ``with`` block and names none itself.
+    """Set the default backend inside a ``with`` block, for calls that do not name one.
 
     Args:
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
@@ -54,21 +55,21 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 
 def current() -> Backend:
-    """Read the ambient choice, for work that autograd will do in a thread of its own, where it does not hold.
+    """Return the default backend. Read it before a backward pass: autograd's threads do not inherit it.
 
     Returns:
-        What the innermost :func:`use_backend` says, else ``"auto"``.
+        The backend of the innermost :func:`use_backend`, else ``"auto"``.
     """
     return _current.get()
 
 
 def why_not_triton(*tensors: Tensor) -> str | None:
-    """Say what keeps Triton from running on these tensors.
+    """Say why Triton cannot run on these tensors.
 
     Args:
         tensors: Every tensor the kernel would read or write, of any shape. Integer and boolean ones (indices, offsets)
-            may have any dtype; the kernel is told which by its signature. Where there are none, they lie nowhere, and
-            nothing stands against it.
+            may have any dtype, since a kernel is compiled for the dtypes of its arguments. With no tensors there is no
+            objection.
 
     Returns:
         The reason in words, or ``None`` when the kernel can run.
@@ -80,10 +81,10 @@ def why_not_triton(*tensors: Tensor) -> str | None:
             return f"the kernels accumulate in float32 and a tensor is {_name(tensor.dtype)}"
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:
-        return f"the tensors lie on several devices: {', '.join(sorted(map(str, devices)))}"
+        return f"the tensors are on several devices: {', '.join(sorted(map(str, devices)))}"
     for device in devices:
-        if device.type != "cuda":  # which is also what torch calls AMD's
-            return f"the tensors lie on the {'CPU' if device.type == 'cpu' else device}"
+        if device.type != "cuda":  # torch calls AMD's GPUs cuda as well
+            return f"the tensors are on the {'CPU' if device.type == 'cpu' else device}"
         if reason := _unserved(device):
             return reason
     if _interprets():
@@ -96,7 +97,7 @@ def choose(reference: Callable, backend: Backend | None, *tensors: Tensor) -> Ca
 
     Args:
         reference: The PyTorch reference, named ``<op>_torch`` (``<op>_torch_`` where it works in place).
-        backend: The caller's choice; ``None`` takes that of :func:`use_backend`.
+        backend: The caller's choice; ``None`` for the default of :func:`use_backend`.
         tensors: Every tensor the operation would read or write.
 
     Returns:
@@ -107,7 +108,7 @@ def choose(reference: Callable, backend: Backend | None, *tensors: Tensor) -> Ca
         ValueError: ``backend`` is none of :data:`BACKENDS`.
     """
     backend = _current.get() if backend is None else _known(backend)
-    if backend == "torch" or (backend == "auto" and not tensors):  # nothing to do, and perhaps no GPU to do it on
+    if backend == "torch" or (backend == "auto" and not tensors):  # no work, and perhaps no GPU
         return reference
     name = reference.__name__.replace("_torch", "")
     if reason := why_not_triton(*tensors):
@@ -125,24 +126,25 @@ def _known(backend: str) -> Backend:
 
 
 def _interpreter_can(*tensors: Tensor) -> bool:
-    """Whether Triton interprets here, and these are CPU tensors of dtypes that it gets right."""
+    """Whether Triton's interpreter is on, and these are CPU tensors of dtypes that it computes correctly."""
     return _interprets() and all(
         tensor.device.type == "cpu" and (tensor.dtype in _INTERPRETER_DTYPES or not _is_number(tensor))
         for tensor in tensors
     )
 
 
-@cache
+@cache  # the properties of a device are a query of its driver, and every call of an operation asks
 def _unserved(device: torch.device) -> str | None:
     return import_module("fishkern.kernels._hardware").why_not(device)
 
 
 def _interprets() -> bool:
+    # Triton is imported at the first question only: it takes longer than fishkern, and the CPU does not need it.
     return _has_triton() and import_module("triton").knobs.runtime.interpret
 
 
 def _is_number(tensor: Tensor) -> bool:
-    """Whether the tensor is computed with, other than indices, counts and masks."""
+    """Whether the tensor has values to compute with, not indices, counts or masks."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 

@@ -7,17 +7,17 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
-# What torch.compile, FSDP1 and torch's activation checkpointing put into a path; no model uses these names.
+# Added to a path by torch.compile, FSDP1 and torch's activation checkpointing; no model uses these names itself.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 def canonical_name(name: str) -> str:
-    """Take the wrappers out of the name of a parameter of a wrapped model.
+    """Remove the wrappers from the name of a parameter of a wrapped model.
 
-    ``_orig_mod`` (torch.compile), ``_fsdp_wrapped_module`` and ``_checkpoint_wrapped_module`` go wherever they stand,
-    ``module`` from the front, for a name says not whether DDP put it there or the model has a submodule of that name:
-    where the model is at hand, :func:`fishkern.hosts.named_parameters` knows. The last component is the parameter's own
-    and stays, and so do PEFT's prefixes. Applying it twice changes nothing.
+    ``_orig_mod`` (torch.compile), ``_fsdp_wrapped_module`` and ``_checkpoint_wrapped_module`` are removed everywhere,
+    and ``module`` at the front. A name does not tell whether DDP put that ``module`` there or the model has a submodule
+    of this name; with the model, :func:`fishkern.hosts.named_parameters` can tell. The last component, which is the
+    parameter's own, and PEFT's prefixes stay. Applying it twice changes nothing.
 
     Args:
         name: A name from ``model.named_parameters()``, such as ``"module.layers.0._orig_mod.weight"``.
@@ -32,28 +32,31 @@ def canonical_name(name: str) -> str:
 
 
 def without_wrappers(name: str) -> str:
-    """Take those components out of a name that no model has of its own.
+    """Remove the components of a name that come from wrappers for certain.
 
     Args:
         name: A parameter's name.
 
     Returns:
-        The name without them; ``module``, which may be the model's own, stays.
+        The name without them. ``module`` stays, since it may be the model's own.
     """
     *path, own = name.split(".")
     return ".".join([*(component for component in path if component not in _WRAPPERS), own])
 
 
 def fitted(names: Sequence[str], known: Container[str]) -> list[str]:
-    """Read names that come without their model: be they its own, or have DDP put ``module.`` in front of all of them.
+    """Remove the wrappers from names that come without their model, so that they fit names that are known.
+
+    DDP puts ``module.`` before every name, but a model may have a submodule ``module`` that contains all of it.
 
     Args:
-        names: As ``model.named_parameters()`` gives them.
-        known: Names that tell: of the two readings, the one of which more are known.
+        names: All names that ``model.named_parameters()`` gives.
+        known: Canonical names of the same model, such as those of a selection.
 
     Returns:
-        The names without wrappers.
+        The names without wrappers, and without as many leading ``module.`` as makes most of them known.
     """
+    # On a tie the fewer removed: where nothing is known, a name is the model's own.
     best = reading = [without_wrappers(name) for name in names]
     while reading and all(name.startswith("module.") for name in reading):
         reading = [name.removeprefix("module.") for name in reading]
@@ -75,22 +78,22 @@ def renamed(items: Mapping[str, Item], fn: Callable[[str], str]) -> dict[str, It
     Raises:
         ValueError: Two names become one.
     """
-    olds: dict[str, str] = {}
-    found = {}
+    old_names: dict[str, str] = {}
+    items_by_new: dict[str, Item] = {}
     for old, item in items.items():
         new = fn(old)
-        if new in found:
-            raise ValueError(f"{olds[new]} and {old} would both be named {new}.")
-        olds[new], found[new] = old, item
-    return found
+        if new in old_names:
+            raise ValueError(f"{old_names[new]} and {old} would both be named {new}.")
+        old_names[new], items_by_new[new] = old, item
+    return items_by_new
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
-    """Name the first few, for a message.
+    """List the first few names, for a message.
 
     Args:
         names: All names.
-        most: How many to spell out.
+        most: Maximal number of names to list.
 
     Returns:
         ``"a, b, c and 4 more"``.

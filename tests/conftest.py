@@ -1,4 +1,4 @@
-"""What every test starts from: seeds, determinism, offline hubs, and the two backends."""
+"""Fixtures of every test: seeds, determinism, offline hubs, and the two backends."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of small real models and data sets beside the checkout."""
+    """The folder of small real models and data sets next to the checkout."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"no data at {folder}")

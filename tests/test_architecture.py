@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, and what a module may not do."""
+"""The rules for all modules: the order of imports, and what is forbidden everywhere."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def imports(path: Path) -> Iterator[str]:
                 base = package[: len(package) - level + 1] if level else ()
                 yield from (".".join([*base, *filter(None, [module]), alias.name]) for alias in names)
             case ast.Call(func=ast.Name(id="import_module") | ast.Attribute(attr="import_module"), args=[name, *_]):
-                # The start of an f-string is what tells the package.
+                # The start of an f-string names the package.
                 text = name.values[0] if isinstance(name, ast.JoinedStr) else name
                 if isinstance(text, ast.Constant):
                     yield text.value
@@ -155,7 +155,7 @@ print(json.dumps(sorted({name.split(".")[0] for name in sys.modules.keys() - bef
 
 
 def test_works_without_triton():
-    """The references run where Triton is missing, and the reason is told."""
+    """The references run where Triton is missing, and the reason is given."""
     code = """
 import sys
 sys.modules["triton"] = None  # what import and find_spec take for a missing package

@@ -52,7 +52,7 @@ def test_no_reason():
 
 
 def fake_gpu(monkeypatch, hip: str | None = None, **properties):
-    """A tensor that says it lies on a GPU with these properties."""
+    """A tensor that claims to be on a GPU with these properties."""
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(backend, "_interprets", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
@@ -115,8 +115,8 @@ def test_a_device_is_asked_once(monkeypatch):
 
 @needs_triton
 @pytest.mark.parametrize("interprets", [True, False])
-def test_no_tensors_lie_nowhere(interprets, monkeypatch):
-    """Nothing stands against a kernel that has nothing to do; by itself nobody takes one for that."""
+def test_without_tensors_nothing_objects(interprets, monkeypatch):
+    """A kernel may run by name on nothing at all; ``"auto"`` takes the reference for that."""
     monkeypatch.setattr(backend, "_interprets", lambda: interprets)
     assert (why_not_triton() is None) is not interprets
     assert choose(reference, "triton") is kernel()
@@ -155,7 +155,7 @@ def test_interpreter_by_name():
 @needs_triton
 def test_named_backend_is_a_demand(monkeypatch):
     monkeypatch.setattr(backend, "_interprets", lambda: False)
-    with pytest.raises(BackendUnavailableError, match="the tensors lie on the CPU"):
+    with pytest.raises(BackendUnavailableError, match="the tensors are on the CPU"):
         choose(reference, "triton", cpu)
 
 

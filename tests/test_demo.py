@@ -1,4 +1,4 @@
-"""``fishkern demo`` holds what it says."""
+"""``fishkern demo`` prints true statements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ for package in ("transformers", "typer", "rich"):
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """What a short demo prints, and the folder that it writes to."""
+    """The output of a short demo, and the folder that it writes to."""
     from typer.testing import CliRunner
 
     folder = tmp_path_factory.mktemp("demo") / "made" / "on the way"

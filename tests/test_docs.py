@@ -1,4 +1,4 @@
-"""The pages run: examples give what they show, links lead somewhere, and nothing public goes unmentioned."""
+"""The examples of the pages give the results shown, links exist, and every public name is mentioned."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ for package in ("transformers", "peft", "typer", "rich", "matplotlib"):
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page, and the ``text`` block behind it, where there is one."""
+    """A fenced block of a page, and the ``text`` block after it, where there is one."""
 
     page: Path
     line: int
@@ -57,14 +57,14 @@ def blocks(page: Path) -> list[Block]:
 
 
 def matches(given: str, shown: str) -> bool:
-    """Whether an output is the one shown, in which ``...`` stands for anything and white space for white space."""
+    """Whether an output is the one shown, in which ``...`` matches anything and white space any white space."""
     parts = [re.escape(" ".join(part.split())) for part in shown.split("...")]
     return re.fullmatch(r"\s*.*\s*".join(parts), " ".join(given.split())) is not None
 
 
 @contextmanager
 def logged() -> Iterator[list[str]]:
-    """What libraries log as a warning or worse."""
+    """Messages that libraries log as a warning or worse."""
     found: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(record.getMessage())
@@ -78,7 +78,7 @@ def logged() -> Iterator[list[str]]:
 
 
 def run_python(block: Block, namespace: dict[str, Any]) -> None:
-    """Run a block and compare its results, and what it prints, warns of and raises, with what the page shows."""
+    """Run a block and compare its results, output, warnings and exceptions with those on the page."""
     lines = block.text.splitlines()
     body = ast.parse(block.text).body
     printed, raised, compared = io.StringIO(), "", 0
@@ -139,7 +139,7 @@ def run_console(block: Block) -> None:
 
 SHOWN = {
     "another result": ("1 + 1  # -> 3", None),
-    "a result behind no expression": ("x = 1  # -> 1", None),
+    "a result after no expression": ("x = 1  # -> 1", None),
     "printed and not shown": ("print(1)", None),
     "another output": ("print(1)", "2\n"),
     "a warning that is not shown": ("import warnings\nwarnings.warn('mind')", None),
@@ -192,7 +192,7 @@ def test_the_examples_of_a_page_run(page):
 
 @pytest.mark.usefixtures("folder")
 def test_the_examples_of_the_readme_run(monkeypatch):
-    """As they stand, but for small models in place of the hub's, and for ``...``, the user's own, left out."""
+    """Unchanged, but with small models instead of the hub's, and without ``...``, which is the user's own."""
     import peft
     import transformers
 

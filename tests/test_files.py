@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and say in one line what kept them from it."""
+"""Files appear whole or not at all, and the reason for a failure is one line."""
 
 import errno
 import os
@@ -85,7 +85,7 @@ def test_only_files_are_replaced():
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("end", ["", "/", "/.", "/.."])
 def test_a_folder_is_no_file(tmp_path: Path, end: str, there: bool):
-    """Neither it nor one that a slash says it shall be; what to give instead is said."""
+    """Nor is a path that ends in a slash; the message says how to name a file."""
     if not there and not end:
         pytest.skip("that is the name of a file")
     (tmp_path / "data").mkdir()
@@ -101,8 +101,8 @@ def test_a_folder_is_no_file(tmp_path: Path, end: str, there: bool):
     assert names(tmp_path / "data") == ["runs"] * there
 
 
-def test_tensors_go_to_no_device(tmp_path: Path):
-    """A name beside it is not what was asked for."""
+def test_tensors_do_not_replace_a_device(tmp_path: Path):
+    """Nor are they written under a name near it."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match=r"pipe is not a regular file and cannot be replaced: give the name of a file"):
         save_tensors(tmp_path / "pipe", {"a": torch.ones(2)}, format=FORMAT, metadata={})
@@ -140,7 +140,7 @@ def test_full_disk(tmp_path: Path, monkeypatch, number: int):
     path = tmp_path / "a"
     path.write_text("old")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=rf"for {path}; what stood there is unchanged") as raised:
+    with pytest.raises(OSError, match=rf"for {path}; an older file is unchanged") as raised:
         write(path, "new")
     assert raised.value.errno == number
     assert "\n" not in str(raised.value)

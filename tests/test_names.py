@@ -63,7 +63,7 @@ def _raw_parameters(module: nn.Module, path: tuple[str, ...] = ()):
 
 
 class Inner(nn.Module):
-    """Has a submodule called ``module``, and beside it a parameter of the same name as one in it."""
+    """Has a submodule called ``module``, and a parameter with the name of one in it."""
 
     def __init__(self) -> None:
         super().__init__()

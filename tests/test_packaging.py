@@ -32,7 +32,7 @@ print(json.dumps([fishkern.__file__, kernel.__file__, kernels.__file__, exposed]
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """Run a Python command, and show what it said where it fails; it finds what is installed, and not by PYTHONPATH."""
+    """Run Python without PYTHONPATH, to import the installed package, and show its output if it fails."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, *map(str, command)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)

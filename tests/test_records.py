@@ -1,4 +1,4 @@
-"""Every figure in the README stands in a committed record."""
+"""Every figure in the README is in a committed record."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def records(name: str) -> list[dict]:
 
 
 def text_of(section: str, level: str = "### ") -> str:
-    """What stands below a heading, up to the next one of its level or above."""
+    """The text below a heading, up to the next one of its level or above."""
     return re.search(rf"^{level}{section}$(.*?)(^#{{2,{len(level) - 1}}} |\Z)", README, re.MULTILINE | re.DOTALL)[1]
 
 
@@ -105,7 +105,7 @@ def test_the_model_of_the_picture():
     assert said == {round(record["weights"] / 1e6) for record in records("demonstration") if "weights" in record}
 
 
-WAYS = {  # what the README calls what the records call so
+WAYS = {  # the names of the README by those of the records
     "`fk.estimate`": "fishkern",
     "`fk.estimate(check=False)`": "fishkern_unchecked",
     "batch-size-1 loop": "one_by_one",
@@ -162,7 +162,7 @@ def test_known_failures(row):
     assert (record["outcome"] in ("wrong", "incomplete"), record["fishkern outcome"]) == (True, "right")
 
 
-OVERLAPS = {  # what the README calls what the study calls so
+OVERLAPS = {  # the names of the README by those of the study
     "two exact ones, of other examples": "exact, other examples",
     "square of the gradient of 2 examples": "batch gradient, N = 2",
     "square of the gradient of 8 examples": "batch gradient, N = 8",
@@ -198,7 +198,7 @@ def test_what_exactness_buys(row):
 
 
 def test_what_is_said_of_exactness():
-    """Below the noise floor is what overlaps less than any two exact Fishers do."""
+    """An estimator is below the noise floor if it overlaps less than any two exact Fishers do."""
     below = {
         (subject, label)
         for subject, examples in (("cola", 1024), ("sst2", 256))

@@ -32,7 +32,7 @@ def test_a_damaged_file_gives_one_line(name: str, tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits memory as Linux does")
 def test_thousands_of_damaged_files_in_little_memory():
-    """A size of 2^60 or a header of thousands of levels costs what the file costs."""
+    """A size of 2^60 or a header of thousands of levels takes no more memory than the file."""
     pytest.importorskip("transformers")
     begun = time.monotonic()
     done = subprocess.run(

@@ -1,13 +1,14 @@
 """Adapters that PEFT lacks: small trained modules inside the layers of a frozen transformer.
 
-An adapter is a frozen recipe. :func:`attach` puts its modules around chosen parts of the model, as PEFT does: what
-stood there lives on as ``base_layer``, with its own weights and code. :func:`detach` takes them out again.
+An adapter is a frozen recipe. :func:`attach` puts its modules around parts of the model, as PEFT does: each part
+becomes the ``base_layer`` of its wrapper, with its own weights and code. :func:`detach` takes the wrappers out again.
 """
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from json import dumps
 from math import isfinite
@@ -23,53 +24,16 @@ from fishkern.files import Format, in_brief, open_tensors, parsing, read_json, s
 FORMAT = Format("fishkern.adapter", version=1, saved_by="fishkern.adapters.save")
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where a transformer layer has what adapters wrap, as paths inside the layer.
-
-    Attributes:
-        attention: Projects, attends, and takes ``attention_mask`` and ``past_key_values`` by keyword.
-        query_key_value: Its three projections.
-        attention_output: The linear behind it, in front of the residual.
-        feed_forward_output: The second linear of the feed-forward part.
-    """
-
-    attention: str
-    query_key_value: tuple[str, str, str]
-    attention_output: str
-    feed_forward_output: str
-
-
-_PLACES = (
-    Places(  # BERT and what is built like it: RoBERTa, ELECTRA, CamemBERT, XLM-R, the MiniLMs
-        "attention.self",
-        ("attention.self.query", "attention.self.key", "attention.self.value"),
-        "attention.output.dense",
-        "output.dense",
-    ),
-    Places(  # LLaMA and what is built like it: Mistral, Qwen, Gemma
-        "self_attn",
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "self_attn.o_proj",
-        "mlp.down_proj",
-    ),
-)
-
-
-class Wrapper(nn.Module):
-    """A trained module around a part of the model, which lives on as ``base_layer``."""
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+class Wrapper(hosts.Wrapper):
+    """A wrapper whose own parameters are trained."""
 
 
 @dataclass(frozen=True)
 class Adapter(ABC):
-    """What is put into which layers.
+    """A recipe: which modules to put into which layers.
 
     Args:
-        layers: Numbers of the layers, from the bottom; ``None`` for all.
+        layers: Numbers of the layers, from the input, starting at 0; ``None`` for all.
     """
 
     layers: tuple[int, ...] | None = None
@@ -79,50 +43,61 @@ class Adapter(ABC):
             object.__setattr__(self, "layers", tuple(self.layers))
 
     @abstractmethod
-    def wrappers(self, layer: nn.Module, places: Places) -> dict[str, Wrapper]:
+    def wrappers(self, layer: nn.Module, points: hosts.InsertionPoints) -> dict[str, Wrapper]:
         """Make the modules for one layer.
 
         Args:
             layer: The layer.
-            places: Where it has what.
+            points: The paths of its parts.
 
         Returns:
-            What shall stand at a path inside the layer, around what stands there.
+            Wrappers by the path of the part, inside the layer, that each is made around.
+
+        Raises:
+            ValueError: The layer lacks a part that the adapter needs.
         """
 
 
-def attach(model: nn.Module, adapter: Adapter, *, train: tuple[str, ...] = hosts.HEADS, seed: int = 0) -> list[str]:
+def attach(
+    model: nn.Module,
+    adapter: Adapter,
+    *,
+    stack: str | None = None,
+    train: tuple[str, ...] = hosts.HEADS,
+    seed: int = 0,
+) -> list[str]:
     """Put an adapter into a model, and freeze everything else but the head.
 
     Args:
-        model: A transformers model of the BERT or LLaMA family, changed in place.
+        model: A transformer, changed in place.
         adapter: The recipe.
-        train: Names of modules that are trained besides: the head, by its usual names.
+        stack: Path of the list of layers, such as ``"vision_model.encoder.layers"``; ``None`` if there is only one.
+        train: Names of modules that are also trained: the head, by its usual names.
         seed: Seed of the adapter's first values; the global generators are left alone.
 
     Returns:
-        The adapter's parameters by canonical name, in the model's order.
+        Canonical names of the adapter's parameters, in the model's order.
 
     Raises:
-        ValueError: The model already has an adapter, none of its layers is of a known kind, or ``adapter.layers``
-            names one that it lacks.
+        ValueError: The model already has an adapter; it has no layers, or several lists of them and ``stack`` names
+            none; its layers are of no known kind, or lack a part that the adapter needs; or ``adapter.layers``
+            contains a number that they do not have.
     """
     if any(isinstance(module, Wrapper) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} already has an adapter: detach it first.")
-    prefix, blocks = transformer_layers(model)
-    places = places_of(blocks[0], model)
-    chosen = range(len(blocks)) if adapter.layers is None else adapter.layers
-    if outside := [number for number in chosen if not 0 <= number < len(blocks)]:
-        raise ValueError(f"{prefix} has the layers 0 to {len(blocks) - 1}, and the adapter names {outside}.")
+    path, layers = hosts.stack_of(model, stack)
+    numbers = range(len(layers)) if adapter.layers is None else adapter.layers
+    if outside := [number for number in numbers if not 0 <= number < len(layers)]:
+        raise ValueError(f"{path} has the layers 0 to {len(layers) - 1}, and the adapter names {outside}.")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # that of the CPU: only it is restored
-        made = {number: adapter.wrappers(blocks[number], places) for number in chosen}
+        wrappers = {number: adapter.wrappers(layers[number], _points(layers[number], model)) for number in numbers}
     model.requires_grad_(False)
-    for number, wrappers in made.items():
-        for path, wrapper in wrappers.items():
+    for number, inside in wrappers.items():
+        for wrapper in inside.values():
             like = next(parameter for parameter in wrapper.base_layer.parameters() if parameter.is_floating_point())
             wrapper.to(like.device, like.dtype)
-            blocks[number].set_submodule(path, wrapper)
+        hosts.insert(layers[number], inside)
     names = adapter_parameters(model)
     for name, parameter in hosts.named_parameters(model).items():
         if name in names or hosts.is_head(name, train):
@@ -131,18 +106,16 @@ def attach(model: nn.Module, adapter: Adapter, *, train: tuple[str, ...] = hosts
 
 
 def detach(model: nn.Module) -> None:
-    """Take the adapter out; the base model's parameters stay frozen as they are.
+    """Take the adapter out; the base model's parameters stay frozen.
 
     Args:
         model: Changed in place.
     """
-    while wrapped := [(path, module) for path, module in model.named_modules() if isinstance(module, Wrapper)]:
-        path, wrapper = wrapped[0]
-        model.set_submodule(path, wrapper.base_layer)
+    hosts.remove(model, Wrapper)
 
 
 def adapter_parameters(model: nn.Module) -> list[str]:
-    """List the parameters that an attached adapter has brought.
+    """List the parameters of an attached adapter.
 
     Args:
         model: A model.
@@ -161,7 +134,7 @@ def adapter_parameters(model: nn.Module) -> list[str]:
 
 
 def gates(model: nn.Module) -> list[str]:
-    """List the parameters of an attached adapter that only say how much of it comes through.
+    """List the parameters of an attached adapter's gates, which only scale its other parts.
 
     Args:
         model: A model.
@@ -173,7 +146,7 @@ def gates(model: nn.Module) -> list[str]:
 
 
 def save(model: nn.Module, adapter: Adapter, path: str | os.PathLike[str]) -> Path:
-    """Save an attached adapter, with the head and whatever else is trained.
+    """Save an attached adapter, with the head and all other trained parameters.
 
     Args:
         model: The model.
@@ -193,7 +166,7 @@ def save(model: nn.Module, adapter: Adapter, path: str | os.PathLike[str]) -> Pa
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
-    """Attach a saved adapter to a base model and give everything that was trained its saved value.
+    """Attach a saved adapter to a base model, and load the saved values of all trained parameters.
 
     Args:
         model: The base model without an adapter, changed in place.
@@ -203,8 +176,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
         The recipe.
 
     Raises:
-        ValueError: The model lacks a saved parameter, or has it in another shape; the model is then as it was, but for
-            what is frozen.
+        ValueError: The model lacks a saved parameter, or has it in another shape. The model is then as it was, except
+            that its parameters are frozen.
     """
     metadata, stored = open_tensors(path, format=FORMAT)
     with parsing(f"{path} has a damaged header"):
@@ -212,7 +185,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
         _check_sizes(adapter, {size for tensor in stored.values() for size in tensor.shape})
     if odd := [name for name, tensor in stored.items() if not tensor.dtype.is_floating_point]:
         raise ValueError(f"{path} holds {in_brief(odd[0], 80)} as {stored[odd[0]].dtype}, and an adapter is floating.")
-    attach(model, adapter, train=())
+    attach(model, adapter, stack=_stack(model, stored), train=())
     named = hosts.named_parameters(model)
     for name, tensor in stored.items():
         if name not in named or named[name].shape != tensor.shape:
@@ -227,50 +200,20 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
     return adapter
 
 
-def transformer_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Find the layers of a transformer: its longest list of modules of one class.
-
-    Args:
-        model: A model.
-
-    Returns:
-        The path of the list, and the list.
-
-    Raises:
-        ValueError: It has none.
-    """
-    lists = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
-    ]
-    if not lists:
-        raise ValueError(f"{type(model).__name__} has no list of layers to put an adapter into.")
-    return max(lists, key=lambda found: len(found[1]))
+def _points(layer: nn.Module, model: nn.Module) -> hosts.InsertionPoints:
+    points = hosts.insertion_points(layer)
+    if points is None:
+        raise ValueError(
+            f"attention and the feed-forward part of {type(layer).__name__}, of which {type(model).__name__} is built, "
+            "have no names that fishkern knows: use one of PEFT's adapters, such as LoRA."
+        )
+    return points
 
 
-def places_of(layer: nn.Module, model: nn.Module) -> Places:
-    """Recognise what a layer has where.
-
-    Args:
-        layer: One layer.
-        model: Its model, for the message.
-
-    Returns:
-        The places.
-
-    Raises:
-        ValueError: The layer is of no known kind.
-    """
-    paths = {path for path, _ in layer.named_modules()}
-    for places in _PLACES:
-        parts = {places.attention, *places.query_key_value, places.attention_output, places.feed_forward_output}
-        if parts <= paths:
-            return places
-    raise ValueError(
-        f"the layers of {type(model).__name__} ({type(layer).__name__}) are built neither like BERT's nor like "
-        "LLaMA's: take one of PEFT's adapters, such as LoRA."
-    )
+def _stack(model: nn.Module, names: Iterable[str]) -> str | None:
+    """Find the one list of layers that these parameters are in."""
+    used = {layer.stack for layer in hosts.layer_of(names).values() if layer} & hosts.stacks(model).keys()
+    return used.pop() if len(used) == 1 else None
 
 
 def _described(adapter: Adapter) -> dict[str, Any]:
@@ -288,7 +231,7 @@ def _from_description(described: Any) -> Adapter:
 
 
 def _check_sizes(adapter: Adapter, stored: set[int]) -> None:
-    """Demand that every size is that of a stored tensor, before memory is taken for it."""
+    """Check that every size is a size of a stored tensor, before memory is allocated for it."""
     for field in fields(adapter):
         value = getattr(adapter, field.name)
         if field.type == "int" and not (type(value) is int and 0 <= value <= max(stored, default=0)):

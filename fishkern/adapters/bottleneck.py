@@ -7,43 +7,42 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fishkern.adapters.base import Adapter, Places, Wrapper
+from fishkern import hosts
+from fishkern.adapters.base import Adapter, Wrapper
 
 
 @dataclass(frozen=True)
 class BottleneckAdapter(Adapter):
-    """Two bottlenecks in each layer: behind attention and behind the feed-forward part, in front of the residual.
+    """Two bottlenecks in each layer: after attention and after the feed-forward part, before the residual is added.
 
         h + B gelu(A h + a) + b,    A: [width, D], B: [D, width]
 
-    Both matrices start at random, with a standard deviation of 0.01 as in the paper: where one were zero, the other's
-    gradient, and so its Fisher information, would be zero too.
+    Both matrices start at random, with a standard deviation of 0.01 as in the paper: if one were zero, the gradient of
+    the other, and with it the Fisher information, would be zero too.
 
     Args:
         width: Size of the bottleneck.
-        layers: Numbers of the layers, from the bottom; ``None`` for all.
+        layers: Numbers of the layers, from the input, starting at 0; ``None`` for all.
     """
 
     width: int = 48
 
-    def wrappers(self, layer: nn.Module, places: Places) -> dict[str, Wrapper]:
-        return {
-            path: Bottleneck(layer.get_submodule(path), self.width)
-            for path in (places.attention_output, places.feed_forward_output)
-        }
+    def wrappers(self, layer: nn.Module, points: hosts.InsertionPoints) -> dict[str, Wrapper]:
+        paths = (points.attention.output, feed_forward_output(layer, points))
+        return {path: Bottleneck(layer.get_submodule(path), self.width) for path in paths}
 
 
 class Bottleneck(Wrapper):
-    """A bottleneck behind a linear layer.
+    """A bottleneck after a linear layer.
 
     Args:
-        base_layer: The linear.
+        base_layer: The linear layer.
         width: Size of the bottleneck.
     """
 
     def __init__(self, base_layer: nn.Linear, width: int) -> None:
         super().__init__(base_layer)
-        features = base_layer.out_features
+        features = base_layer.nf if hasattr(base_layer, "nf") else base_layer.out_features  # nf: Conv1D of GPT-2
         self.down = small_linear(features, width)
         self.up = small_linear(width, features)
 
@@ -52,7 +51,7 @@ class Bottleneck(Wrapper):
         return hidden + self.change(hidden)
 
     def change(self, hidden: Tensor) -> Tensor:
-        """Compute what the bottleneck adds to the linear's output.
+        """Compute the term that the bottleneck adds to the output of the linear layer.
 
         Args:
             hidden: ``[N, T, D]``.
@@ -63,8 +62,29 @@ class Bottleneck(Wrapper):
         return self.up(F.gelu(self.down(hidden)))
 
 
+def feed_forward_output(layer: nn.Module, points: hosts.InsertionPoints) -> str:
+    """Find the linear layer that a bottleneck follows in the feed-forward part.
+
+    Args:
+        layer: A transformer layer.
+        points: The paths of its parts.
+
+    Returns:
+        The path of the linear layer.
+
+    Raises:
+        ValueError: There is not one that can be wrapped.
+    """
+    if points.feed_forward.output is None:
+        raise ValueError(
+            f"a bottleneck goes after the last linear layer of the feed-forward part, and {type(layer).__name__} has "
+            "none that can be wrapped: use a PrefixAdapter, or one of PEFT's adapters, such as LoRA."
+        )
+    return points.feed_forward.output
+
+
 def small_linear(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
-    """Make a linear layer that starts near zero, but not at it.
+    """Make a linear layer that starts near zero, but not at zero.
 
     Args:
         inputs: In-features.

@@ -10,30 +10,59 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fishkern.adapters.base import Adapter, Places, Wrapper
+from fishkern import hosts
+from fishkern.adapters.base import Adapter, Wrapper
+from fishkern.names import without_wrappers
+
+# Ends of the attention modules, of BERT and of LLaMA, in which a prefix was compared with PEFT's or an eager attention.
+_READ_A_CACHE = ("attention.output.dense", "self_attn.o_proj")
 
 
 @dataclass(frozen=True)
 class PrefixAdapter(Adapter):
-    """Trained keys and values in front of those of the text, in every head of a layer.
+    """Trained keys and values before those of the text, in every head of a layer.
 
-    PEFT's prefix tuning keeps all layers in one tensor and serves all of them; this one has a tensor for each layer,
-    and leaves the others alone. Keys get no rotary embedding, as in PEFT.
+    PEFT's prefix tuning keeps the prefixes of all layers in one tensor and needs all layers; this one has a tensor for
+    each layer, and can leave layers out. Keys get no rotary embedding, as in PEFT.
 
     Args:
         length: Prefix positions.
-        layers: Numbers of the layers, from the bottom; ``None`` for all.
+        layers: Numbers of the layers, from the input, starting at 0; ``None`` for all.
     """
 
     length: int = 30
 
-    def wrappers(self, layer: nn.Module, places: Places) -> dict[str, Wrapper]:
-        _, key, value = (layer.get_submodule(path) for path in places.query_key_value)
-        return {places.attention: Prefixed(layer.get_submodule(places.attention), self.length, key, value)}
+    def wrappers(self, layer: nn.Module, points: hosts.InsertionPoints) -> dict[str, Wrapper]:
+        attention, (_, key, value) = prefixed_attention(layer, points)
+        return {points.attention.module: Prefixed(attention, self.length, key, value)}
+
+
+def prefixed_attention(layer: nn.Module, points: hosts.InsertionPoints) -> tuple[nn.Module, list[nn.Module]]:
+    """Get attention and its projections, if a prefix can be put in.
+
+    Args:
+        layer: A transformer layer.
+        points: The paths of its parts.
+
+    Returns:
+        The attention module, and the linear layers of queries, keys and values.
+
+    Raises:
+        ValueError: Attention does not take a prefix.
+    """
+    attention = layer.get_submodule(points.attention.module)
+    name, instead = type(attention).__name__, "use a BottleneckAdapter, or one of PEFT's adapters"
+    if "past_key_values" not in inspect.signature(attention.forward).parameters:  # **kwargs would ignore it silently
+        raise ValueError(f"a prefix goes into attention as past_key_values, which {name} does not take: {instead}.")
+    if len(points.projections) != 3 or without_wrappers(points.attention.output) not in _READ_A_CACHE:
+        raise ValueError(
+            f"{name} is not built like the attention of BERT or LLaMA, the only ones known to read a prefix: {instead}."
+        )
+    return attention, [layer.get_submodule(path) for path in points.projections]
 
 
 class Prefixed(Wrapper):
-    """An attention module that sees a prefix.
+    """An attention module with a prefix.
 
     The prefix is an embedding of its positions ``[length, keys + values]``, so that each example has a row of its own.
 
@@ -42,18 +71,10 @@ class Prefixed(Wrapper):
         length: Prefix positions.
         key: Its key projection.
         value: Its value projection.
-
-    Raises:
-        ValueError: The module takes no ``past_key_values``.
     """
 
     def __init__(self, base_layer: nn.Module, length: int, key: nn.Linear, value: nn.Linear) -> None:
         super().__init__(base_layer)
-        if "past_key_values" not in inspect.signature(base_layer.forward).parameters:  # **kwargs would swallow it
-            raise ValueError(
-                f"a prefix goes into attention as past_key_values, which {type(base_layer).__name__} does not take: "
-                "take a BottleneckAdapter, or one of PEFT's adapters."
-            )
         self.sizes = (key.out_features, value.out_features)
         self.prefix = nn.Embedding(length, sum(self.sizes))
         nn.init.normal_(self.prefix.weight, std=0.02)
@@ -64,8 +85,8 @@ class Prefixed(Wrapper):
         hidden = args[0] if args else kwargs["hidden_states"]
         keys, values = self.rows(hidden).split(self.sizes, dim=-1)
         cache = _Prefix(keys, values, past_key_values)
-        seen = past_key_values.get_seq_length(self.base_layer.layer_idx) if past_key_values is not None else 0
-        mask = self._with_prefix(attention_mask, hidden.shape[1], seen, hidden.device)
+        cached = past_key_values.get_seq_length(self.base_layer.layer_idx) if past_key_values is not None else 0
+        mask = self._with_prefix(attention_mask, hidden.shape[1], cached, hidden.device)
         return self.base_layer(*args, attention_mask=mask, past_key_values=cache, **kwargs)
 
     def rows(self, hidden: Tensor) -> Tensor:
@@ -80,14 +101,14 @@ class Prefixed(Wrapper):
         positions = torch.arange(self.prefix.num_embeddings, device=hidden.device)
         return self.prefix(positions.expand(len(hidden), -1))
 
-    def _with_prefix(self, mask: Tensor | None, T: int, seen: int, device: torch.device) -> Tensor | None:
-        """Let every position see the prefix."""
+    def _with_prefix(self, mask: Tensor | None, T: int, cached: int, device: torch.device) -> Tensor | None:
+        """Extend a mask so that every position attends to the prefix."""
         length = self.prefix.num_embeddings
         if mask is None:
             if not getattr(self.base_layer, "is_causal", False) or T == 1:
                 return None
-            # without a mask attention is told is_causal, which would count the prefix among the later positions
-            mask = torch.ones(T, seen + T, dtype=torch.bool, device=device).tril(seen)[None, None]
+            # without a mask, attention would apply is_causal, which takes the prefix for later positions
+            mask = torch.ones(T, cached + T, dtype=torch.bool, device=device).tril(cached)[None, None]
         if mask.ndim != 4:
             raise ValueError(
                 f"a prefix needs an attention mask [N, 1, T, S], got {tuple(mask.shape)}: load the model with "
@@ -97,7 +118,7 @@ class Prefixed(Wrapper):
 
 
 class _Prefix:
-    """The one thing that attention asks of a cache: to put in front what came before."""
+    """A cache, as far as attention uses it: ``update`` puts the prefix before the keys and values."""
 
     def __init__(self, keys: Tensor, values: Tensor, inner: Any) -> None:
         self._keys = keys
@@ -105,12 +126,12 @@ class _Prefix:
         self._inner = inner
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Put the prefix in front of keys and values ``[N, heads, T, head size]``."""
+        """Put the prefix before keys and values ``[N, heads, T, head size]``."""
         if self._inner is not None:
             keys, values = self._inner.update(keys, values, layer, *args, **kwargs)
-        return _in_front(self._keys, keys), _in_front(self._values, values)
+        return _before(self._keys, keys), _before(self._values, values)
 
 
-def _in_front(prefix: Tensor, text: Tensor) -> Tensor:
+def _before(prefix: Tensor, text: Tensor) -> Tensor:
     heads, size = text.shape[1], text.shape[3]
     return torch.cat([prefix.unflatten(-1, (heads, size)).transpose(1, 2).to(text.dtype), text], dim=2)

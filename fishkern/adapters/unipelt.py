@@ -7,26 +7,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fishkern.adapters.base import Adapter, Places, Wrapper
-from fishkern.adapters.bottleneck import Bottleneck, small_linear
-from fishkern.adapters.prefix import Prefixed
+from fishkern import hosts
+from fishkern.adapters.base import Adapter, Wrapper
+from fishkern.adapters.bottleneck import Bottleneck, feed_forward_output, small_linear
+from fishkern.adapters.prefix import Prefixed, prefixed_attention
 
 
 @dataclass(frozen=True)
 class UniPELTAdapter(Adapter):
-    """LoRA on query, key and value, a prefix, and a bottleneck behind the feed-forward part, each times its gate.
+    """LoRA on query, key and value, a prefix, and a bottleneck after the feed-forward part, each times its gate.
 
-    A gate is ``sigmoid(w x + b)`` of what goes into the part that it guards: one number for each position, and for the
-    prefix, which has no positions of the text, their mean. So a padded position changes nothing but through that mean.
-    The sizes are a reconstruction: they give the parameter counts that FISH-Tuning (arXiv:2504.04050) prints, as some
-    others would.
+    A gate is ``sigmoid(w x + b)`` of the input of the part that it scales: one number for each position, and for the
+    prefix, which has no positions in the text, their mean. A padded position therefore matters only in that mean. The
+    sizes are a reconstruction: they give the parameter counts printed in FISH-Tuning (arXiv:2504.04050), but so would
+    some others.
 
     Args:
         rank: LoRA's rank ``R``.
         alpha: LoRA's scale times its rank.
         length: Prefix positions.
         width: Size of the bottleneck.
-        layers: Numbers of the layers, from the bottom; ``None`` for all.
+        layers: Numbers of the layers, from the input, starting at 0; ``None`` for all.
     """
 
     rank: int = 1
@@ -34,28 +35,28 @@ class UniPELTAdapter(Adapter):
     length: int = 1
     width: int = 8
 
-    def wrappers(self, layer: nn.Module, places: Places) -> dict[str, Wrapper]:
-        projections = {path: layer.get_submodule(path) for path in places.query_key_value}
-        query, key, value = projections.values()
+    def wrappers(self, layer: nn.Module, points: hosts.InsertionPoints) -> dict[str, Wrapper]:
+        attention, projections = prefixed_attention(layer, points)
+        query, key, value = projections
+        output = feed_forward_output(layer, points)
         gate = make_gate(query.in_features)  # one for the three
-        attention = layer.get_submodule(places.attention)
         inner = {
             path: GatedLoRA(projection, self.rank, self.alpha / self.rank, gate)
-            for path, projection in projections.items()
+            for path, projection in zip(points.projections, projections, strict=True)
         }
         return inner | {
-            places.attention: GatedPrefix(attention, self.length, key, value, query.in_features),
-            places.feed_forward_output: GatedBottleneck(layer.get_submodule(places.feed_forward_output), self.width),
+            points.attention.module: GatedPrefix(attention, self.length, key, value, query.in_features),
+            output: GatedBottleneck(layer.get_submodule(output), self.width),
         }
 
 
 class GatedLoRA(Wrapper):
-    """``base_layer(x) + gate(x) * scaling * B A x``, neither factor starting at zero.
+    """``base_layer(x) + gate(x) * scaling * B A x``; neither factor starts at zero.
 
     Args:
-        base_layer: The linear.
+        base_layer: The linear layer.
         rank: ``R``.
-        scaling: What the product is multiplied by.
+        scaling: Factor of the product.
         gate: Shared with the other projections of the layer.
     """
 
@@ -96,9 +97,9 @@ def make_gate(features: int) -> nn.Linear:
     """Make a gate that starts half open.
 
     Args:
-        features: Size of what it looks at.
+        features: Size of its input.
 
     Returns:
-        A linear to one number, near zero.
+        A linear layer to one number, near zero.
     """
     return small_linear(features, 1)

@@ -1,15 +1,15 @@
-"""How every artefact reaches the disk and comes back: whole, or not at all.
+"""Writing and reading files that are either whole or not there at all.
 
 :func:`atomic_write` is for one file of any kind. :func:`save_tensors` and :func:`open_tensors` keep named tensors as
-``.safetensors``, in shards when large (the convention of transformers: ``name-00001-of-00003.safetensors`` beside
-``name.safetensors.index.json``), and say in the header what they are.
+``.safetensors``, in shards when large (by the convention of transformers: ``name-00001-of-00003.safetensors`` with
+``name.safetensors.index.json``), and the header says what they are.
 """
 
 from fishkern.files.atomic import atomic_write, check_target
 from fishkern.files.loading import Format, files_of, format_of, open_tensors
 from fishkern.files.parsing import checked_shape, in_brief, parsing, read_count, read_json
 from fishkern.files.saving import check_cast, save_tensors
-from fishkern.files.stored import PIECE, AnyTensor, StoredTensor, pieces
+from fishkern.files.tensors import PIECE, AnyTensor, StoredTensor, pieces
 
 __all__ = [
     "PIECE",

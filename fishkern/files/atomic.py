@@ -1,4 +1,4 @@
-"""One file of any kind, which appears whole or not at all."""
+"""Write one file of any kind so that it appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["wb", "w"] = "wb") 
     a killed process leaves it behind, to be deleted by hand. A symbolic link is written through.
 
     Args:
-        path: Where the file shall stand; its folder must exist.
+        path: The file; its folder must exist.
         mode: ``"wb"`` for bytes, ``"w"`` for UTF-8 text.
 
     Yields:
         The open temporary file; ``.name`` is its path, for libraries that want one.
 
     Raises:
-        OSError: The folder is missing or read-only, ``path`` is no name of a regular file, or the disk is full. The
+        OSError: The folder is missing or read-only, ``path`` cannot name a regular file, or the disk is full. The
             message names the path and what to do; ``errno`` and the subclass are those of the system's own error.
     """
     check_target(path)
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name[:40]}.{token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name[:40]}.{token_hex(4)}.tmp")  # cut: a name has at most 255 bytes
     try:
-        try:
+        try:  # "x" fails where "w" would write into a file that is there
             file = open(temporary, mode.replace("w", "x"), encoding="utf-8" if mode == "w" else None)  # noqa: SIM115
         except OSError as error:
             raise OSError(error.errno, _advice(error, path)) from None
@@ -55,29 +55,29 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["wb", "w"] = "wb") 
 
 
 def check_target(path: str | os.PathLike[str], name: str = "") -> None:
-    """Demand the name of a file: one that is there, or that can be made.
+    """Check that a path names a file that exists or can be created.
 
     Args:
-        path: Where it shall stand. A slash at its end says that it is a folder, which :class:`pathlib.Path` forgets.
-        name: What a file in a folder might be called, for the message.
+        path: The path. One that ends in a slash names a folder, which :class:`pathlib.Path` forgets.
+        name: Name of an example file in a folder, for the message.
 
     Raises:
-        IsADirectoryError: It is a folder, or says so.
-        OSError: Something else stands there.
+        IsADirectoryError: It names a folder.
+        OSError: It names something else that is not a regular file.
     """
-    given = os.fspath(path)
-    if os.path.basename(given) in ("", ".", "..") or os.path.isdir(given):
-        example = f", such as {os.path.join(given, name)}" if name else ""
-        raise IsADirectoryError(errno.EISDIR, f"{given} names a folder: give the name of a file in it{example}.")
-    if os.path.exists(given) and not os.path.isfile(given):  # renaming over /dev/null would replace the device
-        raise OSError(errno.EINVAL, f"{given} is not a regular file and cannot be replaced: give the name of a file.")
+    text = os.fspath(path)
+    if os.path.basename(text) in ("", ".", "..") or os.path.isdir(text):
+        example = f", such as {os.path.join(text, name)}" if name else ""
+        raise IsADirectoryError(errno.EISDIR, f"{text} names a folder: give the name of a file in it{example}.")
+    if os.path.exists(text) and not os.path.isfile(text):  # renaming over /dev/null would replace the device
+        raise OSError(errno.EINVAL, f"{text} is not a regular file and cannot be replaced: give the name of a file.")
 
 
 def sync(folder: Path) -> None:
     """Make a rename durable where the system can (Windows cannot open folders).
 
     Args:
-        folder: What was renamed in.
+        folder: The folder of the renamed file.
     """
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -93,6 +93,6 @@ def _advice(error: OSError, path: Path) -> str:
         errno.ENOTDIR: f"{path.parent} is not a folder: write elsewhere.",
         errno.EACCES: f"the folder {path.parent} may not be written to: change its permissions, or write elsewhere.",
         errno.EROFS: f"the folder {path.parent} is on a read-only disk: write elsewhere.",
-        errno.ENOSPC: f"no space left for {path}; what stood there is unchanged: free space, or write elsewhere.",
-        errno.EDQUOT: f"the disk quota is used up for {path}; what stood there is unchanged: write elsewhere.",
+        errno.ENOSPC: f"no space left for {path}; an older file is unchanged: free space, or write elsewhere.",
+        errno.EDQUOT: f"the disk quota is used up for {path}; an older file is unchanged: write elsewhere.",
     }.get(error.errno, f"{path} cannot be written: {error.strerror}.")

@@ -1,4 +1,4 @@
-"""Open named tensors: headers are read and checked, values stay on disk."""
+"""Open files of named tensors: headers are read and checked, values stay on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fishkern.files.parsing import checked_shape, in_brief, parsing, read_count, read_json
-from fishkern.files.stored import StoredTensor, stamp_of
+from fishkern.files.tensors import StoredTensor, stamp_of
 
 CODES = {
     torch.float64: "F64",
@@ -29,17 +29,17 @@ CODES = {
 }
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
-LARGEST_INDEX = 100_000_000  # bytes: what safetensors allows a header
+LARGEST_INDEX = 100_000_000  # bytes: the limit of safetensors for a header
 
 
 @dataclass(frozen=True)
 class Format:
-    """What a file of tensors says it is.
+    """The kind of a file of tensors, as its header names it.
 
     Attributes:
         name: The ``format`` entry of the header, such as ``"fishkern.statistics"``.
         version: The newest ``format_version`` that this code reads, and the one it writes.
-        saved_by: What writes such files, for error messages: ``"Statistics.save"``.
+        saved_by: The function that writes such files, for error messages: ``"Statistics.save"``.
     """
 
     name: str
@@ -53,22 +53,23 @@ class Format:
 
 
 def open_tensors(path: str | os.PathLike[str], *, format: Format) -> tuple[dict[str, str], dict[str, StoredTensor]]:
-    """Open what :func:`save_tensors` wrote, reading headers only.
+    """Open a save of :func:`save_tensors`, reading headers only.
 
     Args:
         path: The file, the index of its shards, or the name without suffix.
-        format: What it must say it is.
+        format: The format that its header must name.
 
     Returns:
         The metadata, and the tensors by name in the order in which they were saved.
 
     Raises:
         FileNotFoundError: There is no such file, or a shard is missing.
-        ValueError: The file is truncated or damaged, holds something else, is one shard of a set, or was written in a
-            newer format.
+        ValueError: The file is truncated or damaged, has another or a newer format, or is one shard of a set.
     """
-    single, index = _found(path)
+    single, index = _existing(path)
     contents = read_index(index) if index.is_file() else None
+    # Our own index takes precedence over a single file, which an interrupted save may have left; that of a model, which
+    # may have the same name, does not.
     if contents and (contents["metadata"].get("format") == format.name or not single.is_file()):
         return _open_shards(index, contents, format)
     metadata, tensors = open_one(single, format)
@@ -78,7 +79,7 @@ def open_tensors(path: str | os.PathLike[str], *, format: Format) -> tuple[dict[
 
 
 def format_of(path: str | os.PathLike[str]) -> str | None:
-    """Read what a file says it is.
+    """Read which format a file has.
 
     Args:
         path: As for :func:`open_tensors`.
@@ -88,20 +89,21 @@ def format_of(path: str | os.PathLike[str]) -> str | None:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or no ``.safetensors``.
+        ValueError: The file is damaged, or is not a ``.safetensors`` file.
     """
-    single, index = _found(path)
-    said = [read_index(index)["metadata"].get("format")] if index.is_file() else []
+    single, index = _existing(path)
+    formats = [read_index(index)["metadata"].get("format")] if index.is_file() else []
     if single.is_file():
-        said.append(read_header(single)[0]["__metadata__"].get("format"))
-    return next((one for one in said if str(one).startswith("fishkern.")), said[-1])
+        formats.append(read_header(single)[0]["__metadata__"].get("format"))
+    # Ours, where an index of a model has the same name.
+    return next((name for name in formats if str(name).startswith("fishkern.")), formats[-1])
 
 
 def files_of(path: str | os.PathLike[str]) -> list[Path]:
     """List the files of one save.
 
     Args:
-        path: What :func:`save_tensors` returned.
+        path: The path that :func:`save_tensors` returned.
 
     Returns:
         The file itself, or the index and the shards that it names.
@@ -112,15 +114,15 @@ def files_of(path: str | os.PathLike[str]) -> list[Path]:
     return [path, *(path.parent / name for name in dict.fromkeys(read_index(path)["weight_map"].values()))]
 
 
-def _found(path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Find the file that a name stands for, and the index that may stand beside it; one of them is there."""
+def _existing(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Return the single file and the index that a name may mean, of which at least one exists."""
     path = Path(path)
     single, index = single_and_index(path)
     if path.is_file() and path != index:
         single = path
     if not single.is_file() and not index.is_file():
-        said = in_brief(f"nothing to load at {path}: no {single.name}, no {index.name}.")
-        raise FileNotFoundError(errno.ENOENT, said)
+        message = in_brief(f"nothing to load at {path}: no {single.name}, no {index.name}.")
+        raise FileNotFoundError(errno.ENOENT, message)
     return single, index
 
 
@@ -132,6 +134,7 @@ def _open_shards(
     shards = {}
     for name in dict.fromkeys(contents["weight_map"].values()):
         shard = index.parent / name
+        # An index from elsewhere may name any file of the disk; only files next to it belong to its set.
         if shard.name != name or name == ".." or not name.isprintable() or len(name.encode()) > 255:
             shown = in_brief(repr(name), 80)
             raise ValueError(f"{index} is damaged: it names the shard {shown}, which is not a plain file name.")
@@ -139,8 +142,8 @@ def _open_shards(
             raise FileNotFoundError(
                 errno.ENOENT, f"{shard} is missing, which {index.name} names: copy all files that it lists."
             )
-        said, shards[name] = open_one(shard, format)
-        if said != metadata | {"index": index.name}:
+        own_metadata, shards[name] = open_one(shard, format)
+        if own_metadata != metadata | {"index": index.name}:
             raise ValueError(f"{shard} belongs to another save than {index.name}: copy all files of one save.")
     tensors = {}
     for name, shard in contents["weight_map"].items():
@@ -156,17 +159,17 @@ def _open_shards(
 
 
 def open_one(path: Path, format: Format) -> tuple[dict[str, str], dict[str, StoredTensor]]:
-    """Open one file, whole or a shard.
+    """Open one file, which may be a shard.
 
     Args:
         path: The file.
-        format: What it must say it is.
+        format: The format that its header must name.
 
     Returns:
         The metadata, and the tensors by name in the order in which they were saved.
 
     Raises:
-        ValueError: The file is damaged, holds something else, or was written in a newer format.
+        ValueError: The file is damaged, or has another or a newer format.
     """
     header, start, stamp = read_header(path)
     metadata = header.pop("__metadata__")
@@ -189,13 +192,16 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, tuple[int, int]]:
         path: The file.
 
     Returns:
-        The header in the file's own order, where the data start, and the file's stamp.
+        The header in the order of the file, the number of bytes before the data, and the stamp of the file
+        (:func:`stamp_of`).
 
     Raises:
         ValueError: The file is truncated or damaged.
     """
     try:
-        with safe_open(path, framework="pt"):  # checks the header, and that the file ends where it says
+        # Checks that the offsets cover the file to its end. It does not tell where a tensor begins, so the header is
+        # parsed here as well.
+        with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:
         raise ValueError(
@@ -204,7 +210,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, tuple[int, int]]:
     with open(path, "rb") as file, parsing(f"{path} has a damaged header"):
         length = int.from_bytes(file.read(8), "little")
         header = read_json(file.read(length))
-        header["__metadata__"] = header.get("__metadata__") or {}  # safetensors takes null for none
+        header["__metadata__"] = header.get("__metadata__") or {}  # safetensors accepts null
         return header, 8 + length, stamp_of(file)
 
 
@@ -218,23 +224,23 @@ def read_index(path: Path) -> dict[str, Any]:
         ``metadata`` and ``weight_map``.
 
     Raises:
-        ValueError: It is no such index.
+        ValueError: It is not an index of shards.
     """
     try:
         contents = read_json(path.read_bytes()) if path.stat().st_size <= LARGEST_INDEX else None
-        said = {key: value for key, value in contents["metadata"].items() if key != "total_size"}
-        if all(type(value) is str for value in (*said.values(), *contents["weight_map"].values())):
+        metadata = {key: value for key, value in contents["metadata"].items() if key != "total_size"}
+        if all(type(value) is str for value in (*metadata.values(), *contents["weight_map"].values())):
             return contents
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise ValueError(f"{path} is damaged: it is no index of shards. Copy or save it again.")
+    raise ValueError(f"{path} is damaged: it is not an index of shards. Copy or save it again.")
 
 
 def _check_format(path: Path, metadata: Mapping[str, str], format: Format) -> None:
-    if (said := metadata.get("format")) != format.name:
-        says = "nothing of a format" if said is None else f"format={in_brief(said, 80)}"
+    if (name := metadata.get("format")) != format.name:
+        says = "names no format" if name is None else f"says format={in_brief(name, 80)}"
         raise ValueError(
-            f"{path} holds no {format.noun}: its header says {says}, expected "
+            f"{path} holds no {format.noun}: its header {says}, expected "
             f"format={format.name}. Write one with {format.saved_by}."
         )
     version = metadata.get("format_version", "")
@@ -250,7 +256,7 @@ def _check_format(path: Path, metadata: Mapping[str, str], format: Format) -> No
 
 
 def single_and_index(path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Name the two files that a name may stand for.
+    """Return the two paths that a name may mean.
 
     Args:
         path: With or without suffix, or the index.
@@ -259,7 +265,7 @@ def single_and_index(path: str | os.PathLike[str]) -> tuple[Path, Path]:
         ``name.safetensors`` and its ``.index.json``.
 
     Raises:
-        ValueError: It is no name of a file.
+        ValueError: It does not name a file.
     """
     path = Path(path)
     if not path.name:

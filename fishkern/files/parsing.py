@@ -1,7 +1,7 @@
-"""What is taken out of a file that anybody may have made: JSON, shapes, and one line where they are not what they say.
+"""Parsing headers of files that anybody may have written: JSON, counts, shapes.
 
-A file may be cut, damaged on its way, or made to do harm. So nothing here costs more memory or depth than the size of
-the file explains.
+A file may be truncated, damaged in transit, or made to do harm. So nothing here uses more memory or recursion than the
+size of the file explains, and every fault is reported in one line.
 """
 
 from __future__ import annotations
@@ -14,27 +14,29 @@ from typing import Any
 
 import torch
 
-DEEPEST = 500  # levels of JSON; each union of selections adds two
-MOST_AXES = 64
+DEEPEST = 500  # levels of JSON: a union of selections nests the provenance of both, two levels deeper
+MOST_AXES = 64  # torch has no tensor with more
 
 
 def read_json(text: str | bytes) -> Any:
-    """Parse JSON that somebody else may have written.
+    """Parse JSON of unknown origin.
 
     Args:
         text: The text.
 
     Returns:
-        Plain values, at most 500 levels deep, of texts that can be written as UTF-8.
+        Plain values, at most 500 levels deep, whose strings can be written as UTF-8.
 
     Raises:
-        ValueError: It is no JSON, goes deeper, or says two things of one key.
+        ValueError: It is not JSON, is nested deeper, or has a key twice.
     """
-    text = text.decode() if isinstance(text, bytes) else text  # json's own way lets halves of surrogate pairs pass
+    text = text.decode() if isinstance(text, bytes) else text  # json.loads would let halves of surrogate pairs pass
     try:
         value = json.loads(text, object_pairs_hook=_distinct)
     except RecursionError:
         raise ValueError(f"JSON of more than {DEEPEST} levels") from None
+    # The recursion limit of json depends on the stack of the caller. Counting levels does not, and leaves room for
+    # writing and comparing the value, which are recursive as well.
     level = [value]
     for _ in range(DEEPEST):
         level = [inner for outer in level for inner in _inside(outer)]
@@ -48,7 +50,7 @@ def read_json(text: str | bytes) -> Any:
 
 
 def read_count(text: object) -> int:
-    """Read a number of things out of a header.
+    """Parse a count that a header gives as text.
 
     Args:
         text: Digits.
@@ -57,41 +59,42 @@ def read_count(text: object) -> int:
         The number, below 2^63.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a count.
     """
+    # isdecimal alone accepts digits of every script, and int() of thousands of digits takes quadratic time.
     if isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) < 20 and int(text) < 2**63:
         return int(text)
-    raise ValueError(f"{in_brief(repr(text), 40)} is no number of things")
+    raise ValueError(f"{in_brief(repr(text), 40)} is not a count")
 
 
 def checked_shape(shape: object) -> torch.Size:
-    """Demand the shape of a tensor that torch can have.
+    """Check that a tensor of torch can have this shape.
 
     Args:
-        shape: What a header says.
+        shape: A value from a header.
 
     Returns:
         The shape.
 
     Raises:
-        ValueError: It is none.
+        ValueError: No tensor can have it.
     """
     sizes = shape if isinstance(shape, Sequence) and not isinstance(shape, str) else (None,)
     fits = len(sizes) <= MOST_AXES and all(type(size) is int and size >= 0 for size in sizes)
-    if not fits or math.prod(size for size in sizes if size) >= 2**60:  # times 8 bytes is what an int64 holds
+    if not fits or math.prod(size for size in sizes if size) >= 2**60:  # at 8 bytes each, an int64 overflows
         raise ValueError(f"{in_brief(repr(shape), 80)} is the shape of no tensor")
     return torch.Size(sizes)
 
 
 def in_brief(words: object, most: int = 240) -> str:
-    """Say something that a file may have dictated in one short line.
+    """Put a value that may come from a file into one short line of a message.
 
     Args:
-        words: Said by ``str``.
-        most: How many characters.
+        words: Converted by ``str``.
+        most: Maximal number of characters.
 
     Returns:
-        One line of printable characters, its middle left out where it is longer.
+        One line of printable characters; of a longer one the middle is left out.
     """
     text = str(words)
     if len(text) > most:
@@ -101,10 +104,10 @@ def in_brief(words: object, most: int = 240) -> str:
 
 @contextmanager
 def parsing(fault: str) -> Iterator[None]:
-    """Turn what Python raises where the content of a file is not as expected into one line.
+    """Turn whatever Python raises over unexpected content of a file into one line.
 
     Args:
-        fault: What is then said first: ``"fisher.safetensors holds no valid statistics"``.
+        fault: Beginning of the message: ``"fisher.safetensors holds no valid statistics"``.
 
     Yields:
         Nothing.
@@ -121,13 +124,13 @@ def parsing(fault: str) -> Iterator[None]:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of pairs; of two values for one key a reader could take either."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+    """Make a dict of the pairs of a JSON object; of two values for one key, two readers could take different ones."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys: set[str] = set()
+        twice = next(key for key, _ in pairs if key in keys or keys.add(key))
         raise ValueError(f"it says {in_brief(twice, 80)!r} twice")
-    return made
+    return values
 
 
 def _inside(value: Any) -> Sequence[Any] | Any:

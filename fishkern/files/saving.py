@@ -1,8 +1,8 @@
 """Save named tensors as ``.safetensors``, in shards when large, replacing an older set in one step.
 
-At every moment of a save exactly one set is the valid one. Shards are written under names that no older set uses; the
-index beats a single file of the same name; so one rename (of the index) or one removal (of an older index) moves from
-the old set to the new. What that leaves behind is removed afterwards. Only one process may save to one name at a time.
+At every moment of a save exactly one set is valid. Shards get names that no older set uses, and an index takes
+precedence over a single file of the same name. So one rename (of the index) or one removal (of an older index) switches
+from the old set to the new. Files of the old set are removed afterwards. Only one process may save to a name at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fishkern.files.atomic import atomic_write, check_target, sync
 from fishkern.files.loading import CODES, Format, open_one, read_header, read_index, single_and_index
-from fishkern.files.stored import AnyTensor, pieces
+from fishkern.files.tensors import AnyTensor, pieces
 
 
 def save_tensors(
@@ -36,17 +36,17 @@ def save_tensors(
     dtype: torch.dtype | None = None,
     max_shard_size: str | int | None = None,
 ) -> Path:
-    """Save named tensors in their order, replacing what stood under that name in one step.
+    """Save named tensors in their order, replacing an older save of that name in one step.
 
-    Beside the tensors, only one piece of one tensor is held in memory. Whenever the save is cut short, the old set or
+    Apart from the tensors, only one piece of one tensor is in memory. Whenever the save is cut short, the old set or
     the new one can be read, whole.
 
     Args:
         path: ``name.safetensors`` (or ``name``; the suffix is added).
         tensors: The tensors by name, on any device or on disk.
-        format: What the file shall say it is.
-        metadata: What the header says besides.
-        dtype: Cast to this dtype on the way; ``None`` keeps each tensor's own.
+        format: The format, for the header.
+        metadata: Further entries of the header.
+        dtype: Cast to this dtype; ``None`` keeps each tensor's own.
         max_shard_size: Largest size of one file in bytes, or as ``"5GB"`` or ``"500MiB"``; a single tensor above it
             gets a shard of its own. ``None`` for one file.
 
@@ -54,10 +54,10 @@ def save_tensors(
         The file to open: ``name.safetensors``, or the index of the shards.
 
     Raises:
-        FileExistsError: Under that name stands a file of another format, such as a model.
+        FileExistsError: There is a file of that name in another format, such as a model.
         OSError: As in :func:`atomic_write`.
         ValueError: A value overflows ``dtype``, or a non-zero one becomes zero in float16; or ``max_shard_size`` is
-            no size.
+            not a size.
     """
     check_target(path, f"{format.name.rpartition('.')[2]}.safetensors")
     single, index = single_and_index(path)
@@ -78,14 +78,14 @@ def save_tensors(
         with atomic_write(index, "w") as file:
             json.dump({"metadata": {"total_size": total_size, **metadata}, "weight_map": weight_map}, file, indent=2)
         return index
-    finally:
+    finally:  # after a failure as well: the shards written so far belong to no set
         _remove_stale(single, index, format)
 
 
 def _write(
     path: Path, tensors: Mapping[str, AnyTensor], metadata: Mapping[str, str], dtype: torch.dtype | None
 ) -> None:
-    """Write one ``.safetensors`` file piece by piece; ``safetensors.torch.save_file`` wants all of it in memory."""
+    """Write one ``.safetensors`` file piece by piece; ``safetensors.torch.save_file`` needs all of it in memory."""
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():
@@ -102,8 +102,8 @@ def _write(
 
 
 def _encoded(piece: Tensor, dtype: torch.dtype, name: str) -> bytearray:
-    """Cast a flat piece into bytes, refusing what the dtype cannot hold."""
-    buffer = bytearray(piece.numel() * dtype.itemsize)
+    """Cast a flat piece and return its bytes; a value that the dtype cannot represent raises."""
+    buffer = bytearray(piece.numel() * dtype.itemsize)  # not numpy's, which has no bfloat16
     encoded = torch.frombuffer(buffer, dtype=dtype).copy_(piece)
     if piece.dtype != dtype and dtype.is_floating_point:
         check_cast(name, piece.cpu(), encoded)
@@ -113,11 +113,11 @@ def _encoded(piece: Tensor, dtype: torch.dtype, name: str) -> bytearray:
 def check_cast(name: str, before: Tensor, after: Tensor) -> None:
     """Refuse a cast that turned a finite value infinite or, in float16, a non-zero one into zero.
 
-    float16 ends at 6e-8, where most of a Fisher information lies below. bfloat16 has the range of float32, and what
-    vanishes there (below 1e-40) is let go.
+    The smallest float16 is 6e-8, and most of a Fisher information is below it. bfloat16 has the range of float32; what
+    vanishes there, below 1e-40, is accepted.
 
     Args:
-        name: What the tensor is called in the message.
+        name: Name of the tensor, for the message.
         before: The tensor before the cast.
         after: The same tensor after it.
 
@@ -176,32 +176,33 @@ def _free_names(single: Path, count: int) -> list[Path]:
 
 
 def _refuse_foreign(single: Path, index: Path, format: Format) -> None:
-    """Overwrite one's own kind or a damaged file, but no model that happens to have this name."""
-    metadata = []
+    """Raise at a file of another format, such as a model of this name; ours and damaged ones may be overwritten."""
+    existing = []
     with suppress(ValueError, OSError):
-        metadata.append((single, read_header(single)[0]["__metadata__"]))
+        existing.append((single, read_header(single)[0]["__metadata__"]))
     with suppress(ValueError, OSError):
-        metadata.append((index, read_index(index)["metadata"]))
-    for path, said in metadata:
-        if said.get("format") != format.name or "index" in said:
-            is_what = f"is a shard of {said['index']}" if "index" in said else f"holds no {format.noun}"
+        existing.append((index, read_index(index)["metadata"]))
+    for path, metadata in existing:
+        if metadata.get("format") != format.name or "index" in metadata:
+            content = f"is a shard of {metadata['index']}" if "index" in metadata else f"holds no {format.noun}"
             raise FileExistsError(
                 errno.EEXIST,
-                f"{path} {is_what} and is not overwritten: choose another name, or delete it first.",
+                f"{path} {content} and is not overwritten: choose another name, or delete it first.",
             )
 
 
 def _remove_stale(single: Path, index: Path, format: Format) -> None:
-    """Remove what :func:`open_tensors` would not read: leftovers of older or unfinished saves, on failure of this one.
+    """Remove files that :func:`open_tensors` would not read: those of older saves, and of this one where it failed.
 
     It never raises, since by now the save has succeeded, or failed for a reason of its own.
     """
     try:
         valid = set(read_index(index)["weight_map"].values()) if index.is_file() else set()
     except (ValueError, OSError):
-        return  # a damaged index cannot say what is stale
+        return  # a damaged index does not say which files are valid
     stem = single.name.removesuffix(".safetensors")
     shard = re.compile(re.escape(stem) + r"(-[0-9a-f]{8})?-\d{5}-of-\d{5}\.safetensors")
+    # Each with the index that its header must name: a stranger's file that happens to have such a name stays.
     candidates = [(single, None)] if valid else []
     with suppress(OSError):
         paths = single.parent.glob(f"{glob.escape(stem)}-*.safetensors")

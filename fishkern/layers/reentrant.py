@@ -59,7 +59,7 @@ def stays(found: FrameType) -> bool:
     Returns:
         Whether it is: transformers' own layers are not (:meth:`fishkern.layers.base.Call.run`).
     """
-    return getattr(found.f_locals["run_function"], "__module__", None) != hosts.__name__
+    return getattr(found.f_locals["run_function"], "__module__", None) != hosts.modes.__name__
 
 
 class Connection:

@@ -7,11 +7,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from fishkern import adapters
+from fishkern import adapters, hosts
 from fishkern.adapters import BottleneckAdapter, PrefixAdapter, UniPELTAdapter
 from tests.support import zoo
 from tests.support.exactness import assert_exact, paths
+from tests.support.layered import FAMILIES
 from tests.support.oracle import next_token, one_class
 
 transformers = pytest.importorskip("transformers")
@@ -72,6 +74,12 @@ def text(N: int = 4, T: int = 7) -> dict:
 def logits(model: nn.Module, batch: dict) -> torch.Tensor:
     with torch.no_grad():
         return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+
+
+def output(model: nn.Module, inputs: dict) -> torch.Tensor:
+    """The first tensor that a model of whatever task returns: logits or hidden states."""
+    with torch.no_grad():
+        return next(leaf for leaf in tree_leaves(dict(model(**inputs))) if isinstance(leaf, torch.Tensor))
 
 
 @pytest.mark.parametrize(
@@ -240,10 +248,66 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match=r"holds classifier.weight \(3, 16\), and BertFor.* has it as \(5, 16\)"):
         adapters.load(other, path)
     assert adapters.adapter_parameters(other) == []
-    with pytest.raises(ValueError, match="neither like BERT's nor like LLaMA's"):
-        adapters.attach(zoo.FAMILIES["gpt2"]().model, BottleneckAdapter())
+    with pytest.raises(ValueError, match="part of MambaBlock, of which MambaForCausalLM is built, have no names"):
+        adapters.attach(FAMILIES["mamba"].model(), BottleneckAdapter())
     with pytest.raises(ValueError, match="has no list of layers"):
         adapters.attach(nn.Linear(2, 2), BottleneckAdapter())
+
+
+@pytest.mark.parametrize("family", ["vit", "gpt2", "opt", "bert", "llama"])
+def test_the_fisher_of_bottlenecks_is_exact_in_other_families(family):
+    specimen = zoo.FAMILIES[family]()
+    names = adapters.attach(specimen.model, SMALL["bottleneck"], train=())
+    statistics = assert_exact(specimen, [specimen.batch(3, 7), specimen.batch(2, 6, seed=5)])
+    assert list(statistics) == names
+    assert paths(statistics).keys() - {"left out"} == {"fused"}
+    assert all(bool(statistics[name].any()) for name in names)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"mamba", "mixtral", "t5", "t5-gated"}))
+def test_bottlenecks_go_into_every_family_and_come_out_again(name):
+    family = FAMILIES[name]
+    model, inputs = family.model().requires_grad_(False), family.inputs()  # SigLIP's pooler rounds by requires_grad
+    state, before = list(model.state_dict()), output(model, inputs)
+    for stack in hosts.stacks(model):
+        names = adapters.attach(model, SMALL["bottleneck"], stack=stack)
+        assert {layer.number for layer in map(hosts.layer_of(model).get, names)} == {0, 1}
+        assert len(names) == 2 * 2 * 4  # layers, bottlenecks, weights and biases
+        assert not torch.equal(output(model, inputs), before)
+        adapters.detach(model)
+        assert list(model.state_dict()) == state
+        assert torch.equal(output(model, inputs), before)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "t5", "t5-gated"])
+def test_a_feed_forward_part_without_an_end_for_a_bottleneck_is_refused(name):
+    model = FAMILIES[name].model()
+    for stack in hosts.stacks(model):
+        with pytest.raises(ValueError, match="and (Mixtral|T5).* has none that can be wrapped: use a PrefixAdapter"):
+            adapters.attach(model, SMALL["bottleneck"], stack=stack)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["prefix", "unipelt"])
+@pytest.mark.parametrize("name", ["vit", "dinov2", "gpt2", "opt", "bart", "t5"])
+def test_a_prefix_is_refused_where_nobody_has_compared_it(name, kind):
+    model = FAMILIES[name].model()
+    for stack in hosts.stacks(model):
+        with pytest.raises(ValueError, match=r"Attention (does not take|.*is not built like the attention of BERT)"):
+            adapters.attach(model, SMALL[kind], stack=stack)
+
+
+def test_one_of_several_stacks(tmp_path):
+    family = FAMILIES["clip"]
+    model, inputs = family.model(), family.inputs()
+    with pytest.raises(ValueError, match=r"text_model.encoder.layers, vision_model.encoder.layers: choose one with"):
+        adapters.attach(model, SMALL["bottleneck"])
+    names = adapters.attach(model, SMALL["bottleneck"], stack="vision_model.encoder.layers", seed=3)
+    assert {hosts.layer_of(model)[name].stack for name in names} == {"vision_model.encoder.layers"}
+    path = adapters.save(model, SMALL["bottleneck"], tmp_path / "adapter.safetensors")
+    other = family.model()
+    adapters.load(other, path)
+    assert torch.equal(output(other, inputs), output(model, inputs))
 
 
 @pytest.mark.parametrize("kind", ["prefix", "unipelt"])
@@ -254,7 +318,7 @@ def test_a_prefix_that_attention_would_not_see_is_refused(family, kind):
     config = getattr(transformers, f"{family}Config")(**sizes, pad_token_id=0)
     model = getattr(transformers, f"{family}ForSequenceClassification")(config)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    with pytest.raises(ValueError, match=rf"{family}SelfAttention does not take: take a BottleneckAdapter"):
+    with pytest.raises(ValueError, match=rf"{family}SelfAttention does not take: use a BottleneckAdapter"):
         adapters.attach(model, SMALL[kind])
     assert before == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     adapters.attach(model, SMALL["bottleneck"])

@@ -1,4 +1,4 @@
-"""Models and data in files, as a user has them: made on the spot, and real ones where they lie beside the checkout."""
+"""Models and data in files, as a user has them: small ones, and real ones where they are next to the checkout."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ import torch
 
 from tests.support import zoo
 
-WORDS = ["<pad>", "<unk>", "</s>", "[MASK]"]
-WORDS += ["the", "sea", "rain", "falls", "on", "old", "stones", "all", "night", "long"]
+
+@pytest.fixture(scope="session", autouse=True)
+def packages() -> None:
+    """Every command needs them all; before ``models`` is made, which does, too."""
+    for package in ("transformers", "peft", "datasets", "typer", "rich"):
+        pytest.importorskip(package)
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is written to the user's own cache."""
-    for package in ("transformers", "peft", "typer", "rich"):
-        pytest.importorskip(package)
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
@@ -27,14 +30,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of small models: llama, bert, classifier (3 labels), t5, vit, lora and lora-classifier."""
     from peft import LoraConfig, get_peft_model
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("models")
-    words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = dict(pad_token="<pad>", unk_token="<unk>", eos_token="</s>", mask_token="[MASK]")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special, model_max_length=32)
+    folder, tokenizer = tmp_path_factory.mktemp("models"), zoo.tokenizer()
     torch.manual_seed(0)
     made = {
         "llama": zoo.llama(),
@@ -59,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files of twelve rows: text.jsonl (also with labels and pairs), table.csv, lines.txt, words.jsonl."""
     folder = tmp_path_factory.mktemp("rows")
-    sentences = [" ".join(WORDS[4 + (n + i) % 10] for i in range(2 + n % 5)) for n in range(12)]
+    sentences = [" ".join(zoo.WORDS[4 + (n + i) % 10] for i in range(2 + n % 5)) for n in range(12)]
     records = [
         {"text": text, "other": "the sea", "label": n % 3, "score": n / 2, "name": ["low", "high"][n % 2],
          "summary": "rain falls"}

@@ -1,4 +1,4 @@
-"""``fishkern doctor`` says what is there, and never waits for what is not."""
+"""``fishkern doctor`` lists what is installed, and does not wait for a network or a GPU that is missing."""
 
 from __future__ import annotations
 

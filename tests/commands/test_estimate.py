@@ -1,4 +1,4 @@
-"""``fishkern estimate``: from files to a file, equal to what Python gives on the same examples."""
+"""``fishkern estimate``: from files to a file, equal to a call in Python on the same examples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.command import command, fresh
 
 
 def estimated(capsys, tmp_path, *arguments: object, samples: int = 6) -> tuple[fk.Statistics, dict, str]:
-    """The statistics that the command saves, its JSON, and what it noted."""
+    """The statistics that the command saves, its JSON, and its notes."""
     out = tmp_path / "fisher.safetensors"
     status, output, error = command(capsys, "estimate", *arguments, "--samples", samples, "--out", out, "--json")
     assert status == 0, error
@@ -138,7 +138,7 @@ def test_a_batch_that_does_not_fit_is_halved(capsys, tmp_path, models, rows, mon
 
 
 def test_a_command_of_its_own(tmp_path, models, rows):
-    """Nothing but the result on standard output, no noise of the libraries beside it."""
+    """Only the result is on standard output, without any messages of the libraries."""
     arguments = ["estimate", str(models / "lora"), "--data", str(rows / "table.csv"), "--first", "--samples", "4"]
     done = fresh([*arguments, "--out", str(tmp_path / "fisher")])
     assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fishkern as fk
+from tests.support import zoo
 from tests.support.command import command
 
 
@@ -44,12 +45,9 @@ def test_an_adapter(capsys, tmp_path, shared_data, stories):
 
 
 def test_pictures(capsys, tmp_path, shared_data):
-    from transformers import ViTConfig, ViTForImageClassification
-
     pytest.importorskip("PIL")
     torch.manual_seed(0)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    model = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=10))
+    model = zoo.vit(image_size=32, patch_size=8, num_labels=10).model
     model.save_pretrained(tmp_path / "vit")
     data = ("--data", shared_data / "vision" / "cifar10_slice", "--samples", 6)
     out = tmp_path / "fisher.safetensors"

@@ -1,4 +1,4 @@
-"""Bad input of every kind: one clear line, exit status 2, nothing left behind."""
+"""Bad input of every kind: one clear line, exit status 2, and no file is left."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_a_missing_folder_is_noticed_before_the_work(capsys, folder):
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_a_folder_is_noticed_before_the_work(capsys, tmp_path, monkeypatch, arguments, example, end):
-    """Nothing is written beside it; one that a slash makes a folder need not be there."""
+    """No other file is written; a path that ends in a slash is a folder even if there is none."""
     monkeypatch.chdir(tmp_path)
     fk.Statistics({"w": torch.rand(3)}, count=1).save("statistics")
     if not end:

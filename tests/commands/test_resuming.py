@@ -18,11 +18,6 @@ from safetensors.torch import load_file, save_file
 import fishkern as fk
 from tests.support.command import ROOT, command, refused
 
-pytest.importorskip("typer")
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-pytest.importorskip("datasets")
-
 STEPS = 12  # 12 rows, 2 in a batch, 2 epochs
 UNFINISHED = "unfinished.pt"
 
@@ -226,7 +221,7 @@ def test_the_seconds_before_an_interrupt_count():
     first = Stopwatch()
     with first.adding("training"):
         time.sleep(0.02)
-        held = first.seconds  # what a checkpoint of that moment has
+        held = first.seconds  # as a checkpoint of that moment saves it
     assert 0.02 <= held["training"] <= first.seconds["training"]
     second = Stopwatch(held)
     with second.adding("training"):

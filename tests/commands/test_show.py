@@ -1,4 +1,4 @@
-"""``fishkern show`` and ``fishkern select``: what a file holds, and what is chosen out of it."""
+"""``fishkern show`` and ``fishkern select``: the content of a file, and a selection from it."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_second_reading_is_counted_on(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(import_module("fishkern.commands.select"), "progress", progress)
     saved = fk.Statistics({"w": torch.zeros(50)}, count=7).save(tmp_path / "fisher")
     status, _, error = command(capsys, "select", saved, "--k", 2, "--out", tmp_path / "selection")
-    assert (status, told) == (0, [(50, 50), (100, 100)])  # once more to count what is not zero
+    assert (status, told) == (0, [(50, 50), (100, 100)])  # once more to count the entries that are not zero
     assert "exceeds the 0 non-zero scores" in error
 
 

@@ -1,4 +1,4 @@
-"""``fishkern tune`` on real text: what it trains, what it saves, what it refuses."""
+"""``fishkern tune`` on real text: training, saving, and refusals."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ import torch
 import fishkern as fk
 from tests.support.command import command, refused
 
-pytest.importorskip("typer")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-pytest.importorskip("datasets")
 
 
 @pytest.fixture(scope="module")

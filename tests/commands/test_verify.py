@@ -83,7 +83,7 @@ def test_a_report_that_cannot_be_written(capsys, arguments, tmp_path):
 
 
 def test_a_model_whose_statistics_are_not_the_loops(capsys, arguments, monkeypatch):
-    """What the command is for: a wrong estimate does not pass."""
+    """The purpose of the command: a wrong estimate does not pass."""
 
     def batch_gradient(model, batches, **options):
         return dict(fk.estimate(model, batches, fk.DiagonalFisher(unit="batch"), parameters=options["parameters"]))

@@ -1,4 +1,4 @@
-"""What the library says of its arguments, as the command line says it."""
+"""Messages of the library about its arguments, in the words of the command line."""
 
 from __future__ import annotations
 

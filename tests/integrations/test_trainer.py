@@ -89,17 +89,6 @@ def test_a_prefix_that_checkpointing_would_drop_is_not_trained(tmp_path):
     assert any((parameter != before[name]).any() for name, parameter in model.named_parameters() if "prompt" in name)
 
 
-def words() -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of a few whole words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    listed = ["<pad>", "<unk>", "</s>", "the", "sea", "rain", "falls", "on", "old", "stones", "all", "night", "long"]
-    made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(listed)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = dict(pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
-
-
 def assert_only_the_selection_moved(model: nn.Module, selection: fk.Selection, start: dict) -> None:
     """And nearly all of it did: a few gradients are zero."""
     moved = {name: value != start[name] for name, value in values(model).items()}
@@ -167,7 +156,7 @@ def test_stopping_and_going_on_is_not_stopping(tmp_path):
     checkpoint = tmp_path / "part" / "checkpoint-2"
     assert fk.Selection.load(checkpoint / FILE) == selection
     state = torch.load(checkpoint / "optimizer.pt")["state"]
-    assert sum(len(held["exp_avg"].view(-1)) for held in state.values()) == selection.count  # compact
+    assert sum(len(kept["exp_avg"].view(-1)) for kept in state.values()) == selection.count  # compact
     resumed = adapted()
     trainer(resumed, tmp_path / "part", selection).train(resume_from_checkpoint=str(checkpoint))
     expected = values(whole)
@@ -244,7 +233,7 @@ class Interrupted(transformers.TrainerCallback):
 
 
 def test_arguments_of_an_interrupted_training_still_clip(tmp_path):
-    """Another optimizer with the same arguments clips by what the user asked for, not by the 0 that the Trainer saw."""
+    """Another optimizer with the same arguments clips to the norm in them, not to the 0 that the Trainer was shown."""
     model = adapted()
     selection = selected(model)
     first = trainer(model, tmp_path, selection, max_grad_norm=0.01)

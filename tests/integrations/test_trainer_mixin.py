@@ -1,4 +1,4 @@
-"""Selecting inside ``train()``: what comes out is what selecting before it gives, also after resuming."""
+"""Selecting inside ``train()`` gives the same model as selecting before it, also after resuming."""
 
 from __future__ import annotations
 

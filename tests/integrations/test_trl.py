@@ -18,7 +18,7 @@ trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
 import datasets  # noqa: E402
 
 from fishkern.integrations.trainer import FILE, FisherCallback, FisherMixin  # noqa: E402
-from tests.integrations.test_trainer import SHORT, assert_only_the_selection_moved, values, words  # noqa: E402
+from tests.integrations.test_trainer import SHORT, assert_only_the_selection_moved, values  # noqa: E402
 
 
 def test_sft_moves_the_selection_alone(tmp_path):
@@ -34,7 +34,7 @@ def test_sft_moves_the_selection_alone(tmp_path):
         model,
         arguments,
         train_dataset=rows,
-        processing_class=words(),
+        processing_class=zoo.tokenizer(),
         optimizers=(fk.MaskedAdamW(model, selection, lr=1e-2, weight_decay=0.1), None),
         callbacks=[FisherCallback(selection)],
     )
@@ -52,7 +52,7 @@ class FisherSFT(FisherMixin, trl.SFTTrainer): ...
 
 
 def test_packed_training_selects_on_unpacked_data(tmp_path):
-    """Rows that hold several examples are refused for the scores, and are what is trained on."""
+    """Rows of several examples are refused for the scores, and are trained on."""
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
     rows = datasets.Dataset.from_dict({"text": ["the sea falls", "rain on old stones", "all night long", "rain"] * 6})
@@ -63,7 +63,7 @@ def test_packed_training_selects_on_unpacked_data(tmp_path):
             zoo.llama(vocab_size=41).model,
             trl.SFTConfig(**{**SHORT, **options}),
             train_dataset=rows,
-            processing_class=words(),
+            processing_class=zoo.tokenizer(),
             peft_config=config,
             select=partial(fk.fish_tuning, density=0.3),
             **own,
@@ -96,7 +96,7 @@ def test_preferences_are_trained_on_a_selection_by_answers(tmp_path):
             zoo.llama(vocab_size=41).model,
             args=trl.DPOConfig(**{**SHORT, "output_dir": str(tmp_path), "bf16": False}),
             train_dataset=datasets.Dataset.from_dict(pairs),
-            processing_class=words(),
+            processing_class=zoo.tokenizer(),
             peft_config=config,
             select=partial(fk.fish_tuning, density=0.3),
             **own,

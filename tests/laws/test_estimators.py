@@ -273,7 +273,7 @@ CASES = {
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("case", CASES)
 def test_type_2_is_the_expectation_over_all_joint_labels(case, reduction):
-    """Trap 16: squares are taken for each label, and weighted by its probability afterwards."""
+    """The gradient of each label is squared first and weighted by the label's probability afterwards."""
     make, likelihood, batch, outcomes, _ = CASES[case]
     model = make().double().eval()
     estimated = fk.estimate(model, [batch], ESTIMATORS["type-2"], likelihood=likelihood(reduction))

@@ -1,4 +1,4 @@
-"""Training what FISH-Tuning selects: nothing else moves, in any family; what is saved is the model that was trained."""
+"""Training the selection of FISH-Tuning: nothing else moves, in any family, and the trained model is saved."""
 
 from __future__ import annotations
 

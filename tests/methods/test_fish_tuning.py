@@ -24,16 +24,8 @@ TARGETS = ["query", "key", "value"]
 
 def classifier(**changes) -> nn.Module:
     torch.manual_seed(0)
-    settings = dict(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        num_labels=3,
-    )
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**{**settings, **changes}))
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+    return zoo.bert_classifier(**{**sizes, **changes}).model
 
 
 def lora(model: nn.Module, **changes) -> nn.Module:
@@ -88,7 +80,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_papers_budgets(family):
-    """Asked for what n layers would train, out of a pool of more, it trains the percentages that the paper prints."""
+    """With the budget of n layers and a pool of more, it trains the percentages that the paper prints."""
     make, budgets, printed = FAMILIES[family]
     model = bert_base()
     backbone = sum(parameter.numel() for name, parameter in model.named_parameters() if "classifier" not in name)
@@ -184,7 +176,7 @@ def test_fish_mask_over_the_model_pays_for_its_head():
 
 
 def test_what_all_examples_share_is_the_users_word():
-    """Class weights beside the batch: refused without a word, as :func:`fishkern.estimate` does."""
+    """Class weights next to the batch are refused as by :func:`fishkern.estimate`, with no further message."""
     model, weights = lora(classifier()), torch.tensor([1.0, 2.0, 0.5])
 
     def losses(model, batch):

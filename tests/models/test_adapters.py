@@ -88,7 +88,7 @@ def test_prompt_embeddings_say_that_they_take_the_loop():
 
 
 def test_default_lora_start_scores_every_entry_of_A_zero():
-    """With ``B = 0`` no gradient reaches ``A`` (trap 30); its layout is never needed, and its score is exactly zero."""
+    """With ``B = 0`` no gradient reaches ``A``; its layout is never needed, and its score is exactly zero."""
     specimen = adapted(zoo.llama, lora())
     statistics = assert_exact(specimen, [specimen.batch(3, 7), specimen.batch(4, 7, seed=1)])
     for name, value in statistics.items():
@@ -96,7 +96,7 @@ def test_default_lora_start_scores_every_entry_of_A_zero():
 
 
 def test_a_gradient_that_shows_up_late():
-    """What was silent on the first two examples is looped when it speaks, and surveyed again after that."""
+    """A parameter without a gradient on two examples takes the loop when it gets one, and is then surveyed again."""
     specimen = away_from_zero(adapted(zoo.llama, lora()))
     adapted_linear = specimen.model.base_model.model.model.layers[1].mlp.down_proj
 

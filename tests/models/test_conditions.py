@@ -30,7 +30,7 @@ def with_lora(specimen: zoo.Specimen) -> zoo.Specimen:
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "mixtral", "lora", "vit"])
 def test_activation_checkpointing(family, reentrant):
-    """Trap 7. A recomputed forward counts once, and no parameter falls to the loop."""
+    """A recomputed forward counts once, and no parameter falls to the loop."""
     specimen = with_lora(zoo.llama()) if family == "lora" else zoo.FAMILIES[family]()
     batch = as_dtype(specimen.batch(3, 7), torch.float64)
     without = fk.estimate(specimen.model.double(), [batch])
@@ -43,7 +43,7 @@ def test_activation_checkpointing(family, reentrant):
 
 
 def test_checkpointing_stays_on_and_dropout_off():
-    """Trap 15."""
+    """With dropout every batch would be that of another model; without checkpointing it might not fit."""
     specimen = zoo.gpt2(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     specimen.model.gradient_checkpointing_enable({"use_reentrant": False})
     specimen.model.train()
@@ -82,7 +82,7 @@ def assert_at_most_twice_the_loops_error(specimen, batch, autocast=False):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "gemma", "mixtral"])
 def test_bfloat16_weights(family):
-    """Traps 10 to 12: nothing is squared or accumulated in 16 bits."""
+    """Nothing is squared or accumulated in 16 bits."""
     specimen = zoo.mixtral("grouped_mm") if family == "mixtral" else zoo.FAMILIES[family]()
     specimen.model.bfloat16()
     if family == "mixtral":
@@ -174,12 +174,12 @@ class Siblings(nn.Module):
 
 
 def test_siblings_that_share_one_input():
-    """Trap 14: nobody may change the input that is kept for three of them."""
+    """One input is kept for all three, so changing it in place would change the gradients of the others."""
     assert paths(assert_tower_exact(Siblings())).keys() == {"fused"}
 
 
 def test_layer_norm_without_bias():
-    """Trap 29."""
+    """Its ``bias`` is ``None``, on which a rule that reads it would fail."""
     assert paths(assert_tower_exact(nn.LayerNorm(12, bias=False))).keys() == {"fused"}
 
 
@@ -232,7 +232,7 @@ class Core(nn.Module):
 
 
 class Output(nn.Module):
-    """What the message and docs/layers.md advise around a recurrent layer."""
+    """Following the advice of the message and of docs/layers.md about a recurrent layer."""
 
     batch_first = True
 
@@ -291,7 +291,7 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize("count", [2, 16])
 def test_experts_with_few_tokens_or_none(count):
-    """Trap 9."""
+    """An expert may get tokens of some examples only, or none at all."""
     by_path = paths(assert_tower_exact(Experts(count)))
     assert all("router" in name or "expert" in name for name in by_path.get("generic", set()))
 

@@ -12,7 +12,7 @@ from tests.support.oracle import squares_one_by_one, worst_error
 
 pytest.importorskip("transformers")
 
-# what has no rule of its own, and so takes a slower exact path
+# parameters of modules without a rule, which take a slower exact path
 GENERIC = {
     "gemma3": set(),
     "opt": {"model.decoder.embed_positions.weight"},
@@ -24,7 +24,7 @@ GENERIC = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_equals_the_loop(family, dtype):
-    """Traps 5, 8 and 9: weights are tied (gemma, gpt2, bert, t5), norms have many names, experts are fused."""
+    """Among them are tied weights (gemma, gpt2, bert, t5), norms of many names, and fused experts."""
     specimen = zoo.FAMILIES[family]()
     statistics = assert_exact(specimen, [specimen.batch(3, 7), specimen.batch(2, 6, seed=5)], dtype)
     assert sum(covered.numel for covered in statistics.coverage.values()) == sum(
@@ -50,7 +50,7 @@ def test_mixtral_with_its_default_experts():
 @pytest.mark.parametrize("pad", ["right", "left"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
 def test_padding(family, pad):
-    """Trap 19."""
+    """Padding has no loss, but its activations are not zero."""
     specimen = zoo.FAMILIES[family]()
     assert_exact(specimen, [specimen.batch(4, 9, pad=pad)])
 
@@ -58,7 +58,7 @@ def test_padding(family, pad):
 @pytest.mark.parametrize("sizes", [(1,) * 5, (3, 2), (5,), (2, 1, 2)], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "mixtral"])
 def test_batch_sizes(family, sizes):
-    """Trap 1 and 17: the square of a batch gradient, and a division by the wrong count, show here."""
+    """The square of a batch's gradient, or a division by the number of batches, would depend on the sizes."""
     specimen = zoo.FAMILIES[family]()
     whole = specimen.batch(5, 7)
     rows = torch.arange(5).split(list(sizes))

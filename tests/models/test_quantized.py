@@ -142,7 +142,7 @@ QUANTIZED = [Packed, Buffered, Repacking, FloatStorage, Subclassed, Float8]
 
 
 def net(kind: type[nn.Module]) -> nn.Module:
-    """Quantised linears before, between and behind ordinary ones."""
+    """Quantised linears before, between and after ordinary ones."""
     torch.manual_seed(0)
     first, inner = kind(), kind()
     middle = nn.Sequential(nn.Linear(I, I).double(), nn.Tanh(), inner)
@@ -186,7 +186,7 @@ def test_a_quantised_weight_has_the_fisher_of_its_dequantised_twin(kind, check):
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_a_users_hook_behind_a_quantised_linear_counts(kind):
-    """What a hook makes of the output is what the loss sees."""
+    """The loss is of the output as the hook returns it."""
     model, batches = net(kind), [batch(3)]
     twin = dequantized(model).requires_grad_()
     for one in (model, twin):
@@ -234,7 +234,7 @@ ESTIMATORS = {
 
 
 def gradients(model: nn.Module, one: dict) -> dict:
-    """What a training step would find."""
+    """The gradients that a training step would get."""
     model.train().zero_grad()
     losses(model, one).sum().backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -407,7 +407,7 @@ def test_stored_values_beside_ordinary_modules_cut_nothing(dtype):
 
 
 class Gained(Packed):
-    """A gain that trains, behind the product and the bias."""
+    """A trained gain, applied after the product and the bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -419,7 +419,7 @@ class Gained(Packed):
 
 
 class Scaled(Packed):
-    """Scales that train beside a packed weight, and an adapter inside the module."""
+    """Trained scales with a packed weight, and an adapter inside the module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -453,7 +453,7 @@ def test_gains_scales_and_adapters_inside_a_quantised_linear(kind, check):
 
 
 class Pair(Packed):
-    """The bias beside the product, for the caller to add."""
+    """Returns the bias with the product, for the caller to add."""
 
     def forward(self, x):
         return super().forward(x), torch.zeros(O, dtype=x.dtype)
@@ -486,7 +486,7 @@ def test_an_approximation_by_ordinary_autograd_is_refused(kind):
 
 
 class Detached(nn.Embedding):
-    """An ordinary weight that autograd gives nothing, in a module that a rule recognises by what it returns."""
+    """An ordinary weight without a gradient, in a module that a rule recognises by its result."""
 
     def forward(self, input):
         return F.embedding(input, self.weight.detach())

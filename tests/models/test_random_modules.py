@@ -161,7 +161,7 @@ leaves = st.lists(st.tuples(st.sampled_from(sorted(LEAVES)), st.sampled_from(sor
 
 
 class Block(nn.Module):
-    """Runs its steps; what a step calls is a leaf that others may share, or a block of its own."""
+    """Runs its steps; each calls a leaf that others may share, or a block of its own."""
 
     def __init__(self, steps: tuple[Step, ...], pool: list[nn.Module]) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ def trains(model: nn.Module, batches: list[dict], truth: dict[str, torch.Tensor]
 
 
 def error(squares: Mapping[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """The worst, but for gradients that are zero up to rounding: a shift in front of a norm has such."""
+    """The largest error, except for gradients that are zero up to rounding, such as that of a shift before a norm."""
     largest = max(value.max() for value in truth.values())
     kept = [name for name, value in truth.items() if max(value.max(), squares[name].max()) > 1e-22 * largest]
     return worst_error({name: squares[name] for name in kept}, {name: truth[name] for name in kept})
@@ -229,7 +229,7 @@ def of(*kinds: str, hook: str = "none") -> list[tuple[str, str]]:
     return [(kind, hook) for kind in kinds]
 
 
-# shrinking what fails would take minutes, and says little more: the programs are short
+# shrinking a failure would take minutes and help little: the programs are short
 @pytest.mark.filterwarnings("ignore")
 @settings(
     max_examples=50,

@@ -1,4 +1,4 @@
-"""Models whose parameters lie in parts are refused by name, and the same models whole are served."""
+"""Models with sharded parameters are refused by name, and the same models in one piece are served."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def hooks_of(model: nn.Module) -> list:
 
 
 def after_a_step(specimen: zoo.Specimen, batch: dict) -> dict[str, torch.Tensor]:
-    """One step of ordinary training, dropout drawn; parameters, gradients, buffers, and where the generator stands."""
+    """One step of ordinary training, dropout drawn; parameters, gradients, buffers, and the state of the generator."""
     model = specimen.model
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
     specimen.loss(model, {name: value[:1].repeat_interleave(2, 0) for name, value in batch.items()}).backward()

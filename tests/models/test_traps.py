@@ -1,9 +1,6 @@
-"""The traps of the field that no other file covers; every trap is found by its number."""
+"""Mistakes that implementations of the Fisher information are known for, as far as no other file tests for them."""
 
 from __future__ import annotations
-
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,26 +13,13 @@ from tests.support.oracle import squares_one_by_one, worst_error
 
 pytest.importorskip("transformers")
 
-TRAPS = [*range(1, 18), 19, 20, 21, 29]
-
-
-@pytest.mark.parametrize("number", TRAPS)
-def test_every_trap_is_named_by_a_test(number):
-    named = set()
-    for file in Path(__file__).parents[1].rglob("test_*.py"):
-        for phrase in re.findall(r"[Tt]raps? ([^.:]*)", file.read_text()):
-            phrase = re.sub(r"\([^)]*\)", "", phrase)
-            for first, last in re.findall(r"(\d+)(?: to (\d+))?", phrase):
-                named.update(range(int(first), int(last or first) + 1))
-    assert number in named
-
 
 def relative_gap(one: fk.Statistics, other: fk.Statistics, name: str) -> float:
     return ((one[name] - other[name]).norm() / other[name].norm()).item()
 
 
 def test_squares_of_positions_are_another_quantity():
-    """Trap 2: equal behind the last mixing of tokens, far off before it."""
+    """They equal the squares of examples after the last mixing of tokens, and are far off before it."""
     specimen = zoo.llama()
     batch = specimen.batch(6, 9)
     exact = fk.estimate(specimen.model, [batch])
@@ -49,7 +33,7 @@ def test_squares_of_positions_are_another_quantity():
 
 
 def test_squares_of_batch_gradients_are_another_quantity():
-    """Trap 1: allowed by name only, and then what it says: the squared gradient of each batch's mean loss."""
+    """The squared gradient of each batch's mean loss is available as ``unit="batch"``, and never meant otherwise."""
     specimen = zoo.llama()
     model, batches = specimen.model.double(), [specimen.batch(4, 7), specimen.batch(3, 7, seed=1)]
     statistics = fk.estimate(model, batches, fk.DiagonalFisher(unit="batch"))
@@ -65,7 +49,7 @@ def test_squares_of_batch_gradients_are_another_quantity():
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_reduction_is_declared(reduction):
-    """Traps 3 and 4: a mean is over the example's own tokens, and a sum is a sum."""
+    """A mean is over the example's own tokens, whatever the others' lengths, and a sum is not divided."""
     specimen = zoo.llama()
 
     def loss(model, row):
@@ -79,14 +63,14 @@ def test_the_reduction_is_declared(reduction):
 
 
 def test_position_embeddings_shared_by_the_batch():
-    """Trap 6: one ``[1, T]`` lookup serves all rows."""
+    """One ``[1, T]`` lookup serves all rows, so its own output has no axis of examples."""
     specimen = zoo.gpt2()
     statistics = assert_exact(specimen, [specimen.batch(5, 7)])
     assert "transformer.wpe.weight" in paths(statistics)["fused"]
 
 
 def test_squares_that_float16_cannot_hold():
-    """Trap 11: gradients of 2e-5 square to 4e-10, which float16 rounds to zero."""
+    """Gradients of 2e-5 square to 4e-10, which float16 rounds to zero."""
     linear = torch.nn.Linear(8, 4).half()
     batch = (torch.full((3, 8), 0.02, dtype=torch.float16), torch.zeros(3))
     loss = lambda model, batch: model(batch[0]).float().sum(1) * 1e-3  # noqa: E731
@@ -96,7 +80,7 @@ def test_squares_that_float16_cannot_hold():
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attention_kernels_agree(attention):
-    """Trap 13: what is left between batch sizes is the rounding of float32."""
+    """Batch sizes differ by the rounding of float32 only, whichever kernel computes the attention."""
     specimen = zoo.llama(attn_implementation=attention)
     specimen.model.set_attn_implementation(attention)
     batch = specimen.batch(5, 9)

@@ -1,4 +1,4 @@
-"""What people do to their modules: hooks, patches, activations in place, sharing, checkpoints. The loop is right."""
+"""Modules as people change them: hooks, patches, activations in place, sharing, checkpoints. The loop is right."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def losses(model: nn.Module, batch: dict) -> torch.Tensor:
 
 
 def assert_exact(model: nn.Module, *shape: int, **options) -> dict[str, set[str]]:
-    """Against the loop in float64, with the self-check and without; what it tells is by which path."""
+    """Compare with the loop in float64, with the self-check and without, and return the paths."""
     model = model.double()
     batches = [{"x": torch.randn(N, *shape, dtype=torch.float64)} for N in (3, 2, 1)]
     asked = options.get("parameters") or (lambda name, parameter: parameter.requires_grad)
@@ -48,7 +48,7 @@ class Custom(nn.Module):
 
 
 class Norm(nn.Module):
-    """A scale, recognised by what it computes."""
+    """A scale, recognised by its function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ class Reads(Calls):
 @pytest.mark.parametrize("kind", [Calls, Reads])
 @pytest.mark.parametrize("deep", [True, False])
 def test_a_module_that_two_blocks_share(kind, deep):
-    """What runs for each example must enclose all uses: the module around both blocks, or the whole model."""
+    """The module that runs for each example must enclose all uses: the one around both blocks, or the whole model."""
     torch.manual_seed(0)
     shared = Custom()
     model = nn.Sequential(kind(shared), nn.Tanh(), kind(shared))
@@ -338,7 +338,7 @@ def test_reentrant_checkpoints_with_nothing_in_front_are_refused(estimator):
 
 
 class Segments(nn.Module):
-    """A block that checkpoints what is inside it, and holds what has no rule of its own."""
+    """A block that checkpoints its content, among it a module without a rule."""
 
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
@@ -350,7 +350,7 @@ class Segments(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.*slow exact path")
 def test_a_checkpoint_inside_what_runs_once_more_for_each_example():
-    """Its recomputation, too, must see the parameters that stand in."""
+    """Its recomputation, too, must see the substitutes of its parameters."""
     by_path = assert_exact(nn.Sequential(nn.Linear(6, 6), Segments(False)), 5, 6)
     assert len(by_path["generic"]) == 4
     model = nn.Sequential(nn.Linear(6, 6), Segments(True)).double()
@@ -373,7 +373,7 @@ class LengthFirst(nn.Module):
 
 
 class Turned(nn.Module):
-    """What the message advises."""
+    """Following the advice of the message."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

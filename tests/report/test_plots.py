@@ -35,7 +35,7 @@ def test_every_part_has_a_cell_and_every_axis_a_unit(scores):
     assert labels(outside)[0] == ["embed", "head"]
     means = [scores[f"layers.{n}.{m}.weight"].mean().item() for n in range(3) for m in ("up", "down")]
     assert inside.collections[0].get_array().flatten().tolist() == pytest.approx(means)
-    assert bar.get_ylabel() == "mean"  # of what and in which unit stands above
+    assert bar.get_ylabel() == "mean"  # the title names the statistic and its unit
     assert distribution.get_xlabel() == "Fisher information of a coordinate [nats²]"
     assert (distribution.get_xscale(), distribution.get_yscale()) == ("log", "log")
     assert "top 0.50%" in distribution.get_legend().get_texts()[0].get_text()

@@ -1,4 +1,4 @@
-"""Summaries count what is there: against the same sums over all entries at once."""
+"""Summaries equal the same sums over all entries at once."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_entry_is_in_its_bin_or_zero(values):
     assert found.zeros == len(values) - len(positive)
     assert int(found.counts.sum()) == len(positive)
     if len(positive):
-        # a bin begins where the upper half of a float32 does, at most 1 % beside its edge
+        # a bin begins where the upper half of a float32 does, at most 1 % from its edge
         assert found.edges[0] <= positive.min() * 1.01
         assert found.edges[-1] >= positive.max() * 0.99
         assert found.counts[0] > 0
@@ -65,7 +65,7 @@ def test_infinite_and_negative_entries_are_counted_beside_the_rest(scores):
     up = scores["layers.0.up.weight"].double().sum().item() + 2.0 - 3.0 + 1.0
     assert found.modules["up"].sum == pytest.approx(up)
     assert found.modules["up"].mean == pytest.approx(up / (35 + 3 + 1))
-    assert found.threshold is None  # it lies among those that are infinite
+    assert found.threshold is None  # it is one of the infinite ones
     json.dumps(found.to_dict(), allow_nan=False)
     headings = [str(column.header) for column in summary_table(found).columns]
     assert headings[-1] == "infinite"

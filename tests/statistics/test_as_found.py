@@ -1,4 +1,4 @@
-"""A pass leaves the model, its hooks, the random state and torch's modes as found, however it ends (trap 21)."""
+"""A pass leaves the model, its hooks, the random state and torch's modes as found, however it ends."""
 
 from __future__ import annotations
 

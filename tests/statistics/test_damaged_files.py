@@ -42,7 +42,7 @@ def test_index_of_a_model_beside_a_single_file(tmp_path: Path):
     assert Statistics.load(tmp_path / "s") == make()
     (tmp_path / "s.safetensors").unlink()
     with pytest.raises(
-        ValueError, match=r"s.safetensors.index.json holds no fishkern statistics: its header says nothing"
+        ValueError, match=r"s.safetensors.index.json holds no fishkern statistics: its header names no format"
     ):
         Statistics.load(tmp_path / "s")
 
@@ -56,7 +56,7 @@ def damaged(path: Path, **metadata: str | None) -> None:
 @pytest.mark.parametrize(
     ("metadata", "says"),
     [
-        (dict(format=None), "holds no fishkern statistics: its header says nothing of a format, expected format=fish"),
+        (dict(format=None), "holds no fishkern statistics: its header names no format, expected format=fish"),
         (dict(format="pt"), "holds no fishkern statistics: its header says format=pt, .*Write one with Statistics"),
         (dict(format_version="2"), "in fishkern.statistics format 2, this fishkern reads up to 1: update fishkern"),
         (dict(format_version="x"), "is damaged: its header says format_version='x'"),
@@ -125,13 +125,13 @@ def test_broken_sets(tmp_path: Path):
     for weight_map, says in [
         ({"nowhere": shard.name}, "its shards hold no tensor 'nowhere'"),
         ({"z": "../s.safetensors"}, "names the shard '../s.safetensors', which is not a plain file name"),
-        ({"z": 3}, "is no index of shards"),
+        ({"z": 3}, "is not an index of shards"),
     ]:
         index.write_text(json.dumps(contents | {"weight_map": weight_map}))
         with pytest.raises(ValueError, match=f"s.safetensors.index.json is damaged: .*{says}"):
             Statistics.load(index)
     index.write_text("{oops")
-    with pytest.raises(ValueError, match=r"s.safetensors.index.json is damaged: it is no index of shards"):
+    with pytest.raises(ValueError, match=r"s.safetensors.index.json is damaged: it is not an index of shards"):
         Statistics.load(tmp_path / "s")
     make().save(tmp_path / "s")
     assert Statistics.load(tmp_path / "s")["m"] == 1.0

@@ -279,7 +279,7 @@ def test_full_disk(tmp_path: Path, monkeypatch):
     path = make(1.0).save(tmp_path / "s")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-        with pytest.raises(OSError, match=r"no space left for .*s.safetensors; what stood there is unchanged"):
+        with pytest.raises(OSError, match=r"no space left for .*s.safetensors; an older file is unchanged"):
             make(2.0).save(path)
     assert Statistics.load(path)["m"] == 1.0
 

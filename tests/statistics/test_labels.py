@@ -96,10 +96,7 @@ def test_narrow_labels_of_language_models():
 
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
 def test_whole_numbers_as_numbers_of_a_transformers_model(problem):
-    config = dict(vocab_size=zoo.V, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4)
-    model = transformers.BertForSequenceClassification(
-        transformers.BertConfig(**config, num_labels=3, problem_type=problem)
-    )
+    model = zoo.bert_for("SequenceClassification", num_labels=3, problem_type=problem)
     whole = torch.tensor([[0, 1, 1], [1, 0, 1], [0, 0, 0], [1, 1, 1], [1, 0, 0]])
     ours, theirs = (
         fk.estimate(model, [{**zoo.text_batch(), "labels": labels}]) for labels in (whole, whole.float())
@@ -152,10 +149,7 @@ def test_labels_that_are_the_padding_token_are_noted():
     unmarked = {**batch, "labels": batch["labels"].clamp(min=0)}
     with pytest.warns(UserWarning, match=f"{padded} labels of the first batch are the padding token 0.*-100"):
         fk.estimate(specimen.model, [unmarked])
-    classes = transformers.BertForTokenClassification(
-        transformers.BertConfig(vocab_size=zoo.V, hidden_size=24, intermediate_size=40, num_hidden_layers=1,
-                                num_attention_heads=4, num_labels=3, pad_token_id=0)
-    )  # fmt: skip
+    classes = zoo.bert_for("TokenClassification", num_labels=3, pad_token_id=0)
     text = zoo.text_batch()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -468,8 +462,7 @@ def test_the_first_batch_settles_where_the_classes_are(make, loss):
 
 
 def test_a_model_of_transformers_has_its_classes_last_however_many():
-    config = dict(vocab_size=zoo.V, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4)
-    model = transformers.BertForTokenClassification(transformers.BertConfig(**config, num_labels=7))
+    model = zoo.bert_for("TokenClassification", num_labels=7)
     batch = zoo.text_batch()
     batch["labels"] = torch.where(batch["labels"] < 0, -100, batch["labels"] % 7)
     for likelihood in (None, fk.TokenClassification()):
@@ -605,8 +598,7 @@ def test_a_tuples_own_loss_is_compared():
 
 
 def test_answers_in_a_tuple():
-    config = dict(vocab_size=zoo.V, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4)
-    model = transformers.BertForQuestionAnswering(transformers.BertConfig(**config))
+    model = zoo.bert_for("QuestionAnswering")
     batch = zoo.text_batch()
     del batch["labels"]
     batch |= {"start_positions": torch.tensor([0, 1, 2, 0, 1]), "end_positions": torch.tensor([6, 1, 2, 2, 2])}

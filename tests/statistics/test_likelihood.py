@@ -18,14 +18,7 @@ from tests.support.oracle import row, squares_one_by_one, worst_error
 
 transformers = pytest.importorskip("transformers")
 
-BERT = dict(
-    vocab_size=zoo.V, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-    max_position_embeddings=32, initializer_range=0.3,
-)  # fmt: skip
-
-
-def bert(head: str, **changes) -> nn.Module:
-    return getattr(transformers, f"BertFor{head}")(transformers.BertConfig(**BERT, **changes))
+bert = partial(zoo.bert_for, initializer_range=0.3)
 
 
 def with_labels(labels: torch.Tensor) -> dict:
@@ -102,7 +95,7 @@ def test_losses_are_those_of_the_model_for_each_row_alone(case):
 
 
 def test_ragged_rows_do_not_share_the_token_mean_of_their_batch():
-    """Trap 4: weighted by its share of the batch's tokens, a row would depend on the others' lengths."""
+    """Weighted by its share of the batch's tokens, a row would depend on the others' lengths."""
     specimen = zoo.llama(initializer_range=0.3)
     batch = specimen.batch()
     assert len(set((batch["labels"] >= 0).sum(1).tolist())) > 1

@@ -211,7 +211,7 @@ def test_an_integer_parameter_that_cannot_be_served(make, estimator):
     ],
 )
 def test_packed_rows(more, word):
-    """Trap 20."""
+    """Several texts in one row would be squared as one example."""
     with refused(ValueError, "packed", word, "one example in each row"):
         fk.estimate(zoo.llama().model, [{**zoo.text_batch(2, 5), **more}])
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-# What a GPU's matrix units may lose with each product of 16 positions: they cut off where plain float32 rounds, and
-# the square doubles it.
+# Relative error that a GPU's matrix units may add with each product of 16 positions: they truncate where plain float32
+# rounds, and the square doubles it.
 CUT_OFF = 2.0**-23
 
 
@@ -17,10 +17,10 @@ def matrix_steps(inputs: Tensor, positions: int) -> int:
 def assert_as_accurate(actual: Tensor, plain: Tensor, truth: Tensor, slack: float = 2.0, steps: int = 0) -> None:
     """Demand an error of at most ``slack`` times that of plain PyTorch in the same dtype.
 
-    Errors are relative to the largest entry of ``truth``; 1e-6 is allowed on top, and what matrix units cut off.
+    Errors are relative to the largest entry of ``truth``; 1e-6 is allowed on top, and the truncation of matrix units.
 
     Args:
-        actual: What the code under test returned.
+        actual: The result of the code under test.
         plain: The same quantity by plain PyTorch in the inputs' dtype.
         truth: The same quantity by plain PyTorch in float64.
         slack: How many times the plain error is allowed.

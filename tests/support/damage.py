@@ -1,4 +1,4 @@
-"""Files as they come from strangers: cut, flipped, and written to be misread; and how a loader takes them."""
+"""Damaged files: truncated, with flipped bits, or written to be misread; and the reaction of every loader to them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ ODD = [None, True, -1, 0, 1.5, float("nan"), float("inf"), 2**60, 2**63, 2**70, 
 
 @dataclass(frozen=True)
 class Loader:
-    """Something that is loaded from files, and a good one of them.
+    """A function that loads files of one kind, and one that writes a good file.
 
     Attributes:
-        load: Takes a path.
-        write: Writes a good file, or an index of shards, and says which is to be opened.
+        load: Takes the path of a file, and uses all of its content.
+        write: Writes a good file, or shards with an index, and returns the path to load.
     """
 
     load: Callable[[Path], Any]
@@ -46,8 +46,8 @@ def small_model() -> nn.Module:
 def selection() -> fk.Selection:
     """Indices, bits, all, and none of a parameter."""
     shapes = {name: parameter.shape for name, parameter in small_model().named_parameters()}
-    held = {"0.weight": torch.arange(0, 2000, 97), "1.weight": torch.arange(0, 150, 2)}
-    return fk.Selection(shapes, held, whole=["1.bias"], provenance={"rule": {"name": "Mine"}, "k": 3})
+    indices = {"0.weight": torch.arange(0, 2000, 97), "1.weight": torch.arange(0, 150, 2)}
+    return fk.Selection(shapes, indices, whole=["1.bias"], provenance={"rule": {"name": "Mine"}, "k": 3})
 
 
 def statistics() -> fk.Statistics:
@@ -58,29 +58,29 @@ def statistics() -> fk.Statistics:
 
 def optimizer(cls: type = fk.MaskedAdamW) -> torch.optim.Optimizer:
     model = small_model().bfloat16()
-    made = cls(model, selection(), lr=0.1, **({"momentum": 0.9} if cls is fk.MaskedSGD else {}))
+    optimizer = cls(model, selection(), lr=0.1, **({"momentum": 0.9} if cls is fk.MaskedSGD else {}))
     model(torch.ones(2, 40, dtype=torch.bfloat16)).sum().backward()
-    made.step()
-    return made
+    optimizer.step()
+    return optimizer
 
 
 def read_all(path: Path, *, lazy: bool) -> None:
-    held = fk.Statistics.load(path, lazy=lazy)
-    repr(held)
-    for name in held:
-        held[name]
+    statistics = fk.Statistics.load(path, lazy=lazy)
+    repr(statistics)
+    for name in statistics:
+        statistics[name]
 
 
 def load_selection(path: Path) -> None:
-    held = fk.Selection.load(path)
-    repr(held)
-    held.check(small_model())
+    selection = fk.Selection.load(path)
+    repr(selection)
+    selection.check(small_model())
 
 
 def load_delta(path: Path) -> None:
-    held = fk.Delta.load(path)
-    repr(held)
-    fk.apply_delta(small_model(), held)
+    delta = fk.Delta.load(path)
+    repr(delta)
+    fk.apply_delta(small_model(), delta)
 
 
 def load_adapter(path: Path) -> None:
@@ -105,19 +105,19 @@ def load_optimizer(cls: type) -> Callable[[Path], None]:
     def load(path: Path) -> None:
         try:
             state = torch.load(path, weights_only=True)
-        except Exception as error:  # the user's own call of torch
-            raise ValueError("torch's own") from error
-        made = optimizer(cls)
-        made.load_state_dict(state)
-        made.param_groups[0]["params"][0].grad = None
-        made.step()
+        except Exception as error:  # torch.load is called by the user, and its messages are torch's
+            raise ValueError("of torch.load") from error
+        another = optimizer(cls)
+        another.load_state_dict(state)
+        another.param_groups[0]["params"][0].grad = None
+        another.step()
 
     return load
 
 
 def write_optimizer(cls: type) -> Callable[[Path], Path]:
     def write(path: Path) -> Path:
-        path = path.with_suffix(".pt")  # torch.load takes a .safetensors for what it says
+        path = path.with_suffix(".pt")  # torch.load reads a .safetensors by its suffix
         torch.save(optimizer(cls).state_dict(), path)
         return path
 
@@ -140,7 +140,7 @@ LOADERS = {
 
 
 def damaged(content: bytes, kind: str, rng: random.Random) -> bytes:
-    """One damage of a file's bytes: anything for all files, what only its kind has for each kind."""
+    """Damage the bytes of a file once, in a way that any file or only one of its kind may have."""
     ways: list[Callable[[bytes, random.Random], bytes]] = [_cut, _flipped, _filled, _lengthened]
     if kind.endswith(".json"):
         ways += [_odd_index] * 4
@@ -156,11 +156,11 @@ def _cut(content: bytes, rng: random.Random) -> bytes:
 
 
 def _flipped(content: bytes, rng: random.Random) -> bytes:
-    made = bytearray(content)
-    end = len(made) if rng.random() < 0.3 else min(len(made), 3000)  # most of them in the header
+    flipped = bytearray(content)
+    end = len(flipped) if rng.random() < 0.3 else min(len(flipped), 3000)  # most of them in the header
     for _ in range(rng.choice([1, 1, 1, 5, 50])):
-        made[rng.randrange(end)] ^= 1 << rng.randrange(8)
-    return bytes(made)
+        flipped[rng.randrange(end)] ^= 1 << rng.randrange(8)
+    return bytes(flipped)
 
 
 def _filled(content: bytes, rng: random.Random) -> bytes:
@@ -196,25 +196,25 @@ def _odd_header(content: bytes, rng: random.Random) -> bytes:
 
 
 def _odd_metadata(content: bytes, rng: random.Random) -> bytes:
-    """An entry of the header's texts, or something inside the JSON that it holds."""
+    """Replace an entry of the metadata, or a value inside the JSON that it contains."""
     header, data = header_of(content)
-    said = header["__metadata__"]
-    key = rng.choice([key for key in said if key not in ("format",)] or ["format"])
+    metadata = header["__metadata__"]
+    key = rng.choice([key for key in metadata if key != "format"] or ["format"])
     how = rng.randrange(5)
     if how == 0:
-        del said[key]
+        del metadata[key]
     elif how == 1:
-        said[key] = rng.choice([*map(str, ODD), DEEP, "[" * 100_000, "NaN", "1e999", "9" * 5000, "²", '"\\ud800"'])
+        metadata[key] = rng.choice([*map(str, ODD), DEEP, "[" * 100_000, "NaN", "1e999", "9" * 5000, "²", '"\\ud800"'])
     else:
         try:
-            said[key] = json.dumps(replaced(json.loads(said[key]), rng))
+            metadata[key] = json.dumps(replaced(json.loads(metadata[key]), rng))
         except ValueError:
-            said[key] = rng.choice(list(map(str, ODD)))
+            metadata[key] = rng.choice(list(map(str, ODD)))
     return file_of(header, data)
 
 
 def _odd_entry(content: bytes, rng: random.Random) -> bytes:
-    """What the header says of one tensor: dtype, shape, offsets; also such as overlap."""
+    """Change the header's entry of one tensor: dtype, shape, or offsets, which may then overlap others."""
     header, data = header_of(content)
     names = [name for name in header if name != "__metadata__"]
     entry = header[rng.choice(names)]
@@ -244,7 +244,7 @@ def _odd_length(content: bytes, rng: random.Random) -> bytes:
 
 
 def _odd_index(content: bytes, rng: random.Random) -> bytes:
-    """Shards elsewhere, outside the folder, or none; and an index that is another thing."""
+    """Name shards elsewhere, outside the folder, or none; or replace the index by something else."""
     index = json.loads(content)
     names = list(index["weight_map"])
     elsewhere = ["/etc/passwd", "../x.safetensors", "..", ".", "", "a/b", "a\0b", "x" * 5000, "\ud800", "\x1b[2J",
@@ -267,7 +267,7 @@ def _odd_index(content: bytes, rng: random.Random) -> bytes:
 
 
 def _odd_state(content: bytes, rng: random.Random) -> bytes:
-    """A state of an optimizer in which something is replaced by something else."""
+    """Replace values in the state of an optimizer."""
     state = torch.load(io.BytesIO(content), weights_only=True)
     for _ in range(rng.choice([1, 1, 3])):
         state = replaced(state, rng)
@@ -277,15 +277,15 @@ def _odd_state(content: bytes, rng: random.Random) -> bytes:
 
 
 def replaced(value: Any, rng: random.Random) -> Any:
-    """A copy in which one thing somewhere inside is another, or missing."""
+    """Copy a value, with one part of it replaced or missing."""
     if isinstance(value, dict) and value and rng.random() < 0.9:
-        made = dict(value)
-        key = rng.choice(list(made))
+        copy = dict(value)
+        key = rng.choice(list(copy))
         if rng.random() < 0.15:
-            del made[key]
+            del copy[key]
         else:
-            made[key] = replaced(made[key], rng)
-        return made
+            copy[key] = replaced(copy[key], rng)
+        return copy
     if isinstance(value, list) and value and rng.random() < 0.8:
         place = rng.randrange(len(value))
         return [*value[:place], replaced(value[place], rng), *value[place + 1 :]]
@@ -296,16 +296,16 @@ def replaced(value: Any, rng: random.Random) -> Any:
 
 
 def good_files(name: str, folder: Path) -> tuple[str, dict[str, bytes]]:
-    """Which file a loader opens, and the content of all that belong to it."""
+    """The name of the file that a loader opens, and the content of all files that belong to it."""
     folder.mkdir()
     opened = LOADERS[name].write(folder / "s.safetensors")
     return opened.name, {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def tried(name: str, good: tuple[str, dict[str, bytes]], folder: Path, seed: int) -> str | None:
-    """Damage a file of one kind, load it, and say what is wrong with how that ended; ``None`` where nothing is.
+    """Damage a file of one kind, load it, and describe the fault of the loader; ``None`` if it has none.
 
-    Right is a value, or a ``ValueError``, ``OSError`` or ``MemoryError`` of one short line.
+    A loader must return a value, or raise a ``ValueError``, ``OSError`` or ``MemoryError`` of one short line.
     """
     rng = random.Random(f"{name} {seed}")
     opened, files = good
@@ -329,16 +329,16 @@ def tried(name: str, good: tuple[str, dict[str, bytes]], folder: Path, seed: int
 
 
 def main(cases: int, gibibytes: float) -> None:
-    """Try each loader on damaged files, with so much memory beside what good ones take, and print the faults."""
+    """Try each loader on damaged files, with so much more memory than good ones need, and print the faults."""
     import resource
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
         good = {name: good_files(name, Path(folder) / name) for name in LOADERS}
         for name, (opened, _) in good.items():
-            LOADERS[name].load(Path(folder) / name / opened)  # what is imported late is imported now
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        limit = taken + int(gibibytes * 2**30)
+            LOADERS[name].load(Path(folder) / name / opened)  # imports the packages that are imported late
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limit = used + int(gibibytes * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         for name in LOADERS:
             for seed in range(cases):

@@ -12,6 +12,9 @@ from tests.support import oracle
 
 V = 41
 
+WORDS = ["<pad>", "<unk>", "</s>", "[MASK]"]
+WORDS += ["the", "sea", "rain", "falls", "on", "old", "stones", "all", "night", "long"]
+
 
 @dataclass(frozen=True)
 class Specimen:
@@ -62,6 +65,17 @@ def image_batch(N: int = 5, T: int = 0, **options) -> dict:
     return {"pixel_values": torch.randn(N, 3, 16, 16, generator=generator), "labels": labels}
 
 
+def tokenizer():
+    """A tokenizer of transformers that knows :data:`WORDS`, undivided, and nothing else."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = dict(pad_token="<pad>", unk_token="<unk>", eos_token="</s>", mask_token="[MASK]")
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special, model_max_length=32)
+
+
 _SMALL = dict(vocab_size=V, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
 
 
@@ -108,18 +122,21 @@ def opt() -> Specimen:
     return Specimen(OPTForCausalLM(config), text_batch, oracle.next_token)
 
 
+def bert_for(head: str, **changes) -> nn.Module:
+    """BERT with one of the heads of transformers, such as ``"TokenClassification"``."""
+    import transformers
+
+    config = transformers.BertConfig(**{**_SMALL, "max_position_embeddings": 32, **changes})
+    return getattr(transformers, f"BertFor{head}")(config)
+
+
 def bert() -> Specimen:
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(**_SMALL, max_position_embeddings=32)
-    return Specimen(BertForMaskedLM(config), masked_batch, oracle.per_token)
+    return Specimen(bert_for("MaskedLM"), masked_batch, oracle.per_token)
 
 
-def bert_classifier() -> Specimen:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    config = BertConfig(**_SMALL, max_position_embeddings=32, num_labels=3)
-    return Specimen(BertForSequenceClassification(config), class_batch, oracle.one_class)
+def bert_classifier(**changes) -> Specimen:
+    model = bert_for("SequenceClassification", **{"num_labels": 3, **changes})
+    return Specimen(model, class_batch, oracle.one_class)
 
 
 def modernbert() -> Specimen:
@@ -145,11 +162,11 @@ def t5(**changes) -> Specimen:
     return Specimen(model, answer_batch, oracle.decoder_tokens)
 
 
-def vit() -> Specimen:
+def vit(**changes) -> Specimen:
     from transformers import ViTConfig, ViTForImageClassification
 
     sizes = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
-    config = ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=3)
+    config = ViTConfig(**{**sizes, "image_size": 16, "patch_size": 4, "num_labels": 3, **changes})
     return Specimen(ViTForImageClassification(config), image_batch, oracle.one_class)
 
 

@@ -212,7 +212,7 @@ def _driver() -> None:
 
     def why_not_triton(*tensors: torch.Tensor) -> str | None:
         reason = real(*tensors)
-        return None if reason == "the tensors lie on the CPU" else reason
+        return None if reason == "the tensors are on the CPU" else reason
 
     backend.why_not_triton = why_not_triton
     sys.modules["fishkern"].why_not_triton = why_not_triton

@@ -1,4 +1,4 @@
-"""Tensors that stay on disk until they are read, and the walk through any tensor piece by piece."""
+"""Tensors that stay on disk until they are read, and the iteration over any tensor piece by piece."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import IO, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-PIECE = 2**20  # entries held in memory at once: 4 MiB of float32, which stay in the cache
+PIECE = 2**20  # entries in memory at once: 4 MiB of float32, which fit into the cache of a CPU
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class StoredTensor:
     """A tensor that stays in its ``.safetensors`` file until it is read.
 
     No file is kept open and nothing is memory-mapped: reading costs the memory of what is read, may happen in any
-    thread or process, and notices when the file was replaced in the meantime.
+    thread or process, and detects a file that was replaced in the meantime.
 
     Attributes:
         path: The file.
         stamp: Size in bytes and modification time in ns of the file when it was opened.
         dtype: The dtype on disk.
         shape: The tensor's shape.
-        offset: Where its first byte stands in the file.
+        offset: Number of bytes in the file before its first entry.
     """
 
     path: Path
@@ -35,7 +35,7 @@ class StoredTensor:
     dtype: torch.dtype
     shape: torch.Size
     offset: int
-    device: ClassVar[torch.device] = torch.device("cpu")
+    device: ClassVar[torch.device] = torch.device("cpu")  # as a tensor has it: what is read is on the CPU
 
     def numel(self) -> int:
         """Count the entries.
@@ -53,8 +53,8 @@ class StoredTensor:
         Args:
             numel: Entries per piece.
             start: Flat index of the first entry to read.
-            buffers: Where to read each piece, large enough; it is valid as long as its buffer holds it. ``None`` for
-                new memory each time.
+            buffers: Memory for each piece, large enough; a piece is valid until its buffer is reused. ``None``
+                allocates new memory each time.
 
         Yields:
             ``[numel]`` (the last one shorter), of the dtype on disk, on the CPU.
@@ -65,12 +65,14 @@ class StoredTensor:
         """
         if not self.path.is_file():
             raise FileNotFoundError(errno.ENOENT, f"{self.path} is gone since it was opened: load it again.")
+        # Unbuffered, so that the bytes go straight into the memory of the piece.
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset + start * self.dtype.itemsize)
             for first in range(start, self.numel(), numel):
                 nbytes = min(numel, self.numel() - first) * self.dtype.itemsize
                 buffer = bytearray(nbytes) if buffers is None else next(buffers)
-                if stamp_of(file) != self.stamp or not _filled(file, memoryview(buffer)[:nbytes]):
+                # Checked at each piece: a file that is rewritten in place would mix the values of two saves.
+                if stamp_of(file) != self.stamp or not _read_into(file, memoryview(buffer)[:nbytes]):
                     raise RuntimeError(f"{self.path} has changed since it was opened: load it again.")
                 yield torch.frombuffer(buffer, dtype=self.dtype, count=nbytes // self.dtype.itemsize)
 
@@ -89,9 +91,9 @@ class StoredTensor:
         dtype = dtype or self.dtype
         try:
             tensor = torch.empty(self.shape, dtype=dtype)
-        except RuntimeError:
+        except RuntimeError:  # torch's own when memory runs out
             size = f"{self.numel() * dtype.itemsize / 2**30:,.3g} GiB"
-            raise MemoryError(f"a tensor of {self.path} needs {size}, and there is not so much memory.") from None
+            raise MemoryError(f"a tensor of {self.path} needs {size} of memory, which is not available.") from None
         rest = tensor.view(-1)
         for piece in self.pieces():
             rest[: len(piece)] = piece
@@ -103,7 +105,7 @@ AnyTensor: TypeAlias = Tensor | StoredTensor
 
 
 def pieces(tensor: AnyTensor, numel: int = PIECE) -> Iterator[Tensor]:
-    """Walk through a tensor in flat pieces, wherever it lies.
+    """Iterate over a tensor in flat pieces, in memory or on disk.
 
     Args:
         tensor: In memory or on disk.
@@ -119,7 +121,7 @@ def pieces(tensor: AnyTensor, numel: int = PIECE) -> Iterator[Tensor]:
 
 
 def stamp_of(file: IO[bytes]) -> tuple[int, int]:
-    """Say what tells one state of a file from another.
+    """Return what changes when a file is written again.
 
     Args:
         file: Open.
@@ -131,8 +133,8 @@ def stamp_of(file: IO[bytes]) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _filled(file: IO[bytes], into: memoryview) -> bool:
-    """Read until ``into`` is full; an unbuffered read may bring less than it was asked for."""
-    while into and (count := file.readinto(into)):
-        into = into[count:]
-    return not into
+def _read_into(file: IO[bytes], memory: memoryview) -> bool:
+    """Fill the memory, and say whether the file was long enough; one unbuffered read may return less than requested."""
+    while memory and (count := file.readinto(memory)):
+        memory = memory[count:]
+    return not memory

@@ -1,0 +1,51 @@
+"""What a model of transformers or PEFT is, read from its structure and names, importing neither."""
+
+from fishkern.hosts import modes
+from fishkern.hosts.blocks import Layer, layer_of, stack_of, stacks
+from fishkern.hosts.calls import accepts, call_options
+from fishkern.hosts.insertion import Branch, InsertionPoints, Wrapper, insert, insertion_points, remove
+from fishkern.hosts.modes import connected_inputs, evaluation_mode
+from fishkern.hosts.refusals import (
+    added_loss,
+    dispatched,
+    lost_prefix,
+    merged_adapter,
+    packed_batch,
+    scripted,
+    sharded,
+)
+from fishkern.hosts.tasks import HEADS, Task, is_head, padding_token, task
+from fishkern.hosts.wrappers import base_model, named_parameters, unwrap
+
+__all__ = [
+    "HEADS",
+    "Branch",
+    "InsertionPoints",
+    "Layer",
+    "Task",
+    "Wrapper",
+    "accepts",
+    "added_loss",
+    "base_model",
+    "call_options",
+    "connected_inputs",
+    "dispatched",
+    "evaluation_mode",
+    "insert",
+    "insertion_points",
+    "is_head",
+    "layer_of",
+    "lost_prefix",
+    "merged_adapter",
+    "modes",
+    "named_parameters",
+    "packed_batch",
+    "padding_token",
+    "remove",
+    "scripted",
+    "sharded",
+    "stack_of",
+    "stacks",
+    "task",
+    "unwrap",
+]

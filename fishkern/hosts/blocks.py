@@ -1,0 +1,160 @@
+"""Which transformer layer a parameter belongs to: one count for every room.
+
+Files of statistics and selections know a model by the names of its parameters only, so the count reads names. A model
+gives the same answer, because it is asked for its names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch import nn
+
+from fishkern.hosts.tasks import is_head
+from fishkern.hosts.wrappers import named_parameters, unwrap
+from fishkern.names import listed, without_wrappers
+
+Role = Literal["vision", "text", "decoder", "encoder"]
+
+# What models call their lists of layers.
+_LISTS = frozenset({"layers", "layer", "h", "blocks", "block", "resblocks", "albert_layers"})
+
+# A word in the path of a stack says what the stack is for. The first that is there decides: the vision tower of CLIP is
+# vision_model.encoder.layers.
+_ROLES: tuple[tuple[str, Role], ...] = (
+    ("vision", "vision"),
+    ("visual", "vision"),
+    ("text", "text"),
+    ("language", "text"),
+    ("decoder", "decoder"),
+    ("encoder", "encoder"),
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a model.
+
+    Attributes:
+        stack: Path of the list that the layer is in: ``"model.layers"``, ``"encoder.block"``. A model with an encoder
+            and a decoder has two, CLIP one for images and one for text, Swin one for each stage.
+        number: Its number in the stack, from the input, starting at 0.
+        count: Number of layers in the stack.
+    """
+
+    stack: str
+    number: int
+    count: int
+
+    @property
+    def path(self) -> str:
+        """Path of the layer's module, ``"model.layers.3"``."""
+        return f"{self.stack}.{self.number}" if self.stack else str(self.number)
+
+    @property
+    def role(self) -> Role | None:
+        """What the stack is for, by the words in its path; ``None`` if they do not say, as in LLaMA and ViT."""
+        words = re.split(r"[._]", self.stack)
+        return next((role for word, role in _ROLES if word in words), None)
+
+
+def layer_of(model: nn.Module | Iterable[str]) -> dict[str, Layer | None]:
+    """Find the layer that each parameter belongs to.
+
+    Layers are the numbered entries of a list called ``layers``, ``layer``, ``h``, ``block`` or ``blocks``, the
+    outermost one that is not part of a head. Lists inside a layer (experts, the sub-layers of T5) do not count; entries
+    that hold nothing but lists of blocks, and what is between these (the stages of Swin), are not layers themselves.
+
+    Args:
+        model: A model, wrapped or not, or names of parameters or modules in it.
+
+    Returns:
+        For every name, that of a shared parameter in each place included, its layer, or ``None`` outside the layers:
+        embeddings, final norm, head. Without the model, the count of a stack is its highest number plus 1.
+    """
+    if not isinstance(model, nn.Module):
+        return _by_name(model)
+    layers = _by_name(named_parameters(model, remove_duplicate=False))
+    lengths = {path: len(blocks) for path, blocks in _lists(model, layers.values()).items()}
+    return {
+        name: layer and Layer(layer.stack, layer.number, lengths.get(layer.stack, layer.count))
+        for name, layer in layers.items()
+    }
+
+
+def stacks(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """Collect the layers of a model.
+
+    Args:
+        model: A model, wrapped or not.
+
+    Returns:
+        The layers of each stack in order, by :attr:`Layer.stack`, in the model's order; empty if it has none.
+    """
+    return _lists(model, _by_name(named_parameters(model, remove_duplicate=False)).values())
+
+
+def stack_of(model: nn.Module, path: str | None = None) -> tuple[str, list[nn.Module]]:
+    """Choose a stack of a model.
+
+    Args:
+        model: A model, wrapped or not.
+        path: The stack's path; ``None`` if the model has only one.
+
+    Returns:
+        Its path, and its layers in order.
+
+    Raises:
+        ValueError: The model has no layers, several stacks and none is named, or no stack of this name.
+    """
+    name, every = type(unwrap(model)).__name__, stacks(model)
+    if not every:
+        raise ValueError(
+            f"{name} has no list of layers: none of its parameters is in a numbered entry of 'layers', 'layer', 'h', "
+            "'block' or 'blocks'."
+        )
+    if path is None and len(every) > 1:
+        raise ValueError(f"{name} has several lists of layers, {listed(every)}: choose one with stack=.")
+    path = next(iter(every)) if path is None else path
+    if path not in every:
+        raise ValueError(f"{name} has no list of layers {path!r}; it has {listed(every)}.")
+    return path, every[path]
+
+
+def _by_name(names: Iterable[str]) -> dict[str, Layer | None]:
+    places = {name: _place(name) for name in names}
+    stages = {place.outer for place in places.values() if place and place.outer != place.stack}
+    counts: dict[str, int] = {}
+    for place in filter(None, places.values()):
+        counts[place.stack] = max(counts.get(place.stack, 0), place.number + 1)
+    return {
+        name: Layer(place.stack, place.number, counts[place.stack]) if place and place.stack not in stages else None
+        for name, place in places.items()
+    }
+
+
+class _Place(NamedTuple):
+    outer: str  # the list itself, or the list of stages around it
+    stack: str
+    number: int
+
+
+def _place(name: str) -> _Place | None:
+    """Read the outermost numbered list in a path, without knowing the other names."""
+    path = name.split(".")
+    outer = next((i for i in range(1, len(path)) if path[i].isdecimal() and path[i - 1] in _LISTS), None)
+    if outer is None or is_head(".".join(path[: outer + 1])):
+        return None
+    is_stage = path[outer + 1 : outer + 2] == ["blocks"] and "".join(path[outer + 2 : outer + 3]).isdecimal()
+    inner = outer + 2 if is_stage else outer
+    return _Place(".".join(path[:outer]), ".".join(path[:inner]), int(path[inner]))
+
+
+def _lists(model: nn.Module, layers: Iterable[Layer | None]) -> dict[str, list[nn.Module]]:
+    """Collect the modules of the stacks that these layers are in."""
+    wanted = {layer.stack for layer in layers if layer}
+    modules = ((without_wrappers(path), module) for path, module in unwrap(model).named_modules())
+    return {path: list(module.children()) for path, module in modules if path in wanted}

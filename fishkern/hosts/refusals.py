@@ -1,0 +1,172 @@
+"""Why a model or a batch is not supported: each function returns the reason, or ``None``.
+
+The caller puts the reason into its error, because only the caller knows what was asked for.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Container, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fishkern.hosts.modes import checkpoints_itself
+from fishkern.hosts.wrappers import base_model, unwrap
+from fishkern.names import without_wrappers
+
+
+def added_loss(model: nn.Module) -> str | None:
+    """Say what a model adds to the loss of its labels.
+
+    Args:
+        model: A module, with or without PEFT around it.
+
+    Returns:
+        The reason, or ``None`` if nothing is known to be added.
+    """
+    model = unwrap(model)
+    for config in getattr(model, "peft_config", {}).values():
+        if str(getattr(config, "peft_type", "")).endswith("ADALORA"):
+            return "AdaLoRA adds its orthogonality term"
+    if getattr(getattr(base_model(model), "config", None), "output_router_logits", False):
+        return "the model adds the auxiliary loss of its routers (output_router_logits)"
+    return None
+
+
+def packed_batch(batch: Mapping[str, Any]) -> str | None:
+    """Say why a row of a batch seems to contain several examples.
+
+    Args:
+        batch: Keyword arguments of a model.
+
+    Returns:
+        The reason, or ``None`` if each row is one example.
+    """
+    for key in batch:
+        if key.startswith(("cu_seq_lens", "cu_seqlens", "seq_idx")):
+            return f"it carries {key!r}"
+    positions = batch.get("position_ids")
+    if isinstance(positions, Tensor) and positions.ndim == 2:
+        mask = batch.get("attention_mask")
+        falls = positions.diff(dim=1) < 0
+        if isinstance(mask, Tensor) and mask.shape == positions.shape:
+            falls &= (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+        if falls.any():
+            return "its 'position_ids' restart within a row"
+    return None
+
+
+def dispatched(model: nn.Module) -> str | None:
+    """Say where accelerate has put parts of a model, if not on the device of its parameters.
+
+    Args:
+        model: A module.
+
+    Returns:
+        The reason, or ``None`` if the whole model is where its parameters are.
+    """
+    devices = getattr(model, "hf_device_map", None)
+    if devices and len(set(map(str, devices.values()))) > 1:
+        return f"its hf_device_map spreads it over {sorted(set(map(str, devices.values())))}"
+    for name, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        if getattr(hook, "offload", False):
+            return f"accelerate offloads the weights of {name or 'the model'!r}"
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        return "some of its parameters are on the meta device"
+    return None
+
+
+def sharded(model: nn.Module) -> str | None:
+    """Say how a model's parameters are split over processes.
+
+    Args:
+        model: A module.
+
+    Returns:
+        The reason and what to do, or ``None`` if every process has all of them.
+    """
+    whole = "Load the whole model in each process, wrapped in DistributedDataParallel or not at all"
+    for name, module in model.named_modules():
+        if any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule") for base in type(module).__mro__):
+            return f"FSDP shards the parameters of {name or 'the model'!r}. {whole}, and shard it after the estimate"
+    if (size := getattr(base_model(unwrap(model)), "_tp_size", None) or 1) > 1:
+        return f"transformers has split it over {size} processes. {whole}, without tp_plan="
+    for name, parameter in model.named_parameters():
+        if any(base.__name__ == "DTensor" for base in type(parameter).__mro__):
+            return f"{name} is a DTensor, split over processes. {whole}, and split it after the estimate"
+        if hasattr(parameter, "ds_id"):
+            return f"DeepSpeed's ZeRO-3 has partitioned {name}. {whole}, or use ZeRO stage 2"
+    return None
+
+
+def merged_adapter(model: nn.Module, names: Container[str]) -> str | None:
+    """Say which adapter PEFT has merged into the weights, so that its parameters get no gradients.
+
+    Args:
+        model: A module.
+        names: Canonical names of the parameters that need one.
+
+    Returns:
+        The reason and what to do, or ``None`` if none of them is merged.
+    """
+    for path, module in unwrap(model).named_modules():
+        if not isinstance(merged := getattr(module, "merged_adapters", None), list) or not merged:
+            continue
+        for name, _ in module.named_parameters():
+            if not name.startswith("base_layer.") and without_wrappers(f"{path}.{name}") in names:
+                return (
+                    f"the adapter {merged[0]!r} is merged into the weights and {path}.{name} gets no gradient: "
+                    "call unmerge_adapter() first"
+                )
+    return None
+
+
+def scripted(model: nn.Module) -> str | None:
+    """Name a module made by ``torch.jit.script``, which supports no hooks. Traced modules do.
+
+    Args:
+        model: A module.
+
+    Returns:
+        The reason and what to do, or ``None`` if there is none.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.RecursiveScriptModule):
+            return (
+                f"{repr(name) if name else 'the model'} ({module.original_name}) was made by torch.jit.script, and "
+                "supports no hooks. Estimate with the module that it was made from: its parameters have the same names"
+            )
+    return None
+
+
+def lost_prefix(model: nn.Module, *, training: bool = False) -> str | None:
+    """Say why a model would ignore the prefix that PEFT passes as a cache; most models do so silently.
+
+    Args:
+        model: A module.
+        training: Whether the model will run in training mode; otherwise its present mode counts.
+
+    Returns:
+        The reason and what to do, or ``None`` if there is no such prefix, or the model reads it.
+    """
+    model = unwrap(model)
+    configs = getattr(model, "peft_config", {})
+    if not any(str(getattr(config, "peft_type", "")).endswith("PREFIX_TUNING") for config in configs.values()):
+        return None
+    base = base_model(model)
+    forwards = [base.forward, getattr(base, "base_model", base).forward]  # PEFT calls either
+    if not any("past_key_values" in inspect.signature(forward).parameters for forward in forwards):
+        return (
+            f"{type(base).__name__} takes no past_key_values, in which PEFT passes the prefix, and would ignore it: "
+            "use another adapter, such as LoRA"
+        )
+    if any((training or module.training) and checkpoints_itself(module) for module in model.modules()):
+        in_evaluation = "" if training else " or the model to eval()"
+        return (
+            f"under activation checkpointing {type(model).__name__} loses its prefix: switch checkpointing off "
+            f"(gradient_checkpointing_disable()){in_evaluation}, or use fishkern.adapters.PrefixAdapter"
+        )
+    return None

@@ -1,0 +1,143 @@
+"""Writes the sample files of this revision's formats, for later revisions to be tested with::
+
+    python -m tests.old_files.write 0.2
+
+makes the folder ``0.2`` next to this file. Committed samples never change: whoever changes a format adds a folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
+from functools import partial
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when they are imported
+
+import torch
+from safetensors.torch import save_file
+from transformers import Trainer
+
+import fishkern as fk
+from fishkern import adapters, cli
+from fishkern.selection import save_start
+from tests.support import samples, zoo
+
+
+def write_statistics(folder: Path) -> None:
+    for name, options in samples.STATISTICS.items():
+        samples.statistics(name).save(folder / name, **options)
+    specimen = samples.tied_llama()
+    fk.estimate(specimen.model, [specimen.batch()]).save(folder / "tied")
+
+
+def write_selections(folder: Path) -> None:
+    for name in samples.SELECTIONS:
+        samples.selection(name).save(folder / name, max_shard_size=20 if name == "shards" else None)
+
+
+def write_values(folder: Path) -> None:
+    """Deltas, starts and an adapter."""
+    for name, dtype in samples.DELTAS.items():
+        fk.delta(samples.moved(samples.small(dtype)), samples.selection()).save(folder / f"delta-{name}")
+        save_start(samples.small(dtype), samples.selection("bound"), folder / f"start-{name}")
+    model, adapter = samples.classifier(), adapters.BottleneckAdapter(width=2)
+    adapters.attach(model, adapter)
+    adapters.save(samples.filled(model), adapter, folder / "adapter")
+
+
+def write_optimizers(folder: Path) -> None:
+    """The state after two steps, and beside it all tensors before and after the third."""
+    for name, training in samples.OPTIMIZERS.items():
+        model, optimizer = training.begun()
+        torch.save(optimizer.state_dict(), folder / f"{name}.pt")
+        before = {f"before {key}": value for key, value in samples.tensors_of(model, optimizer).items()}
+        samples.advance(model, optimizer, step=3)
+        after = {f"after {key}": value for key, value in samples.tensors_of(model, optimizer).items()}
+        save_file(before | after, folder / f"{name}.safetensors")
+
+
+def write_trainer(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        model = samples.adapted()
+        selected = fk.fish_tuning(model, [zoo.class_batch(4, 7)], density=0.3)
+        train_and_keep_checkpoint(samples.trainer(model, selected, Path(scratch)), folder)
+
+
+def write_selecting_trainer(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        select = partial(fk.fish_tuning, density=0.3)
+        train_and_keep_checkpoint(samples.selecting_trainer(samples.adapted(), select, Path(scratch)), folder)
+
+
+def train_and_keep_checkpoint(trainer: Trainer, folder: Path) -> None:
+    """The files of a checkpoint that training needs to go on, and the values after all steps."""
+    trainer.train()
+    left_out = shutil.ignore_patterns("README.md", "rng_state*", "training_args.bin")
+    shutil.copytree(Path(trainer.args.output_dir) / samples.CHECKPOINT, folder / samples.CHECKPOINT, ignore=left_out)
+    save_file(samples.trained_values(trainer.model), folder / "expected.safetensors")
+
+
+def write_tune(folder: Path) -> None:
+    """The folder of a run that was interrupted in its second epoch, and that of the same run without an interrupt."""
+    with tempfile.TemporaryDirectory() as scratch, chdir(scratch):
+        samples.write_tune_inputs(Path())
+        run_tune()
+        shutil.copytree("run", folder / "whole")
+        shutil.rmtree("run")
+        with interrupted_before(step=4):
+            run_tune()
+        shutil.copytree("run", folder / "run")
+
+
+def run_tune() -> None:
+    try:
+        cli.main(samples.TUNE.split())
+    except SystemExit as exit:
+        if exit.code not in (None, 0, 130):
+            raise
+
+
+@contextmanager
+def interrupted_before(step: int) -> Iterator[None]:
+    """Let control-C be pressed at a step of the optimizer, counted from 0."""
+    own, steps = fk.MaskedAdamW.step, iter(range(step))
+
+    def pressed(self: fk.MaskedAdamW, *args: object) -> object:
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return own(self, *args)
+
+    fk.MaskedAdamW.step = pressed
+    try:
+        yield
+    finally:
+        fk.MaskedAdamW.step = own
+
+
+WRITERS = {
+    "statistics": write_statistics,
+    "selections": write_selections,
+    "values": write_values,
+    "optimizers": write_optimizers,
+    "trainer": write_trainer,
+    "selecting-trainer": write_selecting_trainer,
+    "tune": write_tune,
+}
+
+
+def main(version: str) -> None:
+    """Write every sample below the folder of a version, which must not be there yet."""
+    torch.set_num_threads(1)
+    (samples.FOLDER / version).mkdir()
+    for name, write in WRITERS.items():
+        (samples.FOLDER / version / name).mkdir()
+        write(samples.FOLDER / version / name)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,213 @@
+"""Files of earlier revisions load with the content that was saved, and interrupted training goes on the same.
+
+Each folder of ``tests/old_files`` is of one revision; ``tests/support/samples.py`` has the content of its files.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import fishkern as fk
+from fishkern import adapters
+from fishkern.selection import check_start, load_start
+from tests.support import oracle, samples
+from tests.support.command import command
+
+VERSIONS = sorted(folder.name for folder in samples.FOLDER.iterdir() if folder.name[0].isdigit())
+
+
+@pytest.fixture(params=VERSIONS)
+def files(request: pytest.FixtureRequest) -> Path:
+    return samples.FOLDER / request.param
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    """Equal but for the rounding of a step, which may differ between processors."""
+    if not expected.is_floating_point():
+        assert torch.equal(actual, expected)
+        return
+    roundings = 8 if expected.dtype == torch.float32 else 1
+    torch.testing.assert_close(actual, expected, rtol=roundings * torch.finfo(expected.dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["read", "lazy"])
+@pytest.mark.parametrize("name", samples.STATISTICS)
+def test_statistics(files, name, lazy):
+    loaded = fk.Statistics.load(files / "statistics" / name, lazy=lazy)
+    assert list(loaded) == list(samples.POOL)
+    for key, shape in samples.POOL.items():
+        assert torch.equal(loaded[key], samples.numbers(key, shape).abs())
+        assert loaded[key].dtype == torch.float32
+    assert loaded.count == 12
+    assert loaded.coverage == ({} if name == "bare" else samples.COVERAGE)
+    assert loaded.provenance == ({"definition": {}, "runs": []} if name == "bare" else samples.PROVENANCE)
+    assert loaded == samples.statistics(name)
+
+
+def test_statistics_merge_with_newer_ones(files):
+    loaded = fk.Statistics.load(files / "statistics" / "float32", lazy=True)
+    twice = fk.merge(loaded, samples.statistics("float32"))
+    assert twice.count == 24
+    assert all(torch.equal(twice[name], loaded[name]) for name in samples.POOL)
+
+
+def test_an_estimate_of_tied_weights(files):
+    pytest.importorskip("transformers")
+    specimen = samples.tied_llama()
+    loaded = fk.Statistics.load(files / "statistics" / "tied")
+    truth = oracle.squares_one_by_one(specimen.model.double(), [specimen.batch()], specimen.loss)
+    assert "lm_head.weight" not in truth
+    error, name = oracle.worst_error(loaded, truth, torch.float32)
+    assert error < 1e-4, name
+    assert loaded.count == 5
+    assert {covered.path for covered in loaded.coverage.values()} == {"fused"}
+    definition = loaded.provenance["definition"]
+    assert [definition[key] for key in ("estimator", "fisher_type", "unit")] == [
+        "DiagonalFisher",
+        "empirical",
+        "example",
+    ]
+
+
+@pytest.mark.parametrize("name", samples.SELECTIONS)
+def test_selections(files, name):
+    loaded, expected = fk.Selection.load(files / "selections" / name), samples.selection(name)
+    assert loaded == expected
+    assert loaded.shapes == {key: torch.Size(shape) for key, shape in samples.POOL.items()}
+    assert loaded.provenance == expected.provenance
+    if name in ("forms", "shards", "bound"):
+        assert loaded.counts == {"0.weight": 7, "0.bias": 0, "1.weight": 30, "1.bias": 3}
+        assert loaded.whole == samples.WHOLE
+        assert all(loaded.indices(key).tolist() == at.tolist() for key, at in samples.INDICES.items())
+    else:
+        assert loaded.count == (0 if name == "nothing" else loaded.total)
+
+
+def test_a_selection_knows_its_start(files):
+    loaded = fk.Selection.load(files / "selections" / "bound")
+    check_start(loaded, samples.small())
+    check_start(loaded, samples.moved(samples.small()), trained=True)
+    other = samples.small()
+    other[0].weight.data *= -1
+    with pytest.raises(ValueError, match="made for another start: 0.weight"):
+        check_start(loaded, other)
+
+
+@pytest.mark.parametrize(("name", "dtype"), samples.DELTAS.items())
+def test_deltas(files, name, dtype):
+    delta = fk.Delta.load(files / "values" / f"delta-{name}")
+    assert delta.selection == samples.selection()
+    model = samples.small(dtype)
+    before = fk.apply_delta(model, delta)
+    expected = samples.moved(samples.small(dtype))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    fk.apply_delta(model, before)
+    with torch.no_grad():
+        model[0].bias += 1  # which is not selected
+    with pytest.raises(ValueError, match="not the delta's base: 1 of 4 parameters differ .* such as 0.bias"):
+        fk.apply_delta(model, delta)
+
+
+@pytest.mark.parametrize(("name", "dtype"), samples.DELTAS.items())
+def test_starts(files, name, dtype):
+    model = samples.small(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load_start(model, files / "values" / f"start-{name}")
+    for key, parameter in model.named_parameters():
+        expected = samples.numbers(key, parameter.shape) if key in samples.POOL else torch.zeros(parameter.shape)
+        assert torch.equal(parameter.float(), expected), key
+
+
+def test_an_adapter(files):
+    pytest.importorskip("transformers")
+    model = samples.classifier()
+    assert adapters.load(model, files / "values" / "adapter") == adapters.BottleneckAdapter(width=2)
+    trained = samples.trained_values(model)
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in trained} >= {"down", "up", "classifier"}
+    for name, value in trained.items():
+        assert torch.equal(value, samples.numbers(name, value.shape)), name
+
+
+@pytest.mark.parametrize("name", samples.OPTIMIZERS)
+def test_optimizers_take_the_next_step(files, name):
+    training, recorded = samples.OPTIMIZERS[name], load_file(files / "optimizers" / f"{name}.safetensors")
+    model = samples.small(training.dtype)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.copy_(recorded[f"before weight {key}"])
+    optimizer = training.optimizer(model, training.selected)
+    optimizer.load_state_dict(torch.load(files / "optimizers" / f"{name}.pt", weights_only=True))
+    before = samples.tensors_of(model, optimizer)
+    assert {f"before {key}" for key in before} == {key for key in recorded if key.startswith("before ")}
+    assert all(torch.equal(value, recorded[f"before {key}"]) for key, value in before.items())
+    samples.advance(model, optimizer, step=3)
+    after = samples.tensors_of(model, optimizer)
+    for key, value in after.items():
+        assert_close(value, recorded[f"after {key}"])
+    moving = [key for key in samples.POOL if training.selected.counts[key]]
+    assert all(not torch.equal(after[f"weight {key}"], before[f"weight {key}"]) for key in moving)
+
+
+@pytest.mark.parametrize("kind", ["trainer", "selecting-trainer"])
+def test_a_checkpoint_of_a_trainer_goes_on(files, tmp_path, kind):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
+    from fishkern.integrations.trainer import FILE
+
+    def select(model: nn.Module, batches: object) -> fk.Selection:
+        pytest.fail("the selection is that of the checkpoint")
+
+    checkpoint = shutil.copytree(files / kind / samples.CHECKPOINT, tmp_path / samples.CHECKPOINT)
+    model, selection = samples.adapted(), fk.Selection.load(checkpoint / FILE)
+    if kind == "trainer":
+        training = samples.trainer(model, selection, tmp_path)
+    else:
+        training = samples.selecting_trainer(model, select, tmp_path)
+    assert training.train(resume_from_checkpoint=str(checkpoint)).global_step == 4
+    expected = load_file(files / kind / "expected.safetensors")
+    trained = samples.trained_values(model)
+    assert trained.keys() == expected.keys()
+    for name, value in trained.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5)
+    optimizer = training.optimizer.optimizer
+    assert optimizer.selection == selection
+    assert sum(kept["exp_avg"].numel() for kept in optimizer.state.values()) == selection.count
+    assert {kept["step"].item() for kept in optimizer.state.values()} == {4}, "two of these steps are the checkpoint's"
+
+
+def test_a_tune_under_way_goes_on(files, tmp_path, monkeypatch, capsys):
+    for package in ("transformers", "peft", "typer", "rich"):
+        pytest.importorskip(package)
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    samples.write_tune_inputs(tmp_path)
+    shutil.copytree(files / "tune" / "run", tmp_path / "run")
+    status, _, error = command(capsys, *samples.TUNE.split())
+    assert status == 0, error
+    assert "going on with the unfinished run in run: 8 of 12 examples are seen" in error
+    whole = files / "tune" / "whole"
+    assert {file.name for file in whole.iterdir()} == {file.name for file in (tmp_path / "run").iterdir()}
+    for file in whole.glob("*.safetensors"):
+        expected, resumed = load_file(file), load_file(tmp_path / "run" / file.name)
+        assert expected.keys() == resumed.keys()
+        for name, value in resumed.items():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5)
+    assert fk.Delta.load("run/delta").selection == fk.Delta.load(whole / "delta").selection
+    expected, resumed = (json.loads((folder / "report.json").read_text()) for folder in (whole, tmp_path / "run"))
+    for report in (expected, resumed):
+        del report["seconds"]
+    assert resumed.keys() == expected.keys()
+    for key, value in resumed.items():
+        computed = key in ("loss", "before", "after")
+        assert value == (pytest.approx(expected[key], abs=1e-5) if computed else expected[key]), key
