@@ -8,13 +8,18 @@ from fishkern.layers.embedding import Embedding
 from fishkern.layers.grads import (
     DenseGrads,
     EmbeddingGrads,
+    Groups,
     OuterProductGrads,
     PerExampleGrads,
     PositionGrads,
     SummedGrads,
     TiedRows,
+    group_shape,
+    group_squares,
     join,
+    wide,
 )
+from fishkern.layers.hooks import Arrival, Hooks
 from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear, weight_shape
 from fishkern.layers.quantized import (
@@ -31,9 +36,11 @@ from fishkern.layers.site import Layout, Site
 from fishkern.layers.strays import Strays
 from fishkern.layers.survey import LAYERS, Plan, survey
 from fishkern.layers.unsupported import UnsupportedModuleError, leave_out, without_gradient
+from fishkern.layers.watch import watch
 
 __all__ = [
     "LAYERS",
+    "Arrival",
     "Call",
     "Capture",
     "Connection",
@@ -43,6 +50,8 @@ __all__ = [
     "Embedding",
     "EmbeddingGrads",
     "Factor",
+    "Groups",
+    "Hooks",
     "Layer",
     "LayerNorm",
     "Layout",
@@ -61,6 +70,8 @@ __all__ = [
     "UnsupportedModuleError",
     "as_found",
     "gradient_kept",
+    "group_shape",
+    "group_squares",
     "has_gradient_dtype",
     "is_stored",
     "is_wrapped",
@@ -70,6 +81,8 @@ __all__ = [
     "scored_tensors",
     "stored_weights",
     "survey",
+    "watch",
     "weight_shape",
+    "wide",
     "without_gradient",
 ]

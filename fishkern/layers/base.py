@@ -160,6 +160,17 @@ class Layer(ABC):
         """
         return True
 
+    def gives_factors(self, name: str) -> bool:
+        """Say whether a parameter's gradients are outer products of activations and output gradients.
+
+        Args:
+            name: One of the names that :meth:`covers` gives.
+
+        Returns:
+            Whether they come as :class:`fishkern.layers.grads.OuterProductGrads`.
+        """
+        return False
+
     @abstractmethod
     def per_example_grads(
         self, call: Call, output_grads: Tensor, names: frozenset[str]

@@ -1,30 +1,25 @@
-"""Capture: hooks that hand each layer's inputs and output gradients to its rule while ordinary autograd runs.
+"""Capture: per-example gradients of every parameter of a plan, from one forward and one backward pass of a batch.
 
-The outputs of captured modules are tapped (:mod:`fishkern.layers.tap`). An extra input that requires a gradient keeps
-the graph alive, so the weights themselves can be frozen for the pass and their ordinary gradients are never computed.
+Three things meet here: the hooks that bring inputs and output gradients (:mod:`fishkern.layers.hooks`), whose rows
+these are (:mod:`fishkern.layers.rows`), and the sum over the uses of a parameter (:mod:`fishkern.layers.uses`).
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fishkern.layers.embedding import Embedding
 from fishkern.layers.generic import module_grads
-from fishkern.layers.grads import DenseGrads, OuterProductGrads, PerExampleGrads, TiedRows, join
-from fishkern.layers.reentrant import segment
+from fishkern.layers.grads import DenseGrads, OuterProductGrads, PerExampleGrads
+from fishkern.layers.hooks import Arrival, Hooks
+from fishkern.layers.rows import Rows
 from fishkern.layers.site import Layout, Site
-from fishkern.layers.tap import FrozenCall, copied, frozen_call, rows_and_length, tapped
-from fishkern.ops import embedding_rows
-
-Sink = Callable[[str, PerExampleGrads], None]
+from fishkern.layers.uses import Sink, Uses
 
 
 class Capture:
@@ -34,71 +29,57 @@ class Capture:
         sites: What to capture.
         sink: Called with a parameter's canonical name and its per-example gradients, during backward.
         squares: Whether the sink only adds squares. Then those of a head whose weight an embedding shares come first,
-            and what the embedding adds to them later (:class:`TiedRows`); else both come as one, once both are known.
+            and what the embedding adds to them later; else both come as one, once both are known.
 
     Attributes:
-        distrusted: Paths of modules whose picked rows turned out not to be one for each example.
+        distrusted: Paths of modules whose rows turned out not to be those of the examples.
     """
 
     def __init__(self, sites: Sequence[Site], sink: Sink, *, squares: bool = True) -> None:
         self._sites = sites
         self._sink = sink
         self._squares = squares
-        self._active = False
-        self._forward = False
         self._weighing = False
         self._handles: list[Any] = []
-        self._anchor = torch.zeros((), requires_grad=True)
-        self._entered: dict[Site, list[tuple[tuple, dict[str, Any]]]] = {}
-        self._by_key: dict[str, list[Site]] = defaultdict(list)
-        for site in sites:
-            for key in site.keys.values():
-                self._by_key[key].append(site)
-        self._batch = _Batch(0)
+        self._hooks = Hooks(
+            sites, self._receive, on_call=self._note_call, prepare=self._expanded, on_output=self._note_output
+        )
+        self._begin(0, None)
         self.distrusted: set[str] = set()
 
     @property
     def unsettled(self) -> frozenset[str]:
-        """Canonical names whose gradients of the last backward were withheld, because a layout is not established."""
-        return frozenset(self._batch.unsettled)
+        """Canonical names whose gradients of the last backward pass were withheld: whose rows they are is not known."""
+        return frozenset(self._uses.unsettled)
 
     def __enter__(self) -> Capture:
-        for site in self._sites:
-            module = site.module
-            # next to the module's forward: around ours are the user's, which may change what goes in and comes out
-            if site.reruns and (module._forward_pre_hooks or site.rewritten):
-                enter = self._enter(site)
-                self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
-            self._handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True, prepend=True))
+        self._hooks.__enter__()
         for block in {site.block for site in self._sites if site.layout is Layout.FLATTENED}:
             self._handles.append(block.register_forward_pre_hook(self._note_length, with_kwargs=True))
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._hooks.__exit__(*exception)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._entered.clear()
-        self._batch = _Batch(0)
+        self._begin(0, None)
 
     @contextmanager
-    def forward(self, num_examples: int) -> Iterator[None]:
+    def forward(self, num_examples: int, counted: Tensor | None = None) -> Iterator[None]:
         """Capture the forward pass that runs inside the ``with`` block.
 
         Args:
             num_examples: ``N`` of the batch.
+            counted: Which positions count, ``[N, T]``, bool; ``None`` for all. Factors with these positions carry it
+                (:class:`fishkern.layers.grads.OuterProductGrads`).
 
         Yields:
             Nothing.
         """
-        self._batch = _Batch(num_examples)
-        for calls in self._entered.values():
-            calls.clear()
-        self._active = self._forward = True
-        try:
+        self._begin(num_examples, counted)
+        with self._hooks.running():
             yield
-        finally:
-            self._active = self._forward = False
 
     def backward(self, losses: Tensor, *, retain_graph: bool = False) -> None:
         """Run backward and hand every parameter's per-example gradients to the sink.
@@ -107,233 +88,94 @@ class Capture:
             losses: ``[N]``.
             retain_graph: Keep the graph for another backward.
         """
-        self._batch.received.clear()
-        self._batch.heads.clear()
-        self._batch.unsettled.clear()
+        self._uses.begin()
         if not losses.requires_grad:
             return
         try:
-            self._active = self._weighing = True  # what is recomputed runs as it did, but nothing is received
-            self._weigh_picked_rows(losses)
+            self._hooks.active = self._weighing = True  # what is recomputed runs as it did, but nothing is received
+            self._rows.weigh(losses)
             self._weighing = False
             losses.sum().backward(retain_graph=retain_graph)
         finally:
-            self._active = self._weighing = False
-        for key in self._batch.received.keys() - self._batch.unsettled:
-            self._close(key)
+            self._hooks.active = self._weighing = False
+        self._uses.finish()
 
-    def _enter(self, site: Site) -> Callable[..., None]:
-        """Note what a module is called with, ahead of the hooks on its input: a second run goes through them, too."""
-        self._entered[site] = []
+    def _begin(self, num_examples: int, counted: Tensor | None) -> None:
+        self._num_examples, self._counted = num_examples, counted
+        self._rows = Rows(num_examples)
+        self._uses = Uses(self._sites, self._sink, squares=self._squares, num_examples=num_examples)
 
-        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if self._active:
-                self._entered[site].append(copied((args, kwargs)) if site.rewritten else (args, kwargs))
-
-        return enter
-
-    def _hook(self, site: Site) -> Callable[..., Any]:
-        entered = self._entered.get(site)
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-            if not self._active:
-                return None
-            if entered:
-                args, kwargs = entered.pop()
-            elif site.rewritten and site.reads_input:
-                args, kwargs = copied((args, kwargs))
-            # later calls are checkpointing's recomputations; a run without gradients, as of a target, is no use
-            if self._forward and (torch.is_grad_enabled() or segment()):
-                self._batch.calls[site] += 1
-                self._note_tokens(site, args, kwargs)
-            if not torch.is_grad_enabled():
-                return None
-            if site.layout is Layout.SHARED:
-                output = output.expand(self._batch.num_examples, *output.shape[1:])
-            call = frozen_call(module, args, kwargs, keep=site.reads_input)
-            output = tapped(output, self._anchor, lambda saved, grads: self._receive(site, call, saved, grads), call)
-            if site.picked and self._forward:
-                self._batch.picked.append((site, output))
-            return output
-
-        return hook
-
-    def _weigh_picked_rows(self, losses: Tensor) -> None:
-        """Back-propagate differently weighted losses down to the picked rows: the weights tell whose each row is."""
-        picked = [(site, output) for site, output in self._batch.picked if self._right_number(site, output)]
-        if not picked:
-            return
-        outputs = [output for _, output in picked]
-        most = 5 if any(output.dtype == torch.float16 for output in outputs) else 61
-        numbers = torch.arange(self._batch.num_examples, device=losses.device)
-        self._batch.exponents, self._batch.weighted = [], defaultdict(list)
-        while not self._batch.exponents or numbers.any():  # one probe for each digit of the example's number
-            self._batch.exponents.append(numbers % most - most // 2)
-            weighted = (self._weights(losses)[-1] * losses).sum()
-            grads = self._grads_at(outputs, weighted)
-            for (site, _), grad in zip(picked, grads, strict=True):
-                self._batch.weighted[site].append(grad)
-            numbers = numbers // most
-
-    def _grads_at(self, outputs: Sequence[Tensor], weighted: Tensor) -> Sequence[Tensor | None]:
-        try:
-            return torch.autograd.grad(weighted, outputs, retain_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            if "use_reentrant" not in str(error):  # a checkpoint of this kind, behind the rows, knows backward alone
-                raise
-        grads: list[Tensor | None] = [None] * len(outputs)
-        handles = [output.register_hook(partial(grads.__setitem__, place)) for place, output in enumerate(outputs)]
-        try:
-            weighted.backward(retain_graph=True)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return grads
-
-    def _weights(self, like: Tensor) -> list[Tensor]:
-        """Powers of two, by which a gradient scales without rounding; all probes together tell every example apart."""
-        return [(2.0**exponents).to(like) for exponents in self._batch.exponents]
-
-    def _right_number(self, site: Site, output: Tensor) -> bool:
-        """Tell whether an output has as many rows as its layout says for ``N`` examples."""
-        each = self._batch.lengths.get(site.block) if site.layout is Layout.FLATTENED else 1
-        return each is not None and output.shape[0] == self._batch.num_examples * each
-
-    def _rows_are_the_examples(self, site: Site, grad: Tensor) -> bool:
-        """Tell whether the rows of an output gradient come from the losses of the examples, in their order."""
-        probes = self._batch.weighted.get(site, [])
-        if not probes or any(weighted is None or weighted.shape != grad.shape for weighted in probes):
-            return False
-        for weighted, weights in zip(probes, self._weights(grad), strict=True):
-            weights = weights.repeat_interleave(grad.shape[0] // self._batch.num_examples)
-            expected = grad * weights.view(-1, *[1] * (grad.ndim - 1))
-            gap = (weighted - expected).abs().flatten(1).amax(1)
-            if not (gap <= 0.1 * expected.abs().flatten(1).amax(1)).all():
-                return False
-        return True
+    def _note_call(self, site: Site, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        self._uses.note_call(site, args, kwargs)
 
     def _note_length(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._active:
-            rows, length = rows_and_length((args, kwargs)) or (None, None)
-            self._batch.lengths[module] = length if rows == self._batch.num_examples else None
+        if self._hooks.active:
+            self._rows.note_length(module, args, kwargs)
 
-    def _note_tokens(self, site: Site, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Remember the tokens of an embedding whose weight a head shares: the head's backward comes first."""
-        for key in site.keys.values():
-            if isinstance(site.layer, Embedding) and len(self._by_key[key]) > 1:
-                indices = args[0] if args else next(iter(kwargs.values()))
-                self._batch.tokens[key].append(indices.detach())
+    def _note_output(self, site: Site, output: Any) -> None:
+        if site.picked:
+            self._rows.note_picked(site, output)
 
-    @torch.no_grad()
-    def _receive(self, site: Site, call: FrozenCall, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-        if not self._active or self._weighing or all(grad is None for grad in grads):
+    def _expanded(self, site: Site, output: Any) -> Any:
+        """Give every example a row of its own of an output that all share, so that each gets its own gradient."""
+        return output.expand(self._num_examples, *output.shape[1:]) if site.layout is Layout.SHARED else output
+
+    def _receive(self, arrival: Arrival) -> None:
+        if self._weighing:
             return
-        if site.layout is None:
+        site, grads = arrival.site, arrival.grads
+        if site.layout is None:  # the survey saw no gradient here
             if any(grad is not None and bool(grad.any()) for grad in grads):
-                self._batch.unsettled.update(site.keys.values())
+                self._uses.withhold(site)
             return
         lengths = {_rows(grad) for grad in grads if grad is not None}
-        if site.layout is Layout.BATCHED and lengths == {1} and self._batch.num_examples > 1:
-            self._batch.unsettled.update(site.keys.values())  # shared by all examples, and surveyed in a batch of one
+        if site.layout is Layout.BATCHED and lengths == {1} and self._num_examples > 1:
+            self._uses.withhold(site)  # shared by all examples: it was surveyed in a batch of one
             return
-        alike = self._has_the_rows(site, saved, grads)
-        if not alike or (site.picked and not self._rows_are_the_examples(site, grads[0])):
-            self._batch.unsettled.update(site.keys.values())
+        if not self._has_the_rows(arrival) or (site.picked and not self._rows.are_the_examples(site, grads[0])):
+            self._uses.withhold(site)
             self.distrusted.add(site.path)
             return
-        device_type = call.autocast[0]
-        with torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext():
+        with arrival.without_autocast():
             if site.layer is None:
-                self._receive_generic(site, call, saved, grads)
-                return
-            (grad,) = grads
-            N = self._batch.num_examples
-            if site.layout is Layout.SHARED:
-                saved = [tensor.expand(N, *tensor.shape[1:]) if _rows(tensor) == 1 else tensor for tensor in saved]
-            names = frozenset(site.keys)
-            for name, per_example in site.layer.per_example_grads(call.thaw(saved), grad, names):
-                flattened = site.layout is Layout.FLATTENED
-                self._deliver(site.keys[name], per_example.grouped(N) if flattened else per_example)
+                self._receive_generic(arrival)
+            else:
+                self._receive_by_rule(arrival)
 
-    def _receive_generic(
-        self, site: Site, call: FrozenCall, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> None:
-        self._active, active = False, self._active
-        try:
-            for n in range(self._batch.num_examples):
-                both = zip(saved, site.sliced, strict=True)
+    def _receive_by_rule(self, arrival: Arrival) -> None:
+        site, N = arrival.site, self._num_examples
+        if site.layout is Layout.SHARED:
+            saved = [one.expand(N, *one.shape[1:]) if _rows(one) == 1 else one for one in arrival.saved]
+            arrival = replace(arrival, saved=saved)
+        for key, grads in arrival.per_example_grads():
+            grads = grads.grouped(N) if site.layout is Layout.FLATTENED else grads
+            self._uses.deliver(key, self._with_counted(grads))
+
+    def _with_counted(self, grads: PerExampleGrads) -> PerExampleGrads:
+        """Say which positions of a linear map's factors count, where they are the positions of the batch."""
+        if self._counted is None or not isinstance(grads, OuterProductGrads):
+            return grads
+        return replace(grads, counted=self._counted) if grads.num_positions == self._counted.shape[1] else grads
+
+    def _receive_generic(self, arrival: Arrival) -> None:
+        site = arrival.site
+        with self._hooks.paused():
+            for n in range(self._num_examples):
+                both = zip(arrival.saved, site.sliced, strict=True)
                 tensors = [_row(tensor, n) if sliced else tensor for tensor, sliced in both]
-                output_grads = [None if grad is None else grad[n : n + 1] for grad in grads]
-                for name, grad in module_grads(call.thaw(tensors), output_grads, site.keys).items():
-                    self._deliver(site.keys[name], DenseGrads(grad[None]))
-        finally:
-            self._active = active
+                output_grads = [None if grad is None else grad[n : n + 1] for grad in arrival.grads]
+                for name, grad in module_grads(arrival.call.thaw(tensors), output_grads, site.keys).items():
+                    self._uses.deliver(site.keys[name], DenseGrads(grad[None]))
 
-    def _has_the_rows(self, site: Site, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> bool:
+    def _has_the_rows(self, arrival: Arrival) -> bool:
         """Tell whether a call has the rows that the survey has seen: their number may depend on the data."""
+        site, saved, grads = arrival.site, arrival.saved, arrival.grads
         if site.layer is not None:
-            return self._right_number(site, grads[0])
+            return self._rows.are_as_many(site, grads[0])
         lengths = {tensor.shape[0] for tensor, sliced in zip(saved, site.sliced, strict=False) if sliced}
         lengths |= {grad.shape[0] for grad in grads if grad is not None}
-        alike = len(saved) == len(site.sliced) and lengths == {self._batch.num_examples}
-        return alike and self._batch.calls[site] == 1
-
-    def _deliver(self, key: str, grads: PerExampleGrads) -> None:
-        sites = self._by_key[key]
-        if len(sites) > 1 and any(site.layout is None or site.picked for site in sites):
-            self._batch.received[key].append(grads)  # until it is known that no other part will be withheld
-            return
-        expected = sum(self._batch.calls[site] for site in sites)
-        if expected == 1 or isinstance(grads, DenseGrads):
-            self._sink(key, grads)
-            return
-        if self._squares and isinstance(grads, OuterProductGrads) and self._is_only_head(key):
-            self._sink(key, grads)
-            self._batch.heads[key] = self._head_rows(key, grads)
-            return
-        received = self._batch.received[key]
-        received.append(grads)
-        if len(received) + (key in self._batch.heads) == expected:
-            self._close(key)
-
-    def _close(self, key: str) -> None:
-        """Square the sum over the uses of a parameter, once all that get a gradient have got it."""
-        grads = join(self._batch.received.pop(key))
-        if key in self._batch.heads:
-            grads = TiedRows(grads, *self._batch.heads.pop(key))
-        self._sink(key, grads)
-
-    def _is_only_head(self, key: str) -> bool:
-        """Tell whether the other uses of a parameter are embeddings alike, whose tokens are known for each example."""
-        heads = sum(self._batch.calls[site] for site in self._by_key[key] if not isinstance(site.layer, Embedding))
-        embeddings = [site for site in self._by_key[key] if isinstance(site.layer, Embedding)]
-        N = self._batch.num_examples
-        tokens = self._batch.tokens[key]
-        batched = all(site.layout is Layout.BATCHED for site in embeddings)
-        alike = len({site.module.padding_idx for site in embeddings}) == 1  # so that they join
-        return heads == 1 and bool(tokens) and batched and alike and all(rows.shape[0] == N for rows in tokens)
-
-    def _head_rows(self, key: str, grads: OuterProductGrads) -> tuple[Tensor, Tensor]:
-        N = self._batch.num_examples
-        tokens = torch.cat([indices.reshape(N, -1) for indices in self._batch.tokens[key]], dim=1)
-        example, row, _ = embedding_rows(tokens, grads.output_grads.new_zeros(*tokens.shape, 0))
-        return example * grads.shape[0] + row, grads.rows(example, row)
-
-
-@dataclass
-class _Batch:
-    """What one forward pass and its backward passes have shown so far."""
-
-    num_examples: int
-    calls: Counter[Site] = field(default_factory=Counter)
-    lengths: dict[nn.Module | None, int | None] = field(default_factory=dict)
-    tokens: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    received: dict[str, list[PerExampleGrads]] = field(default_factory=lambda: defaultdict(list))
-    heads: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    unsettled: set[str] = field(default_factory=set)
-    picked: list[tuple[Site, Tensor]] = field(default_factory=list)
-    weighted: dict[Site, list[Tensor | None]] = field(default_factory=dict)
-    exponents: list[Tensor] = field(default_factory=list)
+        alike = len(saved) == len(site.sliced) and lengths == {self._num_examples}
+        return alike and self._uses.calls(site) == 1
 
 
 def _rows(tensor: Tensor) -> int | None:

@@ -23,6 +23,9 @@ class Convolution(Layer):
     def reads_input(self, names: frozenset[str]) -> bool:
         return "weight" in names
 
+    def gives_factors(self, name: str) -> bool:
+        return name == "weight"
+
     def per_example_grads(
         self, call: Call, output_grads: Tensor, names: frozenset[str]
     ) -> Iterator[tuple[str, PerExampleGrads]]:

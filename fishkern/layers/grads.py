@@ -17,13 +17,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from fishkern.backend import Backend
-from fishkern.ops import embedding_rows, embedding_sum_grad_squared, sum_grad_squared, sum_position_grad_squared
+from fishkern.ops import (
+    embedding_rows,
+    embedding_sum_grad_squared,
+    group_sum_grad_squared,
+    sum_grad_squared,
+    sum_position_grad_squared,
+)
+
+Groups = Literal["row", "column", "tensor"]
+"""Entries of a parameter that are summed: those of one index of the first axis; those of one index of all other axes;
+all. Each entry of a vector is a row and a column of its own."""
 
 
 class PerExampleGrads(ABC):
@@ -70,6 +80,17 @@ class PerExampleGrads(ABC):
             backend: Passed on to the operation behind it.
         """
 
+    def add_group_squares_(self, total: Tensor, by: Groups, backend: Backend | None = None) -> None:
+        """Add ``sum_n sum_{p in group} grad_n[p]^2`` for each group of the parameter's entries.
+
+        Args:
+            total: Accumulator of :func:`group_shape`, float32 or float64; changed in place.
+            by: Which entries make up a group.
+            backend: Passed on to the operation behind it.
+        """
+        for n in range(self.num_examples):
+            total += group_squares(self.example(n), by)
+
     @abstractmethod
     def add_position_squares_(self, total: Tensor) -> None:
         """Add ``sum_{n,t} grad_{n,t}^2``, the squares of the single positions' terms.
@@ -87,11 +108,15 @@ class OuterProductGrads(PerExampleGrads):
         activations: ``[N, T, I]``.
         output_grads: ``[N, T, O]``, same dtype.
         shape: Shape of the parameter; its entries in order are those of ``[O, I]``.
+        counted: Which positions are those of a text, and not of its padding, ``[N, T]``, bool; ``None`` where all are,
+            or where the positions are not those of the batch's ``attention_mask``. Output gradients are zero at the
+            others, activations are not.
     """
 
     activations: Tensor
     output_grads: Tensor
     shape: torch.Size
+    counted: Tensor | None = None
 
     @property
     def num_examples(self) -> int:
@@ -101,13 +126,25 @@ class OuterProductGrads(PerExampleGrads):
     def device(self) -> torch.device:
         return self.output_grads.device
 
+    @property
+    def num_positions(self) -> int:
+        """How many positions each example has, ``T``."""
+        return self.activations.shape[1]
+
     def example(self, n: int) -> Tensor:
-        dtype = torch.promote_types(self.activations.dtype, torch.float32)
+        dtype = wide(self.activations)
         return (self.output_grads[n].to(dtype).mT @ self.activations[n].to(dtype)).view(self.shape)
 
     def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
         operation = partial(sum_grad_squared, self.activations, self.output_grads, backend=backend)
         _add(self._as_matrix(total), operation, self.output_grads)
+
+    def add_group_squares_(self, total: Tensor, by: Groups, backend: Backend | None = None) -> None:
+        if len(self.shape) < 2:  # each entry is a group
+            self.add_squares_(total.view(self.shape), backend)
+            return
+        operation = partial(group_sum_grad_squared, self.activations, self.output_grads, by=by, backend=backend)
+        _add(total.view(-1) if total.ndim else total, operation, self.output_grads)
 
     def add_position_squares_(self, total: Tensor) -> None:
         operation = partial(sum_position_grad_squared, self.activations, self.output_grads)
@@ -115,7 +152,7 @@ class OuterProductGrads(PerExampleGrads):
 
     def grouped(self, num_examples: int) -> Self:
         x, g = (_grouped(factor, num_examples) for factor in (self.activations, self.output_grads))
-        return type(self)(x, g, self.shape)
+        return type(self)(x, g, self.shape)  # which positions count is known of the joined examples
 
     def rows(self, example: Tensor, row: Tensor) -> Tensor:
         """Form single rows of single examples' gradients.
@@ -127,7 +164,7 @@ class OuterProductGrads(PerExampleGrads):
         Returns:
             ``[U, I]``, float32 (float64 for float64 factors).
         """
-        dtype = torch.promote_types(self.activations.dtype, torch.float32)
+        dtype = wide(self.activations)
         counts = torch.bincount(example, minlength=self.num_examples).tolist()
         parts = [
             self.output_grads[n][:, rows].to(dtype).mT @ self.activations[n].to(dtype)
@@ -141,7 +178,12 @@ class OuterProductGrads(PerExampleGrads):
     @classmethod
     def joined(cls, uses: Sequence[Self]) -> Self:
         """Lay the positions of several uses of one parameter behind one another."""
-        return cls(_cat(use.activations for use in uses), _cat(use.output_grads for use in uses), uses[0].shape)
+        counted = None
+        if any(use.counted is not None for use in uses):
+            each = [use.output_grads.new_ones(use.output_grads.shape[:2], dtype=torch.bool) for use in uses]
+            counted = _cat(one if use.counted is None else use.counted for use, one in zip(uses, each, strict=True))
+        activations, grads = _cat(use.activations for use in uses), _cat(use.output_grads for use in uses)
+        return cls(activations, grads, uses[0].shape, counted)
 
 
 @dataclass(frozen=True)
@@ -176,6 +218,10 @@ class EmbeddingGrads(PerExampleGrads):
 
     def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
         self._add_squares(self.indices, self.output_grads, total)
+
+    def add_group_squares_(self, total: Tensor, by: Groups, backend: Backend | None = None) -> None:
+        example, row, grads = embedding_rows(self.indices, self.output_grads, padding_idx=self.padding_idx)
+        _add_rows_of_examples(total, by, self.num_examples, example, row, grads.square_())
 
     def add_position_squares_(self, total: Tensor) -> None:
         positions = self.indices.reshape(-1, 1)  # every position an example of its own
@@ -220,6 +266,10 @@ class PositionGrads(PerExampleGrads):
 
     def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
         total += self.terms.sum(1, dtype=wide(self.terms)).square_().sum(0)
+
+    def add_group_squares_(self, total: Tensor, by: Groups, backend: Backend | None = None) -> None:
+        squares = self.terms.sum(1, dtype=wide(self.terms)).square_().sum(0)  # of the parameter's size, which is small
+        total += group_sums(squares, by)
 
     def add_position_squares_(self, total: Tensor) -> None:
         total += self.terms.to(wide(self.terms)).square().sum((0, 1))
@@ -326,20 +376,27 @@ class TiedRows(PerExampleGrads):
     def example(self, n: int) -> Tensor:
         raise NotImplementedError(
             "the gradients of a weight that an embedding and a head share were asked for singly, after the head's were "
-            "squared: an estimator that reads single gradients has adds_squares = False."
+            "squared: an estimator that reads single gradients says reads = 'examples'."
         )
 
     def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
-        E = self.embedding
-        example, row, grads = embedding_rows(E.indices, E.output_grads, padding_idx=E.padding_idx)
-        known = torch.searchsorted(self.head_pairs, example * E.num_rows + row)
-        added = ((2 * self.head_rows[known] + grads) * grads).to(total.dtype)
+        example, row, added = self._added()
         counts = torch.bincount(example, minlength=self.num_examples).tolist()
-        for rows, values in zip(row.split(counts), added.split(counts), strict=True):
+        for rows, values in zip(row.split(counts), added.to(total.dtype).split(counts), strict=True):
             total[rows] += values  # rows of one example are distinct, so the order of adding is fixed
+
+    def add_group_squares_(self, total: Tensor, by: Groups, backend: Backend | None = None) -> None:
+        _add_rows_of_examples(total, by, self.num_examples, *self._added())
 
     def add_position_squares_(self, total: Tensor) -> None:
         self.embedding.add_position_squares_(total)
+
+    def _added(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Form ``(2 A + E) E`` on the rows of each example: example ``[U]``, row ``[U]``, values ``[U, D]``."""
+        E = self.embedding
+        example, row, grads = embedding_rows(E.indices, E.output_grads, padding_idx=E.padding_idx)
+        known = torch.searchsorted(self.head_pairs, example * E.num_rows + row)
+        return example, row, (2 * self.head_rows[known] + grads) * grads
 
 
 def join(uses: Sequence[PerExampleGrads]) -> PerExampleGrads:
@@ -357,6 +414,70 @@ def join(uses: Sequence[PerExampleGrads]) -> PerExampleGrads:
     if len(kinds) == 1 and hasattr(uses[0], "joined"):
         return type(uses[0]).joined(uses)
     return SummedGrads(tuple(uses))
+
+
+def group_shape(shape: torch.Size, by: Groups) -> torch.Size:
+    """Shape of the sums over groups of a parameter's entries.
+
+    Args:
+        shape: Of the parameter.
+        by: Which entries make up a group.
+
+    Returns:
+        ``shape[:1]`` by row, ``shape[1:]`` by column, ``[]`` by tensor; the shape of a vector by row and by column.
+    """
+    if by == "tensor":
+        return torch.Size()
+    if len(shape) < 2:
+        return shape
+    return shape[:1] if by == "row" else shape[1:]
+
+
+def group_sums(squares: Tensor, by: Groups) -> Tensor:
+    """Sum a tensor of a parameter's shape over groups of its entries.
+
+    Args:
+        squares: Of the parameter's shape.
+        by: Which entries make up a group.
+
+    Returns:
+        Of :func:`group_shape`.
+    """
+    if by == "tensor":
+        return squares.sum()
+    if squares.ndim < 2:
+        return squares
+    return squares.flatten(1).sum(1) if by == "row" else squares.sum(0)
+
+
+def group_squares(grad: Tensor, by: Groups) -> Tensor:
+    """Sum the squares of a gradient over groups of its entries, without a tensor of squares.
+
+    Args:
+        grad: Of the parameter's shape.
+        by: Which entries make up a group.
+
+    Returns:
+        Of :func:`group_shape`, float32 (float64 for float64).
+    """
+    if grad.ndim < 2 or not grad.numel():
+        return group_sums(grad.to(wide(grad)).square(), by)
+    matrix = grad.flatten(1)
+    axis = {"row": 1, "column": 0, "tensor": (0, 1)}[by]
+    sums = torch.linalg.vector_norm(matrix, dim=axis, dtype=wide(grad)).square_()
+    return sums.view(group_shape(grad.shape, by))
+
+
+def _add_rows_of_examples(
+    total: Tensor, by: Groups, num_examples: int, example: Tensor, row: Tensor, values: Tensor
+) -> None:
+    """Add values ``[U, D]`` in rows ``[U]`` of a table, by groups of its entries."""
+    if by == "row":
+        counts = torch.bincount(example, minlength=num_examples).tolist()
+        for rows, sums in zip(row.split(counts), values.sum(1).to(total.dtype).split(counts), strict=True):
+            total[rows] += sums  # rows of one example are distinct, so the order of adding is fixed
+    else:
+        total += values.sum(0) if by == "column" else values.sum()
 
 
 def _add(total: Tensor, operation: Callable[..., Tensor], factor: Tensor) -> None:

@@ -25,6 +25,9 @@ class Linear(Layer):
     def reads_input(self, names: frozenset[str]) -> bool:
         return "weight" in names
 
+    def gives_factors(self, name: str) -> bool:
+        return name == "weight"
+
     def per_example_grads(
         self, call: Call, output_grads: Tensor, names: frozenset[str]
     ) -> Iterator[tuple[str, PerExampleGrads]]:
@@ -62,6 +65,9 @@ class QuantizedLinear(Linear):
     def reads_input(self, names: frozenset[str]) -> bool:
         return bool(names - {"bias"})
 
+    def gives_factors(self, name: str) -> bool:
+        return name != "bias"
+
     def per_example_grads(
         self, call: Call, output_grads: Tensor, names: frozenset[str]
     ) -> Iterator[tuple[str, PerExampleGrads]]:
@@ -80,6 +86,9 @@ class Conv1D(Layer):
 
     def reads_input(self, names: frozenset[str]) -> bool:
         return "weight" in names
+
+    def gives_factors(self, name: str) -> bool:
+        return name == "weight"
 
     def per_example_grads(
         self, call: Call, output_grads: Tensor, names: frozenset[str]

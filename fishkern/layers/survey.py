@@ -57,6 +57,15 @@ class Plan:
             paths |= dict.fromkeys(site.keys.values(), path)
         return paths
 
+    @property
+    def with_factors(self) -> frozenset[str]:
+        """Parameters whose gradients come as activations and output gradients, by all of their uses."""
+        kinds: dict[str, list[bool]] = defaultdict(list)
+        for site in self.sites:
+            for name, key in site.keys.items():
+                kinds[key].append(site.layer is not None and site.layer.gives_factors(name))
+        return frozenset(key for key, factors in kinds.items() if all(factors) and key not in self.loop)
+
     def with_loop(self, reasons: Mapping[str, str]) -> Plan:
         """Send further parameters through the loop.
 

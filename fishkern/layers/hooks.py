@@ -1,0 +1,175 @@
+"""Hooks on modules: what goes into a call and the gradient that arrives at its output, while ordinary autograd runs.
+
+The output of each module passes through an identity that reports its gradient (:mod:`fishkern.layers.tap`). It does not
+matter whether the weights require gradients: in ordinary training they get theirs as ever. In a pass whose weights are
+frozen, an extra input that requires a gradient keeps the graph alive, and the weights' gradients are never computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fishkern.layers.base import Call
+from fishkern.layers.grads import PerExampleGrads
+from fishkern.layers.reentrant import segment
+from fishkern.layers.site import Site
+from fishkern.layers.tap import FrozenCall, copied, frozen_call, tapped
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A gradient that has arrived at the output of a call.
+
+    Args:
+        site: Whose call.
+        call: The call without its tensors.
+        saved: The tensors of the call, as its module saw them; empty where the site's rule does not read them.
+        grads: Gradient of each floating tensor of the output; ``None`` where none arrived.
+    """
+
+    site: Site
+    call: FrozenCall
+    saved: Sequence[Tensor]
+    grads: Sequence[Tensor | None]
+
+    @property
+    def thawed(self) -> Call:
+        """The call, with its tensors."""
+        return self.call.thaw(self.saved)
+
+    @contextmanager
+    def without_autocast(self) -> Iterator[None]:
+        """Switch autocast off: a recomputed segment may have entered it again, and a rule would compute in 16 bits."""
+        device_type = self.call.autocast[0]
+        on = torch.is_autocast_enabled(device_type)
+        with torch.autocast(device_type, enabled=False) if on else nullcontext():
+            yield
+
+    def per_example_grads(self) -> Iterator[tuple[str, PerExampleGrads]]:
+        """Apply the rule of the site.
+
+        Yields:
+            Canonical name and gradients, the rows of the call taken for examples.
+        """
+        (grad,) = self.grads
+        for name, grads in self.site.layer.per_example_grads(self.thawed, grad, frozenset(self.site.keys)):
+            yield self.site.keys[name], grads
+
+
+class Hooks:
+    """Hooks on the modules of some sites, for the time of a ``with`` block.
+
+    Args:
+        sites: What to listen to.
+        arrived: Called during backward with every gradient that arrives.
+        on_call: Called with a site and the arguments of each of its calls in a forward pass; a call that activation
+            checkpointing repeats in backward is none.
+        prepare: Changes the output of a call before it is tapped.
+        on_output: Called with a site and the output that the model goes on with.
+
+    Attributes:
+        active: Whether calls and gradients are reported. Where it is off, the hooks do nothing.
+        forward: Whether a forward pass runs, and not what checkpointing repeats in backward.
+    """
+
+    def __init__(
+        self,
+        sites: Iterable[Site],
+        arrived: Callable[[Arrival], None],
+        *,
+        on_call: Callable[[Site, tuple, Mapping[str, Any]], None] = lambda site, args, kwargs: None,
+        prepare: Callable[[Site, Any], Any] = lambda site, output: output,
+        on_output: Callable[[Site, Any], None] = lambda site, output: None,
+    ) -> None:
+        self._sites = tuple(sites)
+        self._arrived = arrived
+        self._on_call = on_call
+        self._prepare = prepare
+        self._on_output = on_output
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._entered: dict[Site, list[tuple[tuple, dict[str, Any]]]] = {}
+        self._handles: list[Any] = []
+        self.active = False
+        self.forward = False
+
+    def __enter__(self) -> Hooks:
+        for site in self._sites:
+            module = site.module
+            # next to the module's forward: around ours are the user's, which may change what goes in and comes out
+            if site.reruns and (module._forward_pre_hooks or site.rewritten):
+                enter = self._enter(site)
+                self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+            self._handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True, prepend=True))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._entered.clear()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Report what a forward pass inside the ``with`` block does."""
+        for calls in self._entered.values():
+            calls.clear()
+        self.active = self.forward = True
+        try:
+            yield
+        finally:
+            self.active = self.forward = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Report nothing of what runs inside the ``with`` block, such as a module that runs once more."""
+        self.active, active = False, self.active
+        try:
+            yield
+        finally:
+            self.active = active
+
+    def _enter(self, site: Site) -> Callable[..., None]:
+        """Note what a module is called with ahead of the hooks on its input, which a second run goes through, too."""
+        self._entered[site] = []
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if self.active:
+                self._entered[site].append(copied((args, kwargs)) if site.rewritten else (args, kwargs))
+
+        return enter
+
+    def _hook(self, site: Site) -> Callable[..., Any]:
+        entered = self._entered.get(site)
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            if not self.active:
+                return None
+            if entered:
+                args, kwargs = entered.pop()
+            elif site.rewritten and site.reads_input:
+                args, kwargs = copied((args, kwargs))
+            # A reentrant segment runs its forward pass without gradients. Other calls without them, such as those of a
+            # target network, are no uses of the parameter.
+            if self.forward and (torch.is_grad_enabled() or segment()):
+                self._on_call(site, args, kwargs)
+            if not torch.is_grad_enabled():
+                return None
+            output = self._prepare(site, output)
+            call = frozen_call(module, args, kwargs, keep=site.reads_input)
+            output = tapped(output, self._anchor, lambda saved, grads: self._report(site, call, saved, grads), call)
+            if self.forward:
+                self._on_output(site, output)
+            return output
+
+        return hook
+
+    @torch.no_grad()
+    def _report(self, site: Site, call: FrozenCall, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        if self.active and not all(grad is None for grad in grads):
+            self._arrived(Arrival(site, call, saved, grads))

@@ -1,0 +1,139 @@
+"""Whose rows: whether the rows of a call are those of the examples, checked on every batch.
+
+A module may get rows that were picked from among the positions of the examples: a pooler the first token of each, an
+expert the tokens that a router sent it. ``N`` such rows need not be one for each of ``N`` examples, and no shape tells.
+So before a backward pass the losses are back-propagated once more, down to the picked rows alone, each loss times a
+weight of its own. An output gradient is linear in the losses, so a row that comes from example ``n`` alone comes out
+scaled by the weight of example ``n``, and a row that mixes examples, or belongs to another one, by something else.
+
+The weights are powers of two: multiplying by one changes no bit of the mantissa, so that the only differences left are
+those of sums in another order. Their exponents must stay where the dtype neither overflows nor loses digits, which
+bounds how many examples one probe tells apart: 5 exponents (-2 to 2) for float16, 61 (-30 to 30) for float32 and
+bfloat16. With more examples the exponents are the digits of the example's number in base 5 or 61, one probe for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fishkern.layers.site import Layout, Site
+from fishkern.layers.tap import rows_and_length
+
+_DIGITS = {torch.float16: 5}  # and for all others:
+_DIGITS_OF_OTHERS = 61
+# Neighbouring weights differ by a factor of two, so that a row of another example is off by half its size or more. What
+# sums in another order leave, in bfloat16 a percent or two, must pass.
+_TOLERANCE = 0.1
+
+
+class Rows:
+    """What one forward pass has shown of the rows of its calls.
+
+    Args:
+        num_examples: ``N`` of the batch.
+    """
+
+    def __init__(self, num_examples: int) -> None:
+        self._num_examples = num_examples
+        self._lengths: dict[nn.Module | None, int | None] = {}
+        self._picked: list[tuple[Site, Tensor]] = []
+        self._exponents: list[Tensor] = []
+        self._weighted: dict[Site, list[Tensor | None]] = {}
+
+    def note_length(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Note ``T`` of a module whose input is ``[N, T, ...]``, for the flattened calls inside it.
+
+        Args:
+            module: The module.
+            args: What it is called with.
+            kwargs: The same by keyword.
+        """
+        rows, length = rows_and_length((args, kwargs)) or (None, None)
+        self._lengths[module] = length if rows == self._num_examples else None
+
+    def note_picked(self, site: Site, output: Tensor) -> None:
+        """Note an output whose rows were picked.
+
+        Args:
+            site: Of which module.
+            output: What the model goes on with.
+        """
+        self._picked.append((site, output))
+
+    def weigh(self, losses: Tensor) -> None:
+        """Back-propagate weighted losses down to the picked rows.
+
+        Args:
+            losses: ``[N]``; the graph is kept.
+        """
+        picked = [(site, output) for site, output in self._picked if self.are_as_many(site, output)]
+        if not picked:
+            return
+        outputs = [output for _, output in picked]
+        base = min(_DIGITS.get(output.dtype, _DIGITS_OF_OTHERS) for output in outputs)
+        numbers = torch.arange(self._num_examples, device=losses.device)
+        self._exponents, self._weighted = [], {site: [] for site, _ in picked}
+        while not self._exponents or numbers.any():  # one probe for each digit of the example's number
+            self._exponents.append(numbers % base - base // 2)
+            weighted = (self._weights(losses)[-1] * losses).sum()
+            for (site, _), grad in zip(picked, _grads_at(outputs, weighted), strict=True):
+                self._weighted[site].append(grad)
+            numbers = numbers // base
+
+    def are_the_examples(self, site: Site, grad: Tensor) -> bool:
+        """Tell whether the rows of an output gradient come from the losses of the examples, in their order.
+
+        Args:
+            site: Whose output.
+            grad: Gradient of the summed losses, ``[N * M, ...]``.
+
+        Returns:
+            Whether each row has scaled by the weight of its example in every probe.
+        """
+        probes = self._weighted.get(site, [])
+        if not probes or any(weighted is None or weighted.shape != grad.shape for weighted in probes):
+            return False
+        for weighted, weights in zip(probes, self._weights(grad), strict=True):
+            weights = weights.repeat_interleave(grad.shape[0] // self._num_examples)
+            expected = grad * weights.view(-1, *[1] * (grad.ndim - 1))
+            gap = (weighted - expected).abs().flatten(1).amax(1)
+            if not (gap <= _TOLERANCE * expected.abs().flatten(1).amax(1)).all():
+                return False
+        return True
+
+    def are_as_many(self, site: Site, output: Tensor) -> bool:
+        """Tell whether an output, or its gradient, has as many rows as its layout says for ``N`` examples.
+
+        Args:
+            site: Whose output.
+            output: ``[rows, ...]``.
+
+        Returns:
+            Whether it has ``N``, or ``N T`` where they are flattened.
+        """
+        each = self._lengths.get(site.block) if site.layout is Layout.FLATTENED else 1
+        return each is not None and output.shape[0] == self._num_examples * each
+
+    def _weights(self, like: Tensor) -> list[Tensor]:
+        return [(2.0**exponents).to(like) for exponents in self._exponents]
+
+
+def _grads_at(outputs: Sequence[Tensor], weighted: Tensor) -> Sequence[Tensor | None]:
+    try:
+        return torch.autograd.grad(weighted, outputs, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):  # a reentrant checkpoint after the rows supports backward() alone
+            raise
+    grads: list[Tensor | None] = [None] * len(outputs)
+    handles = [output.register_hook(partial(grads.__setitem__, place)) for place, output in enumerate(outputs)]
+    try:
+        weighted.backward(retain_graph=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return grads

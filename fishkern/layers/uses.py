@@ -1,0 +1,145 @@
+"""The uses of one parameter: a sum over all of them comes before the square.
+
+A parameter is used more than once where a module is called several times, or where several modules share it (an
+embedding and the head). Its gradients are handed on when all uses that get one have got it.
+
+There is one exception, since the gradients of a head ``[N, T, V]`` are the largest of a language model. Where only
+squares are asked for, those of the head are taken as soon as it has its gradient, in backward the first of the uses.
+What the embedding adds to them later needs the head's gradient at the rows of the batch's tokens alone
+(:class:`fishkern.layers.grads.TiedRows`), and these are known since the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishkern.layers.embedding import Embedding
+from fishkern.layers.grads import DenseGrads, OuterProductGrads, PerExampleGrads, TiedRows, join
+from fishkern.layers.site import Layout, Site
+from fishkern.ops import embedding_rows
+
+Sink = Callable[[str, PerExampleGrads], None]
+
+
+class Uses:
+    """The uses of each parameter in one forward pass and its backward passes.
+
+    Args:
+        sites: All sites.
+        sink: Called with a parameter's canonical name and its per-example gradients.
+        squares: Whether the sink only adds squares, which may then come in parts.
+        num_examples: ``N`` of the batch.
+
+    Attributes:
+        unsettled: Canonical names whose gradients of the last backward pass are withheld, because whose rows they are
+            is not known.
+    """
+
+    def __init__(self, sites: Sequence[Site], sink: Sink, *, squares: bool, num_examples: int) -> None:
+        self._by_key: dict[str, list[Site]] = defaultdict(list)
+        for site in sites:
+            for key in site.keys.values():
+                self._by_key[key].append(site)
+        self._sink = sink
+        self._squares = squares
+        self._num_examples = num_examples
+        self._calls: Counter[Site] = Counter()
+        self._tokens: dict[str, list[Tensor]] = defaultdict(list)
+        self._received: dict[str, list[PerExampleGrads]] = defaultdict(list)
+        self._heads: dict[str, tuple[Tensor, Tensor]] = {}
+        self.unsettled: set[str] = set()
+
+    def note_call(self, site: Site, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Count a call, and remember the tokens of an embedding whose weight a head shares.
+
+        Args:
+            site: Whose call.
+            args: What it was called with.
+            kwargs: The same by keyword.
+        """
+        self._calls[site] += 1
+        for key in site.keys.values():
+            if isinstance(site.layer, Embedding) and len(self._by_key[key]) > 1:
+                indices = args[0] if args else next(iter(kwargs.values()))
+                self._tokens[key].append(indices.detach())
+
+    def calls(self, site: Site) -> int:
+        """Tell how often a module was called.
+
+        Args:
+            site: Which.
+
+        Returns:
+            The number of its calls in the forward pass.
+        """
+        return self._calls[site]
+
+    def begin(self) -> None:
+        """Forget the gradients of the backward pass before."""
+        self._received.clear()
+        self._heads.clear()
+        self.unsettled.clear()
+
+    def withhold(self, site: Site) -> None:
+        """Hand on no gradient of the parameters of a site in this backward pass.
+
+        Args:
+            site: Which.
+        """
+        self.unsettled.update(site.keys.values())
+
+    def deliver(self, key: str, grads: PerExampleGrads) -> None:
+        """Take the gradients of one use, and hand on those of all uses once they are complete.
+
+        Args:
+            key: Canonical name of the parameter.
+            grads: Of one use; or of one example, which the generic path brings one after the other.
+        """
+        sites = self._by_key[key]
+        if len(sites) > 1 and any(site.layout is None or site.picked for site in sites):
+            self._received[key].append(grads)  # until the end: a later part may be withheld, and then all are
+            return
+        expected = sum(self._calls[site] for site in sites)
+        if expected == 1 or isinstance(grads, DenseGrads):
+            self._sink(key, grads)
+            return
+        if self._squares and isinstance(grads, OuterProductGrads) and self._is_only_head(key):
+            self._sink(key, grads)
+            self._heads[key] = self._head_rows(key, grads)
+            return
+        received = self._received[key]
+        received.append(grads)
+        if len(received) + (key in self._heads) == expected:
+            self._close(key)
+
+    def finish(self) -> None:
+        """Hand on what is complete now that backward has ended: a use without a gradient is none."""
+        for key in self._received.keys() - self.unsettled:
+            self._close(key)
+
+    def _close(self, key: str) -> None:
+        grads = join(self._received.pop(key))
+        if key in self._heads:
+            grads = TiedRows(grads, *self._heads.pop(key))
+        self._sink(key, grads)
+
+    def _is_only_head(self, key: str) -> bool:
+        """Tell whether the other uses of a parameter are embeddings alike, whose tokens are known for each example."""
+        heads = sum(self._calls[site] for site in self._by_key[key] if not isinstance(site.layer, Embedding))
+        embeddings = [site for site in self._by_key[key] if isinstance(site.layer, Embedding)]
+        tokens = self._tokens[key]
+        batched = all(site.layout is Layout.BATCHED for site in embeddings)
+        alike = len({site.module.padding_idx for site in embeddings}) == 1  # so that they join
+        of_examples = bool(tokens) and all(rows.shape[0] == self._num_examples for rows in tokens)
+        return heads == 1 and batched and alike and of_examples
+
+    def _head_rows(self, key: str, grads: OuterProductGrads) -> tuple[Tensor, Tensor]:
+        N = self._num_examples
+        tokens = torch.cat([indices.reshape(N, -1) for indices in self._tokens[key]], dim=1)
+        example, row, _ = embedding_rows(tokens, grads.output_grads.new_zeros(*tokens.shape, 0))
+        return example * grads.shape[0] + row, grads.rows(example, row)
