@@ -1,10 +1,12 @@
 """Model and batches in, statistics out."""
 
-from fishkern.statistics.base import Estimator
+from fishkern.statistics.base import Constant, Estimator, ParameterInfo
 from fishkern.statistics.coverage import Covered
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, Draws
 from fishkern.statistics.estimate import estimate
+from fishkern.statistics.group_fisher import GroupFisher
+from fishkern.statistics.held import Held
 from fishkern.statistics.likelihood import (
     CausalLM,
     Classification,
@@ -29,15 +31,19 @@ __all__ = [
     "CausalLM",
     "Classification",
     "Compared",
+    "Constant",
     "Covered",
     "DiagonalFisher",
     "Drawn",
     "Draws",
     "Estimator",
     "Gaussian",
+    "GroupFisher",
+    "Held",
     "Likelihood",
     "MaskedLM",
     "MultiLabel",
+    "ParameterInfo",
     "Predictive",
     "QuestionAnswering",
     "Regression",

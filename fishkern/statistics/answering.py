@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -22,6 +21,7 @@ from fishkern.statistics.likelihood_argument import checked_likelihood, describe
 from fishkern.statistics.notes import note_choice, note_labels, note_probabilities
 from fishkern.statistics.outputs import own_loss
 from fishkern.statistics.predictive import Categorical, Predictive
+from fishkern.warning import warn_caller
 
 
 class Answering:
@@ -192,7 +192,7 @@ def _compare_with_own_loss(
             "the model's holds more than that (an auxiliary loss, label smoothing, another shift)"
         )
     if named:
-        warnings.warn(f"{numbers}: {why}. As {kind} was named, the statistics are of its loss alone.", stacklevel=7)
+        warn_caller(f"{numbers}: {why}. As {kind} was named, the statistics are of its loss alone.")
         return None
     return (
         f"{numbers}: they should agree, but {why}. For the loss of the labels alone name it, "

@@ -1,45 +1,100 @@
-"""What an estimator is: a recipe that turns gradients into one accumulated tensor for each parameter."""
+"""What an estimator is: a recipe that adds up gradients in a state of its own for each parameter."""
 
 from __future__ import annotations
 
-import hashlib
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fishkern.backend import Backend
 from fishkern.layers import DenseGrads, PerExampleGrads
+from fishkern.statistics.coverage import Covered
+from fishkern.statistics.held import Held
 from fishkern.statistics.predictive import Predictive
+from fishkern.statistics.result import Statistics
+
+Reads = Literal["squares", "examples", "positions", "factors", "sums", "batches"]
+State = Any
+"""A nest (tuples, lists, dicts) of tensors, each a sum over examples; or a single one. See :meth:`Estimator.init`."""
+
+_REPLACED = {
+    "adds_squares": "say reads = 'squares' where update_ asks for squares alone",
+    "per_example": "say reads = 'sums' or 'batches' where the gradient of an objective as a whole will do",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterInfo:
+    """The parameter that a state belongs to.
+
+    Args:
+        name: Its canonical name.
+        value: The parameter; for a weight that a quantised linear stores in another form, what stores it.
+        shape: Shape of its gradients: the parameter's, or ``[O, I]`` for a stored weight.
+        dtype: What its sums are accumulated in: float64 for a float64 parameter, else float32.
+        device: Where its state lies.
+    """
+
+    name: str
+    value: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """Something in a state that is no sum, such as a basis: it is neither reduced over ranks nor set to zero.
+
+    Args:
+        value: Anything.
+    """
+
+    value: Any
 
 
 class Estimator(ABC):
     """Recipe of a statistic.
 
     A pass over data asks for :meth:`objectives` of each batch, back-propagates each of them, and hands the gradients of
-    every parameter to :meth:`update_`. One of your own needs :attr:`definition` and :meth:`update_`; the rest is that
-    of a mean over examples at the data's labels.
+    every parameter to :meth:`update_`, which adds them to the state that :meth:`init` made. One of your own needs
+    :attr:`definition` and :meth:`update_`; the rest is that of a mean over examples at the data's labels.
 
     Attributes:
-        adds_squares: Whether :meth:`update_` asks nothing of the gradients but to add their squares, which then may
-            come in parts (of a tied weight the head's before the embedding's), and may miss zero by rounding. False for
-            a class that defines ``update_`` and does not say.
+        reads: What :meth:`update_` asks of the gradients. ``"examples"``, also where a subclass defines ``update_`` and
+            does not say: anything, such as the whole gradient of each example (``grads.example(n)``). ``"squares"``:
+            their squares alone (``add_squares_``, ``add_group_squares_``), which then may come in parts (of a tied
+            weight the head's before the embedding's) and may miss zero by rounding. ``"positions"``: the squares of
+            each position's term (``add_position_squares_``). ``"factors"``: activations, output gradients and which
+            positions count (:class:`fishkern.layers.OuterProductGrads`). A parameter without positions, or without
+            factors, is refused by name. ``"sums"``: one gradient of a weighted sum of the examples' losses, as ordinary
+            autograd gives it. ``"batches"``: one gradient of the loss of a batch as a whole.
     """
 
-    adds_squares: ClassVar[bool] = False
+    reads: ClassVar[Reads] = "examples"
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "update_" in vars(cls) and "adds_squares" not in vars(cls):  # what it inherits speaks of another update_
-            cls.adds_squares = False
+        defined = vars(cls)
+        for name, remedy in _REPLACED.items():
+            if name in defined:
+                raise TypeError(f"{cls.__name__}.{name} has been replaced: {remedy}.")
+        if "update_" in defined:  # what the class inherits belongs to another update_
+            if "reads" not in defined:
+                cls.reads = "examples"
+            if "of_gradient" not in defined:
+                cls.of_gradient = Estimator.of_gradient
 
     @property
-    def per_example(self) -> bool:
-        """Whether the gradients of single examples are needed, or those of the objectives as a whole will do."""
-        return True
+    def has_of_gradient(self) -> bool:
+        """Whether :meth:`of_gradient` says what a single gradient adds."""
+        return self.reads != "positions" and type(self).of_gradient is not Estimator.of_gradient
 
     @property
     @abstractmethod
@@ -75,50 +130,136 @@ class Estimator(ABC):
         """
         return num_examples
 
-    def init(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Make the accumulator of one parameter.
+    def init(self, parameter: ParameterInfo) -> State:
+        """Make the state of one parameter.
 
         Args:
-            shape: Shape of the parameter.
-            dtype: float32 or float64.
-            device: Where it lies.
+            parameter: Its name, value and shape.
 
         Returns:
-            Zeros of this shape, dtype and device.
+            Zeros of any shapes, in a nest of any kind: tensors of ``parameter.dtype``, float64 or int64 on
+            ``parameter.device``. Everything else in it is a :class:`Constant`. By default zeros of the parameter's
+            shape.
         """
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
 
     @abstractmethod
-    def update_(self, state: Tensor, grads: PerExampleGrads, backend: Backend | None = None) -> None:
+    def update_(
+        self, state: State, grads: PerExampleGrads, parameter: ParameterInfo, backend: Backend | None = None
+    ) -> None:
         """Add the gradients of one objective; parts of the data may be added up elsewhere and be summed.
 
         Args:
-            state: Accumulator, changed in place.
-            grads: Gradients of the parameter: ``grads.example(n)`` for ``n`` below ``grads.num_examples``, or the sum
-                of their squares by ``grads.add_squares_(state, backend)``. All examples of a batch, or some of them.
+            state: Changed in place.
+            grads: Gradients of the parameter, of all examples of a batch or of some of them: ``grads.example(n)`` for
+                ``n`` below ``grads.num_examples``, or the sum of their squares by ``grads.add_squares_(state,
+                backend)``. A gradient of zeros must add nothing, since none arrives where an example does not reach a
+                parameter.
+            parameter: Whose.
             backend: Passed on to the operation behind it.
         """
 
-    def add_single_(self, state: Tensor, grad: Tensor) -> None:
+    def of_gradient(self, grad: Tensor, parameter: ParameterInfo) -> State:
+        """Say what the gradient of a single example adds to a state. Optional.
+
+        The self-check compares with it, in the memory of one state and one gradient. Without it the check squares the
+        captured gradients, some parameters at a time.
+
+        Args:
+            grad: Of ``parameter.shape``, in the model's dtype.
+            parameter: Whose.
+
+        Returns:
+            A nest like the state; ``None`` in the place of a sum that is no function of a gradient, and of a constant.
+
+        Raises:
+            NotImplementedError: The estimator does not say.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what a single gradient adds.")
+
+    def add_single_(self, state: State, grad: Tensor, parameter: ParameterInfo) -> None:
         """Add the gradient of a single example, whole: the statistic's definition, for a loop to compare with.
 
         Args:
-            state: Accumulator, changed in place.
+            state: Changed in place.
             grad: Of the parameter's shape.
+            parameter: Whose.
         """
-        self.update_(state, DenseGrads(grad[None]))
+        if not self.has_of_gradient:
+            self.update_(state, DenseGrads(grad[None]), parameter)
+            return
+        for total, added in zip(sums(state), added_to(state, self.of_gradient(grad, parameter)), strict=True):
+            if added is None:
+                raise NotImplementedError(f"{type(self).__name__} has sums that are no functions of a gradient.")
+            total += added.to(total)
 
-    def result(self, state: Tensor, count: int) -> Tensor:
-        """Turn an accumulator into the statistic.
+    def result(self, state: State, count: int) -> Tensor:
+        """Turn a state into the statistic.
 
         Args:
-            state: Accumulator; may be changed.
+            state: May be changed.
             count: Number of units.
 
         Returns:
-            The mean over units, float32.
+            By default the mean over units, float32, of a state that is one tensor.
         """
         return state.div_(count).float()
+
+    def collect(
+        self,
+        model: nn.Module,
+        results: Mapping[str, Any],
+        *,
+        count: int,
+        provenance: Mapping[str, Any],
+        coverage: Mapping[str, Covered],
+    ) -> Held:
+        """Put the results of all parameters together: what ``estimate`` returns.
+
+        Args:
+            model: The model, without wrappers.
+            results: What :meth:`result` gave, by parameter name.
+            count: Number of units.
+            provenance: Definition and run of the pass.
+            coverage: How each parameter was computed.
+
+        Returns:
+            By default :class:`fishkern.Statistics` of the same names.
+        """
+        return Statistics(results, count=count, provenance=provenance, coverage=coverage)
+
+
+def sums(state: State) -> list[Tensor]:
+    """List the tensors of a state, all of which are sums.
+
+    Args:
+        state: Any nest.
+
+    Returns:
+        The tensors, in order, without what is constant.
+    """
+    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
+
+
+def added_to(state: State, added: State) -> list[Tensor | None]:
+    """List what a gradient adds to each sum of a state.
+
+    Args:
+        state: The state.
+        added: From :meth:`Estimator.of_gradient`.
+
+    Returns:
+        In the order of :func:`sums`; ``None`` where the estimator does not say.
+
+    Raises:
+        ValueError: The nests differ.
+    """
+    leaves, others = tree_leaves(state), tree_leaves(added)
+    if len(leaves) != len(others):
+        raise ValueError(
+            f"of_gradient must give a nest like the state, of {len(leaves)} entries; it has {len(others)}."
+        )
+    return [other for leaf, other in zip(leaves, others, strict=True) if isinstance(leaf, Tensor)]
 
 
 def integer(value: Any, name: str) -> int:
@@ -150,34 +291,3 @@ def losses_of(answer: Predictive | Tensor) -> Tensor:
         ``[N]``.
     """
     return answer if isinstance(answer, Tensor) else answer.losses()
-
-
-def stream(*key: Any) -> torch.Generator:
-    """Start the stream of random numbers that a key stands for, the same on every machine.
-
-    Args:
-        key: What the numbers belong to, such as a seed and an example's place in the data.
-
-    Returns:
-        The generator, on the CPU.
-    """
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big", signed=True))
-
-
-def uniform(seed: int, draw: int, examples: range, size: int) -> Tensor:
-    """Draw numbers that belong to an example, whatever batch it comes in and whatever device it lies on.
-
-    Args:
-        seed: Seed of the estimator.
-        draw: Which draw.
-        examples: Places of the examples in the whole data.
-        size: How many numbers for each example; a longer row of numbers begins with a shorter one.
-
-    Returns:
-        Uniform in [0, 1), ``[N, size]``, float64 on the CPU.
-    """
-    rows = []
-    for example in examples:
-        rows.append(torch.rand(size, generator=stream(seed, draw, example), dtype=torch.float64))
-    return torch.stack(rows)

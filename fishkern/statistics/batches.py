@@ -88,6 +88,13 @@ class Examples:
         ))  # fmt: skip
         return cut, whole
 
+    @property
+    def attended(self) -> Tensor | None:
+        """Which positions its attention mask marks, ``[N, T]``, bool; ``None`` where it has none of this shape."""
+        mask = self.content.get("attention_mask") if isinstance(self.content, Mapping) else None
+        fits = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == self.num_examples
+        return mask != 0 if fits else None
+
     def copied(self) -> Batch:
         """Copy the content for one run.
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-
-from fishkern.files import AnyTensor
 
 # In the order in which merging prefers the later one: of two runs, the slower path is what the reader should know.
 PATHS = ("batch", "sketch", "fused", "generic", "loop", "left out")
@@ -19,7 +17,7 @@ class Covered:
         path: ``"fused"`` (kernel or rule of the layer), ``"generic"`` (per-example gradients of the smallest enclosing
             module), ``"loop"`` (the whole model, one example at a time), ``"sketch"`` (random signs), ``"batch"`` (the
             batch gradient), or ``"left out"``.
-        numel: Coordinates of the parameter.
+        numel: Coordinates of the parameter, whatever the shape of its statistic.
         reason: Why this path, in words; by whose word it was left out.
     """
 
@@ -49,32 +47,30 @@ def slowest_paths(several: Iterable[Mapping[str, tuple[str, str]]]) -> dict[str,
     return slowest
 
 
-def check_coverage(entries: Mapping[str, AnyTensor], coverage: Mapping[str, Covered]) -> None:
-    """Demand, where there is a coverage, that it and the tensors say the same.
+def check_coverage(
+    names: Collection[str], coverage: Mapping[str, Covered], groups: Mapping[str, Collection[str]]
+) -> None:
+    """Demand, where there is a coverage, that it names the same parameters.
 
     Args:
-        entries: Tensors by parameter name.
-        coverage: May be empty.
+        names: Names of what is held.
+        coverage: By parameter; may be empty.
+        groups: For each name that is none of a parameter, the parameters it stands for.
 
     Raises:
         ValueError: They contradict each other.
     """
     if not coverage:
         return
-    for name, entry in entries.items():
-        if name not in coverage:
-            raise ValueError(f"{name} is held, but coverage says nothing of it.")
-        covered = coverage[name]
-        if covered.path == "left out":
-            raise ValueError(f"{name} is held, but coverage says it was left out.")
-        if covered.numel != entry.numel():
-            raise ValueError(
-                f"{name} has {entry.numel()} coordinates, but coverage says {covered.numel}: a statistic has its "
-                "parameter's shape; sum over axes or groups afterwards."
-            )
-    for name, covered in coverage.items():
-        if covered.path != "left out" and name not in entries:
-            raise ValueError(f"coverage says {covered.path} of {name}, which is not held.")
+    held = {parameter: name for name in names for parameter in groups.get(name, (name,))}
+    for parameter in held:
+        if parameter not in coverage:
+            raise ValueError(f"{parameter} is held, but coverage says nothing of it.")
+        if coverage[parameter].path == "left out":
+            raise ValueError(f"{parameter} is held, but coverage says it was left out.")
+    for parameter, covered in coverage.items():
+        if covered.path != "left out" and parameter not in held:
+            raise ValueError(f"coverage says {covered.path} of {parameter}, which is not held.")
 
 
 def merged_coverage(a: Mapping[str, Covered], b: Mapping[str, Covered]) -> dict[str, Covered]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from fishkern.backend import Backend
 from fishkern.layers import PerExampleGrads
-from fishkern.statistics.base import Estimator, integer, losses_of, uniform
+from fishkern.statistics.base import Estimator, ParameterInfo, Reads, State, integer, losses_of
+from fishkern.statistics.draws import uniform
 from fishkern.statistics.predictive import Predictive
 
 _FISHER_TYPES = ("empirical", "mc", "type-2")
@@ -43,7 +44,6 @@ class DiagonalFisher(Estimator):
         TypeError: ``mc_samples``, ``seed`` or ``max_label_passes`` is no integer.
     """
 
-    adds_squares: ClassVar[bool] = True
     fisher_type: Literal["empirical", "mc", "type-2"] = "empirical"
     unit: Literal["example", "position", "batch"] = "example"
     mc_samples: int = 1
@@ -63,8 +63,8 @@ class DiagonalFisher(Estimator):
             raise ValueError(f"fisher_type='type-2' is defined for unit='example' only, got unit={self.unit!r}.")
 
     @property
-    def per_example(self) -> bool:
-        return self.unit != "batch"
+    def reads(self) -> Reads:
+        return {"example": "squares", "position": "positions", "batch": "batches"}[self.unit]
 
     @property
     def definition(self) -> dict[str, Any]:
@@ -101,11 +101,16 @@ class DiagonalFisher(Estimator):
     def units(self, num_examples: int) -> int:
         return 1 if self.unit == "batch" else num_examples
 
-    def update_(self, state: Tensor, grads: PerExampleGrads, backend: Backend | None = None) -> None:
+    def update_(
+        self, state: Tensor, grads: PerExampleGrads, parameter: ParameterInfo, backend: Backend | None = None
+    ) -> None:
         if self.unit == "position":
             grads.add_position_squares_(state)
         else:
             grads.add_squares_(state, backend)
+
+    def of_gradient(self, grad: Tensor, parameter: ParameterInfo) -> State:
+        return grad.to(parameter.dtype).square()
 
     def result(self, state: Tensor, count: int) -> Tensor:
         # a tied weight's squares are formed as A^2 + (2A + E)E, which rounding may leave just below zero

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishkern.statistics.base import integer, stream
+from fishkern.statistics.base import integer
 from fishkern.statistics.batches import Batch, Examples
+from fishkern.statistics.draws import stream
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 

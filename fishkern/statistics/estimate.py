@@ -2,47 +2,50 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fishkern import backend as backends
 from fishkern import hosts
 from fishkern.backend import Backend
 from fishkern.layers import (
-    Connection,
     UnsupportedModuleError,
-    as_found,
-    gradient_kept,
     has_gradient_dtype,
     is_wrapped,
     scored_tensors,
     stored_weights,
     weight_shape,
+    wide,
 )
-from fishkern.statistics.accumulators import Accumulators
 from fishkern.statistics.answering import Answering
-from fishkern.statistics.base import Estimator
+from fishkern.statistics.autograd_pass import AutogradPass
+from fishkern.statistics.base import Estimator, ParameterInfo, sums
 from fishkern.statistics.batches import Examples, Reader, Shared
+from fishkern.statistics.captured_pass import CapturedPass
 from fishkern.statistics.choosing import Wanted, chosen_names
 from fishkern.statistics.coverage import Covered, slowest_paths
 from fishkern.statistics.cutting import answering_parts
 from fishkern.statistics.data import Data, Progress
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
+from fishkern.statistics.held import Held
 from fishkern.statistics.independence import Independence
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.likelihood_argument import OWN_TOKENS
-from fishkern.statistics.passes import GradientPass, PerExamplePass
+from fishkern.statistics.planning import Planner
 from fishkern.statistics.precision import Precision
 from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.randomness import OwnRandomness
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.shards import Ranks
+from fishkern.statistics.states import States
+from fishkern.statistics.undisturbed import Entered, undisturbed
+from fishkern.warning import warn_caller
 
 
 def estimate(
@@ -58,7 +61,7 @@ def estimate(
     backend: Backend | None = None,
     progress: bool | Callable[[int, int | None], None] = False,
     shared: Shared = None,
-) -> Statistics:
+) -> Statistics | Held:
     """Estimate a statistic of a model's gradients over data.
 
     The model runs in evaluation mode (activation checkpointing stays on). Its modes, ``requires_grad``, ``.grad``,
@@ -110,95 +113,107 @@ def estimate(
     estimator = DiagonalFisher() if estimator is None else estimator
     model = hosts.unwrap(model)
     _refuse(model, estimator, max_examples)
-    chosen = _chosen(model, parameters)
-    if reason := hosts.merged_adapter(model, chosen):
-        raise UnsupportedModuleError(f"{reason}.")
-    stored = {key: weight_shape(module) for key, (_, module) in stored_weights(model).items()}
-    _refuse_without_gradient(stored, chosen, estimator)
-    shapes = {key: stored.get(key, parameter.shape) for key, parameter in chosen.items()}
-    accumulators = Accumulators(
-        shapes,
-        {key: torch.device(accumulate_on or parameter.device) for key, parameter in chosen.items()},
-        {key: torch.promote_types(_gradient_dtype(parameter), torch.float32) for key, parameter in chosen.items()},
-        estimator,
-        backends.current() if backend is None else backend,
-    )
-    device = next(iter(chosen.values())).device
+    named = _chosen(model, parameters)
+    infos = _infos(model, named, estimator, accumulate_on)
+    states = States(infos, estimator, backends.current() if backend is None else backend)
     ranks = Ranks()
-    ranks.demand_equal({key: tuple(shape) for key, shape in shapes.items()}, "the parameters to estimate")
+    ranks.demand_equal({key: tuple(info.shape) for key, info in infos.items()}, "the parameters to estimate")
+    device = next(iter(named.values())).device
     reader = reader_for(likelihood, shared)
     data = Data(batches, reader, device, max_examples, ranks)
     report = Progress(progress if ranks.rank == 0 else False, data.total)
     answering = Answering(model, likelihood)
-    answer_parts = answering_parts(answering)
-    by_labels = estimator.definition.get("fisher_type", "empirical") == "empirical"
-    randomness = OwnRandomness(device)
-    with ranks.failing_together(), _as_found(model) as restore, Connection(model, chosen.values()) as connection:
+    run = _Run(model, named, estimator, states, answering)
+    with ranks.failing_together(), undisturbed(model, named.values()) as entered:
+        units = run.over(data, entered, check=check, report=report, device=device)
+    report.close()
+    sizes = [sum(each) for each in zip(*ranks.gathered((units, data.examples, data.batches)), strict=True)]
+    if not sizes[0]:
+        raise ValueError("the data holds no example: batches was empty (an exhausted iterator, or max_examples=0).")
+    if not any(ranks.gathered(run.connected)):
+        raise ValueError(
+            f"the loss depends on none of the {len(named)} parameters asked for ({', '.join(list(named)[:3])}, ...): "
+            "it was computed without gradients, or these parameters are not used."
+        )
+    results = _results(states, infos, estimator, ranks, sizes[0])
+    loss = f"{answering.description}{_note_own_tokens(reader)}"
+    passed = {
+        "model": type(model).__name__,
+        "dtype": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in named.values()}),
+        "examples": sizes[1],
+        "batches": sizes[2],
+        **({"ranks": ranks.count} if ranks.count > 1 else {}),
+        "checked": None if estimator.reads in ("sums", "batches") else check,
+        "torch": torch.__version__,
+        **estimator.settings,
+        **({"draws_seed": likelihood.seed} if isinstance(likelihood, Drawn) else {}),
+        **({"note": run.note} if run.note else {}),
+    }
+    return estimator.collect(
+        model,
+        results,
+        count=sizes[0],
+        provenance={"definition": {**estimator.definition, "likelihood": loss}, "runs": [passed]},
+        coverage=_coverage(model, named, slowest_paths(ranks.gathered(run.paths)), parameters),
+    )
+
+
+@dataclass
+class _Run:
+    """One pass over the data.
+
+    Args:
+        model: Without running wrappers.
+        named: The parameters asked for, by canonical name.
+        estimator: The recipe.
+        states: Where it adds up.
+        answering: Runs the model on a batch.
+        paths: Path and reason for each parameter, once the pass has ended.
+        connected: Whether a loss depended on these parameters.
+        note: What was noticed and let pass.
+    """
+
+    model: nn.Module
+    named: Mapping[str, Tensor]
+    estimator: Estimator
+    states: States
+    answering: Answering
+    paths: Mapping[str, tuple[str, str]] | None = None
+    connected: bool = False
+    note: str | None = None
+
+    def over(self, data: Data, entered: Entered, *, check: bool, report: Progress, device: torch.device) -> int:
+        """Add every batch; give the number of units."""
+        answer_parts = answering_parts(self.answering)
 
         def answer(batch: Examples) -> Predictive | Tensor:
-            restore()
+            entered.restore()
             return answer_parts(batch)
 
-        independence = Independence(model, answer, Precision(model), by_labels=by_labels)
-        way: GradientPass | PerExamplePass
-        if estimator.per_example:
-            way = PerExamplePass(model, chosen, answer, estimator, accumulators, check, independence, connection)
-        elif estimator.definition.get("unit") == "batch":
-            way = GradientPass(chosen, answer, estimator, accumulators, "batch", None, connection)
-        else:
-            way = GradientPass(chosen, answer, estimator, accumulators, "sketch", independence, connection)
+        by_labels = self.estimator.definition.get("fisher_type", "empirical") == "empirical"
+        independence = Independence(self.model, answer, Precision(self.model), by_labels=by_labels)
+        way = self._way(answer, entered, independence, check)
+        randomness = OwnRandomness(device)
         units = 0
         for batch in data:
             with randomness.drawing():
                 if data.batches == 1:
-                    answering.prepare(batch)
+                    self.answering.prepare(batch)
                 way.run(batch)
-            units += estimator.units(batch.num_examples)
+            units += self.estimator.units(batch.num_examples)
             report(data.examples)
-    report.close()
-    counts = [sum(found) for found in zip(*ranks.gathered((units, data.examples, data.batches)), strict=True)]
-    units, num_examples, num_batches = counts
-    if not units:
-        raise ValueError("the data holds no example: batches was empty (an exhausted iterator, or max_examples=0).")
-    if not any(ranks.gathered(way.connected)):
-        raise ValueError(
-            f"the loss depends on none of the {len(chosen)} parameters asked for ({', '.join(list(chosen)[:3])}, ...): "
-            "it was computed without gradients, or these parameters are not used."
-        )
-    tensors = {}
-    for key in chosen:
-        ranks.sum_(state := accumulators.states.pop(key))
-        tensors[key] = estimator.result(state, units)
-        if not tensors[key].isfinite().all():
-            raise ValueError(
-                f"the statistic of {key} is not finite although every loss is: its gradients overflow in "
-                f"{chosen[key].dtype}. Run the model in float32 or bfloat16."
-            )
-    if all(not tensor.any() for tensor in tensors.values()):
-        warnings.warn("every entry is exactly zero: no parameter moves this loss.", stacklevel=2)
-    own_tokens = ""
-    if reader.found:
-        own_tokens = OWN_TOKENS
-        warnings.warn(
-            f"the batches hold {', '.join(map(repr, sorted(reader.found)))}, which the model does not get: the loss of "
-            "an example is that of its own tokens.",
-            stacklevel=2,
-        )
-    definition = {**estimator.definition, "likelihood": f"{answering.description}{own_tokens}"}
-    run = {
-        "model": type(model).__name__,
-        "dtype": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in chosen.values()}),
-        "examples": num_examples,
-        "batches": num_batches,
-        **({"ranks": ranks.count} if ranks.count > 1 else {}),
-        "checked": check if estimator.per_example else None,
-        "torch": torch.__version__,
-        **estimator.settings,
-        **({"draws_seed": likelihood.seed} if isinstance(likelihood, Drawn) else {}),
-        **({"note": independence.note} if independence.note else {}),
-    }
-    coverage = _coverage(model, chosen, slowest_paths(ranks.gathered(way.paths)), parameters)
-    return Statistics(tensors, count=units, provenance={"definition": definition, "runs": [run]}, coverage=coverage)
+        self.paths, self.connected, self.note = way.paths, way.connected, independence.note
+        return units
+
+    def _way(
+        self, answer: Callable, entered: Entered, independence: Independence, check: bool
+    ) -> AutogradPass | CapturedPass:
+        common = (self.named, answer, self.estimator, self.states)
+        connection = entered.connection
+        if self.estimator.reads in ("sums", "batches"):
+            return AutogradPass(*common, independence=independence, connection=connection)
+        planner = Planner(self.model, *common, check=check, independence=independence, connection=connection)
+        return CapturedPass(*common, planner)
 
 
 def reader_for(likelihood: Likelihood | LossFunction | Drawn | None, shared: Shared) -> Reader:
@@ -214,6 +229,57 @@ def reader_for(likelihood: Likelihood | LossFunction | Drawn | None, shared: Sha
     """
     by_function = not (likelihood is None or isinstance(likelihood, Likelihood))
     return Reader(shared, only_pairs=not by_function, dropped=() if by_function else ("num_items_in_batch",))
+
+
+def _infos(
+    model: nn.Module, named: Mapping[str, Tensor], estimator: Estimator, accumulate_on: str | torch.device | None
+) -> dict[str, ParameterInfo]:
+    """Say of each parameter what its state is of; refuse those that have no gradient."""
+    if reason := hosts.merged_adapter(model, named):
+        raise UnsupportedModuleError(f"{reason}.")
+    stored = {key: weight_shape(module) for key, (_, module) in stored_weights(model).items()}
+    _refuse_without_gradient(stored, named, estimator)
+    return {
+        key: ParameterInfo(
+            key,
+            one,
+            stored.get(key, one.shape),
+            wide(one) if has_gradient_dtype(one) else torch.float32,  # the gradient of a stored weight is float32
+            torch.device(accumulate_on or one.device),
+        )
+        for key, one in named.items()
+    }
+
+
+def _results(
+    states: States, infos: Mapping[str, ParameterInfo], estimator: Estimator, ranks: Ranks, units: int
+) -> dict[str, Any]:
+    """Reduce each state over the ranks and turn it into the statistic, one at a time."""
+    results = {}
+    for key, info in infos.items():
+        state = states.pop(key)
+        for total in sums(state):
+            ranks.sum_(total)
+        results[key] = estimator.result(state, units)
+        if not all(bool(leaf.isfinite().all()) for leaf in tree_leaves(results[key]) if isinstance(leaf, Tensor)):
+            raise ValueError(
+                f"the statistic of {key} is not finite although every loss is: its gradients overflow in "
+                f"{info.value.dtype}. Run the model in float32 or bfloat16."
+            )
+    if not any(bool(leaf.any()) for leaf in tree_leaves(results) if isinstance(leaf, Tensor)):
+        warn_caller("every entry is exactly zero: no parameter moves this loss.")
+    return results
+
+
+def _note_own_tokens(reader: Reader) -> str:
+    """Note entries of the batches that the model does not get, since they would make a loss depend on the batch."""
+    if not reader.found:
+        return ""
+    warn_caller(
+        f"the batches hold {', '.join(map(repr, sorted(reader.found)))}, which the model does not get: the loss of "
+        "an example is that of its own tokens."
+    )
+    return OWN_TOKENS
 
 
 def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) -> None:
@@ -277,18 +343,13 @@ def _refuse_without_gradient(
             f"{sparse} are kept in a sparse layout ({chosen[sparse[0]].layout}), and statistics are dense: leave them "
             "out with parameters=, or hold a dense parameter and multiply it by its mask."
         )
-    if lost := sorted(key for key in without if not estimator.per_example or key not in stored):
+    if lost := sorted(key for key in without if estimator.reads in ("sums", "batches") or key not in stored):
         dtypes = sorted({str(without[key].dtype).removeprefix("torch.") for key in lost})
         raise UnsupportedModuleError(
             f"{lost} are stored as {', '.join(dtypes)}, so autograd gives them no gradient; only DiagonalFisher with "
             "unit='example' or 'position' serves such a weight, where it belongs to a quantised linear (a module with "
             "in_features, out_features and one stored weight). Leave them out with parameters=."
         )
-
-
-def _gradient_dtype(parameter: Tensor) -> torch.dtype:
-    """Name the dtype of a parameter's gradient; that of a stored weight is taken for float32."""
-    return parameter.dtype if has_gradient_dtype(parameter) else torch.float32
 
 
 def _coverage(
@@ -308,15 +369,3 @@ def _coverage(
         if storage != key:
             coverage[storage] = Covered("left out", 0, f"stored for {key}")
     return coverage
-
-
-@contextmanager
-def _as_found(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Prepare the model for a pass and restore what a pass touches."""
-    with ExitStack() as stack:
-        stack.enter_context(hosts.evaluation_mode(model))
-        stack.enter_context(hosts.connected_inputs(model))
-        stack.enter_context(gradient_kept(model))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.enable_grad())
-        yield stack.enter_context(as_found(model))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,6 +12,7 @@ from fishkern.statistics.base import losses_of
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.precision import Precision
 from fishkern.statistics.predictive import Categorical, Predictive
+from fishkern.warning import warn_caller
 
 # What the loss of an example may move by between a batch and alone, relative to the larger loss of the two examples.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
@@ -117,10 +117,9 @@ class Independence:
             )
         if reason := _choosing(self._model):
             self.note = f"{differs}: {reason}"
-            warnings.warn(
+            warn_caller(
                 f"{self.note}. The statistics are those of the choices made in these batches; fishkern.verify says how "
-                "far they are from those of examples alone.",
-                stacklevel=7,
+                "far they are from those of examples alone."
             )
             return
         cut, _ = two.names

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.layers import Connection, DenseGrads, as_found, gradient_kept
-from fishkern.statistics.accumulators import Accumulators
+from fishkern.layers import wide
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.autograd import backward, check_finite, take_grad, with_last
-from fishkern.statistics.base import Estimator
+from fishkern.statistics.base import Estimator, ParameterInfo, State
 from fishkern.statistics.batches import Batch, Examples
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
@@ -22,6 +21,8 @@ from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
 from fishkern.statistics.outputs import own_loss
 from fishkern.statistics.precision import Precision
 from fishkern.statistics.predictive import Predictive
+from fishkern.statistics.states import States
+from fishkern.statistics.undisturbed import Entered, undisturbed
 
 
 class Loop:
@@ -52,9 +53,8 @@ class Loop:
         self._likelihood = likelihood
         self.estimator = estimator
         self._answering: Answering | None = None
-        self._restore: Callable[[], None] = lambda: None
-        self._connection = Connection(model, ())
-        self._totals: Accumulators | None = None
+        self._entered: Entered | None = None
+        self._totals: States | None = None
         self.device = next(iter(chosen.values())).device
         self.precision = Precision(model)
         self.arrived: set[str] = set()
@@ -63,21 +63,14 @@ class Loop:
     def collecting(self) -> Iterator[None]:
         """Listen to the parameters, and leave the model as found."""
         names = {parameter: name for name, parameter in self._chosen.items()}
-        handles = []
-        modes = {module: module.training for module in self._model.modules()}
         devices = [self.device] if self.device.type == "cuda" else []
         with (
-            torch.compiler.set_stance("force_eager"),
-            torch.enable_grad(),
             torch.random.fork_rng(devices),
-            as_found(self._model) as self._restore,
-            gradient_kept(self._model),
-            Connection(self._model, self._chosen.values()) as self._connection,
+            undisturbed(self._model, self._chosen.values(), checkpointing=False) as self._entered,
             self.precision.noting(),
         ):
+            handles = []
             try:
-                for module in modes:
-                    module.training = False  # activation checkpointing included: single examples need none
                 for parameter in names:
                     parameter.requires_grad_(True)
                     handles.append(parameter.register_post_accumulate_grad_hook(lambda p: self._add(names[p], p)))
@@ -85,26 +78,24 @@ class Loop:
             finally:
                 for handle in handles:
                     handle.remove()
-                for module, mode in modes.items():
-                    module.training = mode
 
-    def taken(self) -> dict[str, Tensor]:
-        """Take the accumulators so far; as new where no gradient arrived."""
-        taken, self._totals = self._accumulators(), None
-        return taken.states
+    def taken(self) -> dict[str, State]:
+        """Take the states so far; as new where no gradient arrived."""
+        states, self._totals = self._states(), None
+        return {name: states.pop(name) for name in self._chosen}
 
     def add_alone(self, row: Examples) -> None:
         """Add one example, for the empirical Fisher by the loss that the model itself returns where it does."""
-        self._restore()
+        self._entered.restore()
         try:
-            answer = self._connection.answered(lambda: self._answer_alone(row))
+            answer = self._entered.connection.answered(lambda: self._answer_alone(row))
         except UnknownLabelError as error:
             raise error.at(f"example {row.places[0]}") from None
         self._add_objectives(answer, row.places)
 
     def add_in_batch(self, batch: Examples) -> None:
         """Add each example, back-propagated through the batch."""
-        self._restore()
+        self._entered.restore()
         self._add_objectives(self._answer(batch), batch.places)
 
     def _add_objectives(self, answer: Predictive | Tensor, places: range) -> None:
@@ -137,20 +128,15 @@ class Loop:
             self._answering = Answering(self._model, likelihood)
         return self._answering(batch)
 
-    def _accumulators(self) -> Accumulators:
+    def _states(self) -> States:
         """Those in use; made when they are needed, so that no set of them lies about empty."""
         if self._totals is None:
-            self._totals = Accumulators(
-                {name: parameter.shape for name, parameter in self._chosen.items()},
-                {name: parameter.device for name, parameter in self._chosen.items()},
-                {name: torch.promote_types(one.dtype, torch.float32) for name, one in self._chosen.items()},
-                self.estimator,
-                None,
-            )
+            infos = {n: ParameterInfo(n, p, p.shape, wide(p), p.device) for n, p in self._chosen.items()}
+            self._totals = States(infos, self.estimator)
         return self._totals
 
     def _add(self, name: str, parameter: nn.Parameter) -> None:
         grad = take_grad(parameter)
         if grad is not None:  # torch comes here also for a gradient that a backward of the user's left undefined
             self.arrived.add(name)
-            self._accumulators().add(name, DenseGrads(grad[None]))
+            self._states().add_single(name, grad)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import reduce
-from typing import Any
-
-import torch
+from typing import Any, TypeVar
 
 from fishkern.names import listed
-from fishkern.statistics.coverage import merged_coverage
-from fishkern.statistics.result import Statistics
+from fishkern.statistics.held import Held
+
+Result = TypeVar("Result", bound=Held)
 
 
-def merge(
-    a: Statistics, b: Statistics | None = None, *more: Statistics, weights: Sequence[float] | None = None
-) -> Statistics:
+def merge(a: Result, b: Result | None = None, *more: Result, weights: Sequence[float] | None = None) -> Result:
     """Merge statistics of different data into those of all of it: the mean, weighted by ``count``.
 
     merged[name] = sum_s count_s * s[name] / sum_s count_s, in float64. ``merge(a, b) == merge(b, a)``.
@@ -42,29 +38,14 @@ def merge(
     for part in parts[1:]:
         _check_mergeable(a, part)
     shares = _shares(parts, weights)
-    tensors = {}
-    for name, shape in a.shapes.items():
-        tensors[name] = torch.empty(shape, dtype=torch.float32, device=a.blocks[name].device)
-        rest = tensors[name].view(-1)
-        for aligned in zip(*(part.pieces(name) for part in parts), strict=True):
-            doubles = (piece.to(rest.device, torch.float64) for piece in aligned)
-            weighted = (share * double for share, double in zip(shares, doubles, strict=True))
-            rest[: len(aligned[0])] = sum(weighted) / sum(shares)
-            rest = rest[len(aligned[0]) :]
     definition = a.provenance["definition"]
     if weights is not None:
         definition["weights"] = [*definition.get("weights", []), list(shares)]  # one list for each such merge
-    runs = [run for part in parts for run in part.provenance["runs"]]
-    return Statistics(
-        tensors,
-        count=sum(part.count for part in parts),
-        provenance={"definition": definition, "runs": runs},
-        coverage=reduce(merged_coverage, (part.coverage for part in parts)),
-    )
+    return type(a).mean(parts, shares, definition)
 
 
 def _check_statistics(parts: Sequence[object]) -> None:
-    others = [part for part in parts if part is not None and not isinstance(part, Statistics)]
+    others = [part for part in parts if part is not None and not isinstance(part, Held)]
     if others and isinstance(others[0], list | tuple):
         raise TypeError("merge takes statistics one by one: merge(*parts), not merge(parts).")
     if others:
@@ -72,11 +53,13 @@ def _check_statistics(parts: Sequence[object]) -> None:
             f"merge takes statistics, such as estimate gives, got {type(others[0]).__name__}. To average models, "
             "weight each by its statistics."
         )
+    if kinds := {type(part).__name__ for part in parts if part is not None and type(part) is not type(parts[0])}:
+        raise TypeError(f"merge takes results of one kind, got {type(parts[0]).__name__} and {', '.join(kinds)}.")
     if None in parts[1:]:
         raise TypeError("merge takes two statistics or more: merge(a, b).")
 
 
-def _shares(parts: Sequence[Statistics], weights: Sequence[float] | None) -> list[float]:
+def _shares(parts: Sequence[Held], weights: Sequence[float] | None) -> list[float]:
     """Give what each part is weighted by."""
     if weights is None:
         return [part.count for part in parts]
@@ -89,7 +72,7 @@ def _shares(parts: Sequence[Statistics], weights: Sequence[float] | None) -> lis
     return shares
 
 
-def _check_mergeable(a: Statistics, b: Statistics) -> None:
+def _check_mergeable(a: Held, b: Held) -> None:
     ours, theirs = a.provenance["definition"], b.provenance["definition"]
     if ours != theirs:
         keys = [key for key in (ours | theirs) if key not in ours or key not in theirs or ours[key] != theirs[key]]

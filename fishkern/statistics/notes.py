@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from fishkern import hosts
 from fishkern.statistics.batches import Batch
 from fishkern.statistics.likelihood import CausalLM, Likelihood, MaskedLM, Seq2SeqLM
+from fishkern.warning import warn_caller
 
 
 def note_labels(model: nn.Module, likelihood: Likelihood, batch: Batch) -> None:
@@ -27,17 +27,17 @@ def note_labels(model: nn.Module, likelihood: Likelihood, batch: Batch) -> None:
         return
     counted = labels != -100
     if mask is not None and (hidden := int((counted & (mask == 0)).sum())):
-        _warn(
+        warn_caller(
             f"{hidden} labels of the first batch stand where its attention_mask is 0: padding counts as text, in the "
             "model's own loss, too. Mark it with the label -100."
         )
     elif (pad := hosts.padding_token(model)) is not None and (padding := int((labels == pad).sum())):
-        _warn(
+        warn_caller(
             f"{padding} labels of the first batch are the padding token {pad}: padding counts as text, in the model's "
             "own loss, too. Mark it with the label -100."
         )
     if isinstance(likelihood, CausalLM) and inputs is not None and _shifted(inputs, labels):
-        _warn(
+        warn_caller(
             "the labels of the first batch are its inputs shifted by one, and CausalLM shifts them itself, so that it "
             "asks for the token after the next: pass unshifted labels, or name fishkern.TokenClassification(), which "
             "does not shift."
@@ -55,11 +55,10 @@ def note_choice(model: nn.Module, outputs: Any) -> None:
         return
     first, *others = [tuple(one.shape) for one in outputs if isinstance(one, Tensor) and one.ndim > 1] or [()]
     if others:
-        _warn(
+        warn_caller(
             f"{type(model).__name__} returned a tuple, of which the first tensor was taken for the logits, of shape "
             f"{first} for one example, and not {', '.join(map(str, others))}: return a mapping with 'logits' where it "
-            "is another.",
-            up=8,
+            "is another."
         )
 
 
@@ -72,11 +71,10 @@ def note_probabilities(likelihood: Likelihood, logits: Tensor) -> None:
     """
     sums = logits.detach().sum(-1)
     if logits.shape[-1] > 1 and bool((logits >= 0).all() and torch.isclose(sums, torch.ones_like(sums)).all()):
-        _warn(
+        warn_caller(
             f"the model's outputs look like probabilities (not negative, and 1 in sum), and "
             f"{type(likelihood).__name__} takes logits: leave the softmax out, or pass likelihood= as a function "
-            "(model, batch) -> losses [N].",
-            up=8,
+            "(model, batch) -> losses [N]."
         )
 
 
@@ -98,8 +96,3 @@ def _shifted(inputs: Tensor, labels: Tensor) -> bool:
     counted = labels[:, :-1] != -100
     behind = (labels[:, :-1] == inputs[:, 1:])[counted]
     return behind.numel() > 0 and bool(behind.all()) and bool((labels != inputs)[labels != -100].any())
-
-
-def _warn(words: str, *, up: int = 5) -> None:
-    """Warn at the line that called ``estimate``, so many calls up."""
-    warnings.warn(words, stacklevel=up)

@@ -1,8 +1,14 @@
-"""The self-check: captured gradients against ordinary autograd, on two examples or one, before anything is counted."""
+"""The self-check: captured gradients against ordinary autograd, on two examples or one, before anything is counted.
+
+The captured gradients of both examples have been added to states. What autograd's gradient of each example adds, by the
+estimator's own word, is taken off again as soon as it arrives, and what is left should be rounding. So the memory is
+that of the states and of one gradient.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -10,32 +16,40 @@ from torch import Tensor, nn
 from fishkern.layers import UnsupportedModuleError, is_wrapped, leave_out
 from fishkern.names import listed
 from fishkern.statistics.autograd import backward, only_trainable, take_grad, with_last
+from fishkern.statistics.base import Estimator, added_to, sums
 from fishkern.statistics.batches import Examples
+from fishkern.statistics.states import States
+
+Objective = Callable[[Examples], Tensor]
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # float64 models have float32 inside (Gemma's norms)
 _TOLERANCE_16_BIT = 0.05  # gradients are rounded to 8 (bfloat16) or 11 bits before autograd's are squared
+# A gradient below so many units of rounding of the model's largest is zero but for rounding (a key's bias).
+_ROUNDING, _ROUNDING_16_BIT = 64, 6.4
 
 
 def disagreements(
     parameters: Mapping[str, nn.Parameter],
-    states: Mapping[str, Tensor],
-    objective: Callable[[Examples], Tensor],
+    states: States,
+    estimator: Estimator,
+    objective: Objective,
     two: Examples,
     *,
-    kept: Collection[str],
+    reused: Collection[str],
     half: bool,
 ) -> dict[str, str]:
-    """Find the parameters whose captured squares are not those of ordinary autograd.
+    """Find the parameters whose captured gradients are not those of ordinary autograd.
 
     Each example runs alone. In 16 bits a model's rounding depends on the batch, so there both examples share one
-    forward pass, which leaves nothing but the capture to differ. One gradient is alive at a time.
+    forward pass, and nothing but the capture can differ.
 
     Args:
         parameters: What to compare, by canonical name, frozen.
-        states: Captured ``sum_n grad_n^2`` over the two examples; used up.
+        states: To which the captured gradients of the two examples have been added; used up.
+        estimator: Whose states; it says what a single gradient adds.
         objective: Losses of a batch ``[N]``.
         two: The two examples, or the one of a batch of one.
-        kept: Parameters whose gradient arrives in several parts and is read only when backward has ended.
+        reused: Parameters whose gradient arrives in several parts and is read only when backward has ended.
         half: Whether the model computes in 16 bits somewhere.
 
     Returns:
@@ -44,54 +58,123 @@ def disagreements(
     Raises:
         UnsupportedModuleError: Autograd gives a parameter no gradient, and the capture does.
     """
-    scales = dict.fromkeys(parameters, 0.0)
-    arrived: set[str] = set()
+    comparison = _Comparison(states, estimator, half)
+    _back_propagate_alone(parameters, comparison.take, objective, two, reused=reused, half=half)
+    # a weight in a tensor subclass keeps its capture, for there is no other
+    captured = {
+        key: one
+        for key, one in parameters.items()
+        if key not in comparison.grad_squares and not is_wrapped(one) and any(bool(s.any()) for s in sums(states[key]))
+    }
+    if captured:
+        _refuse_without_gradient(captured, objective, two)
+    compared = {**captured, **{key: one for key, one in parameters.items() if key in comparison.grad_squares}}
+    reasons = {}
+    for key, parameter in compared.items():
+        if parameter.numel() and (error := comparison.error(key, parameter)) is not None:
+            reasons[key] = (
+                f"ordinary autograd disagrees with its captured gradient (relative error {error:.1e}), as happens "
+                "when a parameter is used past its module's call"
+            )
+    return reasons
 
-    def compare(key: str) -> None:
-        grad = take_grad(parameters[key])
-        if grad is None:
-            return
-        arrived.add(key)
-        squares = grad.to(states[key].dtype).square()
-        scales[key] += squares.max().item() if squares.numel() else 0.0
-        states[key].sub_(squares.to(states[key].device))
 
-    def subtract(loss: Tensor, retain_graph: bool = False) -> None:
+@dataclass
+class _Comparison:
+    """What is left of captured states when autograd's gradients have been taken off.
+
+    Args:
+        states: See :func:`disagreements`.
+        estimator: The same.
+        half: The same.
+        scales: For each parameter the size of what was taken off each of its sums.
+        grad_squares: For each parameter that a gradient arrived at, the sum of the largest square of each.
+    """
+
+    states: States
+    estimator: Estimator
+    half: bool
+    scales: dict[str, list[float]] = field(default_factory=dict)
+    grad_squares: dict[str, float] = field(default_factory=dict)
+
+    def take(self, key: str, grad: Tensor) -> None:
+        """Take the gradient of one example off the state."""
+        totals = sums(self.states[key])
+        scales = self.scales.setdefault(key, [0.0] * len(totals))
+        for place, added in enumerate(self._added(key, grad)):
+            if added is None:  # no function of a gradient: nothing to compare with
+                totals[place].zero_()
+            else:
+                scales[place] += _largest(added)
+                totals[place].sub_(added.to(totals[place]))
+        self.grad_squares[key] = self.grad_squares.get(key, 0.0) + _largest(grad) ** 2
+
+    def error(self, key: str, parameter: nn.Parameter) -> float | None:
+        """Give the relative error of a parameter, or ``None`` where it is within rounding."""
+        tolerance = _TOLERANCE_16_BIT if self.half else _TOLERANCE[parameter.dtype]
+        totals = sums(self.states[key])
+        scales = self.scales.get(key, [0.0] * len(totals))
+        worst = None
+        for place, (total, scale) in enumerate(zip(totals, scales, strict=True)):
+            error = _largest(total)
+            if not error <= tolerance * scale and not error <= tolerance * scale + self._rounding(key, place):
+                relative = error / scale if scale else float("inf")
+                worst = relative if worst is None else max(worst, relative)
+        return worst
+
+    def _rounding(self, key: str, place: int) -> float:
+        """Say what gradients that are zero but for rounding may add, judged at the scale of the whole model."""
+        info = self.states.info(key)
+        steps = _ROUNDING_16_BIT if self.half else _ROUNDING
+        eps = torch.finfo(torch.bfloat16 if self.half else info.dtype).eps
+        size = steps * eps * max(self.grad_squares.values(), default=0.0) ** 0.5
+        grad = torch.full((), size, dtype=info.dtype, device=info.value.device).expand(info.shape)
+        added = self._added(key, grad)[place]
+        return 0.0 if added is None else _largest(added)
+
+    def _added(self, key: str, grad: Tensor) -> list[Tensor | None]:
+        return added_to(self.states[key], self.estimator.of_gradient(grad, self.states.info(key)))
+
+
+def _back_propagate_alone(
+    parameters: Mapping[str, nn.Parameter],
+    take: Callable[[str, Tensor], None],
+    objective: Objective,
+    two: Examples,
+    *,
+    reused: Collection[str],
+    half: bool,
+) -> None:
+    """Back-propagate each example's loss by itself, and hand on the gradients, one alive at a time."""
+
+    def read(key: str) -> None:
+        if (grad := take_grad(parameters[key])) is not None:
+            take(key, grad)
+
+    def finish(loss: Tensor, retain_graph: bool = False) -> None:
         backward(loss, retain_graph=retain_graph)
         for key in parameters:
-            compare(key)
+            read(key)
 
     with only_trainable(parameters.values()):
-        at_once = {parameter: key for key, parameter in parameters.items() if key not in kept}
+        at_once = {parameter: key for key, parameter in parameters.items() if key not in reused}
         handles = [
-            parameter.register_post_accumulate_grad_hook(lambda parameter: compare(at_once[parameter]))
+            parameter.register_post_accumulate_grad_hook(lambda parameter: read(at_once[parameter]))
             for parameter in at_once
         ]
         try:
             if half:
                 for loss, last in with_last(iter(objective(two))):
-                    subtract(loss, retain_graph=not last)
+                    finish(loss, retain_graph=not last)
             else:
                 for one in two.singly():
-                    subtract(objective(one)[0])
+                    finish(objective(one)[0])
         finally:
             for handle in handles:
                 handle.remove()
-    # a weight in a tensor subclass keeps its capture, for there is no other
-    captured = {
-        key: one
-        for key, one in parameters.items()
-        if key not in arrived and not is_wrapped(one) and bool(states[key].any())
-    }
-    if captured:
-        _refuse_without_gradient(captured, objective, two)
-    compared = {key: one for key, one in parameters.items() if key in arrived or key in captured}
-    return _judged(compared, states, scales, half)
 
 
-def _refuse_without_gradient(
-    parameters: Mapping[str, nn.Parameter], objective: Callable[[Examples], Tensor], two: Examples
-) -> None:
+def _refuse_without_gradient(parameters: Mapping[str, nn.Parameter], objective: Objective, two: Examples) -> None:
     """Refuse what only the capture sees, unless it is a choice of the batch that an example alone does not make."""
     with only_trainable(parameters.values()):
         backward(objective(two).sum())
@@ -103,22 +186,9 @@ def _refuse_without_gradient(
         )
 
 
-def _judged(
-    parameters: Mapping[str, nn.Parameter], states: Mapping[str, Tensor], scales: Mapping[str, float], half: bool
-) -> dict[str, str]:
-    largest = max(scales.values(), default=0.0)
-    found = {}
-    for key, parameter in parameters.items():
-        if not parameter.numel():
-            continue
-        error = states[key].abs().max().item()
-        # a gradient that is zero but for rounding (a key's bias) is compared at the scale of the whole model
-        rounding = (64 * torch.finfo(torch.bfloat16 if half else parameter.dtype).eps) ** 2 * largest
-        tolerance = _TOLERANCE_16_BIT if half else _TOLERANCE[parameter.dtype]
-        if not error <= tolerance * scales[key] + rounding * (1e-2 if half else 1.0):
-            relative = error / scales[key] if scales[key] else float("inf")
-            found[key] = (
-                f"ordinary autograd disagrees with its captured gradient (relative error {relative:.1e}), as happens "
-                "when a parameter is used past its module's call"
-            )
-    return found
+def _largest(values: Tensor) -> float:
+    """Find the largest magnitude, without a tensor of magnitudes."""
+    if not values.numel():
+        return 0.0
+    low, high = values.aminmax()
+    return torch.maximum(-low, high).item()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fishkern.backend import Backend
 from fishkern.layers import PerExampleGrads
-from fishkern.statistics.base import Estimator, integer, losses_of, uniform
+from fishkern.statistics.base import Estimator, ParameterInfo, Reads, integer, losses_of
+from fishkern.statistics.draws import uniform
 from fishkern.statistics.predictive import Predictive
 
 
@@ -31,7 +32,7 @@ class SketchedFisher(Estimator):
         TypeError: ``draws`` or ``seed`` is no integer.
     """
 
-    adds_squares: ClassVar[bool] = True
+    reads: ClassVar[Reads] = "sums"
     draws: int = 8
     seed: int = 0
 
@@ -40,10 +41,6 @@ class SketchedFisher(Estimator):
             object.__setattr__(self, name, integer(getattr(self, name), name))
         if self.draws < 1:
             raise ValueError(f"draws must be at least 1, got {self.draws}.")
-
-    @property
-    def per_example(self) -> bool:
-        return False
 
     @property
     def definition(self) -> dict[str, Any]:
@@ -62,5 +59,7 @@ class SketchedFisher(Estimator):
     def units(self, num_examples: int) -> int:
         return num_examples
 
-    def update_(self, state: Tensor, grads: PerExampleGrads, backend: Backend | None = None) -> None:
+    def update_(
+        self, state: Tensor, grads: PerExampleGrads, parameter: ParameterInfo, backend: Backend | None = None
+    ) -> None:
         grads.add_squares_(state, backend)

@@ -14,6 +14,7 @@ import fishkern as fk
 from tests.support import zoo
 from tests.support.exactness import LIMIT
 from tests.support.oracle import worst_error
+from tests.support.own_estimators import OWN
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("error:.*slow exact path")  # a loop obeys most laws by itself
@@ -27,8 +28,14 @@ ESTIMATORS = {
     "batch": fk.DiagonalFisher(unit="batch"),
     "batch-mc": fk.DiagonalFisher(fisher_type="mc", unit="batch", mc_samples=3),
     "sketched": fk.SketchedFisher(draws=3),
+    "rows": fk.GroupFisher(by="row"),
+    "columns": fk.GroupFisher(by="column", fisher_type="mc", seed=1),
+    "tensors": fk.GroupFisher(by="tensor", fisher_type="type-2"),
+    "layers": fk.GroupFisher(by="layer"),
+    "words": fk.GroupFisher(by=lambda name: "norms" if "norm" in name else "others"),
+    **OWN,
 }
-DRAWING = {"mc", "batch-mc", "sketched"}
+DRAWING = {"mc", "batch-mc", "sketched", "columns"}
 MIXING = {"batch", "batch-mc", "sketched"}  # an example's gradient meets those of its batch before the square
 every_estimator = pytest.mark.parametrize("kind", ESTIMATORS)
 
@@ -64,6 +71,12 @@ def next_token_losses(model: nn.Module, batch: dict) -> torch.Tensor:
     return nll.sum(1) / (batch["labels"][:, 1:] >= 0).sum(1)
 
 
+def estimated(kind: str, model: nn.Module, batches: list, **options) -> fk.Statistics:
+    """Factors are asked of linear weights alone; all other estimators serve every parameter."""
+    linear = None if kind != "factors" else lambda name, one: one.ndim == 2 and ".layers." in name
+    return fk.estimate(model, batches, ESTIMATORS[kind], parameters=linear, **options)
+
+
 def assert_same(actual, expected, factor: float = 1.0) -> None:
     truth = {name: factor * value.double() for name, value in expected.items()}
     error, name = worst_error(actual, truth, torch.float32)
@@ -72,7 +85,7 @@ def assert_same(actual, expected, factor: float = 1.0) -> None:
 
 def test_every_kind_of_estimator_is_in_this_suite():
     kinds = {kind for kind in fk.Estimator.__subclasses__() if kind.__module__.startswith("fishkern.")}
-    assert kinds == {type(estimator) for estimator in ESTIMATORS.values()}
+    assert kinds | {type(own) for own in OWN.values()} == {type(estimator) for estimator in ESTIMATORS.values()}
 
 
 @pytest.mark.parametrize("sizes", [(1,) * 5, (3, 2), (2, 1, 2)], ids=str)
@@ -81,14 +94,14 @@ def test_the_batch_size_does_not_matter(kind, sizes):
     """Draws belong to the place of an example in the data, so they do not depend on batching either."""
     model, batch = tiny_lm(), text()
     batches = [rows(batch, *part) for part in torch.arange(5).split(list(sizes))]
-    assert_same(fk.estimate(model, batches, ESTIMATORS[kind]), fk.estimate(model, [batch], ESTIMATORS[kind]))
+    assert_same(estimated(kind, model, batches), estimated(kind, model, [batch]))
 
 
 @of(*ESTIMATORS.keys() - DRAWING)
 def test_the_order_of_the_data_does_not_matter(kind):
     model, batch = tiny_lm(), text(6)
-    one = fk.estimate(model, [rows(batch, 0, 1, 2), rows(batch, 3, 4, 5)], ESTIMATORS[kind])
-    other = fk.estimate(model, [rows(batch, 4, 5, 3), rows(batch, 2, 0, 1)], ESTIMATORS[kind])
+    one = estimated(kind, model, [rows(batch, 0, 1, 2), rows(batch, 3, 4, 5)])
+    other = estimated(kind, model, [rows(batch, 4, 5, 3), rows(batch, 2, 0, 1)])
     assert_same(one, other)
 
 
@@ -97,35 +110,33 @@ def test_the_order_of_the_data_does_not_matter(kind):
 def test_padding_on_the_right_does_not_matter(kind, extra):
     model, batches = tiny_lm(), [text(3), text(2, seed=1)]
     wide = [widened(batch, extra) for batch in batches]
-    assert_same(fk.estimate(model, wide, ESTIMATORS[kind]), fk.estimate(model, batches, ESTIMATORS[kind]))
+    assert_same(estimated(kind, model, wide), estimated(kind, model, batches))
 
 
 @of("empirical", "position", "batch", "sketched")
 def test_a_loss_scaled_by_c_scales_the_statistic_by_its_square(kind):
     model, batch = tiny_lm(), text()
-    plain = fk.estimate(model, [batch], ESTIMATORS[kind], likelihood=next_token_losses)
-    scaled = fk.estimate(
-        model, [batch], ESTIMATORS[kind], likelihood=lambda model, batch: 3 * next_token_losses(model, batch)
-    )
+    plain = estimated(kind, model, [batch], likelihood=next_token_losses)
+    scaled = estimated(kind, model, [batch], likelihood=lambda model, batch: 3 * next_token_losses(model, batch))
     assert_same(scaled, plain, 9)
-    assert_same(plain, fk.estimate(model, [batch], ESTIMATORS[kind]))
+    assert_same(plain, estimated(kind, model, [batch]))
 
 
 @every_estimator
 def test_statistics_of_parts_merge_into_their_weighted_mean(kind):
     model, parts = tiny_lm(), [text(3), text(2, seed=1), text(1, seed=2)]
-    a, b = fk.estimate(model, parts[:2], ESTIMATORS[kind]), fk.estimate(model, parts[2:], ESTIMATORS[kind])
+    a, b = estimated(kind, model, parts[:2]), estimated(kind, model, parts[2:])
     merged = fk.merge(a, b)
     assert merged.count == a.count + b.count
     assert_same(merged, {name: (a.count * a[name].double() + b.count * b[name]) / merged.count for name in a})
     if kind not in DRAWING:
-        whole = fk.estimate(model, parts, ESTIMATORS[kind])
+        whole = estimated(kind, model, parts)
         assert whole.count == merged.count
         assert_same(merged, whole)
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["last", "first"])
-@every_estimator
+@of(*ESTIMATORS.keys() - {"factors"})  # inputs are there without a gradient
 def test_examples_without_gradient_change_only_the_count(kind, first):
     """The answer of such an example is empty, and ``sum`` gives it the loss 0."""
     if first and kind in DRAWING:
@@ -133,24 +144,50 @@ def test_examples_without_gradient_change_only_the_count(kind, first):
     model, batch = tiny_lm(), text()
     empty = {**text(2, seed=3), "labels": torch.full((2, 5), -100)}
     likelihood = fk.CausalLM(reduction="sum")
-    without = fk.estimate(model, [batch], ESTIMATORS[kind], likelihood=likelihood)
+    without = estimated(kind, model, [batch], likelihood=likelihood)
     batches = [empty, batch] if first else [batch, empty]
-    with_empty = fk.estimate(model, batches, ESTIMATORS[kind], likelihood=likelihood)
+    with_empty = estimated(kind, model, batches, likelihood=likelihood)
     assert (without.count, with_empty.count) == ((1, 2) if kind.startswith("batch") else (5, 7))
     assert_same(with_empty, without, without.count / with_empty.count)
 
 
 @every_estimator
 def test_saving_and_loading_changes_nothing(kind, tmp_path):
-    statistics = fk.estimate(tiny_lm(), [text()], ESTIMATORS[kind])
+    statistics = estimated(kind, tiny_lm(), [text()])
     statistics.save(tmp_path / "fisher")
     assert fk.Statistics.load(tmp_path / "fisher") == statistics
 
 
 @every_estimator
+def test_a_lazily_loaded_file_goes_on_where_it_stopped(kind, tmp_path):
+    """Shards that stay on disk merge with what a second pass adds."""
+    model, first, second = tiny_lm(), [text(3)], [text(2, seed=1)]
+    one, other = estimated(kind, model, first), estimated(kind, model, second)
+    path = one.save(tmp_path / "fisher", max_shard_size=1024)
+    on_disk = fk.Statistics.load(path, lazy=True)
+    assert fk.merge(on_disk, other) == fk.merge(one, other)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@of(*ESTIMATORS.keys() - {"batch", "batch-mc"})
+def test_activation_checkpointing_does_not_matter(kind, reentrant):
+    model, batches = tiny_lm(), [text(3), text(2, seed=1)]
+    plain = estimated(kind, model, batches)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_same(estimated(kind, model, batches), plain)
+
+
+@of(*ESTIMATORS.keys() - MIXING)
+def test_the_self_check_changes_nothing(kind):
+    model, batches = tiny_lm(), [text(3), text(2, seed=1)]
+    assert_same(estimated(kind, model, batches, check=False), estimated(kind, model, batches))
+
+
+@every_estimator
 def test_the_same_recipe_on_the_same_batches_gives_the_same_bits(kind):
     model, batches = tiny_lm(), [text(3), text(2, seed=1)]
-    assert fk.estimate(model, batches, ESTIMATORS[kind]) == fk.estimate(model, batches, ESTIMATORS[kind])
+    assert estimated(kind, model, batches) == estimated(kind, model, batches)
 
 
 @pytest.mark.parametrize(
@@ -178,9 +215,7 @@ def lm_case() -> tuple[nn.Module, dict]:
 def test_many_draws_converge(case, likelihood, sketch):
     """Means over seeds lie within six of their standard errors of the truth; the other Fisher does not."""
     model, batch = case()
-    empirical, type_2 = (
-        fk.estimate(model, [batch], ESTIMATORS[kind], likelihood=likelihood) for kind in ("empirical", "type-2")
-    )
+    empirical, type_2 = (estimated(kind, model, [batch], likelihood=likelihood) for kind in ("empirical", "type-2"))
     truth, other = (empirical, type_2) if sketch else (type_2, empirical)
     seeds = range(24)
     recipes = (

@@ -319,7 +319,7 @@ def test_reentrant_checkpoints_behind_an_embedding_that_is_left_out(estimator):
         statistics = fk.estimate(model, batches, estimator, likelihood=losses, parameters=lambda n, p: "front" not in n)
         error, name = worst_error(statistics, {name: truth[name] for name in statistics})
         assert error < LIMIT[torch.float64], name
-        if estimator.per_example:
+        if estimator.reads == "squares":
             assert paths(statistics)["generic"] == {"blocks.0.2.matrix", "blocks.1.2.matrix"}
             assert fk.verify(model, batches, statistics, likelihood=losses).ok
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fishkern as fk
+from fishkern.statistics.base import ParameterInfo
 from tests.support import zoo
 from tests.support.exactness import LIMIT
 from tests.support.oracle import row, size, worst_error
@@ -27,7 +28,7 @@ class MeanPower(fk.Estimator):
     def definition(self):
         return {"estimator": "MeanPower", "power": self.power}
 
-    def update_(self, state, grads, backend=None):
+    def update_(self, state, grads, parameter, backend=None):
         for n in range(grads.num_examples):
             state += grads.example(n) ** self.power
 
@@ -93,7 +94,7 @@ def test_the_batchs_gradient_will_do():
     """Without single examples: ordinary autograd, of which the coverage says so."""
 
     class OfBatches(MeanPower):
-        per_example = False
+        reads = "batches"
 
         @property
         def definition(self):
@@ -115,20 +116,24 @@ def test_one_gradient_at_a_time_is_its_definition():
     statistics = fk.estimate(specimen.model, [batch], fk.DiagonalFisher())
     parameter = specimen.model.model.embed_tokens.weight
     estimator = fk.DiagonalFisher()
-    state = estimator.init(parameter.shape, torch.float32, parameter.device)
+    info = ParameterInfo("lm_head.weight", parameter, parameter.shape, torch.float32, parameter.device)
+    state = estimator.init(info)
     for n in range(size(batch)):
-        estimator.add_single_(state, torch.autograd.grad(specimen.loss(specimen.model, row(batch, n)), parameter)[0])
+        loss = specimen.loss(specimen.model, row(batch, n))
+        estimator.add_single_(state, torch.autograd.grad(loss, parameter)[0], info)
     torch.testing.assert_close(estimator.result(state, size(batch)), statistics["model.embed_tokens.weight"])
 
 
 def test_a_subclass_that_reads_single_gradients_does_not_inherit_that_squares_will_do():
     class Absolute(fk.DiagonalFisher):
-        def update_(self, state, grads, backend=None):
+        def update_(self, state, grads, parameter, backend=None):
             for n in range(grads.num_examples):
                 state += grads.example(n).abs()
 
-    assert fk.DiagonalFisher.adds_squares
-    assert not Absolute.adds_squares
+    assert fk.DiagonalFisher().reads == "squares"
+    assert fk.DiagonalFisher().has_of_gradient
+    assert Absolute().reads == "examples"
+    assert not Absolute().has_of_gradient
     specimen, batch = zoo.llama(tie_word_embeddings=True), zoo.text_batch()
     statistics = fk.estimate(specimen.model, [batch], Absolute())
     single = sum(
@@ -138,35 +143,36 @@ def test_a_subclass_that_reads_single_gradients_does_not_inherit_that_squares_wi
     torch.testing.assert_close(statistics["model.embed_tokens.weight"], single / 5)
 
 
-class RowSums(MeanPower):
-    def init(self, shape, dtype, device):
-        return torch.zeros(shape[:1], dtype=dtype, device=device)
+class SixteenBits(MeanPower):
+    def init(self, parameter):
+        return torch.zeros(parameter.shape, dtype=torch.bfloat16)
 
-    def update_(self, state, grads, backend=None):
-        for n in range(grads.num_examples):
-            state += grads.example(n).flatten(1).sum(1)
+
+class Number(MeanPower):
+    def init(self, parameter):
+        return {"sum": torch.zeros(parameter.shape), "count": 0}
 
 
 class Largest(MeanPower):
-    def init(self, shape, dtype, device):
-        return torch.full(shape, -torch.inf, dtype=dtype, device=device)
+    def init(self, parameter):
+        return torch.full(parameter.shape, -torch.inf, dtype=parameter.dtype, device=parameter.device)
 
 
 class NotInPlace(MeanPower):
-    def update_(self, state, grads, backend=None):
+    def update_(self, state, grads, parameter, backend=None):
         return state + grads.example(0)
 
 
-class Narrower(MeanPower):
-    def result(self, state, count):
-        return super().result(state, count).sum(-1)
-
-
 class SaysSquares(MeanPower):
-    adds_squares: ClassVar[bool] = True
+    reads: ClassVar[str] = "squares"
 
-    def update_(self, state, grads, backend=None):
-        super().update_(state, grads, backend)
+    def update_(self, state, grads, parameter, backend=None):
+        super().update_(state, grads, parameter, backend)
+
+
+class Unaware(MeanPower):
+    def update_(self, state, grads, *, wherever=None):
+        super().update_(state, grads, None)
 
 
 class NoHeader(MeanPower):
@@ -179,16 +185,24 @@ class NoDict(MeanPower):
     settings = "seed 3"
 
 
+class Factors(MeanPower):
+    reads = "factors"
+
+    def update_(self, state, grads, parameter, backend=None):
+        raise AssertionError("the pass refuses before it gets here")
+
+
 REFUSED = {
     "a definition that no file holds": (NoHeader, TypeError, "NoHeader.definition must be a dict of plain val.*: Obj"),
     "settings that are no dict": (NoDict, TypeError, "NoDict.settings must be a dict of plain values.*; got str"),
-    "another shape": (RowSums, ValueError, r"RowSums.init must give torch.float32 of the parameter's shape, \(41, 24\) "
-                      r"for model.embed_tokens.weight, on cpu; got torch.float32, \(41,\): accumulate every entry"),
+    "sums in 16 bits": (SixteenBits, ValueError, "SixteenBits.init must give zeros of torch.float32 or .*bfloat16"),
+    "a number among the sums": (Number, TypeError, "Number.init must give zeros that are tensors.*; got int for "),
     "no zeros": (Largest, ValueError, "Largest.init must give zeros"),
     "not in place": (NotInPlace, TypeError, "NotInPlace.update_ must change the state in place"),
-    "a narrower result": (Narrower, ValueError, "has 41 coordinates, but coverage says 984: a statistic has its"),
-    "squares that are none": (SaysSquares, NotImplementedError, "reads single gradients has adds_squares = False"),
-}  # fmt: skip
+    "another signature": (Unaware, TypeError, r"Unaware.update_ must take \(state, grads, parameter, backend=None\)"),
+    "squares that are none": (SaysSquares, NotImplementedError, "reads single gradients says reads = 'examples'"),
+    "no factors": (Factors, fk.UnsupportedModuleError, "reads activations and output gradients.*'model.norm.weight'"),
+}
 
 
 @pytest.mark.parametrize("check", [True, False], ids=["checked", "unchecked"])
@@ -196,3 +210,9 @@ REFUSED = {
 def test_refused_in_one_sentence(estimator, error, message, check):
     with pytest.raises(error, match=message):
         fk.estimate(zoo.llama(tie_word_embeddings=True).model, [zoo.text_batch()], estimator(), check=check)
+
+
+@pytest.mark.parametrize("name, remedy", [("adds_squares", "reads = 'squares'"), ("per_example", "reads = 'sums'")])
+def test_attributes_of_older_versions_are_not_silently_ignored(name, remedy):
+    with pytest.raises(TypeError, match=f"Old.{name} has been replaced: say {remedy}"):
+        type("Old", (MeanPower,), {name: True})

@@ -69,9 +69,9 @@ def worst_error(
     largest gradient.
     """
     assert set(actual) == set(truth)
-    floor = (256 * torch.finfo(dtype).eps) ** 2 * max(value.max().item() for value in truth.values())
+    floor = (256 * torch.finfo(dtype).eps) ** 2 * max(value.abs().max().item() for value in truth.values())
     errors = {
-        name: (actual[name].double() - truth[name]).abs().max().item() / max(truth[name].max().item(), floor)
+        name: (actual[name].double() - truth[name]).abs().max().item() / max(truth[name].abs().max().item(), floor)
         for name in truth
         if truth[name].numel()
     }

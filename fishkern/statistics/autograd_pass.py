@@ -1,0 +1,82 @@
+"""The pass of estimators that need no single examples: one gradient of each objective, by ordinary autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from fishkern.layers import Connection, DenseGrads, is_wrapped, without_gradient
+from fishkern.statistics.autograd import backward, check_finite, only_trainable, take_grad, with_last
+from fishkern.statistics.base import Estimator
+from fishkern.statistics.batches import Examples
+from fishkern.statistics.independence import Independence
+from fishkern.statistics.planning import Answer
+from fishkern.statistics.states import States
+
+
+class AutogradPass:
+    """Back-propagate each objective as a whole.
+
+    Args:
+        parameters: What to differentiate by, by canonical name.
+        answer: Runs the model on a batch.
+        estimator: The recipe.
+        states: Where it adds up.
+        independence: Whether the loss of an example is its own; asked only by estimators of sums over examples.
+        connection: Lets segments under reentrant checkpointing be reached.
+
+    Attributes:
+        paths: Path and reason for each parameter.
+        connected: Whether a loss depends on what is differentiated by.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        answer: Answer,
+        estimator: Estimator,
+        states: States,
+        *,
+        independence: Independence,
+        connection: Connection,
+    ) -> None:
+        self._parameters = parameters
+        self._answer = answer
+        self._estimator = estimator
+        self._states = states
+        self._independence = independence
+        self._connection = connection
+        of_examples = estimator.reads == "sums"
+        self._settled = not of_examples
+        self.paths = dict.fromkeys(parameters, ("sketch" if of_examples else "batch", ""))
+        self.connected = False
+
+    def run(self, batch: Examples) -> None:
+        """Add one batch.
+
+        Args:
+            batch: The batch.
+
+        Raises:
+            UnsupportedModuleError: A parameter is of a tensor subclass to which autograd gives no gradient.
+        """  # noqa: DOC501
+        with only_trainable(self._parameters.values()):
+            if not self._settled and batch.num_examples > 1:
+                self._settle(batch.take(0, 2))
+            answer = self._connection.answered(lambda: self._answer(batch))
+            for objective, last in with_last(self._estimator.objectives(answer, batch.places)):
+                check_finite(objective, batch.places)
+                self.connected |= objective.requires_grad
+                backward(objective.sum(), retain_graph=not last)
+                for key, parameter in self._parameters.items():
+                    if (grad := take_grad(parameter)) is not None:
+                        self._states.add(key, DenseGrads(grad[None]))
+                    elif is_wrapped(parameter):
+                        raise without_gradient(key, parameter)
+
+    def _settle(self, two: Examples) -> None:
+        with self._independence.precision.noting():
+            self._independence.note_beside(self._answer(two))
+        self._independence.settle(two)
+        self._settled = True

@@ -1,0 +1,149 @@
+"""The pass of most estimators: each example's gradients, captured in one forward and one backward of the batch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+
+from torch import Tensor, nn
+
+from fishkern.layers import (
+    Capture,
+    DenseGrads,
+    PerExampleGrads,
+    Plan,
+    Strays,
+    is_wrapped,
+    without_gradient,
+)
+from fishkern.statistics.autograd import backward, check_finite, only_trainable, take_grad, with_last
+from fishkern.statistics.base import Estimator
+from fishkern.statistics.batches import Examples
+from fishkern.statistics.planning import Answer, Planner
+from fishkern.statistics.states import States
+
+Places = Mapping[str, Collection[int]]
+"""For each parameter the places of some objectives of a batch."""
+
+
+class CapturedPass:
+    """Capture by a plan, and a loop over the examples for what no rule and no module serves.
+
+    Args:
+        parameters: What to differentiate by, by canonical name.
+        answer: Runs the model on a batch.
+        estimator: The recipe.
+        states: Where it adds up.
+        planner: Plans the batches.
+
+    Attributes:
+        connected: Whether a loss depends on what is differentiated by.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        answer: Answer,
+        estimator: Estimator,
+        states: States,
+        planner: Planner,
+    ) -> None:
+        self._parameters = parameters
+        self._answer = answer
+        self._estimator = estimator
+        self._states = states
+        self._planner = planner
+        self.connected = False
+
+    @property
+    def paths(self) -> Mapping[str, tuple[str, str]]:
+        """Path and reason for each parameter."""
+        return self._planner.paths
+
+    def run(self, batch: Examples) -> None:
+        """Add one batch.
+
+        Args:
+            batch: The batch.
+        """
+        planner = self._planner
+        plan = planner.plan_for(batch)
+        planner.begun = True
+        withheld = self._capture(plan, batch)
+        if withheld:  # a gradient has arrived where the survey saw none: look again
+            planner.forget()
+            withheld = self._capture(planner.plan_for(batch).only(withheld), batch, only=withheld)
+        if withheld:
+            planner.refuse_stored(withheld)
+            self._loop(batch, withheld, only=withheld)
+            planner.note_looped(withheld, batch)
+
+    def _capture(self, plan: Plan, batch: Examples, only: Places | None = None) -> dict[str, set[int]]:
+        """Add one batch by a plan.
+
+        Args:
+            plan: The plan.
+            batch: The batch.
+            only: Which objectives to add for each parameter, instead of all.
+
+        Returns:
+            What was withheld, and is still to be added: parameters, and of which objectives.
+        """
+        strays = Strays(plan.sites)
+        place = 0  # of the objective that is being back-propagated
+
+        def add(key: str, grads: PerExampleGrads) -> None:
+            if key not in strays.found and (only is None or place in only[key]):
+                self._states.add(key, grads)
+
+        looped = {key: self._parameters[key] for key in plan.loop}
+        withheld: dict[str, set[int]] = defaultdict(set)
+        reached = set(looped)
+        if plan.sites:
+            capturing = Capture(plan.sites, add, squares=self._estimator.reads == "squares")
+            with only_trainable(looped.values()), capturing as capture:
+                with capture.forward(batch.num_examples, self._counted(batch)), strays.watched():
+                    answer = self._answer(batch)
+                for place, (objective, last) in enumerate(with_last(self._estimator.objectives(answer, batch.places))):
+                    if objective is None:
+                        continue
+                    self._note(objective, batch)
+                    capture.backward(objective, retain_graph=not last)
+                    for key in capture.unsettled - strays.found.keys():
+                        if only is None or place in only[key]:
+                            withheld[key].add(place)
+                    self._planner.distrusted |= capture.distrusted
+                # the batch's backward shows which of the looped parameters any example reaches
+                reached = {key for key, parameter in looped.items() if parameter.grad is not None} | strays.found.keys()
+        if strays.found:
+            self._planner.note_strays(strays.found)
+        if reached:
+            self._loop(batch, reached, only)
+        return withheld
+
+    def _loop(self, batch: Examples, keys: Iterable[str], only: Places | None) -> None:
+        """Run each example alone, by ordinary autograd, for some parameters and all or some of the objectives."""
+        self._planner.refuse_whole(keys)
+        parameters = {key: self._parameters[key] for key in keys}
+        with only_trainable(parameters.values()):
+            for one in batch.singly():
+                objectives = self._estimator.objectives(self._answer(one), one.places)
+                for place, (objective, last) in enumerate(with_last(objectives)):
+                    if objective is None:
+                        continue
+                    self._note(objective, one)
+                    backward(objective.sum(), retain_graph=not last)
+                    for key, parameter in parameters.items():
+                        grad = take_grad(parameter)
+                        if grad is None and is_wrapped(parameter):
+                            raise without_gradient(key, parameter)
+                        if grad is not None and (only is None or place in only[key]):
+                            self._states.add(key, DenseGrads(grad[None]))
+
+    def _note(self, objective: Tensor, batch: Examples) -> None:
+        check_finite(objective, batch.places)
+        self.connected |= objective.requires_grad
+
+    def _counted(self, batch: Examples) -> Tensor | None:
+        """Say which positions of a batch count, where the estimator asks for it."""
+        return batch.attended if self._estimator.reads == "factors" else None

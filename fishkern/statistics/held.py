@@ -1,0 +1,316 @@
+"""What a pass over data hands back, whatever it holds for each parameter: where it comes from, files, names."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, NoReturn, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from fishkern.files import (
+    PIECE,
+    AnyTensor,
+    Format,
+    StoredTensor,
+    check_cast,
+    in_brief,
+    open_tensors,
+    parsing,
+    pieces,
+    read_count,
+    read_json,
+    save_tensors,
+)
+from fishkern.names import renamed, without_wrappers
+from fishkern.statistics.choosing import near
+from fishkern.statistics.coverage import Covered, check_coverage, merged_coverage
+
+Part = TypeVar("Part")
+
+
+class Held(Mapping[str, Part]):
+    """A frozen, read-only mapping from names to what was estimated for them, with count, provenance and coverage.
+
+    A kind of result says its :attr:`FORMAT` and gives a part by its name. Names are those of parameters, or of groups
+    of parameters that ``provenance["definition"]["groups"]`` lists.
+
+    Args:
+        tensors: What is kept, by name; kept by reference where already float32. Wrappers are taken out of the names.
+        count: Number of units that the tensors are the mean of, at least 1.
+        provenance: ``{"definition": {...}, "runs": [{...}, ...]}``, JSON.
+        coverage: One :class:`Covered` for every parameter of the model; empty where unknown.
+
+    Raises:
+        TypeError: An entry is not a floating tensor, ``count`` is no integer, or ``provenance`` is not JSON.
+        ValueError: Two names become one without wrappers, ``count`` is below 1, a float64 value overflows float32,
+            ``provenance`` has other keys, or ``coverage`` contradicts ``tensors``.
+    """
+
+    FORMAT: ClassVar[Format]
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        count: int,
+        provenance: Mapping[str, Any] | None = None,
+        coverage: Mapping[str, Covered] | None = None,
+    ) -> None:
+        count = operator.index(count)
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}.")
+        entries = {name: _float32(name, tensor) for name, tensor in renamed(tensors, without_wrappers).items()}
+        coverage = renamed(coverage or {}, without_wrappers)
+        text = _provenance_text(provenance or {})
+        check_coverage(entries, coverage, json.loads(text)["definition"].get("groups", {}))
+        # Past the lock below. The provenance is kept as text: a copy nobody can change, and exactly what a file holds.
+        vars(self).update(_entries=entries, _count=count, _provenance=text, _coverage=coverage)
+
+    @property
+    def count(self) -> int:
+        """Number of units that the tensors are the mean of."""
+        return self._count
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What was computed (``"definition"``) and by which passes (``"runs"``), as a fresh copy."""
+        return json.loads(self._provenance)
+
+    @property
+    def coverage(self) -> Mapping[str, Covered]:
+        """How each parameter of the model was computed, or why it was left out; read-only, empty where unknown."""
+        return MappingProxyType(self._coverage)
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """The shape of each tensor, without reading it."""
+        return MappingProxyType({name: entry.shape for name, entry in self._entries.items()})
+
+    @property
+    def blocks(self) -> Mapping[str, AnyTensor]:
+        """The tensors as they are kept: in memory, or on disk until they are read (of the dtype there)."""
+        return MappingProxyType(self._entries)
+
+    @abstractmethod
+    def __getitem__(self, name: str) -> Part:
+        """Give the part of one name."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries  # Mapping's own would read the tensor
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, type(self)):
+            return NotImplemented
+        return (
+            self.count == other.count
+            and self.shapes == other.shapes
+            and self.coverage == other.coverage
+            and _unordered(self.provenance) == _unordered(other.provenance)
+            and all(
+                torch.equal(ours.cpu(), theirs.cpu())
+                for name in self._entries
+                for ours, theirs in zip(self.pieces(name), other.pieces(name), strict=True)
+            )
+        )
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"{type(self).__name__} are frozen: {name} cannot be set.")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{type(self).__name__} are frozen: {name} cannot be deleted.")
+
+    def pieces(self, name: str, numel: int = PIECE) -> Iterator[Tensor]:
+        """Walk through one tensor in flat pieces; from disk, one in memory at a time.
+
+        Args:
+            name: Its name.
+            numel: Coordinates per piece.
+
+        Yields:
+            ``[numel]`` (the last one shorter), float32, in row-major order.
+        """
+        for piece in pieces(self._entries[name], numel):
+            yield piece.float()
+
+    def _read(self, name: str) -> Tensor:
+        """Read one tensor, or say why there is none."""
+        try:
+            entry = self._entries[name]
+        except KeyError:
+            covered = self._coverage.get(name)  # held or left out
+            left_out = f"{name} was left out: {covered.reason or 'no reason given'}" if covered else ""
+            raise KeyError(left_out or f"{name}{near(name, self)}") from None
+        return entry.read(torch.float32) if isinstance(entry, StoredTensor) else entry
+
+    def rename(self, fn: Callable[[str], str]) -> Self:
+        """Give every parameter another name, for example that of the same parameter inside a PEFT model.
+
+        Args:
+            fn: From the old name to the new one; called for the names left out as well.
+
+        Returns:
+            A new result of the same tensors, not copied.
+
+        Raises:
+            ValueError: Two names become one.
+        """
+        return type(self)(
+            renamed(self._entries, fn),
+            count=self.count,
+            provenance=self.provenance,
+            coverage=renamed(self._coverage, fn),
+        )
+
+    @classmethod
+    def mean(cls, parts: Sequence[Self], shares: Sequence[float], definition: Mapping[str, Any]) -> Self:
+        """Take the weighted mean of results of different data, whose definitions, names and shapes are equal.
+
+        Args:
+            parts: The results.
+            shares: What each is weighted by; not all of them 0.
+            definition: That of the mean.
+
+        Returns:
+            mean[name] = sum_s shares_s * s[name] / sum_s shares_s, in float64, on the first one's device; ``count`` is
+            the sum, ``runs`` are concatenated.
+        """
+        tensors = {}
+        for name, shape in parts[0].shapes.items():
+            tensors[name] = torch.empty(shape, dtype=torch.float32, device=parts[0].blocks[name].device)
+            rest = tensors[name].view(-1)
+            for aligned in zip(*(part.pieces(name) for part in parts), strict=True):
+                doubles = (piece.to(rest.device, torch.float64) for piece in aligned)
+                weighted = (share * double for share, double in zip(shares, doubles, strict=True))
+                rest[: len(aligned[0])] = sum(weighted) / sum(shares)
+                rest = rest[len(aligned[0]) :]
+        return cls(
+            tensors,
+            count=sum(part.count for part in parts),
+            provenance={"definition": definition, "runs": [run for part in parts for run in part.provenance["runs"]]},
+            coverage=reduce(merged_coverage, (part.coverage for part in parts)),
+        )
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype = torch.float32,
+        max_shard_size: str | int | None = "5GB",
+    ) -> Path:
+        """Save as ``.safetensors``, whose header says what it is (count, provenance, coverage).
+
+        Larger than ``max_shard_size``, it becomes shards ``name-00001-of-0000N.safetensors`` with an index
+        ``name.safetensors.index.json``, as transformers writes models. An older save of that name is replaced in one
+        step: whenever this one is cut short, the old or the new one loads, whole. What was loaded lazily
+        from that very name must be loaded again afterwards.
+
+        Args:
+            path: ``name.safetensors`` (or ``name``; the suffix is added). Its folder must exist.
+            dtype: float32, or to halve the size ``torch.bfloat16`` (3 digits, full range) or ``torch.float16`` (4
+                digits from 6e-5 to 65504, and nothing below 6e-8, where most of a Fisher lies: it is refused where it
+                would turn a non-zero entry into zero). Loading gives float32 again.
+            max_shard_size: Largest file in bytes, or as ``"5GB"``, ``"500MiB"``; ``None`` for one file.
+
+        Returns:
+            The file to give to :meth:`load`: the ``.safetensors``, or the index of its shards.
+
+        Raises:
+            FileExistsError: A file of that name holds something else, such as a model.
+            OSError: The folder is missing or read-only, or the disk is full.
+            ValueError: ``dtype`` or ``max_shard_size`` is none of the above, or an entry, which is named, overflows
+                ``dtype`` or vanishes in float16.
+        """
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}.")
+        coverage = {name: [covered.path, covered.numel, covered.reason] for name, covered in self._coverage.items()}
+        metadata = {
+            "count": str(self.count),
+            "dtype": str(dtype).removeprefix("torch."),
+            "provenance": self._provenance,
+            "coverage": json.dumps(coverage),
+        }
+        return save_tensors(
+            path, self._entries, format=self.FORMAT, metadata=metadata, dtype=dtype, max_shard_size=max_shard_size
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, lazy: bool = False) -> Self:
+        """Load what :meth:`save` wrote.
+
+        Args:
+            path: The file, the index of its shards, or the name without suffix.
+            lazy: Read each tensor from disk whenever it is accessed, and keep none.
+
+        Returns:
+            The result, float32 on the CPU, in the order in which they were saved.
+
+        Raises:
+            FileNotFoundError: There is no such file, or a shard is missing.
+            ValueError: The file is truncated or damaged, holds something else, or was written in a newer format.
+        """
+        metadata, stored = open_tensors(path, format=cls.FORMAT)
+        with parsing(f"{path} has a damaged header"):
+            count = read_count(metadata["count"])
+            dtype = metadata["dtype"]
+            provenance = read_json(metadata["provenance"])
+            coverage = {name: _covered(*entry) for name, entry in read_json(metadata["coverage"]).items()}
+        for name, tensor in stored.items():
+            if (found := str(tensor.dtype).removeprefix("torch.")) != dtype:
+                shown, said = in_brief(name, 80), in_brief(dtype, 40)
+                raise ValueError(f"{path} holds {shown} as {found}, its header says {said}: save it again.")
+        tensors: Mapping[str, AnyTensor] = stored
+        if not lazy:
+            tensors = {name: tensor.read(torch.float32) for name, tensor in stored.items()}
+        with parsing(f"{path} holds no valid statistics"):
+            return cls(tensors, count=count, provenance=provenance, coverage=coverage)
+
+
+def _covered(path: object, numel: object, reason: object = "") -> Covered:
+    if type(numel) is not int or numel < 0 or not isinstance(path, str) or not isinstance(reason, str):
+        raise ValueError(f"coverage is a path, a number of coordinates and a reason, got {[path, numel, reason]}")
+    return Covered(path, numel, reason)
+
+
+def _float32(name: str, tensor: AnyTensor) -> AnyTensor:
+    if isinstance(tensor, StoredTensor):
+        return tensor
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"statistics are floating tensors, {name} is {what}.")
+    single = tensor.detach().to(torch.float32)
+    if tensor.dtype == torch.float64:
+        check_cast(name, tensor, single)
+    return single
+
+
+def _provenance_text(provenance: Mapping[str, Any]) -> str:
+    layout = 'provenance is {"definition": {...}, "runs": [{...}, ...]}'
+    if not isinstance(provenance, Mapping):
+        raise TypeError(f"{layout}, got {type(provenance).__name__}.")
+    if unknown := provenance.keys() - {"definition", "runs"}:
+        raise ValueError(f"{layout}, got the keys {sorted(unknown)}.")
+    definition, runs = provenance.get("definition", {}), provenance.get("runs", [])
+    if not isinstance(definition, Mapping) or not all(isinstance(run, Mapping) for run in runs):
+        raise TypeError(f"{layout}, got {definition!r} and {runs!r}.")
+    try:
+        return json.dumps({"definition": dict(definition), "runs": [dict(run) for run in runs]}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"provenance must be JSON: {error}.") from None
+
+
+def _unordered(provenance: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    return provenance["definition"], sorted(json.dumps(run, sort_keys=True) for run in provenance["runs"])

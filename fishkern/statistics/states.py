@@ -1,0 +1,192 @@
+"""The states of a pass over data: for each parameter what its estimator adds up."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fishkern.backend import Backend
+from fishkern.layers import OuterProductGrads, PerExampleGrads, UnsupportedModuleError, leave_out
+from fishkern.statistics.base import Constant, Estimator, ParameterInfo, State, sums
+
+
+class States:
+    """One state for each parameter, on the parameter's device or another.
+
+    Args:
+        parameters: Whose states, by canonical name.
+        estimator: Makes the states, and adds to them.
+        backend: Passed on to the operations.
+
+    Raises:
+        ValueError: A state does not begin with zeros of a dtype and on a device that it may have.
+        TypeError: The estimator's definition is not JSON, or a state holds something else than tensors.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, ParameterInfo], estimator: Estimator, backend: Backend | None = None
+    ) -> None:
+        _check_plain(estimator)
+        _check_signature(estimator)
+        self._parameters = parameters
+        self._estimator = estimator
+        self._backend = backend
+        self._states = {name: _begun(estimator, parameter) for name, parameter in parameters.items()}
+
+    def __getitem__(self, name: str) -> State:
+        return self._states[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._states
+
+    def info(self, name: str) -> ParameterInfo:
+        """Give the parameter that a state belongs to.
+
+        Args:
+            name: Its canonical name.
+
+        Returns:
+            Name, value, shape, dtype and device.
+        """
+        return self._parameters[name]
+
+    def of_the_same_kind(self, estimator: Estimator, names: Collection[str]) -> States:
+        """Make empty states of some of these parameters.
+
+        Args:
+            estimator: Of these, or of another statistic.
+            names: Whose.
+
+        Returns:
+            The new states.
+        """
+        return States({name: self._parameters[name] for name in names}, estimator, self._backend)
+
+    def add(self, name: str, grads: PerExampleGrads) -> None:
+        """Add gradients of one parameter.
+
+        Args:
+            name: Its canonical name.
+            grads: Its gradients.
+
+        Raises:
+            UnsupportedModuleError: The estimator reads factors, and these gradients have none.
+        """
+        if self._estimator.reads == "factors" and not isinstance(grads, OuterProductGrads):
+            raise UnsupportedModuleError(without_factors([name]))
+        parameter = self._parameters[name]
+
+        def update(state: State) -> None:
+            returned = self._estimator.update_(state, grads, parameter, self._backend)
+            if returned is not None and returned is not state:
+                raise TypeError(
+                    f"{type(self._estimator).__name__}.update_ must change the state in place, as by state += ..., and "
+                    "return nothing; it returned another object."
+                )
+
+        self._add(name, grads.device, update)
+
+    def add_single(self, name: str, grad: Tensor) -> None:
+        """Add the whole gradient of a single example.
+
+        Args:
+            name: Canonical name of its parameter.
+            grad: Of the parameter's shape.
+        """
+        parameter = self._parameters[name]
+        self._add(name, grad.device, lambda state: self._estimator.add_single_(state, grad, parameter))
+
+    def zero_(self) -> None:
+        """Set every sum to zero."""
+        for state in self._states.values():
+            for total in sums(state):
+                total.zero_()
+
+    def pop(self, name: str) -> State:
+        """Take a state out.
+
+        Args:
+            name: Whose.
+
+        Returns:
+            The state, which is no longer kept here.
+        """
+        return self._states.pop(name)
+
+    def _add(self, name: str, device: torch.device, update: Callable[[State], None]) -> None:
+        """Add where the gradients are: states that are kept elsewhere get the sum of one call at a time."""
+        state = self._states[name]
+        if all(total.device == device for total in sums(state)):
+            update(state)
+            return
+        here = tree_map(lambda leaf: torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf, state)
+        update(here)
+        for total, added in zip(sums(state), sums(here), strict=True):
+            total += added.to(total.device)
+
+
+def without_factors(names: Collection[str]) -> str:
+    """Say that an estimator asked for factors which some parameters do not have.
+
+    Args:
+        names: Their canonical names.
+
+    Returns:
+        The sentence.
+    """
+    return (
+        "the estimator reads activations and output gradients, which only the weights of linear maps have (not biases, "
+        f"norms, embeddings or what an embedding shares, or slow paths): {sorted(names)}. {leave_out(names)}"
+    )
+
+
+def _check_plain(estimator: Estimator) -> None:
+    """Demand before a pass that its outcome can be described in the header of a file."""
+    for name, values in (("definition", estimator.definition), ("settings", estimator.settings)):
+        what = f"{type(estimator).__name__}.{name} must be a dict of plain values, for the header of a file"
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{what}; got {type(values).__name__}.")
+        try:
+            json.dumps(dict(values), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{what}: {error}.") from None
+
+
+def _check_signature(estimator: Estimator) -> None:
+    try:
+        inspect.signature(estimator.update_).bind(None, None, None, None)
+    except TypeError:
+        raise TypeError(
+            f"{type(estimator).__name__}.update_ must take (state, grads, parameter, backend=None), of which parameter "
+            f"says name, value and shape; it takes {inspect.signature(estimator.update_)}."
+        ) from None
+
+
+def _begun(estimator: Estimator, parameter: ParameterInfo) -> State:
+    """Make the state of one parameter; where it is not the usual one, demand what a pass relies on."""
+    state = estimator.init(parameter)
+    if type(estimator).init is Estimator.init:
+        return state
+    what = f"{type(estimator).__name__}.init must give zeros"
+    for leaf in tree_leaves(state):
+        if isinstance(leaf, Constant):
+            continue
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{what} that are tensors, to which parts of the data are added; got {type(leaf).__name__} for "
+                f"{parameter.name}: wrap something that is no sum in Constant."
+            )
+        dtypes = {parameter.dtype, torch.float64, torch.int64}
+        if leaf.dtype not in dtypes or leaf.device.type != parameter.device.type:
+            raise ValueError(
+                f"{what} of {' or '.join(sorted(map(str, dtypes)))} on {parameter.device}; got {leaf.dtype} on "
+                f"{leaf.device} for {parameter.name}."
+            )
+        if bool(leaf.any()):
+            raise ValueError(f"{what}, to which parts of the data are added; got others for {parameter.name}.")
+    return state

@@ -1,0 +1,67 @@
+"""Run a model and leave it as found, also after an exception: the one way in which a pass or a loop enters a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fishkern import hosts
+from fishkern.layers import Connection, as_found, gradient_kept
+
+
+@dataclass(frozen=True)
+class Entered:
+    """A model that is being run.
+
+    Args:
+        restore: Puts its buffers back; called before each run, it lets every example meet the same model.
+        connection: Lets segments under reentrant checkpointing be reached.
+    """
+
+    restore: Callable[[], None]
+    connection: Connection
+
+
+@contextmanager
+def undisturbed(
+    model: nn.Module, parameters: Collection[nn.Parameter], *, checkpointing: bool = True
+) -> Iterator[Entered]:
+    """Freeze a model in evaluation mode, and restore everything that a pass touches.
+
+    Compiled parts run eagerly meanwhile: hooks that are added after a compiled run never fire.
+
+    Args:
+        model: Without running wrappers.
+        parameters: Those that the caller differentiates by.
+        checkpointing: Whether activation checkpointing stays on. Single examples do without.
+
+    Yields:
+        The model, entered.
+    """
+    with ExitStack() as stack:
+        if checkpointing:
+            stack.enter_context(hosts.evaluation_mode(model))
+            stack.enter_context(hosts.connected_inputs(model))
+        else:
+            stack.enter_context(_evaluation_of_every_module(model))
+        stack.enter_context(gradient_kept(model))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.enable_grad())
+        restore = stack.enter_context(as_found(model))
+        yield Entered(restore, stack.enter_context(Connection(model, parameters)))
+
+
+@contextmanager
+def _evaluation_of_every_module(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
