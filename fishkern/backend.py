@@ -133,13 +133,13 @@ def _interpreter_can(*tensors: Tensor) -> bool:
     )
 
 
-@cache  # the properties of a device are a query of its driver, and every call of an operation asks
+@cache  # every call of an operation asks
 def _unserved(device: torch.device) -> str | None:
     return import_module("fishkern.kernels._hardware").why_not(device)
 
 
 def _interprets() -> bool:
-    # Triton is imported at the first question only: it takes longer than fishkern, and the CPU does not need it.
+    # Triton is imported here and not above, since a process that names torch as its backend does not need it.
     return _has_triton() and import_module("triton").knobs.runtime.interpret
 
 

@@ -68,12 +68,8 @@ def test_an_estimate_of_tied_weights(files):
     assert error < 1e-4, name
     assert loaded.count == 5
     assert {covered.path for covered in loaded.coverage.values()} == {"fused"}
-    definition = loaded.provenance["definition"]
-    assert [definition[key] for key in ("estimator", "fisher_type", "unit")] == [
-        "DiagonalFisher",
-        "empirical",
-        "example",
-    ]
+    expected = {"estimator": "DiagonalFisher", "fisher_type": "empirical", "unit": "example"}
+    assert loaded.provenance["definition"].items() >= expected.items()
 
 
 @pytest.mark.parametrize("name", samples.SELECTIONS)
@@ -81,7 +77,11 @@ def test_selections(files, name):
     loaded, expected = fk.Selection.load(files / "selections" / name), samples.selection(name)
     assert loaded == expected
     assert loaded.shapes == {key: torch.Size(shape) for key, shape in samples.POOL.items()}
-    assert loaded.provenance == expected.provenance
+    provenance, computed = loaded.provenance, expected.provenance
+    for part in ("start", "start_unselected"):  # norms and sums, which are not rounded alike everywhere
+        digests, ours = provenance.pop(part, {}), computed.pop(part, {})
+        assert digests == {key: pytest.approx(digest) for key, digest in ours.items()}
+    assert provenance == computed
     if name in ("forms", "shards", "bound"):
         assert loaded.counts == {"0.weight": 7, "0.bias": 0, "1.weight": 30, "1.bias": 3}
         assert loaded.whole == samples.WHOLE

@@ -1,4 +1,4 @@
-"""Bottleneck, prefix and UniPELT: what they count, that they train alone, come out again, and are served exactly."""
+"""Bottleneck, prefix and UniPELT: their sizes, training them alone, removing them, and their exact Fisher."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def output(model: nn.Module, inputs: dict) -> torch.Tensor:
     ],
 )
 def test_counts_on_bert_base(adapter, each_layer):
-    """The numbers behind the percentages that FISH-Tuning prints, on 1 to 4 layers."""
+    """The numbers of entries in the percentages that FISH-Tuning prints, on 1 to 4 layers."""
     with torch.device("meta"):
         config = transformers.BertConfig(vocab_size=28_996)
         model = transformers.BertForSequenceClassification(config)

@@ -1,4 +1,4 @@
-"""What every estimator obeys, whatever it estimates; and what only some of them promise."""
+"""Laws of every estimator, whatever it estimates, and of some kinds of them."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def lm_case() -> tuple[nn.Module, dict]:
 )
 @pytest.mark.parametrize("sketch", [False, True], ids=["mc to type-2", "sketched to empirical"])
 def test_many_draws_converge(case, likelihood, sketch):
-    """Means over seeds lie within six of their standard errors of the truth; the other Fisher does not."""
+    """Means over seeds are within six of their standard errors of the truth; the other Fisher is not."""
     model, batch = case()
     empirical, type_2 = (estimated(kind, model, [batch], likelihood=likelihood) for kind in ("empirical", "type-2"))
     truth, other = (empirical, type_2) if sketch else (type_2, empirical)

@@ -232,7 +232,7 @@ def assert_exact(layer: nn.Module, make, **options) -> fk.Statistics:
 
 
 def test_a_layer_that_is_the_whole_model():
-    """Its parameters have no path in front of their names."""
+    """Its parameters have no path before their names."""
 
     def losses(model, batch):
         return model(batch["input"]).sum((1, 2))

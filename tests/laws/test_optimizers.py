@@ -1,4 +1,4 @@
-"""What every masked optimizer obeys, whatever its algorithm."""
+"""Laws of every masked optimizer, whatever its algorithm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.closeness import assert_as_accurate
 
 
 class Kind(NamedTuple):
-    """An optimizer, what it is torch's of, and options that both take."""
+    """An optimizer, its counterpart in torch, and options that both take."""
 
     masked: type[torch.optim.Optimizer]
     dense: type[torch.optim.Optimizer]
@@ -252,7 +252,7 @@ def test_save_load_continue(kind, dtype):
 
 @every_optimizer
 def test_a_state_from_before_an_option_existed_loads(kind):
-    """The option keeps the value that the optimizer was made with, its default; what the state has counts."""
+    """An option that the state lacks stays as the optimizer was made; those of the state are loaded."""
     model, twin = tiny(), tiny()
     selection = some(model)
     optimizer = kind.make(model, selection)
@@ -286,7 +286,7 @@ def test_a_compiled_step_is_the_step(kind):
 
 @every_optimizer
 def test_its_repr_is_short(kind):
-    """What it moves and its options, in one line; not the names of a model's parameters."""
+    """The number of selected entries and the options, in one line, without the names of the parameters."""
     model = tiny()
     named = list(model.named_parameters())
     groups = [{"params": named[:2], "lr": 0.5}, {"params": named[2:]}]

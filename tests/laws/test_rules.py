@@ -1,4 +1,4 @@
-"""What every rule obeys, however it chooses."""
+"""Laws of every rule, however it selects."""
 
 from __future__ import annotations
 

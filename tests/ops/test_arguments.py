@@ -1,4 +1,4 @@
-"""Where results may lie: in any place of their own."""
+"""Results may be written to any memory that overlaps no input."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_overlap_is_what_shared_places_are():
 
 
 def test_one_row_and_nothing():
-    """Strides of axes of one entry mean nothing; what has no memory overlaps nothing."""
+    """Strides of axes of one entry mean nothing, and a tensor without memory overlaps nothing."""
     row = torch.zeros(1, 8)
     check_apart(row[:, :4], row[:, 4:], "these")
     check_apart(row.T[:4], row.T[4:], "these")
@@ -62,7 +62,7 @@ def test_one_row_and_nothing():
     ids=["rows", "columns", "windows"],
 )
 def test_every_entry_has_its_place(out: Tensor, backend: str):
-    """Both backends refuse what would lose sums; the reference alone would raise for some of it."""
+    """Both backends refuse results that would lose sums; without a check, the reference alone would raise at some."""
     x, g = torch.ones(2, 5, I), torch.ones(2, 5, O)
     for given in ({"out": out}, {"grad_out": out}):
         with pytest.raises(ValueError, match="must have a place for each entry"):

@@ -110,7 +110,7 @@ def test_master_is_float32_rounded(backend):
 
 
 def test_master_follows_weights_that_were_restored(backend):
-    """A step after a restore is the step of a master that stands at the restored weights."""
+    """A step after a restore is the step of a master that equals the restored weights."""
     params, indices = draw(SHAPES, 0.3, torch.float16)
     base = [p.clone() for p in params]
     master, fresh = (

@@ -1,4 +1,4 @@
-"""Streaming top-k equals a stable sort of everything, whatever it lies in and however it gets there."""
+"""Streaming top-k equals a stable sort of all scores, wherever they are stored and whichever way it takes."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_other_dtypes(dtype: torch.dtype, order: str, way: str):
 
 
 def test_float64_is_not_rounded(monkeypatch: pytest.MonkeyPatch):
-    """Values that float32 cannot tell apart keep their order, also when they are counted by their bits."""
+    """Values that are equal in float32 keep their order, also when they are counted by their bits."""
     scores = 1 + torch.randperm(1000).double() * 2**-50
     assert_exact([scores], 10)
     monkeypatch.setattr(op, "_bracket", lambda *_: (5.0, 5.0, 0))
@@ -184,7 +184,7 @@ def test_ties_go_to_the_earlier_block_and_the_smaller_index(k: int, backend: str
 
 
 def test_the_kernel_selects_what_the_reference_selects(backend: str, monkeypatch: pytest.MonkeyPatch):
-    """With a sampled bracket, with one that is missed, and where there is no room for what lies inside."""
+    """With a sampled bracket, with one that misses the threshold, and with one whose values do not fit."""
     pytest.importorskip("triton")
     kernel = import_module("fishkern.kernels.streaming_topk")
     monkeypatch.setattr(kernel, "_SMALLEST_ROOM", 8000)
@@ -279,7 +279,7 @@ def test_what_is_kept_is_no_more_than_what_is_needed(high: float, monkeypatch: p
 
 @pytest.fixture
 def most_held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes held after each piece, of small pieces and a small sample."""
+    """Bytes in use after each piece, of small pieces and a small sample."""
     held: list[int] = []
 
     class Watched(_candidates.Candidates):
@@ -316,7 +316,7 @@ def test_equal_scores_are_kept_as_indices(k: int, few: int, first: bool, keep: i
 
 @pytest.mark.parametrize("few", [64, 2000])
 def test_where_a_sample_says_little_the_bracket_is_counted(few: int, most_held, monkeypatch):
-    """Scores that are alike lie together: runs of them differ far more than independent draws would."""
+    """Similar scores are next to each other: runs of them differ far more than independent draws would."""
     monkeypatch.setattr(op, "_KEEP_VALUES", 0)
     monkeypatch.setattr(op, "_MOST_INSIDE", few)
     scores = normal(N).abs().sort().values + torch.arange(N) // (N // 10)

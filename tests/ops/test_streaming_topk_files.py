@@ -1,4 +1,4 @@
-"""Scores in files: what is refused, and, in a sparse file, more of them than 32 bits can count."""
+"""Scores in files: refusals, and, in a sparse file, more scores than 32 bits can count."""
 
 from __future__ import annotations
 

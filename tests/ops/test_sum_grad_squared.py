@@ -174,7 +174,7 @@ def test_accumulates_into_out(backend):
 @pytest.mark.parametrize("shape", [(3, 1, 7, 5), (5, 7, 13, 11), (2, 33, 65, 63), (17, 3, 4, 6), (0, 3, 4, 5)], ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_gradients_themselves(shape, packed, backend):
-    """``grad_out`` gets the batch gradient on top of what it held, and ``out`` is what it is without."""
+    """The batch gradient is added to ``grad_out``, and ``out`` is the same as without it."""
     x, g = make(*shape)
     N, T, I, O = shape
     grad_out = torch.full((I, O), 2.0, device=DEVICE).mT

@@ -1,4 +1,4 @@
-"""Which parameters an optimizer takes, and what it refuses in one line."""
+"""The parameters that an optimizer takes, and those that it refuses in one line."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_reselect_keeps_the_pool():
 
 
 def test_a_start_is_looked_at_once():
-    """At the first step; a selection that comes later does not ask the trained weights to stand where they began."""
+    """At the first step only; a later selection does not require the trained weights to be at their start."""
     model = Model()
     first, second = (bound_to_start(adapter(model, entries), model) for entries in ((1, 7), (2, 8)))
     optimizer = fk.MaskedSGD(model, first, lr=50.0, outside="freeze")

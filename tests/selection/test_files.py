@@ -1,4 +1,4 @@
-"""Selections come back from a file as they were; what is no selection is refused in one line."""
+"""Selections come back from a file as they were; other files are refused in one line."""
 
 from __future__ import annotations
 

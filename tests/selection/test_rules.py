@@ -1,4 +1,4 @@
-"""What each rule chooses, against an independent truth; budgets, refusals, lazy statistics."""
+"""The selection of each rule against an independent truth; budgets, refusals, lazy statistics."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_per_row_is_a_stable_sort_of_each_row(order: str, piece: int, monkeypatc
 
 @pytest.mark.filterwarnings("error")
 def test_scores_of_a_mapping_may_be_negative():
-    """Their sign counts: what is smallest is most negative."""
+    """Their sign counts: the smallest are the most negative."""
     values = {"w": torch.tensor([3.0, -5.0, 0.0, -1.0])}  # a zero among the first is no tie, and not warned of
     assert fk.select(values, fk.GlobalTopK(k=2)).indices("w").tolist() == [0, 2]
     assert fk.select(values, fk.GlobalTopK(k=2, order="smallest")).indices("w").tolist() == [1, 3]
@@ -126,7 +126,7 @@ def test_random_is_uniform(k: int):
 
 
 def test_lazy_statistics_are_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Nothing reads a whole tensor that is not small, and 16-bit files give what they hold."""
+    """Only small tensors are read whole, and the values of 16-bit files are those in the file."""
     statistics = fk.Statistics({"a": torch.rand(300, 400), "b": torch.rand(9, 3)}, count=2)
     path = statistics.save(tmp_path / "s", dtype=torch.bfloat16)
     eager, lazy = fk.Statistics.load(path), fk.Statistics.load(path, lazy=True)

@@ -116,7 +116,7 @@ def trained(selection: Selection, make=fk.MaskedSGD) -> nn.Module:
 
 
 def test_a_second_stage_with_a_new_optimizer_goes_on(tmp_path):
-    """What was trained by the selection itself stands where it should, also when the selection comes from its file."""
+    """A model trained with this very selection passes, also when the selection is loaded from its file."""
     selection = Selection.load(selected(model()).save(tmp_path / "selection"))
     of = trained(selection)
     before = of[0].weight.clone()
@@ -139,7 +139,7 @@ def test_training_beside_the_selection_is_another_start():
 
 
 def test_another_head_alone_is_another_start():
-    """It is selected whole, so that nothing in it tells; and nothing else has moved."""
+    """It is selected whole and nothing else has moved, so nothing shows that it was trained from the start."""
     selection, of = selected(model()), model()
     of[1].load_state_dict(model(seed=1)[1].state_dict())
     of(torch.ones(2, 4)).sum().backward()

@@ -1,4 +1,4 @@
-"""Any batch is taken as the loop over its rows takes it, or refused: the test knows what belongs to whom."""
+"""Any batch gives the result of the loop over its rows, or is refused; the test knows the rows of each example."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def weigh(value: Any) -> Tensor:
 
 @st.composite
 def runs(draw) -> tuple[list[str], list[Any], list[Any], list[Any]]:
-    """Draw the kinds of some entries, batches of them, the rows of these batches, and what the user names as shared."""
+    """Draw the kinds of some entries, batches of them, the rows of these batches, and the keys passed as shared."""
     kinds = draw(st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=3))
     as_mapping = draw(st.booleans())
     keys = [f"e{place}" for place in range(len(kinds))] if as_mapping else list(range(1, len(kinds) + 1))

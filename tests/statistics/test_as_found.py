@@ -48,7 +48,7 @@ def in_use() -> nn.Module:
 
 
 def state_of(model: nn.Module) -> dict:
-    """All that a pass could leave behind."""
+    """All that a pass could change."""
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     return {
         "modes": {name: module.training for name, module in modules.items()},
@@ -282,7 +282,7 @@ def test_dropout_is_off_and_comes_back():
 
 
 class Counting(nn.Module):
-    """Counts its calls and keeps a running mean, in every mode, and remembers in a plain attribute what it has seen."""
+    """Counts its calls and keeps a running mean, in every mode, and stores the longest input in a plain attribute."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a batch is: how many examples it holds, and what of it belongs to which example."""
+"""Batches of all forms: their number of examples, and the entries that belong to each example."""
 
 from __future__ import annotations
 
@@ -352,7 +352,7 @@ def test_a_classifier_without_a_pad_token_takes_batches_of_one():
 
 
 class Patches(nn.Module):
-    """Image patches of all examples behind one another, as Qwen2-VL takes them."""
+    """Image patches of all examples one after another, as Qwen2-VL takes them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -426,7 +426,7 @@ def refused(batch, words: str, likelihood=cross_entropy, kind=ValueError) -> Non
 @pytest.mark.parametrize("labels", [torch.tensor, int], ids=["tensors", "numbers"])
 @pytest.mark.parametrize("kind", ["tuples", "mappings"])
 def test_a_list_of_examples_is_told_to_be_collated(kind, labels):
-    """What ``collate_fn=list`` yields."""
+    """Batches of ``collate_fn=list``."""
     pairs = [(x, labels(y)) for x, y in zip(rows(4)["x"], (0, 1, 2, 0), strict=True)]
     examples = pairs if kind == "tuples" else [{"x": x, "y": y} for x, y in pairs]
 
@@ -442,7 +442,7 @@ def test_a_list_of_examples_is_told_to_be_collated(kind, labels):
 
 @pytest.mark.parametrize("N", [1, 2])
 def test_images_in_a_tuple_are_told_to_be_a_list(N):
-    """What ``tuple(zip(*batch))`` yields, a usual collator of detectors."""
+    """Batches of ``tuple(zip(*batch))``, a usual collator of detectors."""
 
     def losses(model, batch):
         found = [(model(image.flatten(1).mean(1)[:1].expand(4)), boxes) for image, boxes in zip(*batch, strict=True)]
@@ -455,7 +455,7 @@ def test_images_in_a_tuple_are_told_to_be_a_list(N):
 
 
 def test_an_example_in_no_batch_is_told_to_be_put_into_one():
-    """What ``batch_size=None`` yields, and a dataset that is passed itself."""
+    """Items of ``batch_size=None``, and of a dataset that is passed itself."""
     x, y = rows(4)["x"][0], torch.tensor(1)
     refused((x, y), "batch 0 has a single number as its labels.*let a DataLoader make batches", fk.Classification())
     refused((x, 1), "batch 0 has a single number as its labels.*let a DataLoader make batches", fk.Classification())

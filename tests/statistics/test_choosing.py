@@ -1,4 +1,4 @@
-"""Which parameters a statistic is wanted of: all, patterns, a predicate; and what a slip of the pen is told."""
+"""The parameters to estimate: all, patterns, a predicate; and the message at a misspelt name."""
 
 from __future__ import annotations
 

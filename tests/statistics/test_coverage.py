@@ -232,7 +232,7 @@ def test_batches_of_tokenizers_and_what_is_no_tensor():
 
 @pytest.mark.parametrize("sizes", [(3, 2), (1, 3), (2, 1, 2)], ids=str)
 def test_a_tensor_of_one_row_is_shared_by_all_examples(sizes):
-    """Also where the first batch holds one example, which does not tell whether the row is its own."""
+    """Also where the first batch is one example, with which the row might be its own."""
     specimen = zoo.gpt2()
     batches = [{**specimen.batch(N, 5), "position_ids": torch.arange(1, 6)[None]} for N in sizes]
     assert_exact(specimen, batches)

@@ -1,4 +1,4 @@
-"""What is no statistics, or no longer, says so in one line."""
+"""A file that is not statistics, or is damaged, is refused in one line."""
 
 import json
 from pathlib import Path
@@ -84,7 +84,7 @@ def test_truncated_or_no_safetensors(tmp_path: Path, content: bytes | None):
     path.write_bytes(path.read_bytes()[:-3] if content is None else content)
     with pytest.raises(ValueError, match=r"is truncated, damaged or no .safetensors file .*: copy or save it again"):
         Statistics.load(path)
-    make().save(path)  # what is damaged may be overwritten
+    make().save(path)  # a damaged file may be overwritten
     assert Statistics.load(path)["m"] == 1.0
 
 
@@ -138,7 +138,7 @@ def test_broken_sets(tmp_path: Path):
 
 
 def test_failed_save_over_a_damaged_index_removes_nothing(tmp_path: Path):
-    """What a damaged index names may still be rescued by hand."""
+    """Shards of a damaged index may still be recovered by hand."""
     make().save(tmp_path / "s", max_shard_size=THREE_SHARDS).write_text("{oops")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match="becomes zero in float16"):

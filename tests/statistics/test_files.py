@@ -1,4 +1,4 @@
-"""Statistics on disk: what is saved is loaded, and a save that is cut short leaves the old or the new."""
+"""Statistics on disk: loading gives the saved ones, and an interrupted save leaves the old or the new."""
 
 import errno
 import json
@@ -203,7 +203,7 @@ def test_a_single_file_that_cannot_be_removed_is_stale(tmp_path: Path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_interrupt_while_writing(tmp_path: Path, monkeypatch, form: int | None):
-    """Half-way through a tensor of the last shard, nothing new is left behind."""
+    """Interrupted within a tensor of the last shard, no new file is left."""
     old = make()
     old.save(tmp_path / "s", max_shard_size=SHARDED)
     before = names(tmp_path)
@@ -291,7 +291,7 @@ def test_missing_folder(tmp_path: Path, form: int | None):
 
 
 def test_neighbours_are_left_alone(tmp_path: Path):
-    """Only what is a shard of this very set is stale, whatever the names look like."""
+    """Only shards of this very set are stale, whatever the names look like."""
     model = {"w": torch.ones(2)}
     save_file(model, tmp_path / "s-00001-of-00002.safetensors", {"format": "pt"})
     make().save(tmp_path / "s-0123abcd", max_shard_size=SHARDED)

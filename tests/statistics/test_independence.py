@@ -1,4 +1,4 @@
-"""What an example is: a loss that other examples, or chance, have a say in is refused in words that say which it is."""
+"""A loss that depends on other examples or on chance is refused, and the message says on which."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def _as(batch: dict, dtype: torch.dtype) -> dict:
 
 
 class ChoosingMoe(nn.Module):
-    """One expert for all, taken by what the batch says: a choice that tips over between a batch and its rows."""
+    """One expert for all examples, selected by the batch, so that a row alone may get another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ def test_zeros_everywhere_are_told():
 
 @every_check
 def test_a_contrastive_loss_in_batches_of_one_is_zero_and_told(check):
-    """Alone an example has nothing to be told from: zero is the right answer, and no user would guess it."""
+    """One example alone has no negatives: zero is the correct result, and a user would not expect it."""
     with pytest.warns(UserWarning, match="every entry is exactly zero"):
         found = fk.estimate(Towers(), [towers(1), towers(1)], likelihood=contrastive, check=check)
     assert not any(value.any() for value in found.values())
@@ -287,7 +287,7 @@ def _mean_in_bfloat16(model, batch):
 
 @pytest.mark.parametrize("kind", [fk.DiagonalFisher, fk.SketchedFisher])
 def test_autocast_inside_the_loss_function_is_no_dependence(kind):
-    """Rounding is judged by what the modules return, and captured gradients are trusted as under autocast outside."""
+    """Rounding is that of the dtype that modules return, and captured gradients are trusted as in autocast outside."""
     specimen = zoo.llama()
     batches = [specimen.batch(4, seed=seed) for seed in range(2)]
     with warnings.catch_warnings():

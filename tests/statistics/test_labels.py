@@ -1,4 +1,4 @@
-"""Labels and outputs as people bring them: the right number, or one sentence that says what to write."""
+"""Labels and outputs of many forms: the right result, or one sentence with the fix."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_the_own_loss_of_a_pair_is_compared():
 
 @pytest.mark.parametrize("labels", [torch.tensor([0, 1, 2, 1, 0]), torch.rand(5, 3)], ids=["classes", "numbers"])
 def test_the_config_of_a_transformers_model_comes_back_as_found(labels):
-    """Given labels, transformers notes there what it takes them for, and stays with it."""
+    """Called with labels, transformers sets its ``problem_type`` by them, and keeps it."""
     model = zoo.bert_classifier().model
     fk.verify(model, [{**zoo.text_batch(), "labels": labels}])
     assert model.config.problem_type is None

@@ -194,7 +194,7 @@ def adaptive() -> nn.Module:
 
 @pytest.mark.parametrize("make", [penalised, routed, adaptive])
 def test_a_named_loss_is_the_users_word(make):
-    """What the model adds is left out, with one note."""
+    """Terms that the model adds are left out, with one note."""
     model, batch = make(), zoo.text_batch()
     with pytest.warns(UserWarning, match="by the model itself") as warned:
         statistics = fk.estimate(model, [batch, batch], likelihood=fk.CausalLM())

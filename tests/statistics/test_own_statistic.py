@@ -111,7 +111,7 @@ def test_the_batchs_gradient_will_do():
 
 
 def test_one_gradient_at_a_time_is_its_definition():
-    """What a comparison runs: the same recipe on gradients that autograd has left."""
+    """As in a comparison: the same estimator on gradients of autograd."""
     specimen, batch = zoo.llama(tie_word_embeddings=True), zoo.text_batch()
     statistics = fk.estimate(specimen.model, [batch], fk.DiagonalFisher())
     parameter = specimen.model.model.embed_tokens.weight

@@ -1,4 +1,4 @@
-"""Two processes over gloo: both get what one process gets from all the data."""
+"""Two processes over gloo: both get the result of one process on all the data."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def reports(tmp_path_factory) -> list[dict]:
     ["exact", "ddp", "eight", "mc", "sketched", "accelerate", "accelerate, few", "own parts", "one has none"],
 )
 def test_two_ranks_give_what_one_gives(reports, case):
-    """13 examples do not divide by two: what the samplers repeat counts once."""
+    """13 examples do not divide by two: an example that the samplers repeat counts once."""
     for report in reports:
         gap, count, count_alone, examples, ranks, paths = report[case]
         assert gap < 1e-5

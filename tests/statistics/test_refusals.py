@@ -1,4 +1,4 @@
-"""What cannot be estimated is refused with one line that says what and where."""
+"""A model or batch that cannot be estimated is refused with one line that names the place."""
 
 from __future__ import annotations
 

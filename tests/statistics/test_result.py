@@ -211,7 +211,7 @@ def test_merge_with_statistics_of_unknown_coverage():
 
 
 def test_merge_by_weights():
-    """In the place of the counts; they stand in the definition, one list for each merge."""
+    """Weights replace the counts, and are added to the definition, one list for each merge."""
     a, b, c = (make(seed, count) for seed, count in ((0, 3), (1, 5), (2, 8)))
     merged = merge(a, b, c, weights=(0.5, 0, 2))
     for name in a:

@@ -1,4 +1,4 @@
-"""``fishkern.verify`` accepts what equals the loop, judged by the model's own noise, and nothing else."""
+"""``fishkern.verify`` accepts statistics that equal the loop, up to the noise of the model, and no others."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ class Quantised(nn.Module):
 
 
 def test_integer_weights_are_named_not_compared():
-    """Autograd gives them no gradient, so that no loop can tell."""
+    """Autograd gives them no gradient, so no loop has a value for them."""
     torch.manual_seed(0)
     model = Quantised()
     batch = torch.randn(4, 3), torch.randint(0, 2, (4,))
@@ -341,7 +341,7 @@ def test_a_gradient_that_stays_undefined_is_zero():
 
 
 def inside_autocast(model: nn.Module) -> nn.Module:
-    """As accelerate prepares a model: its own forward enters autocast, and nothing outside tells."""
+    """As accelerate prepares a model: its own forward enters autocast, which is not visible from outside."""
     model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
     return model
 
@@ -356,7 +356,7 @@ def test_autocast_is_judged_by_the_dtype_that_it_computes_in(where):
         found = fk.verify(model, [batch], statistics)
         wrong = fk.verify(model, [batch], {name: 2 * value for name, value in statistics.items()})
     assert found.ok, found
-    assert max(one.error for one in found.compared) > 1e-4  # what float32 would allow
+    assert max(one.error for one in found.compared) > 1e-4  # the limit of float32
     assert not wrong.ok
 
 

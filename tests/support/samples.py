@@ -93,8 +93,8 @@ def selection(name: str = "forms") -> fk.Selection:
         return fk.Selection(POOL, {})
     if name == "everything":
         return fk.Selection(POOL, {}, whole=list(POOL))
-    made = fk.Selection(POOL, INDICES, whole=WHOLE, provenance=SELECTED_BY)
-    return fk.selection.bound_to_start(made, small()) if name == "bound" else made
+    plain = fk.Selection(POOL, INDICES, whole=WHOLE, provenance=SELECTED_BY)
+    return fk.selection.bound_to_start(plain, small()) if name == "bound" else plain
 
 
 def later_selection() -> fk.Selection:
@@ -169,8 +169,8 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     """Every weight, and everything that the optimizer keeps for it."""
     tensors = {f"weight {name}": parameter.detach().clone() for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        kept = optimizer.state.get(parameter, {})
-        tensors |= {f"{key} {name}": torch.as_tensor(value).clone() for key, value in kept.items()}
+        state = optimizer.state.get(parameter, {})
+        tensors |= {f"{key} {name}": torch.as_tensor(value).clone() for key, value in state.items()}
     return tensors
 
 
