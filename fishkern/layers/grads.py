@@ -35,6 +35,8 @@ Groups = Literal["row", "column", "tensor"]
 """Entries of a parameter that are summed: those of one index of the first axis; those of one index of all other axes;
 all. Each entry of a vector is a row and a column of its own."""
 
+_PIECE = 2**20  # entries of a gradient that are squared at once: 4 MiB, which stay in the caches
+
 
 class PerExampleGrads(ABC):
     """Gradients of one parameter by the losses of ``N`` examples, one form of several (see the module)."""
@@ -451,7 +453,7 @@ def group_sums(squares: Tensor, by: Groups) -> Tensor:
 
 
 def group_squares(grad: Tensor, by: Groups) -> Tensor:
-    """Sum the squares of a gradient over groups of its entries, without a tensor of squares.
+    """Sum the squares of a gradient over groups of its entries, a piece of it at a time.
 
     Args:
         grad: Of the parameter's shape.
@@ -462,10 +464,9 @@ def group_squares(grad: Tensor, by: Groups) -> Tensor:
     """
     if grad.ndim < 2 or not grad.numel():
         return group_sums(grad.to(wide(grad)).square(), by)
-    matrix = grad.flatten(1)
-    axis = {"row": 1, "column": 0, "tensor": (0, 1)}[by]
-    sums = torch.linalg.vector_norm(matrix, dim=axis, dtype=wide(grad)).square_()
-    return sums.view(group_shape(grad.shape, by))
+    pieces = grad.split(max(1, _PIECE // grad[0].numel()))
+    sums = [group_sums(piece.to(wide(grad)).square(), by) for piece in pieces]
+    return torch.cat(sums) if by == "row" else torch.stack(sums).sum(0)
 
 
 def _add_rows_of_examples(

@@ -97,6 +97,22 @@ def check_loss(
         Answering(model, None).prepare(one)
 
 
+def check_names(statistics: Mapping[str, Tensor]) -> None:
+    """Refuse statistics of groups of parameters.
+
+    Args:
+        statistics: What is to be verified.
+
+    Raises:
+        ValueError: They are.
+    """
+    if isinstance(statistics, Statistics) and "groups" in statistics.provenance["definition"]:
+        raise ValueError(
+            "verify compares parameter by parameter, and these statistics are of groups of parameters: verify "
+            "GroupFisher(by='tensor'), whose sums they are."
+        )
+
+
 def check_shapes(statistics: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
     """Refuse statistics of other shapes.
 

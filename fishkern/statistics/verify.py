@@ -16,7 +16,7 @@ from fishkern.layers import UnsupportedModuleError, is_wrapped, scored_tensors, 
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples, Reader, Shared
 from fishkern.statistics.choosing import Wanted, chosen_names
-from fishkern.statistics.comparable import check_kind, check_loss, check_recipe, check_shapes
+from fishkern.statistics.comparable import check_kind, check_loss, check_names, check_recipe, check_shapes
 from fishkern.statistics.data import demand_several
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
@@ -105,6 +105,7 @@ def verify(
         estimate_seconds = _clock(model) - start
     elif isinstance(statistics, Statistics):
         check_kind(statistics, estimator, examples)
+    check_names(statistics)
     named = scored_tensors(model)
     stored = {name for name in stored_weights(model).keys() & named.keys() if not is_wrapped(named[name])}
     wanted = _wanted(named, statistics, parameters)

@@ -285,6 +285,35 @@ def forms(seed: int, N: int, T: int, V: int, D: int) -> dict:
     }
 
 
+def assert_groups(parts, squares: torch.Tensor) -> None:
+    """Squares summed over groups are the sums of the squares; integers, so exactly."""
+    by_hand = {"row": squares.sum(1), "column": squares.sum(0), "tensor": squares.sum()}
+    for by, expected in by_hand.items():
+        assert layers.group_shape(squares.shape, by) == expected.shape
+        total = torch.ones_like(expected)
+        for grads in parts if isinstance(parts, tuple) else (parts,):
+            grads.add_group_squares_(total, by)
+        assert torch.equal(total, 1 + expected), by
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 1), (2, 3), (2, 3, 2)], ids=str)
+@pytest.mark.parametrize("by", ["row", "column", "tensor"])
+def test_a_gradient_is_squared_and_summed_over_groups(by, shape):
+    grad = torch.randn(shape, dtype=torch.float64)
+    squares = grad.square()
+    if by == "tensor":
+        expected = squares.sum()
+    elif grad.ndim < 2:
+        expected = squares
+    else:
+        expected = squares.flatten(1).sum(1) if by == "row" else squares.sum(0)
+    torch.testing.assert_close(layers.group_squares(grad, by), expected)
+    for grads in (layers.DenseGrads(grad[None]), layers.PositionGrads(grad[None, None])):
+        total = torch.zeros(layers.group_shape(grad.shape, by), dtype=torch.float64)
+        grads.add_group_squares_(total, by)
+        torch.testing.assert_close(total, expected)
+
+
 sizes = st.tuples(*[st.integers(1, 4)] * 4)
 use = st.tuples(st.integers(0, 2**31), st.sampled_from(sorted(forms(0, 1, 1, 1, 1))))
 
@@ -298,6 +327,7 @@ def test_uses_of_one_parameter_add_up_before_the_square(sizes, uses):
     squares, position_squares = torch.ones(2, *sizes[2:], dtype=torch.float64)
     grads.add_squares_(squares)
     assert torch.equal(squares, 1 + terms.sum(1).square().sum(0))
+    assert_groups(grads, terms.sum(1).square().sum(0))
     if "dense" in dict(map(reversed, uses)):
         with pytest.raises(NotImplementedError, match="no longer know their positions"):
             grads.add_position_squares_(position_squares)
@@ -314,5 +344,8 @@ def test_the_rows_of_a_tied_embedding_complete_the_squares_of_its_head(sizes, se
     assert torch.equal(head.rows(example, row), head_terms.sum(1)[example, row])
     total = torch.ones(sizes[2:], dtype=torch.float64)
     head.add_squares_(total)
-    layers.TiedRows(table, pairs, head.rows(example, row)).add_squares_(total)
-    assert torch.equal(total, 1 + (head_terms.sum(1) + table_terms.sum(1)).square().sum(0))
+    tied = layers.TiedRows(table, pairs, head.rows(example, row))
+    tied.add_squares_(total)
+    squares = (head_terms.sum(1) + table_terms.sum(1)).square().sum(0)
+    assert torch.equal(total, 1 + squares)
+    assert_groups((head, tied), squares)
