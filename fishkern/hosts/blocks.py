@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from torch import nn
@@ -22,7 +22,7 @@ Role = Literal["vision", "text", "decoder", "encoder"]
 # What models call their lists of layers.
 _LISTS = frozenset({"layers", "layer", "h", "blocks", "block", "resblocks", "albert_layers"})
 
-# A word in the path of a stack says what the stack is for. The first that is there decides: the vision tower of CLIP is
+# A word in the path of a stack says what the stack is for. The order matters: the vision tower of CLIP is
 # vision_model.encoder.layers.
 _ROLES: tuple[tuple[str, Role], ...] = (
     ("vision", "vision"),
@@ -52,7 +52,7 @@ class Layer:
     @property
     def path(self) -> str:
         """Path of the layer's module, ``"model.layers.3"``."""
-        return f"{self.stack}.{self.number}" if self.stack else str(self.number)
+        return f"{self.stack}.{self.number}"
 
     @property
     def role(self) -> Role | None:
@@ -64,23 +64,23 @@ class Layer:
 def layer_of(model: nn.Module | Iterable[str]) -> dict[str, Layer | None]:
     """Find the layer that each parameter belongs to.
 
-    Layers are the numbered entries of a list called ``layers``, ``layer``, ``h``, ``block`` or ``blocks``, the
-    outermost one that is not part of a head. Lists inside a layer (experts, the sub-layers of T5) do not count; entries
-    that hold nothing but lists of blocks, and what is between these (the stages of Swin), are not layers themselves.
+    A layer is a numbered entry of the outermost list in a name that is called ``layers``, ``layer``, ``h``, ``blocks``
+    or ``block`` and is not in a head. Lists inside a layer (experts, the sub-layers of T5) do not count. The stages of
+    Swin are no layers: each is a list of layers, and its other modules are in none.
 
     Args:
         model: A model, wrapped or not, or names of parameters or modules in it.
 
     Returns:
-        For every name, that of a shared parameter in each place included, its layer, or ``None`` outside the layers:
-        embeddings, final norm, head. Without the model, the count of a stack is its highest number plus 1.
+        The layer of each name, or ``None`` outside the layers: embeddings, final norm, head. A shared parameter is
+        there under all its names. Without the model, the count of a stack is its highest number plus 1.
     """
     if not isinstance(model, nn.Module):
         return _by_name(model)
     layers = _by_name(named_parameters(model, remove_duplicate=False))
-    lengths = {path: len(blocks) for path, blocks in _lists(model, layers.values()).items()}
+    lengths = {path: len(blocks) for path, blocks in _lists(model, layers.values()).items()}  # also without parameters
     return {
-        name: layer and Layer(layer.stack, layer.number, lengths.get(layer.stack, layer.count))
+        name: layer and replace(layer, count=max(layer.count, lengths.get(layer.stack, 0)))
         for name, layer in layers.items()
     }
 
@@ -98,30 +98,30 @@ def stacks(model: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 def stack_of(model: nn.Module, path: str | None = None) -> tuple[str, list[nn.Module]]:
-    """Choose a stack of a model.
+    """Get the layers of one stack of a model.
 
     Args:
         model: A model, wrapped or not.
         path: The stack's path; ``None`` if the model has only one.
 
     Returns:
-        Its path, and its layers in order.
+        The stack's path, and its layers in order.
 
     Raises:
-        ValueError: The model has no layers, several stacks and none is named, or no stack of this name.
+        ValueError: The model has no layers, no stack of this path, or several stacks and ``path`` is ``None``.
     """
-    name, every = type(unwrap(model)).__name__, stacks(model)
-    if not every:
+    name, by_path = type(unwrap(model)).__name__, stacks(model)
+    if not by_path:
         raise ValueError(
-            f"{name} has no list of layers: none of its parameters is in a numbered entry of 'layers', 'layer', 'h', "
-            "'block' or 'blocks'."
+            f"{name} has no list of layers: none of its parameters is in a numbered entry of a list called "
+            f"{', '.join(sorted(_LISTS))}."
         )
-    if path is None and len(every) > 1:
-        raise ValueError(f"{name} has several lists of layers, {listed(every)}: choose one with stack=.")
-    path = next(iter(every)) if path is None else path
-    if path not in every:
-        raise ValueError(f"{name} has no list of layers {path!r}; it has {listed(every)}.")
-    return path, every[path]
+    if path is None and len(by_path) > 1:
+        raise ValueError(f"{name} has several lists of layers, {listed(by_path)}: choose one with stack=.")
+    path = next(iter(by_path)) if path is None else path
+    if path not in by_path:
+        raise ValueError(f"{name} has no list of layers {path!r}; it has {listed(by_path)}.")
+    return path, by_path[path]
 
 
 def _by_name(names: Iterable[str]) -> dict[str, Layer | None]:
@@ -156,5 +156,9 @@ def _place(name: str) -> _Place | None:
 def _lists(model: nn.Module, layers: Iterable[Layer | None]) -> dict[str, list[nn.Module]]:
     """Collect the modules of the stacks that these layers are in."""
     wanted = {layer.stack for layer in layers if layer}
-    modules = ((without_wrappers(path), module) for path, module in unwrap(model).named_modules())
-    return {path: list(module.children()) for path, module in modules if path in wanted}
+    lists: dict[str, list[nn.Module]] = {}
+    for path, module in unwrap(model).named_modules():
+        if (stack := without_wrappers(path)) in wanted:
+            entries = module._modules.items()  # named_children would leave out a layer that is there twice
+            lists[stack] = [layer for name, layer in entries if layer is not None and name.isdecimal()]
+    return lists

@@ -172,6 +172,14 @@ def test_a_wrapper_inside_the_part_of_another():
         }
 
 
+def test_a_wrapper_under_two_names():
+    shared = nn.Linear(2, 2)
+    model = nn.Sequential(shared, shared)
+    model[0] = model[1] = Identity(shared)
+    hosts.remove(model)
+    assert list(model) == [shared, shared]
+
+
 def test_a_wrapper_of_another_module_is_refused():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     wrappers = {"0": Identity(model[0]), "1": Identity(model[0])}
