@@ -139,14 +139,16 @@ def test_the_fisher_in_a_causal_model_is_exact(kind):
     assert_exact(zoo.Specimen(model, text, next_token), [text(3), text(2)])
 
 
-def test_a_prefix_is_that_of_peft():
-    model, data = llama(), text()
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3", "mixtral"])
+def test_a_prefix_is_that_of_peft(family):
+    model, data = FAMILIES[family].model(), text()
+    data["input_ids"] %= model.config.vocab_size
     wrapped = peft.get_peft_model(
         copy.deepcopy(model), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     ).eval()
     adapters.attach(model, PrefixAdapter(length=4))
     table = wrapped.prompt_encoder["default"].embedding.weight.detach()  # [length, layers x (keys, values)]
-    size = 8  # 2 heads of 4
+    size = model.model.layers[0].self_attn.base_layer.k_proj.out_features
     for number, layer in enumerate(model.model.layers):
         rows = table[:, 2 * number * size :][:, : 2 * size]
         layer.self_attn.prefix.weight.data.copy_(rows)
@@ -248,7 +250,7 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match=r"holds classifier.weight \(3, 16\), and BertFor.* has it as \(5, 16\)"):
         adapters.load(other, path)
     assert adapters.adapter_parameters(other) == []
-    with pytest.raises(ValueError, match="part of MambaBlock, of which MambaForCausalLM is built, have no names"):
+    with pytest.raises(ValueError, match="no attention and feed-forward part in MambaBlock, a layer of Mamba"):
         adapters.attach(FAMILIES["mamba"].model(), BottleneckAdapter())
     with pytest.raises(ValueError, match="has no list of layers"):
         adapters.attach(nn.Linear(2, 2), BottleneckAdapter())
