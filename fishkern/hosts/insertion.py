@@ -71,10 +71,8 @@ def insertion_points(layer: nn.Module) -> InsertionPoints | None:
         layer: A layer, from :func:`fishkern.hosts.stacks`, with or without adapters and wrappers in it.
 
     Returns:
-        The points, or ``None`` if the layer is of no known kind. Known are the layers of BERT, RoBERTa, DistilBERT,
-        DeBERTa and ModernBERT; GPT-2, GPT-NeoX, BLOOM and Falcon; LLaMA, Mistral, Mixtral, Qwen, Gemma and Phi; T5,
-        BART, OPT and Whisper; ViT, DeiT, BEiT, DINOv2, DINOv3 and Swin; both towers of CLIP and SigLIP; and what is
-        built like them.
+        The points, or ``None`` if the layer is of no known kind. ``_ATTENTIONS`` and ``_FEED_FORWARDS`` list the known
+        ones; any combination of the two will do.
     """
     paths = _paths(layer)
     attention = next((known for known in _ATTENTIONS if known.modules() <= paths.keys()), None)
@@ -154,6 +152,7 @@ _ATTENTIONS = (
     _Attention("attention", _QKV, "attention.out_proj"),  # wav2vec 2.0, HuBERT
     _Attention("attention.self", ("query", "key", "value"), "attention.output.dense"),  # BERT, RoBERTa, ELECTRA
     _Attention("attention.self", ("query_proj", "key_proj", "value_proj"), "attention.output.dense"),  # DeBERTa
+    _Attention("attention.attention", ("query", "key", "value"), "attention.output.dense"),  # YOLOS, former ViTs
     _Attention("attention", ("q_lin", "k_lin", "v_lin"), "attention.out_lin"),  # DistilBERT
     _Attention("attention", ("query_key_value",), "attention.dense"),  # GPT-NeoX
     _Attention("self_attention", ("query_key_value",), "self_attention.dense"),  # BLOOM, Falcon

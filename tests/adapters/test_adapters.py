@@ -67,8 +67,8 @@ def batch(N: int = 4, T: int = 7) -> dict:
 
 
 def text(N: int = 4, T: int = 7) -> dict:
-    made = batch(N, T)
-    return {**made, "labels": made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)}
+    inputs = batch(N, T)
+    return {**inputs, "labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
 
 
 def logits(model: nn.Module, batch: dict) -> torch.Tensor:
@@ -155,8 +155,8 @@ def test_a_prefix_is_that_of_peft(family):
     # PEFT counts the prefix among the positions; so that rotary embeddings agree, the text is told where it stands
     positions = torch.arange(4, 4 + data["input_ids"].shape[1]).expand_as(data["input_ids"])
     ours = logits(model, {**data, "position_ids": positions})
-    kept = data["attention_mask"].bool()
-    torch.testing.assert_close(ours[kept], logits(wrapped, data)[kept])
+    attended = data["attention_mask"].bool()
+    torch.testing.assert_close(ours[attended], logits(wrapped, data)[attended])
 
 
 @pytest.mark.parametrize("kind", ["prefix", "unipelt"])
@@ -166,13 +166,13 @@ def test_attention_implementations_agree(make, kind, padded):
     data = batch()
     if not padded:
         data = {"input_ids": data["input_ids"]}
-    found = []
+    outputs = []
     for implementation in ("sdpa", "eager"):
         model = make(implementation)
         adapters.attach(model, SMALL[kind])
-        kept = data.get("attention_mask", torch.ones_like(data["input_ids"])).bool()
-        found.append(logits(model, data) if make is bert else logits(model, data)[kept])
-    torch.testing.assert_close(*found)
+        attended = data.get("attention_mask", torch.ones_like(data["input_ids"])).bool()
+        outputs.append(logits(model, data) if make is bert else logits(model, data)[attended])
+    torch.testing.assert_close(*outputs)
 
 
 def test_a_prefix_leaves_a_causal_model_causal():
