@@ -199,7 +199,7 @@ def summarise(
             part.sum += piece.sum(dtype=torch.float64).item()
             if report:
                 report(read, size)
-    counts[0] -= below
+    counts[0] -= below  # zeros and negative entries, which were counted as zeros
     threshold = threshold if threshold is not None and math.isfinite(threshold) else None
     return Summary.of(parameters, density, threshold, *_distribution(counts), below - negative, negative)
 
