@@ -19,7 +19,7 @@ from fishkern.names import listed, without_wrappers
 
 Role = Literal["vision", "text", "decoder", "encoder"]
 
-# What models call their lists of layers.
+# Names of lists of layers.
 _LISTS = frozenset({"layers", "layer", "h", "blocks", "block", "resblocks", "albert_layers"})
 
 # A word in the path of a stack says what the stack is for. The order matters: the vision tower of CLIP is
@@ -67,6 +67,10 @@ def layer_of(model: nn.Module | Iterable[str]) -> dict[str, Layer | None]:
     A layer is a numbered entry of the outermost list in a name that is called ``layers``, ``layer``, ``h``, ``blocks``
     or ``block`` and is not in a head. Lists inside a layer (experts, the sub-layers of T5) do not count. The stages of
     Swin are no layers: each is a list of layers, and its other modules are in none.
+
+        layers = hosts.layer_of(model)
+        layers["model.layers.3.mlp.up_proj.weight"]  # Layer(stack="model.layers", number=3, count=32)
+        layers["lm_head.weight"]  # None
 
     Args:
         model: A model, wrapped or not, or names of parameters or modules in it.
@@ -125,24 +129,24 @@ def stack_of(model: nn.Module, path: str | None = None) -> tuple[str, list[nn.Mo
 
 
 def _by_name(names: Iterable[str]) -> dict[str, Layer | None]:
-    places = {name: _place(name) for name in names}
-    stages = {place.outer for place in places.values() if place and place.outer != place.stack}
+    entries = {name: _entry(name) for name in names}
+    stages = {entry.outer for entry in entries.values() if entry and entry.outer != entry.stack}
     counts: dict[str, int] = {}
-    for place in filter(None, places.values()):
-        counts[place.stack] = max(counts.get(place.stack, 0), place.number + 1)
+    for entry in filter(None, entries.values()):
+        counts[entry.stack] = max(counts.get(entry.stack, 0), entry.number + 1)
     return {
-        name: Layer(place.stack, place.number, counts[place.stack]) if place and place.stack not in stages else None
-        for name, place in places.items()
+        name: Layer(entry.stack, entry.number, counts[entry.stack]) if entry and entry.stack not in stages else None
+        for name, entry in entries.items()
     }
 
 
-class _Place(NamedTuple):
+class _ListEntry(NamedTuple):
     outer: str  # the list itself, or the list of stages around it
     stack: str
     number: int
 
 
-def _place(name: str) -> _Place | None:
+def _entry(name: str) -> _ListEntry | None:
     """Read the outermost numbered list in a path, without knowing the other names."""
     path = name.split(".")
     outer = next((i for i in range(1, len(path)) if path[i].isdecimal() and path[i - 1] in _LISTS), None)
@@ -150,7 +154,7 @@ def _place(name: str) -> _Place | None:
         return None
     is_stage = path[outer + 1 : outer + 2] == ["blocks"] and "".join(path[outer + 2 : outer + 3]).isdecimal()
     inner = outer + 2 if is_stage else outer
-    return _Place(".".join(path[:outer]), ".".join(path[:inner]), int(path[inner]))
+    return _ListEntry(".".join(path[:outer]), ".".join(path[:inner]), int(path[inner]))
 
 
 def _lists(model: nn.Module, layers: Iterable[Layer | None]) -> dict[str, list[nn.Module]]:

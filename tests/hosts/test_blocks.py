@@ -129,8 +129,8 @@ def test_roles(name, roles):
     ],
 )
 def test_of_one_name(name, layer):
-    (place,) = hosts.layer_of([name]).values()
-    assert (place and (place.stack, place.number)) == layer
+    (alone,) = hosts.layer_of([name]).values()
+    assert (alone and (alone.stack, alone.number)) == layer
 
 
 def test_without_the_model_the_highest_number_counts():
