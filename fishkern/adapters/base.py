@@ -204,8 +204,8 @@ def _points(layer: nn.Module, model: nn.Module) -> hosts.InsertionPoints:
     points = hosts.insertion_points(layer)
     if points is None:
         raise ValueError(
-            f"attention and the feed-forward part of {type(layer).__name__}, of which {type(model).__name__} is built, "
-            "have no names that fishkern knows: use one of PEFT's adapters, such as LoRA."
+            f"fishkern finds no attention and feed-forward part in {type(layer).__name__}, a layer of "
+            f"{type(model).__name__}: use one of PEFT's adapters, such as LoRA."
         )
     return points
 

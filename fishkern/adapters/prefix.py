@@ -14,8 +14,9 @@ from fishkern import hosts
 from fishkern.adapters.base import Adapter, Wrapper
 from fishkern.names import without_wrappers
 
-# Ends of the attention modules, of BERT and of LLaMA, in which a prefix was compared with PEFT's or an eager attention.
-_READ_A_CACHE = ("attention.output.dense", "self_attn.o_proj")
+# Last linear layers of the attention modules in which a prefix is tested: BERT's and LLaMA's. Others also take
+# past_key_values, but may shift positions by its length or expect another mask.
+_TESTED = ("attention.output.dense", "self_attn.o_proj")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def prefixed_attention(layer: nn.Module, points: hosts.InsertionPoints) -> tuple
     name, instead = type(attention).__name__, "use a BottleneckAdapter, or one of PEFT's adapters"
     if "past_key_values" not in inspect.signature(attention.forward).parameters:  # **kwargs would ignore it silently
         raise ValueError(f"a prefix goes into attention as past_key_values, which {name} does not take: {instead}.")
-    if len(points.projections) != 3 or without_wrappers(points.attention.output) not in _READ_A_CACHE:
+    if len(points.projections) != 3 or without_wrappers(points.attention.output) not in _TESTED:
         raise ValueError(
             f"{name} is not built like the attention of BERT or LLaMA, the only ones known to read a prefix: {instead}."
         )

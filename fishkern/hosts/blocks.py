@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from torch import nn
@@ -19,10 +19,10 @@ from fishkern.names import listed, without_wrappers
 
 Role = Literal["vision", "text", "decoder", "encoder"]
 
-# What models call their lists of layers.
+# Names of lists of layers.
 _LISTS = frozenset({"layers", "layer", "h", "blocks", "block", "resblocks", "albert_layers"})
 
-# A word in the path of a stack says what the stack is for. The first that is there decides: the vision tower of CLIP is
+# A word in the path of a stack says what the stack is for. The order matters: the vision tower of CLIP is
 # vision_model.encoder.layers.
 _ROLES: tuple[tuple[str, Role], ...] = (
     ("vision", "vision"),
@@ -52,7 +52,7 @@ class Layer:
     @property
     def path(self) -> str:
         """Path of the layer's module, ``"model.layers.3"``."""
-        return f"{self.stack}.{self.number}" if self.stack else str(self.number)
+        return f"{self.stack}.{self.number}"
 
     @property
     def role(self) -> Role | None:
@@ -64,23 +64,27 @@ class Layer:
 def layer_of(model: nn.Module | Iterable[str]) -> dict[str, Layer | None]:
     """Find the layer that each parameter belongs to.
 
-    Layers are the numbered entries of a list called ``layers``, ``layer``, ``h``, ``block`` or ``blocks``, the
-    outermost one that is not part of a head. Lists inside a layer (experts, the sub-layers of T5) do not count; entries
-    that hold nothing but lists of blocks, and what is between these (the stages of Swin), are not layers themselves.
+    A layer is a numbered entry of the outermost list in a name that is called ``layers``, ``layer``, ``h``, ``blocks``
+    or ``block`` and is not in a head. Lists inside a layer (experts, the sub-layers of T5) do not count. The stages of
+    Swin are no layers: each is a list of layers, and its other modules are in none.
+
+        layers = hosts.layer_of(model)
+        layers["model.layers.3.mlp.up_proj.weight"]  # Layer(stack="model.layers", number=3, count=32)
+        layers["lm_head.weight"]  # None
 
     Args:
         model: A model, wrapped or not, or names of parameters or modules in it.
 
     Returns:
-        For every name, that of a shared parameter in each place included, its layer, or ``None`` outside the layers:
-        embeddings, final norm, head. Without the model, the count of a stack is its highest number plus 1.
+        The layer of each name, or ``None`` outside the layers: embeddings, final norm, head. A shared parameter is
+        there under all its names. Without the model, the count of a stack is its highest number plus 1.
     """
     if not isinstance(model, nn.Module):
         return _by_name(model)
     layers = _by_name(named_parameters(model, remove_duplicate=False))
-    lengths = {path: len(blocks) for path, blocks in _lists(model, layers.values()).items()}
+    lengths = {path: len(blocks) for path, blocks in _lists(model, layers.values()).items()}  # also without parameters
     return {
-        name: layer and Layer(layer.stack, layer.number, lengths.get(layer.stack, layer.count))
+        name: layer and replace(layer, count=max(layer.count, lengths.get(layer.stack, 0)))
         for name, layer in layers.items()
     }
 
@@ -98,51 +102,51 @@ def stacks(model: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 def stack_of(model: nn.Module, path: str | None = None) -> tuple[str, list[nn.Module]]:
-    """Choose a stack of a model.
+    """Get the layers of one stack of a model.
 
     Args:
         model: A model, wrapped or not.
         path: The stack's path; ``None`` if the model has only one.
 
     Returns:
-        Its path, and its layers in order.
+        The stack's path, and its layers in order.
 
     Raises:
-        ValueError: The model has no layers, several stacks and none is named, or no stack of this name.
+        ValueError: The model has no layers, no stack of this path, or several stacks and ``path`` is ``None``.
     """
-    name, every = type(unwrap(model)).__name__, stacks(model)
-    if not every:
+    name, by_path = type(unwrap(model)).__name__, stacks(model)
+    if not by_path:
         raise ValueError(
-            f"{name} has no list of layers: none of its parameters is in a numbered entry of 'layers', 'layer', 'h', "
-            "'block' or 'blocks'."
+            f"{name} has no list of layers: none of its parameters is in a numbered entry of a list called "
+            f"{', '.join(sorted(_LISTS))}."
         )
-    if path is None and len(every) > 1:
-        raise ValueError(f"{name} has several lists of layers, {listed(every)}: choose one with stack=.")
-    path = next(iter(every)) if path is None else path
-    if path not in every:
-        raise ValueError(f"{name} has no list of layers {path!r}; it has {listed(every)}.")
-    return path, every[path]
+    if path is None and len(by_path) > 1:
+        raise ValueError(f"{name} has several lists of layers, {listed(by_path)}: choose one with stack=.")
+    path = next(iter(by_path)) if path is None else path
+    if path not in by_path:
+        raise ValueError(f"{name} has no list of layers {path!r}; it has {listed(by_path)}.")
+    return path, by_path[path]
 
 
 def _by_name(names: Iterable[str]) -> dict[str, Layer | None]:
-    places = {name: _place(name) for name in names}
-    stages = {place.outer for place in places.values() if place and place.outer != place.stack}
+    entries = {name: _entry(name) for name in names}
+    stages = {entry.outer for entry in entries.values() if entry and entry.outer != entry.stack}
     counts: dict[str, int] = {}
-    for place in filter(None, places.values()):
-        counts[place.stack] = max(counts.get(place.stack, 0), place.number + 1)
+    for entry in filter(None, entries.values()):
+        counts[entry.stack] = max(counts.get(entry.stack, 0), entry.number + 1)
     return {
-        name: Layer(place.stack, place.number, counts[place.stack]) if place and place.stack not in stages else None
-        for name, place in places.items()
+        name: Layer(entry.stack, entry.number, counts[entry.stack]) if entry and entry.stack not in stages else None
+        for name, entry in entries.items()
     }
 
 
-class _Place(NamedTuple):
+class _ListEntry(NamedTuple):
     outer: str  # the list itself, or the list of stages around it
     stack: str
     number: int
 
 
-def _place(name: str) -> _Place | None:
+def _entry(name: str) -> _ListEntry | None:
     """Read the outermost numbered list in a path, without knowing the other names."""
     path = name.split(".")
     outer = next((i for i in range(1, len(path)) if path[i].isdecimal() and path[i - 1] in _LISTS), None)
@@ -150,11 +154,15 @@ def _place(name: str) -> _Place | None:
         return None
     is_stage = path[outer + 1 : outer + 2] == ["blocks"] and "".join(path[outer + 2 : outer + 3]).isdecimal()
     inner = outer + 2 if is_stage else outer
-    return _Place(".".join(path[:outer]), ".".join(path[:inner]), int(path[inner]))
+    return _ListEntry(".".join(path[:outer]), ".".join(path[:inner]), int(path[inner]))
 
 
 def _lists(model: nn.Module, layers: Iterable[Layer | None]) -> dict[str, list[nn.Module]]:
     """Collect the modules of the stacks that these layers are in."""
     wanted = {layer.stack for layer in layers if layer}
-    modules = ((without_wrappers(path), module) for path, module in unwrap(model).named_modules())
-    return {path: list(module.children()) for path, module in modules if path in wanted}
+    lists: dict[str, list[nn.Module]] = {}
+    for path, module in unwrap(model).named_modules():
+        if (stack := without_wrappers(path)) in wanted:
+            entries = module._modules.items()  # named_children would leave out a layer that is there twice
+            lists[stack] = [layer for name, layer in entries if layer is not None and name.isdecimal()]
+    return lists

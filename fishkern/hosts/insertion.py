@@ -1,7 +1,7 @@
 """Where modules can be inserted into a transformer layer, and how they are put in and taken out.
 
-What is inserted is a :class:`Wrapper` around a part of the layer, as in PEFT: the part becomes its ``base_layer``, with
-its own weights and code. Nothing is said about what the wrapper computes or trains.
+A :class:`Wrapper` goes around a part of the layer, as in PEFT: the part becomes its ``base_layer``, with its own
+weights and code. What a wrapper computes, and whether it is trained, is up to its class.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class Branch:
     """One of the two residual branches of a layer, as paths inside the layer.
 
     Attributes:
-        module: The whole branch; ``None`` if the layer has no module for it, as for the feed-forward part of BERT.
-        output: Its last linear layer; ``None`` if none can be wrapped: a mixture of experts has many, and T5 reads the
-            dtype of this one's weight.
-        norm: The layer norm of its input; ``None`` if the layer does not add ``module(norm(x))`` to ``x``, or adds more
-            than that. With ``scale``, it adds ``scale(module(norm(x)))``.
-        scale: The layer scale of its output, as in DINOv2; else ``None``.
+        module: The attention module or the MLP; ``None`` if the layer has none, as BERT, which has two linear layers.
+        output: The last linear layer; ``None`` if it cannot be wrapped: a mixture of experts has many, and T5 reads the
+            weight of its own.
+        norm: The norm of the input, if the branch adds ``module(norm(x))`` to ``x``, or ``scale(module(norm(x)))``, and
+            nothing else; ``None`` otherwise. Known for vision transformers.
+        scale: The layer scale of the output, as in DINOv2; ``None`` if there is none.
     """
 
     module: str | None
@@ -36,11 +36,11 @@ class Branch:
 
 @dataclass(frozen=True)
 class InsertionPoints:
-    """Where a transformer layer has what can be wrapped, as paths inside the layer.
+    """The parts of a transformer layer that can be wrapped, as paths inside the layer.
 
     Attributes:
-        attention: Attention to the layer's own input; cross-attention is no part of the points.
-        projections: The linear layers of queries, keys and values, in this order; only one if they are fused.
+        attention: Self-attention. Cross-attention is not listed.
+        projections: The linear layers of queries, keys and values, in this order; a single one if they are fused.
         feed_forward: The feed-forward part.
     """
 
@@ -52,7 +52,8 @@ class InsertionPoints:
 class Wrapper(nn.Module):
     """A module around a part of a model, which becomes its ``base_layer``.
 
-    Attributes of the part are not passed on: code that reads more of it than its output does not find them.
+    A wrapper has no other attributes of the part: a model that reads some of them (ModernBERT does so of its layers)
+    needs a wrapper that defines them.
 
     Args:
         base_layer: The part.
@@ -70,10 +71,8 @@ def insertion_points(layer: nn.Module) -> InsertionPoints | None:
         layer: A layer, from :func:`fishkern.hosts.stacks`, with or without adapters and wrappers in it.
 
     Returns:
-        The points, or ``None`` if the layer is of no known kind. Known are the layers of BERT, RoBERTa, DistilBERT,
-        DeBERTa and ModernBERT; GPT-2, GPT-NeoX, BLOOM and Falcon; LLaMA, Mistral, Mixtral, Qwen, Gemma and Phi; T5,
-        BART, OPT and Whisper; ViT, DeiT, BEiT, DINOv2, DINOv3 and Swin; both towers of CLIP and SigLIP; and what is
-        built like them.
+        The points, or ``None`` if the layer is of no known kind. ``_ATTENTIONS`` and ``_FEED_FORWARDS`` list the known
+        ones; any combination of the two will do.
     """
     paths = _paths(layer)
     attention = next((known for known in _ATTENTIONS if known.modules() <= paths.keys()), None)
@@ -97,27 +96,28 @@ def insert(model: nn.Module, wrappers: Mapping[str, Wrapper]) -> None:
 
     Args:
         model: A model or a part of one, changed in place.
-        wrappers: By path in ``model``, each made around the module at this path. One may be inside another's part.
+        wrappers: By path in ``model``, each made around the module at this path. A path may be inside another.
 
     Raises:
-        ValueError: A wrapper was made around another module; nothing is inserted then.
+        AttributeError: There is no module at a path.
+        ValueError: A wrapper was made around another module. Nothing is inserted then.
     """
     for path, wrapper in wrappers.items():
         if model.get_submodule(path) is not wrapper.base_layer:
             raise ValueError(f"the wrapper for {path!r} was made around another module than the one at this path.")
-    for path in sorted(wrappers, key=lambda path: path.count("."), reverse=True):  # while the paths still hold
+    for path in sorted(wrappers, key=lambda path: path.count("."), reverse=True):  # a wrapper changes the paths inside
         model.set_submodule(path, wrappers[path])
 
 
 def remove(model: nn.Module, kind: type[Wrapper] = Wrapper) -> None:
-    """Take wrappers out and put back what they were made around.
+    """Take wrappers out, and put the parts that they were made around back.
 
     Args:
         model: A model or a part of one, changed in place.
         kind: Class of the wrappers; others stay.
     """
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children leaves out a second name of a child
             part = child
             while isinstance(part, kind):
                 part = part.base_layer
@@ -152,6 +152,7 @@ _ATTENTIONS = (
     _Attention("attention", _QKV, "attention.out_proj"),  # wav2vec 2.0, HuBERT
     _Attention("attention.self", ("query", "key", "value"), "attention.output.dense"),  # BERT, RoBERTa, ELECTRA
     _Attention("attention.self", ("query_proj", "key_proj", "value_proj"), "attention.output.dense"),  # DeBERTa
+    _Attention("attention.attention", ("query", "key", "value"), "attention.output.dense"),  # YOLOS, former ViTs
     _Attention("attention", ("q_lin", "k_lin", "v_lin"), "attention.out_lin"),  # DistilBERT
     _Attention("attention", ("query_key_value",), "attention.dense"),  # GPT-NeoX
     _Attention("self_attention", ("query_key_value",), "self_attention.dense"),  # BLOOM, Falcon
@@ -175,7 +176,7 @@ _FEED_FORWARDS = (
     _FeedForward(None, "fc2"),  # BART, OPT, Whisper
 )
 
-# Vision transformers norm the input of a branch: ViT and DeiT, DINOv2 and DINOv3, CLIP and SigLIP.
+# Norms before attention and before the MLP: of ViT and DeiT, of DINOv2 and DINOv3, of CLIP and SigLIP.
 _NORMS = (("layernorm_before", "layernorm_after"), ("norm1", "norm2"), ("layer_norm1", "layer_norm2"))
 _SCALES = ("layer_scale1", "layer_scale2")
 _WITHOUT_WEIGHTS = {"dropout", "drop_path"}

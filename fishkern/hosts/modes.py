@@ -30,7 +30,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     functions = {module: module.__dict__.get("_gradient_checkpointing_func") for module in checkpointed}
     try:
         for module in modes:
-            module.training = False
+            module.training = False  # not eval(), which may do more: loralib's layers merge their weights in it
         for module in checkpointed:
             module.training = True
             module._gradient_checkpointing_func = _with_body_in_evaluation(module, functions[module])

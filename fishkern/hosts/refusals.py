@@ -1,6 +1,7 @@
 """Why a model or a batch is not supported: each function returns the reason, or ``None``.
 
-The caller puts the reason into its error, because only the caller knows what was asked for.
+The caller puts the reason into its error, because only the caller knows what was asked for. Classes are compared by
+name, so that none of the libraries they belong to is imported.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def packed_batch(batch: Mapping[str, Any]) -> str | None:
     if isinstance(positions, Tensor) and positions.ndim == 2:
         mask = batch.get("attention_mask")
         falls = positions.diff(dim=1) < 0
+        # padding on the left may have position 1, from which the first token falls to 0
         if isinstance(mask, Tensor) and mask.shape == positions.shape:
             falls &= (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
         if falls.any():

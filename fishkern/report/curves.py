@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Told apart by the line and the marker as well as by the colour, whose lightness differs.
+# Curves differ in line and marker as well as in colour, and the colours in lightness.
 _LINES, _MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P")
 
 
@@ -17,12 +17,12 @@ def draw_curves(curves: Mapping[str, Sequence[tuple[float, float]]], *, x: str, 
 
     Args:
         curves: Points ``(x, y)`` by the name of the run.
-        x: What the horizontal axis is, with its unit.
-        y: What the vertical axis is, with its unit.
+        x: Label of the horizontal axis, with its unit.
+        y: Label of the vertical axis, with its unit.
         title: Above the picture.
 
     Returns:
-        A matplotlib figure, to be saved with :func:`fishkern.report.plots.save`.
+        A matplotlib figure; :func:`fishkern.report.plots.save` saves it.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure, FigureBase
 
-_COLOURS = "viridis"  # its lightness rises evenly: it can be told apart without colour, and in grey print
+_COLOURS = "viridis"  # its lightness rises evenly, so it can be read without colour vision and in grey print
 
 
 def draw(summary: Summary, *, title: str = "", quantity: str = "score", unit: str = "") -> Figure:
     """Draw a heat map of the mean score by layer and type of module, and the distribution of all scores.
 
-    Both are on logarithmic scales. What lies outside the layers stands beside the map, in the same colours.
+    Both have logarithmic scales. Modules outside the layers are drawn to the right of the map, in the same colours.
 
     Args:
-        summary: What :func:`fishkern.report.summarise` found.
+        summary: From :func:`fishkern.report.summarise`.
         title: Above the picture.
-        quantity: What a score is, such as ``"Fisher information"``.
+        quantity: Name of the scores, such as ``"Fisher information"``.
         unit: Its unit.
 
     Returns:
@@ -49,11 +49,11 @@ def draw_selection(parts: Parts, *, title: str = "") -> Figure:
     """Draw a heat map of the selected fraction by layer and type of module, on a logarithmic scale.
 
     Args:
-        parts: What :func:`fishkern.report.locate` found.
+        parts: From :func:`fishkern.report.locate`.
         title: Above the picture.
 
     Returns:
-        A matplotlib figure; hatched is where nothing is selected.
+        A matplotlib figure. Cells with no selected entry are hatched.
     """
     map_height, width = _size(parts)
     figure = _figure(width, map_height)
@@ -66,7 +66,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Save a picture, whole or not at all.
 
     Args:
-        figure: What :func:`draw` returns.
+        figure: From :func:`draw`.
         path: Ends in ``.png``, ``.pdf`` or ``.svg``.
 
     Returns:
@@ -83,16 +83,16 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
 
 
 def checked_picture(path: str | os.PathLike[str]) -> Path:
-    """Refuse a picture of a kind that is not drawn, before anything is computed for it.
+    """Check the path of a picture before anything is computed for it.
 
     Args:
-        path: Where it shall go.
+        path: Path of the picture.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: It ends in something else than ``.png``, ``.pdf`` or ``.svg``.
+        ValueError: It does not end in ``.png``, ``.pdf`` or ``.svg``.
         FileNotFoundError: Its folder does not exist.
         OSError: It is a folder itself.
     """
@@ -112,18 +112,18 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _size(parts: Parts) -> tuple[float, float]:
-    rows = max(len({place.layer for place in parts.cells}), sum(place.layer is None for place in parts.cells))
-    columns = len({place.module for place in parts.cells if place.layer})
+    rows = max(len({cell.layer for cell in parts.cells}), sum(cell.layer is None for cell in parts.cells))
+    columns = len({cell.module for cell in parts.cells if cell.layer})
     return min(20.0, max(3.0, 0.26 * rows + 1.6)), max(9.0, 4.5 + 0.42 * columns)
 
 
 def _map(figure: FigureBase, parts: Parts, value: Callable[[Part], float], label: str) -> None:
-    """Draw the layers by type of module, what lies outside beside them, and the bar of the colours."""
+    """Draw the layers by type of module, the modules outside them to the right, and the colour bar."""
     from matplotlib.colors import LogNorm
 
-    inside = {(place.layer, place.module): value(part) for place, part in parts.cells.items() if place.layer}
-    outside = {(place.module, "mean"): value(part) for place, part in parts.cells.items() if place.layer is None}
-    shown = [one for one in (*inside.values(), *outside.values()) if one > 0] or [1.0]
+    inside = {(cell.layer, cell.module): value(part) for cell, part in parts.cells.items() if cell.layer}
+    outside = {(cell.module, "mean"): value(part) for cell, part in parts.cells.items() if cell.layer is None}
+    shown = [drawn for drawn in (*inside.values(), *outside.values()) if drawn > 0] or [1.0]
     norm = LogNorm(min(shown), max(max(shown), min(shown) * 1.01))
     grids = [cells for cells in (inside, outside) if cells]
     widths = [max(len({column for _, column in inside}), 4)] * bool(inside) + [1.2] * bool(outside)
@@ -144,11 +144,11 @@ def _heat_map(axes: Axes, cells: Mapping[tuple[str, str], float], norm: LogNorm)
     values = torch.full((len(rows), len(columns)), torch.nan, dtype=torch.float64)
     for (row, column), value in cells.items():
         values[rows.index(row), columns.index(column)] = value if value > 0 else torch.nan
-    axes.patch.set(facecolor="white", hatch="////", edgecolor="0.6")  # no shade of grey, which print gives to colours
+    axes.patch.set(facecolor="white", hatch="////", edgecolor="0.6")  # not grey, which colours are in print
     image = axes.pcolormesh(values.numpy(), norm=norm, cmap=_COLOURS, edgecolors="white", linewidth=0.5)
     every = max(1, len(rows) // 40)
-    axes.set_yticks([place + 0.5 for place in range(0, len(rows), every)], rows[::every], fontsize=8)
-    axes.set_xticks([place + 0.5 for place in range(len(columns))], columns, fontsize=8, rotation=45, ha="right")
+    axes.set_yticks([row + 0.5 for row in range(0, len(rows), every)], rows[::every], fontsize=8)
+    axes.set_xticks([column + 0.5 for column in range(len(columns))], columns, fontsize=8, rotation=45, ha="right")
     axes.invert_yaxis()
     return image
 

@@ -1,4 +1,4 @@
-"""Where scores and selected coordinates lie: sums by layer and type of module, and the distribution of the scores."""
+"""Scores and selected coordinates by layer and type of module, and the distribution of the scores."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fishkern.files import AnyTensor, pieces
-from fishkern.report.parts import Layout, Place
+from fishkern.report.cells import Cell, cells_of
 from fishkern.selection import Selection
 from fishkern.selection.base import topk
 from fishkern.statistics import Statistics
 
-_BINS = 2**16  # a float32 above zero sorts as its bits do; it is counted by the upper half of them
+_BINS = 2**16  # positive float32 values sort like their bits; the upper 16 of these are the bin
 
 
 @dataclass
@@ -24,10 +24,10 @@ class Part:
     """Scores of one part of a model.
 
     Attributes:
-        coordinates: How many entries it has.
-        selected: How many of them are selected, or among the largest of the whole.
-        sum: Sum of the scores that are finite.
-        infinite: How many entries are infinite, or above all of float32.
+        coordinates: Number of entries.
+        selected: Number of entries that are selected, or among the largest of the model.
+        sum: Sum of the finite scores.
+        infinite: Number of entries that are infinite, or too large for float32.
     """
 
     coordinates: int = 0
@@ -37,20 +37,20 @@ class Part:
 
     @property
     def mean(self) -> float:
-        """Mean score of the entries that are finite."""
+        """Mean of the finite scores."""
         finite = self.coordinates - self.infinite
         return self.sum / finite if finite else 0.0
 
     @property
     def density(self) -> float:
-        """Which part of the entries is selected."""
+        """Fraction of the entries that is selected."""
         return self.selected / self.coordinates if self.coordinates else 0.0
 
     def add(self, other: Part) -> None:
-        """Take another part in.
+        """Add another part to this one.
 
         Args:
-            other: What to add.
+            other: The other part.
         """
         self.coordinates += other.coordinates
         self.selected += other.selected
@@ -60,59 +60,59 @@ class Part:
 
 @dataclass
 class Parts:
-    """A model's parts.
+    """The parts of a model.
 
     Attributes:
-        cells: Each layer and type of module, in the model's order; layer ``None`` is outside the layers.
-        parameters: Each parameter, by its name.
+        cells: Parts by layer and type of module, in the model's order.
+        parameters: Parts by parameter name.
     """
 
-    cells: dict[Place, Part]
+    cells: dict[Cell, Part]
     parameters: dict[str, Part]
 
     @classmethod
     def of(cls, parameters: dict[str, Part], *rest: Any) -> Self:
-        """Gather parameters into layers and types of module.
+        """Sum parameters by layer and type of module.
 
         Args:
-            parameters: Each parameter's own, by its name.
-            rest: What else a subclass holds.
+            parameters: Parts by parameter name.
+            rest: Further fields of a subclass.
 
         Returns:
             The parts.
         """
-        layout = Layout(parameters)
-        cells: dict[Place, Part] = {}
+        cell_of = cells_of(parameters)
+        cells: dict[Cell, Part] = {}
         for name, part in parameters.items():
-            cells.setdefault(layout[name], Part()).add(part)
+            cells.setdefault(cell_of[name], Part()).add(part)
         return cls(cells, parameters, *rest)
 
     @property
     def whole(self) -> Part:
-        """Everything."""
+        """Sum over the model."""
         return self._grouped(lambda _: "").get("", Part())
 
     @property
     def layers(self) -> dict[str, Part]:
-        """Sums by layer; what lies outside the layers stands under its module's name."""
-        return self._grouped(lambda place: place.layer or place.module)
+        """Sums by layer, and outside the layers by module."""
+        return self._grouped(lambda cell: cell.layer or cell.module)
 
     @property
     def modules(self) -> dict[str, Part]:
         """Sums by type of module."""
-        return self._grouped(lambda place: place.module)
+        return self._grouped(lambda cell: cell.module)
 
-    def _grouped(self, label: Callable[[Place], str]) -> dict[str, Part]:
+    def _grouped(self, label: Callable[[Cell], str]) -> dict[str, Part]:
         groups: dict[str, Part] = {}
-        for place, part in self.cells.items():
-            groups.setdefault(label(place), Part()).add(part)
+        for cell, part in self.cells.items():
+            groups.setdefault(label(cell), Part()).add(part)
         return groups
 
     def to_dict(self) -> dict[str, Any]:
-        """Say it in plain values.
+        """Convert to plain values.
 
         Returns:
-            What JSON can hold.
+            Dictionaries and numbers, for JSON.
         """
 
         def plain(part: Part) -> dict[str, Any]:
@@ -128,15 +128,15 @@ class Parts:
 
 @dataclass
 class Summary(Parts):
-    """What :func:`summarise` finds; in its parts, selected means among the top.
+    """The result of :func:`summarise`. In its parts, selected means among the top.
 
     Attributes:
-        density: Fraction of the entries that is called the top.
-        threshold: The smallest score among the top; ``None`` where it is not known, or infinite.
-        edges: Limits of the bins of the distribution, ``[B + 1]``, float64, equal steps of the logarithm.
-        counts: Number of entries in each bin, ``[B]``.
-        zeros: Number of entries that are zero, which no bin holds.
-        negative: Number of entries below zero, which no bin holds; an infinite one is in none, either.
+        density: The top, as a fraction of the entries.
+        threshold: The smallest score among the top; ``None`` if it is not known, or infinite.
+        edges: Edges of the bins of the distribution, ``[B + 1]``, float64, equally spaced in the logarithm.
+        counts: Number of entries in each bin, ``[B]``. Zero, negative and infinite entries are in none.
+        zeros: Number of entries that are zero.
+        negative: Number of entries below zero.
     """
 
     density: float
@@ -160,20 +160,20 @@ class Summary(Parts):
 def summarise(
     scores: Mapping[str, Tensor], density: float = 0.005, report: Callable[[int, int], None] | None = None
 ) -> Summary:
-    """Sum scores by layer and by type of module, count their distribution, and find the largest.
+    """Sum scores by layer and by type of module, and find their distribution and the largest.
 
     Reads every entry twice, one piece in memory at a time; lazily loaded statistics are read from disk.
 
     Args:
         scores: Statistics, or floating tensors by parameter name.
-        density: Fraction of the entries that is called the top, in (0, 1].
-        report: Told how many entries were counted, and how many there are.
+        density: The top, as a fraction of the entries in (0, 1].
+        report: Called with the number of entries read so far, and of all.
 
     Returns:
         The summary.
 
     Raises:
-        ValueError: ``density`` is out of range, there is no entry, or one is NaN; its parameter is named.
+        ValueError: ``density`` is out of range, there are no entries, or one is NaN; the message names its parameter.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}.")
@@ -199,33 +199,33 @@ def summarise(
             part.sum += piece.sum(dtype=torch.float64).item()
             if report:
                 report(read, size)
-    counts[0] -= below
+    counts[0] -= below  # zeros and negative entries, which were counted as zeros
     threshold = threshold if threshold is not None and math.isfinite(threshold) else None
     return Summary.of(parameters, density, threshold, *_distribution(counts), below - negative, negative)
 
 
 def locate(selection: Selection) -> Parts:
-    """Count what is selected by layer and by type of module.
+    """Count the selected entries by layer and by type of module.
 
     Args:
-        selection: Which coordinates.
+        selection: The selection.
 
     Returns:
-        The parts of its pool; they carry no scores.
+        The parts of its pool, without scores.
     """
     counts = selection.counts.items()
     return Parts.of({name: Part(selection.shapes[name].numel(), count) for name, count in counts})
 
 
 def _distribution(counts: Tensor, per_decade: int = 8) -> tuple[Tensor, Tensor]:
-    """Gather counts by the upper halves of float32 into bins of equal steps of the logarithm."""
+    """Merge counts by the upper 16 bits of float32 into bins of equal width in the logarithm."""
     filled = counts.nonzero().flatten()
     if not len(filled):
         return torch.ones(1, dtype=torch.float64), torch.zeros(0, dtype=torch.long)
-    # the middle of what one upper half stands for: 128 of them in each factor of two
+    # the middle of the values with these upper bits, of which there are 128 ranges in each factor of two
     values = ((filled.int() << 16) + _BINS // 2).view(torch.float32).double()
-    places = (values.log10() * per_decade).floor().long()
-    first, last = int(places.min()), int(places.max())
-    gathered = torch.zeros(last - first + 1, dtype=torch.long).index_add_(0, places - first, counts[filled])
+    bins = (values.log10() * per_decade).floor().long()
+    first, last = int(bins.min()), int(bins.max())
+    merged = torch.zeros(last - first + 1, dtype=torch.long).index_add_(0, bins - first, counts[filled])
     edges = 10 ** (torch.arange(first, last + 2, dtype=torch.float64) / per_decade)
-    return edges, gathered
+    return edges, merged

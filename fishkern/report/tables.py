@@ -1,4 +1,4 @@
-"""Summaries and verifications as tables of the terminal."""
+"""Summaries and verifications as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fishkern.statistics.verification import Compared
 
 
 def summary_table(summary: Summary) -> Table:
-    """Show where the scores lie: by layer, then by type of module.
+    """Show how the scores are distributed: by layer, then by type of module.
 
     Args:
-        summary: What :func:`fishkern.report.summarise` found.
+        summary: From :func:`fishkern.report.summarise`.
 
     Returns:
         The table.
@@ -35,10 +35,10 @@ def summary_table(summary: Summary) -> Table:
 
 
 def selection_table(parts: Parts) -> Table:
-    """Show what is selected: by layer, then by type of module.
+    """Show how many entries are selected: by layer, then by type of module.
 
     Args:
-        parts: What :func:`fishkern.report.locate` found.
+        parts: From :func:`fishkern.report.locate`.
 
     Returns:
         The table.
@@ -54,10 +54,10 @@ def selection_table(parts: Parts) -> Table:
 
 
 def values_table(values: Values) -> Table:
-    """Show where values lie, how large they are, and how far they have moved: by layer, then by type of module.
+    """Show how many values there are, how large, and how far they moved: by layer, then by type of module.
 
     Args:
-        values: What :func:`fishkern.report.held_values` found.
+        values: From :func:`fishkern.report.held_values`.
 
     Returns:
         The table.
@@ -77,21 +77,21 @@ def values_table(values: Values) -> Table:
 
 
 def comparison_table(one: Parts, other: Parts, shared: Parts) -> Table:
-    """Show what two selections have in common: by layer, then by type of module.
+    """Show the overlap of two selections: by layer, then by type of module.
 
     Args:
-        one: The first selection's parts.
-        other: The second one's.
-        shared: Those of what both select, out of both pools.
+        one: Parts of the first selection.
+        other: Parts of the second.
+        shared: Parts of their intersection, with a pool of all names in either.
 
     Returns:
-        The table; overlap is selected by both / selected by either.
+        The table. Overlap is selected by both / selected by either.
     """
     table = _headed(("by the first", "by the second", "by both", "overlap"))
     for group in ("layers", "modules"):
         ours, theirs, both = (getattr(parts, group) for parts in (one, other, shared))
         for name, part in both.items():
-            counts = [found[name].selected if name in found else 0 for found in (ours, theirs)]
+            counts = [groups[name].selected if name in groups else 0 for groups in (ours, theirs)]
             either = sum(counts) - part.selected
             overlap = f"{part.selected / either:.1%}" if either else "-"
             table.add_row(name, *(f"{count:,}" for count in (*counts, part.selected)), overlap)
@@ -99,25 +99,25 @@ def comparison_table(one: Parts, other: Parts, shared: Parts) -> Table:
     return _wide_enough(table)
 
 
-def verification_rows(found: Verification, most: int = 12) -> tuple[Compared, ...]:
-    """Choose the parameters that are farthest from the loop.
+def verification_rows(verification: Verification, most: int = 12) -> tuple[Compared, ...]:
+    """Choose the parameters with the largest errors.
 
     Args:
-        found: What :func:`fishkern.verify` found.
-        most: How many; every one that fails is among them.
+        verification: From :func:`fishkern.verify`.
+        most: Number of parameters; all that fail are included, even if there are more.
 
     Returns:
-        The farthest first.
+        The parameters, largest error first.
     """
-    failing = sum(not one.holds for one in found.compared)
-    return tuple(found.worst_first)[: max(most, failing)]
+    failing = sum(not row.holds for row in verification.compared)
+    return tuple(verification.worst_first)[: max(most, failing)]
 
 
 def verification_table(rows: Sequence[Compared]) -> Table:
-    """Show how far parameters are from the loop.
+    """Show the errors of parameters against the batch-size-1 loop.
 
     Args:
-        rows: What :func:`verification_rows` chose.
+        rows: From :func:`verification_rows`.
 
     Returns:
         The table.
@@ -128,10 +128,10 @@ def verification_table(rows: Sequence[Compared]) -> Table:
     for heading in ("error", "noise", "allowed"):
         table.add_column(heading, justify="right")
     table.add_column("")
-    for one in rows:
-        verdict = "FAILS" if not one.holds else one.note or "holds"
-        figures = (f"{one.error:.1e}", f"{one.noise:.1e}", f"{one.allowed:.1e}")
-        table.add_row(one.name, one.path, *figures, verdict)
+    for row in rows:
+        verdict = "FAILS" if not row.holds else row.note or "holds"
+        figures = (f"{row.error:.1e}", f"{row.noise:.1e}", f"{row.allowed:.1e}")
+        table.add_row(row.name, row.path, *figures, verdict)
     return table
 
 
@@ -145,7 +145,7 @@ def _by_parts(parts: Parts | Values, headings: Sequence[str], cells: Callable[[A
 
 
 def _wide_enough(table: Table) -> Table:
-    """Keep every figure whole where the terminal is narrow: a line then goes on in the next one."""
+    """Keep numbers in one piece on a narrow terminal, where rows wrap."""
     for column in table.columns[1:]:
         words = [*str(column.header).split(), *map(str, column.cells)]
         column.min_width = max(map(len, words))

@@ -1,4 +1,4 @@
-"""Where trained values lie, and how far they have moved: sums over a delta or a start."""
+"""Trained values by layer and type of module, and how far they moved: sums over a delta or a start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishkern.report.parts import Layout
+from fishkern.report.cells import cells_of
 from fishkern.selection import Delta
 
 
@@ -19,12 +19,12 @@ class Held:
     """Values of one part of a model.
 
     Attributes:
-        coordinates: How many entries it has.
-        values: Of how many of them a value is held.
-        largest: The largest magnitude of these.
-        moved: How many differ from what they were; ``None`` where that is not known.
-        largest_move: By how much at most.
-        infinite: How many values are infinite or NaN; they stand in no maximum.
+        coordinates: Number of entries.
+        values: Number of entries that have a value.
+        largest: Largest magnitude of the values.
+        moved: Number of values that differ from those before training; ``None`` if these are not known.
+        largest_move: Largest magnitude of these differences; ``None`` likewise.
+        infinite: Number of values that are infinite or NaN; the maxima leave them out.
     """
 
     coordinates: int = 0
@@ -35,10 +35,10 @@ class Held:
     infinite: int = 0
 
     def add(self, other: Held) -> None:
-        """Take another part in.
+        """Add another part to this one.
 
         Args:
-            other: What to add.
+            other: The other part.
         """
         self.coordinates += other.coordinates
         self.values += other.values
@@ -51,36 +51,36 @@ class Held:
 
 @dataclass
 class Values:
-    """What :func:`held_values` finds.
+    """The result of :func:`held_values`.
 
     Attributes:
-        parameters: Each parameter, by its name.
+        parameters: Parts by parameter name.
     """
 
     parameters: dict[str, Held]
 
     @property
     def whole(self) -> Held:
-        """Everything."""
+        """Sum over the model."""
         return self._grouped(lambda _: "").get("", Held())
 
     @property
     def layers(self) -> dict[str, Held]:
-        """By layer; what lies outside the layers stands under its module's name."""
-        layout = Layout(self.parameters)
-        return self._grouped(lambda name: layout[name].layer or layout[name].module)
+        """Sums by layer, and outside the layers by module."""
+        cells = cells_of(self.parameters)
+        return self._grouped(lambda name: cells[name].layer or cells[name].module)
 
     @property
     def modules(self) -> dict[str, Held]:
-        """By type of module."""
-        layout = Layout(self.parameters)
-        return self._grouped(lambda name: layout[name].module)
+        """Sums by type of module."""
+        cells = cells_of(self.parameters)
+        return self._grouped(lambda name: cells[name].module)
 
     def to_dict(self) -> dict[str, Any]:
-        """Say it in plain values.
+        """Convert to plain values.
 
         Returns:
-            What JSON can hold.
+            Dictionaries and numbers, for JSON.
         """
         groups = {"layers": self.layers, "modules": self.modules, "parameters": self.parameters}
         plain = {group: {name: asdict(held) for name, held in parts.items()} for group, parts in groups.items()}
@@ -98,28 +98,28 @@ def held_values(values: Delta | Mapping[str, Tensor], start: Mapping[str, Tensor
 
     Args:
         values: A delta, or tensors by parameter name.
-        start: What the parameters of a delta were before training, whole, by name.
+        start: The parameters of the delta before training, whole, by name.
 
     Returns:
         The sums.
 
     Raises:
-        ValueError: ``start`` lacks a parameter of the delta, or has it in another shape.
+        ValueError: ``start`` lacks a parameter of the delta, or has it with another shape.
     """
     if not isinstance(values, Delta):
         return Values({name: _held(tensor.numel(), tensor, None) for name, tensor in values.items()})
-    found = {}
+    parts = {}
     for name, shape in values.selection.shapes.items():
         count = values.selection.counts[name]
-        given = values.values(name) if count else torch.empty(0)
+        trained = values.values(name) if count else torch.empty(0)
         before = None
         if start is not None:
             if name not in start or start[name].shape != shape:
                 has = f"as {tuple(start[name].shape)}" if name in start else "not at all"
                 raise ValueError(f"the delta holds {name} {tuple(shape)}, and the start has it {has}: it is another's.")
             before = start[name].flatten()[values.selection.indices(name).long()]
-        found[name] = _held(shape.numel(), given, before)
-    return Values(found)
+        parts[name] = _held(shape.numel(), trained, before)
+    return Values(parts)
 
 
 def _held(coordinates: int, values: Tensor, before: Tensor | None) -> Held:

@@ -67,8 +67,8 @@ def batch(N: int = 4, T: int = 7) -> dict:
 
 
 def text(N: int = 4, T: int = 7) -> dict:
-    made = batch(N, T)
-    return {**made, "labels": made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)}
+    inputs = batch(N, T)
+    return {**inputs, "labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
 
 
 def logits(model: nn.Module, batch: dict) -> torch.Tensor:
@@ -139,22 +139,24 @@ def test_the_fisher_in_a_causal_model_is_exact(kind):
     assert_exact(zoo.Specimen(model, text, next_token), [text(3), text(2)])
 
 
-def test_a_prefix_is_that_of_peft():
-    model, data = llama(), text()
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3", "mixtral"])
+def test_a_prefix_is_that_of_peft(family):
+    model, data = FAMILIES[family].model(), text()
+    data["input_ids"] %= model.config.vocab_size
     wrapped = peft.get_peft_model(
         copy.deepcopy(model), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     ).eval()
     adapters.attach(model, PrefixAdapter(length=4))
     table = wrapped.prompt_encoder["default"].embedding.weight.detach()  # [length, layers x (keys, values)]
-    size = 8  # 2 heads of 4
+    size = model.model.layers[0].self_attn.base_layer.k_proj.out_features
     for number, layer in enumerate(model.model.layers):
         rows = table[:, 2 * number * size :][:, : 2 * size]
         layer.self_attn.prefix.weight.data.copy_(rows)
     # PEFT counts the prefix among the positions; so that rotary embeddings agree, the text is told where it stands
     positions = torch.arange(4, 4 + data["input_ids"].shape[1]).expand_as(data["input_ids"])
     ours = logits(model, {**data, "position_ids": positions})
-    kept = data["attention_mask"].bool()
-    torch.testing.assert_close(ours[kept], logits(wrapped, data)[kept])
+    attended = data["attention_mask"].bool()
+    torch.testing.assert_close(ours[attended], logits(wrapped, data)[attended])
 
 
 @pytest.mark.parametrize("kind", ["prefix", "unipelt"])
@@ -164,13 +166,13 @@ def test_attention_implementations_agree(make, kind, padded):
     data = batch()
     if not padded:
         data = {"input_ids": data["input_ids"]}
-    found = []
+    outputs = []
     for implementation in ("sdpa", "eager"):
         model = make(implementation)
         adapters.attach(model, SMALL[kind])
-        kept = data.get("attention_mask", torch.ones_like(data["input_ids"])).bool()
-        found.append(logits(model, data) if make is bert else logits(model, data)[kept])
-    torch.testing.assert_close(*found)
+        attended = data.get("attention_mask", torch.ones_like(data["input_ids"])).bool()
+        outputs.append(logits(model, data) if make is bert else logits(model, data)[attended])
+    torch.testing.assert_close(*outputs)
 
 
 def test_a_prefix_leaves_a_causal_model_causal():
@@ -248,7 +250,7 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match=r"holds classifier.weight \(3, 16\), and BertFor.* has it as \(5, 16\)"):
         adapters.load(other, path)
     assert adapters.adapter_parameters(other) == []
-    with pytest.raises(ValueError, match="part of MambaBlock, of which MambaForCausalLM is built, have no names"):
+    with pytest.raises(ValueError, match="no attention and feed-forward part in MambaBlock, a layer of Mamba"):
         adapters.attach(FAMILIES["mamba"].model(), BottleneckAdapter())
     with pytest.raises(ValueError, match="has no list of layers"):
         adapters.attach(nn.Linear(2, 2), BottleneckAdapter())

@@ -129,8 +129,8 @@ def test_roles(name, roles):
     ],
 )
 def test_of_one_name(name, layer):
-    (place,) = hosts.layer_of([name]).values()
-    assert (place and (place.stack, place.number)) == layer
+    (alone,) = hosts.layer_of([name]).values()
+    assert (alone and (alone.stack, alone.number)) == layer
 
 
 def test_without_the_model_the_highest_number_counts():
@@ -143,6 +143,22 @@ def test_a_shared_parameter_is_in_each_layer_that_names_it():
     model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     layers = hosts.layer_of(model)
     assert [layers[f"model.layers.{n}.mlp.up_proj.weight"].number for n in (0, 2)] == [0, 2]
+
+
+def test_a_layer_that_runs_several_times():
+    """As in a universal transformer: the list holds one module three times, and each has names of its own."""
+    model = FAMILIES["llama"].model()
+    model.model.layers = nn.ModuleList([model.model.layers[0]] * 3)
+    assert hosts.stacks(model) == {"model.layers": [model.model.layers[0]] * 3}
+    name = "model.layers.{}.mlp.up_proj.weight"
+    layers = hosts.layer_of(model)
+    assert [layers[name.format(n)] for n in range(3)] == [Layer("model.layers", n, 3) for n in range(3)]
+
+
+def test_a_layer_without_parameters_counts():
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2), nn.Identity()])})
+    assert hosts.layer_of(model)["layers.0.weight"] == Layer("layers", 0, 2)
+    assert len(hosts.stacks(model)["layers"]) == 2
 
 
 def test_a_model_without_layers():

@@ -46,7 +46,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def places(points: InsertionPoints) -> Iterator[str]:
+def paths_in(points: InsertionPoints) -> Iterator[str]:
     """Every path in the points but that of the keys: attention ignores what is added to all of them."""
     for branch in (points.attention, points.feed_forward):
         yield from filter(None, vars(branch).values())
@@ -60,7 +60,7 @@ def test_an_identity_changes_nothing_and_an_offset_does(name):
     state, before = list(model.state_dict()), run(model, inputs)
     for layers in hosts.stacks(model).values():
         layer = layers[1]
-        for path in places(hosts.insertion_points(layer)):
+        for path in paths_in(hosts.insertion_points(layer)):
             for kind in (Identity, Offset):
                 hosts.insert(layer, {path: kind(layer.get_submodule(path))})
                 assert same(run(model, inputs), before) == (kind is Identity), path
@@ -136,7 +136,7 @@ def test_points_are_found_through_other_wrappers(name):
     )
     assert (points.attention.norm is None) == (bare.attention.norm is None)
     assert same(run(model, inputs), before)
-    for path in places(points):
+    for path in paths_in(points):
         hosts.insert(layer, {path: Offset(layer.get_submodule(path))})
         assert not same(run(model, inputs), before), path
         hosts.remove(model, Offset)
@@ -170,6 +170,14 @@ def test_a_wrapper_inside_the_part_of_another():
             "0",
             "0.base_layer.1",
         }
+
+
+def test_a_wrapper_under_two_names():
+    shared = nn.Linear(2, 2)
+    model = nn.Sequential(shared, shared)
+    model[0] = model[1] = Identity(shared)
+    hosts.remove(model)
+    assert list(model) == [shared, shared]
 
 
 def test_a_wrapper_of_another_module_is_refused():

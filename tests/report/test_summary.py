@@ -1,4 +1,4 @@
-"""Summaries equal the same sums over all entries at once."""
+"""Summaries count what is there: against the same sums over all entries at once."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ def scores() -> dict[str, torch.Tensor]:
 
 
 def test_sums_and_top(scores):
-    found = summarise(scores, density=0.1)
+    summary = summarise(scores, density=0.1)
     everything = torch.cat([value.flatten() for value in scores.values()]).double()
     top = everything.sort(descending=True).values[: len(everything) // 10]
-    assert found.whole.coordinates == len(everything)
-    assert found.whole.sum == pytest.approx(everything.sum().item())
-    assert found.whole.selected == len(top)
-    assert found.threshold == pytest.approx(top[-1].item())
-    assert list(found.layers) == ["embed", "layer 0", "layer 1", "layer 2", "head"]
-    assert list(found.modules) == ["embed", "up", "down", "head"]
+    assert summary.whole.coordinates == len(everything)
+    assert summary.whole.sum == pytest.approx(everything.sum().item())
+    assert summary.whole.selected == len(top)
+    assert summary.threshold == pytest.approx(top[-1].item())
+    assert list(summary.layers) == ["embed", "layer 0", "layer 1", "layer 2", "head"]
+    assert list(summary.modules) == ["embed", "up", "down", "head"]
     up = torch.stack([scores[f"layers.{n}.up.weight"] for n in range(3)])
-    assert found.modules["up"].sum == pytest.approx(up.sum().item())
-    assert found.modules["up"].selected == int((up >= top[-1].float()).sum())
-    assert sum(part.sum for part in found.layers.values()) == pytest.approx(found.whole.sum)
+    assert summary.modules["up"].sum == pytest.approx(up.sum().item())
+    assert summary.modules["up"].selected == int((up >= top[-1].float()).sum())
+    assert sum(part.sum for part in summary.layers.values()) == pytest.approx(summary.whole.sum)
 
 
 @given(st.lists(st.just(0.0) | st.floats(2.0**-120, 2.0**100, width=32), min_size=1, max_size=50))
 def test_every_entry_is_in_its_bin_or_zero(values):
-    found = summarise({"a.weight": torch.tensor(values)}, density=1.0)
+    summary = summarise({"a.weight": torch.tensor(values)}, density=1.0)
     positive = torch.tensor([value for value in values if value > 0], dtype=torch.float64)
-    assert found.zeros == len(values) - len(positive)
-    assert int(found.counts.sum()) == len(positive)
+    assert summary.zeros == len(values) - len(positive)
+    assert int(summary.counts.sum()) == len(positive)
     if len(positive):
         # a bin begins where the upper half of a float32 does, at most 1 % from its edge
-        assert found.edges[0] <= positive.min() * 1.01
-        assert found.edges[-1] >= positive.max() * 0.99
-        assert found.counts[0] > 0
-        assert found.counts[-1] > 0
+        assert summary.edges[0] <= positive.min() * 1.01
+        assert summary.edges[-1] >= positive.max() * 0.99
+        assert summary.counts[0] > 0
+        assert summary.counts[-1] > 0
 
 
 def test_infinite_and_negative_entries_are_counted_beside_the_rest(scores):
@@ -57,17 +57,20 @@ def test_infinite_and_negative_entries_are_counted_beside_the_rest(scores):
     bad = {name: value.clone() for name, value in scores.items()}
     bad["layers.1.up.weight"] = torch.tensor([torch.inf, 2.0, -torch.inf, torch.inf, -3.0, 0.0])
     bad["layers.2.up.weight"] = torch.tensor([1e300, 1.0], dtype=torch.float64)  # no float32
-    found = summarise(bad, density=0.01)
-    assert {name: part.infinite for name, part in found.layers.items() if part.infinite} == {"layer 1": 3, "layer 2": 1}
-    assert found.modules["up"].infinite == found.whole.infinite == 4
-    assert (found.negative, found.zeros) == (1, 1)
-    assert found.whole.coordinates == 6 + 2 + 6 * 35 == int(found.counts.sum()) + 4 + 1 + 1
+    summary = summarise(bad, density=0.01)
+    assert {name: part.infinite for name, part in summary.layers.items() if part.infinite} == {
+        "layer 1": 3,
+        "layer 2": 1,
+    }
+    assert summary.modules["up"].infinite == summary.whole.infinite == 4
+    assert (summary.negative, summary.zeros) == (1, 1)
+    assert summary.whole.coordinates == 6 + 2 + 6 * 35 == int(summary.counts.sum()) + 4 + 1 + 1
     up = scores["layers.0.up.weight"].double().sum().item() + 2.0 - 3.0 + 1.0
-    assert found.modules["up"].sum == pytest.approx(up)
-    assert found.modules["up"].mean == pytest.approx(up / (35 + 3 + 1))
-    assert found.threshold is None  # it is one of the infinite ones
-    json.dumps(found.to_dict(), allow_nan=False)
-    headings = [str(column.header) for column in summary_table(found).columns]
+    assert summary.modules["up"].sum == pytest.approx(up)
+    assert summary.modules["up"].mean == pytest.approx(up / (35 + 3 + 1))
+    assert summary.threshold is None  # it lies among those that are infinite
+    json.dumps(summary.to_dict(), allow_nan=False)
+    headings = [str(column.header) for column in summary_table(summary).columns]
     assert headings[-1] == "infinite"
     assert "infinite" not in [str(column.header) for column in summary_table(plain).columns]
 
@@ -91,18 +94,18 @@ def test_what_cannot_be_summarised_is_refused(scores):
 
 def test_a_selection_is_located(scores):
     selection = fk.select(scores, fk.GlobalTopK(k=28))
-    parts, found = locate(selection), summarise(scores, density=0.1)
+    parts, summary = locate(selection), summarise(scores, density=0.1)
     assert {name: part.selected for name, part in parts.layers.items()} == {
-        name: part.selected for name, part in found.layers.items()
+        name: part.selected for name, part in summary.layers.items()
     }
     assert parts.whole.density == selection.density
     json.dumps(parts.to_dict())
 
 
 def test_tables_have_a_row_for_each_part(scores):
-    found = summarise(scores)
+    summary = summarise(scores)
     one, other = (fk.select(scores, rule) for rule in (fk.GlobalTopK(k=28), fk.Random(k=28)))
     parts = [locate(selection) for selection in (one, other, one & other)]
-    for table in (summary_table(found), selection_table(parts[0]), comparison_table(*parts)):
-        assert list(table.columns[0].cells) == [*found.layers, *found.modules]
+    for table in (summary_table(summary), selection_table(parts[0]), comparison_table(*parts)):
+        assert list(table.columns[0].cells) == [*summary.layers, *summary.modules]
     assert sum(int(count) for count in list(comparison_table(*parts).columns[1].cells)[:5]) == 28

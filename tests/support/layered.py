@@ -87,6 +87,9 @@ VISION: dict[str, Family] = {
         "SiglipModel", _BOTH_TOWERS, caption, {"text_model.encoder.layers": 3, "vision_model.encoder.layers": 3}
     ),
     "beit": Family("BeitForImageClassification", _IMAGE, image, {"beit.layers": 3}),
+    "yolos": Family(
+        "YolosModel", {**_IMAGE, "image_size": (16, 16), "num_detection_tokens": 2}, image, {"encoder.layer": 3}
+    ),
     "swin": Family(
         "SwinForImageClassification",
         dict(image_size=16, patch_size=2, embed_dim=12, depths=[2, 3], num_heads=[2, 4], window_size=4),
