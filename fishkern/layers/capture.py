@@ -6,7 +6,7 @@ these are (:mod:`fishkern.layers.rows`), and the sum over the uses of a paramete
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -112,13 +112,14 @@ class Capture:
         if self._hooks.active:
             self._rows.note_length(module, args, kwargs)
 
-    def _note_output(self, site: Site, output: Any) -> None:
-        if site.picked:
-            self._rows.note_picked(site, output)
+    def _note_output(self, site: Site) -> Callable[[Tensor], None] | None:
+        return (lambda output: self._rows.note_picked(site, output)) if site.picked else None
 
-    def _expanded(self, site: Site, output: Any) -> Any:
+    def _expanded(self, site: Site) -> Callable[[Tensor], Tensor] | None:
         """Give every example a row of its own of an output that all share, so that each gets its own gradient."""
-        return output.expand(self._num_examples, *output.shape[1:]) if site.layout is Layout.SHARED else output
+        if site.layout is not Layout.SHARED:
+            return None
+        return lambda output: output.expand(self._num_examples, *output.shape[1:])
 
     def _receive(self, arrival: Arrival) -> None:
         if self._weighing:
@@ -146,14 +147,14 @@ class Capture:
         site, N = arrival.site, self._num_examples
         if site.layout is Layout.SHARED:
             saved = [one.expand(N, *one.shape[1:]) if _rows(one) == 1 else one for one in arrival.saved]
-            arrival = replace(arrival, saved=saved)
+            arrival = arrival._replace(saved=saved)
         for key, grads in arrival.per_example_grads():
             grads = grads.grouped(N) if site.layout is Layout.FLATTENED else grads
-            self._uses.deliver(key, self._with_counted(grads))
+            self._uses.deliver(key, grads if self._counted is None else self._with_counted(grads))
 
     def _with_counted(self, grads: PerExampleGrads) -> PerExampleGrads:
         """Say which positions of a linear map's factors count, where they are the positions of the batch."""
-        if self._counted is None or not isinstance(grads, OuterProductGrads):
+        if not isinstance(grads, OuterProductGrads):
             return grads
         return replace(grads, counted=self._counted) if grads.num_positions == self._counted.shape[1] else grads
 

@@ -8,9 +8,8 @@ frozen, an extra input that requires a gradient keeps the graph alive, and the w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,7 @@ from fishkern.layers.site import Site
 from fishkern.layers.tap import FrozenCall, copied, frozen_call, tapped
 
 
-@dataclass(frozen=True)
-class Arrival:
+class Arrival(NamedTuple):
     """A gradient that has arrived at the output of a call.
 
     Args:
@@ -43,13 +41,11 @@ class Arrival:
         """The call, with its tensors."""
         return self.call.thaw(self.saved)
 
-    @contextmanager
-    def without_autocast(self) -> Iterator[None]:
+    def without_autocast(self) -> AbstractContextManager:
         """Switch autocast off: a recomputed segment may have entered it again, and a rule would compute in 16 bits."""
         device_type = self.call.autocast[0]
         on = torch.is_autocast_enabled(device_type)
-        with torch.autocast(device_type, enabled=False) if on else nullcontext():
-            yield
+        return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
     def per_example_grads(self) -> Iterator[tuple[str, PerExampleGrads]]:
         """Apply the rule of the site.
@@ -70,8 +66,8 @@ class Hooks:
         arrived: Called during backward with every gradient that arrives.
         on_call: Called with a site and the arguments of each of its calls in a forward pass; a call that activation
             checkpointing repeats in backward is none.
-        prepare: Changes the output of a call before it is tapped.
-        on_output: Called with a site and the output that the model goes on with.
+        prepare: Gives for a site a function that changes the output of a call before it is tapped, or ``None``.
+        on_output: Gives for a site a function that is called with the output that the model goes on with, or ``None``.
 
     Attributes:
         active: Whether calls and gradients are reported. Where it is off, the hooks do nothing.
@@ -83,9 +79,9 @@ class Hooks:
         sites: Iterable[Site],
         arrived: Callable[[Arrival], None],
         *,
-        on_call: Callable[[Site, tuple, Mapping[str, Any]], None] = lambda site, args, kwargs: None,
-        prepare: Callable[[Site, Any], Any] = lambda site, output: output,
-        on_output: Callable[[Site, Any], None] = lambda site, output: None,
+        on_call: Callable[[Site, tuple, Mapping[str, Any]], None] | None = None,
+        prepare: Callable[[Site], Callable[[Any], Any] | None] = lambda site: None,
+        on_output: Callable[[Site], Callable[[Any], None] | None] = lambda site: None,
     ) -> None:
         self._sites = tuple(sites)
         self._arrived = arrived
@@ -146,6 +142,7 @@ class Hooks:
 
     def _hook(self, site: Site) -> Callable[..., Any]:
         entered = self._entered.get(site)
+        prepare, on_output = self._prepare(site), self._on_output(site)
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
             if not self.active:
@@ -156,15 +153,16 @@ class Hooks:
                 args, kwargs = copied((args, kwargs))
             # A reentrant segment runs its forward pass without gradients. Other calls without them, such as those of a
             # target network, are no uses of the parameter.
-            if self.forward and (torch.is_grad_enabled() or segment()):
+            if self.forward and self._on_call is not None and (torch.is_grad_enabled() or segment()):
                 self._on_call(site, args, kwargs)
             if not torch.is_grad_enabled():
                 return None
-            output = self._prepare(site, output)
+            if prepare is not None:
+                output = prepare(output)
             call = frozen_call(module, args, kwargs, keep=site.reads_input)
             output = tapped(output, self._anchor, lambda saved, grads: self._report(site, call, saved, grads), call)
-            if self.forward:
-                self._on_output(site, output)
+            if self.forward and on_output is not None:
+                on_output(output)
             return output
 
         return hook

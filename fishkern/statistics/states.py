@@ -36,6 +36,7 @@ class States:
         self._parameters = parameters
         self._estimator = estimator
         self._backend = backend
+        self._reads_factors = estimator.reads == "factors"
         self._states = {name: _begun(estimator, parameter) for name, parameter in parameters.items()}
 
     def __getitem__(self, name: str) -> State:
@@ -77,7 +78,7 @@ class States:
         Raises:
             UnsupportedModuleError: The estimator reads factors, and these gradients have none.
         """
-        if self._estimator.reads == "factors" and not isinstance(grads, OuterProductGrads):
+        if self._reads_factors and not isinstance(grads, OuterProductGrads):
             raise UnsupportedModuleError(without_factors([name]))
         parameter = self._parameters[name]
 
@@ -121,7 +122,9 @@ class States:
     def _add(self, name: str, device: torch.device, update: Callable[[State], None]) -> None:
         """Add where the gradients are: states that are kept elsewhere get the sum of one call at a time."""
         state = self._states[name]
-        if all(total.device == device for total in sums(state)):
+        # most states are one tensor, and the walk through a nest takes time
+        devices = {state.device} if isinstance(state, Tensor) else {total.device for total in sums(state)}
+        if devices == {device}:
             update(state)
             return
         here = tree_map(lambda leaf: torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf, state)
