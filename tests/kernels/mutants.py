@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE, LAUNCHER = "kernels/_sum_grad_squared_device.py", "kernels/sum_grad_squared.py"
 TOPK, ADAMW, SGD = "kernels/streaming_topk.py", "kernels/masked_adamw.py", "kernels/masked_sgd.py"
-TABLE = "kernels/_table.py"
+TABLE, PROBLEM = "kernels/_table.py", "kernels/_problem.py"
 
 # The tests of each operation, and which of them meet its kernel.
 TESTS = {
@@ -50,10 +50,10 @@ SUM_GRAD_SQUARED: Planted = {
     "last part of a split dropped": (LAUNCHER, '"parts": len(parts),', '"parts": len(parts) - 1,'),
     "examples between parts lost": (DEVICE, "(part.to(tl.int64) * N // parts)", "(part.to(tl.int64) * (N // parts))"),
     "out overwritten": (LAUNCHER, "add = out is not None", "add = False"),
-    "out not initialised": (LAUNCHER, '"ADD": add and parts == 1', '"ADD": parts == 1'),
+    "out not initialised": (LAUNCHER, '"ADD": problem.add and parts == 1', '"ADD": parts == 1'),
     "mean gradient of the last example": (DEVICE, "mean += grad\n            grad", "mean = grad\n            grad"),
     "packed chunks one behind": (DEVICE, "            chunk += 1\n            t = tl.load", "            t = tl.load"),
-    "strides of activations ignored": (LAUNCHER, '"stride_xi": x.strides[-1]', '"stride_xi": 1'),
+    "strides of activations ignored": (PROBLEM, '"stride_xi": x[-1]', '"stride_xi": 1'),
     "few positions: the second forgotten": (DEVICE, "tl.static_range(T)", "tl.static_range(1)"),
 }
 STREAMING_TOPK: Planted = {
