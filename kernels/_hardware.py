@@ -1,4 +1,4 @@
-"""What the launchers ask of a device."""
+"""Device properties used by the launchers."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def why_not(device: torch.device) -> str | None:
 
 @cache
 def hardware(device: torch.device) -> Hardware:
-    """Look a device up.
+    """Describe a device.
 
     Args:
-        device: Where the tensors lie; the CPU stands for the interpreter.
+        device: Of the tensors; the CPU means the interpreter.
 
     Returns:
         Its description.
@@ -81,8 +81,8 @@ def to_gpu(tensor: torch.Tensor, device: torch.device, instead: str) -> torch.Te
 
     Args:
         tensor: On the CPU.
-        device: Where to; the CPU stands for the interpreter, and knows no capture.
-        instead: What to do where a CUDA graph is being captured, as the error says it.
+        device: Where to; the CPU means the interpreter, which has no CUDA graphs.
+        instead: What to do where a CUDA graph is being captured, for the error.
 
     Returns:
         The copy.

@@ -18,13 +18,20 @@ from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from typing import Literal
 
+from triton import cdiv
+
 from ._hardware import Hardware
+from ._problem import Problem
 
 # So many positions are multiplied without matrix units, which take 16 at a time.
 FEW_POSITIONS = 4
 # Partial results of a split take at most so many bytes.
 WORKSPACE = 64 * 2**20
 MOST_PARTS = 64
+# Chunks are shortened until at most this share of the multiplied positions is padding.
+MOST_PADDING = 0.15
+# Problems whose plans are remembered: a model has a few for each kind of layer and length of a batch.
+PLANS = 4096
 
 
 @dataclass(frozen=True)
@@ -163,54 +170,64 @@ def takes_tma(hardware: Hardware) -> bool:
     return any(loads == "tma" for _, loads in TABLES[hardware.family])
 
 
-def choose(
-    hardware: Hardware,
-    O: int,
-    I: int,
-    N: int,
-    positions: int,
-    dense: bool,
-    itemsize: int,
-    loads: Loads,
-    wide: bool,
-    mean: bool,
-) -> tuple[Config, int]:
+def loads(problem: Problem, hardware: Hardware) -> Loads:
+    """Tell how the inputs can be loaded.
+
+    Args:
+        problem: The call.
+        hardware: Where it will run.
+
+    Returns:
+        The fastest way that both inputs allow.
+    """
+    if takes_tma(hardware) and problem.x.fits_tma and problem.g.fits_tma:
+        return "tma"
+    return "vectors" if problem.x.has_vectors and problem.g.has_vectors else "elements"
+
+
+def few_positions(problem: Problem) -> bool:
+    """Tell whether matrix units would be fed zeros.
+
+    Args:
+        problem: The call.
+
+    Returns:
+        Whether the examples are too short for them.
+    """
+    return not problem.packed and problem.T <= FEW_POSITIONS
+
+
+def tiles(problem: Problem, hardware: Hardware) -> tuple[Config, int]:
     """Choose the tiles and the split, from shapes and the device alone, so that equal calls give equal bits.
 
     Args:
+        problem: The call, whose ``I`` is the smaller side where one is small.
         hardware: Where it will run.
-        O: Rows of the result.
-        I: Columns of it, the smaller side where one is small.
-        N: Number of examples.
-        positions: All their positions together.
-        dense: Whether all examples are equally long.
-        itemsize: Bytes of an input's entry.
-        loads: How the inputs are loaded.
-        wide: Whether there are registers for tiles wider than 128.
-        mean: Whether the mean gradient is asked for.
 
     Returns:
         The tiles, and the number of parts.
     """
-    length = positions / N
-    if dense and length <= FEW_POSITIONS:
-        config = FEW.get(hardware.family, FEW_ELSEWHERE)
-    else:
-        table = TABLES[hardware.family][itemsize, loads]
-        widths = sorted({config.BLOCK_I for config in table})
-        tiles = -(-O // 128) * -(-I // 256)
-        if widths[-1] > 128 and (not wide or tiles < 2 * hardware.processors):  # too few to go round twice
-            widths.pop()
-        if mean:
-            widths = [width for width in widths if width <= widest_with_mean(hardware, itemsize)]
-        width = next((width for width in widths if width >= I), widths[-1])
-        steps = [config for config in table if width == config.BLOCK_I]
-        config = next((config for config in steps if _padding(length, config.BLOCK_T, dense) <= 0.15), steps[-1])
-    return config, _parts(hardware, config, O, I, N)
+    config = FEW.get(hardware.family, FEW_ELSEWHERE) if few_positions(problem) else _from_table(problem, hardware)
+    return config, _parts(problem, hardware, config)
+
+
+def _from_table(problem: Problem, hardware: Hardware) -> Config:
+    table = TABLES[hardware.family][problem.itemsize, loads(problem, hardware)]
+    widths = sorted({config.BLOCK_I for config in table})
+    # Tiles wider than 128 find registers only where results are written by TMA; and they must go round twice.
+    wide = not problem.mean and all(result.fits_tma for result in problem.results)
+    tiles = cdiv(problem.O, 128) * cdiv(problem.I, 256)
+    if widths[-1] > 128 and (not wide or tiles < 2 * hardware.processors):
+        widths.pop()
+    if problem.mean:
+        widths = [width for width in widths if width <= widest_with_mean(hardware, problem.itemsize)]
+    width = next((width for width in widths if width >= problem.I), widths[-1])
+    steps = [config for config in table if width == config.BLOCK_I]
+    return next((config for config in steps if _padding(problem, config.BLOCK_T) <= MOST_PADDING), steps[-1])
 
 
 def widest_with_mean(hardware: Hardware, itemsize: int) -> int:
-    """Say how wide tiles may be where the mean gradient is asked for.
+    """Say how wide tiles may be where the mean gradient is requested.
 
     Args:
         hardware: Where it will run.
@@ -222,20 +239,22 @@ def widest_with_mean(hardware: Hardware, itemsize: int) -> int:
     return WIDEST_WITH_MEAN.get((hardware.family, itemsize), 128)
 
 
-def _padding(length: float, block: int, dense: bool) -> float:
+def _padding(problem: Problem, block: int) -> float:
     """Which share of the multiplied positions is padding; packed examples end anywhere in their last chunk."""
-    padded = -(-length // block) * block if dense else length + block / 2
+    length = problem.positions / problem.N
+    padded = length + block / 2 if problem.packed else cdiv(problem.T, block) * block
     return 1 - length / padded
 
 
-def _parts(hardware: Hardware, config: Config, O: int, I: int, N: int) -> int:
+def _parts(problem: Problem, hardware: Hardware, config: Config) -> int:
     # Where tiles are few, more programs run at once, at the price of partial results. One example on one tile counts 1,
     # and so does a partial tile, written and read again. No example is split.
-    tiles = -(-O // config.BLOCK_O) * -(-I // config.BLOCK_I)
+    N, O, I = problem.N, problem.O, problem.I
+    tiles = cdiv(O, config.BLOCK_O) * cdiv(I, config.BLOCK_I)
     slots = hardware.processors * (8 // config.num_warps)
 
     def cost(parts: int) -> int:
-        return -(-tiles * parts // slots) * (-(-N // parts) + (parts > 1))
+        return cdiv(tiles * parts, slots) * (cdiv(N, parts) + (parts > 1))
 
     most = min(N, MOST_PARTS, WORKSPACE // (4 * O * I))
     return min(range(1, max(most, 1) + 1), key=lambda parts: (cost(parts), parts))

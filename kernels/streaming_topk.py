@@ -16,124 +16,22 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+from triton import cdiv
 
+from . import _streaming_topk_device as device
+
+# Scores that one program takes: of float32, eight loads of 16 bytes for each of 128 threads.
 _CHUNK = 4096
 _OPTIONS = {"enable_fp_fusion": True}  # there is nothing to fuse, but without a word Triton 3.9 warns
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # The sample: so many chunks, and of each so many scores.
 _SAMPLED_CHUNKS, _SAMPLED_SCORES = 8192, 256
+# Standard errors between the sample's estimate and either end of the bracket.
 _DEVIATIONS = 6.0
 # Room for this share of all scores between the ends of the bracket; all of them where there are few.
 _ROOM_SHARE, _SMALLEST_ROOM = 128, 2**16
-
-
-@triton.jit
-def _find_chunk(table_ptr, num_tensors, number, CHUNK: tl.constexpr):
-    """Find where a chunk lies: address of its tensor, its first score there, how many are left, its place among all."""
-    low = num_tensors * 0
-    high = num_tensors - 1
-    while low < high:  # the last tensor whose first chunk is not behind this one
-        middle = (low + high + 1) // 2
-        behind = tl.load(table_ptr + middle) > number
-        low = tl.where(behind, low, middle)
-        high = tl.where(behind, middle - 1, high)
-    inside = number - tl.load(table_ptr + low)
-    address = tl.load(table_ptr + num_tensors + low)
-    left = tl.load(table_ptr + 2 * num_tensors + low) - inside * CHUNK
-    return address, inside * CHUNK, left, tl.load(table_ptr + 3 * num_tensors + low) + inside
-
-
-@triton.jit
-def _load_scores(address, first, left, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr,
-                 COUNT: tl.constexpr):  # fmt: skip
-    """Load the first ``COUNT`` scores of a chunk: values, negated unless LARGEST; which exist."""
-    # The hint counts only behind the cast, and loads are wide only where nothing is masked.
-    ptr = address.to(tl.pointer_type(DTYPE)) + first
-    if ALIGNED:
-        ptr = tl.multiple_of(ptr, 16)
-    offs = tl.arange(0, COUNT)
-    exists = offs < left
-    values = tl.load(ptr + offs) if left >= COUNT else tl.load(ptr + offs, mask=exists, other=0.0)
-    values = values.to(tl.float32)
-    return values if LARGEST else -values, exists
-
-
-@triton.jit(do_not_specialize=["num_tensors"])
-def _sample_kernel(
-    table_ptr, numbers_ptr, out_ptr,  # tensors; which chunks; [chunks, COUNT], NaN where a chunk is shorter
-    num_tensors,
-    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr,
-):  # fmt: skip
-    number = tl.load(numbers_ptr + tl.program_id(0))
-    address, first, left, _ = _find_chunk(table_ptr, num_tensors, number, CHUNK)
-    values, exists = _load_scores(address, first, left, DTYPE, ALIGNED, LARGEST, COUNT)
-    offs = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
-    tl.store(out_ptr + offs, tl.where(exists, values, float("nan")))
-
-
-@triton.jit(do_not_specialize=["num_tensors", "low", "high", "room"])
-def _select_kernel(
-    table_ptr, bits_ptr,  # tensors; [chunks, CHUNK / 32], set above high
-    counts_ptr,  # [4, chunks]: above high, at high, at low, NaN
-    inside_ptr, slots_ptr, values_ptr,  # how many are inside; where they lie, [room]; what they are, [room]
-    num_tensors, num_chunks, room,
-    low, high,
-    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    address, first, left, place = _find_chunk(table_ptr, num_tensors, tl.program_id(0).to(tl.int64), CHUNK)
-    values, exists = _load_scores(address, first, left, DTYPE, ALIGNED, LARGEST, CHUNK)
-    above = exists & (values > high)
-    at_high = exists & (values == high)
-    at_low = exists & (values == low) & (values < high)
-    inside = exists & (values > low) & (values < high)
-    bits = tl.reshape(above.to(tl.int32), (CHUNK // 32, 32)) << tl.arange(0, 32)[None, :]
-    tl.store(bits_ptr + place * (CHUNK // 32) + tl.arange(0, CHUNK // 32), tl.sum(bits, 1))
-    tl.store(counts_ptr + place, tl.sum(above.to(tl.int32)))
-    tl.store(counts_ptr + num_chunks + place, tl.sum(at_high.to(tl.int32)))
-    tl.store(counts_ptr + 2 * num_chunks + place, tl.sum(at_low.to(tl.int32)))
-    tl.store(counts_ptr + 3 * num_chunks + place, tl.sum((exists & (values != values)).to(tl.int32)))
-    count = tl.sum(inside.to(tl.int32))
-    if count > 0:
-        ranks = tl.cumsum(inside.to(tl.int32), 0) - 1 + tl.atomic_add(inside_ptr, count.to(tl.int64))
-        fits = inside & (ranks < room)
-        tl.store(slots_ptr + ranks, place * CHUNK + tl.arange(0, CHUNK), mask=fits)
-        tl.store(values_ptr + ranks, values, mask=fits)
-
-
-@triton.jit(do_not_specialize=["num_tensors", "end"])
-def _take_ties_kernel(
-    table_ptr, bits_ptr, quotas_ptr,  # tensors; bits to be set; [chunks] how many of each chunk
-    num_tensors,
-    end,
-    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    address, first, left, place = _find_chunk(table_ptr, num_tensors, tl.program_id(0).to(tl.int64), CHUNK)
-    quota = tl.load(quotas_ptr + place)
-    if quota > 0:  # asked before the scores are read: mostly few chunks have one
-        values, exists = _load_scores(address, first, left, DTYPE, ALIGNED, LARGEST, CHUNK)
-        equal = (exists & (values == end)).to(tl.int32)
-        taken = equal * (tl.cumsum(equal, 0) <= quota).to(tl.int32)
-        bits = tl.sum(tl.reshape(taken, (CHUNK // 32, 32)) << tl.arange(0, 32)[None, :], 1)
-        ptrs = bits_ptr + place * (CHUNK // 32) + tl.arange(0, CHUNK // 32)
-        tl.store(ptrs, tl.load(ptrs) | bits)
-
-
-@triton.jit
-def _emit_kernel(
-    bits_ptr, starts_ptr,  # [chunks, CHUNK / 32]; [chunks], where a chunk's indices begin in out
-    offsets_ptr, out_ptr,  # [chunks], where it begins in its tensor; indices
-    CHUNK: tl.constexpr,
-):  # fmt: skip
-    place = tl.program_id(0).to(tl.int64)
-    words = tl.load(bits_ptr + place * (CHUNK // 32) + tl.arange(0, CHUNK // 32))
-    taken = tl.reshape((words[:, None] >> tl.arange(0, 32)[None, :]) & 1, (CHUNK,))
-    if tl.sum(taken) > 0:
-        ptrs = out_ptr + tl.load(starts_ptr + place) + tl.cumsum(taken, 0) - 1
-        indices = tl.load(offsets_ptr + place) + tl.arange(0, CHUNK)
-        tl.store(ptrs, indices.to(out_ptr.dtype.element_ty), mask=taken > 0)
 
 
 @dataclass(frozen=True)
@@ -172,7 +70,7 @@ class _Pool:
     def __init__(self, flats: list[Tensor], largest: bool) -> None:
         self.flats = flats
         self.device = flats[0].device
-        self.chunks_of = [triton.cdiv(flat.numel(), _CHUNK) for flat in flats]
+        self.chunks_of = [cdiv(flat.numel(), _CHUNK) for flat in flats]
         self.chunks = sum(self.chunks_of)
         self.total = sum(flat.numel() for flat in flats)
         self.room = min(self.total, max(_SMALLEST_ROOM, self.total // _ROOM_SHARE))
@@ -226,7 +124,7 @@ class _Pool:
         offsets = (torch.arange(self.chunks, device=self.device) - firsts) * _CHUNK
         before = torch.cat([ends.new_zeros(1), ends])
         out = torch.empty(int(ends[-1]), dtype=dtype, device=self.device)
-        _emit_kernel[(self.chunks,)](bits, ends - counts, offsets, out, CHUNK=_CHUNK, **_OPTIONS)
+        device.emit_kernel[(self.chunks,)](bits, ends - counts, offsets, out, CHUNK=_CHUNK, **_OPTIONS)
         return out, (before[last] - before[last - chunks_of]).tolist()
 
     def _pass(self, low: float, high: float) -> tuple[_Counts, Tensor, Tensor, Tensor]:
@@ -236,7 +134,7 @@ class _Pool:
         slots = torch.empty(self.room, dtype=torch.int64, device=self.device)
         values = torch.empty(self.room, dtype=torch.float32, device=self.device)
         for launch in self.launches:
-            _select_kernel[(launch.chunks,)](
+            device.select_kernel[(launch.chunks,)](
                 launch.table, bits,
                 counts,
                 inside, slots, values,
@@ -254,7 +152,7 @@ class _Pool:
         before = ties.cumsum(0) - ties
         quotas = (take - before).clamp_(min=0).minimum(ties).to(torch.int32)
         for launch in self.launches:
-            _take_ties_kernel[(launch.chunks,)](
+            device.take_ties_kernel[(launch.chunks,)](
                 launch.table, bits, quotas, launch.table.shape[1], end, **launch.constants
             )
 
@@ -266,21 +164,11 @@ class _Pool:
             wanted = max(1, _SAMPLED_CHUNKS * launch.chunks // self.chunks)
             numbers = torch.arange(min(wanted, launch.chunks), device=self.device) * launch.chunks // wanted
             out = torch.empty(len(numbers), _SAMPLED_SCORES, device=self.device)
-            _sample_kernel[(len(numbers),)](
+            device.sample_kernel[(len(numbers),)](
                 launch.table, numbers, out, launch.table.shape[1], **launch.constants, COUNT=_SAMPLED_SCORES
             )
             rows.append(out)
-        rows = torch.cat(rows)
-        values = rows[~rows.isnan()].sort(descending=True).values
-        if len(values) == 0:
-            return -math.inf, math.inf
-        share = k / self.total
-        rank = share * len(values)
-        above = (rows > values[min(int(rank), len(values) - 1)]).sum(1).double()
-        # Neighbours may resemble each other: then whole chunks differ by more than independent draws would.
-        spread = len(rows) * above.var().item() if len(rows) > 1 else 0.0
-        margin = _DEVIATIONS * math.sqrt(max(spread, len(values) * share * (1 - share))) + _DEVIATIONS**2
-        low, high = math.ceil(rank + margin), min(math.floor(rank - margin), len(values) - 1)
+        values, low, high = _ranked(torch.cat(rows), k / self.total)
         return (
             values[low].item() if low < len(values) else -math.inf,
             values[high].item() if high >= 0 else math.inf,
@@ -303,6 +191,21 @@ class _Counts:
 
     of_chunks: Tensor
     sums: list[int]
+
+
+def _ranked(rows: Tensor, share: float) -> tuple[Tensor, int, int]:
+    """Sort a sample; find two ranks in it between which the score lies that ends this share of all scores."""
+    # The reference's, in fishkern/ops/streaming_topk.py, once more, since kernels import nothing of fishkern:
+    # tests/kernels/test_streaming_topk.py holds the two together.
+    values = rows[~rows.isnan()].sort(descending=True).values
+    if len(values) == 0:
+        return values, 0, -1
+    rank = share * len(values)
+    above = (rows > values[min(int(rank), len(values) - 1)]).sum(1).double()
+    # Neighbours may resemble each other: then whole rows differ by more than independent draws would.
+    variance = max(len(rows) * above.var().item() if len(rows) > 1 else 0.0, len(values) * share * (1 - share))
+    margin = _DEVIATIONS * math.sqrt(variance) + _DEVIATIONS**2
+    return values, math.ceil(rank + margin), min(math.floor(rank - margin), len(values) - 1)
 
 
 def _first(slots: Tensor, values: Tensor, count: int) -> Tensor:

@@ -106,11 +106,11 @@ def time_configs(x: Tensor, g: Tensor, configs: list, device: torch.device) -> l
         A row for each, with its time in milliseconds.
     """
     from fishkern.kernels._hardware import hardware
-    from fishkern.kernels.sum_grad_squared import launches
+    from fishkern.kernels.sum_grad_squared import Operands, launches
 
     out = torch.zeros(g.shape[-1], x.shape[-1], device=device)
     runs = {
-        str(number): launches(x, g, None, out, True, None, False, hardware(device), config)[0].run
+        str(number): launches(Operands(x, g, None, out), hardware(device), config)[0].run
         for number, config in enumerate(configs)
     }
     found = compare(runs, ours="", device=device)

@@ -70,12 +70,12 @@ def _measure(
 def _tiles(case: Case, x: Tensor, g: Tensor, out: Tensor) -> dict[str, Provider]:
     from fishkern.kernels._hardware import hardware
     from fishkern.kernels._sum_grad_squared_configs import Config
-    from fishkern.kernels.sum_grad_squared import launches
+    from fishkern.kernels.sum_grad_squared import Operands, launches
 
     from benchmarks.gpu._candidates import candidate
 
     on = hardware(x.device)
-    table = launches(x, g, None, out, True, None, False, on)
+    table = launches(Operands(x, g, None, out), on)
     BLOCK_T = next(length for length in (16, 32, 64) if length >= min(case.T, 64))
     # (tiles, most registers of a thread): three and two programs on a multiprocessor are the last ones.
     others = {
@@ -88,7 +88,7 @@ def _tiles(case: Case, x: Tensor, g: Tensor, out: Tensor) -> dict[str, Provider]
     }
     ways: dict[str, Provider] = {"table": lambda: [launch.run() for launch in table]}
     for name, (config, registers) in others.items():
-        (launch,) = launches(x, g, None, out, True, None, False, on, config)
+        (launch,) = launches(Operands(x, g, None, out), on, config)
         options = launch.options | ({"maxnreg": registers} if registers else {})
         ways[name] = launch._replace(options=options).run
     wide, narrow = Config(128, 256, BLOCK_T, 8, 4), Config(64, 128, BLOCK_T, 4, 4)

@@ -1,4 +1,4 @@
-"""Memory for many tensors that live long, which goes back to the system when they do not."""
+"""Memory for many long-lived tensors, returned to the system when they end."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# In entries. More than 32 MiB the C library gets from the system one by one and gives back at once. What is smaller it
-# keeps in a heap, where what lives long lies between what does not, and leaves holes: only the first may be smaller.
+# In entries. The C library gets blocks above 32 MiB from the system one by one, and returns them at once. Smaller ones
+# stay in a heap, where long-lived ones between others leave holes: only the first few may be smaller.
 _FIRST, _BLOCK = 2**14, 2**23 + 2**10
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Some neighbouring entries of a larger tensor; no tensor itself, of which each would take its place in the heap.
+    """Some neighbouring entries of a larger tensor; not a Tensor object, because each of those takes heap space.
 
     Args:
         memory: ``[any]``.
-        start: Place of the first entry.
-        stop: Place behind the last.
+        start: Index of the first entry.
+        stop: Index after the last.
     """
 
     memory: Tensor
@@ -50,7 +50,7 @@ EMPTY = Span(torch.empty(0), 0, 0)
 
 
 class Arena:
-    """Lays tensors of one dtype behind one another in large blocks. A block is free when no span of it is left."""
+    """Copies tensors of one dtype one after another into large blocks. A block is freed with the last of its spans."""
 
     def __init__(self) -> None:
         self._block, self._used, self._next = EMPTY.memory, 0, _FIRST
@@ -62,7 +62,7 @@ class Arena:
             tensor: ``[n]``.
 
         Returns:
-            Where it lies.
+            Its span there.
         """
         if not len(tensor):
             return EMPTY

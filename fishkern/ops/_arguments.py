@@ -53,19 +53,19 @@ def check_factors(activations: Tensor, output_grads: Tensor) -> None:
         )
     if activations.device != output_grads.device:
         raise ValueError(
-            "activations and output_grads must lie on one device, "
+            "activations and output_grads must be on one device, "
             f"got {activations.device} and {output_grads.device}: move one to the other's."
         )
 
 
 def accumulator(out: Tensor | None, shape: Sequence[int], grads: Tensor, name: str = "out") -> Tensor:
-    """Give the tensor that squares are added to.
+    """Return the tensor that squares are added to.
 
     Args:
-        out: The caller's; ``None`` for zeros.
+        out: The caller's tensor; ``None`` for zeros.
         shape: Shape that it must have.
         grads: Gradients to be squared, which set the device, and the dtype: float32, or float64 for float64.
-        name: What the caller calls it.
+        name: Its name in messages.
 
     Returns:
         ``out`` itself, or zeros.
@@ -82,7 +82,7 @@ def accumulator(out: Tensor | None, shape: Sequence[int], grads: Tensor, name: s
             f"{out.device}: pass such a tensor of zeros, or None."
         )
     if not out.is_contiguous():
-        inner = 0  # how far the entries along the axes of smaller strides reach
+        inner = 0  # extent of all axes of smaller strides together
         for stride, length in reversed(_axes(out)):
             if stride <= inner:
                 raise ValueError(
@@ -94,20 +94,22 @@ def accumulator(out: Tensor | None, shape: Sequence[int], grads: Tensor, name: s
 
 
 def check_apart(out: Tensor, other: Tensor, names: str) -> None:
-    """Demand that two accumulators share no memory, by addresses and strides alone.
+    """Check that two accumulators share no memory, by addresses and strides alone.
 
     Args:
-        out: As :func:`accumulator` gives it.
+        out: As :func:`accumulator` returns it.
         other: Of the same shape and dtype.
-        names: What the caller calls them.
+        names: Their names in messages.
 
     Raises:
-        ValueError: An entry of one lies where one of the other does; or strides differ, and their ranges overlap.
+        ValueError: They share an entry; or their strides differ, and their ranges of addresses overlap.
     """
     first, second = out.data_ptr(), other.data_ptr()
     axes = _axes(out) if first <= second else _axes(other)
     gap = abs(second - first) // out.element_size()
-    if not first or gap > sum((length - 1) * stride for stride, length in axes):  # no memory, or one behind the other
+    if not first or gap > sum(
+        (length - 1) * stride for stride, length in axes
+    ):  # no memory, or one ends before the other
         return
     if _axes(out) != _axes(other) or _reaches(gap, axes):
         raise ValueError(f"{names} must not overlap, got two views of the same memory: pass one of them its own.")
@@ -120,7 +122,7 @@ def _axes(tensor: Tensor) -> list[tuple[int, int]]:
 
 
 def _reaches(gap: int, axes: list[tuple[int, int]]) -> bool:
-    """Whether two entries can be so far from each other; each stride is larger than all smaller ones together reach."""
+    """Whether two entries can be so far apart; each stride is larger than all smaller axes together extend."""
     if not axes:
         return gap == 0
     (stride, length), *rest = axes
@@ -131,7 +133,7 @@ def _reaches(gap: int, axes: list[tuple[int, int]]) -> bool:
 def _check_offsets(offsets: Tensor, num_positions: int) -> None:
     if offsets.ndim != 1 or offsets.numel() == 0 or offsets.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            "offsets must be [N + 1], int64 or int32: where each example begins, and behind them the number of "
+            "offsets must be [N + 1], int64 or int32: where each example begins, and last the number of "
             f"positions; got {tuple(offsets.shape)}, {offsets.dtype}."
         )
     firsts = offsets.tolist()

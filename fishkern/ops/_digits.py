@@ -1,4 +1,4 @@
-"""The ``n``-th largest of values that can be walked through more than once, found by counting their digits."""
+"""The ``n``-th largest of values that can be read more than once, found by counting their digits."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Walk = Callable[[], Iterable[Tensor]]
 
 
 def nth_largest(walk: Walk, n: int, dtype: torch.dtype) -> float:
-    """Find the ``n``-th largest of many values: a histogram for every 16 bits, no copy, nothing sorted.
+    """Find the ``n``-th largest of many values, using one histogram per 16 bits, without copying or sorting.
 
     Args:
-        walk: Begins a walk through all values, tensors ``[any]`` without NaN; called twice, for float64 four times.
+        walk: Starts a pass over all values, tensors ``[any]`` without NaN; called twice, for float64 four times.
         n: Which, from 1 to their number.
         dtype: Of the values, float32 or float64.
 

@@ -1,4 +1,4 @@
-"""Scores that lie in many tensors, walked through and sampled as if they were one."""
+"""Scores in many tensors, read and sampled as if they were one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fishkern.files import AnyTensor, StoredTensor
 
-# A piece is a dozen calls, which two threads share: larger than what a cache holds is no slower, and wakes them less.
-# From a disk it comes through the cache, and should still be there.
+# A piece takes a dozen calls, shared by two threads: one that exceeds the cache is no slower, and means fewer wake-ups.
+# One from a disk comes through the cache, and should still be there.
 _PIECE, _PIECE_ON_DISK, _PIECE_ON_GPU = 2**22, 2**20, 2**26
-# Small blocks, also stored ones, are put together into one piece, lest a hundred thousand of them cost a piece each.
+# Small blocks, also stored ones, share a piece, so that 100 000 of them do not become 100 000 pieces.
 _SMALL, _PACKED = 2**16, 2**20
-# A sample is made of runs of neighbours: what one random access to memory, or one to a disk, brings anyway.
+# A sample consists of runs of neighbours: about what one random access to memory, or one to a disk, fetches.
 _RUN, _RUN_ON_DISK, _MOST_RUNS_ON_DISK = 16, 1024, 4096
 
 
@@ -26,7 +26,7 @@ class NaNScoreError(ValueError):
     """A score is NaN, which has no rank.
 
     Args:
-        block: Number of the block that holds it.
+        block: Number of its block.
         index: Its flat index there.
     """
 
@@ -40,7 +40,7 @@ class Piece:
     """Some neighbouring scores.
 
     Attributes:
-        block: Number of the block that they lie in, or of the first one.
+        block: Number of their block, or of the first one.
         offset: Flat index of the first score in that block.
         values: ``[n]``, float32 or float64.
         bounds: Where each of several whole blocks ends in ``values``; ``None`` for a part of one block.
@@ -52,10 +52,10 @@ class Piece:
     bounds: Tensor | None = None
 
     def place(self, index: int) -> tuple[int, int]:
-        """Tell the block of one score, and its flat index there.
+        """Locate one score: its block, and its flat index there.
 
         Args:
-            index: Place in :attr:`values`.
+            index: Index into :attr:`values`.
 
         Returns:
             The number of the block and the index in it.
@@ -68,7 +68,7 @@ class Piece:
 
 
 def refuse_nan(piece: Piece) -> None:
-    """Demand scores that can be ordered.
+    """Raise if a score has no rank.
 
     Args:
         piece: Some scores.
@@ -106,9 +106,9 @@ class Scores:
         self.dtype = torch.float64 if double else torch.float32  # which holds every block's values exactly
 
     def pieces(self) -> Iterator[Piece]:
-        """Walk through all scores once, in order. A piece is valid until the next one is asked for.
+        """Go through all scores once, in order. A piece is valid until the next one is requested.
 
-        While the caller works on a piece, the next one is read where any lies on disk.
+        Where a block is on disk, the next piece is read while the caller works on one.
 
         Yields:
             The pieces, none of them empty.
@@ -153,7 +153,7 @@ class Scores:
             size: About how many scores.
 
         Returns:
-            ``[runs, length]``, one run in a row, on the CPU. What a run lacks is NaN.
+            ``[runs, length]``, one run in a row, on the CPU; shorter runs end in NaN.
         """
         on_disk = self._on_disk
         length = _RUN_ON_DISK if on_disk else _RUN

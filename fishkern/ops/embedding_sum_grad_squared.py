@@ -31,7 +31,7 @@ def embedding_sum_grad_squared(
 
     Args:
         indices: Rows looked up, ``[N, T]``, int64 or int32, from 0 to ``num_rows - 1``.
-        output_grads: Gradient of the **summed** loss by the rows handed out, ``[N, T, D]``, floating, same device.
+        output_grads: Gradient of the **summed** loss by the rows looked up, ``[N, T, D]``, floating, same device.
         num_rows: ``V``, the rows of the table.
         padding_idx: Row that never gets a gradient, as in :class:`torch.nn.Embedding`, from 0 to ``num_rows - 1``.
         out: ``[V, D]``, of the result's dtype, any strides: the sum is added to it, in place. ``None``: to zeros.
@@ -40,7 +40,7 @@ def embedding_sum_grad_squared(
         ``out``, or a new ``[V, D]``; float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: Shapes, dtypes or devices are not as described, or an index is not below ``num_rows``.
+        ValueError: Shapes, dtypes or devices are not as described, or an index is out of range.
     """
     if padding_idx is not None and not 0 <= padding_idx < num_rows:
         raise ValueError(f"padding_idx must be from 0 to num_rows - 1 = {num_rows - 1}, or None, got {padding_idx}.")
@@ -64,7 +64,7 @@ def embedding_rows(
 
     Args:
         indices: Rows looked up, ``[N, T]``, int64 or int32, not negative.
-        output_grads: Gradient of the **summed** loss by the rows handed out, ``[N, T, D]``, floating, same device.
+        output_grads: Gradient of the **summed** loss by the rows looked up, ``[N, T, D]``, floating, same device.
         padding_idx: Row that never gets a gradient and is left out, or ``None``.
 
     Returns:
@@ -83,8 +83,8 @@ def embedding_rows(
     pair = torch.arange(indices.shape[0], device=indices.device).repeat_interleave(indices.shape[1]) * num_rows + token
     grads = output_grads.flatten(0, 1).to(dtype)
     if padding_idx is not None:
-        kept = token != padding_idx
-        pair, grads = pair[kept], grads[kept]
+        counted = token != padding_idx
+        pair, grads = pair[counted], grads[counted]
     pair, grads = _sum_by_key(pair, grads)
     return pair // num_rows, pair % num_rows, grads
 
@@ -93,7 +93,7 @@ def _sum_by_key(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Sum the ``values [M, D]`` of equal ``keys [M]`` in their order; the distinct keys ascend."""
     keys, order = keys.sort(stable=True)
     keys, counts = keys.unique_consecutive(return_counts=True)
-    if values.numel() == 0:  # of no columns embedding_bag makes an error
+    if values.numel() == 0:  # embedding_bag fails on zero columns
         return keys, values.new_zeros(len(keys), values.shape[1])
     # A bag is summed by one thread, first entry to last, unlike index_add_ on a GPU, whose atomic additions race.
     return keys, F.embedding_bag(order, values, counts.cumsum(0) - counts, mode="sum")
@@ -111,6 +111,6 @@ def _check_lookups(indices: Tensor, output_grads: Tensor) -> None:
         )
     if indices.device != output_grads.device:
         raise ValueError(
-            f"indices and output_grads must lie on one device, got {indices.device} and {output_grads.device}: "
+            f"indices and output_grads must be on one device, got {indices.device} and {output_grads.device}: "
             "move one to the other's."
         )

@@ -1,4 +1,4 @@
-"""Exact top-k over scores that are spread over many tensors."""
+"""Exact top-k of scores in many tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ORDERS = ("largest", "smallest")
 _SMALLEST_SAMPLE, _LARGEST_SAMPLE, _SAMPLED_SHARE = 2**16, 2**22, 2**-10
 # Standard errors between the sample's estimate and either end of the bracket.
 _DEVIATIONS = 6.0
-# Where a sample would leave so many scores undecided, counting narrows the bracket first, by one more walk.
+# If a sample leaves more scores than this undecided, one extra pass narrows the bracket first by counting.
 _MOST_INSIDE = 2**25
 # Up to this k the value of every candidate is kept, so that no upper end of the bracket can be missed.
 _KEEP_VALUES = 2**24
@@ -40,13 +40,13 @@ def streaming_topk(
     stable sort, whatever the device, the number of threads and the sizes of the blocks. ``-0.0`` equals ``0.0``,
     infinities are ordered, and scores of different dtypes compare by value.
 
-    A small sample says between which values the ``k``-th largest must lie; one pass over the scores keeps what is
-    above or inside this bracket, and what is inside decides exactly. Scores equal to an end of the bracket, such as the
-    zeros of dead rows, are classes of their own, without values. Scores on disk are so read once, plus the sample. One
-    more pass counts them by the leading bits of their values where the sample leaves more than 2^25 undecided; two
-    passes count by all bits, and a last one collects, where the bracket fails. Beside the indices, memory is needed for
-    one piece of scores and for the values of the candidates: 4 bytes for each of twice the ``k`` up to ``k = 2^24``,
-    above that for those inside the bracket only. A block that is not contiguous is copied while it is worked on.
+    A small sample gives a bracket, two values that should enclose the ``k``-th largest. One pass over the scores
+    collects those above and inside it; those inside decide exactly. Scores equal to either end (zeros of dead rows) are
+    counted, not stored with their values. A file is therefore read once, plus a small sample. If the sample leaves more
+    than 2^25 undecided, one extra pass counts scores by the leading bits of their values; if the bracket is wrong, two
+    passes count by all bits, and a last one collects. Memory for the result aside, this takes one piece of scores and
+    the values of the candidates: 4 bytes for each of twice the ``k`` up to ``k = 2^24``, above that only for those
+    inside the bracket. A block that is not contiguous is copied while it is processed.
 
     Args:
         blocks: Floating scores (float64, float32, bfloat16, float16), of any shapes, on any devices, also
@@ -70,7 +70,7 @@ def streaming_topk(
 def topk_with_threshold(
     blocks: Sequence[AnyTensor], k: int, *, order: Order = "largest", backend: Backend | None = None
 ) -> tuple[list[Tensor], float | None]:
-    """Select as :func:`streaming_topk`, and tell the last score that was selected.
+    """Select as :func:`streaming_topk`, and return the last selected score as well.
 
     Args:
         blocks: As there.
@@ -79,12 +79,12 @@ def topk_with_threshold(
         backend: As there.
 
     Returns:
-        The indices, and the ``k``-th score in this order; ``None`` for ``k = 0``, and where it is only known to lie
+        The indices, and the ``k``-th score in this order; ``None`` for ``k = 0``, and where it is only known to be
         beyond the bracket of a sample.
 
     Raises:
         ValueError: ``k`` or ``order`` is none of the above.
-        BackendUnavailableError: Triton was named, and a block lies in a file.
+        BackendUnavailableError: Triton was named, and a block is in a file.
     """
     blocks, k = list(blocks), operator.index(k)
     if order not in ORDERS:
@@ -92,18 +92,22 @@ def topk_with_threshold(
     scores = Scores(blocks)
     if not 0 <= k <= scores.total:
         raise ValueError(f"k must be from 0 to the number of scores, {scores.total}; got {k}.")
-    tensors = [block if isinstance(block, Tensor) else torch.empty(0, dtype=block.dtype) for block in blocks]
-    run = choose(streaming_topk_torch, backend, *tensors)  # files count as tensors on the CPU
+    run = choose(streaming_topk_torch, backend, *_placement(blocks))
     if run is streaming_topk_torch:
         return _topk(scores, k, order == "largest")
     if any(isinstance(block, StoredTensor) for block in blocks):
         raise BackendUnavailableError(
-            "streaming_topk cannot run on Triton: a block lies in a file. Ask for 'auto' or 'torch'."
+            "streaming_topk cannot run on Triton: a block is in a file. Ask for 'auto' or 'torch'."
         )
     indices = _launched(run, blocks, k, order)
-    selected = [block.reshape(-1)[found].float() for block, found in zip(blocks, indices, strict=True) if len(found)]
+    selected = [block.reshape(-1)[own].float() for block, own in zip(blocks, indices, strict=True) if len(own)]
     extreme = torch.amin if order == "largest" else torch.amax
     return indices, extreme(torch.stack([extreme(scores) for scores in selected])).item() if selected else None
+
+
+def _placement(blocks: Sequence[AnyTensor]) -> list[Tensor]:
+    """Return tensors of the dtypes and devices of the blocks, to choose a backend by; files are on the CPU."""
+    return [block if isinstance(block, Tensor) else torch.empty(0, dtype=block.dtype) for block in blocks]
 
 
 def _launched(run: Callable[..., list[Tensor]], blocks: list[Tensor], k: int, order: Order) -> list[Tensor]:
@@ -127,17 +131,18 @@ def _topk(scores: Scores, k: int, largest: bool) -> tuple[list[Tensor], float | 
     low, high, inside = _bracket(scores, k, largest)
     if high < math.inf and inside > _MOST_INSIDE:  # scores alike lie together, so that a sample says little
         low, high = _counted(scores, k, largest, bits=8 * scores.dtype.itemsize - 16)
-    found = _collect(scores, k, low, high, largest)
-    if found is None:  # the sample was not like the scores
-        found = _collect(scores, k, *_counted(scores, k, largest, bits=8 * scores.dtype.itemsize), largest)
-    chosen, threshold = found.finish()
+    candidates = _collect(scores, k, low, high, largest=largest)
+    if candidates is None:  # the sample was not like the scores
+        low, high = _counted(scores, k, largest, bits=8 * scores.dtype.itemsize)
+        candidates = _collect(scores, k, low, high, largest=largest)
+    selected, threshold = candidates.finish()
     if threshold is not None and not largest:
         threshold = -threshold
-    return _assembled(scores, chosen, found.counts(len(scores.blocks))), threshold
+    return _assembled(scores, selected, candidates.counts(len(scores.blocks))), threshold
 
 
-def _collect(scores: Scores, k: int, low: float, high: float, largest: bool) -> Candidates | None:
-    candidates = Candidates(k, low, high, largest, k / scores.total)
+def _collect(scores: Scores, k: int, low: float, high: float, *, largest: bool) -> Candidates | None:
+    candidates = Candidates(k, low, high, largest=largest, density=k / scores.total)
     for piece in scores.pieces():
         candidates.add(piece)
         if candidates.too_many:
@@ -146,22 +151,14 @@ def _collect(scores: Scores, k: int, low: float, high: float, largest: bool) -> 
 
 
 def _bracket(scores: Scores, k: int, largest: bool) -> tuple[float, float, float]:
-    """Estimate from a sample two values between which the ``k``-th largest lies, and how many scores do."""
+    """Estimate from a sample two values that enclose the ``k``-th largest, and how many scores are between them."""
     size = min(max(int(scores.total * _SAMPLED_SHARE), _SMALLEST_SAMPLE), _LARGEST_SAMPLE)
     if scores.total <= size:
         return -math.inf, math.inf, scores.total
     rows = scores.sample(size) if largest else -scores.sample(size)
-    values = rows[~rows.isnan()].sort(descending=True).values
+    values, low, high = _ranked(rows, k / scores.total)
     if len(values) == 0:  # all NaN: the pass will say where
         return -math.inf, math.inf, scores.total
-    share = k / scores.total
-    rank = share * len(values)
-    estimate = values[min(int(rank), len(values) - 1)]
-    # Neighbours may resemble each other: then whole runs differ by more than independent draws would.
-    above = (rows > estimate).sum(1).double()
-    variance = max(len(rows) * above.var().item() if len(rows) > 1 else 0.0, len(values) * share * (1 - share))
-    margin = _DEVIATIONS * math.sqrt(variance) + _DEVIATIONS**2
-    low, high = math.ceil(rank + margin), min(math.floor(rank - margin), len(values) - 1)
     return (
         values[low].item() if low < len(values) else -math.inf,
         values[high].item() if high >= 0 and k > _KEEP_VALUES else math.inf,
@@ -169,8 +166,23 @@ def _bracket(scores: Scores, k: int, largest: bool) -> tuple[float, float, float
     )
 
 
+def _ranked(rows: Tensor, share: float) -> tuple[Tensor, int, int]:
+    """Sort a sample; find two ranks in it between which the score lies that ends this share of all scores."""
+    # kernels/streaming_topk.py has the same once more, since kernels import nothing of fishkern:
+    # tests/kernels/test_streaming_topk.py holds the two together.
+    values = rows[~rows.isnan()].sort(descending=True).values
+    if len(values) == 0:
+        return values, 0, -1
+    rank = share * len(values)
+    above = (rows > values[min(int(rank), len(values) - 1)]).sum(1).double()
+    # Neighbours may resemble each other: then whole rows differ by more than independent draws would.
+    variance = max(len(rows) * above.var().item() if len(rows) > 1 else 0.0, len(values) * share * (1 - share))
+    margin = _DEVIATIONS * math.sqrt(variance) + _DEVIATIONS**2
+    return values, math.ceil(rank + margin), min(math.floor(rank - margin), len(values) - 1)
+
+
 def _counted(scores: Scores, k: int, largest: bool, bits: int) -> tuple[float, float]:
-    """Find what shares the leading bits with the ``k``-th largest, by a walk through all scores for each 16 of them."""
+    """Bound the values that share the leading bits with the ``k``-th largest, by one pass for each 16 of them."""
 
     def walk() -> Iterator[Tensor]:
         for piece in scores.pieces():
@@ -180,18 +192,21 @@ def _counted(scores: Scores, k: int, largest: bool, bits: int) -> tuple[float, f
     return around_nth_largest(walk, k, scores.dtype, bits=bits)
 
 
-def _assembled(scores: Scores, chosen: Iterator[tuple[Piece, Tensor]], counts: Sequence[int]) -> list[Tensor]:
-    """Sort what was found in pieces, the last one first, by blocks; ``counts`` says how much each block has."""
+def _assembled(scores: Scores, selected: Iterator[tuple[Piece, Tensor]], counts: Sequence[int]) -> list[Tensor]:
+    """Sort the indices selected in pieces, the last piece first, by blocks; ``counts`` are their numbers."""
     results: list[Tensor] = []
     for numel, count, block in zip(scores.numels, counts, scores.blocks, strict=True):
         results.append(torch.empty(count, dtype=index_dtype(numel), device=block.device))
-    left = list(counts)
-    for piece, indices in chosen:
+    # The last piece comes first, so that each result is filled from its end: `unfilled[block]` indices are missing.
+    unfilled = list(counts)
+    for piece, indices in selected:
         if piece.bounds is None:
-            end = left[piece.block]
-            left[piece.block] = start = end - len(indices)
+            end = unfilled[piece.block]
+            unfilled[piece.block] = start = end - len(indices)
             results[piece.block][start:end].copy_(indices).add_(piece.offset)
             continue
+        # Several whole blocks, none of which is in another piece. Their indices count from the start of the piece, and
+        # ascend, so that those of a block are neighbours; `counts` does not know them.
         numbers = torch.searchsorted(piece.bounds, indices, right=True)
         indices = (indices - (piece.bounds - piece.bounds.diff(prepend=piece.bounds[:1] * 0))[numbers]).to(torch.int32)
         for number, part in enumerate(indices.split(numbers.bincount(minlength=len(piece.bounds)).tolist())):

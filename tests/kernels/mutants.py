@@ -16,8 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE, LAUNCHER = "kernels/_sum_grad_squared_device.py", "kernels/sum_grad_squared.py"
-TOPK, ADAMW, SGD = "kernels/streaming_topk.py", "kernels/masked_adamw.py", "kernels/masked_sgd.py"
-TABLE = "kernels/_table.py"
+TOPK, TOPK_DEVICE = "kernels/streaming_topk.py", "kernels/_streaming_topk_device.py"
+ADAMW, SGD = "kernels/masked_adamw.py", "kernels/masked_sgd.py"
+TABLE, PROBLEM = "kernels/_table.py", "kernels/_problem.py"
 
 # The tests of each operation, and which of them meet its kernel.
 TESTS = {
@@ -50,27 +51,31 @@ SUM_GRAD_SQUARED: Planted = {
     "last part of a split dropped": (LAUNCHER, '"parts": len(parts),', '"parts": len(parts) - 1,'),
     "examples between parts lost": (DEVICE, "(part.to(tl.int64) * N // parts)", "(part.to(tl.int64) * (N // parts))"),
     "out overwritten": (LAUNCHER, "add = out is not None", "add = False"),
-    "out not initialised": (LAUNCHER, '"ADD": add and parts == 1', '"ADD": parts == 1'),
+    "out not initialised": (LAUNCHER, '"ADD": problem.add and parts == 1', '"ADD": parts == 1'),
     "mean gradient of the last example": (DEVICE, "mean += grad\n            grad", "mean = grad\n            grad"),
     "packed chunks one behind": (DEVICE, "            chunk += 1\n            t = tl.load", "            t = tl.load"),
-    "strides of activations ignored": (LAUNCHER, '"stride_xi": x.strides[-1]', '"stride_xi": 1'),
+    "strides of activations ignored": (PROBLEM, '"stride_xi": x[-1]', '"stride_xi": 1'),
     "few positions: the second forgotten": (DEVICE, "tl.static_range(T)", "tl.static_range(1)"),
 }
 STREAMING_TOPK: Planted = {
     "wide loads at any address": (TOPK, "aligned = all(address % 16 == 0 for address in rows[1])", "aligned = True"),
-    "one tie too few": (TOPK, "(tl.cumsum(equal, 0) <= quota)", "(tl.cumsum(equal, 0) < quota)"),
+    "one tie too few": (TOPK_DEVICE, "(tl.cumsum(equal, 0) <= quota)", "(tl.cumsum(equal, 0) < quota)"),
     "ties of an earlier chunk not counted": (TOPK, "clamp_(min=0).minimum(ties)", "clamp_(min=take).minimum(ties)"),
     "no room, and nobody asks": (TOPK, "inside > self.room:", "False:"),
     "of equal candidates the last": (TOPK, "slots, order = slots.sort()", "slots, order = slots.sort(descending=True)"),
     "no margin around the sample": (TOPK, "+ _DEVIATIONS**2\n", "* 0\n"),
     "chunks of a second dtype over those of the first": (
-        TOPK,
+        TOPK_DEVICE,
         "left, tl.load(table_ptr + 3 * num_tensors + low) + inside",
         "left, number",
     ),
-    "behind the end of a tensor": (TOPK, "exists = offs < left", "exists = offs <= left"),
+    "behind the end of a tensor": (TOPK_DEVICE, "exists = offs < left", "exists = offs <= left"),
     "NaN not refused": (TOPK, "        if nan:\n            raise", "        if False:\n            raise"),
-    "smallest not negated": (TOPK, "return values if LARGEST else -values,", "return values if LARGEST else values,"),
+    "smallest not negated": (
+        TOPK_DEVICE,
+        "return values if LARGEST else -values,",
+        "return values if LARGEST else values,",
+    ),
     "indices of the second block from the first": (TOPK, "self.device) - firsts) * _CHUNK", "self.device)) * _CHUNK"),
 }
 MASKED_ADAMW: Planted = {

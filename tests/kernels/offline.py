@@ -25,10 +25,11 @@ from unittest.mock import patch
 import torch
 import triton
 from fishkern.kernels._hardware import A100, H100, MI300, Hardware
+from fishkern.kernels._launch import Launch
 from fishkern.kernels._sum_grad_squared_configs import Config, Loads, configs, widest_with_mean
 from fishkern.kernels.masked_adamw import masked_adamw_
 from fishkern.kernels.masked_sgd import masked_sgd_
-from fishkern.kernels.sum_grad_squared import Launch, launches
+from fishkern.kernels.sum_grad_squared import Operands, launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -82,7 +83,8 @@ class Case:
             g = torch.empty(*g.mT.shape, dtype=self.dtype, device="meta").mT  # position last, as convolutions have it
         out = torch.empty(O, I, device="meta")
         grad_out = torch.empty(O, I, device="meta") if self.mean else None
-        return launches(x, g, offsets, out, True, grad_out, self.tf32, self.on, self.config)[0]
+        operands = Operands(x, g, offsets, out, grad_out, allow_tf32=self.tf32)
+        return launches(operands, self.on, self.config)[0]
 
 
 def cases(every: bool) -> Iterator[Case | Recorded]:
@@ -239,7 +241,7 @@ def calls(on: Hardware) -> Iterator[Launch]:
         out = torch.empty(case.O, case.I, device="meta")
         mean = torch.empty_like(out) if case.mean else None
         for add in (True, False):
-            yield from launches(x, g, offsets, out, add, mean, case.allow_tf32, on)
+            yield from launches(Operands(x, g, offsets, out, mean, add, case.allow_tf32), on)
 
 
 def main(command: str, which: str = "some") -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -51,3 +54,19 @@ def test_ties_are_taken_from_chunks_with_a_quota_alone():
     found, counts = pool.emit(bits, torch.int32)
     assert found.tolist() == [0, 1, 2, 2 * kernels._CHUNK, 2 * kernels._CHUNK + 1]
     assert counts == [5]
+
+
+@pytest.mark.parametrize("share", [1e-6, 0.005, 0.3, 0.5, 1 - 1e-6, 1.0])
+@pytest.mark.parametrize("rows", [
+    torch.randn(64, 256),
+    torch.randn(64, 1).expand(64, 256),  # neighbours alike
+    torch.where(torch.rand(9, 16) < 0.5, torch.nan, torch.randn(9, 16)),
+    torch.full((3, 4), torch.nan), torch.zeros(5, 16), torch.tensor([[2.0, math.inf, -math.inf]]),
+], ids=["independent", "alike", "some missing", "all missing", "equal", "one row"])  # fmt: skip
+def test_the_sample_is_read_as_by_the_reference(rows, share):
+    """Its mathematics is there once more, since kernels import nothing of fishkern."""
+    reference = import_module("fishkern.ops.streaming_topk")  # the package's attribute of this name is the function
+    assert kernels._DEVIATIONS == reference._DEVIATIONS
+    (values, *ranks), (expected, *expected_ranks) = (module._ranked(rows, share) for module in (kernels, reference))
+    assert torch.equal(values, expected)
+    assert ranks == expected_ranks

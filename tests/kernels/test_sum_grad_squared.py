@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,10 @@ from tests.support.closeness import assert_as_accurate, matrix_steps
 
 pytest.importorskip("triton")
 
+from fishkern.kernels._chunks import chunk_table
 from fishkern.kernels._hardware import A100, H100, INTERPRETER, MI300, Hardware, hardware
+from fishkern.kernels._launch import Launch
+from fishkern.kernels._problem import Problem
 
 from fishkern.kernels import _sum_grad_squared_configs as configs
 from fishkern.kernels import sum_grad_squared as kernels
@@ -28,7 +32,7 @@ def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
-def check(x: Tensor, g: Tensor, **options) -> kernels.Launch:
+def check(x: Tensor, g: Tensor, **options) -> Launch:
     """Compare squares and sums of the gradients with float64, and give the launch that made them."""
     shape = g.shape[-1], x.shape[-1]
     out, mean = (torch.full(shape, 0.5, device=DEVICE) for _ in range(2))
@@ -44,10 +48,28 @@ def check(x: Tensor, g: Tensor, **options) -> kernels.Launch:
     # Summands of both signs: the error is one of their size, not of the sum's.
     magnitude = torch.full_like(truth[1], (x.double().norm() * g.double().norm()).item())
     assert_as_accurate(magnitude + mean.double() - truth[1], magnitude, magnitude, steps=steps)
-    return kernels.launches(x, g, offsets, out, True, None, False, HERE)[0]
+    return kernels.launches(kernels.Operands(x, g, offsets, out), HERE)[0]
 
 
 DTYPES = torch.float64, torch.float32
+FLOATS = torch.bfloat16, torch.float32
+
+
+def problem(x: Tensor, g: Tensor, *, mean: bool = False, offsets: Tensor | None = None) -> Problem:
+    """The call with these inputs and contiguous results."""
+    out = torch.empty(g.shape[-1], x.shape[-1], device="meta")
+    return kernels.Operands(x, g, offsets, out, torch.empty_like(out) if mean else None).problem
+
+
+def problem_of(
+    N: int, T: int, I: int, O: int, *, dtype: torch.dtype = torch.bfloat16, mean: bool = False, packed: bool = False
+) -> Problem:
+    """The call with contiguous inputs of these shapes."""
+    x, g = (torch.empty(N, T, width, dtype=dtype, device="meta") for width in (I, O))
+    if packed:
+        return problem(x.flatten(0, 1), g.flatten(0, 1), mean=mean, offsets=torch.arange(N + 1) * T)
+    return problem(x, g, mean=mean)
+
 
 # [N, T, I, O]: several tiles each way, several chunks, parts of one example and of several, the long side either way.
 SHAPES = [
@@ -113,26 +135,25 @@ def test_loads():
         "every other": (odd[..., ::2], "elements"),
     }
     for name, (tensor, loads) in expected.items():
-        layouts = kernels.Layout.of(tensor), kernels.Layout.of(g)
-        assert kernels._loads(*layouts, H100) == kernels._loads(*layouts, INTERPRETER) == loads, name
+        call = problem(tensor, g[: len(tensor)])
+        assert configs.loads(call, H100) == configs.loads(call, INTERPRETER) == loads, name
         for on in (A100, MI300):
-            assert kernels._loads(*layouts, on) == loads.replace("tma", "vectors"), name
+            assert configs.loads(call, on) == loads.replace("tma", "vectors"), name
 
 
 @pytest.mark.parametrize("on", [A100, H100, MI300, INTERPRETER], ids=lambda on: on.family)
 def test_choice(on: Hardware):
     """Every shape has tiles; partial results fit the workspace; no part is without an example."""
-    for loads in {loads for _, loads, _ in configs.configs(on)}:
-        for itemsize in (2, 4):
-            for O, I in ((1, 1), (4096, 16), (1024, 1024), (1024, 4096), (11008, 4096), (128256, 4096)):
-                for N, positions in ((1, 1), (8, 4096), (256, 4096), (4096, 4096), (3, 5), (55, 16384)):
-                    for dense in (True, False):
-                        tiles, parts = configs.choose(on, O, I, N, positions, dense, itemsize, loads, True, False)
-                        assert 1 <= parts <= N
-                        assert parts == 1 or parts * O * I * 4 <= configs.WORKSPACE
-                        assert tiles.BLOCK_T >= 16 or (dense and positions / N <= configs.FEW_POSITIONS)
-    assert configs.choose(H100, 11008, 4096, 8, 4096, True, 2, "tma", True, False)[1] == 1
-    assert configs.choose(H100, 1024, 1024, 8, 4096, True, 2, "tma", True, False)[1] > 1
+    shapes = (1, 1), (4096, 16), (1024, 1024), (1024, 4096), (11008, 4096), (128256, 4096)
+    examples = (1, 1), (8, 512), (256, 16), (4096, 1), (3, 2), (55, 298)
+    for dtype, (O, I), (N, T), packed in product(FLOATS, shapes, examples, (True, False)):
+        call = problem_of(N, T, I, O, dtype=dtype, packed=packed)
+        tiles, parts = configs.tiles(call, on)
+        assert 1 <= parts <= N
+        assert parts == 1 or parts * O * I * 4 <= configs.WORKSPACE
+        assert tiles.BLOCK_T >= 16 or (not packed and T <= configs.FEW_POSITIONS)
+    assert configs.tiles(problem_of(8, 512, 4096, 11008), H100)[1] == 1
+    assert configs.tiles(problem_of(8, 512, 1024, 1024), H100)[1] > 1
 
 
 @pytest.mark.parametrize(
@@ -144,9 +165,12 @@ def test_choice(on: Hardware):
 )  # fmt: skip
 def test_tiles_with_the_mean_gradient(on: Hardware, itemsize: int, loads: str, width: int):
     """A third tile needs its registers: not wider than what ``resources.json`` shows to fit."""
-    arguments = (on, 11008, 4096, 8, 4096, True, itemsize, loads, False)
-    assert width == configs.choose(*arguments, True)[0].BLOCK_I
-    assert width <= configs.choose(*arguments, False)[0].BLOCK_I
+    odd = int(loads == "elements")
+    dtype = torch.bfloat16 if itemsize == 2 else torch.float32
+    with_mean, alone = (problem_of(8, 512, 4096 + odd, 11008, dtype=dtype, mean=mean) for mean in (True, False))
+    assert configs.loads(alone, on) == loads
+    assert width == configs.tiles(with_mean, on)[0].BLOCK_I
+    assert width <= configs.tiles(alone, on)[0].BLOCK_I
 
 
 @pytest.mark.parametrize(
@@ -173,15 +197,15 @@ def test_no_chunks_are_copied_under_capture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     offsets = torch.tensor([0, 3, 5])
     with pytest.raises(RuntimeError, match="pad the examples to one length"):
-        kernels._chunk_table(offsets, 5, 1, 16, torch.device("cuda", 0))
-    chunks, _ = kernels._chunk_table(offsets, 5, 1, 16, torch.device("cpu"))  # where they are needed: no copy
+        chunk_table(offsets, 5, 1, 16, torch.device("cuda", 0))
+    chunks, _ = chunk_table(offsets, 5, 1, 16, torch.device("cpu"))  # where they are needed: no copy
     assert chunks[:4].tolist() == [0, 3, 3, 2]
 
 
 def test_only_named_tiles_are_used_when_named():
     x, g, out = make(3, 20, 24), make(3, 20, 40), torch.zeros(40, 24, device=DEVICE)
     config = configs.Config(16, 16, 16, 4, 1)
-    (launch,) = kernels.launches(x, g, None, out, True, None, False, HERE, config)
+    (launch,) = kernels.launches(kernels.Operands(x, g, None, out), HERE, config)
     assert config.constants.items() <= launch.arguments.items()
     launch.run()
     torch.testing.assert_close(out, reference(x, g))
@@ -198,9 +222,8 @@ def test_every_tile_of_the_table(number):
     if loads == "vectors":
         g = make(5, O, 152, dtype=dtype).mT[:, :150]
     out = torch.ones(O, I, device=DEVICE)
-    (launch,) = kernels.launches(x, g, None, out, True, None, False, HERE, config)
-    layouts = kernels.Layout.of(x), kernels.Layout.of(g)
-    assert (kernels._loads(*layouts, HERE), launch.options["num_warps"]) == (loads, config.num_warps)
+    (launch,) = kernels.launches(kernels.Operands(x, g, None, out), HERE, config)
+    assert (configs.loads(problem(x, g), HERE), launch.options["num_warps"]) == (loads, config.num_warps)
     launch.run()
     truth, plain = (1 + reference(x.to(dtype), g.to(dtype)) for dtype in DTYPES)
     assert_as_accurate(out, plain, truth, steps=matrix_steps(x, 150))
@@ -221,7 +244,7 @@ def test_tf32_is_for_float32_by_permission():
         (torch.float32, False, "ieee"), (torch.float32, True, "tf32"), (torch.bfloat16, True, "ieee"),
     ]:  # fmt: skip
         x, g = torch.empty(8, 16, 128, dtype=dtype), torch.empty(8, 16, 64, dtype=dtype)
-        launch = kernels.launches(x, g, None, out, True, None, allowed, H100)[0]
+        launch = kernels.launches(kernels.Operands(x, g, None, out, allow_tf32=allowed), H100)[0]
         assert launch.arguments["PRECISION"] == precision
 
 
@@ -230,7 +253,7 @@ def test_tf32_is_for_float32_by_permission():
 def test_chunk_table(lengths, parts):
     """Every position is in one chunk, no chunk holds two examples, no part ends within one."""
     offsets = torch.tensor([0, *lengths]).cumsum(0)
-    chunks, cuts = kernels._chunk_table(offsets, sum(lengths), parts, 16, torch.device("cpu"))
+    chunks, cuts = chunk_table(offsets, sum(lengths), parts, 16, torch.device("cpu"))
     cuts = cuts.tolist()
     rows = chunks.view(-1, 2)[: cuts[-1]].tolist()
     assert len(chunks) > 2 * cuts[-1]  # the kernel reads one row ahead

@@ -256,11 +256,7 @@ def test_neither_scores_nor_random_state_change(way: str):
 
 def bytes_held(candidates: _candidates.Candidates) -> int:
     """Storages count once, whole, however small the view."""
-    spans = (
-        span
-        for chunk in candidates._chunks
-        for span in (chunk.above, chunk.high, chunk.inside, chunk.values, chunk.low)
-    )
+    spans = [span for chunk in candidates._chunks for span in (*chunk.spans.values(), chunk.values)]
     storages = {span.memory.data_ptr(): span.memory.untyped_storage().nbytes() for span in spans}
     return sum(storages.values())
 
@@ -270,11 +266,11 @@ def test_what_is_kept_is_no_more_than_what_is_needed(high: float, monkeypatch: p
     """Of pieces that are copies (16-bit scores, small blocks) nothing else stays in memory."""
     monkeypatch.setattr(_arena, "_FIRST", 1)
     monkeypatch.setattr(_arena, "_BLOCK", 1)
-    candidates = _candidates.Candidates(400, 2.0, high, True, 0.01)
+    candidates = _candidates.Candidates(400, 2.0, high, largest=True, density=0.01)
     for piece in _scores.Scores([normal(N).bfloat16(), normal(100), normal(100)]).pieces():
         candidates.add(piece)
-    assert candidates._held >= 400
-    assert bytes_held(candidates) <= 8 * candidates._held
+    assert candidates._total >= 400
+    assert bytes_held(candidates) <= 8 * candidates._total
 
 
 @pytest.fixture
