@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import adapters, hosts
+from fishkern.arguments import fraction_of, integer, one_of
 from fishkern.backend import Backend
 from fishkern.layers import UnsupportedModuleError, stored_weights
 from fishkern.names import listed, without_wrappers
 from fishkern.selection import GlobalTopK, Random, Selection, bound_to_start, select
-from fishkern.selection.base import budget, fraction_of
+from fishkern.selection.budgeted import share
 from fishkern.statistics import DiagonalFisher, Drawn, Likelihood, Statistics, estimate
-from fishkern.statistics.base import integer
 from fishkern.statistics.batches import Shared
 from fishkern.statistics.shards import Ranks
 
@@ -98,8 +98,7 @@ def fish_tuning(
         UnsupportedModuleError: The model is sharded, or would not see PEFT's prefix, whatever of it is selected; or its
             adapter is merged.
     """
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
+    one_of(order, ORDERS, "order")
     seed = integer(seed, "seed")
     if reason := hosts.sharded(model) or hosts.lost_prefix(model):
         raise UnsupportedModuleError(f"{reason}.")
@@ -201,7 +200,7 @@ def _budget(
         k = match
     elif density is not None:
         density = fraction_of(density)
-        k = budget(None, density, entries + head) - head if whole else budget(None, density, entries)
+        k = share(density, entries + head) - head if whole else share(density, entries)
     elif trainable is not None:
         k = integer(trainable, "trainable") - head
     else:

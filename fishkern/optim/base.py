@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fishkern.arguments import one_of
 from fishkern.optim.clipping import clipped
 from fishkern.optim.compact import Bucket, carried_over
 from fishkern.optim.groups import OUTSIDE, Group, Outside, Parameters, all_named, named_groups, settle
@@ -88,8 +89,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         release_grads: bool | None = None,
     ) -> None:
-        if outside not in OUTSIDE:
-            raise ValueError(f"outside must be one of {OUTSIDE}, got {outside!r}.")
+        one_of(outside, OUTSIDE, "outside")
         self._check_options(defaults)
         self.selection, self.grad_norm, self._at_start = selection, None, True
         self._settings: dict[str, Any] = {

@@ -13,7 +13,7 @@ from torch import Tensor
 from fishkern.files import AnyTensor, pieces
 from fishkern.report.parts import Layout, Place
 from fishkern.selection import Selection
-from fishkern.selection.base import topk
+from fishkern.selection.ranking import topk
 from fishkern.statistics import Statistics
 
 _BINS = 2**16  # a float32 above zero sorts as its bits do; it is counted by the upper half of them

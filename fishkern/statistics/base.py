@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -119,25 +118,6 @@ class Estimator(ABC):
             The mean over units, float32.
         """
         return state.div_(count).float()
-
-
-def integer(value: Any, name: str) -> int:
-    """Take an integer of any library as a plain one, which the header of a file can hold.
-
-    Args:
-        value: Also of numpy, or a tensor.
-        name: Of the argument, for the message.
-
-    Returns:
-        The same number.
-
-    Raises:
-        TypeError: It is none.
-    """
-    try:
-        return int(operator.index(value))
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}.") from None
 
 
 def losses_of(answer: Predictive | Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from fishkern.arguments import integer
 from fishkern.backend import Backend
 from fishkern.layers import PerExampleGrads
-from fishkern.statistics.base import Estimator, integer, losses_of, uniform
+from fishkern.statistics.base import Estimator, losses_of, uniform
 from fishkern.statistics.predictive import Predictive
 
 _FISHER_TYPES = ("empirical", "mc", "type-2")

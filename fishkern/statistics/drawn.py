@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishkern.statistics.base import integer, stream
+from fishkern.arguments import integer
+from fishkern.statistics.base import stream
 from fishkern.statistics.batches import Batch, Examples
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
