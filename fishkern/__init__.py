@@ -6,11 +6,13 @@ from fishkern.methods import fish_tuning
 from fishkern.names import canonical_name
 from fishkern.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
 from fishkern.selection import (
+    Columns,
     Delta,
     GlobalTopK,
     PerRowTopK,
     PerTensorTopK,
     Random,
+    Rows,
     Rule,
     Selection,
     apply_delta,
@@ -44,6 +46,7 @@ __all__ = [
     "BackendUnavailableError",
     "CausalLM",
     "Classification",
+    "Columns",
     "Delta",
     "DiagonalFisher",
     "Drawn",
@@ -60,6 +63,7 @@ __all__ = [
     "QuestionAnswering",
     "Random",
     "Regression",
+    "Rows",
     "Rule",
     "Selection",
     "Seq2SeqLM",

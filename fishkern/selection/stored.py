@@ -1,15 +1,18 @@
 """A selection as a file holds it: of each parameter its indices or a bit for each coordinate, or nothing.
 
-Nothing stands for a parameter that is selected whole, or not at all; the header says which of these it is.
+The header says for each parameter its shape and its form. ``"whole"`` and ``"none"`` need no tensor, and neither do
+ranges, ``{"rows": [[start, stop], ...]}`` and ``{"columns": [[start, stop], ...]}``. A file with ranges is of format 2;
+one without them is of format 1, which an older fishkern reads as well.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,16 +30,21 @@ from fishkern.files import (
 )
 from fishkern.ops.streaming_topk import index_dtype
 from fishkern.selection._packed import packed, unpacked
+from fishkern.selection.entries import Entries
+from fishkern.selection.ranges import Columns, Ranges, Rows
 
-FORMS = ("indices", "bits", "whole", "none")
+Form: TypeAlias = str | dict[str, list[list[int]]]
 
-FORMAT = Format("fishkern.selection", version=1, saved_by="Selection.save")
+TENSORS = ("indices", "bits")  # forms with a tensor
+FORMS = (*TENSORS, "whole", "none")
+RANGES: dict[str, type[Ranges]] = {"rows": Rows, "columns": Columns}
+
+FORMAT = Format("fishkern.selection", version=2, saved_by="Selection.save")
 
 
 def save(
     path: str | os.PathLike[str],
-    shapes: Mapping[str, torch.Size],
-    entries: Mapping[str, Tensor | None],
+    entries: Mapping[str, Entries],
     provenance: str,
     *,
     max_shard_size: str | int | None,
@@ -45,8 +53,7 @@ def save(
 
     Args:
         path: See :meth:`fishkern.Selection.save`.
-        shapes: The pool.
-        entries: Indices ``[K]`` by name, ascending, ``None`` where the parameter is selected whole.
+        entries: What is selected of each parameter, by name.
         provenance: JSON.
         max_shard_size: See :meth:`fishkern.Selection.save`.
 
@@ -55,26 +62,24 @@ def save(
     """
     tensors: dict[str, AnyTensor] = {}
     pool = {}
-    for name, entry in entries.items():
-        numel = shapes[name].numel()
-        form = "whole" if entry is None else "indices" if len(entry) else "none"
-        if form == "indices":
-            if -(-numel // 8) < entry.nbytes:
-                form, entry = "bits", packed(entry, numel)
-            tensors[name] = entry
-        pool[name] = [list(shapes[name]), form]
+    for name, selected in entries.items():
+        form, tensor = form_of(selected)
+        pool[name] = [list(selected.shape), form]
+        if tensor is not None:
+            tensors[name] = tensor
     metadata = {"pool": json.dumps(pool), "provenance": provenance}
-    return save_tensors(path, tensors, format=FORMAT, metadata=metadata, max_shard_size=max_shard_size)
+    format = oldest_format(FORMAT, entries.values())
+    return save_tensors(path, tensors, format=format, metadata=metadata, max_shard_size=max_shard_size)
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Entries], dict[str, Any]]:
     """Read what :func:`save` wrote.
 
     Args:
         path: See :meth:`fishkern.Selection.load`.
 
     Returns:
-        The arguments of :class:`fishkern.Selection`, by name.
+        What is selected of each parameter by name, and the provenance.
 
     Raises:
         ValueError: Header and tensors are damaged or do not agree.
@@ -83,18 +88,53 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     with parsing(f"{path} has a damaged header"):
         provenance = read_provenance(metadata["provenance"])
         pool = {name: checked_entry(name, *entry) for name, entry in read_json(metadata["pool"]).items()}
-    if listed := stored.keys() ^ {name for name, (_, form) in pool.items() if form in ("indices", "bits")}:
-        odd = in_brief(min(listed), 80)
+    if differing := stored.keys() ^ {name for name, (_, form) in pool.items() if form in TENSORS}:
+        odd = in_brief(min(differing), 80)
         raise ValueError(f"{path} is damaged: its header and its tensors disagree on {odd}. Save it again.")
     with parsing(f"{path} holds no valid selection"):
-        indices = {name: read_indices(name, tensor, *pool[name]) for name, tensor in stored.items()}
-    whole = [name for name, (_, form) in pool.items() if form == "whole"]
-    shapes = {name: shape for name, (shape, _) in pool.items()}
-    return {"shapes": shapes, "indices": indices, "whole": whole, "provenance": provenance}
+        entries = {name: read_entries(name, shape, form, stored.get(name)) for name, (shape, form) in pool.items()}
+    return entries, provenance
 
 
-def checked_entry(name: str, shape: object, form: object) -> tuple[torch.Size, str]:
-    """Demand what a header says of one parameter of a pool.
+def form_of(entries: Entries) -> tuple[Form, Tensor | None]:
+    """Say how a file holds what is selected of one parameter.
+
+    Args:
+        entries: The selected entries.
+
+    Returns:
+        What the header says, and the tensor: indices ``[K]`` or bits ``[ceil(P / 8)]``, whichever are smaller, or
+        ``None`` where the header says all.
+    """
+    if entries.count == 0:
+        return "none", None
+    if entries.is_all:
+        return "whole", None
+    if entries.ranges is not None:
+        axis = next(axis for axis, kind in RANGES.items() if isinstance(entries.ranges, kind))
+        return {axis: [list(bounds) for bounds in entries.ranges.bounds]}, None
+    indices, numel = entries.indices(), entries.shape.numel()
+    if -(-numel // 8) < indices.nbytes:
+        return "bits", packed(indices, numel)
+    return "indices", indices
+
+
+def oldest_format(format: Format, entries: Iterable[Entries]) -> Format:
+    """Choose the oldest version of a format that can hold some entries.
+
+    Args:
+        format: The newest version.
+        entries: The selected entries of each parameter.
+
+    Returns:
+        The format, of version 1 where there are no ranges.
+    """
+    ranges = any(one.ranges is not None and 0 < one.count < one.shape.numel() for one in entries)
+    return format if ranges else replace(format, version=1)
+
+
+def checked_entry(name: str, shape: object, form: object) -> tuple[torch.Size, Form]:
+    """Check what a header says of one parameter of a pool.
 
     Args:
         name: The parameter's name.
@@ -105,32 +145,45 @@ def checked_entry(name: str, shape: object, form: object) -> tuple[torch.Size, s
         Shape and form.
 
     Raises:
-        ValueError: It is no shape, or none of :data:`FORMS`.
+        ValueError: It is not a shape, or none of :data:`FORMS` and :data:`RANGES`.
     """
-    if form not in FORMS:
+    ranges = isinstance(form, dict) and len(form) == 1 and form.keys() <= RANGES.keys()
+    if not ranges and form not in FORMS:
         shown = in_brief(repr(form), 40)
-        raise ValueError(f"{in_brief(name, 80)} is held as {shown}, which is none of {', '.join(FORMS)}")
+        raise ValueError(f"{in_brief(name, 80)} is held as {shown}, which is none of {', '.join([*FORMS, *RANGES])}")
     try:
         return checked_shape(shape), form
     except ValueError as error:
         raise ValueError(f"the shape of {in_brief(name, 80)}: {error}") from None
 
 
-def read_indices(name: str, tensor: StoredTensor, shape: torch.Size, form: str) -> Tensor:
-    """Read the list of indices of one parameter.
+def read_entries(name: str, shape: torch.Size, form: Form, tensor: StoredTensor | None) -> Entries:
+    """Read what is selected of one parameter.
 
     Args:
         name: The parameter's name.
-        tensor: Its indices ``[K]``, or its bits.
         shape: Its shape.
-        form: ``"indices"`` or ``"bits"``.
+        form: How it is held, as :func:`checked_entry` has let it pass.
+        tensor: Its indices ``[K]``, or its bits; ``None`` for the other forms.
 
     Returns:
-        Indices, not checked.
+        The entries.
 
     Raises:
-        ValueError: The tensor cannot be that.
+        TypeError: Indices or ranges are not integers.
+        ValueError: Tensor or ranges do not fit the shape.
     """
+    if isinstance(form, dict):
+        ((axis, bounds),) = form.items()
+        return Entries.of(shape, RANGES[axis](*bounds), name)
+    if form == "whole":
+        return Entries.all(shape)
+    if form == "none":
+        return Entries.none(shape)
+    return Entries.of(shape, _read_indices(name, shape, form, tensor), name)
+
+
+def _read_indices(name: str, shape: torch.Size, form: str, tensor: StoredTensor) -> Tensor:
     numel = shape.numel()
     if form == "indices":
         if tensor.numel() > numel:
