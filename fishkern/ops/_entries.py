@@ -154,7 +154,7 @@ def update_entries_(
             grad = -grad
         weight = _gather(params, places, counts, pieces)
         if master is not None:
-            weight = _followed(master[span], weight)
+            weight = followed(master[span], weight)
         update(span, step, weight, grad)
         _scatter_(params, places, pieces, weight)
 
@@ -224,7 +224,7 @@ def _gather(
     return gathered
 
 
-def _followed(master: Tensor, stored: Tensor) -> Tensor:
+def followed(master: Tensor, stored: Tensor) -> Tensor:
     """Take what is stored as the master of the entries where it is not what the master rounds to, bit for bit."""
     bits = _BITS[stored.element_size()]  # numbers would take 0 for -0, and a NaN for another than itself
     rounded, own = master.to(stored.dtype).view(bits), stored.view(bits)
