@@ -54,8 +54,8 @@ class Selected(NamedTuple):
         """
         spans = self.entries.spans
         flat = tensor.detach().contiguous().view(-1)
-        if len(flat) == self.entries.count:
-            return list(flat.split([stop - start for start, stop in spans]))
+        if flat.numel() == self.entries.count:
+            return list(flat.split_with_sizes([stop - start for start, stop in spans]))
         return [flat[start:stop] for start, stop in spans]
 
     def key(self) -> dict[str, Tensor]:
@@ -117,6 +117,7 @@ class Bucket:
         }
         self.steps = torch.zeros(len(params), device=self.device)
         self.starts: Tensor | None = None
+        self._cut: dict[int, dict[str, list[Tensor]]] = {}
         self._updates = [0] * len(params)  # the steps on the host, where reading them does not wait for the device
         parts = {name: flat.split(self._sizes) for name, flat in self.flat.items()}
         self._views: list[dict[str, Tensor]] = [
@@ -195,16 +196,21 @@ class Bucket:
         """
         return self._updates[i] == 1
 
-    def views(self, i: int) -> dict[str, Tensor]:
-        """Give the state of one parameter.
+    def views(self, i: int) -> dict[str, list[Tensor]]:
+        """Cut the state of one parameter as a fused update takes it: by ranges, or in one piece where it has a master.
 
         Args:
             i: Which parameter.
 
         Returns:
-            By name ``[K_i]``, views of :attr:`flat`; and ``"step"``.
+            By name ``[n]`` each, views of :attr:`flat`; and ``"step"``, zero-dimensional.
         """
-        return self._views[i]
+        if i not in self._cut:
+            views, one = self._views[i], self.selected[i]
+            spans = one.entries.spans if self.master is None else ()
+            self._cut[i] = {name: one.views(views[name]) if spans else [views[name]] for name in self.flat}
+            self._cut[i]["step"] = [views["step"]] * max(1, len(spans))
+        return self._cut[i]
 
     def operands(self, grads: Sequence[Tensor | None]) -> Operands:
         """Take each range of rows for a parameter of its own, all of which is selected.

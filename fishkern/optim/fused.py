@@ -60,14 +60,13 @@ def _operands(
         if bucket.master is None:
             weights, pieces = selected.views(param), selected.views(grads[i])
         else:  # a master is compact, so its ranges are one piece
-            weights = [followed(views["master"], selected.gather(param))]
+            weights = [followed(views["master"][0], selected.gather(param))]
             pieces = [grads[i] if grads[i].shape != param.shape else selected.gather(grads[i])]
-        sizes = [len(weight) for weight in weights]
         operands.weights.extend(weights)
         operands.grads.extend(piece.to(weight.dtype) for piece, weight in zip(pieces, weights, strict=True))
         for name, parts in operands.state.items():
-            parts.extend(views[name].split(sizes))
-        operands.steps.extend([views["step"]] * len(sizes))
+            parts.extend(views[name])
+        operands.steps.extend(views["step"])
     if scale is not None:
         return operands._replace(grads=torch._foreach_mul(operands.grads, scale))
     return operands

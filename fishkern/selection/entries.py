@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fishkern.ops.streaming_topk import index_dtype
 from fishkern.selection.frozen import Frozen
-from fishkern.selection.ranges import Columns, Ranges, Rows
+from fishkern.selection.ranges import Bounds, Columns, Ranges, Rows
 
 
 class Entries(Frozen):
@@ -24,16 +24,27 @@ class Entries(Frozen):
 
     Attributes:
         shape: The parameter's shape.
+        count: How many entries are selected.
         ranges: The selected rows or columns; ``None`` where entries are listed.
+        spans: The flat ``(start, stop)`` of each range of rows, ascending; ``None`` where the entries are not rows.
     """
 
     shape: torch.Size
+    count: int
     ranges: Ranges | None
+    spans: Bounds | None
     _listed: Tensor | None
 
     def __init__(self, shape: torch.Size, selected: Ranges | Tensor) -> None:
-        ranges, listed = (selected, None) if isinstance(selected, Ranges) else (None, selected)
-        vars(self).update(shape=shape, ranges=ranges, _listed=listed)
+        if isinstance(selected, Ranges):
+            size = selected.size(shape)
+            count = len(selected) * (shape.numel() // size) if size else 0
+            width = shape[1:].numel()
+            spans = tuple((start * width, stop * width) for start, stop in selected.bounds)
+            spans = spans if isinstance(selected, Rows) else None
+            vars(self).update(shape=shape, count=count, ranges=selected, spans=spans, _listed=None)
+        else:
+            vars(self).update(shape=shape, count=len(selected), ranges=None, spans=None, _listed=selected)
 
     @classmethod
     def all(cls, shape: torch.Size) -> Entries:
@@ -66,25 +77,9 @@ class Entries(Frozen):
         return _normal(shape, _checked_indices(shape.numel(), selected, name))
 
     @property
-    def count(self) -> int:
-        """How many entries are selected."""
-        if self.ranges is None:
-            return len(self._listed)
-        size = self.ranges.size(self.shape)
-        return len(self.ranges) * (self.shape.numel() // size) if size else 0
-
-    @property
     def is_all(self) -> bool:
         """Whether every entry is selected, of at least one."""
         return self.count == self.shape.numel() > 0
-
-    @property
-    def spans(self) -> tuple[tuple[int, int], ...] | None:
-        """The flat ``(start, stop)`` of each range of rows, ascending; ``None`` where the entries are not rows."""
-        if not isinstance(self.ranges, Rows):
-            return None
-        width = self._width
-        return tuple((start * width, stop * width) for start, stop in self.ranges.bounds)
 
     @property
     def _width(self) -> int:
@@ -285,7 +280,7 @@ def _checked_indices(numel: int, indices: Tensor, name: str) -> Tensor:
     return indices.to(index_dtype(numel), copy=True)
 
 
-def _aranges(spans: tuple[tuple[int, int], ...], dtype: torch.dtype) -> Tensor:
+def _aranges(spans: Bounds, dtype: torch.dtype) -> Tensor:
     parts = [torch.arange(start, stop, dtype=dtype) for start, stop in spans]
     return torch.cat([torch.empty(0, dtype=dtype), *parts])
 
@@ -298,7 +293,7 @@ def _are_in(some: Tensor, others: Tensor) -> Tensor:
     return others[places] == some
 
 
-def _places_of(parts: tuple[tuple[int, int], ...], spans: tuple[tuple[int, int], ...]) -> Iterator[int]:
+def _places_of(parts: Bounds, spans: Bounds) -> Iterator[int]:
     """Give for each part, which is inside one of the spans, where it begins if the spans follow on each other."""
     before, spans_left = 0, iter(spans)
     span = next(spans_left, None)
