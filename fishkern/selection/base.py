@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -77,6 +78,18 @@ class Rule(ABC):
         Returns:
             Flat indices by name, each ascending; names may be missing.
         """
+
+
+def exactly(names: Iterable[str]) -> tuple[str, ...]:
+    """Write patterns that match these names alone, for ``always`` and ``never``.
+
+    Args:
+        names: Names of parameters, which may contain characters that patterns use.
+
+    Returns:
+        A pattern for each.
+    """
+    return tuple(re.sub(r"([*?[])", r"[\1]", name) for name in names)
 
 
 def matching(patterns: Iterable[str], names: Iterable[str], argument: str) -> list[str]:
