@@ -20,7 +20,7 @@ from fishkern.optim.compact import Bucket, Operands, Selected, carried_over
 from fishkern.optim.fused import FusedOperands, step_fused
 from fishkern.optim.groups import OUTSIDE, Group, Outside, Parameters, all_named, named_groups, settle
 from fishkern.optim.release import ReleasedGrads, dense, to_release
-from fishkern.optim.stored import loaded
+from fishkern.optim.state_dict import loaded
 from fishkern.selection import Entries, Selection, check_start
 
 
@@ -59,7 +59,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     gradient and state, by torch's own fused update. That of 16-bit weights needs a master, and rows that
     :meth:`reselect` adds are not fused. All other entries, ranges of columns among them, are gathered by their indices,
     updated in the order of torch's loop or by a Triton kernel, and scattered. The two ways round differently;
-    ``fused=False`` takes the latter for all.
+    ``fused=False`` takes the latter for all, and so does ``use_backend("triton")`` unless ``fused=True``.
 
     With ``master_weights`` the selected entries of 16-bit parameters are also kept in float32, with state in float32,
     and rounded into the parameter at each step: this is the float32 optimizer, rounded. Without it, updates are applied
@@ -84,9 +84,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
             ``clip_grad_norm_`` does over whole gradients; on the device. The norm is left in :attr:`grad_norm`.
         release_grads: ``True`` releases the gradient of every parameter that is not selected whole, ``None`` of those
             with more than a million entries of which at most one in ten is selected (base weights, not adapters).
-        fused: What torch's fused update steps: ``None`` ranges of rows, ``True`` also parameters that move whole (other
-            entries are gathered all the same), ``False`` nothing, so that rows step to the same bits as a list of their
-            entries.
+        fused: What torch's fused update steps: ``None`` ranges of rows; ``True`` also parameters that move whole (other
+            entries are still gathered); ``False`` nothing, and rows step to the same bits as a list of their entries.
 
     Attributes:
         fused_on: Types of device on which torch's fused update runs; on others nothing is fused.
@@ -133,7 +132,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if not any(counts.get(name, parameter.numel()) for name, parameter in all_named(groups)):
             raise ValueError("nothing would move: the selection selects no entry, and nothing is trained outside it.")
         self._released: ReleasedGrads | None = None
-        self._memo: dict[str, Selected] = {}
+        self._memo: dict[str, Selected] = {}  # of what _selected gives, by name
         super().__init__(groups, defaults)
         self._attach()
 
@@ -282,11 +281,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 "statistics of the same parameters, or make another optimizer."
             )
         groups = [{"params": list(zip(g["param_names"], g["params"], strict=True))} for g in self.param_groups]
-        settle(groups, selection, "train")
+        settle(groups, selection, "train")  # which only checks: what is outside the pool was settled before
         kept = 0
         for name, parameter in all_named(groups):
             if name in selection:
-                new = self._selected_of(selection.entries(name), parameter)
+                new = self._reached(selection.entries(name), parameter)
                 moved, stay = carried_over(self.state.pop(parameter, {}), self.selection.entries(name), new, parameter)
                 kept += stay
                 if moved:
@@ -366,22 +365,21 @@ class MaskedOptimizer(torch.optim.Optimizer):
         return self._settings["master_weights"] and dtype.itemsize < 4
 
     def _kind_of(self, parameter: Tensor, selected: Selected) -> _Kind:
-        fused = self._settings["fused"]
-        whole = selected.entries.is_all
-        fused = fused is True if whole else fused is not False
+        requested = self._settings["fused"]
+        as_rows = selected.entries.ranges is not None  # also of every row; what is selected whole is not
         in_place = selected.indices is None and parameter.is_contiguous()
         return _Kind(
-            parameter.dtype,
-            parameter.device,
-            selected.indices is not None and selected.indices.dtype == torch.int64,
-            fused and in_place and parameter.device.type in self.fused_on,
-            "start" in self.state.get(parameter, {}),
+            dtype=parameter.dtype,
+            device=parameter.device,
+            long_indices=selected.indices is not None and selected.indices.dtype == torch.int64,
+            fused=(as_rows if requested is None else requested) and in_place and parameter.device.type in self.fused_on,
+            has_starts="start" in self.state.get(parameter, {}),
         )
 
     def _is_fused(self, bucket: Bucket) -> bool:
-        """Tell whether torch's fused update steps a bucket: it knows one step count for all entries of a tensor."""
-        demanded = backend.current() == "triton" and self._settings["fused"] is None
-        return bucket.fused and bucket.starts is None and not demanded
+        """Tell whether torch's fused update steps a bucket: one step count is for all entries of a tensor there."""
+        demands_kernel = backend.current() == "triton" and self._settings["fused"] is None
+        return bucket.fused and bucket.starts is None and not demands_kernel
 
     def _grad_of(self, parameter: Tensor) -> Tensor | None:
         if self._released is not None and parameter in self._released.grads:
@@ -400,27 +398,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if name not in self.selection:
             return Selected(Entries.all(parameter.shape), None)
         selected = self._memo.get(name)
-        if selected is None or not self._is_reached(selected, parameter):
-            selected = self._memo[name] = self._selected_of(self.selection.entries(name), parameter)
+        if selected is None or not selected.reaches(parameter, with_master=self._has_master(parameter.dtype)):
+            selected = self._memo[name] = self._reached(self.selection.entries(name), parameter)
         return selected
 
-    def _selected_of(self, entries: Entries, parameter: Tensor) -> Selected:
-        needs = self._needs_indices(entries, parameter)
-        return Selected(entries, entries.indices().to(parameter.device) if needs else None)
-
-    def _is_reached(self, selected: Selected, parameter: Tensor) -> bool:
-        """Tell whether a parameter still has the dtype, device and layout that its indices were made for."""
-        if self._needs_indices(selected.entries, parameter):
-            return selected.indices is not None and selected.indices.device == parameter.device
-        return selected.indices is None
-
-    def _needs_indices(self, entries: Entries, parameter: Tensor) -> bool:
-        if entries.is_all:
-            return False
-        # Some of PyTorch's 16-bit operations round otherwise at the end of a tensor, so that there rows step to the
-        # same bits as a list of their entries only if they are gathered into one tensor, as those are.
-        wide = parameter.dtype.itemsize >= 4 or self._settings["master_weights"]
-        return entries.spans is None or not parameter.is_contiguous() or not wide
+    def _reached(self, entries: Entries, parameter: Tensor) -> Selected:
+        return Selected.of(entries, parameter, with_master=self._has_master(parameter.dtype))
 
     def _attach(self) -> None:
         """Put on the hooks of this selection, and forget how the state was laid out."""

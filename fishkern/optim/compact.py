@@ -25,6 +25,35 @@ class Selected(NamedTuple):
     entries: Entries
     indices: Tensor | None
 
+    @classmethod
+    def of(cls, entries: Entries, parameter: Tensor, *, with_master: bool) -> Selected:
+        """Find out how a step reaches the entries of a parameter, and list those that it gathers.
+
+        Args:
+            entries: The selected entries.
+            parameter: The parameter.
+            with_master: Whether its 16-bit weights have a master.
+
+        Returns:
+            The entries, with indices where they are needed.
+        """
+        needed = _needs_indices(entries, parameter, with_master)
+        return cls(entries, entries.indices().to(parameter.device) if needed else None)
+
+    def reaches(self, parameter: Tensor, *, with_master: bool) -> bool:
+        """Tell whether a parameter still has the dtype, device and layout that this was made for.
+
+        Args:
+            parameter: The parameter.
+            with_master: Whether its 16-bit weights have a master.
+
+        Returns:
+            Whether :meth:`of` would give the same.
+        """
+        if _needs_indices(self.entries, parameter, with_master):
+            return self.indices is not None and self.indices.device == parameter.device
+        return self.indices is None
+
     def gather(self, tensor: Tensor) -> Tensor:
         """Read the selected entries of a parameter or of its gradient.
 
@@ -272,6 +301,15 @@ def carried_over(state: dict[str, Any], old: Entries, new: Selected, param: Tens
         for name, tensor in values.items():
             moved[name][target] = tensor[source]
     return {"step": state["step"].clone(), **moved, **new.key()}, kept
+
+
+def _needs_indices(entries: Entries, parameter: Tensor, with_master: bool) -> bool:
+    if entries.is_all:
+        return False
+    # Some of PyTorch's 16-bit operations round otherwise at the end of a tensor: rows step to the same bits as a list
+    # of their entries only if they are gathered into one tensor, too.
+    rounds = parameter.dtype.itemsize < 4 and not with_master
+    return entries.spans is None or not parameter.is_contiguous() or rounds
 
 
 def _on(device: torch.device, places: slice | Tensor) -> slice | Tensor:

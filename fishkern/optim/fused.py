@@ -46,7 +46,10 @@ def step_fused(bucket: Bucket, grads: Sequence[Tensor | None], scale: Tensor | N
             continue
         operands = _operands(bucket, numbers, grads, scale)
         update(operands, first=first)
-        if bucket.master is not None:
+        if bucket.master is None:
+            # Torch's fused update does not, so a graph that it has overtaken would go unnoticed.
+            torch.autograd.graph.increment_version([bucket.params[i] for i in numbers])
+        else:
             for i, weight in zip(numbers, operands.weights, strict=True):
                 bucket.selected[i].entries.scatter_(bucket.params[i], weight)
 

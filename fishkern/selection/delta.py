@@ -23,10 +23,7 @@ from fishkern.files import (
     save_tensors,
 )
 from fishkern.selection.entries import Entries
-from fishkern.selection.frozen import Frozen
-from fishkern.selection.result import Selection
-from fishkern.selection.start import named_tensors
-from fishkern.selection.stored import (
+from fishkern.selection.format import (
     TENSORS,
     Form,
     checked_entry,
@@ -35,6 +32,9 @@ from fishkern.selection.stored import (
     read_entries,
     read_provenance,
 )
+from fishkern.selection.frozen import Frozen
+from fishkern.selection.result import Selection
+from fishkern.selection.start import named_tensors
 
 FORMAT = Format("fishkern.delta", version=2, saved_by="Delta.save")
 

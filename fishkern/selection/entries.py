@@ -1,7 +1,7 @@
-"""What is selected of one parameter: all of it, none, ranges of its rows or columns, or a list of entries.
+"""The selected entries of one parameter: all, none, ranges of its rows or columns, or a list.
 
-All and none are ranges of rows too: every row, and no row. So there are two cases, ranges and a list, and everything
-that a selection does with one parameter is a method here: reading, set algebra, gathering and scattering values.
+Everything that a selection does with one parameter is a method here: reading, set algebra, gathering and scattering
+values. None is the same as no range of rows.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from fishkern.selection.ranges import Bounds, Columns, Ranges, Rows
 class Entries(Frozen):
     """The selected entries of one parameter. ``a | b``, ``a & b`` and ``a - b`` combine them; frozen.
 
-    ``==`` compares which entries are selected, not how that is written: ranges equal a list of the same entries. Made
-    by :meth:`all`, :meth:`none` and :meth:`of`.
+    ``==`` compares which entries are selected, not how that is written: ranges equal a list of the same entries, and
+    ranges of every row equal all. Made by :meth:`all`, :meth:`none` and :meth:`of`.
 
     Attributes:
         shape: The parameter's shape.
         count: How many entries are selected.
-        ranges: The selected rows or columns; ``None`` where entries are listed.
-        spans: The flat ``(start, stop)`` of each range of rows, ascending; ``None`` where the entries are not rows.
+        ranges: The selected rows or columns; ``None`` where the entries are listed, or all without being ranges.
+        spans: The flat ``(start, stop)`` of each range of rows, ascending, or of all entries; ``None`` for other ones.
     """
 
     shape: torch.Size
@@ -35,8 +35,11 @@ class Entries(Frozen):
     spans: Bounds | None
     _listed: Tensor | None
 
-    def __init__(self, shape: torch.Size, selected: Ranges | Tensor) -> None:
-        if isinstance(selected, Ranges):
+    def __init__(self, shape: torch.Size, selected: Ranges | Tensor | None) -> None:
+        if selected is None:
+            count = shape.numel()
+            vars(self).update(shape=shape, count=count, ranges=None, spans=((0, count),), _listed=None)
+        elif isinstance(selected, Ranges):
             size = selected.size(shape)
             count = len(selected) * (shape.numel() // size) if size else 0
             width = shape[1:].numel()
@@ -49,7 +52,7 @@ class Entries(Frozen):
     @classmethod
     def all(cls, shape: torch.Size) -> Entries:
         """Select every entry of a parameter of this shape."""
-        return cls(shape, Rows((0, Rows.size(shape))) if shape.numel() else Rows())
+        return cls(shape, None) if shape.numel() else cls.none(shape)
 
     @classmethod
     def none(cls, shape: torch.Size) -> Entries:
@@ -66,7 +69,7 @@ class Entries(Frozen):
             name: The parameter's, for messages.
 
         Returns:
-            The entries; all or none of them, where ranges or list say so.
+            The entries. A list of all of them becomes all.
 
         Raises:
             TypeError: It is neither ranges nor a tensor of indices.
@@ -93,11 +96,11 @@ class Entries(Frozen):
             Flat (row-major) indices ``[K]``, ascending, on the CPU; int32, or int64 for a parameter of more than 2^31
             entries. Not to be changed.
         """
-        if self.ranges is None:
-            return self._listed
         dtype = index_dtype(self.shape.numel())
         if self.spans is not None:
             return _aranges(self.spans, dtype)
+        if self.ranges is None:
+            return self._listed
         rows = torch.arange(0, self.shape.numel(), self._width, dtype=dtype)
         return (rows[:, None] + _aranges(self.ranges.bounds, dtype)).view(-1)
 
@@ -177,8 +180,6 @@ class Entries(Frozen):
         Returns:
             Their number.
         """
-        if self.is_all or other.is_all:  # no list of indices is made
-            return min(self.count, other.count)
         return (self & other).count
 
     def moves(self, other: Entries) -> Iterator[tuple[slice | Tensor, slice | Tensor]]:
@@ -194,9 +195,9 @@ class Entries(Frozen):
             ours, theirs = self.indices(), other.indices()
             yield _are_in(ours, theirs).nonzero().view(-1), _are_in(theirs, ours).nonzero().view(-1)
             return
-        shared = Entries(self.shape, self.ranges & other.ranges)
-        places = zip(_places_of(shared.spans, self.spans), _places_of(shared.spans, other.spans), strict=True)
-        for (start, stop), (first, second) in zip(shared.spans, places, strict=True):
+        spans = (self & other).spans
+        places = zip(_places_of(spans, self.spans), _places_of(spans, other.spans), strict=True)
+        for (start, stop), (first, second) in zip(spans, places, strict=True):
             yield slice(first, first + stop - start), slice(second, second + stop - start)
 
     def __eq__(self, other: object) -> bool:
@@ -204,6 +205,8 @@ class Entries(Frozen):
             return NotImplemented
         if self.shape != other.shape or self.count != other.count:
             return False
+        if self.is_all:
+            return True
         if self.ranges is not None and type(self.ranges) is type(other.ranges):
             return self.ranges == other.ranges
         return torch.equal(self.indices(), other.indices())
@@ -211,16 +214,20 @@ class Entries(Frozen):
     __hash__ = None  # type: ignore[assignment]
 
     def __or__(self, other: Entries) -> Entries:
+        if self.is_all or other.is_all:
+            return self if self.is_all else other
         return self._combined(other, Ranges.__or__, lambda ours, theirs: torch.cat([ours, theirs]).unique())
 
     def __and__(self, other: Entries) -> Entries:
+        if self.is_all or other.is_all:
+            return other if self.is_all else self
         return self._combined(other, Ranges.__and__, lambda ours, theirs: ours[_are_in(ours, theirs)])
 
     def __sub__(self, other: Entries) -> Entries:
         return self._combined(other, Ranges.__sub__, lambda ours, theirs: ours[~_are_in(ours, theirs)])
 
     def __repr__(self) -> str:
-        how = "listed" if self.ranges is None else repr(self.ranges)
+        how = "all" if self.is_all else "listed" if self.ranges is None else repr(self.ranges)
         return f"Entries({self.count:,} of {tuple(self.shape)}: {how})"
 
     def _combined(
@@ -246,14 +253,14 @@ class Entries(Frozen):
 
 
 def _normal(shape: torch.Size, selected: Ranges | Tensor) -> Entries:
-    """Write what is selected in one way: all and none as rows, the columns of a vector as its rows."""
+    """Write none as no rows, a list or columns of all entries as all, and the columns of a vector as its rows."""
     entries = Entries(shape, selected)
     if entries.count == 0:
         return Entries.none(shape)
-    if entries.is_all:
-        return Entries.all(shape)
     if isinstance(selected, Columns) and len(shape) < 2:
         return Entries(shape, Rows(*selected.bounds))
+    if entries.is_all and not isinstance(selected, Rows):
+        return Entries.all(shape)
     return entries
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fishkern import hosts
 from fishkern.files import parsing
 from fishkern.names import fitted, listed, renamed, without_wrappers
-from fishkern.selection import stored
+from fishkern.selection import format
 from fishkern.selection.base import Patterns, matching
 from fishkern.selection.entries import Entries
 from fishkern.selection.frozen import Frozen
@@ -367,7 +367,7 @@ class Selection(Frozen):
             FileExistsError: A file of that name holds something else, such as a model.
             OSError: The folder is missing or read-only, or the disk is full.
         """
-        return stored.save(path, self._entries, self._provenance, max_shard_size=max_shard_size)
+        return format.save(path, self._entries, self._provenance, max_shard_size=max_shard_size)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Selection:
@@ -383,7 +383,7 @@ class Selection(Frozen):
             FileNotFoundError: There is no such file, or a shard is missing.
             ValueError: The file is truncated or damaged, holds no selection, or was written in a newer format.
         """
-        entries, provenance = stored.load(path)
+        entries, provenance = format.load(path)
         with parsing(f"{path} holds no valid selection"):
             return cls.from_entries(entries, provenance=provenance)
 

@@ -496,11 +496,12 @@ def test_ranges_step_to_the_bits_of_their_entries(kind, dtype, options):
 def test_rows_step_as_torch_does_on_them(kind, dtype, maximize, fused):
     """To the bit as torch's fused optimizer steps each range as a tensor of its own; whole parameters by fused=True."""
     torch.manual_seed(0)
-    ranges = {"wide": fk.Rows((0, 5), (7, 8), (20, 37)), "vector": fk.Rows((3, 9)), "whole": fk.Rows((0, 6))}
-    shapes = {"wide": (37, 19), "vector": (11,), "whole": (6, 7)}
+    ranges = {"wide": fk.Rows((0, 5), (7, 8), (20, 37)), "vector": fk.Rows((3, 9)), "all rows": fk.Rows((0, 3))}
+    shapes = {"wide": (37, 19), "vector": (11,), "all rows": (3, 50), "whole": (6, 7)}
     model = nn.ParameterDict({name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()})
-    selection = fk.Selection(shapes, {}, ranges=ranges)
-    rows = [(n, a, b, model[n][a:b].detach().clone().requires_grad_()) for n in shapes for a, b in ranges[n].bounds]
+    selection = fk.Selection(shapes, {}, ranges=ranges, whole=["whole"])
+    bounds = {name: given.bounds for name, given in ranges.items()} | {"whole": ((0, 6),)}
+    rows = [(n, a, b, model[n][a:b].detach().clone().requires_grad_()) for n in shapes for a, b in bounds[n]]
     optimizer = kind.make(model, selection, maximize=maximize, fused=fused)
     theirs = kind.dense([row for *_, row in rows], fused=True, maximize=maximize, **kind.options)
     schedules = [torch.optim.lr_scheduler.ExponentialLR(one, 0.9) for one in (optimizer, theirs)]
@@ -665,6 +666,19 @@ def test_state_put_in_by_hand_counts(kind, select):
             for key, value in held.items():
                 held[key] = value.clone()
     assert torch.equal(weights(model), weights(twin))
+
+
+@every_optimizer
+@every_form
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autograd_notices_a_step(kind, select, dtype):
+    """A graph that a step has overtaken is refused, not back-propagated with other weights."""
+    model = tiny(dtype)
+    selection = select(model)
+    versions = {name: p._version for name, p in model.named_parameters()}
+    train(model, kind.make(model, selection), [0])
+    for name, p in model.named_parameters():
+        assert (p._version > versions[name]) == (selection.counts[name] > 0)
 
 
 @every_optimizer

@@ -108,7 +108,7 @@ def form_of(entries: Entries) -> tuple[Form, Tensor | None]:
     """
     if entries.count == 0:
         return "none", None
-    if entries.is_all:
+    if entries.is_all and entries.ranges is None:
         return "whole", None
     if entries.ranges is not None:
         axis = next(axis for axis, kind in RANGES.items() if isinstance(entries.ranges, kind))
@@ -129,7 +129,7 @@ def oldest_format(format: Format, entries: Iterable[Entries]) -> Format:
     Returns:
         The format, of version 1 where there are no ranges.
     """
-    ranges = any(one.ranges is not None and 0 < one.count < one.shape.numel() for one in entries)
+    ranges = any(one.ranges is not None and one.count for one in entries)
     return format if ranges else replace(format, version=1)
 
 
