@@ -6,11 +6,13 @@ from fishkern.methods import fish_tuning
 from fishkern.names import canonical_name
 from fishkern.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
 from fishkern.selection import (
+    Columns,
     Delta,
     GlobalTopK,
     PerRowTopK,
     PerTensorTopK,
     Random,
+    Rows,
     Rule,
     Selection,
     apply_delta,
@@ -47,6 +49,7 @@ __all__ = [
     "BackendUnavailableError",
     "CausalLM",
     "Classification",
+    "Columns",
     "Constant",
     "Delta",
     "DiagonalFisher",
@@ -66,6 +69,7 @@ __all__ = [
     "QuestionAnswering",
     "Random",
     "Regression",
+    "Rows",
     "Rule",
     "Selection",
     "Seq2SeqLM",

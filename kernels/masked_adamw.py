@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._table import BLOCK, OPTIONS, as_tensor, entries_of_block, followed, tables
+from ._entries import BLOCK, OPTIONS, as_tensor, entries_of_block, load_grad, load_weight, store_weight, tables
 
 
 @triton.jit
 def _masked_adamw_kernel(
-    table_ptr, blocks_ptr, param_like, grad_like, index_like,  # see _table.py
+    table_ptr, blocks_ptr, param_like, grad_like, index_like,  # see _entries.py
     exp_avg_ptr, exp_avg_sq_ptr, master_ptr, starts_ptr,  # compact state; the last two may be None
     steps_ptr, lr_ptr, scale_ptr,  # scale may be None
     log_beta1, log_beta2, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay,
@@ -31,15 +31,8 @@ def _masked_adamw_kernel(
         table_ptr, blocks_ptr, param_like, grad_like, index_like, BLOCK
     )
     lr = tl.load(lr_ptr)
-    grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
-    if scale_ptr is not None:
-        grad = grad * tl.load(scale_ptr)
-    if MAXIMIZE:
-        grad = -grad
-    stored = tl.load(param_ptrs, mask=mask, other=0.0)
-    weight = stored.to(tl.float32)
-    if master_ptr is not None:
-        weight = followed(tl.load(master_ptr + offs, mask=mask, other=0.0), stored)
+    grad = load_grad(grad_ptrs, mask, scale_ptr, MAXIMIZE)
+    weight = load_weight(param_ptrs, master_ptr, offs, mask)
     exp_avg = tl.load(exp_avg_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     exp_avg_sq = tl.load(exp_avg_sq_ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
@@ -50,17 +43,16 @@ def _masked_adamw_kernel(
     correction1 = (1.0 - tl.exp(age * log_beta1)).to(tl.float32)
     correction2 = (1.0 - tl.exp(age * log_beta2)).to(tl.float32)
 
-    weight = weight * (1.0 - lr * weight_decay)
-    exp_avg = exp_avg + (grad - exp_avg) * one_minus_beta1
-    exp_avg_sq = exp_avg_sq * beta2 + grad * grad * one_minus_beta2
+    # The formula of ops/masked_adamw.py, line by line.
+    weight = weight * (1.0 - lr * weight_decay)  # w -= lr weight_decay w
+    exp_avg = exp_avg + (grad - exp_avg) * one_minus_beta1  # exp_avg = beta1 exp_avg + (1 - beta1) g
+    exp_avg_sq = exp_avg_sq * beta2 + grad * grad * one_minus_beta2  # exp_avg_sq = beta2 exp_avg_sq + (1 - beta2) g^2
     denom = tl.sqrt(exp_avg_sq / correction2) + eps
-    weight = weight - lr / correction1 * (exp_avg / denom)
+    weight = weight - lr / correction1 * (exp_avg / denom)  # w -= lr exp_avg / (1 - beta1^t) / (sqrt(...) + eps)
 
     tl.store(exp_avg_ptr + offs, exp_avg.to(exp_avg_ptr.dtype.element_ty), mask=mask)
     tl.store(exp_avg_sq_ptr + offs, exp_avg_sq.to(exp_avg_sq_ptr.dtype.element_ty), mask=mask)
-    if master_ptr is not None:
-        tl.store(master_ptr + offs, weight, mask=mask)
-    tl.store(param_ptrs, weight.to(param_like.dtype.element_ty), mask=mask)
+    store_weight(weight, param_ptrs, master_ptr, offs, mask)
 
 
 def masked_adamw_(

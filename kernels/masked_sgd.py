@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._table import BLOCK, OPTIONS, as_tensor, entries_of_block, followed, tables
+from ._entries import BLOCK, OPTIONS, as_tensor, entries_of_block, load_grad, load_weight, store_weight, tables
 
 
 @triton.jit
 def _masked_sgd_kernel(
-    table_ptr, blocks_ptr, param_like, grad_like, index_like,  # see _table.py
+    table_ptr, blocks_ptr, param_like, grad_like, index_like,  # see _entries.py
     momentum_buffer_ptr, master_ptr, starts_ptr,  # compact state; each may be None
     steps_ptr, lr_ptr, scale_ptr,  # scale may be None
     momentum, one_minus_dampening, weight_decay,
@@ -24,31 +24,24 @@ def _masked_sgd_kernel(
     mask, parameter, offs, param_ptrs, grad_ptrs = entries_of_block(
         table_ptr, blocks_ptr, param_like, grad_like, index_like, BLOCK
     )
-    grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
-    if scale_ptr is not None:
-        grad = grad * tl.load(scale_ptr)
-    if MAXIMIZE:
-        grad = -grad
-    stored = tl.load(param_ptrs, mask=mask, other=0.0)
-    weight = stored.to(tl.float32)
-    if master_ptr is not None:
-        weight = followed(tl.load(master_ptr + offs, mask=mask, other=0.0), stored)
-    grad += weight_decay * weight
+    grad = load_grad(grad_ptrs, mask, scale_ptr, MAXIMIZE)
+    weight = load_weight(param_ptrs, master_ptr, offs, mask)
+    # The formula of ops/masked_sgd.py, line by line.
+    grad += weight_decay * weight  # g += weight_decay w
     if momentum_buffer_ptr is not None:
         age = tl.load(steps_ptr + parameter)
         if starts_ptr is not None:
             age = age - tl.load(starts_ptr + offs, mask=mask, other=0.0)
         buffer = tl.load(momentum_buffer_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        # b = momentum b + (1 - dampening) g, at its first update b = g
         buffer = tl.where(age == 1.0, grad, momentum * buffer + one_minus_dampening * grad)
         tl.store(momentum_buffer_ptr + offs, buffer.to(momentum_buffer_ptr.dtype.element_ty), mask=mask)
         if NESTEROV:
             grad += momentum * buffer
         else:
             grad = buffer
-    weight = weight - tl.load(lr_ptr) * grad
-    if master_ptr is not None:
-        tl.store(master_ptr + offs, weight, mask=mask)
-    tl.store(param_ptrs, weight.to(param_like.dtype.element_ty), mask=mask)
+    weight = weight - tl.load(lr_ptr) * grad  # w -= lr (g + momentum b if nesterov else b)
+    store_weight(weight, param_ptrs, master_ptr, offs, mask)
 
 
 def masked_sgd_(

@@ -1,4 +1,4 @@
-"""FISH-Tuning (Xue et al., 2025, arXiv:2504.04050) and the FISH Mask that it stands on (Sung et al., 2021, 2111.09839).
+"""FISH-Tuning (Xue et al., 2025, arXiv:2504.04050) and the FISH Mask that it builds on (Sung et al., 2021, 2111.09839).
 
 Score every entry of a pool by the exact diagonal empirical Fisher over some examples, select the ``k`` largest of the
 whole pool together, train those alone; the head, which starts at random, is trained whole.
@@ -6,27 +6,39 @@ whole pool together, train those alone; the head, which starts at random, is tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from decimal import ROUND_UP, Decimal
-from hashlib import blake2b
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fishkern import adapters, hosts
+from fishkern.arguments import fraction_of, integer, one_of
 from fishkern.backend import Backend
+from fishkern.integrations.budgets import trained_by
 from fishkern.layers import UnsupportedModuleError, stored_weights
 from fishkern.names import listed, without_wrappers
 from fishkern.selection import GlobalTopK, Random, Selection, bound_to_start, select
-from fishkern.selection.base import budget, fraction_of
+from fishkern.selection.agreement import check_agreement
+from fishkern.selection.base import exactly
+from fishkern.selection.budgeted import share
 from fishkern.statistics import DiagonalFisher, Drawn, Likelihood, Statistics, estimate
-from fishkern.statistics.base import integer
 from fishkern.statistics.batches import Shared
-from fishkern.statistics.shards import Ranks
 
 Order = Literal["largest", "smallest", "random", "magnitude"]
 ORDERS: tuple[Order, ...] = ("largest", "smallest", "random", "magnitude")
+Pool = Literal["adapter", "model"]
+POOLS: tuple[Pool, ...] = ("adapter", "model")
+
+
+class _Parts(NamedTuple):
+    """The parameters of a pool: those that are ranked, and the head, which is trained whole; gates are in either."""
+
+    parameters: dict[str, nn.Parameter]  # all of them, in the model's order
+    ranked: dict[str, nn.Parameter]
+    head: dict[str, nn.Parameter]
+    gates: dict[str, nn.Parameter]  # of UniPELT, where they are trained whole
 
 
 def fish_tuning(
@@ -38,7 +50,7 @@ def fish_tuning(
     trainable: int | None = None,
     match: Any = None,
     order: Order = "largest",
-    pool: Literal["adapter", "model"] = "adapter",
+    pool: Pool = "adapter",
     max_examples: int | None = 128,
     likelihood: Likelihood | Callable[[nn.Module, Any], Tensor] | Drawn | None = None,
     heads: Iterable[str] = hosts.HEADS,
@@ -52,9 +64,9 @@ def fish_tuning(
 ) -> Selection:
     """Select the entries of an adapter that FISH-Tuning trains.
 
-    The pool is ranked globally, across matrices and layers, on the model as it stands: the selection holds for these
-    very values of adapter and head. For LoRA and DoRA the paper starts from PiSSA; with LoRA's usual start ``B = 0``
-    every entry of ``A`` scores exactly zero and there is nothing to rank.
+    The pool is ranked globally, across matrices and layers, with the model's present weights: the selection is valid
+    for these values of adapter and head alone. For LoRA and DoRA the paper starts from PiSSA; with LoRA's usual start
+    ``B = 0`` every entry of ``A`` scores exactly zero and there is nothing to rank.
 
     Cost: one forward and one backward pass for each batch (none for ``"random"`` and ``"magnitude"``), and a float32
     for each entry of the pool.
@@ -71,8 +83,8 @@ def fish_tuning(
             comparison ``LoraConfig(r=1, layers_to_transform=[0], ...)``, or a :class:`fishkern.adapters.Adapter`.
         order: ``"largest"`` Fisher information, as in the paper; its controls ``"smallest"`` ("rev") and ``"random"``;
             and ``"magnitude"``, the largest absolute values.
-        pool: ``"adapter"``; or ``"model"`` for the FISH Mask over all parameters of a model without one, where the
-            head is paid out of ``density`` and ``trainable``, which then speak of the whole model.
+        pool: ``"adapter"``; or ``"model"`` for the FISH Mask over all parameters of a model without one, in which case
+            ``density`` and ``trainable`` cover the head as well.
         max_examples: How many examples to look at; 128 in the paper.
         likelihood: See :func:`fishkern.estimate`.
         heads: Names of the modules that are the head.
@@ -88,74 +100,69 @@ def fish_tuning(
 
     Returns:
         A selection whose pool is the adapter and the head, the head selected whole; ``.k`` counts without the head. It
-        carries a digest of the values that both stand at, which the first step of a masked optimizer compares.
+        records a digest of the values that both have, which the first step of a masked optimizer compares.
 
     Raises:
         ValueError: Not exactly one budget is given, it is not in the pool's range, the model has no adapter, half of
             the adapter scores exactly zero, or fewer entries of a whole model than ``k`` score anything.
-        TypeError: ``match`` is no adapter, or another budget or ``seed`` is no number.
+        TypeError: ``match`` is not an adapter, or another budget or ``seed`` is not a number.
         RuntimeError: Under a process group, the ranks have selected different entries.
         UnsupportedModuleError: The model is sharded, or would not see PEFT's prefix, whatever of it is selected; or its
             adapter is merged.
     """
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
-    seed = integer(seed, "seed")
+    one_of(order, ORDERS, "order")
+    one_of(pool, POOLS, "pool")
+    seed, heads = integer(seed, "seed"), tuple(heads)
     if reason := hosts.sharded(model) or hosts.lost_prefix(model):
         raise UnsupportedModuleError(f"{reason}.")
-    heads = tuple(heads)
-    parameters = _pool(model, pool)
-    if reason := hosts.merged_adapter(model, parameters):
-        raise UnsupportedModuleError(f"{reason}.")
-    gates = [] if rank_gates else [name for name in adapters.gates(model) if name in parameters]
-    head = [name for name in parameters if hosts.is_head(name, heads) or name in gates]
-    ranked = {name: parameter for name, parameter in parameters.items() if name not in head}
-    if not ranked:
-        raise ValueError(f"nothing but the head ({', '.join(head)}) is trained, so there is nothing to select from.")
-    entries = sum(parameter.numel() for parameter in ranked.values())
-    head_entries = sum(parameters[name].numel() for name in head)
+    parts = _parts(model, pool, heads, rank_gates=rank_gates)
     if match is not None:
-        gate_entries = sum(parameters[name].numel() for name in gates)
-        match = _trained_by(match, model, heads) - gate_entries
-    k = _budget(k, density, trainable, match, entries, head_entries, whole=pool == "model")
+        match = trained_by(match, model, heads) - _count(parts.gates)
+    k = _budget({"k": k, "density": density, "trainable": trainable, "match": match}, parts, whole=pool == "model")
+    always = exactly(parts.head)
     if order == "random":
-        return _bound(select(_values(parameters), Random(k=k, seed=seed, always=_exactly(head))), model, pool)
-    if order == "magnitude":
-        by_size = GlobalTopK(k=k, always=_exactly(head))
-        return _bound(select(_values(parameters, absolute=True), by_size, backend=backend), model, pool)
-    statistics = estimate(
-        model,
-        batches,
-        DiagonalFisher(),
-        likelihood=likelihood,
-        parameters=lambda name, parameter: name in parameters,
-        max_examples=max_examples,
-        accumulate_on=accumulate_on,
-        backend=backend,
-        progress=progress,
-        shared=shared,
-    )
-    if not allow_zeros and pool == "adapter":
-        _refuse_zeros(statistics, model, ranked)
-    elif not allow_zeros and order == "largest":
-        _refuse_more_than_scored(statistics, model, ranked, k)
-    rule = GlobalTopK(k=k, order=order, always=_exactly(head))
-    return _bound(select(statistics, rule, backend=backend), model, pool)
-
-
-def _bound(selection: Selection, model: nn.Module, pool: str) -> Selection:
-    """Bind a selection to the random start of an adapter; a pretrained model is no start that could be another."""
-    Ranks().demand_equal(_digest(selection), "the digest of the selection")
+        selection = select(_values(parts), Random(k=k, seed=seed, always=always))
+    elif order == "magnitude":
+        sizes = {name: value.abs() for name, value in _values(parts).items()}
+        selection = select(sizes, GlobalTopK(k=k, always=always), backend=backend)
+    else:
+        statistics = estimate(
+            model,
+            batches,
+            DiagonalFisher(),
+            likelihood=likelihood,
+            parameters=lambda name, parameter: name in parts.parameters,
+            max_examples=max_examples,
+            accumulate_on=accumulate_on,
+            backend=backend,
+            progress=progress,
+            shared=shared,
+        )
+        if not allow_zeros and pool == "adapter":
+            _refuse_zeros(statistics, model, parts.ranked)
+        elif not allow_zeros and order == "largest":
+            _refuse_more_than_scored(statistics, model, parts.ranked, k)
+        selection = select(statistics, GlobalTopK(k=k, order=order, always=always), backend=backend)
+    check_agreement(selection)
+    # Only adapters start at random: a pretrained model has one start.
     return bound_to_start(selection, hosts.unwrap(model)) if pool == "adapter" else selection
 
 
-def _digest(selection: Selection) -> str:
-    digest = blake2b(digest_size=16)
-    for name in selection.names:
-        digest.update(f"{name} {name in selection.whole} ".encode())
-        if name not in selection.whole:
-            digest.update(selection.indices(name).numpy().tobytes())
-    return digest.hexdigest()
+def _parts(model: nn.Module, pool: Pool, heads: tuple[str, ...], *, rank_gates: bool) -> _Parts:
+    parameters = _pool(model, pool)
+    if reason := hosts.merged_adapter(model, parameters):
+        raise UnsupportedModuleError(f"{reason}.")
+    gates = {} if rank_gates else {name: parameters[name] for name in adapters.gates(model) if name in parameters}
+    whole = {name for name in parameters if hosts.is_head(name, heads) or name in gates}
+    head = {name: parameter for name, parameter in parameters.items() if name in whole}
+    ranked = {name: parameter for name, parameter in parameters.items() if name not in whole}
+    if not ranked:
+        raise ValueError(f"nothing but the head ({', '.join(head)}) is trained, so there is nothing to select from.")
+    return _Parts(parameters, ranked, head, gates)
+
+
+def _count(parameters: Mapping[str, nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters.values())
 
 
 def _pool(model: nn.Module, pool: str) -> dict[str, nn.Parameter]:
@@ -167,8 +174,6 @@ def _pool(model: nn.Module, pool: str) -> dict[str, nn.Parameter]:
                 f"({listed(stored)}): put an adapter on the model and take pool='adapter'."
             )
         return named
-    if pool != "adapter":
-        raise ValueError(f"pool must be 'adapter' or 'model', got {pool!r}.")
     if not hasattr(hosts.unwrap(model), "peft_config") and not adapters.adapter_parameters(model):
         raise ValueError(
             f"{type(model).__name__} has no adapter: pass a model of PEFT or one that fishkern.adapters.attach has "
@@ -180,43 +185,44 @@ def _pool(model: nn.Module, pool: str) -> dict[str, nn.Parameter]:
     return trained
 
 
-def _budget(
-    k: int | None,
-    density: float | None,
-    trainable: int | None,
-    match: int | None,
-    entries: int,
-    head: int,
-    *,
-    whole: bool,
-) -> int:
-    """Turn one of the four budgets into a number of entries beside the head."""
-    given = {"k": k, "density": density, "trainable": trainable, "match": match}
-    given = {name: value for name, value in given.items() if value is not None}
+def _budget(budgets: Mapping[str, Any], parts: _Parts, *, whole: bool) -> int:
+    """Turn one of the four budgets into a number of entries on top of the head.
+
+    Args:
+        budgets: ``k``, ``density``, ``trainable`` and ``match``; ``None`` where it is not given.
+        parts: What is ranked, and the head.
+        whole: Whether ``density`` is one of the whole model, head included.
+
+    Returns:
+        ``k``.
+
+    Raises:
+        TypeError: The budget is not a number.
+        ValueError: Not exactly one is given, or it selects nothing, or more than there is.
+    """
+    entries, head = _count(parts.ranked), _count(parts.head)
+    given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:
         names = ", ".join(given) or "none"
         raise ValueError(f"give exactly one budget of k=, density=, trainable= and match=, got {names}.")
-    said = ", ".join(f"{name}={value}" for name, value in given.items() if name != "match") or "match="
-    if match is not None:
-        k = match
-    elif density is not None:
-        density = fraction_of(density)
-        k = budget(None, density, entries + head) - head if whole else budget(None, density, entries)
-    elif trainable is not None:
-        k = integer(trainable, "trainable") - head
+    ((name, value),) = given.items()
+    shown = "match=" if name == "match" else f"{name}={value}"
+    if name == "density":
+        density = fraction_of(value)
+        k = share(density, entries + head) - head if whole else share(density, entries)
     else:
-        k = integer(k, "k")
-    if trainable is not None or (whole and density is not None):
-        if k < 1:
-            least = f"trainable={head + 1}" if trainable is not None else f"density={_least_density(head, entries)}"
-            raise ValueError(
-                f"{said} does not pay for the head of {head:,} entries, which is trained whole: take at least {least}, "
-                "or k=, which counts without the head."
-            )
-    elif k < 1:
-        raise ValueError(f"{said} selects nothing out of a pool of {entries:,} entries.")
+        k = integer(value, name) - (head if name == "trainable" else 0)
+    pays_for_head = name == "trainable" or (whole and name == "density")
+    if k < 1 and pays_for_head:
+        least = f"trainable={head + 1}" if name == "trainable" else f"density={_least_density(head, entries)}"
+        raise ValueError(
+            f"{shown} does not pay for the head of {head:,} entries, which is trained whole: take at least {least}, "
+            "or k=, which counts without the head."
+        )
+    if k < 1:
+        raise ValueError(f"{shown} selects nothing out of a pool of {entries:,} entries.")
     if k > entries:
-        raise ValueError(f"{said} asks for {k:,} entries, and the pool has {entries:,} beside the head.")
+        raise ValueError(f"{shown} asks for {k:,} entries, and the pool has {entries:,} without the head.")
     return k
 
 
@@ -226,19 +232,8 @@ def _least_density(head: int, entries: int) -> str:
     return f"{least.quantize(Decimal(1).scaleb(least.adjusted() - 2), ROUND_UP).normalize():f}"
 
 
-def _trained_by(adapter: Any, model: nn.Module, heads: tuple[str, ...]) -> int:
-    from fishkern.integrations.budgets import trained_by  # which imports PEFT
-
-    return trained_by(adapter, model, heads)
-
-
-def _values(parameters: dict[str, nn.Parameter], absolute: bool = False) -> dict[str, Tensor]:
-    return {name: value.detach().abs() if absolute else value.detach() for name, value in parameters.items()}
-
-
-def _exactly(names: Iterable[str]) -> tuple[str, ...]:
-    """Patterns that match these names alone."""
-    return tuple(name.replace("[", "[[]") for name in names)
+def _values(parts: _Parts) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in parts.parameters.items()}
 
 
 def _refuse_zeros(statistics: Statistics, model: nn.Module, names: Iterable[str]) -> None:

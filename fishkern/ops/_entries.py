@@ -1,4 +1,4 @@
-"""What the masked optimizers share: what they ask of their arguments, and how they walk through selected entries.
+"""Shared by the masked optimizers: checks of their arguments, and the walk through selected entries in chunks.
 
 Layout: ``P`` parameters of one dtype on one device, flat in row-major order; parameter ``i`` has ``K_i`` selected
 entries at ``indices[i]``. State is compact: one ``[K]`` tensor for all of them, ``K = sum_i K_i``, parameter after
@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Entries worked on at a time, for each thread: few enough that what a chunk gathers is still in the cache when it is
-# updated and scattered, many enough that the calls cost little.
+# Entries worked on at a time, for each thread: few enough that a chunk is still in the cache when it is updated and
+# scattered, many enough that the calls cost little.
 _CHUNK = 2**14
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -39,9 +39,9 @@ def check_entries(
     master: Tensor | None,
     starts: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
-    """Demand that parameters, gradients, indices and compact state go together, and flatten the first two.
+    """Check that parameters, gradients, indices and compact state go together, and flatten the first two.
 
-    Indices are not read: that they ascend within their parameter is the caller's word.
+    Indices are not read; the caller guarantees that they ascend within their parameter.
 
     Args:
         params: ``P`` tensors of one floating dtype and device.
@@ -57,55 +57,60 @@ def check_entries(
         indices, ``None`` where they are all of a parameter.
 
     Raises:
-        ValueError: Something does not go together; the message says what.
+        ValueError: They do not; the message says what.
     """
     if not len(params) == len(grads) == len(indices) == len(steps):
         raise ValueError(
             "params, grads, indices and steps must have one entry for each parameter, "
             f"got {len(params)}, {len(grads)}, {len(indices)} and {len(steps)}."
         )
-    flat_params, flat_grads, partial, K = [], [], [], 0
-    dtypes, index_dtypes, devices = set(), set(), {steps.device}
-    for i, (param, grad, chosen) in enumerate(zip(params, grads, indices, strict=True)):
-        dtypes.add(param.dtype)
-        devices.add(param.device)
-        numel = count = param.numel()
-        if chosen is not None:
-            index_dtypes.add(chosen.dtype)
-            devices.add(chosen.device)
-            count = chosen.numel()
+    counts = [p.numel() if listed is None else listed.numel() for p, listed in zip(params, indices, strict=True)]
+    for i, (param, grad, count) in enumerate(zip(params, grads, counts, strict=True)):
         if grad is not None:
-            if grad.layout != torch.strided:
-                raise ValueError(f"gradient {i} is sparse ({grad.layout}): make it dense.")
-            if grad.shape != param.shape and grad.shape != (count,):
-                raise ValueError(
-                    f"gradient {i} must be {tuple(param.shape)}, the parameter's shape, or ({count},), that of its "
-                    f"selected entries, got {tuple(grad.shape)}."
-                )
-            devices.add(grad.device)
-            grad = _flat(grad)
-        flat_params.append(_flat(param))
-        flat_grads.append(grad)
-        partial.append(None if count == numel else chosen)
-        K += count
+            _check_grad(i, param, grad, count)
+    _check_dtypes(params, indices)
+    dtype = params[0].dtype if params and master is None else torch.float32
+    compact = {name: (tensor, dtype) for name, tensor in state.items()}
+    compact |= {"master": (master, torch.float32), "starts": (starts, torch.float32)}
+    for name, (tensor, own_dtype) in compact.items():
+        if tensor is not None:
+            _check_compact(name, tensor, own_dtype, sum(counts))
+    tensors = [steps, *params, *grads, *indices, *(tensor for tensor, _ in compact.values())]
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors of one call must be on one device, got {_listed(devices)}: call once for each.")
+    return (
+        [_flat(param) for param in params],
+        [None if grad is None else _flat(grad) for grad in grads],
+        [None if count == p.numel() else listed for p, count, listed in zip(params, counts, indices, strict=True)],
+    )
+
+
+def _check_grad(i: int, param: Tensor, grad: Tensor, count: int) -> None:
+    if grad.layout != torch.strided:
+        raise ValueError(f"gradient {i} is sparse ({grad.layout}): make it dense.")
+    if grad.shape != param.shape and grad.shape != (count,):
+        raise ValueError(
+            f"gradient {i} must be {tuple(param.shape)}, the parameter's shape, or ({count},), that of its "
+            f"selected entries, got {tuple(grad.shape)}."
+        )
+
+
+def _check_dtypes(params: Sequence[Tensor], indices: Sequence[Tensor | None]) -> None:
+    dtypes = {param.dtype for param in params}
+    index_dtypes = {listed.dtype for listed in indices if listed is not None}
     if len(dtypes) > 1:
         raise ValueError(f"the parameters of one call must have one dtype, got {_listed(dtypes)}: call once for each.")
     if len(index_dtypes) > 1 or not index_dtypes <= {torch.int32, torch.int64}:
         raise ValueError(f"indices must be int32 or int64, one dtype in one call, got {_listed(index_dtypes)}.")
-    dtype = params[0].dtype if params and master is None else torch.float32
-    wanted = dict.fromkeys(state, dtype) | {"master": torch.float32, "starts": torch.float32}
-    for name, tensor in {**state, "master": master, "starts": starts}.items():
-        if tensor is None:
-            continue
-        devices.add(tensor.device)
-        if (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous()) != ((K,), wanted[name], True):
-            raise ValueError(
-                f"{name} must be contiguous, {wanted[name]}, ({K},), one number for each selected entry, "
-                f"got {tensor.dtype}, {tuple(tensor.shape)}, stride {tensor.stride()}."
-            )
-    if len(devices) > 1:
-        raise ValueError(f"all tensors of one call must lie on one device, got {_listed(devices)}: call once for each.")
-    return flat_params, flat_grads, partial
+
+
+def _check_compact(name: str, tensor: Tensor, dtype: torch.dtype, K: int) -> None:
+    if (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous()) != ((K,), dtype, True):
+        raise ValueError(
+            f"{name} must be contiguous, {dtype}, ({K},), one number for each selected entry, "
+            f"got {tensor.dtype}, {tuple(tensor.shape)}, stride {tensor.stride()}."
+        )
 
 
 def write_back_(params: Sequence[Tensor], flat: Sequence[Tensor]) -> None:
@@ -138,13 +143,11 @@ def update_entries_(
         steps: ``[P]``.
         dtype: What is computed in.
         maximize: Whether gradients change their sign.
-        master: ``[K]``, the weights that are updated in the place of the rounded ones in ``params``, which it follows
-            where they are not its own.
+        master: ``[K]``, the weights that are updated instead of the rounded ones in ``params``. Where these are not the
+            master rounded, they become the master first.
         scale: What gradients are multiplied by, zero-dimensional.
     """
-    counts = [
-        param.numel() if chosen is None else chosen.numel() for param, chosen in zip(params, indices, strict=True)
-    ]
+    counts = [p.numel() if listed is None else listed.numel() for p, listed in zip(params, indices, strict=True)]
     for pieces, span, step in _chunks(counts, grads, steps.tolist(), dtype):
         places = _places(indices, pieces)
         grad = _gather(grads, places, counts, pieces).to(dtype)
@@ -154,7 +157,7 @@ def update_entries_(
             grad = -grad
         weight = _gather(params, places, counts, pieces)
         if master is not None:
-            weight = _followed(master[span], weight)
+            weight = followed(master[span], weight)
         update(span, step, weight, grad)
         _scatter_(params, places, pieces, weight)
 
@@ -162,19 +165,22 @@ def update_entries_(
 def _chunks(
     counts: Sequence[int], grads: Sequence[Tensor | None], steps: Sequence[float], dtype: torch.dtype
 ) -> Iterator[tuple[list[_Piece], slice, float]]:
-    """Join neighbours that are at the same step, and cut what is large; leave out what has no gradient."""
+    """Join neighbours that are at the same step, cut large parameters, and leave out those without gradient."""
     # Some of PyTorch's 16-bit operations round otherwise at the end of a tensor: these are neither joined nor cut.
     chunk = _CHUNK * torch.get_num_threads() if dtype.itemsize >= 4 else None
     pieces: list[_Piece] = []
     first = end = 0  # of the pieces, within the compact state
     for i, count in enumerate(counts):
+        # A chunk ends before this parameter in three cases: it would be too large; this one has no gradient, so its
+        # state, which is next, is a gap that a slice cannot leave out; or it is at another step, and ``update`` gets
+        # one step for the chunk.
         alone = chunk is None or end - first + count > chunk or grads[i] is None
         if pieces and (alone or steps[i] != steps[pieces[0].parameter]):
             yield pieces, slice(first, end), steps[pieces[0].parameter]
             pieces = []
         if not pieces:
             first = end
-        if grads[i] is not None and count > (chunk or 0):
+        if grads[i] is not None and count > (chunk or 0):  # larger than a chunk: no piece waits, so the order holds
             size = chunk or count
             for start in range(0, count, size):
                 stop = min(start + size, count)
@@ -195,20 +201,20 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _places(indices: Sequence[Tensor | None], pieces: list[_Piece]) -> list[Tensor | None]:
-    """Give the places of each piece of a chunk as int64, which is what PyTorch is fastest with; ``None`` for all."""
-    chosen = [None if indices[i] is None else indices[i][start:stop] for i, start, stop in pieces]
-    partial = [part for part in chosen if part is not None]
+    """Give the places of each piece of a chunk as int64, with which PyTorch is fastest; ``None`` for all."""
+    places = [None if indices[i] is None else indices[i][start:stop] for i, start, stop in pieces]
+    partial = [part for part in places if part is not None]
     if not partial:
-        return chosen
+        return places
     joined = partial[0] if len(partial) == 1 else torch.cat(partial)  # one conversion for all
     parts = iter(joined.long().split([len(part) for part in partial]))
-    return [None if part is None else next(parts) for part in chosen]
+    return [None if part is None else next(parts) for part in places]
 
 
 def _gather(
     tensors: Sequence[Tensor], places: list[Tensor | None], counts: Sequence[int], pieces: list[_Piece]
 ) -> Tensor:
-    """Read the numbers of a chunk one after the other; a view where they stand so."""
+    """Read the numbers of a chunk one after the other; a view where they are so in memory."""
     if len(pieces) == 1:
         ((i, start, stop),) = pieces
         if places[0] is None or tensors[i].numel() == counts[i]:  # all are selected, or these are the selected ones
@@ -216,29 +222,37 @@ def _gather(
         return tensors[i].index_select(0, places[0])
     sizes = [counts[i] for i, _, _ in pieces]  # several pieces are whole
     gathered = tensors[pieces[0].parameter].new_empty(sum(sizes))
-    for (i, _, _), chosen, part in zip(pieces, places, gathered.split(sizes), strict=True):
-        if chosen is None or tensors[i].numel() == counts[i]:
+    for (i, _, _), own, part in zip(pieces, places, gathered.split(sizes), strict=True):
+        if own is None or tensors[i].numel() == counts[i]:
             part.copy_(tensors[i])
         else:
-            torch.index_select(tensors[i], 0, chosen, out=part)
+            torch.index_select(tensors[i], 0, own, out=part)
     return gathered
 
 
-def _followed(master: Tensor, stored: Tensor) -> Tensor:
-    """Take what is stored as the master of the entries where it is not what the master rounds to, bit for bit."""
+def followed(master: Tensor, stored: Tensor) -> Tensor:
+    """Make the stored weight the master of entries where it is not what the master rounds to, bit for bit.
+
+    Args:
+        master: ``[n]``, float32; changed in place.
+        stored: ``[n]``, 16-bit weights.
+
+    Returns:
+        ``master``.
+    """
     bits = _BITS[stored.element_size()]  # numbers would take 0 for -0, and a NaN for another than itself
     rounded, own = master.to(stored.dtype).view(bits), stored.view(bits)
-    if not torch.equal(rounded, own):  # stored by another hand
+    if not torch.equal(rounded, own):  # changed elsewhere, as by loading a checkpoint
         master.copy_(torch.where(rounded == own, master, stored.to(master.dtype)))
     return master
 
 
 def _scatter_(params: Sequence[Tensor], places: list[Tensor | None], pieces: list[_Piece], weight: Tensor) -> None:
-    """Write the weights of a chunk to where they belong."""
+    """Write the weights of a chunk into the parameters."""
     weight = weight.to(params[0].dtype)
     sizes = [stop - start for _, start, stop in pieces]
-    for (i, start, stop), chosen, values in zip(pieces, places, weight.split(sizes), strict=True):
-        if chosen is not None:
-            params[i].index_copy_(0, chosen, values)
-        elif values.data_ptr() != params[i][start:].data_ptr():  # else it was updated where it stands
+    for (i, start, stop), own, values in zip(pieces, places, weight.split(sizes), strict=True):
+        if own is not None:
+            params[i].index_copy_(0, own, values)
+        elif values.data_ptr() != params[i][start:].data_ptr():  # else it was updated in place
             params[i][start:stop] = values

@@ -1,4 +1,4 @@
-"""What every masked optimizer is: one of torch's that moves, and keeps state for, selected entries only."""
+"""The base of masked optimizers: torch's, but only selected entries move and have state."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import math
 import warnings
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fishkern import backend
+from fishkern.arguments import one_of
 from fishkern.optim.clipping import clipped
-from fishkern.optim.compact import Bucket, carried_over
+from fishkern.optim.compact import Bucket, Operands, Selected, carried_over
+from fishkern.optim.fused import FusedOperands, step_fused
 from fishkern.optim.groups import OUTSIDE, Group, Outside, Parameters, all_named, named_groups, settle
 from fishkern.optim.release import ReleasedGrads, dense, to_release
-from fishkern.optim.stored import loaded
-from fishkern.selection import Selection, check_start
+from fishkern.optim.state_dict import loaded
+from fishkern.selection import Entries, Selection, check_start
 
 
 class Reselected(NamedTuple):
@@ -26,6 +30,16 @@ class Reselected(NamedTuple):
     kept: int
     dropped: int
     added: int
+
+
+class _Kind(NamedTuple):
+    """What the parameters of one bucket have in common."""
+
+    dtype: torch.dtype
+    device: torch.device
+    long_indices: bool
+    fused: bool
+    has_starts: bool
 
 
 class MaskedOptimizer(torch.optim.Optimizer):
@@ -37,19 +51,25 @@ class MaskedOptimizer(torch.optim.Optimizer):
     which nothing is selected never moves.
 
     State is compact: ``state[parameter]`` holds the keys of torch's optimizer with one number for each selected entry
-    (``[K]``, ascending), and beside them ``"indices"``, ``"master"``, and after :meth:`reselect` ``"start"``, the step
-    at which an entry came in. A state is loaded by the parameters' names, nothing in it is cast, and one of other
-    entries is refused.
+    (``[K]``, ascending); also ``"indices"`` or ``"rows"``, which entries these are, ``"master"``, and after
+    :meth:`reselect` ``"start"``, the step count when an entry was added. A state is loaded by the parameters' names,
+    nothing in it is cast, and one of other entries is refused.
+
+    Ranges of rows (:class:`fishkern.Rows`) of a contiguous parameter are stepped in place, as views of parameter,
+    gradient and state, by torch's own fused update. That of 16-bit weights needs a master, and rows that
+    :meth:`reselect` adds are not fused. All other entries, ranges of columns among them, are gathered by their indices,
+    updated in the order of torch's loop or by a Triton kernel, and scattered. The two ways round differently;
+    ``fused=False`` takes the latter for all, and so does ``use_backend("triton")`` unless ``fused=True``.
 
     With ``master_weights`` the selected entries of 16-bit parameters are also kept in float32, with state in float32,
-    and rounded into the parameter at each step: this is the float32 optimizer, rounded. Without, it is torch's on
-    16-bit weights, where small steps are lost. Where a weight is not its master rounded, it was changed elsewhere, as
+    and rounded into the parameter at each step: this is the float32 optimizer, rounded. Without it, updates are applied
+    to 16-bit weights, and small steps are lost. Where a weight is not its master rounded, it was changed elsewhere, as
     by loading a checkpoint, and the step goes on from the weight.
 
     Released gradients are gathered at the selected entries as soon as backward has accumulated them, in float32, and
-    ``.grad`` is set to ``None``: dense gradients do not pile up beside the model. They add up over backward passes
-    until ``step`` takes them or :meth:`zero_grad` drops them (``model.zero_grad()`` cannot). ``clip_grad_norm_`` and a
-    ``GradScaler`` do not see them, hence ``max_grad_norm``; the first step without it warns.
+    ``.grad`` is set to ``None``, so dense gradients do not pile up. They add up over backward passes until ``step``
+    takes them or :meth:`zero_grad` drops them (``model.zero_grad()`` cannot). ``clip_grad_norm_`` and a ``GradScaler``
+    do not see them, hence ``max_grad_norm``; the first step without it warns.
 
     ``torch.compile`` runs ``step`` as it is, uncompiled.
 
@@ -57,13 +77,18 @@ class MaskedOptimizer(torch.optim.Optimizer):
         model_or_named_parameters: A model, its ``named_parameters()``, or groups of them.
         selection: What moves. Each name of its pool must be among the parameters.
         defaults: Options of the algorithm, for groups that do not set them.
-        outside: What becomes of a trainable parameter outside the pool: ``"error"`` raises, ``"freeze"`` sets its
-            ``requires_grad`` to False, ``"train"`` trains it whole.
+        outside: What to do with trainable parameters outside the pool: ``"error"`` raises, ``"freeze"`` sets their
+            ``requires_grad`` to False, ``"train"`` trains them whole.
         master_weights: See above.
         max_grad_norm: Scale the gradients of each step down to this norm over all entries that move, as
             ``clip_grad_norm_`` does over whole gradients; on the device. The norm is left in :attr:`grad_norm`.
         release_grads: ``True`` releases the gradient of every parameter that is not selected whole, ``None`` of those
             with more than a million entries of which at most one in ten is selected (base weights, not adapters).
+        fused: What torch's fused update steps: ``None`` ranges of rows; ``True`` also parameters that move whole (other
+            entries are still gathered); ``False`` nothing, and rows step to the same bits as a list of their entries.
+
+    Attributes:
+        fused_on: Types of device on which torch's fused update runs; on others nothing is fused.
 
     Raises:
         TypeError: A parameter has no name.
@@ -73,6 +98,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             selection's pool holds a quantised weight.
     """
 
+    fused_on: ClassVar[tuple[str, ...]] = ()
     grad_norm: Tensor | None
     """Norm of the gradients of the last step before clipping, zero-dimensional; ``None`` without ``max_grad_norm``."""
     _warned = False
@@ -87,15 +113,16 @@ class MaskedOptimizer(torch.optim.Optimizer):
         master_weights: bool = True,
         max_grad_norm: float | None = None,
         release_grads: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
-        if outside not in OUTSIDE:
-            raise ValueError(f"outside must be one of {OUTSIDE}, got {outside!r}.")
+        one_of(outside, OUTSIDE, "outside")
         self._check_options(defaults)
         self.selection, self.grad_norm, self._at_start = selection, None, True
         self._settings: dict[str, Any] = {
             "outside": outside,
             "master_weights": master_weights,
             "release_grads": release_grads,
+            "fused": fused,
         }
         self.max_grad_norm = max_grad_norm
         groups = named_groups(model_or_named_parameters, selection)
@@ -105,6 +132,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if not any(counts.get(name, parameter.numel()) for name, parameter in all_named(groups)):
             raise ValueError("nothing would move: the selection selects no entry, and nothing is trained outside it.")
         self._released: ReleasedGrads | None = None
+        self._memo: dict[str, Selected] = {}  # of what _selected gives, by name
         super().__init__(groups, defaults)
         self._attach()
 
@@ -149,10 +177,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """Name what is kept for each selected entry with the options of this group."""
 
     @abstractmethod
-    def _update_(
-        self, bucket: Bucket, grads: Sequence[Tensor | None], group: dict[str, Any], scale: Tensor | None
-    ) -> None:
-        """Run the operation on a bucket, whose steps are already counted."""
+    def _update_(self, bucket: Bucket, operands: Operands, group: dict[str, Any], scale: Tensor | None) -> None:
+        """Run the operation on the state of a bucket, whose steps are already counted."""
+
+    def _update_fused_(self, operands: FusedOperands, *, group: dict[str, Any], first: bool) -> None:
+        """Run torch's fused update; called on the devices of :attr:`fused_on` alone."""
+        raise NotImplementedError
 
     @torch._disable_dynamo  # it makes and replaces state; torch.compile breaks the graph here and runs it as it is
     @torch.no_grad()
@@ -167,8 +197,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: A ``GradScaler`` calls, or several processes train, while gradients are released.
-            ValueError: A gradient is sparse; or, at the first step, the selection carries the digest of another start
-                than the parameters stand at, or were trained from (:func:`fishkern.selection.bound_to_start`).
+            ValueError: A gradient is sparse; or, at the first step, the selection was bound to other values than the
+                parameters have, or were trained from (:func:`fishkern.selection.bound_to_start`).
         """
         loss = None
         if closure is not None:
@@ -195,7 +225,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 if grad is not None:
                     bucket.own(i, self.state[parameter])
             bucket.advance(grads)
-            self._update_(bucket, grads, group, None if scale is None else scale.to(bucket.device))
+            factor = None if scale is None else scale.to(bucket.device)
+            if self._is_fused(bucket):
+                step_fused(bucket, grads, factor, partial(self._update_fused_, group=group))
+            else:
+                self._update_(bucket, bucket.operands(grads), group, factor)
         if self._released is not None:
             self._released.grads.clear()
         return loss
@@ -226,11 +260,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def reselect(self, selection: Selection) -> Reselected:
         """Go on with another selection out of the same pool.
 
-        Entries that stay keep their state; others lose theirs, and their weights stay where they are; those that come
-        in begin with a state and a step count of their own.
+        Entries that stay keep their state; others lose theirs, and their weights stay as they are; entries that are
+        added begin with a state and a step count of their own.
 
         Args:
-            selection: What moves from here on.
+            selection: What moves from now on.
 
         Returns:
             How many entries of the pool were kept, dropped and added.
@@ -247,13 +281,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 "statistics of the same parameters, or make another optimizer."
             )
         groups = [{"params": list(zip(g["param_names"], g["params"], strict=True))} for g in self.param_groups]
-        settle(groups, selection, "train")
-        counts, kept = selection.counts, 0
+        settle(groups, selection, "train")  # which only checks: what is outside the pool was settled before
+        kept = 0
         for name, parameter in all_named(groups):
             if name in selection:
-                old = self.selection.indices(name).to(parameter.device)
-                new = selection.indices(name).to(parameter.device) if counts[name] < parameter.numel() else None
-                moved, stay = carried_over(self.state.pop(parameter, {}), old, new, parameter)
+                new = self._reached(selection.entries(name), parameter)
+                moved, stay = carried_over(self.state.pop(parameter, {}), self.selection.entries(name), new, parameter)
                 kept += stay
                 if moved:
                     self.state[parameter] = moved
@@ -263,19 +296,19 @@ class MaskedOptimizer(torch.optim.Optimizer):
         return reselected
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, for the same selection; nothing is cast, parameters are told by name.
+        """Load what :meth:`state_dict` gave, for the same selection, by the parameters' names; nothing is cast.
 
         Args:
             state_dict: Of an optimizer of this class.
 
         Raises:
-            ValueError: It has other groups, names or entries.
+            ValueError: Its groups, names or entries differ.
         """
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        places = {name: self._places(name, parameter) for name, parameter in self._named()}
-        state, groups = loaded(state_dict, self.param_groups, places)
+        selected = {name: self._selected(name, parameter) for name, parameter in self._named()}
+        state, groups = loaded(state_dict, self.param_groups, selected)
         self.__setstate__({"state": state, "param_groups": groups})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -300,6 +333,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._buckets = None
         if "_settings" in state:  # a copy, or from a pickle
+            self._settings.setdefault("fused", None)  # of a version without the option
             self.grad_norm, self._released, self._at_start = None, None, not self.state
             self._attach()
 
@@ -309,18 +343,43 @@ class MaskedOptimizer(torch.optim.Optimizer):
             return self._buckets
         self._buckets = []
         for group in self.param_groups:
-            parts: dict[Any, list[tuple[Tensor, Tensor | None]]] = defaultdict(list)
+            parts: dict[_Kind, list[tuple[Tensor, Selected]]] = defaultdict(list)
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                chosen = self._places(name, parameter)
-                if chosen is None or len(chosen):
-                    wide = chosen is not None and chosen.dtype == torch.int64
-                    parts[parameter.dtype, parameter.device, wide].append((parameter, chosen))
-            buckets = []
-            for (dtype, _, _), entries in parts.items():
-                with_master = self._settings["master_weights"] and dtype.itemsize < 4
-                buckets.append(Bucket(*zip(*entries, strict=True), self._names(group), with_master))
-            self._buckets.append(buckets)
+                selected = self._selected(name, parameter)
+                if selected.entries.count:
+                    parts[self._kind_of(parameter, selected)].append((parameter, selected))
+            self._buckets.append(
+                [
+                    Bucket(
+                        *zip(*members, strict=True),
+                        self._names(group),
+                        with_master=self._has_master(kind.dtype),
+                        fused=kind.fused,
+                    )
+                    for kind, members in parts.items()
+                ]
+            )
         return self._buckets
+
+    def _has_master(self, dtype: torch.dtype) -> bool:
+        return self._settings["master_weights"] and dtype.itemsize < 4
+
+    def _kind_of(self, parameter: Tensor, selected: Selected) -> _Kind:
+        requested = self._settings["fused"]
+        as_rows = selected.entries.ranges is not None  # also of every row; what is selected whole is not
+        in_place = selected.indices is None and parameter.is_contiguous()
+        return _Kind(
+            dtype=parameter.dtype,
+            device=parameter.device,
+            long_indices=selected.indices is not None and selected.indices.dtype == torch.int64,
+            fused=(as_rows if requested is None else requested) and in_place and parameter.device.type in self.fused_on,
+            has_starts="start" in self.state.get(parameter, {}),
+        )
+
+    def _is_fused(self, bucket: Bucket) -> bool:
+        """Tell whether torch's fused update steps a bucket: one step count is for all entries of a tensor there."""
+        demands_kernel = backend.current() == "triton" and self._settings["fused"] is None
+        return bucket.fused and bucket.starts is None and not demands_kernel
 
     def _grad_of(self, parameter: Tensor) -> Tensor | None:
         if self._released is not None and parameter in self._released.grads:
@@ -334,26 +393,29 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             yield from zip(group["param_names"], group["params"], strict=True)
 
-    def _places(self, name: str, parameter: Tensor) -> Tensor | None:
-        """Tell where a parameter moves, on its device; ``None`` where it moves whole, as it does outside the pool."""
-        chosen = self._chosen.get(name)
-        if chosen is not None and chosen.device != parameter.device:
-            chosen = self._chosen[name] = chosen.to(parameter.device)
-        return chosen
+    def _selected(self, name: str, parameter: Tensor) -> Selected:
+        """Tell which entries of a parameter move; outside the pool it moves whole."""
+        if name not in self.selection:
+            return Selected(Entries.all(parameter.shape), None)
+        selected = self._memo.get(name)
+        if selected is None or not selected.reaches(parameter, with_master=self._has_master(parameter.dtype)):
+            selected = self._memo[name] = self._reached(self.selection.entries(name), parameter)
+        return selected
+
+    def _reached(self, entries: Entries, parameter: Tensor) -> Selected:
+        return Selected.of(entries, parameter, with_master=self._has_master(parameter.dtype))
 
     def _attach(self) -> None:
         """Put on the hooks of this selection, and forget how the state was laid out."""
         self.close()
         self._buckets = None
-        counts, shapes = self.selection.counts, self.selection.shapes
-        partial = [name for name, count in counts.items() if count < shapes[name].numel()]
-        self._chosen = {name: self.selection.indices(name) for name in partial}
-        moving = [(name, parameter, self._places(name, parameter)) for name, parameter in self._named()]
-        entries = to_release(moving, self._settings["release_grads"])
-        if entries:
-            self._released = ReleasedGrads(self, entries)
-        # Makes a GradScaler hand over to step(), which refuses it, instead of failing without a word why.
-        self._step_supports_amp_scaling = bool(entries)
+        self._memo = {}
+        moving = [(name, parameter, self._selected(name, parameter)) for name, parameter in self._named()]
+        released = to_release(moving, self._settings["release_grads"])
+        if released:
+            self._released = ReleasedGrads(self, released)
+        # Makes a GradScaler hand over to step(), which refuses it, instead of failing without saying why.
+        self._step_supports_amp_scaling = bool(released)
 
     def _warn_of_clipping(self) -> None:
         """Say, once and only when a step would go unclipped, that ``clip_grad_norm_`` has missed gradients."""

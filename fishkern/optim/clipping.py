@@ -7,13 +7,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fishkern.optim.compact import Bucket, gather
+from fishkern.optim.compact import Bucket
 
 Work: TypeAlias = list[tuple[Bucket, dict[str, Any], list[Tensor | None]]]
 
 
 def clipped(work: Work, max_norm: float) -> tuple[Work, Tensor | None, Tensor | None]:
-    """Gather all gradients at the selected entries, and find what they must be multiplied by.
+    """Gather all gradients at the selected entries, and compute the factor to multiply them by.
 
     Args:
         work: Buckets with their group and the gradients of their parameters, dense or gathered.
@@ -28,8 +28,8 @@ def clipped(work: Work, max_norm: float) -> tuple[Work, Tensor | None, Tensor | 
             bucket,
             group,
             [
-                grad if grad is None or grad.shape != parameter.shape else gather(grad, chosen)
-                for parameter, chosen, grad in zip(bucket.params, bucket.indices, grads, strict=True)
+                grad if grad is None or grad.shape != parameter.shape else selected.gather(grad)
+                for parameter, selected, grad in zip(bucket.params, bucket.selected, grads, strict=True)
             ],
         )
         for bucket, group, grads in work

@@ -1,47 +1,144 @@
-"""Where the state of selected entries lies: flat tensors, of which ``optimizer.state`` shows parts."""
+"""The state of selected entries: flat tensors, of which ``optimizer.state`` holds views."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fishkern.selection import Entries
 
-def gather(tensor: Tensor, indices: Tensor | None) -> Tensor:
-    """Read the selected entries of a parameter or of its gradient.
+ENTRIES = ("indices", "rows")  # keys of a state that say which entries it is of; without either, of all
 
-    Args:
-        tensor: Of the parameter's shape, any strides.
-        indices: Flat indices ``[K]`` on its device, or ``None`` for all.
 
-    Returns:
-        ``[K]``; with ``None`` a view, where the tensor is contiguous.
+class Selected(NamedTuple):
+    """The selected entries of a parameter, and how a step reaches them.
+
+    Attributes:
+        entries: The selected entries.
+        indices: Their flat indices ``[K]`` on the parameter's device, by which they are gathered; ``None`` where they
+            are reached as views: all entries, or ranges of rows.
     """
-    flat = tensor.detach().contiguous().view(-1)
-    return flat if indices is None else flat.index_select(0, indices)
+
+    entries: Entries
+    indices: Tensor | None
+
+    @classmethod
+    def of(cls, entries: Entries, parameter: Tensor, *, with_master: bool) -> Selected:
+        """Find out how a step reaches the entries of a parameter, and list those that it gathers.
+
+        Args:
+            entries: The selected entries.
+            parameter: The parameter.
+            with_master: Whether its 16-bit weights have a master.
+
+        Returns:
+            The entries, with indices where they are needed.
+        """
+        needed = _needs_indices(entries, parameter, with_master)
+        return cls(entries, entries.indices().to(parameter.device) if needed else None)
+
+    def reaches(self, parameter: Tensor, *, with_master: bool) -> bool:
+        """Tell whether a parameter still has the dtype, device and layout that this was made for.
+
+        Args:
+            parameter: The parameter.
+            with_master: Whether its 16-bit weights have a master.
+
+        Returns:
+            Whether :meth:`of` would give the same.
+        """
+        if _needs_indices(self.entries, parameter, with_master):
+            return self.indices is not None and self.indices.device == parameter.device
+        return self.indices is None
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Read the selected entries of a parameter or of its gradient.
+
+        Args:
+            tensor: Of the parameter's shape, any strides.
+
+        Returns:
+            ``[K]``; of all entries, and of one range of rows, a view where the tensor is contiguous.
+        """
+        if self.indices is None:
+            return self.entries.gather(tensor)
+        return tensor.detach().contiguous().view(-1).index_select(0, self.indices)
+
+    @property
+    def in_one_piece(self) -> bool:
+        """Whether a step takes the parameter as it is: with its indices, or all of it."""
+        return self.indices is not None or self.entries.is_all
+
+    def views(self, tensor: Tensor) -> list[Tensor]:
+        """Cut a parameter or its gradient into its ranges of rows, or into all of it.
+
+        Args:
+            tensor: Of the parameter's shape, or ``[K]``, of the selected entries alone; contiguous, or a gradient.
+
+        Returns:
+            ``[n]`` for each range; views, where the tensor is contiguous.
+        """
+        spans = self.entries.spans
+        flat = tensor.detach().contiguous().view(-1)
+        if flat.numel() == self.entries.count:
+            return list(flat.split_with_sizes([stop - start for start, stop in spans]))
+        return [flat[start:stop] for start, stop in spans]
+
+    def key(self) -> dict[str, Tensor]:
+        """Say for a saved state which entries it is of: by ``"rows"`` ``[R, 2]``, by ``"indices"``, or by neither."""
+        if self.entries.is_all:
+            return {}
+        if self.entries.spans is not None:
+            return {"rows": torch.tensor(self.entries.ranges.bounds, dtype=torch.int64)}
+        return {"indices": self.indices}
+
+
+class Operands(NamedTuple):
+    """What an operation on selected entries takes: a parameter each, or a view of each of its ranges of rows.
+
+    Attributes:
+        params: ``P`` tensors, changed in place.
+        grads: The gradient of each, of its shape or of its selected entries; or ``None``.
+        indices: The selected entries of each, or ``None`` for all.
+        steps: ``[P]``, which update this is of each.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor | None]
+    indices: list[Tensor | None]
+    steps: Tensor
 
 
 class Bucket:
     """The compact state of the parameters that one call of an operation updates.
 
-    ``state[parameter]`` holds views of it. What is found there instead, because it was loaded or put there by hand, is
-    copied in and replaced by the views (:meth:`own`), so ``optimizer.state`` is always what counts.
+    ``state[parameter]`` holds views of it. Values that are there instead, because they were loaded or put there by
+    hand, are copied in and replaced by the views (:meth:`own`), so ``optimizer.state`` is always what counts.
 
     Args:
         params: ``P`` parameters of one dtype and device.
-        indices: The selected entries of each on that device, ``[K_i]`` of one dtype, or ``None`` for all.
+        selected: The selected entries of each; indices of one dtype.
         names: What the algorithm keeps for each selected entry, such as ``("exp_avg", "exp_avg_sq")``.
         with_master: Keep the weights in float32 as well, and all else in float32.
+        fused: Whether torch's fused update is to step it; then no parameter has indices, and all are contiguous.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], indices: Sequence[Tensor | None], names: Sequence[str], with_master: bool
+        self,
+        params: Sequence[Tensor],
+        selected: Sequence[Selected],
+        names: Sequence[str],
+        *,
+        with_master: bool,
+        fused: bool,
     ) -> None:
-        self.params, self.indices = list(params), list(indices)
+        self.params, self.selected, self.fused = list(params), list(selected), fused
         self.dtype, self.device = params[0].dtype, params[0].device
-        self._sizes = [p.numel() if i is None else len(i) for p, i in zip(params, indices, strict=True)]
+        self._contiguous = [param.is_contiguous() for param in params]
+        self._sizes = [one.entries.count for one in selected]
         K = sum(self._sizes)
         self.flat = {
             name: torch.zeros(K, dtype=torch.float32 if with_master else self.dtype, device=self.device)
@@ -49,14 +146,16 @@ class Bucket:
         }
         self.steps = torch.zeros(len(params), device=self.device)
         self.starts: Tensor | None = None
+        self._cut: dict[int, dict[str, list[Tensor]]] = {}
+        self._updates = [0] * len(params)  # the steps on the host, where reading them does not wait for the device
         parts = {name: flat.split(self._sizes) for name, flat in self.flat.items()}
         self._views: list[dict[str, Tensor]] = [
-            {"step": step, **{name: part[i] for name, part in parts.items()}}
+            {"step": step, **{name: part[i] for name, part in parts.items()}, **selected[i].key()}
             for i, step in enumerate(self.steps.unbind())
         ]
-        for views, chosen in zip(self._views, indices, strict=True):
-            if chosen is not None:
-                views["indices"] = chosen
+        pieces = [1 if one.in_one_piece else len(one.entries.spans) for one in selected]
+        cut = not all(one.in_one_piece for one in selected)
+        self._owners = _repeated(pieces).to(self.device) if cut else None  # of each piece the number of its parameter
 
     @property
     def master(self) -> Tensor | None:
@@ -64,15 +163,18 @@ class Bucket:
         return self.flat.get("master")
 
     def fits(self) -> bool:
-        """Tell whether the parameters still have the dtype and device that the state was made for.
+        """Tell whether the parameters still have the dtype, device and layout that the state was made for.
 
         Returns:
             Whether all of them have.
         """
-        return all(param.dtype == self.dtype and param.device == self.device for param in self.params)
+        return all(
+            param.dtype == self.dtype and param.device == self.device and param.is_contiguous() == contiguous
+            for param, contiguous in zip(self.params, self._contiguous, strict=True)
+        )
 
     def own(self, i: int, state: dict[str, Any]) -> None:
-        """Make ``state`` of parameter ``i`` views of this bucket, with the values that stand in it.
+        """Replace the values in ``state`` of parameter ``i`` by views of this bucket, which take them over.
 
         Args:
             i: Which parameter.
@@ -82,12 +184,12 @@ class Bucket:
         if all(state.get(name) is view for name, view in views.items()):
             return
         for name, view in views.items():
-            if name == "indices":
+            if name in ENTRIES:
                 continue
             if name in state:
                 view.copy_(torch.as_tensor(state[name]))
             elif name == "master":
-                view.copy_(gather(self.params[i], self.indices[i]))
+                view.copy_(self.selected[i].gather(self.params[i]))
             else:
                 view.zero_()
         if "start" in state:
@@ -95,6 +197,7 @@ class Bucket:
                 self.starts = torch.zeros(sum(self._sizes), device=self.device)
             views["start"] = self.starts.split(self._sizes)[i]
             views["start"].copy_(state["start"])
+        self._updates[i] = int(state["step"]) if "step" in state else 0
         state.update(views)
 
     def advance(self, grads: Sequence[Tensor | None]) -> None:
@@ -103,6 +206,7 @@ class Bucket:
         Args:
             grads: The gradient of each, or ``None``.
         """
+        self._updates = [n if grad is None else n + 1 for n, grad in zip(self._updates, grads, strict=True)]
         if all(grad is not None for grad in grads):
             self.steps.add_(1)
         else:
@@ -110,39 +214,108 @@ class Bucket:
                 if grad is not None:
                     views["step"].add_(1)
 
+    def is_first(self, i: int) -> bool:
+        """Tell whether the update that :meth:`advance` has counted last is the first of a parameter.
 
-def carried_over(state: dict[str, Any], old: Tensor, new: Tensor | None, param: Tensor) -> tuple[dict[str, Any], int]:
+        Args:
+            i: Which parameter.
+
+        Returns:
+            Whether its entries have no momentum yet.
+        """
+        return self._updates[i] == 1
+
+    def views(self, i: int) -> dict[str, list[Tensor]]:
+        """Cut the state of one parameter as a fused update takes it: by ranges, or in one piece where it has a master.
+
+        Args:
+            i: Which parameter.
+
+        Returns:
+            By name ``[n]`` each, views of :attr:`flat`; and ``"step"``, zero-dimensional.
+        """
+        if i not in self._cut:
+            views, one = self._views[i], self.selected[i]
+            spans = one.entries.spans if self.master is None else ()
+            self._cut[i] = {name: one.views(views[name]) if spans else [views[name]] for name in self.flat}
+            self._cut[i]["step"] = [views["step"]] * max(1, len(spans))
+        return self._cut[i]
+
+    def operands(self, grads: Sequence[Tensor | None]) -> Operands:
+        """Take each range of rows for a parameter of its own, all of which is selected.
+
+        The compact state does not notice: the entries of the ranges follow on each other as those of parameters do.
+
+        Args:
+            grads: The gradient of each parameter, of its shape or ``[K_i]``; or ``None``.
+
+        Returns:
+            The arguments of an operation.
+        """
+        if self._owners is None:
+            return Operands(self.params, list(grads), [one.indices for one in self.selected], self.steps)
+        params: list[Tensor] = []
+        pieces: list[Tensor | None] = []
+        indices: list[Tensor | None] = []
+        for param, one, grad in zip(self.params, self.selected, grads, strict=True):
+            if one.in_one_piece:
+                params.append(param)
+                pieces.append(grad)
+                indices.append(one.indices)
+                continue
+            views = one.views(param)
+            params += views
+            pieces += [None] * len(views) if grad is None else one.views(grad)
+            indices += [None] * len(views)
+        return Operands(params, pieces, indices, self.steps[self._owners])
+
+
+def carried_over(state: dict[str, Any], old: Entries, new: Selected, param: Tensor) -> tuple[dict[str, Any], int]:
     """Move one parameter's state to another selection of its entries.
 
     Entries that stay keep theirs, the others begin with zeros and count their updates from here.
 
     Args:
         state: ``optimizer.state[param]``; may be empty.
-        old: The indices it belongs to, ``[K]`` ascending.
-        new: The indices it shall belong to, ``[K]`` ascending on the same device, or ``None`` for all.
+        old: The entries it belongs to.
+        new: The entries that it is to belong to.
         param: The parameter.
 
     Returns:
         The new state, empty where none of the entries with state stays, and how many entries stay.
     """
-    chosen = torch.arange(param.numel(), dtype=old.dtype, device=old.device) if new is None else new
-    stays = torch.isin(chosen, old, assume_unique=True)
-    kept = int(stays.sum())
+    count, kept = new.entries.count, old.shared(new.entries)
     if not state or kept == 0:
         return {}, kept
-    places = torch.searchsorted(old, chosen[stays])
-    moved: dict[str, Any] = {"step": state["step"].clone()}
-    for name, values in state.items():
-        if name in ("step", "start", "indices"):
-            continue
-        if name == "master":
-            moved[name] = gather(param, new).to(values.dtype, copy=True)
-        else:
-            moved[name] = values.new_zeros(len(chosen))
-        moved[name][stays] = values[places]
-    if kept < len(chosen) or "start" in state:
-        moved["start"] = state["step"].to(param.device).repeat(len(chosen))
-        moved["start"][stays] = state["start"][places] if "start" in state else 0.0
-    if new is not None:
-        moved["indices"] = new
-    return moved, kept
+    values = {name: tensor for name, tensor in state.items() if name not in ("step", "start", *ENTRIES)}
+    moved: dict[str, Tensor] = {
+        name: new.gather(param).to(tensor.dtype, copy=True) if name == "master" else tensor.new_zeros(count)
+        for name, tensor in values.items()
+    }
+    if kept < count or "start" in state:
+        # The step is the parameter's. An entry that comes in now has done none of its updates: it starts at this one.
+        values["start"] = state.get("start", torch.zeros(old.count, device=param.device))
+        moved["start"] = state["step"].to(param.device).repeat(count)
+    for before, after in old.moves(new.entries):
+        source, target = _on(param.device, before), _on(param.device, after)
+        for name, tensor in values.items():
+            moved[name][target] = tensor[source]
+    return {"step": state["step"].clone(), **moved, **new.key()}, kept
+
+
+def _needs_indices(entries: Entries, parameter: Tensor, with_master: bool) -> bool:
+    if entries.is_all:
+        return False
+    # Some of PyTorch's 16-bit operations round otherwise at the end of a tensor: rows step to the same bits as a list
+    # of their entries only if they are gathered into one tensor, too.
+    rounds = parameter.dtype.itemsize < 4 and not with_master
+    return entries.spans is None or not parameter.is_contiguous() or rounds
+
+
+def _on(device: torch.device, places: slice | Tensor) -> slice | Tensor:
+    return places if isinstance(places, slice) else places.to(device)
+
+
+def _repeated(times: Sequence[int]) -> Tensor:
+    """Give each number from 0 on as often as is said: ``[2, 1]`` is ``[0, 0, 1]``."""
+    return torch.arange(len(times)).repeat_interleave(torch.tensor(times))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fishkern.ops import masked_adamw_
 from fishkern.optim.base import MaskedOptimizer
-from fishkern.optim.compact import Bucket
+from fishkern.optim.compact import Bucket, Operands
+from fishkern.optim.fused import FusedOperands
 from fishkern.optim.groups import Outside, Parameters
 from fishkern.selection import Selection
 
@@ -33,10 +34,14 @@ class MaskedAdamW(MaskedOptimizer):
         master_weights: Keep the selected entries of 16-bit weights in float32.
         max_grad_norm: Clip by the norm of the entries that move.
         release_grads: Whose gradients are gathered and released during backward.
+        fused: What torch's fused update steps: ranges of rows, also whole parameters (``True``), or nothing
+            (``False``).
 
     Raises:
         ValueError: An option is out of range, or the selection does not fit.
     """
+
+    fused_on: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
 
     def __init__(
         self,
@@ -52,6 +57,7 @@ class MaskedAdamW(MaskedOptimizer):
         master_weights: bool = True,
         max_grad_norm: float | None = None,
         release_grads: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(
             model_or_named_parameters,
@@ -61,6 +67,7 @@ class MaskedAdamW(MaskedOptimizer):
             master_weights=master_weights,
             max_grad_norm=max_grad_norm,
             release_grads=release_grads,
+            fused=fused,
         )
 
     def _check_options(self, options: dict[str, Any]) -> None:
@@ -75,16 +82,14 @@ class MaskedAdamW(MaskedOptimizer):
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
 
-    def _update_(
-        self, bucket: Bucket, grads: Sequence[Tensor | None], group: dict[str, Any], scale: Tensor | None
-    ) -> None:
+    def _update_(self, bucket: Bucket, operands: Operands, group: dict[str, Any], scale: Tensor | None) -> None:
         masked_adamw_(
-            bucket.params,
-            grads,
-            bucket.indices,
+            operands.params,
+            operands.grads,
+            operands.indices,
             bucket.flat["exp_avg"],
             bucket.flat["exp_avg_sq"],
-            bucket.steps,
+            operands.steps,
             lr=group["lr"],
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -94,4 +99,21 @@ class MaskedAdamW(MaskedOptimizer):
             master=bucket.master,
             starts=bucket.starts,
             scale=scale,
+        )
+
+    def _update_fused_(self, operands: FusedOperands, *, group: dict[str, Any], first: bool) -> None:
+        torch._fused_adamw_(
+            operands.weights,
+            operands.grads,
+            operands.state["exp_avg"],
+            operands.state["exp_avg_sq"],
+            [],  # of AMSGrad
+            operands.steps,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=group["maximize"],
         )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fishkern.ops import masked_sgd_
 from fishkern.optim.base import MaskedOptimizer
-from fishkern.optim.compact import Bucket
+from fishkern.optim.compact import Bucket, Operands
+from fishkern.optim.fused import FusedOperands
 from fishkern.optim.groups import Outside, Parameters
 from fishkern.selection import Selection
 
@@ -33,10 +34,14 @@ class MaskedSGD(MaskedOptimizer):
         master_weights: Keep the selected entries of 16-bit weights in float32.
         max_grad_norm: Clip by the norm of the entries that move.
         release_grads: Whose gradients are gathered and released during backward.
+        fused: What torch's fused update steps: ranges of rows, also whole parameters (``True``), or nothing
+            (``False``).
 
     Raises:
         ValueError: An option is out of range, or the selection does not fit.
     """
+
+    fused_on: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
 
     def __init__(
         self,
@@ -53,6 +58,7 @@ class MaskedSGD(MaskedOptimizer):
         master_weights: bool = True,
         max_grad_norm: float | None = None,
         release_grads: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(
             model_or_named_parameters,
@@ -69,6 +75,7 @@ class MaskedSGD(MaskedOptimizer):
             master_weights=master_weights,
             max_grad_norm=max_grad_norm,
             release_grads=release_grads,
+            fused=fused,
         )
 
     def _check_options(self, options: dict[str, Any]) -> None:
@@ -89,15 +96,13 @@ class MaskedSGD(MaskedOptimizer):
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _update_(
-        self, bucket: Bucket, grads: Sequence[Tensor | None], group: dict[str, Any], scale: Tensor | None
-    ) -> None:
+    def _update_(self, bucket: Bucket, operands: Operands, group: dict[str, Any], scale: Tensor | None) -> None:
         masked_sgd_(
-            bucket.params,
-            grads,
-            bucket.indices,
+            operands.params,
+            operands.grads,
+            operands.indices,
             bucket.flat.get("momentum_buffer"),
-            bucket.steps,
+            operands.steps,
             lr=group["lr"],
             momentum=group["momentum"],
             dampening=group["dampening"],
@@ -107,4 +112,18 @@ class MaskedSGD(MaskedOptimizer):
             master=bucket.master,
             starts=bucket.starts,
             scale=scale,
+        )
+
+    def _update_fused_(self, operands: FusedOperands, *, group: dict[str, Any], first: bool) -> None:
+        torch._fused_sgd_(
+            operands.weights,
+            operands.grads,
+            operands.state.get("momentum_buffer", []),
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            is_first_step=first and group["momentum"] != 0,
         )

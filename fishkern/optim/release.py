@@ -1,4 +1,4 @@
-"""Gradients that do not pile up: gathered at the selected entries as soon as they are complete, and released."""
+"""Gather gradients at the selected entries as soon as they are complete, and free them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fishkern.optim.compact import gather
+from fishkern.optim.compact import Selected
 
-# Without a word from the user, gradients are released of parameters this large of which this little is selected: base
-# weights, not adapters.
+# By default, the gradients of parameters this large of which this little is selected are released: those of base
+# weights, not of adapters.
 LARGE, LITTLE = 2**20, 0.1
 
 
@@ -23,14 +23,14 @@ class ReleasedGrads:
 
     Args:
         owner: The optimizer.
-        entries: ``(name, parameter, indices [K] on its device)`` of each.
+        entries: ``(name, parameter, selected)`` of each.
     """
 
-    def __init__(self, owner: object, entries: Iterable[tuple[str, Tensor, Tensor]]) -> None:
+    def __init__(self, owner: object, entries: Iterable[tuple[str, Tensor, Selected]]) -> None:
         self.grads: dict[Tensor, Tensor] = {}
         handles = []
-        for name, parameter, indices in entries:
-            hook = _Hook(name, indices, self.grads)
+        for name, parameter, selected in entries:
+            hook = _Hook(name, selected, self.grads)
             handles.append(parameter.register_post_accumulate_grad_hook(hook))
         self.count = len(handles)
         self._finalizer = weakref.finalize(owner, _remove, handles)
@@ -57,28 +57,28 @@ class ReleasedGrads:
 class _Hook:
     """Gather one parameter's gradient."""
 
-    def __init__(self, name: str, indices: Tensor, grads: dict[Tensor, Tensor]) -> None:
-        self.name, self.indices, self.grads = name, indices, grads
+    def __init__(self, name: str, selected: Selected, grads: dict[Tensor, Tensor]) -> None:
+        self.name, self.selected, self.grads = name, selected, grads
 
     @torch.no_grad()
     def __call__(self, parameter: Tensor) -> None:
         grad = dense(self.name, parameter.grad)
-        selected = gather(grad, self.indices)
-        selected = selected.to(torch.promote_types(selected.dtype, torch.float32))
+        view = self.selected.indices is None  # copied, since it would keep the whole gradient alive
+        values = self.selected.gather(grad).to(torch.promote_types(grad.dtype, torch.float32), copy=view)
         if parameter in self.grads:
-            self.grads[parameter] += selected
+            self.grads[parameter] += values
         else:
-            self.grads[parameter] = selected
+            self.grads[parameter] = values
         parameter.grad = None
 
 
 def to_release(
-    moving: Iterable[tuple[str, Tensor, Tensor | None]], release: bool | None
-) -> list[tuple[str, Tensor, Tensor]]:
+    moving: Iterable[tuple[str, Tensor, Selected]], release: bool | None
+) -> list[tuple[str, Tensor, Selected]]:
     """Choose the parameters whose gradients are released.
 
     Args:
-        moving: ``(name, parameter, indices [K])`` of each, ``None`` for indices where it moves whole.
+        moving: ``(name, parameter, selected)`` of each.
         release: ``True`` takes all that do not move whole, ``None`` the large ones of which little is selected, unless
             several processes train.
 
@@ -88,11 +88,11 @@ def to_release(
     if release is None and _several_processes():
         release = False
     entries = []
-    for name, parameter, chosen in moving:
-        if chosen is not None and parameter.requires_grad:
-            large = parameter.numel() > LARGE and len(chosen) <= LITTLE * parameter.numel()
+    for name, parameter, selected in moving:
+        if not selected.entries.is_all and parameter.requires_grad:
+            large = parameter.numel() > LARGE and selected.entries.count <= LITTLE * parameter.numel()
             if large if release is None else release:
-                entries.append((name, parameter, chosen))
+                entries.append((name, parameter, selected))
     return entries
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fishkern.files import AnyTensor, pieces
 from fishkern.report.cells import Cell, cells_of
 from fishkern.selection import Selection
-from fishkern.selection.base import topk
+from fishkern.selection.ranking import topk
 from fishkern.statistics import Statistics
 
 _BINS = 2**16  # positive float32 values sort like their bits; the upper 16 of these are the bin

@@ -2,20 +2,25 @@
 
 from fishkern.selection.base import Rule
 from fishkern.selection.delta import Delta, apply_delta, delta
+from fishkern.selection.entries import Entries
 from fishkern.selection.global_topk import GlobalTopK
 from fishkern.selection.per_row_topk import PerRowTopK
 from fishkern.selection.per_tensor_topk import PerTensorTopK
 from fishkern.selection.random import Random
+from fishkern.selection.ranges import Columns, Rows
 from fishkern.selection.result import Selection
 from fishkern.selection.select import select
 from fishkern.selection.start import bound_to_start, check_start, load_start, open_start, save_start
 
 __all__ = [
+    "Columns",
     "Delta",
+    "Entries",
     "GlobalTopK",
     "PerRowTopK",
     "PerTensorTopK",
     "Random",
+    "Rows",
     "Rule",
     "Selection",
     "apply_delta",

@@ -7,25 +7,44 @@ import os
 from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from fishkern.files import PIECE, AnyTensor, Format, in_brief, open_tensors, parsing, read_json, save_tensors
-from fishkern.selection._packed import packed
+from fishkern.files import (
+    PIECE,
+    AnyTensor,
+    Format,
+    StoredTensor,
+    in_brief,
+    open_tensors,
+    parsing,
+    read_json,
+    save_tensors,
+)
+from fishkern.selection.entries import Entries
+from fishkern.selection.format import (
+    TENSORS,
+    Form,
+    checked_entry,
+    form_of,
+    oldest_format,
+    read_entries,
+    read_provenance,
+)
+from fishkern.selection.frozen import Frozen
 from fishkern.selection.result import Selection
 from fishkern.selection.start import named_tensors
-from fishkern.selection.stored import checked_entry, read_indices, read_provenance
 
-FORMAT = Format("fishkern.delta", version=1, saved_by="Delta.save")
+FORMAT = Format("fishkern.delta", version=2, saved_by="Delta.save")
 
 
-class Delta:
-    """The values that a model has at the selected entries, and a digest of all others in the pool.
+class Delta(Frozen):
+    """The trained values of the selected entries, and a digest of all others in the pool.
 
     Training with a masked optimizer moves the selected entries only, so the others are the base model's, and their
-    digest tells the base from any other model. Made by :func:`delta`, put back by :func:`apply_delta`. Frozen.
+    digest tells the base from any other model. Made by :func:`delta`, written into a model by :func:`apply_delta`.
+    Frozen.
 
     Args:
         selection: Which entries.
@@ -38,10 +57,10 @@ class Delta:
 
     def __init__(self, selection: Selection, values: Mapping[str, Tensor], digests: Mapping[str, str]) -> None:
         sizes = {name: tuple(tensor.shape) for name, tensor in values.items()}
-        wanted = {name: (count,) for name, count in selection.counts.items() if count}
-        if sizes != wanted or digests.keys() != selection.shapes.keys():
+        expected = {name: (count,) for name, count in selection.counts.items() if count}
+        if sizes != expected or digests.keys() != selection.shapes.keys():
             raise ValueError(
-                f"values must be [K] of the {len(wanted)} names with selected entries and digests of the "
+                f"values must be [K] of the {len(expected)} names with selected entries and digests of the "
                 f"{len(selection.names)} names of the pool, got {len(sizes)} and {len(digests)} that differ."
             )
         vars(self).update(selection=selection, _values=dict(values), _digests=dict(digests))
@@ -63,12 +82,6 @@ class Delta:
             ``[K]`` on the CPU, in ascending order of ``selection.indices(name)``. Not to be changed.
         """
         return self._values[name]
-
-    def __setattr__(self, name: str, value: object) -> NoReturn:
-        raise AttributeError(f"a Delta is frozen: {name} cannot be set.")
-
-    def __delattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"a Delta is frozen: {name} cannot be deleted.")
 
     def __repr__(self) -> str:
         nbytes = sum(values.nbytes for values in self._values.values())
@@ -92,7 +105,7 @@ class Delta:
         return Delta(selection, values, {names[name]: digest for name, digest in self._digests.items()})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Save as one ``.safetensors`` file of the selection's size: values, and indices or a bit per coordinate.
+        """Save as one ``.safetensors`` file of the selection's size: its values, and its entries as in a selection.
 
         Args:
             path: ``name.safetensors`` (or ``name``; the suffix is added). Its folder must exist.
@@ -106,18 +119,16 @@ class Delta:
         """
         tensors: dict[str, AnyTensor] = {}
         pool = {}
-        for name, shape in self.selection.shapes.items():
-            form = "whole" if name in self.selection.whole else "indices" if name in self._values else "none"
-            if form == "indices":
-                entries = self.selection.indices(name)
-                if -(-shape.numel() // 8) < entries.nbytes:
-                    form, entries = "bits", packed(entries, shape.numel())
-                tensors[f"entries:{name}"] = entries
+        entries = {name: self.selection.entries(name) for name in self.selection.names}
+        for name, selected in entries.items():
+            form, tensor = form_of(selected)
+            if tensor is not None:
+                tensors[f"entries:{name}"] = tensor
             if name in self._values:
                 tensors[f"values:{name}"] = self._values[name]
-            pool[name] = [list(shape), form, self._digests[name]]
-        provenance = json.dumps(self.selection.provenance)
-        return save_tensors(path, tensors, format=FORMAT, metadata={"pool": json.dumps(pool), "provenance": provenance})
+            pool[name] = [list(selected.shape), form, self._digests[name]]
+        metadata = {"pool": json.dumps(pool), "provenance": json.dumps(self.selection.provenance)}
+        return save_tensors(path, tensors, format=oldest_format(FORMAT, entries.values()), metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Delta:
@@ -135,32 +146,31 @@ class Delta:
         """
         metadata, stored = open_tensors(path, format=FORMAT)
         with parsing(f"{path} holds no valid delta"):
-            listed = {name: _checked_entry(name, *entry) for name, entry in read_json(metadata["pool"]).items()}
-            pool = {name: (shape, form) for name, (shape, form, _) in listed.items()}
+            pool = {name: _checked_entry(name, *entry) for name, entry in read_json(metadata["pool"]).items()}
             provenance = read_provenance(metadata["provenance"])
-            wanted = {f"entries:{name}" for name, (_, form) in pool.items() if form in ("indices", "bits")}
-            wanted |= {f"values:{name}" for name, (_, form) in pool.items() if form != "none"}
-            if odd := stored.keys() ^ wanted:
+            expected = {f"entries:{name}" for name, (_, form, _) in pool.items() if form in TENSORS}
+            expected |= {f"values:{name}" for name, (_, form, _) in pool.items() if form != "none"}
+            if odd := stored.keys() ^ expected:
                 raise ValueError(f"its header and its tensors disagree on {in_brief(min(odd), 80)}")
-            indices, values = {}, {}
-            for name, (shape, form) in pool.items():
-                if form in ("indices", "bits"):
-                    indices[name] = read_indices(name, stored[f"entries:{name}"], shape, form)
+            entries, values = {}, {}
+            for name, (shape, form, _) in pool.items():
+                entries[name] = read_entries(name, shape, form, stored.get(f"entries:{name}"))
                 if form != "none":
-                    held = stored[f"values:{name}"]
-                    if not held.dtype.is_floating_point or held.numel() > shape.numel():
-                        raise ValueError(f"{in_brief(name, 80)} {tuple(shape)} holds {held.numel()} {held.dtype}")
-                    values[name] = held.read()
-            shapes = {name: shape for name, (shape, _) in pool.items()}
-            whole = [name for name, (_, form) in pool.items() if form == "whole"]
-            selection = Selection(shapes, indices, whole=whole, provenance=provenance)
-            return cls(selection, values, {name: digest for name, (_, _, digest) in listed.items()})
+                    values[name] = _read_values(name, shape, stored[f"values:{name}"])
+            selection = Selection.from_entries(entries, provenance=provenance)
+            return cls(selection, values, {name: digest for name, (_, _, digest) in pool.items()})
 
 
-def _checked_entry(name: str, shape: object, form: object, digest: object) -> tuple[torch.Size, str, str]:
+def _checked_entry(name: str, shape: object, form: object, digest: object) -> tuple[torch.Size, Form, str]:
     if not isinstance(digest, str):
         raise ValueError(f"the digest of {in_brief(name, 80)} is no text")
     return *checked_entry(name, shape, form), digest
+
+
+def _read_values(name: str, shape: torch.Size, stored: StoredTensor) -> Tensor:
+    if not stored.dtype.is_floating_point or stored.numel() > shape.numel():
+        raise ValueError(f"{in_brief(name, 80)} {tuple(shape)} holds {stored.numel()} {stored.dtype}")
+    return stored.read()
 
 
 @torch.no_grad()
@@ -181,13 +191,13 @@ def delta(model: nn.Module, selection: Selection) -> Delta:
     """
     selection.check(model)
     named = named_tensors(model)
-    digests = {name: _digest_of_others(named[name], selection, name) for name in selection.names}
+    digests = {name: _digest_of_others(named[name], selection.entries(name)) for name in selection.names}
     return _taken(named, selection, digests)
 
 
 @torch.no_grad()
 def apply_delta(model: nn.Module, delta: Delta, *, check: bool = True) -> Delta:
-    """Put the values of a delta into the base model that it was trained from.
+    """Write the values of a delta into the base model that it was trained from.
 
     One delta may be followed by another of the same base and selection; to go on with that of another selection, apply
     the returned one first. ``model.save_pretrained`` then writes a plain checkpoint with the values merged. Everything
@@ -199,7 +209,7 @@ def apply_delta(model: nn.Module, delta: Delta, *, check: bool = True) -> Delta:
         check: Compare the digest of what is not selected; without, values are also cast to the model's dtype.
 
     Returns:
-        What stood in those places before.
+        The values that were there before.
 
     Raises:
         ValueError: Names, shapes, dtypes, or the values that are not selected, are not those of the model that the
@@ -215,46 +225,39 @@ def apply_delta(model: nn.Module, delta: Delta, *, check: bool = True) -> Delta:
                     f"the delta holds {name} as {values.dtype}, the model as {named[name].dtype}: load the model with "
                     f"dtype={values.dtype}, or pass check=False to cast."
                 )
-        if other := [n for n in selection.names if _digest_of_others(named[n], selection, n) != delta._digests[n]]:
+        digests = {name: _digest_of_others(named[name], selection.entries(name)) for name in selection.names}
+        if differing := [name for name, digest in digests.items() if digest != delta._digests[name]]:
             raise ValueError(
-                f"the model is not the delta's base: {len(other)} of {len(selection.names)} parameters differ where "
-                f"nothing is selected, such as {other[0]}. Load the base that it was trained from, and for an adapter "
-                "its start; undo a delta of another selection first; check=False applies it all the same."
+                f"the model is not the delta's base: {len(differing)} of {len(digests)} parameters differ where "
+                f"nothing is selected, such as {differing[0]}. Load the base that it was trained from, and for an "
+                "adapter its start; undo a delta of another selection first; check=False applies it all the same."
             )
     before = _taken(named, selection, delta._digests)
     for name, values in delta._values.items():
-        parameter, flat = named[name], named[name].detach().contiguous().view(-1)
-        flat[_places(selection, name, parameter)] = values.to(flat)
-        if not parameter.is_contiguous():
-            parameter.copy_(flat.view(parameter.shape))
+        parameter = named[name]
+        selection.entries(name).scatter_(parameter, values.to(parameter.device))
     return before
 
 
-def _places(selection: Selection, name: str, parameter: Tensor) -> Tensor | slice:
-    return slice(None) if name in selection.whole else selection.indices(name).long().to(parameter.device)
-
-
 def _taken(named: Mapping[str, Tensor], selection: Selection, digests: Mapping[str, str]) -> Delta:
-    values = {}
-    for name, count in selection.counts.items():
-        if count:
-            flat = named[name].detach().contiguous().view(-1)
-            values[name] = flat[_places(selection, name, flat)].to("cpu", copy=True)
+    values = {
+        name: selection.entries(name).gather(named[name]).to("cpu", copy=True)
+        for name, count in selection.counts.items()
+        if count
+    }
     return Delta(selection, values, digests)
 
 
-def _digest_of_others(parameter: Tensor, selection: Selection, name: str) -> str:
+def _digest_of_others(parameter: Tensor, entries: Entries) -> str:
     """Hash dtype and bytes, with zeros where it is selected; one that is selected whole has no bytes to hash."""
     digest = blake2b(str(parameter.dtype).encode(), digest_size=8)
-    if name in selection.whole:
+    if entries.is_all:
         return digest.hexdigest()
-    indices = selection.indices(name)
     flat = parameter.detach().contiguous().view(-1)
     for start in range(0, len(flat), PIECE):
         piece = flat[start : start + PIECE]
         buffer = bytearray(piece.nbytes)
         copy = torch.frombuffer(buffer, dtype=piece.dtype).copy_(piece)
-        ends = torch.searchsorted(indices, torch.tensor([start, start + len(piece)], dtype=indices.dtype))
-        copy[indices[ends[0] : ends[1]].long() - start] = 0
+        entries.fill_(copy, 0, start)
         digest.update(buffer)
     return digest.hexdigest()

@@ -9,18 +9,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fishkern.arguments import count_of, one_of
 from fishkern.backend import Backend
 from fishkern.files import PIECE, AnyTensor, pieces
-from fishkern.ops.streaming_topk import Order
-from fishkern.selection.base import Rule, check_order, check_ordered, count_of, no_rank, warn_of_zeros
+from fishkern.ops.streaming_topk import ORDERS, Order
+from fishkern.selection.base import Rule
+from fishkern.selection.ranking import check_ordered, no_rank, warn_of_zeros
 
 
 @dataclass(frozen=True)
 class PerRowTopK(Rule):
     """Select the ``k`` first scores of each output neuron: of each row ``w[o]`` of a parameter.
 
-    A row is everything behind the first index, so a convolution's row is its whole filter. Of equal scores in a row
-    those of smaller index come first. Parameters with fewer than two dimensions (biases, norms) have no rows, and must
+    A row is everything at one first index, so a convolution's row is its whole filter. In a row, ties go to the smaller
+    index. Parameters with fewer than two dimensions (biases, norms) have no rows, and must
     be named in ``always`` or ``never``.
 
     Args:
@@ -30,8 +32,8 @@ class PerRowTopK(Rule):
         never: As for every rule.
 
     Raises:
-        ValueError: ``k`` is negative, or ``order`` is neither.
-        TypeError: ``k`` is no integer.
+        ValueError: ``k`` is negative, or ``order`` is another.
+        TypeError: ``k`` is not an integer.
     """
 
     streams: ClassVar[bool] = True
@@ -41,7 +43,7 @@ class PerRowTopK(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         vars(self).update(k=count_of(self.k))
-        check_order(self.order)
+        one_of(self.order, ORDERS, "order")
 
     def choose(
         self, scores: Mapping[str, AnyTensor], total: int, backend: Backend | None = None
@@ -58,20 +60,20 @@ class PerRowTopK(Rule):
                 f"k={self.k} exceeds the rows of {len(narrow)} of {len(scores)} parameters, such as {narrow[0]} with "
                 f"rows of {widths[narrow[0]]}: lower k, or name them in always= or never=."
             )
-        chosen = {}
+        selected = {}
         zeros = []
         for name, score in scores.items():
             parts = list(self._of_rows(name, score, widths[name]))
-            chosen[name] = torch.cat([indices for indices, _ in parts]) if parts else torch.empty(0, dtype=torch.int64)
+            selected[name] = torch.cat([torch.empty(0, dtype=torch.int64), *(indices for indices, _ in parts)])
             if any(by_position for _, by_position in parts):
                 zeros.append(name)
         if zeros:
-            where = f"in some rows of {len(zeros)} of {len(scores)} parameters, such as {zeros[0]}, k={self.k}"
-            warn_of_zeros(self.order, where, "number of")
-        return chosen
+            where = f"some rows of {len(zeros)} of {len(scores)} parameters, such as {zeros[0]},"
+            warn_of_zeros(self.order, f"k={self.k:,}", where)
+        return selected
 
     def _of_rows(self, name: str, score: AnyTensor, width: int) -> Iterator[tuple[Tensor, bool]]:
-        """Give the flat indices selected in some rows after the other, and whether a zero among them is by position."""
+        """Yield, for one group of rows after another, the flat indices selected, and whether position chose a zero."""
         if self.k == 0 or score.numel() == 0:
             return
         first = 0

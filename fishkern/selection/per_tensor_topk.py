@@ -10,13 +10,12 @@ from torch import Tensor
 
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor
-from fishkern.ops.streaming_topk import Order
-from fishkern.selection.base import Rule, budget, by_position, check_order, either, num_non_zero, topk, warn_of_zeros
+from fishkern.selection.ranking import TopK, by_position, num_non_zero, topk, warn_of_zeros
 
 
 @dataclass(frozen=True)
-class PerTensorTopK(Rule):
-    """Select the ``k`` first scores of each parameter, so that every one of them gets its share.
+class PerTensorTopK(TopK):
+    """Select the ``k`` first scores of each parameter, so every one of them gets its share.
 
     Args:
         k: How many of each parameter; or
@@ -27,18 +26,10 @@ class PerTensorTopK(Rule):
 
     Raises:
         ValueError: Not exactly one of ``k`` and ``density`` is given, or an argument is out of range.
-        TypeError: ``k`` or ``density`` is no number.
+        TypeError: ``k`` or ``density`` is not a number.
     """
 
     streams: ClassVar[bool] = True
-    k: int | None = None
-    density: float | None = None
-    order: Order = "largest"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        vars(self).update(either(self.k, self.density))
-        check_order(self.order)
 
     def choose(
         self, scores: Mapping[str, AnyTensor], total: int, backend: Backend | None = None
@@ -48,15 +39,15 @@ class PerTensorTopK(Rule):
                 f"k={self.k} exceeds the size of {len(small)} of {len(scores)} parameters, such as {small[0]}: take "
                 "density=, or name them in always= or never=."
             )
-        chosen: dict[str, Tensor] = {}
+        selected: dict[str, Tensor] = {}
         zeros = []
         for name, score in scores.items():
-            k = budget(self.k, self.density, score.numel())
+            k = self.budget_of(score.numel())
             indices, threshold = topk({name: score}, k, self.order, backend)
-            chosen |= indices
+            selected |= indices
             if threshold == 0 and by_position(self.order, k, num_non_zero([score]), score.numel()):
                 zeros.append(name)
         if zeros:
-            where = f"in {len(zeros)} of {len(scores)} parameters, such as {zeros[0]}, k"
-            warn_of_zeros(self.order, where, "number of")
-        return chosen
+            budget = f"density={self.density}" if self.k is None else f"k={self.k:,}"
+            warn_of_zeros(self.order, budget, f"{len(zeros)} of {len(scores)} parameters, such as {zeros[0]},")
+        return selected

@@ -10,17 +10,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fishkern.arguments import integer
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor
-from fishkern.selection.base import Rule, budget, either
-from fishkern.statistics.base import integer
+from fishkern.selection.budgeted import Budgeted
 
-# From this share on, marks for all coordinates take no more memory than a list of the drawn ones, and no sorting.
-_MARKED_SHARE = 16
+# From this share on, a mark for every coordinate takes no more memory than a list of the drawn ones, and needs no sort.
+_MARKED_SHARE = 1 / 16
 
 
 @dataclass(frozen=True)
-class Random(Rule):
+class Random(Budgeted):
     """Select ``k`` coordinates of the pool at random, each set of ``k`` with the same probability.
 
     The scores are not read. The result depends on the seed and on the names and sizes alone, not on their order, on
@@ -31,22 +31,20 @@ class Random(Rule):
         k: How many; or
         density: floor(density * pool), as in :class:`GlobalTopK`.
         seed: Of a generator of its own.
-        always: As for every rule: selected whole, beside the ``k``.
+        always: As for every rule: selected whole, on top of the ``k``.
         never: As for every rule.
 
     Raises:
         ValueError: Not exactly one of ``k`` and ``density`` is given, or an argument is out of range.
-        TypeError: ``k``, ``density`` or ``seed`` is no number.
+        TypeError: ``k``, ``density`` or ``seed`` is not a number.
     """
 
     streams: ClassVar[bool] = True
-    k: int | None = None
-    density: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        vars(self).update(either(self.k, self.density), seed=integer(self.seed, "seed"))
+        vars(self).update(seed=integer(self.seed, "seed"))
 
     def choose(
         self, scores: Mapping[str, AnyTensor], total: int, backend: Backend | None = None
@@ -54,28 +52,23 @@ class Random(Rule):
         names = sorted(scores)
         ends = list(accumulate(scores[name].numel() for name in names))
         available = ends[-1] if ends else 0
-        k = budget(self.k, self.density, total)
-        if k > available:
-            raise ValueError(
-                f"k={k:,} of a pool of {total:,} was asked for, but only {available:,} are left to choose from beside "
-                "always= and never=: lower k or density."
-            )
+        k = self.budget_of_pool(total, available)
         fewer = 2 * k <= available
         drawn = _distinct(available, k if fewer else available - k, self.seed)
-        chosen = {}
+        selected = {}
         for name, start, end in zip(names, [0, *ends], ends, strict=False):
             low, high = torch.searchsorted(drawn, torch.tensor([start, end])).tolist()
             inside = drawn[low:high] - start
-            chosen[name] = inside if fewer else _others(inside, end - start)
-        return chosen
+            selected[name] = inside if fewer else _others(inside, end - start)
+        return selected
 
 
 def _distinct(total: int, count: int, seed: int) -> Tensor:
     """Draw ``count`` distinct numbers below ``total``, ascending: the first distinct ones of a row of draws."""
     generator = torch.Generator().manual_seed(seed)
-    if _MARKED_SHARE * count > total:
+    if count > _MARKED_SHARE * total:
         marked = torch.zeros(total, dtype=torch.bool)
-        while missing := count - int(marked.sum()):  # never too many, so that none has to be taken back
+        while missing := count - int(marked.sum()):  # never too many, so none has to be taken back
             marked[torch.randint(total, (missing,), generator=generator)] = True
         return marked.nonzero().view(-1)
     drawn = torch.empty(0, dtype=torch.int64)

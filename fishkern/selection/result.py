@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,30 +15,37 @@ from torch import Tensor, nn
 from fishkern import hosts
 from fishkern.files import parsing
 from fishkern.names import fitted, listed, renamed, without_wrappers
-from fishkern.ops.streaming_topk import index_dtype
-from fishkern.selection import algebra, stored
+from fishkern.selection import format
 from fishkern.selection.base import Patterns, matching
+from fishkern.selection.entries import Entries
+from fishkern.selection.frozen import Frozen
+from fishkern.selection.ranges import Columns, Ranges, Rows
 
 
-class Selection:
+class Selection(Frozen):
     """Which coordinates are selected, out of a pool of parameters.
 
-    The pool is every name that was scored, with its shape, also where nothing was selected. Of a parameter that is
-    selected whole no list of indices is kept. ``a | b``, ``a & b`` and ``a - b`` combine what is selected; the pool of
-    the result is that of both. ``==`` compares the pools and what is selected, not the provenance. Frozen.
+    The pool is every name that was scored, with its shape, also where nothing was selected. Parameters that are
+    selected whole, and ranges of rows or columns, need no list of indices. ``a | b``, ``a & b`` and ``a - b`` combine
+    what is selected; the pool of the result is that of both. ``==`` compares the pools and what is selected, not the
+    provenance, nor whether entries are listed or in ranges. Frozen.
 
     Args:
         shapes: The pool: the shape of each parameter by name, in the model's order. Wrappers are taken out of names.
         indices: Flat (row-major) indices by name, ``[K]``, distinct integers in any order, copied; names may be
             missing.
         whole: Names that are selected whole.
+        ranges: :class:`Rows` or :class:`Columns` by name, of parameters that are not in ``indices`` or ``whole``.
         provenance: Where it comes from, JSON: ``"rule"``, ``"k"``, ``"statistics"``.
 
     Raises:
-        TypeError: Indices are not integer tensors, or ``provenance`` is not JSON.
-        ValueError: A name is not in the pool, two names become one without wrappers, a shape is none, or indices repeat
-            or lie outside their parameter.
+        TypeError: Indices are not integer tensors, ranges are neither rows nor columns, or ``provenance`` is not JSON.
+        ValueError: A name is not in the pool, or in ``ranges`` and elsewhere; two names become one without wrappers; a
+            size is below zero; or indices repeat, or something is outside its parameter.
     """
+
+    _entries: dict[str, Entries]
+    _provenance: str
 
     def __init__(
         self,
@@ -46,47 +53,65 @@ class Selection:
         indices: Mapping[str, Tensor],
         *,
         whole: Iterable[str] = (),
+        ranges: Mapping[str, Rows | Columns] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        pool = renamed(shapes, without_wrappers)
-        pool = {name: torch.Size(shape) for name, shape in pool.items()}
-        for name, shape in pool.items():
-            if min(shape, default=0) < 0:
-                raise ValueError(f"{name} has the shape {tuple(shape)}, and no size is below zero.")
-        given = renamed(indices, without_wrappers)
+        pool = {name: _checked_shape(name, shape) for name, shape in renamed(shapes, without_wrappers).items()}
+        by_list = renamed(indices, without_wrappers)
+        by_range = renamed(ranges or {}, without_wrappers)
         all_of = {without_wrappers(name) for name in whole}
-        for name in [*given, *all_of]:
+        for name in [*by_list, *by_range, *all_of]:
             if name not in pool:
                 raise ValueError(f"{name} is not in the pool of {len(pool)} names: give its shape.")
-        entries: dict[str, Tensor | None] = {}
-        for name, shape in pool.items():
-            entry = given.get(name, torch.empty(0, dtype=torch.int32))
-            entries[name] = None if name in all_of and shape.numel() else _checked(name, entry, shape.numel())
-        try:
-            text = json.dumps(dict(provenance or {}), allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"provenance must be JSON: {error}.") from None
-        vars(self).update(_shapes=pool, _entries=entries, _provenance=text)
+        for name, given in by_range.items():
+            if name in by_list or name in all_of:
+                raise ValueError(f"{name} is in ranges= and in {'indices' if name in by_list else 'whole='}: give one.")
+            if not isinstance(given, Ranges):
+                raise TypeError(f"ranges are Rows or Columns; those of {name} are {type(given).__name__}.")
+        entries = {name: Entries.all(shape) if name in all_of else Entries.none(shape) for name, shape in pool.items()}
+        for name, selected in {**by_list, **by_range}.items():
+            if name not in all_of:
+                entries[name] = Entries.of(pool[name], selected, name)
+        vars(self).update(_entries=entries, _provenance=_json(provenance or {}))
+
+    @classmethod
+    def from_entries(cls, entries: Mapping[str, Entries], *, provenance: Mapping[str, Any] | None = None) -> Selection:
+        """Make a selection of what is selected of each parameter.
+
+        Args:
+            entries: For each name of the pool, in the model's order.
+            provenance: Where it comes from, JSON.
+
+        Returns:
+            The selection.
+
+        Raises:
+            TypeError: ``provenance`` is not JSON.
+            ValueError: Two names become one without wrappers.
+        """
+        selection = cls({}, {}, provenance=provenance)
+        selection._entries.update(renamed(entries, without_wrappers))
+        return selection
 
     @property
     def names(self) -> tuple[str, ...]:
         """The pool: every scored name, in the model's order."""
-        return tuple(self._shapes)
+        return tuple(self._entries)
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
         """The shape of each parameter of the pool."""
-        return MappingProxyType(self._shapes)
+        return MappingProxyType({name: entries.shape for name, entries in self._entries.items()})
 
     @property
     def counts(self) -> Mapping[str, int]:
         """How many coordinates of each parameter of the pool are selected."""
-        return {name: self._count(name) for name in self._shapes}
+        return {name: entries.count for name, entries in self._entries.items()}
 
     @property
     def whole(self) -> tuple[str, ...]:
-        """The parameters of which every coordinate is selected, kept without a list of indices."""
-        return tuple(name for name, entry in self._entries.items() if entry is None)
+        """The parameters of which every coordinate is selected."""
+        return tuple(name for name, entries in self._entries.items() if entries.is_all)
 
     @property
     def count(self) -> int:
@@ -96,7 +121,7 @@ class Selection:
     @property
     def total(self) -> int:
         """Number of coordinates in the pool."""
-        return sum(shape.numel() for shape in self._shapes.values())
+        return sum(entries.shape.numel() for entries in self._entries.values())
 
     @property
     def density(self) -> float:
@@ -113,8 +138,25 @@ class Selection:
         """Where the selection comes from (``"rule"``, ``"k"``, ``"statistics"``), as a fresh copy."""
         return json.loads(self._provenance)
 
+    def entries(self, name: str) -> Entries:
+        """Give what is selected of one parameter, as it is kept: a list, or ranges of rows or columns.
+
+        Args:
+            name: A name of the pool.
+
+        Returns:
+            The entries; ``.ranges`` are their :class:`Rows` or :class:`Columns`, ``None`` where they are listed.
+
+        Raises:
+            KeyError: The name is not in the pool.
+        """
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise KeyError(f"{name} is not in the pool of {len(self._entries)} names") from None
+
     def indices(self, name: str) -> Tensor:
-        """Give the selected coordinates of one parameter.
+        """List the selected coordinates of one parameter.
 
         Args:
             name: A name of the pool.
@@ -123,11 +165,7 @@ class Selection:
             Flat (row-major) indices ``[K]``, ascending, on the CPU; int32, or int64 for a parameter of more than 2^31
             coordinates. Not to be changed.
         """
-        entry = self._entry(name)
-        if entry is None:
-            numel = self._shapes[name].numel()
-            return torch.arange(numel, dtype=index_dtype(numel))
-        return entry
+        return self.entries(name).indices()
 
     def mask(self, name: str) -> Tensor:
         """Give one parameter's mask.
@@ -138,23 +176,13 @@ class Selection:
         Returns:
             Of the parameter's shape, bool on the CPU; True = selected, all False where nothing is.
         """
-        entry = self._entry(name)
-        if entry is None:
-            return torch.ones(self._shapes[name], dtype=torch.bool)
-        mask = torch.zeros(self._shapes[name], dtype=torch.bool)
-        mask.view(-1)[entry.long()] = True
-        return mask
+        return self.entries(name).mask()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._shapes
+        return name in self._entries
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Selection):
-            return NotImplemented
-        return self._shapes == other._shapes and all(
-            ours is theirs is None or (ours is not None and theirs is not None and torch.equal(ours, theirs))
-            for ours, theirs in ((entry, other._entries[name]) for name, entry in self._entries.items())
-        )
+        return self._entries == other._entries if isinstance(other, Selection) else NotImplemented
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -167,12 +195,6 @@ class Selection:
     def __sub__(self, other: Selection) -> Selection:
         return self.difference(other)
 
-    def __setattr__(self, name: str, value: object) -> NoReturn:
-        raise AttributeError(f"a Selection is frozen: {name} cannot be set.")
-
-    def __delattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"a Selection is frozen: {name} cannot be deleted.")
-
     def __repr__(self) -> str:
         touched = sum(map(bool, self.counts.values()))
         rule = self.provenance.get("rule")
@@ -180,7 +202,7 @@ class Selection:
             rule["name"] if isinstance(rule, dict) and "name" in rule else "",
             f"{self.count:,} of {self.total:,} coordinates",
             f"density {self.density:.3g}",
-            f"in {touched} of {len(self._shapes)} parameters",
+            f"in {touched} of {len(self._entries)} parameters",
             f"{len(self.whole)} whole" if self.whole else "",
         ]
         return f"Selection({', '.join(filter(None, parts))})"
@@ -197,7 +219,7 @@ class Selection:
         Raises:
             ValueError: A parameter has different shapes.
         """
-        return self._combined(other, algebra.union)
+        return self._combined(other, "union", Entries.__or__)
 
     def intersection(self, other: Selection) -> Selection:
         """Select what both select.
@@ -211,7 +233,7 @@ class Selection:
         Raises:
             ValueError: A parameter has different shapes.
         """
-        return self._combined(other, algebra.intersection)
+        return self._combined(other, "intersection", Entries.__and__)
 
     def difference(self, other: Selection) -> Selection:
         """Select what this one selects and the other does not.
@@ -225,7 +247,7 @@ class Selection:
         Raises:
             ValueError: A parameter has different shapes.
         """
-        return self._combined(other, algebra.difference)
+        return self._combined(other, "difference", Entries.__sub__)
 
     def overlap(self, other: Selection) -> float:
         """Compare two selections by the Jaccard index: selected by both / selected by either.
@@ -239,8 +261,7 @@ class Selection:
         Raises:
             ValueError: A parameter has different shapes.
         """
-        shared = sum(algebra.shared(self, other).values())
-        return algebra.jaccard(shared, self.count, other.count)
+        return _jaccard(sum(self._shared(other).values()), self.count, other.count)
 
     def overlap_by_parameter(self, other: Selection) -> dict[str, float]:
         """Compare two selections parameter by parameter, as :meth:`overlap` does on the whole.
@@ -254,10 +275,10 @@ class Selection:
         Raises:
             ValueError: A parameter has different shapes.
         """
-        shared = algebra.shared(self, other)
+        shared = self._shared(other)
         ours, theirs = self.counts, other.counts
         names = dict.fromkeys([*self.names, *other.names])
-        return {name: algebra.jaccard(shared.get(name, 0), ours.get(name, 0), theirs.get(name, 0)) for name in names}
+        return {name: _jaccard(shared.get(name, 0), ours.get(name, 0), theirs.get(name, 0)) for name in names}
 
     def restrict(self, keep: Patterns | Callable[[str], bool]) -> Selection:
         """Narrow the pool.
@@ -275,7 +296,8 @@ class Selection:
             names = [name for name in self.names if keep(name)]
         else:
             names = matching((keep,) if isinstance(keep, str) else keep, self.names, "keep")
-        return self._rebuilt({name: name for name in names})
+        entries = {name: self._entries[name] for name in names}
+        return Selection.from_entries(entries, provenance=self.provenance)
 
     def rename(self, fn: Callable[[str], str]) -> Selection:
         """Give every parameter another name, for example that of the same parameter inside a PEFT model.
@@ -289,13 +311,12 @@ class Selection:
         Raises:
             ValueError: Two names become one.
         """
-        renamed(self._shapes, lambda name: without_wrappers(fn(name)))
         names = {name: without_wrappers(fn(name)) for name in self.names}
         provenance = self.provenance
         for key in ("start", "start_unselected"):  # the digests of bound_to_start are of these very parameters
             if key in provenance:
                 provenance[key] = {names.get(name, name): digest for name, digest in provenance[key].items()}
-        return self._rebuilt(names, provenance)
+        return Selection.from_entries(renamed(self._entries, names.__getitem__), provenance=provenance)
 
     def check(self, model: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
         """Make sure that the selection fits a model: each name of the pool is a parameter of the shape scored.
@@ -310,14 +331,14 @@ class Selection:
             shapes = {n: p.shape for n, p in hosts.named_parameters(model, remove_duplicate=False).items()}
         else:
             given = [(name, parameter.shape) for name, parameter in model]
-            names = fitted([name for name, _ in given], self._shapes)
+            names = fitted([name for name, _ in given], self._entries)
             shapes = {name: shape for name, (_, shape) in zip(names, given, strict=True)}
         faults = []
-        if missing := [name for name in self._shapes if name not in shapes]:
-            faults.append(f"{len(missing)} of {len(self._shapes)} names are not in the model ({listed(missing)})")
+        if missing := [name for name in self._entries if name not in shapes]:
+            faults.append(f"{len(missing)} of {len(self._entries)} names are not in the model ({listed(missing)})")
         differing = [
             f"{name} is {tuple(shape)} here and {tuple(shapes[name])} there"
-            for name, shape in self._shapes.items()
+            for name, shape in self.shapes.items()
             if name in shapes and shapes[name] != shape
         ]
         if differing:
@@ -331,8 +352,9 @@ class Selection:
     def save(self, path: str | os.PathLike[str], *, max_shard_size: str | int | None = "5GB") -> Path:
         """Save as ``.safetensors``, whose header says what it is (pool, rule, k, digest of the statistics).
 
-        Of each parameter it holds the indices, or one bit for each coordinate where that is smaller, or nothing where
-        it is selected whole or not at all. It appears whole or not at all, as :meth:`Statistics.save` does.
+        Of each parameter it holds the indices, or one bit for each coordinate where that is smaller. Parameters that
+        are selected whole or not at all, and ranges, are in the header alone; a file with ranges is of format 2. It
+        appears whole or not at all, as that of :meth:`Statistics.save` does.
 
         Args:
             path: ``name.safetensors`` (or ``name``; the suffix is added). Its folder must exist.
@@ -345,7 +367,7 @@ class Selection:
             FileExistsError: A file of that name holds something else, such as a model.
             OSError: The folder is missing or read-only, or the disk is full.
         """
-        return stored.save(path, self._shapes, self._entries, self._provenance, max_shard_size=max_shard_size)
+        return format.save(path, self._entries, self._provenance, max_shard_size=max_shard_size)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Selection:
@@ -361,46 +383,48 @@ class Selection:
             FileNotFoundError: There is no such file, or a shard is missing.
             ValueError: The file is truncated or damaged, holds no selection, or was written in a newer format.
         """
-        held = stored.load(path)
+        entries, provenance = format.load(path)
         with parsing(f"{path} holds no valid selection"):
-            return cls(**held)
+            return cls.from_entries(entries, provenance=provenance)
 
-    def _entry(self, name: str) -> Tensor | None:
-        try:
-            return self._entries[name]
-        except KeyError:
-            raise KeyError(f"{name} is not in the pool of {len(self._shapes)} names") from None
+    def _combined(self, other: Selection, name: str, combine: Callable[[Entries, Entries], Entries]) -> Selection:
+        """Combine two selections parameter by parameter; outside a pool nothing of a parameter is selected."""
+        self._check_shapes(other)
+        entries = {}
+        for parameter, shape in {**self.shapes, **other.shapes}.items():
+            nothing = Entries.none(shape)
+            ours, theirs = (one._entries.get(parameter, nothing) for one in (self, other))
+            entries[parameter] = combine(ours, theirs)
+        return Selection.from_entries(entries, provenance={name: [self.provenance, other.provenance]})
 
-    def _count(self, name: str) -> int:
-        entry = self._entries[name]
-        return self._shapes[name].numel() if entry is None else len(entry)
+    def _shared(self, other: Selection) -> dict[str, int]:
+        """Count for each parameter of both pools the coordinates that both select."""
+        self._check_shapes(other)
+        return {name: ours.shared(other._entries[name]) for name, ours in self._entries.items() if name in other}
 
-    def _rebuilt(self, names: Mapping[str, str], provenance: Mapping[str, Any] | None = None) -> Selection:
-        return Selection(
-            {new: self._shapes[old] for old, new in names.items()},
-            {new: entry for old, new in names.items() if (entry := self._entries[old]) is not None},
-            whole=[new for old, new in names.items() if self._entries[old] is None],
-            provenance=self.provenance if provenance is None else provenance,
-        )
-
-    def _combined(self, other: Selection, combine: Callable[[Tensor, Tensor], Tensor]) -> Selection:
-        pool, indices = algebra.combined(self, other, combine)
-        return Selection(pool, indices, provenance={combine.__name__: [self.provenance, other.provenance]})
+    def _check_shapes(self, other: Selection) -> None:
+        for name, shape in self.shapes.items():
+            if name in other and (theirs := other._entries[name].shape) != shape:
+                raise ValueError(
+                    f"{name} is {tuple(shape)} in one selection and {tuple(theirs)} in the other: they are not of one "
+                    "model."
+                )
 
 
-def _checked(name: str, indices: Tensor, numel: int) -> Tensor | None:
-    """Return a copy of them, ascending, on the CPU, in the smallest dtype, or ``None`` where they are all."""
-    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32) or indices.ndim != 1:
-        what = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, Tensor) else type(indices).__name__
-        raise TypeError(f"indices are [K], int64 or int32; those of {name} are {what}.")
-    indices = indices.detach().cpu()
-    if len(indices) == 0:
-        return torch.empty(0, dtype=index_dtype(numel))
-    if not bool((indices[1:] > indices[:-1]).all()):
-        indices = indices.sort().values
-    for end in (int(indices[0]), int(indices[-1])):
-        if not 0 <= end < numel:
-            raise ValueError(f"{name} has {numel} coordinates, but an index is {end}.")
-    if not bool((indices[1:] > indices[:-1]).all()):
-        raise ValueError(f"the indices of {name} repeat: each coordinate is selected once.")
-    return None if len(indices) == numel else indices.to(index_dtype(numel), copy=True)
+def _jaccard(shared: int, ours: int, theirs: int) -> float:
+    """Divide how many are in both by how many are in either; 1 where neither has any."""
+    return shared / (ours + theirs - shared) if ours or theirs else 1.0
+
+
+def _checked_shape(name: str, shape: Sequence[int]) -> torch.Size:
+    shape = torch.Size(shape)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"{name} has the shape {tuple(shape)}, and no size is below zero.")
+    return shape
+
+
+def _json(provenance: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(provenance), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"provenance must be JSON: {error}.") from None

@@ -1,7 +1,7 @@
-"""The start that a selection belongs to: the values of adapter and head on which its scores were computed.
+"""The start of a selection: the initial values of adapter and head, on which its scores were computed.
 
-A selection ranks the entries of one random start. On another the same entries mean nothing, so the selection carries a
-digest of its start, and the values themselves can be saved beside it.
+A selection ranks the entries of one random initialisation and is meaningless for another. So it can carry a digest of
+the values it was made for, and the values themselves can be saved with it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fishkern import hosts
 from fishkern.files import Format, StoredTensor, in_brief, open_tensors, save_tensors
 from fishkern.names import fitted
+from fishkern.selection.entries import Entries
 from fishkern.selection.result import Selection
 
 FORMAT = Format("fishkern.start", version=1, saved_by="fishkern.selection.save_start")
@@ -26,11 +27,11 @@ _TOLERANCE = 1e-2
 
 
 def bound_to_start(selection: Selection, model: nn.Module) -> Selection:
-    """Let a selection carry a digest of the values that its pool has in a model.
+    """Add to a selection a digest of the values that its pool has in a model.
 
     Args:
         selection: The selection.
-        model: The model that it was made for, as it stands.
+        model: The model that it was made for, with the values it was made for.
 
     Returns:
         The same selection with ``provenance["start"]``: for each name the norm, and the sum under random signs; and
@@ -41,24 +42,28 @@ def bound_to_start(selection: Selection, model: nn.Module) -> Selection:
     """
     selection.check(model)
     named = named_tensors(model)
-    indices = {name: selection.indices(name) for name in selection.names if name not in selection.whole}
+    entries = {name: selection.entries(name) for name in selection.names}
     start = {
-        "start": {name: _digest(named[name]) for name in selection.names},
-        "start_unselected": {name: _digest(_unselected(named[name], selection, name)) for name in indices},
+        "start": {name: _digest(named[name]) for name in entries},
+        "start_unselected": {
+            name: _digest(_unselected(named[name], selected))
+            for name, selected in entries.items()
+            if not selected.is_all
+        },
     }
-    return Selection(selection.shapes, indices, whole=selection.whole, provenance={**selection.provenance, **start})
+    return Selection.from_entries(entries, provenance={**selection.provenance, **start})
 
 
 def check_start(
     selection: Selection, model: nn.Module | Iterable[tuple[str, Tensor]], *, trained: bool = False
 ) -> None:
-    """Make sure that a model stands where it stood when the selection was made.
+    """Check that a model has the values that the selection was made for.
 
     Args:
         selection: The selection; one that carries no digest passes.
-        model: The model before its first step, or its named parameters; what is not among them is not looked at.
-        trained: Whether a model passes as well that this very selection was trained in from there: selected entries
-            have moved, and all others stand where they stood.
+        model: The model before its first step, or its named parameters; others of the pool are not compared.
+        trained: Whether to accept as well a model in which this very selection was trained from there: selected entries
+            have moved, and all others have the values that they had.
 
     Raises:
         ValueError: A parameter has other values.
@@ -69,35 +74,38 @@ def check_start(
     for name, (norm, signed) in digests.items():
         if name not in named:
             continue
-        found = _digest(named[name])
-        if not _agree(found, (norm, signed)):
+        digest = _digest(named[name])
+        if not _agree(digest, (norm, signed)):
             if trained and _was_trained(selection, named):
                 return
             raise ValueError(
-                f"the selection was made for another start: {name} had norm {norm:.6g} and has {found[0]:.6g} (sums "
-                f"under random signs {signed:.6g} and {found[1]:.6g}). Load the start that was saved with it "
+                f"the selection was made for another start: {name} had norm {norm:.6g} and has {digest[0]:.6g} (sums "
+                f"under random signs {signed:.6g} and {digest[1]:.6g}). Load the start that was saved with it "
                 "(fishkern.selection.load_start), or select anew."
             )
 
 
 def _was_trained(selection: Selection, named: Mapping[str, Tensor]) -> bool:
     """Tell whether only selected entries have moved from the start, some of them in a parameter that has others."""
-    # What is selected whole has nothing that could tell: a head alone that differs is another start.
-    held = selection.provenance.get("start_unselected", {})
-    digests = {name: digest for name, digest in held.items() if name in named and name in selection}
-    stay = all(_agree(_digest(_unselected(named[name], selection, name)), own) for name, own in digests.items())
-    told = any(norm > 0 for norm, _ in digests.values())
-    return stay and told and any(not _agree(_digest(named[n]), selection.provenance["start"][n]) for n in digests)
+    # A parameter that is selected whole has no other entries to compare: a head alone that differs is another start.
+    recorded = selection.provenance.get("start_unselected", {})
+    digests = {name: digest for name, digest in recorded.items() if name in named and name in selection}
+    others = {name: _digest(_unselected(named[name], selection.entries(name))) for name in digests}
+    unmoved = all(_agree(others[name], digest) for name, digest in digests.items())
+    conclusive = any(norm > 0 for norm, _ in digests.values())  # zeros are the same in every start
+    start = selection.provenance["start"]
+    return unmoved and conclusive and any(not _agree(_digest(named[name]), start[name]) for name in digests)
 
 
-def _agree(found: Sequence[float], own: Sequence[float]) -> bool:
-    return max(abs(found[0] - own[0]), abs(found[1] - own[1])) <= _TOLERANCE * own[0]
+def _agree(digest: Sequence[float], recorded: Sequence[float]) -> bool:
+    return max(abs(digest[0] - recorded[0]), abs(digest[1] - recorded[1])) <= _TOLERANCE * recorded[0]
 
 
-def _unselected(tensor: Tensor, selection: Selection, name: str) -> Tensor:
-    """Give a copy of a parameter, ``[P]``, with zeros where it is selected."""
-    indices = selection.indices(name).long().to(tensor.device)
-    return tensor.detach().flatten().index_fill(0, indices, 0)
+def _unselected(tensor: Tensor, entries: Entries) -> Tensor:
+    """Copy a parameter, ``[P]``, with zeros where it is selected."""
+    copy = tensor.detach().flatten().clone()
+    entries.fill_(copy, 0)
+    return copy
 
 
 def save_start(model: nn.Module, selection: Selection, path: str | os.PathLike[str]) -> Path:

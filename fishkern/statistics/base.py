@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -260,25 +259,6 @@ def added_to(state: State, added: State) -> list[Tensor | None]:
             f"of_gradient must give a nest like the state, of {len(leaves)} entries; it has {len(others)}."
         )
     return [other for leaf, other in zip(leaves, others, strict=True) if isinstance(leaf, Tensor)]
-
-
-def integer(value: Any, name: str) -> int:
-    """Take an integer of any library as a plain one, which the header of a file can hold.
-
-    Args:
-        value: Also of numpy, or a tensor.
-        name: Of the argument, for the message.
-
-    Returns:
-        The same number.
-
-    Raises:
-        TypeError: It is none.
-    """
-    try:
-        return int(operator.index(value))
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}.") from None
 
 
 def losses_of(answer: Predictive | Tensor) -> Tensor:

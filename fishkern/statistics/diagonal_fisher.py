@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from fishkern.arguments import integer
 from fishkern.backend import Backend
 from fishkern.layers import PerExampleGrads
-from fishkern.statistics.base import Estimator, ParameterInfo, Reads, State, integer, losses_of
+from fishkern.statistics.base import Estimator, ParameterInfo, Reads, State, losses_of
 from fishkern.statistics.draws import uniform
 from fishkern.statistics.predictive import Predictive
 

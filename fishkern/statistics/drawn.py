@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishkern.statistics.base import integer
+from fishkern.arguments import integer
 from fishkern.statistics.batches import Batch, Examples
 from fishkern.statistics.draws import stream
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEVICE, LAUNCHER = "kernels/_sum_grad_squared_device.py", "kernels/sum_grad_squared.py"
 TOPK, TOPK_DEVICE = "kernels/streaming_topk.py", "kernels/_streaming_topk_device.py"
 ADAMW, SGD = "kernels/masked_adamw.py", "kernels/masked_sgd.py"
-TABLE, PROBLEM = "kernels/_table.py", "kernels/_problem.py"
+ENTRIES, PROBLEM = "kernels/_entries.py", "kernels/_problem.py"
 
 # The tests of each operation, and which of them meet its kernel.
 TESTS = {
@@ -82,21 +82,25 @@ MASKED_ADAMW: Planted = {
     "second moment corrected by the first's beta": (ADAMW, "tl.exp(age * log_beta2)", "tl.exp(age * log_beta1)"),
     "decay without the learning rate": (ADAMW, "(1.0 - lr * weight_decay)", "(1.0 - weight_decay)"),
     "age of entries that came later": (ADAMW, "age = age - tl.load(starts_ptr", "age = age - 0 * tl.load(starts_ptr"),
-    "masters overwrite restored weights": (TABLE, "tl.where(own, master, weight)", "tl.where(own, master, master)"),
+    "masters overwrite restored weights": (ENTRIES, "tl.where(own, master, weight)", "tl.where(own, master, master)"),
     "restored -0 taken for the master's 0": (
-        TABLE, "rounded.to(tl.int32, bitcast=True) == weight.to(tl.int32, bitcast=True)", "rounded == weight"
+        ENTRIES, "rounded.to(tl.int32, bitcast=True) == weight.to(tl.int32, bitcast=True)", "rounded == weight"
     ),
-    "master weights not kept": (ADAMW, "tl.store(master_ptr + offs, weight, mask=mask)", "pass"),
-    "scale of the gradients forgotten": (ADAMW, "grad = grad * tl.load(scale_ptr)", "grad = grad * 1.0"),
-    "state of the first parameter for all": (TABLE, "tl.load(row + 4) + offs, params", "offs, params"),
-    "gathered gradients read as whole ones": (TABLE, "if tl.load(row + 6) != 0:", "if tl.load(row + 6) > 1:"),
-    "blocks after a parameter's first": (TABLE, "(block - tl.load(row + 5)) * BLOCK", "(block * 0) * BLOCK"),
+    "master weights not kept": (ENTRIES, "tl.store(master_ptr + offs, weight, mask=mask)", "pass"),
+    "scale of the gradients forgotten": (ENTRIES, "grad = grad * tl.load(scale_ptr)", "grad = grad * 1.0"),
+    "state of the first parameter for all": (ENTRIES, "tl.load(row + FIRST_ENTRY) + offs, params", "offs, params"),
+    "gathered gradients read as whole ones": (
+        ENTRIES, "if tl.load(row + IS_GATHERED) != 0:", "if tl.load(row + IS_GATHERED) > 1:"
+    ),
+    "blocks after a parameter's first": (
+        ENTRIES, "(block - tl.load(row + FIRST_BLOCK)) * BLOCK", "(block * 0) * BLOCK"
+    ),
 }  # fmt: skip
 MASKED_SGD: Planted = {
     "first momentum damped": (SGD, "tl.where(age == 1.0, grad,", "tl.where(age == 0.0, grad,"),
     "Nesterov without momentum": (SGD, "grad += momentum * buffer", "grad += buffer"),
     "decay forgotten": (SGD, "grad += weight_decay * weight", "grad += 0.0 * weight"),
-    "maximize ignored": (SGD, "        grad = -grad\n", "        grad = grad\n"),
+    "maximize ignored": (ENTRIES, "        grad = -grad\n", "        grad = grad\n"),
     "age of entries that came later, in SGD": (
         SGD, "age = age - tl.load(starts_ptr", "age = age - 0 * tl.load(starts_ptr"
     ),

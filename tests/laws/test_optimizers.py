@@ -54,6 +54,27 @@ def some(model: nn.Module, density: float = 0.3, *, seed: int = 0, bare: str = "
     return fk.Selection(shapes, indices, whole=["4.bias"])
 
 
+def ranged(model: nn.Module, density: float = 0.3, *, seed: int = 0) -> fk.Selection:
+    """Random rows, of one parameter columns, and again one parameter whole and one not at all."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    ranges = {}
+    for name, shape in shapes.items():
+        kind, size = (fk.Columns, shape[1]) if name == "4.weight" else (fk.Rows, shape[0])
+        numbers = (torch.rand(size, generator=generator) < density).nonzero().view(-1)
+        ranges[name] = kind(*((number, number + 1) for number in numbers.tolist()))
+    ranges = {name: given for name, given in ranges.items() if name not in ("2.weight", "4.bias")}
+    return fk.Selection(shapes, {}, whole=["4.bias"], ranges=ranges)
+
+
+def listed(selection: fk.Selection) -> fk.Selection:
+    """The same entries without ranges."""
+    return fk.Selection(selection.shapes, {name: selection.indices(name) for name in selection.names})
+
+
+every_form = pytest.mark.parametrize("select", [some, ranged], ids=["listed", "ranges"])
+
+
 def everything(model: nn.Module) -> fk.Selection:
     shapes = {name: p.shape for name, p in model.named_parameters()}
     return fk.Selection(shapes, {}, whole=list(shapes))
@@ -125,8 +146,9 @@ def test_density_1_is_torch(kind, dtype, maximize):
 
 
 @every_optimizer
+@every_form
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.5])
-def test_any_density_is_a_dense_simulation(kind, density):
+def test_any_density_is_a_dense_simulation(kind, select, density):
     """torch's optimizer in float64, put back after each step where nothing is selected."""
 
     def simulated(dtype):
@@ -141,17 +163,18 @@ def test_any_density_is_a_dense_simulation(kind, density):
         return weights(model)
 
     model = tiny()
-    selection = some(model, density)
+    selection = select(model, density)
     train(model, kind.make(model, selection), range(20))
     assert_as_accurate(weights(model), simulated(torch.float32), simulated(torch.float64))
 
 
 @every_optimizer
+@every_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_else_moves(kind, dtype):
+def test_nothing_else_moves(kind, select, dtype):
     """Neither by decay, momentum or a changed lr, nor with a loaded state."""
     model = tiny(dtype)
-    selection, start = some(model), weights(model)
+    selection, start = select(model), weights(model)
     optimizer = kind.make(model, selection)
     train(model, optimizer, range(10), lr=0.5)
     other = kind.make(model, selection)
@@ -163,26 +186,32 @@ def test_nothing_else_moves(kind, dtype):
 
 
 @every_optimizer
-def test_state_is_of_the_selection(kind):
-    """One number for each selected entry, and none for a parameter of which nothing is selected."""
+@every_form
+def test_state_is_of_the_selection(kind, select):
+    """One number for each selected entry, no indices of rows, and none for one of which nothing is selected."""
     model = tiny(torch.bfloat16)
-    selection = some(model)
+    selection = select(model)
     optimizer = kind.make(model, selection)
     assert not optimizer.state
     train(model, optimizer, range(2))
     for name, p in model.named_parameters():
         count = selection.counts[name]
         assert (p in optimizer.state) == (count > 0)
-        for key, value in optimizer.state.get(p, {}).items():
+        state = {**optimizer.state.get(p, {})}
+        if (spans := selection.entries(name).spans) is not None and 0 < count < p.numel():
+            assert state.pop("rows").shape == (len(spans), 2)
+            assert "indices" not in state
+        for key, value in state.items():
             assert value.shape == (() if key == "step" else (count,))
             assert value.dtype == (torch.int32 if key == "indices" else torch.float32)
 
 
 @every_optimizer
-def test_master_is_float32_rounded(kind):
+@every_form
+def test_master_is_float32_rounded(kind, select):
     """With a master, 16-bit weights are those of the float32 optimizer, rounded; small steps are not lost."""
     narrow, wide = tiny(torch.bfloat16), tiny(torch.bfloat16).float()
-    selection = some(narrow, 0.5)
+    selection = select(narrow, 0.5)
     options = dict(lr=1e-4, weight_decay=0.0)
     masked, exact = kind.make(narrow, selection, **options), kind.make(wide, selection, **options)
     for step in range(30):
@@ -211,11 +240,12 @@ def by_delta(model, start, selection):
 
 
 @every_optimizer
+@every_form
 @pytest.mark.parametrize("restore", [by_state_dict, by_data, by_delta])
-def test_restored_weights_stay_restored(kind, restore):
+def test_restored_weights_stay_restored(kind, select, restore):
     """A checkpoint that is loaded between two steps counts, not the float32 copies of before."""
     model = tiny(torch.bfloat16)
-    selection, start = some(model, 0.5), copy.deepcopy(model.state_dict())
+    selection, start = select(model, 0.5), copy.deepcopy(model.state_dict())
     optimizer = kind.make(model, selection)
     train(model, optimizer, range(5))
     assert not torch.equal(weights(model), weights(tiny(torch.bfloat16)))
@@ -227,11 +257,12 @@ def test_restored_weights_stay_restored(kind, restore):
 
 
 @every_optimizer
+@every_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_save_load_continue(kind, dtype):
+def test_save_load_continue(kind, select, dtype):
     """Saved, loaded with weights_only and continued equals not stopping."""
     model = tiny(dtype)
-    selection = some(model)
+    selection = select(model)
     optimizer = kind.make(model, selection)
     train(model, optimizer, range(5))
     file = io.BytesIO()
@@ -269,10 +300,11 @@ def test_a_state_from_before_an_option_existed_loads(kind):
 
 
 @every_optimizer
-def test_a_compiled_step_is_the_step(kind):
+@every_form
+def test_a_compiled_step_is_the_step(kind, select):
     """``torch.compile`` runs it as it is; also the first one, which makes the state."""
     model, twin = tiny(torch.bfloat16), tiny(torch.bfloat16)
-    selection = some(model)
+    selection = select(model)
     optimizer, other = kind.make(model, selection), kind.make(twin, selection)
     compiled = torch.compile(other.step, backend="eager")
     for step in range(3):
@@ -299,12 +331,13 @@ def test_its_repr_is_short(kind):
 
 
 @every_optimizer
+@every_form
 @pytest.mark.parametrize(
     "how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
 )
-def test_copies_continue(kind, how):
+def test_copies_continue(kind, select, how):
     model = tiny(torch.bfloat16)
-    optimizer = kind.make(model, some(model))
+    optimizer = kind.make(model, select(model))
     train(model, optimizer, range(3))
     twin, twins = how((model, optimizer))
     train(model, optimizer, range(3, 6))
@@ -320,7 +353,8 @@ def test_accelerate_keeps_the_state(kind):
     torch.manual_seed(0)
     model = nn.Linear(300, 300).bfloat16()
     places = torch.tensor([5, 70_001, 89_999])
-    selection = fk.Selection({"weight": (300, 300), "bias": (300,)}, {"weight": places})
+    rows = fk.Rows((3, 9), (20, 21))
+    selection = fk.Selection({"weight": (300, 300), "bias": (300,)}, {"weight": places}, ranges={"bias": rows})
     optimizer = kind.make(model, selection, lr=1e-4)
     for _ in range(10):
         optimizer.zero_grad()
@@ -330,15 +364,17 @@ def test_accelerate_keeps_the_state(kind):
     _, prepared = accelerate.Accelerator(cpu=True).prepare(model, optimizer)
     assert same_state(prepared.state_dict(), before)
     assert torch.equal(prepared.state_dict()["state"][0]["indices"], places.int())
+    assert prepared.state_dict()["state"][1]["rows"].tolist() == [[3, 9], [20, 21]]
     prepared.step()
     prepared.zero_grad()
 
 
 @every_optimizer
-def test_grad_scaler(kind):
+@every_form
+def test_grad_scaler(kind, select):
     """Scaled gradients give the same steps, and a step that is skipped leaves weights and state alone."""
     plain, scaled = tiny(), tiny()
-    selection = some(plain)
+    selection = select(plain)
     ours, with_scaler = kind.make(plain, selection), kind.make(scaled, selection)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     train(plain, ours, range(4))
@@ -357,11 +393,12 @@ def test_grad_scaler(kind):
 
 
 @every_optimizer
+@every_form
 @pytest.mark.parametrize("release", [False, True], ids=["kept", "released"])
-def test_gradient_accumulation(kind, release):
+def test_gradient_accumulation(kind, select, release):
     """Two backward passes before a step are one pass over both losses."""
     apart, together = tiny(), tiny()
-    selection = some(apart)
+    selection = select(apart)
     options = dict(release_grads=release, max_grad_norm=1e6)
     first, second = kind.make(apart, selection, **options), kind.make(together, selection, **options)
     for step in range(0, 6, 2):
@@ -377,10 +414,11 @@ def test_gradient_accumulation(kind, release):
 
 
 @every_optimizer
+@every_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_released_gradients_change_nothing(kind, dtype):
+def test_released_gradients_change_nothing(kind, select, dtype):
     kept, released = tiny(dtype), tiny(dtype)
-    selection = some(kept)
+    selection = select(kept)
     train(kept, kind.make(kept, selection, release_grads=False), range(5))
     optimizer = kind.make(released, selection, release_grads=True)
     with pytest.warns(UserWarning, match="clip_grad_norm_ does not see them"):
@@ -390,11 +428,12 @@ def test_released_gradients_change_nothing(kind, dtype):
 
 
 @every_optimizer
+@every_form
 @pytest.mark.parametrize("release", [False, True], ids=["kept", "released"])
-def test_clipping_is_that_of_the_selected_entries(kind, release):
+def test_clipping_is_that_of_the_selected_entries(kind, select, release):
     """As masked gradients, torch's clip_grad_norm_ and torch's optimizer, put back elsewhere."""
     model, dense = tiny(), tiny()
-    selection = some(model)
+    selection = select(model)
     optimizer = kind.make(model, selection, max_grad_norm=1e-2, release_grads=release)
     theirs = kind.make_dense(dense.parameters())
     for step in range(5):
@@ -411,6 +450,149 @@ def test_clipping_is_that_of_the_selected_entries(kind, release):
                 p.copy_(torch.where(selection.mask(name), p, before))
         torch.testing.assert_close(optimizer.grad_norm, norm)
     torch.testing.assert_close(weights(model), weights(dense))
+
+
+AS_LISTED = {
+    "float32": (torch.float32, {}),
+    "float64": (torch.float64, {}),
+    "masters": (torch.bfloat16, {}),
+    "16 bits": (torch.bfloat16, dict(master_weights=False)),
+    "clipped": (torch.float32, dict(max_grad_norm=1e-2)),
+    "clipped masters": (torch.bfloat16, dict(max_grad_norm=1e-2)),
+    "released": (torch.float32, dict(release_grads=True, max_grad_norm=1e-2)),
+    "uphill": (torch.float32, dict(maximize=True)),
+}
+
+
+@every_optimizer
+@pytest.mark.parametrize(("dtype", "options"), AS_LISTED.values(), ids=AS_LISTED)
+def test_ranges_step_to_the_bits_of_their_entries(kind, dtype, options):
+    """With a schedule, over a change of the selection; weights, state and norm. Unfused, and columns in any case."""
+    results = []
+    for form in (lambda selection: selection, listed):
+        model = tiny(dtype)
+        optimizer = kind.make(model, form(ranged(model, 0.6)), **{"fused": False, **options})
+        train(model, optimizer, range(4), lr=0.5)
+        change = optimizer.reselect(form(ranged(model, 0.4, seed=1)))
+        train(model, optimizer, range(4, 8))
+        results.append((model, optimizer, change))
+    (ours, ranges, our_change), (theirs, lists, their_change) = results
+    assert our_change == their_change
+    assert torch.equal(weights(ours), weights(theirs))
+    assert (ranges.grad_norm is None) == (lists.grad_norm is None)
+    assert ranges.grad_norm is None or torch.equal(ranges.grad_norm, lists.grad_norm)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        mine, yours = ({**one.state.get(r, {})} for one, r in ((ranges, p), (lists, q)))
+        for state in (mine, yours):
+            state.pop("rows", None), state.pop("indices", None)
+        assert mine.keys() == yours.keys()
+        assert all(torch.equal(mine[key], yours[key]) for key in mine)
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("fused", [None, True])
+def test_rows_step_as_torch_does_on_them(kind, dtype, maximize, fused):
+    """To the bit as torch's fused optimizer steps each range as a tensor of its own; whole parameters by fused=True."""
+    torch.manual_seed(0)
+    ranges = {"wide": fk.Rows((0, 5), (7, 8), (20, 37)), "vector": fk.Rows((3, 9)), "all rows": fk.Rows((0, 3))}
+    shapes = {"wide": (37, 19), "vector": (11,), "all rows": (3, 50), "whole": (6, 7)}
+    model = nn.ParameterDict({name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()})
+    selection = fk.Selection(shapes, {}, ranges=ranges, whole=["whole"])
+    bounds = {name: given.bounds for name, given in ranges.items()} | {"whole": ((0, 6),)}
+    rows = [(n, a, b, model[n][a:b].detach().clone().requires_grad_()) for n in shapes for a, b in bounds[n]]
+    optimizer = kind.make(model, selection, maximize=maximize, fused=fused)
+    theirs = kind.dense([row for *_, row in rows], fused=True, maximize=maximize, **kind.options)
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(one, 0.9) for one in (optimizer, theirs)]
+    start = {name: p.detach().clone() for name, p in model.items()}
+    for _ in range(6):
+        for p in model.values():
+            p.grad = torch.randn_like(p)
+        for name, first, last, row in rows:
+            row.grad = model[name].grad[first:last].clone()
+        for one, schedule in zip((optimizer, theirs), schedules, strict=True):
+            one.step()
+            schedule.step()
+    for name, first, last, row in rows:
+        if name == "whole" and fused is None:
+            torch.testing.assert_close(model[name][first:last], row)
+        else:
+            assert torch.equal(model[name][first:last], row)
+    for name, p in model.items():
+        mask = selection.mask(name)
+        assert torch.equal(p[~mask], start[name][~mask])
+
+
+@every_optimizer
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_selection_of_rows_that_shrinks(kind, fused):
+    """What stays goes on as if nothing had happened, also from a file; what does not stays where it is."""
+    torch.manual_seed(0)
+    shape = (12, 5)
+    wide = fk.Selection({"weight": shape}, {}, ranges={"weight": fk.Rows((1, 11))})
+    narrow = wide - fk.Selection({"weight": shape}, {}, ranges={"weight": fk.Rows((0, 2), (4, 7))})
+    assert narrow.entries("weight").ranges == fk.Rows((2, 4), (7, 11))
+    weight, always = (nn.Parameter(torch.ones(shape)) for _ in range(2))
+    grads = [torch.randn(shape) for _ in range(9)]
+
+    def run(optimizer, parameter, some_grads):
+        for grad in some_grads:
+            parameter.grad = grad.clone()
+            optimizer.step()
+
+    optimizer = kind.make([("weight", weight)], wide, fused=fused)
+    run(optimizer, weight, grads[:4])
+    before = weight.detach().clone()
+    assert optimizer.reselect(narrow) == (30, 20, 0)
+    assert "start" not in optimizer.state[weight]  # every entry has the parameter's age, so rows are still fused
+    run(optimizer, weight, grads[4:7])
+    resumed = kind.make([("weight", weight)], narrow, fused=fused)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(resumed, weight, grads[7:])
+    run(kind.make([("weight", always)], wide, fused=fused), always, grads)
+    mask = narrow.mask("weight")
+    torch.testing.assert_close(weight[mask], always[mask])
+    assert torch.equal(weight[~mask], before[~mask])
+    assert resumed.state[weight]["step"] == 9
+    assert resumed.state[weight]["rows"].tolist() == [[2, 4], [7, 11]]
+
+
+@every_optimizer
+def test_a_state_loads_whichever_way_its_entries_are_written(kind):
+    """Of rows into one of the same entries in a list, and back; other rows are refused."""
+    model = tiny()
+    selection = ranged(model)
+    optimizer = kind.make(model, selection)
+    train(model, optimizer, range(3))
+    by_list = kind.make(model, listed(selection))
+    by_list.load_state_dict(optimizer.state_dict())
+    again = kind.make(model, selection)
+    again.load_state_dict(by_list.state_dict())
+    assert same_state(again.state_dict(), optimizer.state_dict())
+    assert "rows" not in by_list.state[model[0].weight]
+    other = kind.make(model, ranged(model, seed=1))
+    with pytest.raises(ValueError, match="the state of 0.weight belongs to other entries than are selected here"):
+        other.load_state_dict(optimizer.state_dict())
+    damaged = optimizer.state_dict()
+    damaged["state"][0]["rows"] = damaged["state"][0]["rows"].flip(1)
+    with pytest.raises(ValueError, match="the state of 0.weight belongs to other entries than are selected here"):
+        again.load_state_dict(damaged)
+
+
+@every_optimizer
+def test_rows_in_another_memory_order_step_at_the_same_places(kind):
+    """Of a parameter that is not contiguous they are gathered."""
+    torch.manual_seed(0)
+    shape, rows = (6, 4, 2, 2), fk.Rows((1, 3), (5, 6))
+    plain = nn.Parameter(torch.randn(shape))
+    strided = nn.Parameter(plain.detach().clone(memory_format=torch.channels_last))
+    for p in (plain, strided):
+        optimizer = kind.make([("weight", p)], fk.Selection({"weight": shape}, {}, ranges={"weight": rows}))
+        for seed in range(3):
+            p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+    torch.testing.assert_close(plain, strided)
 
 
 @every_optimizer
@@ -452,10 +634,11 @@ def test_reselect(kind, dtype):
 
 
 @every_optimizer
-def test_parameters_without_gradient_wait(kind):
+@every_form
+def test_parameters_without_gradient_wait(kind, select):
     """They neither move nor count, and state begins with the first gradient."""
     model = tiny()
-    optimizer = kind.make(model, some(model, 0.5))
+    optimizer = kind.make(model, select(model, 0.5))
     first, start = model[0].weight, model[0].weight.detach().clone()
     for step in range(3):
         optimizer.zero_grad()
@@ -470,10 +653,11 @@ def test_parameters_without_gradient_wait(kind):
 
 
 @every_optimizer
-def test_state_put_in_by_hand_counts(kind):
+@every_form
+def test_state_put_in_by_hand_counts(kind, select):
     """``optimizer.state`` is the state, not a copy of it: people move it between devices entry by entry."""
     model, twin = tiny(), tiny()
-    selection = some(model)
+    selection = select(model)
     optimizer, other = kind.make(model, selection), kind.make(twin, selection)
     for step in range(6):
         train(model, optimizer, [step])
@@ -485,9 +669,23 @@ def test_state_put_in_by_hand_counts(kind):
 
 
 @every_optimizer
-def test_closure_and_hooks(kind):
+@every_form
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autograd_notices_a_step(kind, select, dtype):
+    """A graph that a step has overtaken is refused, not back-propagated with other weights."""
+    model = tiny(dtype)
+    selection = select(model)
+    versions = {name: p._version for name, p in model.named_parameters()}
+    train(model, kind.make(model, selection), [0])
+    for name, p in model.named_parameters():
+        assert (p._version > versions[name]) == (selection.counts[name] > 0)
+
+
+@every_optimizer
+@every_form
+def test_closure_and_hooks(kind, select):
     model = tiny()
-    optimizer = kind.make(model, some(model))
+    optimizer = kind.make(model, select(model))
     calls = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
@@ -553,19 +751,20 @@ def test_hooks_go_with_the_optimizer(kind):
 
 
 @every_optimizer
-def test_backends_agree(kind, backend):
+@every_form
+def test_backends_agree(kind, select, backend):
     """The kernel trains a model to the weights that the reference gives."""
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     model, expected = tiny().to(device), tiny().to(device)
-    selection = some(model)
+    selection = select(model)
     with fk.use_backend(backend):
         optimizer = kind.make(model, selection, max_grad_norm=0.1)
         train(model, optimizer, range(3))
-        optimizer.reselect(some(model, seed=1))
+        optimizer.reselect(select(model, seed=1))
         train(model, optimizer, range(3, 5))
     with fk.use_backend("torch"):
         optimizer = kind.make(expected, selection, max_grad_norm=0.1)
         train(expected, optimizer, range(3))
-        optimizer.reselect(some(expected, seed=1))
+        optimizer.reselect(select(expected, seed=1))
         train(expected, optimizer, range(3, 5))
     torch.testing.assert_close(weights(model), weights(expected))

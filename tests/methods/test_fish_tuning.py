@@ -319,12 +319,12 @@ def test_refusals():
         ({"k": 1, "density": 0.1}, "exactly one budget .* got k, density"),
         ({"k": 0}, f"k=0 selects nothing out of a pool of {pool} entries"),
         ({"k": -1}, "k=-1 selects nothing"),
-        ({"k": pool + 1}, f"k={pool + 1} asks for {pool + 1} entries, and the pool has {pool} beside the head"),
+        ({"k": pool + 1}, f"k={pool + 1} asks for {pool + 1} entries, and the pool has {pool} without the head"),
         ({"density": 0.0}, "above 0 and at most 1, got 0.0"),
         ({"density": 1.5}, "above 0 and at most 1, got 1.5"),
         ({"trainable": 51}, "trainable=51 does not pay for the head of 51 entries, .* at least trainable=52, or k="),
         ({"k": 1, "order": "best"}, "order must be one of"),
-        ({"k": 1, "pool": "all"}, "pool must be 'adapter' or 'model'"),
+        ({"k": 1, "pool": "all"}, r"pool must be one of \('adapter', 'model'\), got 'all'"),
     ]:
         with pytest.raises(ValueError, match=message.replace(",", ",?")):
             fish_tuning(model, batches(), **budget)

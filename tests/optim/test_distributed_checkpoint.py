@@ -44,7 +44,8 @@ def test_going_on_from_a_distributed_checkpoint_is_not_stopping(tmp_path, dtype,
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     of = model(dtype)
     scores = {name: parameter.detach().float().abs() for name, parameter in of.named_parameters()}
-    selection = bound_to_start(fk.select(scores, fk.PerTensorTopK(density=0.4)), of)
+    rows = fk.Selection({"0.weight": (8, 6)}, {}, ranges={"0.weight": fk.Rows((1, 3), (5, 8))})
+    selection = bound_to_start(fk.select(scores, fk.PerTensorTopK(density=0.4, never="0.weight")) | rows, of)
     by = optimizer(of, selection)
     for _ in range(3):
         step(of, by)

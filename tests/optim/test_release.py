@@ -72,6 +72,16 @@ def test_a_parameter_without_selected_entries_is_released_too():
     assert len(optimizer.state) == 1
 
 
+def test_rows_keep_no_gradient_alive():
+    """A range of rows is read as a view, which would hold on to the whole gradient."""
+    model = nn.Linear(50, 20, bias=False)
+    rows = fk.Selection({"weight": (20, 50)}, {}, ranges={"weight": fk.Rows((3, 5))})
+    optimizer = fk.MaskedSGD(model, rows, release_grads=True, max_grad_norm=math.inf)
+    model(torch.randn(2, 50)).sum().backward()
+    (gathered,) = optimizer._released.grads.values()
+    assert gathered.untyped_storage().nbytes() == 2 * 50 * 4
+
+
 def test_dropped_by_zero_grad_and_spent_by_step():
     model = nn.Linear(50, 20)
     start = model.weight.detach().clone()

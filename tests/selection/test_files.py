@@ -132,7 +132,7 @@ HELD = {"dense": [[16, 5], "bits"], "sparse": [[1000], "indices"]}
     ("metadata", "says"),
     [
         (dict(format="pt"), "holds no fishkern selection: its header says format=pt"),
-        (dict(format_version="2"), "in fishkern.selection format 2, this fishkern reads up to 1: update fishkern"),
+        (dict(format_version="3"), "in fishkern.selection format 3, this fishkern reads up to 2: update fishkern"),
         (dict(provenance="{oops"), "has a damaged header"),
         (dict(pool=None), "has a damaged header: 'pool' is missing"),
         (dict(pool="[1]"), "has a damaged header"),

@@ -12,7 +12,7 @@ import torch
 
 import fishkern as fk
 from fishkern.files import StoredTensor
-from fishkern.selection.base import budget
+from fishkern.selection.budgeted import share
 
 
 def scores(*shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -63,9 +63,9 @@ def test_scores_of_a_mapping_may_be_negative():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (fk.GlobalTopK, "k=2 is less than the 3 scores that are exactly zero, .* by their position alone"),
-        (fk.PerTensorTopK, "in 1 of 2 parameters, such as w, k is less than the number of scores that are exactly"),
-        (fk.PerRowTopK, "in some rows of 1 of 2 parameters, such as w, k=2 is less than the number of scores that are"),
+        (fk.GlobalTopK, "k=2 is less than the 3 scores in the pool that are exactly zero, .* by their position alone"),
+        (fk.PerTensorTopK, "k=2 is less than the number of scores in 1 of 2 parameters, such as w, that are exactly"),
+        (fk.PerRowTopK, "k=2 is less than the number of scores in some rows of 1 of 2 parameters, such as w, that are"),
     ],
 )
 def test_zeros_that_are_smallest_by_their_position_are_warned_of(make: type[fk.Rule], says: str):
@@ -89,8 +89,8 @@ def test_zeros_that_are_smallest_by_their_position_are_warned_of(make: type[fk.R
 )
 def test_density_is_a_decimal_number(density: float, total: int, k: int):
     """``int(0.29 * 100)`` is 28."""
-    assert budget(None, density, total) == k
-    assert budget(None, torch.tensor(density, dtype=torch.float64).item(), total) == k
+    assert share(density, total) == k
+    assert share(torch.tensor(density, dtype=torch.float64).item(), total) == k
 
 
 def test_density_counts_the_whole_pool():
@@ -200,9 +200,9 @@ def test_a_rule_that_no_header_can_hold_is_refused_before_it_chooses():
 @pytest.mark.parametrize(
     ("rule", "says"),
     [
-        (fk.GlobalTopK(k=28), "k=28 of a pool of 27 was asked for, but only 27 are left"),
-        (fk.GlobalTopK(density=1.0, always="b"), "k=27 of a pool of 27 was asked for, but only 24 are left .*: lower"),
-        (fk.Random(k=25, never="b"), "k=25 of a pool of 27 was asked for, but only 24 are left"),
+        (fk.GlobalTopK(k=28), "k=28 of a pool of 27 was requested, but only 27 are left"),
+        (fk.GlobalTopK(density=1.0, always="b"), "k=27 of a pool of 27 was requested, but only 24 are left .*: lower"),
+        (fk.Random(k=25, never="b"), "k=25 of a pool of 27 was requested, but only 24 are left"),
         (fk.PerTensorTopK(k=4), "k=4 exceeds the size of 1 of 2 parameters, such as b: take density="),
         (fk.PerRowTopK(2), r"1 of 2 parameters have no rows, such as b of shape \(3,\): name them in always="),
         (fk.PerRowTopK(7, never="b"), "k=7 exceeds the rows of 1 of 1 parameters, such as w with rows of 6: lower k"),

@@ -40,14 +40,16 @@ class Loader:
 
 def small_model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 3))
+    return nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 3), nn.Linear(3, 4))
 
 
 def selection() -> fk.Selection:
-    """Indices, bits, all, and none of a parameter."""
+    """Indices, bits, all, none and ranges of a parameter."""
     shapes = {name: parameter.shape for name, parameter in small_model().named_parameters()}
-    indices = {"0.weight": torch.arange(0, 2000, 97), "1.weight": torch.arange(0, 150, 2)}
-    return fk.Selection(shapes, indices, whole=["1.bias"], provenance={"rule": {"name": "Mine"}, "k": 3})
+    held = {"0.weight": torch.arange(0, 2000, 97), "1.weight": torch.arange(0, 150, 2)}
+    ranges = {"2.weight": fk.Columns((1, 3)), "2.bias": fk.Rows((0, 1), (2, 4))}
+    provenance = {"rule": {"name": "Mine"}, "k": 3}
+    return fk.Selection(shapes, held, whole=["1.bias"], ranges=ranges, provenance=provenance)
 
 
 def statistics() -> fk.Statistics:

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishkern.optim.compact import ENTRIES, Selected
+from fishkern.selection import Entries, Rows
+
 
 def loaded(
-    state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], places: Mapping[str, Tensor | None]
+    state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], selected: Mapping[str, Selected]
 ) -> tuple[defaultdict[Tensor, Any], list[dict[str, Any]]]:
     """Fit a saved state to an optimizer's parameters.
 
@@ -24,14 +27,14 @@ def loaded(
         state_dict: What ``state_dict()`` of a masked optimizer gave, or with names in the place of its numbers, as
             ``torch.distributed.checkpoint`` has it.
         groups: The groups of the optimizer that loads it.
-        places: Of each name the indices that it moves at, ``[K]`` on its device, or ``None`` for all.
+        selected: Of each name the entries that move.
 
     Returns:
         State by parameter, copied to its device, and groups with the saved options; one that is newer than the state
         keeps the optimizer's own.
 
     Raises:
-        ValueError: It has other groups, names or entries.
+        ValueError: Its groups, names or entries differ.
     """
     _check_form(state_dict)
     saved_groups = state_dict["param_groups"]
@@ -51,11 +54,13 @@ def loaded(
     state: defaultdict[Tensor, Any] = defaultdict(dict)
     for name, parameter in own.items():
         if saved := state_dict["state"].get(keys[name]):
-            _check_entries(name, parameter, saved, places[name])
-            state[parameter] = {
+            _check_entries(name, parameter, saved, selected[name].entries)
+            values = {
                 key: value.detach().to(parameter.device, copy=True) if isinstance(value, Tensor) else value
                 for key, value in saved.items()
+                if key not in ENTRIES
             }
+            state[parameter] = {**values, **selected[name].key()}  # the same entries, maybe saved as the other of both
     return state, [_options(number, group, saved_groups[number]) for number, group in enumerate(groups)]
 
 
@@ -106,17 +111,15 @@ def _of_a_kind(own: object, saved: object) -> bool:
     return number and (math.isfinite(saved) if isinstance(saved, float) else abs(saved) < 2**63)
 
 
-def _check_entries(name: str, parameter: Tensor, saved: object, places: Tensor | None) -> None:
+def _check_entries(name: str, parameter: Tensor, saved: object, entries: Entries) -> None:
     if not isinstance(saved, Mapping) or not all(isinstance(value, Tensor | int | float) for value in saved.values()):
         raise ValueError(f"the state of {name} is damaged: it is a tensor for each of its keys.")
-    step, theirs = torch.as_tensor(saved.get("step", 0)), saved.get("indices")
+    step = torch.as_tensor(saved.get("step", 0))
     if step.ndim or step.is_complex() or not 0 <= float(step) < 2**53:
         raise ValueError(f"the state of {name} is damaged: step is the number of its updates.")
-    same = (places is None) == (theirs is None) and (places is None or _same_places(places, theirs))
-    count = parameter.numel() if places is None else len(places)
-    values = {key: value for key, value in saved.items() if key not in ("step", "indices")}
-    sized = all(isinstance(value, Tensor) and tuple(value.shape) == (count,) for value in values.values())
-    if not same or not sized:
+    values = {key: value for key, value in saved.items() if key not in ("step", *ENTRIES)}
+    sized = all(isinstance(value, Tensor) and tuple(value.shape) == (entries.count,) for value in values.values())
+    if not _are_saved(entries, saved) or not sized:
         raise ValueError(
             f"the state of {name} belongs to other entries than are selected here: make the optimizer with the "
             "selection that was in use when the state was saved."
@@ -125,6 +128,16 @@ def _check_entries(name: str, parameter: Tensor, saved: object, places: Tensor |
         raise ValueError(f"the state of {name} is damaged: {odd[0]} is {values[odd[0]].dtype}.")
 
 
-def _same_places(places: Tensor, theirs: object) -> bool:
-    whole = isinstance(theirs, Tensor) and theirs.dtype in (torch.int32, torch.int64)
-    return whole and torch.equal(places, theirs.to(places))
+def _are_saved(entries: Entries, saved: Mapping[str, Any]) -> bool:
+    """Tell whether a saved state is of these entries, listed or in ranges of rows."""
+    if "rows" not in saved and "indices" not in saved:
+        return entries.is_all
+    said = saved["rows" if "rows" in saved else "indices"]
+    if not isinstance(said, Tensor) or said.dtype not in (torch.int32, torch.int64):
+        return False
+    if "rows" not in saved:
+        return torch.equal(entries.indices().long(), said.cpu().long())
+    try:
+        return Entries.of(entries.shape, Rows(*said.tolist())) == entries
+    except (TypeError, ValueError):
+        return False

@@ -1,9 +1,7 @@
-"""Tables through which one launch reaches many tensors: the address and size of each, and which block does what.
+"""The selected entries of many parameters in one launch: tables of addresses, and how a block reads and writes.
 
-Row ``i`` of the table is parameter ``i``, ``COLUMNS`` int64 numbers: addresses of the weights, the gradient and the
-indices (0: all entries), the number of its selected entries, the first of them in the compact state, its first block,
-and whether the gradient is that of the selected entries alone. ``blocks [B]``, int32, is the parameter of each block
-of ``BLOCK`` selected entries; a parameter without gradient has none.
+Row ``i`` of the table is parameter ``i``, int64 numbers in the columns named below. ``blocks [B]``, int32, is the
+parameter of each block of ``BLOCK`` selected entries; a parameter without gradient has none.
 """
 
 from __future__ import annotations
@@ -18,7 +16,15 @@ from torch import Tensor
 
 from ._hardware import to_gpu
 
+PARAM = tl.constexpr(0)  # address of the weights
+GRAD = tl.constexpr(1)  # address of the gradient
+INDICES = tl.constexpr(2)  # address of the indices; 0: all entries are selected
+COUNT = tl.constexpr(3)  # number of selected entries
+FIRST_ENTRY = tl.constexpr(4)  # the first of them in the compact state
+FIRST_BLOCK = tl.constexpr(5)
+IS_GATHERED = tl.constexpr(6)  # 1: the gradient is that of the selected entries alone
 COLUMNS = tl.constexpr(7)
+
 BLOCK = 1024
 OPTIONS = {"enable_fp_fusion": True}  # of the compiler, whose default depends on the version of Triton
 
@@ -33,24 +39,53 @@ def entries_of_block(
     block = tl.program_id(0)
     parameter = tl.load(blocks_ptr + block)
     row = table_ptr + parameter * COLUMNS
-    params = tl.load(row).to(param_like.dtype)
-    grads = tl.load(row + 1).to(grad_like.dtype)
-    indices = tl.load(row + 2)
-    count = tl.load(row + 3)
-    offs = (block - tl.load(row + 5)) * BLOCK + tl.arange(0, BLOCK)  # int64, as the table is
+    params = tl.load(row + PARAM).to(param_like.dtype)
+    grads = tl.load(row + GRAD).to(grad_like.dtype)
+    indices = tl.load(row + INDICES)
+    count = tl.load(row + COUNT)
+    offs = (block - tl.load(row + FIRST_BLOCK)) * BLOCK + tl.arange(0, BLOCK)  # int64, as the table is
     mask = offs < count
     places = offs
     if indices != 0:
         places = tl.load(indices.to(index_like.dtype) + offs, mask=mask, other=0).to(tl.int64)
     grad_places = places
-    if tl.load(row + 6) != 0:
+    if tl.load(row + IS_GATHERED) != 0:
         grad_places = offs
-    return mask, parameter, tl.load(row + 4) + offs, params + places, grads + grad_places
+    return mask, parameter, tl.load(row + FIRST_ENTRY) + offs, params + places, grads + grad_places
+
+
+@triton.jit
+def load_grad(grad_ptrs, mask, scale_ptr, MAXIMIZE: tl.constexpr):
+    """Load the gradient of a block in float32, scaled, and with its sign changed to go up."""
+    grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        grad = grad * tl.load(scale_ptr)
+    if MAXIMIZE:
+        grad = -grad
+    return grad
+
+
+@triton.jit
+def load_weight(param_ptrs, master_ptr, offs, mask):
+    """Load the weights of a block in float32: the masters, where there are any."""
+    stored = tl.load(param_ptrs, mask=mask, other=0.0)
+    weight = stored.to(tl.float32)
+    if master_ptr is not None:
+        weight = followed(tl.load(master_ptr + offs, mask=mask, other=0.0), stored)
+    return weight
+
+
+@triton.jit
+def store_weight(weight, param_ptrs, master_ptr, offs, mask):
+    """Store the weights of a block, rounded to the parameter's dtype, and the masters as they are."""
+    if master_ptr is not None:
+        tl.store(master_ptr + offs, weight, mask=mask)
+    tl.store(param_ptrs, weight.to(param_ptrs.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def followed(master, stored):
-    """Give the master's value, or what is stored where that is not the master rounded, bit for bit."""
+    """Give the master's value, or the stored one where it is not the master rounded, bit for bit."""
     weight = stored.to(tl.float32)
     rounded = master.to(stored.dtype).to(tl.float32)
     own = rounded.to(tl.int32, bitcast=True) == weight.to(tl.int32, bitcast=True)  # else 0 would pass for -0
@@ -62,7 +97,7 @@ def tables(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Make the table, the blocks, and one tensor of each kind to tell their dtypes.
 
-    They are kept by what stands in them, so that a step with the same addresses as one before copies nothing.
+    They are cached by value, so a step with the same addresses as one before copies nothing to the device.
 
     Args:
         params: Flat, contiguous, on one device.
@@ -73,26 +108,26 @@ def tables(
         ``table [P, COLUMNS]`` int64, ``blocks [B]`` int32, and ``[param, grad, index]``.
 
     Raises:
-        RuntimeError: They are not kept, and a CUDA graph is being captured.
+        RuntimeError: They are not in the cache, and a CUDA graph is being captured.
     """
     device = params[0].device
     rows, counts, first, block = [], [], 0, 0
-    for param, grad, chosen in zip(params, grads, indices, strict=True):
-        count = param.numel() if chosen is None else len(chosen)
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (param, grad, chosen)]
-        compact = grad is not None and grad.numel() == count
-        rows.append((*addresses, count, first, block, int(compact)))
+    for param, grad, listed in zip(params, grads, indices, strict=True):
+        count = param.numel() if listed is None else len(listed)
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (param, grad, listed)]
+        is_gathered = grad is not None and grad.numel() == count
+        rows.append((*addresses, count, first, block, int(is_gathered)))  # in the order of the columns
         counts.append(0 if grad is None else count)
         first += count
         block += triton.cdiv(counts[-1], BLOCK)
     one_grad = next((grad for grad in grads if grad is not None), params[0])
-    one_index = next((chosen for chosen in indices if chosen is not None), None)
+    one_index = next((listed for listed in indices if listed is not None), None)
     if one_index is None:
         one_index = torch.empty(0, dtype=torch.int32, device=device)
     return _table(tuple(rows), device), _blocks(tuple(counts), device), [params[0], one_grad, one_index]
 
 
-@lru_cache(maxsize=64)  # gradients may lie elsewhere after each backward pass, but the allocator returns to few places
+@lru_cache(maxsize=64)  # each backward pass may put gradients elsewhere, but the allocator comes back to few places
 def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     return _moved(torch.tensor(rows, dtype=torch.int64), device)
 

@@ -1,0 +1,94 @@
+"""Checks of single arguments, whose messages name the argument."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+def integer(value: Any, name: str) -> int:
+    """Convert an integer of any library to a plain ``int``, which the header of a file can store.
+
+    Args:
+        value: Also of numpy, or a tensor.
+        name: Of the argument, for the message.
+
+    Returns:
+        The same number.
+
+    Raises:
+        TypeError: It is not an integer.
+    """
+    try:
+        return int(operator.index(value))
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}.") from None
+
+
+def count_of(value: Any, name: str = "k") -> int:
+    """Check a count and convert it to a plain ``int``.
+
+    Args:
+        value: An integer of any library.
+        name: Of the argument, for the message.
+
+    Returns:
+        The same number.
+
+    Raises:
+        ValueError: It is negative.
+        TypeError: It is not an integer.
+    """
+    if (count := integer(value, name)) < 0:
+        raise ValueError(f"{name} must be at least 0, got {count}.")
+    return count
+
+
+def fraction_of(value: Any, name: str = "density") -> float:
+    """Check a fraction and convert it to a plain ``float``.
+
+    Args:
+        value: A number of any library.
+        name: Of the argument, for the message.
+
+    Returns:
+        The same number.
+
+    Raises:
+        ValueError: It is outside (0, 1].
+        TypeError: It is not a number.
+    """
+    try:
+        fraction = float(value) if isinstance(value, Real | Tensor) else None
+    except (RuntimeError, ValueError):  # of a tensor with several entries
+        fraction = None
+    if fraction is None:
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {fraction}.")
+    return fraction
+
+
+def one_of(value: Value, allowed: Sequence[Value], name: str) -> Value:
+    """Check that an argument is one of a few values.
+
+    Args:
+        value: The argument.
+        allowed: The values that it may have.
+        name: Of the argument, for the message.
+
+    Returns:
+        ``value``.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}.")
+    return value

@@ -1,0 +1,226 @@
+"""A selection as a file holds it: of each parameter its indices or a bit for each coordinate, or nothing.
+
+The header says for each parameter its shape and its form. ``"whole"`` and ``"none"`` need no tensor, and neither do
+ranges, ``{"rows": [[start, stop], ...]}`` and ``{"columns": [[start, stop], ...]}``. A file with ranges is of format 2;
+one without them is of format 1, which an older fishkern reads as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fishkern.files import (
+    AnyTensor,
+    Format,
+    StoredTensor,
+    checked_shape,
+    in_brief,
+    open_tensors,
+    parsing,
+    read_json,
+    save_tensors,
+)
+from fishkern.ops.streaming_topk import index_dtype
+from fishkern.selection._packed import packed, unpacked
+from fishkern.selection.entries import Entries
+from fishkern.selection.ranges import Columns, Ranges, Rows
+
+Form: TypeAlias = str | dict[str, list[list[int]]]
+
+TENSORS = ("indices", "bits")  # forms with a tensor
+FORMS = (*TENSORS, "whole", "none")
+RANGES: dict[str, type[Ranges]] = {"rows": Rows, "columns": Columns}
+
+FORMAT = Format("fishkern.selection", version=2, saved_by="Selection.save")
+
+
+def save(
+    path: str | os.PathLike[str],
+    entries: Mapping[str, Entries],
+    provenance: str,
+    *,
+    max_shard_size: str | int | None,
+) -> Path:
+    """Write a selection.
+
+    Args:
+        path: See :meth:`fishkern.Selection.save`.
+        entries: What is selected of each parameter, by name.
+        provenance: JSON.
+        max_shard_size: See :meth:`fishkern.Selection.save`.
+
+    Returns:
+        The file to give to :func:`load`.
+    """
+    tensors: dict[str, AnyTensor] = {}
+    pool = {}
+    for name, selected in entries.items():
+        form, tensor = form_of(selected)
+        pool[name] = [list(selected.shape), form]
+        if tensor is not None:
+            tensors[name] = tensor
+    metadata = {"pool": json.dumps(pool), "provenance": provenance}
+    format = oldest_format(FORMAT, entries.values())
+    return save_tensors(path, tensors, format=format, metadata=metadata, max_shard_size=max_shard_size)
+
+
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Entries], dict[str, Any]]:
+    """Read what :func:`save` wrote.
+
+    Args:
+        path: See :meth:`fishkern.Selection.load`.
+
+    Returns:
+        What is selected of each parameter by name, and the provenance.
+
+    Raises:
+        ValueError: Header and tensors are damaged or do not agree.
+    """
+    metadata, stored = open_tensors(path, format=FORMAT)
+    with parsing(f"{path} has a damaged header"):
+        provenance = read_provenance(metadata["provenance"])
+        pool = {name: checked_entry(name, *entry) for name, entry in read_json(metadata["pool"]).items()}
+    if differing := stored.keys() ^ {name for name, (_, form) in pool.items() if form in TENSORS}:
+        odd = in_brief(min(differing), 80)
+        raise ValueError(f"{path} is damaged: its header and its tensors disagree on {odd}. Save it again.")
+    with parsing(f"{path} holds no valid selection"):
+        entries = {name: read_entries(name, shape, form, stored.get(name)) for name, (shape, form) in pool.items()}
+    return entries, provenance
+
+
+def form_of(entries: Entries) -> tuple[Form, Tensor | None]:
+    """Say how a file holds what is selected of one parameter.
+
+    Args:
+        entries: The selected entries.
+
+    Returns:
+        What the header says, and the tensor: indices ``[K]`` or bits ``[ceil(P / 8)]``, whichever are smaller, or
+        ``None`` where the header says all.
+    """
+    if entries.count == 0:
+        return "none", None
+    if entries.is_all and entries.ranges is None:
+        return "whole", None
+    if entries.ranges is not None:
+        axis = next(axis for axis, kind in RANGES.items() if isinstance(entries.ranges, kind))
+        return {axis: [list(bounds) for bounds in entries.ranges.bounds]}, None
+    indices, numel = entries.indices(), entries.shape.numel()
+    if -(-numel // 8) < indices.nbytes:
+        return "bits", packed(indices, numel)
+    return "indices", indices
+
+
+def oldest_format(format: Format, entries: Iterable[Entries]) -> Format:
+    """Choose the oldest version of a format that can hold some entries.
+
+    Args:
+        format: The newest version.
+        entries: The selected entries of each parameter.
+
+    Returns:
+        The format, of version 1 where there are no ranges.
+    """
+    ranges = any(one.ranges is not None and one.count for one in entries)
+    return format if ranges else replace(format, version=1)
+
+
+def checked_entry(name: str, shape: object, form: object) -> tuple[torch.Size, Form]:
+    """Check what a header says of one parameter of a pool.
+
+    Args:
+        name: The parameter's name.
+        shape: Its shape.
+        form: How what is selected of it is held.
+
+    Returns:
+        Shape and form.
+
+    Raises:
+        ValueError: It is not a shape, or none of :data:`FORMS` and :data:`RANGES`.
+    """
+    ranges = isinstance(form, dict) and len(form) == 1 and form.keys() <= RANGES.keys()
+    if not ranges and form not in FORMS:
+        shown = in_brief(repr(form), 40)
+        raise ValueError(f"{in_brief(name, 80)} is held as {shown}, which is none of {', '.join([*FORMS, *RANGES])}")
+    try:
+        return checked_shape(shape), form
+    except ValueError as error:
+        raise ValueError(f"the shape of {in_brief(name, 80)}: {error}") from None
+
+
+def read_entries(name: str, shape: torch.Size, form: Form, tensor: StoredTensor | None) -> Entries:
+    """Read what is selected of one parameter.
+
+    Args:
+        name: The parameter's name.
+        shape: Its shape.
+        form: How it is held, as :func:`checked_entry` has let it pass.
+        tensor: Its indices ``[K]``, or its bits; ``None`` for the other forms.
+
+    Returns:
+        The entries.
+
+    Raises:
+        TypeError: Indices or ranges are not integers.
+        ValueError: Tensor or ranges do not fit the shape.
+    """
+    if isinstance(form, dict):
+        ((axis, bounds),) = form.items()
+        return Entries.of(shape, RANGES[axis](*bounds), name)
+    if form == "whole":
+        return Entries.all(shape)
+    if form == "none":
+        return Entries.none(shape)
+    return Entries.of(shape, _read_indices(name, shape, form, tensor), name)
+
+
+def _read_indices(name: str, shape: torch.Size, form: str, tensor: StoredTensor) -> Tensor:
+    numel = shape.numel()
+    if form == "indices":
+        if tensor.numel() > numel:
+            raise ValueError(f"{in_brief(name, 80)} has {numel} coordinates, and {tensor.numel()} indices")
+        return tensor.read()
+    if (tensor.dtype, tuple(tensor.shape)) != (torch.uint8, (-(-numel // 8),)):
+        raise ValueError(f"{in_brief(name, 80)} is said to be bits of {tuple(shape)}, and is not")
+    return unpacked(tensor.read(), index_dtype(numel))
+
+
+def read_provenance(text: str) -> dict[str, Any]:
+    """Read where a selection comes from, as far as others rely on its form.
+
+    Args:
+        text: JSON.
+
+    Returns:
+        The provenance.
+
+    Raises:
+        ValueError: It has another form.
+    """
+    provenance = read_json(text)
+    if not isinstance(provenance, dict):
+        raise ValueError("provenance is an object of JSON")
+    rule, k = provenance.get("rule", {}), provenance.get("k")
+    if isinstance(rule, dict) and not isinstance(rule.get("name", ""), str):
+        raise ValueError(f"a rule has no name {in_brief(repr(rule['name']), 40)}")
+    if not (k is None or type(k) is int):
+        raise ValueError(f"k is a number of entries, not {in_brief(repr(k), 40)}")
+    for start in (provenance.get("start", {}), provenance.get("start_unselected", {})):
+        if not isinstance(start, dict) or not all(map(_is_digest, start.values())):
+            raise ValueError("the start is a norm and a sum for each name")
+    if not provenance.get("start_unselected", {}).keys() <= provenance.get("start", {}).keys():
+        raise ValueError("the start of what is not selected has other names than the start")
+    return provenance
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(number, int | float) for number in value)

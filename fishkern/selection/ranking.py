@@ -1,0 +1,149 @@
+"""Ranking scores: the exact top-k by name, what has no rank, and the ranks that only positions decide."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fishkern.arguments import one_of
+from fishkern.backend import Backend
+from fishkern.files import AnyTensor, pieces
+from fishkern.ops.streaming_topk import ORDERS, NaNScoreError, Order, topk_with_threshold
+from fishkern.selection.budgeted import Budgeted
+
+
+@dataclass(frozen=True)
+class TopK(Budgeted, ABC):
+    """A rule that spends its budget on the first scores of an order.
+
+    Args:
+        k: How many; or
+        density: A fraction.
+        order: ``"largest"`` scores first, or ``"smallest"``.
+        always: As for every rule.
+        never: As for every rule.
+
+    Raises:
+        ValueError: Not exactly one of ``k`` and ``density`` is given, or an argument is out of range.
+        TypeError: ``k`` or ``density`` is not a number.
+    """
+
+    order: Order = "largest"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self.order, ORDERS, "order")
+
+
+def topk(
+    scores: Mapping[str, AnyTensor], k: int, order: Order, backend: Backend | None
+) -> tuple[dict[str, Tensor], float | None]:
+    """Select the ``k`` first scores of several parameters together.
+
+    Args:
+        scores: By name.
+        k: How many.
+        order: Which come first.
+        backend: See :func:`fishkern.ops.streaming_topk`.
+
+    Returns:
+        Flat indices by name, and the last score selected (``None`` where it is not known).
+
+    Raises:
+        ValueError: A score is NaN; its parameter is named.
+        TypeError: Scores are of a dtype that torch does not sort, such as float8.
+    """
+    check_ordered(scores)
+    names = list(scores)
+    try:
+        indices, threshold = topk_with_threshold(list(scores.values()), k, order=order, backend=backend)
+    except NaNScoreError as error:
+        raise ValueError(no_rank(names[error.block], error.index)) from None
+    return dict(zip(names, indices, strict=True)), threshold
+
+
+def check_ordered(scores: Mapping[str, AnyTensor]) -> None:
+    """Check that torch can sort the scores.
+
+    Args:
+        scores: By name.
+
+    Raises:
+        TypeError: One is of another dtype, such as float8.
+    """
+    for name, score in scores.items():
+        if score.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"scores must be float64, float32, bfloat16 or float16; {name} is {score.dtype}: cast it.")
+
+
+def no_rank(name: str, index: int) -> str:
+    """Say what is wrong with a score that is NaN.
+
+    Args:
+        name: Of its parameter.
+        index: Its flat index there.
+
+    Returns:
+        The message.
+    """
+    return (
+        f"{name} holds NaN at flat index {index}, which has no rank: look at the data and the loss that it comes from, "
+        "or leave it out (never= of a rule)."
+    )
+
+
+def num_non_zero(scores: Iterable[AnyTensor]) -> int:
+    """Count the scores that are not zero.
+
+    Args:
+        scores: In memory or on disk; read once.
+
+    Returns:
+        Their number.
+    """
+    return sum(int(piece.count_nonzero()) for score in scores for piece in pieces(score))
+
+
+def by_position(order: Order, k: int, non_zero: int, total: int) -> bool:
+    """Tell whether some zeros were selected and others not, where the last selected score is zero.
+
+    Args:
+        order: Which scores come first.
+        k: How many were selected, of scores none of which is negative.
+        non_zero: How many scores are not zero.
+        total: How many scores there are.
+
+    Returns:
+        Whether only their position decided.
+    """
+    return k > non_zero if order == "largest" else k < total - non_zero
+
+
+def warn_of_zeros(order: Order, budget: str, where: str, count: int | None = None) -> None:
+    """Warn, for the caller of :func:`fishkern.select`, that zeros were selected by their position.
+
+    Args:
+        order: Which scores come first: among the largest the zeros are last, among the smallest first.
+        budget: What was to be selected, such as ``"k=3"``.
+        where: Among which scores, such as ``"the pool"``.
+        count: How many scores there are not zero (``"largest"``) or zero (``"smallest"``), where it is one number.
+    """
+    number = "number of" if count is None else f"{count:,}"
+    if order == "largest":
+        text = (
+            f"{budget} exceeds the {number} non-zero scores in {where}, so entries that score exactly zero are "
+            "selected by their position alone. With LoRA's usual start B = 0, every entry of A scores zero: start from "
+            "PiSSA or another non-zero B, or select fewer."
+        )
+    else:
+        text = (
+            f"{budget} is less than the {number} scores in {where} that are exactly zero, so some of these entries are "
+            "selected by their position alone. More data tells them apart; entries that no data reaches can be left "
+            "out (never=)."
+        )
+    warnings.warn(text, stacklevel=4)  # past choose() and select()
