@@ -8,62 +8,20 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.rivals.providers import BLACK, EVERY, GREEN, GREY, OLIVE, ORANGE, OURS, PINK, SKY, VERMILION
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH = 9.0  # inches
 SMALL = 8  # points: ticks, notes and labels
-OURS = "#0072B2"
-GREY = "#777777"
-# Okabe and Ito's colours, which stay apart for every kind of colour vision. A provider has one colour everywhere; those
-# that share one stand in no picture together. What FISH trains is ours, too.
-COLOURS = {
-    "fishkern": OURS,
-    "fish": OURS,
-    "one_by_one": "#D55E00",
-    "loop": "#D55E00",
-    "cat_topk": "#D55E00",
-    "six_lines": "#D55E00",
-    "vmap_grad": "#E69F00",
-    "vmap": "#E69F00",
-    "kthvalue": "#E69F00",
-    "masked_fused": "#E69F00",
-    "opacus": "#009E73",
-    "sampled_threshold": "#009E73",
-    "masked_foreach": "#009E73",
-    "backpack": "#CC79A7",
-    "nngeometry": "#56B4E9",
-    "kronfluence": "#000000",
-    "per_layer_bmm": "#999933",
-    "forward_backward": GREY,
-    "dense_fused": GREY,
-    "one_cold_read": GREY,
-    "original": GREY,
-    "random": "#E69F00",
-    "reverse": "#D55E00",
-    "magnitude": "#009E73",
-}
-SPARE = ("#CC79A7", "#56B4E9", "#000000", "#999933", "#882255", "#44AA99")
+# Colours of what is no provider: the arms of the study on GLUE. What FISH trains has the colour of fishkern.
+ARMS = {"fish": OURS, "original": GREY, "random": ORANGE, "reverse": VERMILION, "magnitude": GREEN}
+COLOURS = {**{name: provider.colour for name, provider in EVERY.items()}, **ARMS}
+SPARE = (PINK, SKY, BLACK, OLIVE, "#882255", "#44AA99")
 MARKERS = "osD^vPX*"
 _END = "end of a line"
-NAMES = {
-    "one_by_one": "batch-size-1 loop",
-    "vmap_grad": "torch.func vmap",
-    "vmap": "torch.func vmap",
-    "cat_topk": "torch.cat + topk",
-    "kthvalue": "torch.kthvalue",
-    "sampled_threshold": "sampled threshold",
-    "one_cold_read": "one cold read",
-    "six_lines": "six lines of torch",
-    "masked_fused": "masked gradients, fused AdamW",
-    "masked_foreach": "masked gradients, foreach AdamW",
-    "dense_fused": "everything, fused AdamW",
-    "forward_backward": "forward + backward alone",
-    "per_layer_bmm": "bmm for each layer",
-    "opacus": "Opacus",
-    "backpack": "BackPACK",
-}
 
 
 def figure(height: float, width: float = WIDTH, title: str = "") -> Figure:
@@ -84,8 +42,8 @@ def colours(providers: Iterable[str]) -> dict[str, str]:
 
 
 def name_of(provider: str) -> str:
-    """Say in words what a provider is called in the records."""
-    return NAMES.get(provider, provider)
+    """The name of a provider in pictures, from that in the records."""
+    return EVERY[provider].label or provider if provider in EVERY else provider
 
 
 def number(value: float, unit: str = "", digits: int = 3) -> str:
