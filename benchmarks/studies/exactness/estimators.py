@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 import fishkern as fk
 from benchmarks.studies.exactness.subjects import Subject
-from fishkern.layers import PerExampleGrads
 from fishkern.statistics.base import Estimator
 
 
@@ -34,35 +33,19 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Bfloat16Sums(Estimator):
-    """The loop with batches of one, exact but for its accumulator, which is rounded to bfloat16 after each."""
+class Bfloat16Sums(fk.DiagonalFisher):
+    """The loop with batches of one, exact except for its accumulator, which is rounded to bfloat16 after each."""
 
-    loop: Estimator = field(default_factory=lambda: fk.DiagonalFisher(unit="batch"))
-
-    @property
-    def per_example(self) -> bool:
-        return self.loop.per_example
+    reads: ClassVar[str] = "batches"
+    unit: str = "batch"
 
     @property
     def definition(self) -> dict[str, Any]:
-        return {**self.loop.definition, "accumulator": "bfloat16"}
+        return {**super().definition, "accumulator": "bfloat16"}
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {}
-
-    def objectives(self, answer: Any, examples: range) -> Iterator[Tensor | None]:
-        return self.loop.objectives(answer, examples)
-
-    def units(self, num_examples: int) -> int:
-        return self.loop.units(num_examples)
-
-    def update_(self, state: Tensor, grads: PerExampleGrads, backend: Any = None) -> None:
-        self.loop.update_(state, grads, backend)
+    def update_(self, state: Tensor, *gradients: Any, **options: Any) -> None:
+        super().update_(state, *gradients, **options)
         state.copy_(state.bfloat16())
-
-    def result(self, state: Tensor, count: int) -> Tensor:
-        return state / count
 
 
 @dataclass(frozen=True)
@@ -86,11 +69,11 @@ class Arm:
 
 def arms(subject: Subject, setting: Setting) -> list[Arm]:
     sizes, passes = subject.sizes, setting.passes
-    found = [Arm("batch gradient, N = 1", _squared_batch, 1, sizes[:1])]
+    ways = [Arm("batch gradient, N = 1", _squared_batch, 1, sizes[:1])]
     for size in setting.batch_sizes:
         fits = tuple(n for n in sizes if n % size == 0)
-        found.append(Arm(f"batch gradient, N = {size}", _squared_batch, size, fits))
-    found += [
+        ways.append(Arm(f"batch gradient, N = {size}", _squared_batch, size, fits))
+    ways += [
         Arm(f"sketch of 1 draw, N = {passes}", lambda seed: fk.SketchedFisher(1, seed), passes, sizes),
         Arm(f"sketch of 8 draws, N = {passes}", lambda seed: fk.SketchedFisher(8, seed), passes, sizes[:-1] or sizes),
         Arm("each position squared", lambda _: fk.DiagonalFisher(unit="position"), passes, sizes),
@@ -98,9 +81,9 @@ def arms(subject: Subject, setting: Setting) -> list[Arm]:
     ]
     if subject.language:
         summed = fk.CausalLM(reduction="sum")
-        found.append(Arm("token-sum losses", lambda _: fk.DiagonalFisher(), passes, sizes, summed))
-        found.append(Arm("sums in bfloat16, N = 1", lambda _: Bfloat16Sums(), 1, sizes[-1:]))
-    return found
+        ways.append(Arm("token-sum losses", lambda _: fk.DiagonalFisher(), passes, sizes, summed))
+        ways.append(Arm("sums in bfloat16, N = 1", lambda _: Bfloat16Sums(), 1, sizes[-1:]))
+    return ways
 
 
 def _squared_batch(_: int) -> Estimator:
