@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.engine import RESULTS
 
-# By command, a module with main(arguments) and options of its own, and what it is about.
+# By command, a module with main(arguments) and options of its own, and its subject.
 STUDIES = {
     "exactness": ("benchmarks.studies.exactness", "how far other squares are from the Fisher, and what that changes"),
     "failures": ("benchmarks.studies.failures", "known failures of rivals, reproduced, and fishkern on the same"),

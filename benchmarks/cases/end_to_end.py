@@ -263,7 +263,7 @@ def train(model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Opt
     return {"losses": losses, "step_seconds": median(seconds[1:] or seconds)}
 
 
-def rival(provider: str, single: bool, setting: Setting, watch: Watch, folder: Path) -> None:
+def rival(provider: str, setting: Setting, watch: Watch, folder: Path, *, single: bool) -> None:
     """Another way to the Fisher, on fewer examples, in batches or one at a time."""
     way = PASSES[provider]
     size = 1 if single else setting.batch_size
@@ -292,9 +292,9 @@ def dense_adamw(setting: Setting, watch: Watch, folder: Path) -> None:
 
 ARMS: dict[str, Callable[[Setting, Watch, Path], None]] = {
     "fishkern": fishkern,
-    "one_by_one": partial(rival, "one_by_one", True),
-    "opacus": partial(rival, "opacus", False),
-    "opacus_single": partial(rival, "opacus", True),  # where a whole batch is too much
+    "one_by_one": partial(rival, "one_by_one", single=True),
+    "opacus": partial(rival, "opacus", single=False),
+    "opacus_single": partial(rival, "opacus", single=True),  # where a whole batch is too much
     "dense_adamw": dense_adamw,
 }
 
@@ -323,7 +323,7 @@ def in_process_of_its_own(arm: str, setting: Setting, folder: Path, lines: Path)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what is missing, and print the table.
+    """Run the arms that are missing, and print the table.
 
     Args:
         arguments: Of the command line.
@@ -452,7 +452,7 @@ def _measure(setting: Setting, options: argparse.Namespace, folder: Path, where:
             if why and arm == "fishkern":
                 print(f"fishkern failed, and nothing is recorded of it: {why}", file=sys.stderr)
                 return 1
-            known = log.append(*stages)  # of an arm at once, so that an interrupted one is measured again
+            known = log.append(*stages)  # all of an arm at once: an interrupted one is measured again
         records += known
     print("\n".join(table(records)))
     return 0

@@ -78,7 +78,7 @@ def compared() -> dict[str, dict[str, Callable[[], Run]]]:
 
 
 def description(provider: str, density: float) -> Record:
-    """What each record has beside the measurement."""
+    """The fields of a record other than its figures."""
     case = {"layers": SHAPE.layers, "hidden": SHAPE.hidden, "intermediate": SHAPE.intermediate, "rows": density}
     return {"op": "masked_adamw", "quantity": "time", "case": case, "dtype": "float32", "provider": provider}
 

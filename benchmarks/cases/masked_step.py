@@ -38,7 +38,7 @@ def compared() -> dict[str, dict[str, Callable[[], Run]]]:
 
 
 def description(case: MaskedStep, provider: str, quantity: str) -> Record:
-    """What each record has beside the measurement."""
+    """The fields of a record other than its figures."""
     shared = {"op": "masked_adamw", "quantity": quantity, "case": case.fields, "dtype": case.dtype}
     return {**shared, "provider": provider}
 

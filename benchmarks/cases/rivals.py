@@ -4,7 +4,7 @@ Shapes are those of BERT and LLaMA, scaled to a CPU; on a GPU they are the real 
 full, which suits the rivals best. Each is used as its documentation does, with the settings that its records name; one
 that is not installed or fails is recorded with the reason. Providers take turns within each round.
 
-A library that leaves layers out does less work, so its record has the coverage beside the time. Errors are of small
+A library that leaves layers out does less work, so its record has the coverage along with the time. Errors are of small
 float32 models of the same kinds, against batch size 1 in float64. A pass over few examples is expensive for
 ``fishkern``, which first compares two of them with autograd; ``fishkern_unchecked`` shows the rest.
 """
@@ -54,7 +54,7 @@ KINDS = list({case.shape: case for case in CASES}.values())
 
 
 def description(case: Workload, name: str, quantity: str) -> dict[str, Any]:
-    """What each record of a provider has beside the measurement."""
+    """The fields of a record other than its figures."""
     rival = PASSES[name]
     return {
         "op": "rivals",

@@ -1,7 +1,7 @@
 """How time and peak memory grow with examples, positions, layers, tensors, scores and selected entries.
 
 Each operation and the whole pass are measured along with the simple ways to the same result, on a geometric row of
-sizes. Every provider has a process of its own, which may take :data:`LIMIT_GIB` of memory beside its imports; they take
+sizes. Every provider has a process of its own, which may take :data:`LIMIT_GIB` of memory above its imports; they take
 turns within each round. Memory is measured in further processes, above the inputs. A provider that runs out of memory
 or fails really does: that size is recorded with the reason, and larger ones as not tried.
 
@@ -176,7 +176,7 @@ def measure(sweep: Sweep, quantity: str) -> Iterator[tuple[str, int, Record]]:
 
 
 @contextmanager
-def processes(op: str, memory: bool) -> Iterator[dict[str, Process]]:
+def processes(op: str, *, memory: bool) -> Iterator[dict[str, Process]]:
     """One process for each provider, for as long as the block runs."""
     with ExitStack() as stack:
         yield {

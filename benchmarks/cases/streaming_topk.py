@@ -54,10 +54,10 @@ IN_FILE = [TopK(22 * 10**8), TopK(4 * 10**8, 0.5, blocks=40, zeros=0.9)]  # more
 ROUNDS = 5
 SLOW_ROUNDS = 1  # of providers that take a minute
 SLOW = {"cat_topk", "kthvalue"}
-# Bytes that each takes for one score beside the scores: its copy, and what torch's CPU kernels allocate on top.
+# Bytes that each takes for one score in addition to the scores: a copy, and the workspace of torch's CPU kernels.
 BYTES_PER_SCORE = {"fishkern": 0, "sampled_threshold": 1, "kthvalue": 16, "cat_topk": 20}
 FORMAT = Format("scores", 1, "a benchmark")
-BESIDE_INDICES = 1024  # MiB that a selection from a file may take beside its indices
+WITHOUT_INDICES = 1024  # MiB that a selection from a file may take, its indices not counted
 
 
 def compared() -> dict[str, dict[str, Callable]]:
@@ -71,7 +71,7 @@ def compared() -> dict[str, dict[str, Callable]]:
 
 
 def description(case: TopK, provider: str, quantity: str, where: str) -> Record:
-    """What each record has beside the measurement."""
+    """The fields of a record other than its figures."""
     shared = {"op": "streaming_topk", "quantity": quantity, "where": where, "case": vars(case), "dtype": "float32"}
     return {**shared, "provider": provider}
 
@@ -148,7 +148,7 @@ def test_from_a_file(file: tuple[TopK, Path], benchmark, record):
 def test_peak_memory_from_a_file(file: tuple[TopK, Path], record):
     case, path = file
     figures = in_process("benchmarks.cases.streaming_topk:memory", path, case.k)
-    assert figures["peak_mib"] - figures["indices_mib"] < BESIDE_INDICES
+    assert figures["peak_mib"] - figures["indices_mib"] < WITHOUT_INDICES
     described = {**description(case, "fishkern", "memory", "file"), "bytes": path.stat().st_size}
     record("streaming_topk", {**described, **figures})
 

@@ -1,6 +1,6 @@
 """Where the time of one batch goes, by PyTorch's profiler: which kernels, and how long the device waits for the host.
 
-The trace of each case comes as a file beside the records, for ``chrome://tracing`` or Perfetto.
+The trace of each case becomes a file in the folder of the records, for ``chrome://tracing`` or Perfetto.
 """
 
 from __future__ import annotations

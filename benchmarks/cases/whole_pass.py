@@ -68,7 +68,7 @@ def compared() -> dict[str, dict[str, Callable]]:
 
 
 def description(case: Workload, name: str, quantity: str) -> Record:
-    """What each record of a provider has beside the measurement."""
+    """The fields of a record other than its figures."""
     shared = {"op": "whole_pass", "quantity": quantity, "case": fields(case), "attention": "sdpa", "dtype": "float32"}
     return {**shared, "provider": name}
 
@@ -114,7 +114,7 @@ CASES = {
 # The slow ones are timed on fewer batches than all.
 FEWER = {"fishkern_one_batch": 1, "forward_backward": 4, "one_by_one": 1, "one_by_one_graphed": 2, "per_layer_bmm": 2}
 FEWER |= {"fishkern_checked": 4, "fishkern_torch": 2}
-# A capture that fails may disturb later allocations, so that it is not timed in turns with the others.
+# A capture that fails may disturb later allocations, so it is not timed in turns with the others.
 ALONE = "one_by_one_graphed"
 
 
@@ -152,7 +152,7 @@ def measure(case: Workload, device: torch.device) -> Iterator[Record]:
 
 
 def providers(case: Workload, model: nn.Module) -> dict[str, Callable[[Batches], object]]:
-    """What is timed; with LoRA or a tied head only ``fishkern`` and the yardstick."""
+    """All that is timed; with LoRA or a tied head only ``fishkern`` and the yardstick."""
     ours = partial(fk.estimate, model, check=False, backend="triton")
     timed: dict[str, Callable[[Batches], object]] = {
         "fishkern_one_batch": ours,

@@ -2,7 +2,7 @@
 
 The other revision's ``fishkern`` is checked out by ``git worktree`` into a temporary folder, which is removed at the
 end. The cases of this tree measure both: each revision in a process of its own, one run of the one, one of the other,
-in an order that changes from round to round. A case says by ``compared()`` what is run, and by which providers; rivals
+in an order that changes from round to round. A case names in ``compared()`` its runs and their providers; rivals
 are the same on both sides, so whatever changes in them is the machine's noise. Nothing is recorded.
 """
 
@@ -34,7 +34,7 @@ def compare(ref: str, names: list[str], *, rounds: int, only: str = "", package:
         ref: Revision of git.
         names: Cases; all where none is named.
         rounds: How often each runs, after one that does not count.
-        only: Text in the name of what is run of a case.
+        only: Text in the name of a run.
         package: Where the cases are.
 
     Returns:
@@ -61,13 +61,13 @@ def compare(ref: str, names: list[str], *, rounds: int, only: str = "", package:
     return 0 if complete else 1
 
 
-def made(case: str, what: str, provider: str) -> Run:
-    """Make what is timed, in the process that times it."""
+def make(case: str, what: str, provider: str) -> Run:
+    """Make the function that is timed, in the process that times it."""
     return _compared(case)[what][provider]()
 
 
 def names(case: str) -> dict[str, list[str]]:
-    """By what is run of a case, its providers."""
+    """The runs of a case, and the providers of each."""
     return {what: list(providers) for what, providers in _compared(case).items()}
 
 
@@ -78,7 +78,7 @@ def _compared(case: str) -> dict[str, dict[str, Callable[[], Run]]]:
 
 @contextmanager
 def worktree(ref: str) -> Iterator[Path]:
-    """Check out a revision beside the tree for as long as the block runs, interrupts included.
+    """Check out a revision for as long as the block runs, and remove it also after an interrupt.
 
     Yields:
         Its folder, without its benchmarks: those of this tree measure both.
@@ -107,7 +107,7 @@ def _case(name: str, module: str, tree: Path, rounds: int, only: str) -> Iterato
             yield f"failed: {name}: {error}"
             return
         if not compared:
-            yield f"{name}: has no compared(), which says what is run of it."
+            yield f"{name}: has no compared(), which names its runs."
         selected = {what: providers for what, providers in compared.items() if only in what}
         for what, providers in selected.items():
             for provider in providers:
@@ -121,7 +121,7 @@ def _time(name: str, run: tuple[str, str, str], sides: list[Process], rounds: in
     _, what, provider = run
     try:
         for side in sides:
-            side.prepare("benchmarks.engine.compare:made", *run)
+            side.prepare("benchmarks.engine.compare:make", *run)
             side.seconds()
         theirs, ours = there_and_back(dict(enumerate(sides)), rounds, Process.seconds).values()
     except ProcessError as error:
@@ -141,7 +141,7 @@ def _peak(name: str, run: tuple[str, str, str], tree: Path) -> str:
     try:
         for side in (tree, ROOT):
             with Process(side, memory=True, quiet=True) as process:
-                process.prepare("benchmarks.engine.compare:made", *run)
+                process.prepare("benchmarks.engine.compare:make", *run)
                 peaks.append(process.peak_mib())
     except ProcessError as error:
         return f"failed: {name} {what} {provider} peak: {error}"

@@ -17,7 +17,7 @@ from benchmarks.engine import ROOT
 
 
 def origin(revision: str | None = None) -> dict[str, Any]:
-    """What every record says of where it comes from."""
+    """The fields that tell where a record comes from."""
     return {**machine(), **software(revision)}
 
 

@@ -1,8 +1,8 @@
 """Processes that measure: another revision, a provider with the memory to itself, a part that may hang or crash.
 
 A function is named as ``package.module:function``, and gets plain arguments or dataclasses of :mod:`benchmarks`. With a
-limit of memory a process may take so much beside its imports (RLIMIT_DATA, so reserved memory counts; on a GPU a share
-of its memory), so that running out of memory really happens.
+limit of memory a process may take so much above its imports (RLIMIT_DATA, so reserved memory counts; on a GPU a share
+of its memory), and running out of memory really happens.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class ProcessError(RuntimeError):
 
 
 class Process:
-    """One process, which does what it is asked to, call by call.
+    """A process that answers calls, one after the other.
 
     Args:
         tree: Checkout whose ``fishkern`` it imports; ``benchmarks`` is always this one.
-        limit_gib: Memory that it may take beside its imports.
+        limit_gib: Memory that it may take above its imports.
         memory: Whether freed memory is returned to the system at once: for peaks, not for times.
         quiet: Whether its output is dropped; otherwise all of it goes to standard error.
     """
@@ -71,7 +71,7 @@ class Process:
 
         Args:
             function: ``package.module:function``.
-            *arguments: What it is given.
+            *arguments: Its arguments.
             seconds: When to give up; the process is of no use afterwards.
 
         Returns:
@@ -84,7 +84,7 @@ class Process:
         return self._ask(("call", function, arguments), seconds)
 
     def prepare(self, function: str, *arguments: Any) -> None:
-        """Let a function there make what :meth:`seconds` and :meth:`peak_mib` run, and forget what it made before."""
+        """Let a function there make the run that :meth:`seconds` and :meth:`peak_mib` measure from here on."""
         self._ask(("prepare", function, arguments))
 
     def seconds(self) -> float:
@@ -176,7 +176,7 @@ def serve(pipe: str, limit_gib: str) -> None:
                 else:
                     value = {"seconds": _seconds, "peak_mib": _peak_mib}[kind](run)
                 answer = {"value": value}
-            except Exception as error:  # the process that asked says what it was
+            except Exception as error:  # for the process that asked
                 run = None
                 answer = {"error": _why(error, limit)}
             requests.send(answer)

@@ -23,7 +23,7 @@ class Records:
 
     Args:
         path: The file; it is made with its first record.
-        origin: Gives what is appended to each record of where it comes from.
+        origin: Gives the fields that tell where a record comes from.
         **shared: Fields of every record. Records of the file that differ in one of them are no part of this.
     """
 

@@ -1,6 +1,6 @@
-"""``python -m benchmarks run``: test what the cases measure, then measure and record it, and print a table.
+"""``python -m benchmarks run``: test the library, then measure and record, case by case, and print a table.
 
-A case records when all of it has run, so that an interrupted case leaves nothing.
+A case records when all of it has run; an interrupted one leaves nothing.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def run(names: list[str], results: Path, *, replace: bool = False, package: str 
             print(f"{name}: {outcome.refused}", file=sys.stderr, flush=True)
             continue
         print(f"==> {name}: measuring", file=sys.stderr, flush=True)
-        _measure(module, results, replace, outcome)
+        _measure(module, results, outcome, replace=replace)
     print(f"{'case':16} {'records':>7}  {'commit':24} outcome")
     for outcome in outcomes:
         print(outcome.line())
@@ -79,7 +79,7 @@ def run(names: list[str], results: Path, *, replace: bool = False, package: str 
 def why_not(name: str, tests: list[str], passed: dict[str, bool]) -> str:
     """Run the tests of a case that have not run yet, and say in one line why nothing may be recorded."""
     if not tests:
-        return f"not recorded: {name}.py has no TESTS, which name the tests of what it measures"
+        return f"not recorded: {name}.py has no TESTS, which name the tests of the library that it depends on"
     if missing := [test for test in tests if not (ROOT / test).exists()]:
         return f"not recorded: {', '.join(missing)} of its TESTS does not exist"
     for test in tests:
@@ -92,7 +92,7 @@ def why_not(name: str, tests: list[str], passed: dict[str, bool]) -> str:
     return ""
 
 
-def _measure(module: ModuleType, results: Path, replace: bool, outcome: Outcome) -> None:
+def _measure(module: ModuleType, results: Path, outcome: Outcome, *, replace: bool) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         report, records = Path(scratch) / "report.xml", Path(scratch) / "records"
         command = [
@@ -105,10 +105,10 @@ def _measure(module: ModuleType, results: Path, replace: bool, outcome: Outcome)
             return
         outcome.missed = list(_failures(report))
         for path in sorted(records.glob("*/*.jsonl")):
-            _add(path, results / path.relative_to(records), replace, outcome)
+            _add(path, results / path.relative_to(records), outcome, replace=replace)
 
 
-def _add(recorded: Path, target: Path, replace: bool, outcome: Outcome) -> None:
+def _add(recorded: Path, target: Path, outcome: Outcome, *, replace: bool) -> None:
     """Append the records of a run to those of all runs."""
     target.parent.mkdir(parents=True, exist_ok=True)
     before = target.read_text(encoding="utf-8") if target.exists() and not replace else ""

@@ -1,4 +1,4 @@
-"""Timing in turns, so that a machine that slows down slows every provider, and what a record has of it."""
+"""Timing in turns: a machine that slows down then slows every provider."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def in_turns(
     """Run every provider once in each round, ``fishkern`` last.
 
     Args:
-        benchmark: pytest-benchmark's fixture; its table shows ``fishkern``, and the medians of the others beside it.
+        benchmark: pytest-benchmark's fixture; its table shows ``fishkern``, with the medians of the others.
         timed: By provider, ``fishkern`` among them, a function that runs once and returns its seconds.
         rounds: How often.
 

@@ -16,7 +16,7 @@ from benchmarks.engine.records import Record
 
 
 def too_large(case: Any, needed: float) -> Record:
-    """The record of a case that the device has no room for, so that no later call takes it up.
+    """The record of a case that the device has no room for; without one, each later call would take it up.
 
     Args:
         case: A dataclass.
@@ -34,7 +34,7 @@ class Part:
 
     Args:
         name: Unique within its case.
-        run: Gives one record for each measurement. A value that is ``bytes`` becomes a file beside the records.
+        run: Gives one record for each measurement. A value that is ``bytes`` becomes a file in their folder.
         seconds: What it takes, about. A call is planned by it, and stops a part that takes several times as long.
     """
 

@@ -24,7 +24,7 @@ from benchmarks.gpu.limits import CLOSING, PATIENCE, Clock
 from benchmarks.gpu.table import TESTS, table, tests_in_words
 from benchmarks.gpu.worker import STARTS_IN, Worker
 
-# What decides most comes first: whether anything is right, what the machine can do, then the kernel of every pass.
+# The most decisive first: whether anything is right, what the machine can do, then the kernel of every pass.
 ORDER = (
     "smoke", "roofs", "sum_grad_squared", "whole_pass", "trace", "variants", "streaming_topk", "masked_adamw",
     "siblings",
@@ -79,7 +79,7 @@ def run(
     if not origin["commit"]:
         raise RefusedError("there is no git here: name the revision with --revision TEXT.")
     print(f"{origin['machine']}: " + ", ".join(f"{key} {value}" for key, value in origin.items() if key != "machine"))
-    requested = selected(modules, device, set(only), skip_tests)
+    requested = selected(modules, device, set(only), skip_tests=skip_tests)
     folders = dict.fromkeys((results / origin["machine"], RESULTS / origin["machine"]))
     records = [r for folder in folders for r in recorded(folder) if r.get("sources") == origin["sources"]]
     done = {_key(record) for record in records if not record.get("red")}
@@ -110,7 +110,7 @@ class Journal:
 
     Args:
         folder: Of this machine's records.
-        origin: What every record says of where it comes from.
+        origin: Fields that tell where a record comes from.
 
     Attributes:
         records: All that were added.
@@ -185,7 +185,9 @@ def _measure(
     return failed
 
 
-def selected(modules: dict[str, ModuleType], device: torch.device, only: set[str], skip_tests: bool) -> dict[Key, Part]:
+def selected(
+    modules: dict[str, ModuleType], device: torch.device, only: set[str], *, skip_tests: bool = False
+) -> dict[Key, Part]:
     """The parts that are requested, each with the tests of its case."""
     every: dict[Key, Part] = {}
     for name, module in modules.items():
@@ -201,7 +203,7 @@ def selected(modules: dict[str, ModuleType], device: torch.device, only: set[str
 
 
 def plan(left: dict[Key, Part], seconds: float) -> Iterator[str]:
-    """The minutes that each case should take; what does not fit comes last."""
+    """The minutes that each case should take; parts that do not fit are last."""
     planned, later, lines = CLOSING, [], []
     for name in dict.fromkeys(name for name, _ in left):
         own = {key: part for key, part in left.items() if key[0] == name}

@@ -2,7 +2,7 @@
 
 A program for each multiprocessor goes from tile to tile. One warp brings the chunks by the copy engine, also those of
 the next tile while this one is written; two groups of four warps each multiply the upper and the lower half of a tile,
-so that one squares its gradient while the matrix units work for the other. Dense bfloat16 examples whose length is a
+and one squares its gradient while the matrix units work for the other. Dense bfloat16 examples whose length is a
 multiple of ``BLOCK_T``, rows of whole 16 bytes, the result added to.
 """
 

@@ -1,7 +1,7 @@
 """``python -m benchmarks tune``: times tiles of ``sum_grad_squared`` on a device and writes the table of the fastest.
 
 The kernel's own table is not touched: a person reads the result and copies what is faster. Nothing is tuned
-at run time, so that equal calls give equal bits.
+at run time: equal calls give equal bits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Parts of a case in a process of their own, so that damage to the device or to the process ends with it."""
+"""Parts of a case in a process of their own: damage to the device or to the process ends with it."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 WIDTH = 9.0  # inches
 SMALL = 8  # points: ticks, notes and labels
-# Colours of what is no provider: the arms of the study on GLUE. What FISH trains has the colour of fishkern.
+# Colours of the arms of the study on GLUE, which are no providers. FISH has the colour of fishkern.
 ARMS = {"fish": OURS, "original": GREY, "random": ORANGE, "reverse": VERMILION, "magnitude": GREEN}
 COLOURS = {**{name: provider.colour for name, provider in EVERY.items()}, **ARMS}
 SPARE = (PINK, SKY, BLACK, OLIVE, "#882255", "#44AA99")
@@ -28,10 +28,10 @@ def figure(height: float, width: float = WIDTH, title: str = "") -> Figure:
     """Make an empty figure, in inches, without pyplot, which keeps every figure and looks for a display."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width, height), layout="constrained")
+    empty = Figure(figsize=(width, height), layout="constrained")
     if title:
-        made.suptitle(title, fontsize=11, x=0.01, ha="left")
-    return made
+        empty.suptitle(title, fontsize=11, x=0.01, ha="left")
+    return empty
 
 
 def colours(providers: Iterable[str]) -> dict[str, str]:
@@ -95,7 +95,7 @@ def lines(
         axes: Where; the label of its x-axis is the caller's.
         points: By provider, from left to right.
         unit: Of the values, such as ``"s"`` or ``"MiB"``.
-        notes: By provider, what is said in place of its name, which then stands elsewhere.
+        notes: By provider, a text in place of its name, which the picture then has elsewhere.
         failed: By provider, the x at which it failed: a cross, as high as its last point.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -117,10 +117,10 @@ def lines(
     sizes = sorted({x for line in points.values() for x, _ in line} | set((failed or {}).values()))
     axes.set_xticks(sizes, [size(x) for x in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
-    found = [y for line in points.values() for _, y in line]
-    if found:
-        axes.set_ylim(min(found) / 1.4, max(found) * 1.4)
-    few = bool(found) and max(found) < 30 * min(found)
+    heights = [y for line in points.values() for _, y in line]
+    if heights:
+        axes.set_ylim(min(heights) / 1.4, max(heights) * 1.4)
+    few = bool(heights) and max(heights) < 30 * min(heights)
     locator = LogLocator(base=2, numticks=6) if unit == "MiB" else LogLocator(subs=(1, 2, 5) if few else (1,))
     axes.yaxis.set_major_locator(locator)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value, unit, digits=1)))
@@ -162,12 +162,12 @@ def _spread(figure: Figure, gap: float = 9.5) -> None:
 
 def values(records: Iterable[dict[str, Any]], quantity: str) -> dict[str, float | str]:
     """Take from records of a speed case each provider's median seconds or peak MiB, or the reason that it has none."""
-    found: dict[str, float | str] = {}
+    figures: dict[str, float | str] = {}
     for record in records:
         if record["quantity"] == quantity:
             value = record["seconds"]["median"] if "seconds" in record else record.get("peak_mib")
-            found[record["provider"]] = record.get("left out", "not measured") if value is None else float(value)
-    return found
+            figures[record["provider"]] = record.get("left out", "not measured") if value is None else float(value)
+    return figures
 
 
 def cases(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -176,7 +176,7 @@ def cases(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def newest(records: Iterable[dict[str, Any]], *fields: str) -> list[dict[str, Any]]:
-    """Keep the last record of each combination of these fields: what is measured again replaces what was."""
+    """Keep the last record of each combination of these fields: later measurements replace earlier ones."""
     return list({json.dumps([record.get(field) for field in fields]): record for record in records}.values())
 
 

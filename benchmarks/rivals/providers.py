@@ -26,7 +26,7 @@ class Provider:
     """One way to the result of an operation.
 
     Args:
-        run: What is measured; its arguments are those of its list.
+        run: The function; all of one list have the same arguments.
         label: Its name in pictures, where that differs from the one in the records.
         colour: Of it in pictures.
         settings: How it is used, in words.
@@ -61,7 +61,7 @@ def fishkern_unchecked(model: nn.Module, batches: list[dict[str, Tensor]]) -> fk
     return fk.estimate(model, batches, check=False)
 
 
-# Of a pass over data: run(model, batches) gives squares by name, of what it covers.
+# Of a pass over data: run(model, batches) gives squares by name, of the parameters that it covers.
 PASSES = {
     "fishkern": Provider(fishkern, "", OURS, "estimate with its defaults, self-check included"),
     "fishkern_unchecked": Provider(fishkern_unchecked, "", OLIVE, "estimate with check=False"),

@@ -1,1 +1,1 @@
-"""What is measured: models with random weights and their data, scores, and parameters that are partly trained."""
+"""Inputs: models with random weights and their data, scores, and parameters that are partly trained."""

@@ -45,7 +45,7 @@ class MaskedStep:
         return {"model": self.model, "density": self.density}
 
     def trained(self) -> nn.Module:
-        """What is trained, with gradients that stay the same: all weights, or the factors without a model."""
+        """All weights, or the factors without a model, with gradients that stay the same."""
         shape, lora = MODELS[self.model]
         dtype = getattr(torch, self.dtype)
         torch.manual_seed(0)

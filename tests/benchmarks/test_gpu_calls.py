@@ -84,9 +84,9 @@ def test_calls_ask_for_what_there_is_and_what_fits(number, capsys, monkeypatch):
     assert wanted
     assert all(wanted)
     for only in wanted:
-        parts = session.selected(modules, torch.device("cpu"), only, skip_tests=False)
+        parts = session.selected(modules, torch.device("cpu"), only)
         assert parts
-    plan = list(session.plan(session.selected(modules, torch.device("cpu"), wanted[0], False), seconds))
+    plan = list(session.plan(session.selected(modules, torch.device("cpu"), wanted[0]), seconds))
     assert "does not fit" not in plan[-1]
 
 
@@ -131,7 +131,7 @@ def test_calls_run_from_end_to_end(number, tmp_path):
     records = [json.loads(line) for line in lines]
     assert all((record["commit"], record["machine"]) == ("a-copy", "pretended-gpu") for record in records)
     kept = {(record["op"], record["part"]) for record in records if not record.get("red")}
-    parts = session.selected(session.cases(), torch.device("cpu"), asked_for(CALLS[number])[0], False)
+    parts = session.selected(session.cases(), torch.device("cpu"), asked_for(CALLS[number])[0])
     assert kept == set(parts)
     failed = [record for record in records if "failed" in record and record["part"] != TESTS]
     assert {record["provider"] for record in failed} <= {"bmm", "bmm_in_l2", "one_by_one_graphed"}  # products of CUDA

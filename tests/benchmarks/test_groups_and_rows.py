@@ -61,5 +61,5 @@ def test_all_estimators_are_of_the_same_squares():
 @NEEDS_GROUPS
 @pytest.mark.parametrize("provider", ["fishkern", "layer", "diagonal"])
 def test_figures_of_memory(provider):
-    figures = group_fisher.memory(provider, Workload(LLAMA_TINY, T=7, N=3, batches=2), check=True)
+    figures = group_fisher.memory(provider, Workload(LLAMA_TINY, T=7, N=3, batches=2), {"check": True})
     assert figures.keys() == {"weights_mib", "activations_mib", "peak_mib"}

@@ -86,7 +86,7 @@ def test_what_fails_is_recorded_and_larger_sizes_are_not_tried(quantity, monkeyp
         return SimpleNamespace(prepare=prepare, seconds=lambda: 0.5, peak_mib=lambda: 3.0)
 
     @contextmanager
-    def processes(op, memory):
+    def processes(op, *, memory):
         assert memory == (quantity == "memory")
         yield {provider: worker(provider) for provider in PROVIDERS[op]}
 

@@ -3,7 +3,7 @@
     python -m benchmarks exactness --data FOLDER [--model FOLDER] [--encoder FOLDER]
 
 On small real models (``subjects.py``) each estimator is compared with the exact per-example
-empirical Fisher **of the same examples**: by relative L2 distance, as it comes and after the best scale (which a
+empirical Fisher **of the same examples**: by relative L2 distance, unscaled and after the best scale (which a
 selection does not see), and by the entries that ``GlobalTopK`` takes of both. The **noise floor** is the same between
 two exact Fishers of as many, but disjoint, examples. A difference below the floor could as well be one of the examples.
 Last, ``others`` compares each selection with that of the exact Fisher of the largest number of disjoint examples: how
@@ -11,9 +11,9 @@ well does it find what matters on data that it has not seen?
 
 A pair is two disjoint sets of rows; no row is in two pairs, and each set has a seed for its draws. Estimators run on
 the first set of each pair. An estimator is *beyond* the floor if each of its overlaps is below each of the floor's,
-*closer* if each is above, else *within*: with three pairs, one in twenty such verdicts comes by chance. The figures are
+*closer* if each is above, else *within*: with three pairs, one in twenty such verdicts is chance. The figures are
 of small models and short texts; they do not tell how well a selection trains. Rows of *stories* have one length,
-so that a sum over tokens differs from a mean by its scale alone there.
+so a sum over tokens differs from a mean only by its scale there.
 
 Overlap is the part of the k entries that two selections share; ``jaccard`` of the records is shared / selected by
 either. The chance level is the density itself.
@@ -40,7 +40,7 @@ from benchmarks.studies.exactness.verdicts import FLOOR, table, verdicts
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure what is missing, and print the tables and what they say."""
+    """Measure what is missing, and print tables and verdicts."""
     given = _parser().parse_args(arguments)
     from benchmarks.studies.glue.data import packaged_encoder
 
@@ -61,22 +61,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m benchmarks exactness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = ("stories", "cola", "sst2")
-    found.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="GLUE: holds cola/train.parquet etc.")
-    found.add_argument("--model", type=Path, metavar="FOLDER", help="stories260K; by default in ../models of the data")
-    found.add_argument("--encoder", type=Path, metavar="FOLDER", help="a BERT; by default the packaged MiniLM")
-    found.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
-    found.add_argument("--pairs", type=int, default=Setting.pairs, metavar="N", help="default: %(default)s")
-    found.add_argument("--sizes", nargs="+", type=int, metavar="N", help="examples, instead of the subject's own")
-    found.add_argument("--only", nargs="+", choices=names, default=names, metavar="SUBJECT", help="one of %(choices)s")
-    return found
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FOLDER", help="GLUE: holds cola/train.parquet etc."
+    )
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="stories260K; by default in ../models of the data")
+    parser.add_argument("--encoder", type=Path, metavar="FOLDER", help="a BERT; by default the packaged MiniLM")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--pairs", type=int, default=Setting.pairs, metavar="N", help="default: %(default)s")
+    parser.add_argument("--sizes", nargs="+", type=int, metavar="N", help="examples, instead of the subject's own")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="SUBJECT", help="one of %(choices)s")
+    return parser
 
 
 def log_of(path: Path, setting: Setting) -> Records:
-    """The records of this setting; what they have is not measured again."""
+    """The records of this setting; a measurement that is there is not repeated."""
     return Records(path, study="exactness", setting=asdict(setting))
 
 

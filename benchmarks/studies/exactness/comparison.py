@@ -1,4 +1,4 @@
-"""Two estimates side by side: distance, scale, and what is selected by both."""
+"""Two estimates side by side: distance, scale, and common entries of their selections."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.studies.exactness.subjects import Loaded
 
 
 class Measured:
-    """A statistic and what is selected by it, each selection made once."""
+    """A statistic and its selections, each made once."""
 
     def __init__(self, statistic: fk.Statistics, densities: tuple[float, ...]) -> None:
         self.statistic = statistic
@@ -23,20 +23,20 @@ class Measured:
 
 
 def estimates(loaded: Loaded, arm: Arm, rows: range, setting: Setting) -> Iterator[tuple[int, Measured, float]]:
-    """Estimate on the first ``n`` of the rows for each size of the arm, with the seconds of all passes that took."""
+    """Estimate on the first ``n`` of the rows for each size of the arm; with the seconds of the passes so far."""
     done, whole, seconds = 0, None, 0.0
     for n in arm.sizes:
-        part = rows[done:n]
+        added = rows[done:n]
         start = time.perf_counter()
-        found = fk.estimate(
+        statistics = fk.estimate(
             loaded.model,
-            loaded.batches(part, arm.batch_size),
-            arm.estimator(setting.seed * 1_000_000 + part.start),  # each part of each set has a seed of its own
+            loaded.batches(added, arm.batch_size),
+            arm.estimator(setting.seed * 1_000_000 + added.start),  # each part of each set has a seed of its own
             likelihood=arm.likelihood,
             parameters=loaded.parameters,
             check=arm.label == "exact",
         )
-        whole = found if whole is None else fk.merge(whole, found)
+        whole = statistics if whole is None else fk.merge(whole, statistics)
         seconds += time.perf_counter() - start
         done = n
         yield n, Measured(whole, setting.densities), seconds
@@ -58,7 +58,7 @@ def compared(one: Measured, reference: Measured) -> dict[str, Any]:
     for density, selection in reference.selections.items():
         ours = one.selections[density]
         if ours.names != selection.names or ours.count != selection.count:
-            raise ValueError("selections out of different pools, or of different sizes, say nothing of each other.")
+            raise ValueError("selections of different pools, or of different sizes, cannot be compared.")
         shared = (ours & selection).count
         top[str(density)] = {
             "k": selection.count,

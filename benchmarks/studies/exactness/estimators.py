@@ -1,4 +1,4 @@
-"""Every way to estimate that the study of exactness compares, and what all measurements share."""
+"""Every estimator that the study of exactness compares, and the setting of all measurements."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fishkern.statistics.base import Estimator
 
 @dataclass(frozen=True)
 class Setting:
-    """What all measurements share.
+    """The setting of all measurements.
 
     Args:
         pairs: Pairs of disjoint sets.
-        batch_sizes: Of the squared batch gradient; size 1, which is exact, is measured beside them as a check.
-        passes: Batch size of all other passes, which matters to the sketch alone.
+        batch_sizes: Of the squared batch gradient; size 1, which is exact, is measured along with them as a check.
+        passes: Batch size of all other passes, which only the sketch depends on.
         densities: Selected fractions.
         seed: Of rows and draws.
     """

@@ -6,8 +6,8 @@
 * **sst2**: the encoder MiniLM on rows of SST-2 of at least eight words. Its pooler and a new classifier are first
   trained on other rows, on the frozen output of the encoder. Its pool is the upper two layers, pooler and classifier.
 
-A text that holds another, or lies in it, is dropped: parts of one sentence in both of two sets would make these look
-more alike than independent examples are.
+A text that contains another, or is part of it, is dropped: parts of one sentence in both of two sets would make these
+look more alike than independent examples are.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured.
+    """A model and its examples.
 
     Args:
         name: In the records.
         sizes: Numbers of examples, ascending.
-        language: Whether it is a language model, so that a loss may be a mean or a sum over tokens.
+        language: Whether it is a language model, whose loss may be a mean or a sum over tokens.
         load: From a number of rows, and a seed, to the model and as many rows.
     """
 
@@ -109,10 +109,10 @@ def cola(folder: Path, data: Path, count: int, seed: int, longest: int = 48) -> 
 def sst2(folder: Path, data: Path, count: int, seed: int, longest: int = 64) -> Loaded:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    found = {text: label for text, label in _shuffled(data, seed) if len(text.split()) >= 8}
-    texts = distinct(found, count + HEAD_ROWS)
+    classes = {text: label for text, label in _shuffled(data, seed) if len(text.split()) >= 8}
+    texts = distinct(classes, count + HEAD_ROWS)
     tokens = AutoTokenizer.from_pretrained(folder)(texts, truncation=True, max_length=longest)["input_ids"]
-    rows = [(ids, found[text]) for ids, text in zip(tokens, texts, strict=True)]
+    rows = [(ids, classes[text]) for ids, text in zip(tokens, texts, strict=True)]
     with torch.random.fork_rng(devices=[]), hub.quiet():  # that the classifier is new is known
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2).eval()
@@ -128,7 +128,7 @@ def sst2(folder: Path, data: Path, count: int, seed: int, longest: int = 64) -> 
 
 
 def _upper(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
-    """The last two layers of a BERT, and what comes after them."""
+    """The last two layers of a BERT, and the modules after them."""
     layers = model.config.num_hidden_layers
     parts = (f".layer.{layers - 2}.", f".layer.{layers - 1}.", ".pooler.", "classifier.")
     return lambda name, _: any(part in name for part in parts)
@@ -170,15 +170,17 @@ def train_head(loaded: Loaded, rows: range, held_out: range) -> float:
 
 
 def distinct(texts: Iterable[str], count: int) -> list[str]:
-    """Take the first texts of which none holds another, spelled alike or not."""
-    kept: dict[str, str] = {}
+    """Take the first texts of which none contains another, whatever their case and punctuation."""
+    texts_by_words: dict[str, str] = {}
     for text in texts:
         words = f" {' '.join(re.findall(r'[a-z0-9]+', text.lower()))} "
-        if not any(words in other or other in words for other in kept):
-            kept[words] = text
-        if len(kept) == count:
-            return list(kept.values())
-    raise ValueError(f"{count} texts are needed of which none lies in another, and there are only {len(kept)}.")
+        if not any(words in other or other in words for other in texts_by_words):
+            texts_by_words[words] = text
+        if len(texts_by_words) == count:
+            return list(texts_by_words.values())
+    raise ValueError(
+        f"{count} texts are needed of which none is part of another, and there are only {len(texts_by_words)}."
+    )
 
 
 def _language_model(folder: Path) -> nn.Module:

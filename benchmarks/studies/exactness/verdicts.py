@@ -1,4 +1,4 @@
-"""What records of the study of exactness say: tables, and where each estimator stands beside the noise floor."""
+"""Tables of the study of exactness, and how each estimator compares with the noise floor."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ FLOOR = "exact, other examples"
 
 def grouped(records: list[dict[str, Any]], examples: int) -> dict[str, list[dict[str, Any]]]:
     """The records of one number of examples by label, the floor first."""
-    found: dict[str, list[dict[str, Any]]] = {FLOOR: []}
+    groups: dict[str, list[dict[str, Any]]] = {FLOOR: []}
     for record in records:
         if record["examples"] == examples:
-            found.setdefault(record["label"], []).append(record)
-    return found
+            groups.setdefault(record["label"], []).append(record)
+    return groups
 
 
 def overlaps(records: list[dict[str, Any]], density: str) -> list[float]:
@@ -23,14 +23,14 @@ def overlaps(records: list[dict[str, Any]], density: str) -> list[float]:
 
 
 def standing(values: list[float], floor: list[float]) -> str:
-    """Say where overlaps stand: every one below, or above, every one of the floor, or neither."""
+    """Whether every overlap is below, or above, every one of the floor, or neither."""
     if max(values) < min(floor):
         return "beyond"
     return "closer" if min(values) > max(floor) else "within"
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Every estimator beside the noise floor of its number of examples, medians and ranges over the pairs."""
+    """Every estimator and the noise floor by number of examples, medians and ranges over the pairs."""
     first = records[0]
     about, densities = first["about"], list(first["top"])
     lines = [f"{first['subject']}: {about['model']}; {about['text']}; pool of {first['pool']:,} entries"]
@@ -38,20 +38,20 @@ def table(records: list[dict[str, Any]]) -> str:
     for examples in sorted({record["examples"] for record in records}):
         lines.append(f"\n{f'{examples} examples':28}{'rel. L2':>8}{'scale':>8}{'scaled':>8}{tops}{'others':>8}")
         groups = grouped(records, examples)
-        for label, found in groups.items():
-            middle = {key: _median(found, key) for key in ("relative_l2", "scale", "relative_l2_scaled")}
+        for label, group in groups.items():
+            middle = {key: _median(group, key) for key in ("relative_l2", "scale", "relative_l2_scaled")}
             line = f"{label:28}{middle['relative_l2']:8.3f}{middle['scale']:8.2g}{middle['relative_l2_scaled']:8.3f}"
             for density in densities:
-                values = overlaps(found, density)
+                values = overlaps(group, density)
                 place = "floor" if label == FLOOR else standing(values, overlaps(groups[FLOOR], density))
                 spread = f"{100 * statistics.median(values):.1f} ({100 * min(values):.0f}-{100 * max(values):.0f})"
                 line += f"{spread:>16}{place:>7}"
-            unseen = [record["others"]["top"][densities[0]]["overlap"] for record in found]
+            unseen = [record["others"]["top"][densities[0]]["overlap"] for record in group]
             lines.append(f"{line}{100 * statistics.median(unseen):8.1f}")
     pairs, most = len({record["pair"] for record in records}), max(record["examples"] for record in records)
     lines.append(
         f"\nOverlaps in percent: median (range) of {pairs} pairs. scaled: rel. L2 after the best scale. others: of\n"
-        f"the top {float(densities[0]):.1%} by the exact Fisher of {most} examples not seen, the part that is found."
+        f"the top {float(densities[0]):.1%} by the exact Fisher of {most} examples not seen, the part that it selects."
     )
     return "\n".join(lines)
 
@@ -74,12 +74,12 @@ def verdicts(records: list[dict[str, Any]]) -> Iterator[str]:
             head = f"{floor[0]['subject']}, {examples} examples, top {float(density):.1%}"
             noise = overlaps(floor, density)
             yield f"{head}: two exact Fishers share {_range(noise)}"
-            places = {label: standing(overlaps(found, density), noise) for label, found in groups.items()}
+            places = {label: standing(overlaps(group, density), noise) for label, group in groups.items()}
             yield from _listed(words, places)
-            unseen = {label: _unseen(found, density) for label, found in groups.items()}
+            unseen = {label: _unseen(group, density) for label, group in groups.items()}
             exact = _unseen(floor, density)
             yield f"{head}, of the selection by unseen examples: the exact Fisher finds {_range(list(exact.values()))}"
-            signs = {label: _sign([found[pair] - exact[pair] for pair in found]) for label, found in unseen.items()}
+            signs = {label: _sign([shares[pair] - exact[pair] for pair in shares]) for label, shares in unseen.items()}
             yield from _listed({"fewer": "fewer than it, in every pair", "more": "more than it, in every pair"}, signs)
 
 

