@@ -17,19 +17,15 @@ and commit is not measured again.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import json
 import math
 import re
-import shutil
 import sys
 import tempfile
 import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -39,136 +35,41 @@ from torch import Tensor, nn
 
 import fishkern as fk
 from benchmarks.engine import RESULTS
-from benchmarks.engine.memory import GIB, MIB, available_memory, forget_peak, resident_mib
+from benchmarks.engine.memory import MIB
 from benchmarks.engine.origin import gpu_state, origin
 from benchmarks.engine.process import Process, ProcessError, in_short
 from benchmarks.engine.records import Record, Records, read
+from benchmarks.engine.stages import Stages
 from benchmarks.rivals.providers import PASSES
-from benchmarks.subjects.transformers import LLAMA_1B, LLAMA_8B, LLAMA_32M, LLAMA_TINY, Shape
+from benchmarks.subjects.end_to_end import SHAPES, RefusedError, Setting, plan
 
-SHAPES = {
-    "llama-3.1-8b": LLAMA_8B,
-    "llama-3.2-1b": LLAMA_1B,
-    "small": LLAMA_32M,
-    "tiny": LLAMA_TINY,  # for a look at the command, and its test
-}
-SAVED_UP_TO = 8 * GIB  # of statistics
 # Examples, tokens, examples of the rivals: a run of a few minutes.
 SIZES = {"cuda": (128, 128, 16), "cpu": (32, 64, 8)}
-
-
-class RefusedError(ValueError):
-    """The request cannot run, or cannot be recorded."""
 
 
 class FailedError(RuntimeError):
     """The verification does not hold, or a result is not the expected one."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Everything that the figures depend on, except for machine and versions.
-
-    Args:
-        shape: Key of :data:`SHAPES`.
-        device: ``"cpu"`` or ``"cuda"``.
-        dtype: Of the weights.
-        examples: Examples that the Fisher is estimated on.
-        batch_size: Examples in each batch.
-        tokens: Tokens in each example; all rows are full, and the tokens are random.
-        density: Selected fraction of all entries.
-        steps: Training steps, all on the first batch.
-        lr: Learning rate of these.
-        rival_examples: Examples of the slower ways to the Fisher.
-        accumulate_on: Device of the Fisher's float32 accumulators.
-        save: Whether the statistics are saved, and selected from once more as a file.
-    """
-
-    shape: str
-    device: str
-    dtype: str
-    examples: int
-    batch_size: int
-    tokens: int
-    density: float
-    steps: int
-    lr: float
-    rival_examples: int
-    accumulate_on: str
-    save: bool
-
-    def model(self) -> nn.Module:
-        return SHAPES[self.shape].model(self.device, getattr(torch, self.dtype))
-
-    def batches(self, size: int, examples: int | None = None) -> list[dict[str, Tensor]]:
-        """The first examples, all by default, in batches of this size."""
-        shape = (self.examples, self.tokens)
-        ids = torch.randint(0, SHAPES[self.shape].vocabulary, shape, generator=torch.Generator().manual_seed(1))
-        return [{"input_ids": rows, "labels": rows} for rows in ids[:examples].to(self.device).split(size)]
-
-
-class Watch:
-    """Measures stages, and writes a JSON line for each when it is over.
-
-    On a GPU a peak is the most that torch has allocated. On a CPU it is the most resident memory above that of the
-    process before its first stage. Both include what was there when the stage began, such as the weights.
-    """
-
-    def __init__(self, lines: Path, arm: str, device: str) -> None:
-        self._lines, self._arm, self._cuda = lines, arm, device == "cuda"
-        self._stage = "start"
-        self._forget_peak()
-        self._before = 0.0 if self._cuda else resident_mib("VmRSS")
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[Record]:
-        """Measure the ``with`` block, which adds figures of its own to the mapping that it gets."""
-        self._stage = name
-        print(f"{self._arm}: {name} ...", file=sys.stderr, flush=True)
-        self._forget_peak()
-        figures: Record = {}
-        start = time.perf_counter()
-        yield figures
-        if self._cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() / MIB if self._cuda else resident_mib("VmHWM") - self._before
-        self.write({"seconds": round(seconds, 4), "peak_mib": round(peak, 1), **figures})
-
-    def write(self, figures: Record) -> None:
-        """Append a line about the stage that was begun last."""
-        with self._lines.open("a") as file:
-            file.write(json.dumps({"arm": self._arm, "stage": self._stage, **figures}) + "\n")
-
-    def _forget_peak(self) -> None:
-        if self._cuda:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)  # memory that an earlier stage has freed goes back to the system
-            forget_peak()
-
-
-def fishkern(setting: Setting, watch: Watch, folder: Path) -> None:
+def fishkern(setting: Setting, stages: Stages, folder: Path) -> None:
     """From a model to a delta, and back."""
-    with watch.stage("build") as figures:
+    with stages.measured("build") as figures:
         model = setting.model()
         figures |= {"weights": sum(p.numel() for p in model.parameters()), "weights_bytes": nbytes(model)}
     batches = setting.batches(setting.batch_size)
-    statistics = estimated(setting, watch, model, batches)
-    selection, statistics = selected(setting, watch, folder, statistics)
-    verified(setting, watch, model, batches, statistics)
+    # Not by a name of its own, which would keep the statistics in memory after they are saved.
+    selection, statistics = selected(setting, stages, folder, estimated(setting, stages, model, batches))
+    verified(setting, stages, model, batches, statistics)
     del statistics
-    with watch.stage("train") as figures:
+    with stages.measured("train") as figures:
         optimizer = fk.MaskedAdamW(model, selection, lr=setting.lr, max_grad_norm=math.inf)
         figures |= train(model, batches[0], optimizer, setting.steps)
     del optimizer
-    with watch.stage("delta") as figures:
+    with stages.measured("delta") as figures:
         file = fk.delta(model, selection).save(folder / "delta.safetensors")
         figures |= {"file_bytes": file.stat().st_size, "weights_bytes": nbytes(model)}
     fresh = setting.model()
-    with watch.stage("apply to a fresh model") as figures:
+    with stages.measured("apply to a fresh model") as figures:
         delta = fk.Delta.load(file)
         before = fk.apply_delta(fresh, delta)
         trained = dict(model.named_parameters())
@@ -179,12 +80,12 @@ def fishkern(setting: Setting, watch: Watch, folder: Path) -> None:
         figures |= {"restored": True, "moved": moved, "selected": selection.count}
 
 
-def estimated(setting: Setting, watch: Watch, model: nn.Module, batches: list[dict[str, Tensor]]) -> fk.Statistics:
+def estimated(setting: Setting, stages: Stages, model: nn.Module, batches: list[dict[str, Tensor]]) -> fk.Statistics:
     accumulate_on = None if setting.accumulate_on == setting.device else setting.accumulate_on
     estimate = partial(fk.estimate, model, accumulate_on=accumulate_on)
-    with watch.stage("estimate one batch"):
+    with stages.measured("estimate one batch"):
         estimate(batches[:1])
-    with watch.stage("estimate") as figures:
+    with stages.measured("estimate") as figures:
         statistics = estimate(batches, progress=True)
         coverage: Counter[str] = Counter()
         for one in statistics.coverage.values():
@@ -194,25 +95,25 @@ def estimated(setting: Setting, watch: Watch, model: nn.Module, batches: list[di
 
 
 def selected(
-    setting: Setting, watch: Watch, folder: Path, statistics: fk.Statistics
+    setting: Setting, stages: Stages, folder: Path, statistics: fk.Statistics
 ) -> tuple[fk.Selection, fk.Statistics]:
-    """The selection, and the statistics where they leave the device's memory to what follows."""
+    """The selection, and the statistics out of the device's memory: in a file, or on the host."""
     rule = fk.GlobalTopK(density=setting.density)
-    with watch.stage("select") as figures:
+    with stages.measured("select") as figures:
         selection = fk.select(statistics, rule)
         figures |= {"selected": selection.count, "pool": selection.total}
         figures |= {"tensors": len(selection.names), "tensors_with_any": sum(map(bool, selection.counts.values()))}
     if setting.save:
-        with watch.stage("save the statistics") as figures:
+        with stages.measured("save the statistics") as figures:
             path = statistics.save(folder / "statistics.safetensors")
             figures["file_bytes"] = sum(file.stat().st_size for file in folder.glob("statistics*.safetensors"))
         statistics = fk.Statistics.load(path, lazy=True)
-        with watch.stage("select from the file") as figures:
+        with stages.measured("select from the file") as figures:
             if fk.select(statistics, rule) != selection:
                 raise FailedError("the selection from the file is not the one from memory.")
             figures["same"] = True
     elif setting.accumulate_on != "cpu":
-        with watch.stage("statistics to the host"):
+        with stages.measured("statistics to the host"):
             moved = {name: statistics[name].cpu() for name in statistics}
             origin = {"provenance": statistics.provenance, "coverage": statistics.coverage}
             statistics = fk.Statistics(moved, count=statistics.count, **origin)
@@ -220,9 +121,9 @@ def selected(
 
 
 def verified(
-    setting: Setting, watch: Watch, model: nn.Module, batches: list[dict[str, Tensor]], statistics: fk.Statistics
+    setting: Setting, stages: Stages, model: nn.Module, batches: list[dict[str, Tensor]], statistics: fk.Statistics
 ) -> None:
-    with watch.stage("verify") as figures:
+    with stages.measured("verify") as figures:
         layers = SHAPES[setting.shape].layers
         sample = {"parameters": lambda name, _: sampled(name, layers), "density": setting.density}
         report = fk.verify(model, batches, statistics, **sample)
@@ -263,34 +164,34 @@ def train(model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Opt
     return {"losses": losses, "step_seconds": median(seconds[1:] or seconds)}
 
 
-def rival(provider: str, setting: Setting, watch: Watch, folder: Path, *, single: bool) -> None:
+def rival(provider: str, setting: Setting, stages: Stages, folder: Path, *, single: bool) -> None:
     """Another way to the Fisher, on fewer examples, in batches or one at a time."""
     way = PASSES[provider]
     size = 1 if single else setting.batch_size
     if way.why_not:
-        watch.write({"stage": "estimate", "left out": way.why_not})
+        stages.write({"stage": "estimate", "left out": way.why_not})
         return
-    with watch.stage("build"):
+    with stages.measured("build"):
         model = setting.model()
     batches = setting.batches(size, setting.rival_examples)
-    with watch.stage("first call"):  # libraries are loaded on first use
+    with stages.measured("first call"):  # libraries are loaded on first use
         way.run(model, [{name: rows[:1] for name, rows in batches[0].items()}])
-    with watch.stage("estimate") as figures:
+    with stages.measured("estimate") as figures:
         way.run(model, batches)
         examples = sum(len(batch["input_ids"]) for batch in batches)
         figures |= {"examples": examples, "batch_size": size, "how": way.settings, "version": way.version}
 
 
-def dense_adamw(setting: Setting, watch: Watch, folder: Path) -> None:
+def dense_adamw(setting: Setting, stages: Stages, folder: Path) -> None:
     """The same training steps of all weights, by torch's fused AdamW in the weights' dtype."""
-    with watch.stage("build"):
+    with stages.measured("build"):
         model = setting.model()
-    with watch.stage("train") as figures:
+    with stages.measured("train") as figures:
         optimizer = torch.optim.AdamW(model.parameters(), lr=setting.lr, fused=True)
         figures |= train(model, setting.batches(setting.batch_size)[0], optimizer, setting.steps)
 
 
-ARMS: dict[str, Callable[[Setting, Watch, Path], None]] = {
+ARMS: dict[str, Callable[[Setting, Stages, Path], None]] = {
     "fishkern": fishkern,
     "one_by_one": partial(rival, "one_by_one", single=True),
     "opacus": partial(rival, "opacus", single=False),
@@ -308,13 +209,13 @@ def run_arm(arm: str, setting: Setting, folder: Path, lines: Path) -> None:
     warm = SHAPES["tiny"].model(setting.device, torch.float32)
     ids = torch.zeros(2, 8, dtype=torch.long, device=setting.device)
     warm(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    watch = Watch(lines, arm, setting.device)
+    stages = Stages(lines, arm, setting.device)
     try:
-        ARMS[arm](setting, watch, folder)
+        ARMS[arm](setting, stages, folder)
     except Exception as error:
         if arm == "fishkern":
             raise
-        watch.write({"left out": in_short(error)})
+        stages.write({"left out": in_short(error)})
 
 
 def in_process_of_its_own(arm: str, setting: Setting, folder: Path, lines: Path) -> None:
@@ -377,66 +278,6 @@ def _origin(options: argparse.Namespace) -> Record:
     return where
 
 
-def plan(options: argparse.Namespace, folder: Path) -> Setting:
-    """Choose the largest setting that fits, and refuse where none does.
-
-    Args:
-        options: Of the command line.
-        folder: Of the artefacts.
-
-    Returns:
-        The setting.
-
-    Raises:
-        RefusedError: The device, the host or the disk is too small, or a number is out of range.
-    """
-    for name in ("examples", "batch_size", "tokens", "steps", "rival_examples"):
-        if getattr(options, name) < 1:
-            raise RefusedError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}.")
-    device = options.device
-    shapes = [options.shape] if options.shape else ["small"]
-    if not options.shape and device == "cuda":
-        shapes = [name for name in SHAPES if name != "tiny"]
-    places = [options.accumulate_on] if options.accumulate_on else dict.fromkeys([device, "cpu"])
-    free = {"cpu": available_memory(), "disk": shutil.disk_usage(folder).free}
-    if device == "cuda":
-        free["cuda"] = torch.cuda.mem_get_info()[0]
-    reasons = []
-    for name in shapes:
-        for accumulate_on in places:
-            setting, needs = _settled(options, name, accumulate_on)
-            amounts = [f"{needs[at] / GIB:.2f} GiB on the {at} ({free[at] / GIB:.2f} are free)" for at in needs]
-            what = f"{name} in {setting.dtype} with float32 accumulators on the {accumulate_on}"
-            reasons.append(f"{what} needs about {', '.join(amounts)}")
-            if all(needs[at] <= free[at] for at in needs):
-                print("\n".join([*(f"passed over: {reason}" for reason in reasons[:-1]), reasons[-1]]), file=sys.stderr)
-                return setting
-    raise RefusedError(f"{'; '.join(reasons)}. Take less: --shape, --batch-size, --tokens.")
-
-
-def _settled(options: argparse.Namespace, shape: str, accumulate_on: str) -> tuple[Setting, dict[str, int]]:
-    """One setting, and the bytes that it needs by place: ``"cuda"``, ``"cpu"``, ``"disk"``."""
-    device = options.device
-    dtype = options.dtype or ("bfloat16" if device == "cuda" else "float32")
-    weights, accumulators, work = needs_of(SHAPES[shape], getattr(torch, dtype), options.batch_size * options.tokens)
-    save = accumulators <= SAVED_UP_TO
-    given = {key: value for key, value in vars(options).items() if key in Setting.__dataclass_fields__}
-    setting = Setting(**{**given, "shape": shape, "dtype": dtype, "accumulate_on": accumulate_on, "save": save})
-    needs = {device: weights + work, "disk": accumulators if save else 0}
-    needs[accumulate_on] = needs.get(accumulate_on, 0) + accumulators
-    if device != "cpu" and not save:  # then the statistics move to the host
-        needs["cpu"] = accumulators
-    return setting, needs
-
-
-def needs_of(shape: Shape, dtype: torch.dtype, positions: int) -> tuple[int, int, int]:
-    """Bytes of weights, of float32 accumulators, and of a batch's activations, logits and largest comparison."""
-    sizes, itemsize = shape.sizes(), dtype.itemsize
-    activations = (16 * shape.hidden + 5 * shape.intermediate) * shape.layers * itemsize
-    logits = shape.vocabulary * (3 * 4 + itemsize)  # in float32 for the loss, with their gradient and softmax
-    return itemsize * sum(sizes), 4 * sum(sizes), positions * (activations + logits) + 3 * 4 * max(sizes)
-
-
 def _measure(setting: Setting, options: argparse.Namespace, folder: Path, where: Record) -> int:
     path = options.results / where["machine"] / "demonstration.jsonl"
     shared = {"op": "demonstration", "setting": asdict(setting)}
@@ -485,13 +326,26 @@ def table(records: list[Record]) -> Iterator[str]:
     yield f"{setting['examples']} examples of {setting['tokens']} tokens, {setting['batch_size']} in a batch"
     yield ""
     yield f"{'arm':14} {'stage':24} {'seconds':>9} {'peak GiB':>9}"
+    ours = {record["stage"]: record for record in records if record["arm"] == "fishkern"}
     for record in records:
         timed = "seconds" in record
         head = f"{record['arm']:14} {record['stage']:24} "
         head += f"{record['seconds']:9.2f} {record['peak_mib'] / 1024:9.2f}" if timed else f"{'-':>9} {'-':>9}"
-        yield f"{head}  {textwrap.shorten(outcome(record), 60, placeholder=' ...')}".rstrip()
+        words = outcome(record) + against(record, ours.get(record["stage"]))
+        yield f"{head}  {textwrap.shorten(words, 80, placeholder=' ...')}".rstrip()
     yield ""
     yield "Peak: of the whole process, weights included; on a CPU above that of one that has only loaded its libraries."
+
+
+def against(record: Record, ours: Record | None) -> str:
+    """How a rival compares with ``fishkern`` in an example or in a step."""
+    if record["arm"] == "fishkern" or not ours or "seconds" not in record:
+        return ""
+    each = {"estimate": lambda r: r["seconds"] / r["examples"], "train": lambda r: r["step_seconds"]}
+    if record["stage"] not in each:
+        return ""
+    slower = each[record["stage"]](record) / each[record["stage"]](ours)
+    return f", {slower:.2f}x the time and {record['peak_mib'] / ours['peak_mib']:.2f}x the peak of fishkern"
 
 
 def outcome(record: Record) -> str:

@@ -12,6 +12,7 @@ from benchmarks.cases import end_to_end
 from benchmarks.cases.end_to_end import SHAPES, table
 from benchmarks.engine.memory import GIB
 from benchmarks.engine.process import ProcessError
+from benchmarks.subjects import end_to_end as subject
 
 STAGES = [
     "build", "estimate one batch", "estimate", "select", "save the statistics", "select from the file", "verify",
@@ -80,8 +81,8 @@ def test_it_goes_on_where_it_stopped(run):
 
 
 def test_a_rival_may_fail_and_says_how(run, monkeypatch):
-    def fails(setting, watch, folder):
-        with watch.stage("estimate"):
+    def fails(setting, stages, folder):
+        with stages.measured("estimate"):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 29 GiB.\nand more")
 
     monkeypatch.setitem(end_to_end.ARMS, "opacus", fails)
@@ -121,7 +122,7 @@ def _scaled(statistics):
     ],
 )
 def test_what_does_not_fit_is_refused(options, free, message, monkeypatch, tmp_path):
-    monkeypatch.setattr(end_to_end, "available_memory", lambda: free)
+    monkeypatch.setattr(subject, "available_memory", lambda: free)
     requested = end_to_end._parser().parse_args(["--device", "cpu", *options])
     with pytest.raises(end_to_end.RefusedError, match=message):
         end_to_end.plan(requested, tmp_path)
@@ -137,7 +138,7 @@ def test_the_largest_shape_that_fits_a_gpu(device_gib, host_gib, shape, accumula
     sizes = {shape: shape.sizes() for name, shape in SHAPES.items() if name != "llama-3.1-8b"}
     sizes[SHAPES["llama-3.1-8b"]] = [525_336_576] * 2 + [217_487_077] * 32  # without making one
     monkeypatch.setattr(type(SHAPES["tiny"]), "sizes", lambda shape: sizes[shape])
-    monkeypatch.setattr(end_to_end, "available_memory", lambda: host_gib * GIB)
+    monkeypatch.setattr(subject, "available_memory", lambda: host_gib * GIB)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (device_gib * GIB, 80 * GIB))
     requested = end_to_end._parser().parse_args(["--device", "cuda", "--tokens", "128"])
     setting = end_to_end.plan(requested, tmp_path)
@@ -161,8 +162,8 @@ def test_verified_parameters():
 def test_an_interrupted_or_killed_arm(run, monkeypatch):
     """An interrupted one leaves nothing; of one that the system ends, the stages before that are recorded."""
 
-    def interrupted(setting, watch, folder):
-        with watch.stage("build"):
+    def interrupted(setting, stages, folder):
+        with stages.measured("build"):
             pass
         raise KeyboardInterrupt
 
@@ -196,6 +197,17 @@ def test_committed_records_have_a_table():
     text = "\n".join(table(records))
     assert f"{records[0]['weights']:,} weights" in text
     assert "ms an example" in text
+
+
+def test_the_table_names_who_is_ahead():
+    """A rival that is faster shows as less than 1x."""
+    setting = {"shape": "s", "dtype": "d", "examples": 4, "tokens": 5, "batch_size": 2, "density": 0.005}
+    shared = {"setting": setting, "machine": "some-gpu", "stage": "estimate", "peak_mib": 1024.0}
+    ours = {"arm": "fishkern", "seconds": 4.0, "examples": 4, **shared}
+    loop = {"arm": "one_by_one", "seconds": 1.0, "examples": 2, **shared}
+    text = "\n".join(table([ours, loop]))
+    assert "1000.0 ms an example\n" in text
+    assert "500.0 ms an example, 0.50x the time and 1.00x the peak of fishkern" in text
 
 
 def test_the_picture(run):
