@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
-# Each is benchmarks/<name>.py with main(arguments) and options of its own.
+from benchmarks.engine import RESULTS
+
+# By command, a module with main(arguments) and options of its own, and its subject.
 STUDIES = {
-    "exactness": "how far other squares are from the per-example Fisher, and what that changes",
-    "failures": "known failures of rivals, reproduced, beside what fishkern says or does",
-    "glue": "FISH-Tuning and its controls on GLUE, on any machine",
-    "demonstration": "a whole LLaMA: exact Fisher, selection, sparse training, delta, verify",
+    "exactness": ("benchmarks.studies.exactness", "how far other squares are from the Fisher, and what that changes"),
+    "failures": ("benchmarks.studies.failures", "known failures of rivals, reproduced, and fishkern on the same"),
+    "glue": ("benchmarks.studies.glue", "FISH-Tuning and its controls on GLUE, on any machine"),
+    "demonstration": (
+        "benchmarks.cases.end_to_end",
+        "a whole LLaMA: Fisher, selection, sparse training, delta, verify",
+    ),
 }
 
 
@@ -29,20 +32,21 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in STUDIES:
-        return _study(arguments[0], arguments[1:])
+        module, _ = STUDIES[arguments[0]]
+        return import_module(module).main(arguments[1:]) or 0
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command in ("gpu", "tune"):
         return _on_gpu(parser, options)
     if options.command == "run":
-        from benchmarks._run import run
+        from benchmarks.engine.run import run
 
         return run(options.cases, options.results, replace=options.replace)
     if options.command == "compare":
-        from benchmarks._compare import compare
+        from benchmarks.engine.compare import compare
 
         return compare(options.ref, options.cases, rounds=options.rounds, only=options.only)
-    from benchmarks._plot import plot
+    from benchmarks.engine.plot import plot
 
     return plot(options.names, options.results)
 
@@ -55,19 +59,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="test what speed cases measure, then measure and record it")
-    run.add_argument("cases", nargs="*", metavar="CASE", help="benchmarks/test_CASE.py (default: all)")
+    run.add_argument("cases", nargs="*", metavar="CASE", help="benchmarks/cases/CASE.py (default: all)")
     run.add_argument("--replace", action="store_true", help="drop this machine's earlier records of these cases")
     compare = commands.add_parser("compare", help="another revision and this tree, in turns; nothing is recorded")
     compare.add_argument("ref", metavar="REF", help="of git, such as main or a tag")
-    compare.add_argument("cases", nargs="*", metavar="CASE", help="benchmarks/test_CASE.py (default: all)")
+    compare.add_argument("cases", nargs="*", metavar="CASE", help="benchmarks/cases/CASE.py (default: all)")
     compare.add_argument("--rounds", type=int, default=7, metavar="N", help="default: %(default)s")
     compare.add_argument("--only", default="", metavar="TEXT", help="what has TEXT in its name")
     plot = commands.add_parser("plot", help="draw records")
     plot.add_argument("names", nargs="*", metavar="NAME", help="of a file of records (default: all)")
     gpu = commands.add_parser("gpu", help="run the kernels' tests, then measure what is not recorded yet")
-    gpu.add_argument(
-        "--only", nargs="+", default=[], metavar="PART", help="files of benchmarks/gpu, FILE/PART, or FILE/tests"
-    )
+    gpu.add_argument("--only", nargs="+", default=[], metavar="PART", help="cases, CASE/PART, or CASE/tests")
     gpu.add_argument(
         "--seconds", type=float, default=520, help="what the whole call may take, by its plan (default: %(default)s)"
     )
@@ -78,38 +80,32 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     tune = commands.add_parser("tune", help="time tiles of the kernels and write a table; nothing else uses it")
     for command in (gpu, tune):
-        command.add_argument("--revision", metavar="TEXT", help="what the sources are, where git does not say it")
+        command.add_argument("--revision", metavar="TEXT", help="name of the sources, where there is no git")
     for command in (run, plot, gpu, tune):
         command.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
-    for name, text in STUDIES.items():
+    for name, (_, text) in STUDIES.items():
         commands.add_parser(name, help=text)
     return parser
-
-
-def _study(name: str, arguments: list[str]) -> int:
-    if find_spec(f"benchmarks.{name}") is None:
-        print(f"benchmarks/{name}.py is not here: this checkout has no such study.", file=sys.stderr)
-        return 2
-    return import_module(f"benchmarks.{name}").main(arguments) or 0
 
 
 def _on_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        print("No CUDA device is here, and a CPU's times say nothing about it: nothing is measured.", file=sys.stderr)
+        print("There is no CUDA device, and a CPU's times say nothing about one: nothing is measured.", file=sys.stderr)
         return 2
     if options.command == "tune":
-        from benchmarks.gpu._tune import tune
+        from benchmarks.gpu.tune import tune
 
         return tune(options.results, options.revision)
-    from benchmarks.gpu import _session
+    from benchmarks.gpu import session
 
     device = torch.device("cuda", torch.cuda.current_device())
-    how = (options.results, options.revision, options.only, options.seconds, options.tested, options.patience)
+    settings = {"only": options.only, "seconds": options.seconds, "patience": options.patience}
+    settings |= {"revision": options.revision, "skip_tests": options.tested}
     try:
-        return _session.run(_session.discover(), device, *how)
-    except _session.RefusedError as error:
+        return session.run(session.cases(), device, options.results, **settings)
+    except session.RefusedError as error:
         parser.error(str(error))
 
 

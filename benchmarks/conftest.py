@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from benchmarks.provenance import machine, software
+from benchmarks.engine.origin import machine
+from benchmarks.engine.records import Record, Records
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,16 +16,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest) -> Callable[[str, dict[str, Any]], None]:
-    """Append a measurement to ``<folder>/<machine>/<name>.jsonl``, with where it comes from."""
+def record(request: pytest.FixtureRequest) -> Callable[[str, Record], None]:
+    """Append a measurement to ``<folder>/<machine>/<name>.jsonl``."""
     folder = request.config.getoption("--record")
 
-    def append(name: str, measurement: dict[str, Any]) -> None:
-        if folder is None:
-            return
-        path = Path(folder) / machine()["machine"] / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(json.dumps({**measurement, **machine(), **software()}) + "\n")
+    def append(name: str, measurement: Record) -> None:
+        if folder is not None:
+            Records(Path(folder) / machine()["machine"] / f"{name}.jsonl").append(measurement)
 
     return append

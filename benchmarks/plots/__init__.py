@@ -4,7 +4,7 @@
 
     draw(records: list[dict[str, Any]]) -> matplotlib.figure.Figure
 
-and is listed in :data:`PLOTS` with what it shows. What all pictures share is in :mod:`benchmarks.plots.style`.
+and is listed in :data:`PLOTS` with its content. :mod:`benchmarks.plots.style` has the parts that all pictures share.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PLOTS = {
     "masked_step": "time and peak memory of a masked optimizer's step",
     "scaling": "time and peak memory as sizes grow, with exponents",
     "demonstration": "the Fisher of all parameters of a LLaMA, and training a few of them",
-    "exactness": "overlap of other squares with the exact Fisher, beside the noise floor",
+    "exactness": "overlap of other squares with the exact Fisher, and the noise floor",
     "glue": "scores of FISH-Tuning's arms on GLUE, seed by seed",
 }
 # Records without a picture, and why.
@@ -31,6 +31,8 @@ WITHOUT = {
     "fish_tuning": "one measurement, which the README tells",
     "training_step": "two numbers",
     "host_time": "six numbers",
+    "group_fisher": "a few numbers",
+    "masked_rows": "six numbers",
 }
 
 

@@ -1,4 +1,4 @@
-"""Overlap of selections with that of the exact Fisher of the same examples, beside the noise floor."""
+"""Overlap of selections with that of the exact Fisher of the same examples, with the noise floor."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def draw(records: list[dict[str, Any]]) -> Figure:
     subjects = list(dict.fromkeys(record["subject"] for record in records))
     sizes = sorted({record["examples"] for record in records})
     labels = list(dict.fromkeys(record["label"] for record in records if record["quantity"] != "floor"))
-    labels.sort(key=lambda label: label.startswith("exact"))  # what is exact, below the others
+    labels.sort(key=lambda label: label.startswith("exact"))  # exact ones below the others
     figure = style.figure(1.0 + 0.21 * len(labels) * len(subjects) + 0.5 * len(subjects), width=11.0)
     grid = figure.subplots(len(subjects), len(sizes), squeeze=False, sharex=True, sharey=True)
     for row, subject in zip(grid, subjects, strict=True):
         for axes, size in zip(row, sizes, strict=True):
-            found = [r for r in records if r["subject"] == subject and r["examples"] == size]
+            of_panel = [r for r in records if r["subject"] == subject and r["examples"] == size]
             axes.set_title(f"{MODELS.get(subject, subject)}, {size} examples", fontsize=9, loc="left")
-            if found:
-                _panel(axes, found, labels)
+            if of_panel:
+                _panel(axes, of_panel, labels)
             else:
                 axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", fontsize=style.SMALL)
                 axes.tick_params(labelsize=style.SMALL)

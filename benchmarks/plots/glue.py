@@ -1,6 +1,6 @@
 """FISH-Tuning on GLUE: the score of each seed and their mean, and what fish is better by, seed by seed.
 
-The runs that chose a learning rate (seed 1000) are not among the scores: they stand apart, below.
+The runs that chose a learning rate (seed 1000) are not among the scores, and have a panel of their own.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def differences(runs: Runs) -> dict[str, list[float]]:
 def _dots(axes: Axes, values: dict[str, list[float]], arms: list[str], title: str) -> None:
     shades = style.colours(arms)
     for row, arm in enumerate(arms):
-        found = [100 * value for value in values.get(arm, [])]
-        if not found:
+        points = [100 * value for value in values.get(arm, [])]
+        if not points:
             continue
-        axes.plot(found, [row] * len(found), "o", color=shades[arm], alpha=0.55, markersize=5, markeredgewidth=0)
-        axes.plot([mean(found)] * 2, [row - 0.25, row + 0.25], color=shades[arm], linewidth=2.5)
+        axes.plot(points, [row] * len(points), "o", color=shades[arm], alpha=0.55, markersize=5, markeredgewidth=0)
+        axes.plot([mean(points)] * 2, [row - 0.25, row + 0.25], color=shades[arm], linewidth=2.5)
         axes.annotate(
-            f"{mean(found):.2f}", (mean(found), row - 0.28), ha="center", va="bottom", fontsize=style.SMALL - 1
+            f"{mean(points):.2f}", (mean(points), row - 0.28), ha="center", va="bottom", fontsize=style.SMALL - 1
         )
     axes.set_yticks(range(len(arms)), arms, fontsize=style.SMALL)
     axes.set_ylim(len(arms) - 0.4, -0.8)

@@ -19,10 +19,10 @@ def draw(records: list[dict[str, Any]]) -> Figure:
     models = list(dict.fromkeys(record["case"]["model"] for record in records))
     figure = style.figure(0.8 + 3.1 * len(models), title="AdamW on selected entries")
     for row, model in zip(figure.subplots(len(models), 2, squeeze=False), models, strict=True):
-        found = [record for record in records if record["case"]["model"] == model]
+        of_model = [record for record in records if record["case"]["model"] == model]
         name = MODELS.get(model, model)
-        _lines(row[0], found, "time", "s", f"{name}: time of one step")
-        _lines(row[1], found, "memory", "MiB", f"{name}: peak memory of training")
+        _lines(row[0], of_model, "time", "s", f"{name}: time of one step")
+        _lines(row[1], of_model, "memory", "MiB", f"{name}: peak memory of training")
     return style.finish(figure, records)
 
 

@@ -39,7 +39,7 @@ def draw(records: list[dict[str, Any]]) -> Figure:
 
 
 def of_kind(records: list[dict[str, Any]], case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Records of errors on the small model that stands for this case."""
+    """Records of errors on the small model of the same kind as this case."""
     errors = [record for record in records if record["quantity"] == "error"]
     return [record for record in errors if all(record["case"][key] == case[key] for key in ("kind", "tied"))]
 

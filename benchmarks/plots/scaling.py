@@ -83,13 +83,13 @@ def _head(axes: Axes, title: str, providers: list[str]) -> None:
 
 
 def points_of(records: list[dict[str, Any]], grows: str, quantity: str) -> dict[str, Points]:
-    """Size and median of every provider, as measured; what is zero has no place on a logarithmic scale."""
-    found: dict[str, Points] = {record["provider"]: [] for record in records}
+    """Size and median of every provider, as measured; zeros have no place on a logarithmic scale."""
+    lines: dict[str, Points] = {record["provider"]: [] for record in records}
     for record in records:
         value = style.values([record], quantity).get(record["provider"])
         if isinstance(value, float) and value > 0:
-            found[record["provider"]].append((record["case"][grows], value))
-    return {name: sorted(line) for name, line in found.items()}
+            lines[record["provider"]].append((record["case"][grows], value))
+    return {name: sorted(points) for name, points in lines.items()}
 
 
 def out_of_memory(records: list[dict[str, Any]], grows: str) -> dict[str, float]:

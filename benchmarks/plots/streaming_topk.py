@@ -17,16 +17,16 @@ def draw(records: list[dict[str, Any]]) -> Figure:
     panels = list({_panel(record): None for record in times})
     figure = style.figure(0.9 + 1.35 * len(panels), title="Exact top-k: where the largest scores are")
     for (axes,), key in zip(figure.subplots(len(panels), 1, squeeze=False), panels, strict=True):
-        found = [record for record in records if _panel(record) == key]
+        of_panel = [record for record in records if _panel(record) == key]
         where, n, density, zeros = key
         place = "memory" if where == "memory" else "a file"
         title = f"{100 * density:g} % of {n / 1e6:,.0f} million float32 scores in {place}"
         title += f", {100 * zeros:g} % of them zero" if zeros else ""
-        for record in found:
+        for record in of_panel:
             if record["quantity"] == "memory":
                 beside = record["peak_mib"] - record["indices_mib"]
                 title += f"; peak memory beside the indices {style.number(beside, 'MiB')}"
-        style.bars(axes, style.values(found, "time"), "s", title)
+        style.bars(axes, style.values(of_panel, "time"), "s", title)
     return style.finish(figure, records)
 
 

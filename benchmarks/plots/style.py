@@ -8,72 +8,30 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.rivals.providers import BLACK, EVERY, GREEN, GREY, OLIVE, ORANGE, OURS, PINK, SKY, VERMILION
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH = 9.0  # inches
 SMALL = 8  # points: ticks, notes and labels
-OURS = "#0072B2"
-GREY = "#777777"
-# Okabe and Ito's colours, which stay apart for every kind of colour vision. A provider has one colour everywhere; those
-# that share one stand in no picture together. What FISH trains is ours, too.
-COLOURS = {
-    "fishkern": OURS,
-    "fish": OURS,
-    "one_by_one": "#D55E00",
-    "loop": "#D55E00",
-    "cat_topk": "#D55E00",
-    "six_lines": "#D55E00",
-    "vmap_grad": "#E69F00",
-    "vmap": "#E69F00",
-    "kthvalue": "#E69F00",
-    "masked_fused": "#E69F00",
-    "opacus": "#009E73",
-    "sampled_threshold": "#009E73",
-    "masked_foreach": "#009E73",
-    "backpack": "#CC79A7",
-    "nngeometry": "#56B4E9",
-    "kronfluence": "#000000",
-    "per_layer_bmm": "#999933",
-    "forward_backward": GREY,
-    "dense_fused": GREY,
-    "one_cold_read": GREY,
-    "original": GREY,
-    "random": "#E69F00",
-    "reverse": "#D55E00",
-    "magnitude": "#009E73",
-}
-SPARE = ("#CC79A7", "#56B4E9", "#000000", "#999933", "#882255", "#44AA99")
+# Colours of the arms of the study on GLUE, which are no providers. FISH has the colour of fishkern.
+ARMS = {"fish": OURS, "original": GREY, "random": ORANGE, "reverse": VERMILION, "magnitude": GREEN}
+COLOURS = {**{name: provider.colour for name, provider in EVERY.items()}, **ARMS}
+SPARE = (PINK, SKY, BLACK, OLIVE, "#882255", "#44AA99")
 MARKERS = "osD^vPX*"
 _END = "end of a line"
-NAMES = {
-    "one_by_one": "batch-size-1 loop",
-    "vmap_grad": "torch.func vmap",
-    "vmap": "torch.func vmap",
-    "cat_topk": "torch.cat + topk",
-    "kthvalue": "torch.kthvalue",
-    "sampled_threshold": "sampled threshold",
-    "one_cold_read": "one cold read",
-    "six_lines": "six lines of torch",
-    "masked_fused": "masked gradients, fused AdamW",
-    "masked_foreach": "masked gradients, foreach AdamW",
-    "dense_fused": "everything, fused AdamW",
-    "forward_backward": "forward + backward alone",
-    "per_layer_bmm": "bmm for each layer",
-    "opacus": "Opacus",
-    "backpack": "BackPACK",
-}
 
 
 def figure(height: float, width: float = WIDTH, title: str = "") -> Figure:
     """Make an empty figure, in inches, without pyplot, which keeps every figure and looks for a display."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width, height), layout="constrained")
+    empty = Figure(figsize=(width, height), layout="constrained")
     if title:
-        made.suptitle(title, fontsize=11, x=0.01, ha="left")
-    return made
+        empty.suptitle(title, fontsize=11, x=0.01, ha="left")
+    return empty
 
 
 def colours(providers: Iterable[str]) -> dict[str, str]:
@@ -84,8 +42,8 @@ def colours(providers: Iterable[str]) -> dict[str, str]:
 
 
 def name_of(provider: str) -> str:
-    """Say in words what a provider is called in the records."""
-    return NAMES.get(provider, provider)
+    """The name of a provider in pictures, from that in the records."""
+    return EVERY[provider].label or provider if provider in EVERY else provider
 
 
 def number(value: float, unit: str = "", digits: int = 3) -> str:
@@ -137,7 +95,7 @@ def lines(
         axes: Where; the label of its x-axis is the caller's.
         points: By provider, from left to right.
         unit: Of the values, such as ``"s"`` or ``"MiB"``.
-        notes: By provider, what is said in place of its name, which then stands elsewhere.
+        notes: By provider, a text in place of its name, which the picture then has elsewhere.
         failed: By provider, the x at which it failed: a cross, as high as its last point.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -159,10 +117,10 @@ def lines(
     sizes = sorted({x for line in points.values() for x, _ in line} | set((failed or {}).values()))
     axes.set_xticks(sizes, [size(x) for x in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
-    found = [y for line in points.values() for _, y in line]
-    if found:
-        axes.set_ylim(min(found) / 1.4, max(found) * 1.4)
-    few = bool(found) and max(found) < 30 * min(found)
+    heights = [y for line in points.values() for _, y in line]
+    if heights:
+        axes.set_ylim(min(heights) / 1.4, max(heights) * 1.4)
+    few = bool(heights) and max(heights) < 30 * min(heights)
     locator = LogLocator(base=2, numticks=6) if unit == "MiB" else LogLocator(subs=(1, 2, 5) if few else (1,))
     axes.yaxis.set_major_locator(locator)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value, unit, digits=1)))
@@ -204,12 +162,12 @@ def _spread(figure: Figure, gap: float = 9.5) -> None:
 
 def values(records: Iterable[dict[str, Any]], quantity: str) -> dict[str, float | str]:
     """Take from records of a speed case each provider's median seconds or peak MiB, or the reason that it has none."""
-    found: dict[str, float | str] = {}
+    figures: dict[str, float | str] = {}
     for record in records:
         if record["quantity"] == quantity:
             value = record["seconds"]["median"] if "seconds" in record else record.get("peak_mib")
-            found[record["provider"]] = record.get("left out", "not measured") if value is None else float(value)
-    return found
+            figures[record["provider"]] = record.get("left out", "not measured") if value is None else float(value)
+    return figures
 
 
 def cases(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -218,7 +176,7 @@ def cases(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def newest(records: Iterable[dict[str, Any]], *fields: str) -> list[dict[str, Any]]:
-    """Keep the last record of each combination of these fields: what is measured again replaces what was."""
+    """Keep the last record of each combination of these fields: later measurements replace earlier ones."""
     return list({json.dumps([record.get(field) for field in fields]): record for record in records}.values())
 
 

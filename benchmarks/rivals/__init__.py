@@ -1,8 +1,8 @@
 """The ways to a diagonal Fisher that people use today, written as they write them.
 
 Each is a function of a model and batches that gives the sum over examples of squared per-example gradients, under the
-names of ``model.named_parameters()``, for what it covers. Libraries are imported where they are called: none is needed
-to import this. They leave hooks, wrappers and attributes behind; :func:`as_found` takes them away.
+names of ``model.named_parameters()``, for the parameters that it covers. Libraries are imported where they are called:
+none is needed to import this. They leave hooks, wrappers and attributes on a model; :func:`as_found` removes them.
 """
 
 from benchmarks.rivals.as_found import as_found

@@ -1,4 +1,4 @@
-"""A model that several libraries take turns on."""
+"""A model that several libraries use in turn."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import nn
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
-    """Take away what was left on the model: hooks, wrappers, modes, attributes of modules and parameters, gradients.
+    """Remove what was left on the model: hooks, wrappers, modes, attributes of modules and parameters, gradients.
 
-    BackPACK cannot be taken off a model, kronfluence replaces its modules, and both would slow down whoever comes next.
+    BackPACK cannot be taken off a model, kronfluence replaces its modules, and both would slow down the next provider.
     """
     modules = [(module, _copy(vars(module))) for module in model.modules()]
     parameters = [(parameter, dict(vars(parameter)), parameter.requires_grad) for parameter in model.parameters()]

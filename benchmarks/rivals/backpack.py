@@ -1,4 +1,4 @@
-"""BackPACK: ``SumGradSquared``, from rules for linears and embeddings; norms have none."""
+"""BackPACK: ``SumGradSquared``, by rules for linears and embeddings; norms have none."""
 
 from __future__ import annotations
 

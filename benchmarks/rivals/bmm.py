@@ -1,4 +1,4 @@
-"""What ``kronfluence`` and ``nngeometry`` do to a linear, without what is around it in them."""
+"""The core of what ``kronfluence`` and ``nngeometry`` do to a linear."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.rivals.loops import Batches
 def per_layer_bmm(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
     """Hooks on linears that store ``[N, O, I]`` for each and square it, as ``kronfluence`` and ``nngeometry`` do.
 
-    Linears alone, no norms and no embeddings; the weights are frozen, so that no ordinary weight gradient is taken.
+    Linears alone, no norms and no embeddings; the weights are frozen, which saves the ordinary weight gradient.
     """
     total: dict[str, Tensor] = {}
     handles = []
@@ -34,7 +34,7 @@ def per_layer_bmm(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
         embedding = model.get_input_embeddings()
         handles.append(embedding.register_forward_hook(lambda module, args, output: output.requires_grad_()))
         for batch in batches:
-            loss = model(**batch, use_cache=False).loss  # of full rows, so that the mean is one over examples too
+            loss = model(**batch, use_cache=False).loss  # of full rows: the mean over tokens is one over examples, too
             (len(batch["input_ids"]) * loss).backward()
     finally:
         for handle in handles:

@@ -11,7 +11,7 @@ Batches = Iterable[dict[str, Tensor]]
 
 
 def one_by_one(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
-    """Batch size 1; a hook squares each gradient as soon as it is there, so that one is alive at a time."""
+    """Batch size 1; a hook squares each gradient as soon as it is complete, and frees it."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in trained.items()}
     handles = []
@@ -69,7 +69,7 @@ def graphed_one_by_one(model: nn.Module, T: int) -> Callable[[Batches], dict[str
 
 
 def forward_backward(model: nn.Module, batches: Batches) -> None:
-    """No rival but the yardstick: one ordinary forward and backward pass of each batch."""
+    """The yardstick: one ordinary forward and backward pass of each batch."""
     model.eval()
     for batch in batches:
         model(**batch, use_cache=False).loss.backward()

@@ -13,10 +13,10 @@ def opacus(model: nn.Module, batches: Batches, own_positions: bool = True) -> di
     """The squares of ``grad_sample``; the model's mean loss over the batch is scaled by the library.
 
     Args:
-        model: Its hooks work in training mode alone, so that dropouts are set to zero.
+        model: Its hooks need training mode, so dropouts are set to zero.
         batches: Their loss must be a mean over examples.
         own_positions: Whether positions are given for each example: a position embedding looked up once for the whole
-            batch comes out wrong (opacus#841).
+            batch is wrong (opacus#841).
     """
     from opacus.grad_sample import GradSampleHooks
 

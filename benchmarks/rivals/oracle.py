@@ -1,4 +1,4 @@
-"""The truth that all are compared with: batch size 1, in float64, by plain autograd."""
+"""The truth for all comparisons: batch size 1, in float64, by plain autograd."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from benchmarks.rivals.loops import Batches
 
-# A parameter whose squares are smaller than this beside the largest of the model has no gradient but for rounding: a
-# bias of attention keys, which the softmax does not see.
+# A parameter whose squares are smaller than this fraction of the largest in the model has no gradient except for
+# rounding: a bias of attention keys, which cancels in the softmax.
 NO_GRADIENT = 1e-8
 # Beyond this a result is wrong, not inexact.
 RIGHT = 1e-3

@@ -1,4 +1,4 @@
-"""Practices of published code that are no library's: squares of something else, or in too few bits."""
+"""Practices of published code that belong to no library: squares of something else, or in too few bits."""
 
 from __future__ import annotations
 

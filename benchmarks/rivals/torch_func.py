@@ -13,8 +13,8 @@ def vmap_grad(model: nn.Module, batches: Batches, keep_mask: bool = False) -> di
 
     Args:
         model: A model of transformers.
-        batches: Of full rows: transformers looks into an attention mask, which vmap does not allow.
-        keep_mask: Give the mask to the model all the same.
+        batches: Of full rows: transformers reads an attention mask, which vmap does not allow.
+        keep_mask: Pass the mask to the model nevertheless.
     """
     model.eval()
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}

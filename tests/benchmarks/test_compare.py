@@ -10,59 +10,55 @@ import time
 
 import pytest
 
-from benchmarks import _compare, _run
-from benchmarks.worker import Worker, WorkerError
+from benchmarks.engine import ROOT
+from benchmarks.engine.compare import compare, verdict
+from benchmarks.engine.process import Process, ProcessError
 
-# Tells which fishkern it runs on by where that lies, and takes its time for it.
+# Tells which fishkern it runs on by the folder, and takes its time for it.
 CASE = """
-import time
+import functools, time
 import fishkern
 
-COMPARED = {"nap": ["fishkern", "rival"]}
+TESTS = {"run": ["tests/test_cli.py"]}
 
-def prepare(what, provider):
+def make(provider):
     old = "fishkern-compare" in fishkern.__file__
     return lambda: time.sleep(0.08 if old and provider == "fishkern" else 0.02)
-"""
-HEAVY = """
-def prepare(mib):
-    import torch
-    return lambda: torch.ones(mib * 2**18)
+
+def compared():
+    return {"nap": {name: functools.partial(make, name) for name in ("fishkern", "rival")}}
 """
 
 pytestmark = pytest.mark.skipif(
-    subprocess.run(["git", "rev-parse", "HEAD"], cwd=_run.ROOT, capture_output=True).returncode != 0,
+    subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True).returncode != 0,
     reason="there is no git here",
 )
 
 
 def worktrees() -> str:
-    done = subprocess.run(["git", "worktree", "list"], cwd=_run.ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout
 
 
-def test_both_revisions_take_turns(tmp_path, capsys):
+def test_both_revisions_take_turns(plant, capsys):
     """The other one's fishkern comes from its own checkout, which is gone afterwards; rivals are the control."""
-    (tmp_path / "test_naps.py").write_text(CASE)
+    package = plant(naps=CASE)
     before = worktrees()
-    assert _compare.compare("HEAD", [], rounds=3, folder=tmp_path) == 0
+    assert compare("HEAD", [], rounds=3, package=package) == 0
     assert worktrees() == before
-    table = capsys.readouterr().out
-    assert "naps: not a case of HEAD" in table
-    ours, rival, peak = (line for line in table.splitlines() if line.startswith("naps  "))
+    ours, rival, peak = (line for line in capsys.readouterr().out.splitlines() if line.startswith("naps  "))
     assert ours.endswith("faster")
     assert float(ours.split(" ms ")[2].split()[0]) < 0.9
     assert rival.endswith("control")
     assert " MiB " in peak
 
 
-def test_an_interrupt_leaves_no_worktree(tmp_path):
-    (tmp_path / "test_naps.py").write_text(CASE.replace("0.02", "60"))
+def test_an_interrupt_leaves_no_worktree(plant, tmp_path):
+    package = plant(naps=CASE.replace("0.02", "60"))
     before = worktrees()
-    code = "import sys, pathlib; from benchmarks import _compare; "
-    code += "_compare.compare('HEAD', [], rounds=3, folder=pathlib.Path(sys.argv[1]))"
+    code = f"from benchmarks.engine.compare import compare; compare('HEAD', [], rounds=3, package='{package}')"
     running = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=_run.ROOT, env=os.environ | {"TMPDIR": str(tmp_path)},
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -81,30 +77,34 @@ def test_an_interrupt_leaves_no_worktree(tmp_path):
      ([0.5, 0.5], "too few rounds to tell")],
 )  # fmt: skip
 def test_verdict(ratios, said):
-    assert _compare.verdict(ratios) == said
+    assert verdict(ratios) == said
 
 
 def test_what_is_unknown_is_said(capsys):
-    assert _compare.compare("no-such-revision", [], rounds=3) == 2
+    assert compare("no-such-revision", [], rounds=3) == 2
     assert "no-such-revision" in capsys.readouterr().err
-    assert _compare.compare("HEAD", ["nowhere"], rounds=3) == 2
+    assert compare("HEAD", ["nowhere"], rounds=3) == 2
     assert "whole_pass" in capsys.readouterr().err
 
 
-def test_a_worker_runs_out_of_its_memory_and_goes_on(tmp_path):
-    """In fact, and the next smaller thing still runs; other failures keep their own words."""
-    path = tmp_path / "heavy.py"
-    path.write_text(HEAVY)
-    worker = Worker(path, _run.ROOT, limit_gib=0.25, memory=True)
-    try:
-        worker.prepare(64)
-        assert worker.peak_mib() == pytest.approx(64, abs=8)
-        worker.prepare(512)
-        with pytest.raises(WorkerError, match=r"^out of memory above 0\.25 GiB$"):
-            worker.seconds()
-        worker.prepare(64)
-        assert worker.seconds() > 0
-        with pytest.raises(WorkerError, match="TypeError"):
-            worker.prepare()
-    finally:
-        worker.close()
+def test_a_process_runs_out_of_its_memory_and_goes_on(plant):
+    """It really does, and the next smaller request still runs; other failures keep their own words."""
+    package = plant(heavy="def make(mib):\n    import torch\n    return lambda: torch.ones(mib * 2**18)\n")
+    with Process(limit_gib=0.25, memory=True, quiet=True) as process:
+        process.prepare(f"{package}.heavy:make", 64)
+        assert process.peak_mib() == pytest.approx(64, abs=8)
+        process.prepare(f"{package}.heavy:make", 512)
+        with pytest.raises(ProcessError, match=r"^out of memory above 0\.25 GiB$"):
+            process.seconds()
+        process.prepare(f"{package}.heavy:make", 64)
+        assert process.seconds() > 0
+        with pytest.raises(ProcessError, match="TypeError"):
+            process.prepare(f"{package}.heavy:make")
+
+
+def test_a_process_that_ends_or_hangs_is_said(plant):
+    package = plant(ends="import os, time\ndef dies():\n    os.abort()\ndef hangs():\n    time.sleep(60)\n")
+    with Process(quiet=True) as process, pytest.raises(ProcessError, match="its process ended: SIGABRT"):
+        process.call(f"{package}.ends:dies")
+    with Process(quiet=True) as process, pytest.raises(TimeoutError, match="stopped after 1 s"):
+        process.call(f"{package}.ends:hangs", seconds=1.0)

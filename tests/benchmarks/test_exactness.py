@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ import fishkern as fk
 pytest.importorskip("transformers")
 import transformers
 
-from benchmarks import exactness
-from benchmarks.exactness.subjects import HEAD_ROWS, Loaded, Subject, distinct, sst2, train_head
-from benchmarks.exactness.verdicts import standing
+from benchmarks.engine.records import Records, read
+from benchmarks.studies import exactness
+from benchmarks.studies.exactness.subjects import HEAD_ROWS, Loaded, Subject, distinct, sst2, train_head
+from benchmarks.studies.exactness.verdicts import standing
 
 SETTING = exactness.Setting(pairs=2, batch_sizes=(2, 4), passes=4, densities=(0.05, 0.2))
 SIZES = (4, 8)
@@ -38,14 +40,19 @@ def subject(**options) -> Subject:
 
 
 @pytest.fixture(scope="module")
-def log(tmp_path_factory) -> exactness.Log:
-    found = exactness.Log(tmp_path_factory.mktemp("results") / "machine" / "exactness.jsonl", SETTING)
-    exactness.measure(subject(), SETTING, found)
-    return found
+def path(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("results") / "machine" / "exactness.jsonl"
+
+
+@pytest.fixture(scope="module")
+def log(path) -> Records:
+    log = exactness.log_of(path, SETTING)
+    exactness.measure(subject(), SETTING, log)
+    return log
 
 
 def records(log, **wanted) -> list[dict]:
-    return [record for record in log.of(subject()) if all(record[key] == value for key, value in wanted.items())]
+    return exactness.of(log, subject(), **wanted)
 
 
 def only(monkeypatch, label: str) -> None:
@@ -96,7 +103,7 @@ def test_sums_in_bfloat16_are_close_but_not_equal(log):
 
 def test_sum_and_mean_rank_rows_of_one_length_alike(monkeypatch, tmp_path):
     only(monkeypatch, "token-sum losses")
-    found = exactness.Log(tmp_path / "exactness.jsonl", SETTING)
+    found = exactness.log_of(tmp_path / "exactness.jsonl", SETTING)
     exactness.measure(subject(shortest=9), SETTING, found)
     for record in records(found, label="token-sum losses"):
         assert record["scale"] == pytest.approx(1 / 8**2, rel=1e-4)
@@ -115,28 +122,28 @@ def test_sets_are_disjoint_and_seeds_differ(monkeypatch, tmp_path):
 
     monkeypatch.setattr(exactness, "estimates", noted)
     only(monkeypatch, "drawn labels (mc)")
-    exactness.measure(subject(), SETTING, exactness.Log(tmp_path / "exactness.jsonl", SETTING))
+    exactness.measure(subject(), SETTING, exactness.log_of(tmp_path / "exactness.jsonl", SETTING))
     exact = seen.pop("exact")
     assert sorted(n for rows in exact for n in rows) == list(range(2 * SETTING.pairs * SIZES[-1]))
     assert all(rows == exact[::2] for rows in seen.values())
     assert len(set(seeds)) == 2 * SETTING.pairs * len(SIZES)
 
 
-def test_nothing_is_measured_twice(log, monkeypatch, tmp_path):
+def test_nothing_is_measured_twice(log, path, monkeypatch, tmp_path):
     estimates = []
     monkeypatch.setattr(fk, "estimate", lambda *_, **__: estimates.append(1))
-    exactness.measure(subject(), SETTING, exactness.Log(log._path, SETTING))
+    exactness.measure(subject(), SETTING, exactness.log_of(path, SETTING))
     assert not estimates
     monkeypatch.undo()
-    lines = log._path.read_text().splitlines()
+    lines = path.read_text().splitlines()
     (tmp_path / "exactness.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # as if stopped before the last
-    again = exactness.Log(tmp_path / "exactness.jsonl", SETTING)
+    again = exactness.log_of(tmp_path / "exactness.jsonl", SETTING)
     exactness.measure(subject(), SETTING, again)
-    found = [json.loads(line) for line in (tmp_path / "exactness.jsonl").read_text().splitlines()]
+    found = read(tmp_path / "exactness.jsonl")
     assert len(found) == len(lines)
     assert found[-1]["relative_l2"] == json.loads(lines[-1])["relative_l2"]
-    assert not exactness.Log(log._path, replace(SETTING, seed=1)).of(subject())
-    assert not log.of(replace(subject(), sizes=(4, 16)))
+    assert not exactness.log_of(path, replace(SETTING, seed=1)).find()
+    assert not exactness.of(log, replace(subject(), sizes=(4, 16)))
 
 
 def test_verdicts_come_from_the_records(log):
@@ -159,7 +166,7 @@ def test_verdicts_come_from_the_records(log):
 def test_rows_that_repeat_are_refused():
     loaded = tiny(3, 0)
     exactness.refuse_repeated(loaded)
-    with pytest.raises(ValueError, match="1 rows stand twice"):
+    with pytest.raises(ValueError, match="1 rows appear twice"):
         exactness.refuse_repeated(replace(loaded, rows=[*loaded.rows, loaded.rows[0]]))
 
 

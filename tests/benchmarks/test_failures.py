@@ -9,9 +9,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from benchmarks import failures
-from benchmarks.failing_models import TOKENS, llama
 from benchmarks.rivals import one_by_one
+from benchmarks.studies import failures
+from benchmarks.subjects.failing import TOKENS, llama
 
 
 def without(name: str):
@@ -70,7 +70,7 @@ def test_practices_fail_and_fishkern_does_not(what):
 def test_rows_are_told_apart_and_need_their_library(monkeypatch):
     rows = [(failure.rival, failure.what) for failure in failures.FAILURES]
     assert len(set(rows)) == len(rows)
-    monkeypatch.setattr(type(failures.RIVALS["opacus"]), "version", property(lambda rival: None))
+    monkeypatch.setattr(type(failures.PASSES["opacus"]), "version", property(lambda rival: None))
     record = next(failure for failure in failures.FAILURES if failure.rival == "opacus").record()
     assert record["outcome"] == "left out"
     assert record["left out"] == "opacus is not installed"

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("peft")
 pytest.importorskip("datasets")
-from benchmarks import glue
-from benchmarks.glue.scores import ranks
+from benchmarks.studies import glue
+from benchmarks.studies.glue.scores import ranks
 
 
 def logits(predicted: list[int]) -> torch.Tensor:

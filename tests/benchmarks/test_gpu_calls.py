@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import _session
-from benchmarks.gpu._table import TESTS
+from benchmarks.gpu import session
+from benchmarks.gpu.table import TESTS
 from tests.benchmarks.pretended import gpu
 from tests.kernels.mutants import MUTANTS
 
@@ -78,15 +78,15 @@ def test_calls_fit_where_they_are_made():
 @pytest.mark.parametrize("number", range(len(CALLS)))
 def test_calls_ask_for_what_there_is_and_what_fits(number, capsys, monkeypatch):
     """By the plan of each, everything that it names is measured within its own seconds."""
-    modules = _session.discover()
+    modules = session.cases()
     (seconds, *_) = map(float, re.findall(r"--seconds (\d+)", CALLS[number]))
     wanted = asked_for(CALLS[number])
     assert wanted
     assert all(wanted)
     for only in wanted:
-        parts = _session._chosen(modules, torch.device("cpu"), only, skip_tests=False)
+        parts = session.selected(modules, torch.device("cpu"), only)
         assert parts
-    plan = list(_session._plan(_session._chosen(modules, torch.device("cpu"), wanted[0], False), seconds))
+    plan = list(session.plan(session.selected(modules, torch.device("cpu"), wanted[0]), seconds))
     assert "does not fit" not in plan[-1]
 
 
@@ -131,7 +131,7 @@ def test_calls_run_from_end_to_end(number, tmp_path):
     records = [json.loads(line) for line in lines]
     assert all((record["commit"], record["machine"]) == ("a-copy", "pretended-gpu") for record in records)
     kept = {(record["op"], record["part"]) for record in records if not record.get("red")}
-    parts = _session._chosen(_session.discover(), torch.device("cpu"), asked_for(CALLS[number])[0], False)
+    parts = session.selected(session.cases(), torch.device("cpu"), asked_for(CALLS[number])[0])
     assert kept == set(parts)
     failed = [record for record in records if "failed" in record and record["part"] != TESTS]
     assert {record["provider"] for record in failed} <= {"bmm", "bmm_in_l2", "one_by_one_graphed"}  # products of CUDA
@@ -146,9 +146,10 @@ def test_a_wrong_kernel_makes_its_own_file_red_and_no_other(tmp_path):
     (copy / file).write_text((copy / file).read_text().replace(right, wrong))
     only = ["streaming_topk/tests", "masked_adamw/tests"]
     code = (
-        "import torch; from pathlib import Path; from benchmarks.gpu import _session as s; "
+        "import torch; from pathlib import Path; from benchmarks.gpu import session as s; "
         "s.Clock.limit = lambda self, planned: 900.0; "
-        f"print('status', s.run(s.discover(), torch.device('cpu'), Path('out'), 'of a copy', {only}, 3600))"
+        f"how = dict(revision='of a copy', only={only}, seconds=3600); "
+        "print('status', s.run(s.cases(), torch.device('cpu'), Path('out'), **how))"
     )
     environment = {**os.environ, "PYTHONPATH": str(copy)}
     done = subprocess.run([sys.executable, "-c", code], cwd=copy, env=environment, capture_output=True, text=True)

@@ -7,63 +7,54 @@ import re
 import subprocess
 import sys
 import textwrap
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.gpu import Part, _device_tests, _limits, _session, _table, _worker
+from benchmarks.engine import ROOT
+from benchmarks.gpu import Part, device_tests, limits, table, worker
+from benchmarks.gpu import session as gpu_session
 
 CPU = torch.device("cpu")
 COPY = {"provider": "torch", "bytes": 4e12, "ms": {"median": 2000.0}}  # 2 TB/s
 GEMM = {"provider": "torch", "dtype": "bfloat16", "flops": 5e14, "ms": {"median": 1000.0}}
-NAMES = count()
 
 
 @pytest.fixture
-def session(monkeypatch, tmp_path):
-    """Runs files of measurements, given as texts, on a machine of which only the name is known."""
-    package = f"planted{next(NAMES)}"
-    (tmp_path / package).mkdir()
-    (tmp_path / package / "__init__.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{_session.RECORDED.parents[1]}")
+def session(monkeypatch, tmp_path, plant):
+    """Runs cases, given as texts, on a machine of which only the name is known."""
     origin = {"commit": "abc", "dirty": False}
     sources = ["the first"]
-    monkeypatch.setattr(_session, "machine", lambda: {"machine": "some-gpu"})
-    monkeypatch.setattr(_session, "gpu_state", dict)
-    monkeypatch.setattr(_session, "software", lambda revision: {**origin, "commit": revision or origin["commit"]})
-    monkeypatch.setattr(_session, "sources", lambda: sources[0])
-    monkeypatch.setattr(_session, "RECORDED", tmp_path / "committed")
+    monkeypatch.setattr(gpu_session, "machine", lambda: {"machine": "some-gpu"})
+    monkeypatch.setattr(gpu_session, "gpu_state", dict)
+    monkeypatch.setattr(gpu_session, "software", lambda revision: {**origin, "commit": revision or origin["commit"]})
+    monkeypatch.setattr(gpu_session, "sources", lambda: sources[0])
+    monkeypatch.setattr(gpu_session, "RESULTS", tmp_path / "committed")
+    package = plant()
 
-    def plant(**files: str) -> None:
-        for name, text in files.items():
-            (tmp_path / package / f"{name}.py").write_text(HEAD + textwrap.dedent(text))
-            sys.modules.pop(f"{package}.{name}", None)
+    def plant_cases(**files: str) -> None:
+        plant(**{name: HEAD + textwrap.dedent(text) for name, text in files.items()})
 
     def run(**options) -> int:
-        modules = _session.discover(package)
-        return _session.run(modules, CPU, tmp_path / "results", **{"revision": None, **options})
+        return gpu_session.run(gpu_session.cases(package), CPU, tmp_path / "results", **options)
 
     def records() -> dict[tuple[str, str], list[dict]]:
         found: dict[tuple[str, str], list[dict]] = {}
-        for path in sorted((tmp_path / "results" / "some-gpu").glob("*.jsonl")):
-            for line in path.read_text().splitlines():
-                record = json.loads(line)
-                found.setdefault((record["op"], record["part"]), []).append(record)
+        for record in gpu_session.recorded(folder):
+            found.setdefault((record["op"], record["part"]), []).append(record)
         return found
 
     folder = tmp_path / "results" / "some-gpu"
-    return SimpleNamespace(plant=plant, run=run, records=records, folder=folder, origin=origin, sources=sources)
+    return SimpleNamespace(plant=plant_cases, run=run, records=records, folder=folder, origin=origin, sources=sources)
 
 
 HEAD = f"""
 import os, pathlib, signal, time, torch
 from functools import partial
 from benchmarks.gpu import Part
-TESTS = []
+TESTS = {{"gpu": []}}
 COPY = {COPY}
 def good(*records):
     yield from records or [COPY]
@@ -91,14 +82,14 @@ def test_what_goes_wrong_costs_its_own_part(session, tmp_path, monkeypatch, capf
     green = a_test(tmp_path, "green", "pass")
     session.plant(
         crash='parts = lambda d: [Part("before", good), Part("dies", dies), Part("after", good)]',
-        endless=f'TESTS, TESTED_IN = ["{endless}"], 4\nparts = lambda d: [Part("never", good)]',
-        green=f'TESTS = ["{green}"]\nparts = lambda d: [Part("measured", good)]',
+        endless=f'TESTS, TESTED_IN = {{"gpu": ["{endless}"]}}, 4\nparts = lambda d: [Part("never", good)]',
+        green=f'TESTS = {{"gpu": ["{green}"]}}\nparts = lambda d: [Part("measured", good)]',
         hang='parts = lambda d: [Part("hangs", hangs, seconds=1), Part("after", good)]',
         memory="""
             full = torch.OutOfMemoryError("2 TiB are missing")
             parts = lambda d: [Part("full", partial(fails, full)), Part("after", lambda: good({"pid": os.getpid()}))]
         """,
-        red=f'TESTS = ["{green}", "{red}"]\nparts = lambda d: [Part("never", good)]',
+        red=f'TESTS = {{"gpu": ["{green}", "{red}"]}}\nparts = lambda d: [Part("never", good)]',
     )
     assert session.run(seconds=600, patience=1) == 1
     said = capfd.readouterr()
@@ -146,7 +137,7 @@ def test_one_line_for_each_measurement_one_file_for_each_call(session, capfd):
 def test_what_is_recorded_is_not_measured_again(session, tmp_path):
     """By what the sources are, whether its records lie in the folder of results or are committed already."""
     green = a_test(tmp_path, "green", "pass")
-    session.plant(op=f'TESTS = ["{green}"]\nparts = lambda d: [Part("a", good), Part("b", good)]')
+    session.plant(op=f'TESTS = {{"gpu": ["{green}"]}}\nparts = lambda d: [Part("a", good), Part("b", good)]')
     assert session.run(only=["op/a"]) == 0
     assert session.run() == 0
     assert {key: len(found) for key, found in session.records().items()} == {
@@ -172,7 +163,9 @@ def test_begins_nothing_that_does_not_fit(session, capfd):
 
 
 def test_records_say_whether_the_tests_ran(session, tmp_path, capfd):
-    session.plant(op=f'TESTS = ["{a_test(tmp_path, "red", "assert False")}"]\nparts = lambda d: [Part("a", good)]')
+    session.plant(
+        op=f'TESTS = {{"gpu": ["{a_test(tmp_path, "red", "assert False")}"]}}\nparts = lambda d: [Part("a", good)]'
+    )
     assert session.run(skip_tests=True) == 0
     assert "Recorded without the tests (--tested): op/a." in capfd.readouterr().out
     assert session.records()["op", "a"][0]["tested"] is False
@@ -197,14 +190,14 @@ def test_a_device_that_no_longer_answers_is_left(monkeypatch):
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    found = _worker.measured(Part("a", fails), device)
+    found = worker.measured(Part("a", fails), device)
     assert (found.failed, found.usable) == ("RuntimeError: an illegal memory access was encountered", True)
 
     def poisoned(device):
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", poisoned)
-    assert not _worker.measured(Part("a", fails), device).usable
+    assert not worker.measured(Part("a", fails), device).usable
 
 
 def test_shares_of_the_machines_own_roofs():
@@ -213,22 +206,19 @@ def test_shares_of_the_machines_own_roofs():
     named = {"op": "op", "part": "a", **ours, "tested": True}
     roofs = [{"op": "roofs", "part": part, **roof, "tested": True} for part, roof in
              (("copy", COPY), ("gemm bfloat16", GEMM))]  # fmt: skip
-    line = next(line for line in _table.table([*roofs, named]) if line.startswith("op/a  "))
+    line = next(line for line in table.table([*roofs, named]) if line.startswith("op/a  "))
     assert re.split(r"\s+", line.strip()) == ["op/a", "fishkern", "1000.000", "200.0", "1.00", "0.50"]
-    assert _table.share_of_roof(named, {}) is None
+    assert table.share_of_roof(named, {}) is None
 
 
-def test_files_join_by_being_there():
-    modules = _session.discover()
-    assert tuple(modules) == _session.ORDER
-    for name, module in modules.items():
-        for path in _device_tests.tests_of(name, module):
-            assert (_device_tests.ROOT / path).is_file(), path
+def test_cases_join_by_being_there():
+    cases = gpu_session.cases()
+    assert tuple(cases) == gpu_session.ORDER
+    for module in cases.values():
+        assert all((ROOT / path).is_file() for path in module.TESTS["gpu"])
         parts = module.parts(CPU)
         assert len({part.name for part in parts}) == len(parts)
-        assert _table.TESTS not in {part.name for part in parts}
-    name = "sum_grad_squared"
-    assert f"tests/ops/test_{name}.py" in _device_tests.tests_of(name, modules[name])
+        assert table.TESTS not in {part.name for part in parts}
 
 
 def test_tests_that_all_skip_gate_nothing_open(tmp_path):
@@ -237,9 +227,9 @@ def test_tests_that_all_skip_gate_nothing_open(tmp_path):
     skipped.write_text("import pytest\n@pytest.mark.skip\ndef test():\n    pass\n")
     broken = tmp_path / "test_broken.py"
     broken.write_text("import nothing_of_this_name\n")
-    found = _device_tests.on_device([str(skipped)], 60)
+    found = device_tests.on_device([str(skipped)], 60)
     assert (found["passed"], found["skipped"], found["red"]) == (0, 1, [str(skipped)])
-    assert _device_tests.on_device([str(broken)], 60)["red"]
+    assert device_tests.on_device([str(broken)], 60)["red"]
 
 
 def test_nothing_outlives_a_command(tmp_path):
@@ -247,6 +237,6 @@ def test_nothing_outlives_a_command(tmp_path):
     left = tmp_path / "left"
     grandchild = f"import time, pathlib; time.sleep(4); pathlib.Path({str(left)!r}).touch()"
     command = [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"]
-    assert _limits.run_within(command, 1.0, tmp_path) == (None, "stopped after 1 s")
+    assert limits.run_within(command, 1.0, tmp_path) == (None, "stopped after 1 s")
     subprocess.run(["sleep", "4.5"], check=True)
     assert not left.exists()

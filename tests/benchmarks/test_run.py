@@ -7,35 +7,33 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import _run
-from benchmarks.provenance import machine
+from benchmarks.engine import ROOT, discover
+from benchmarks.engine import run as command
+from benchmarks.engine.origin import machine
+from benchmarks.engine.records import Records, read
 
 CASE = """
-TESTS = [{tests}]
+TESTS = {{"run": [{tests!r}]}}
 
 def test_one(record):
     record("{name}", {{"op": "{name}", "value": 1}})
     assert {goal}, "too slow"
 """
-RECORD = "from benchmarks.conftest import *\n"
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Case files and the tests that they name, one of which fails."""
-    (tmp_path / "conftest.py").write_text(RECORD)
+def package(tmp_path, plant):
+    """Cases and the tests that they name, one of which fails."""
     for outcome in ("True", "False"):
         (tmp_path / f"check_{outcome}.py").write_text(f"def test():\n    assert {outcome}\n")
 
-    def case(name: str, passing: bool = True, goal: str = "True") -> None:
-        tests = repr(str(tmp_path / f"check_{passing}.py"))
-        (tmp_path / f"test_{name}.py").write_text(CASE.format(name=name, tests=tests, goal=goal))
+    def case(name: str, passing: bool = True, goal: str = "True") -> str:
+        return CASE.format(tests=str(tmp_path / f"check_{passing}.py"), name=name, goal=goal)
 
-    tmp_path.joinpath("results").mkdir()
-    case("good")
-    case("red", passing=False)
-    case("missed", goal="1 > 2")
-    return tmp_path
+    conftest = "from benchmarks.conftest import *\n"
+    return plant(
+        conftest=conftest, good=case("good"), red=case("red", passing=False), missed=case("missed", goal="1 > 2")
+    )
 
 
 def recorded(folder: Path) -> dict[str, list[dict]]:
@@ -43,51 +41,64 @@ def recorded(folder: Path) -> dict[str, list[dict]]:
     return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in files}
 
 
-def test_red_tests_and_missed_goals(folder, capfd):
+def test_red_tests_and_missed_goals(package, tmp_path, capfd):
     """The case whose tests fail leaves no record, the others go on, and the status tells."""
-    assert _run.run([], folder / "results", folder=folder) == 1
-    assert {name: len(records) for name, records in recorded(folder).items()} == {"good": 1, "missed": 1}
-    (record,) = recorded(folder)["good"]
+    assert command.run([], tmp_path / "results", package=package) == 1
+    assert {name: len(records) for name, records in recorded(tmp_path).items()} == {"good": 1, "missed": 1}
+    (record,) = recorded(tmp_path)["good"]
     assert record.keys() >= {"value", "machine", "torch", "commit", "dirty", "time"}
     table = capfd.readouterr().out
-    assert f"not recorded: {folder / 'check_False.py'} fails" in table
+    assert f"not recorded: {tmp_path / 'check_False.py'} fails" in table
     assert "too slow" in table
     assert record["commit"][:7] in table
     assert ("with changes" in table) is record["dirty"]
 
 
-def test_records_are_appended_or_replaced(folder, monkeypatch):
-    monkeypatch.setattr(_run, "why_not", lambda *_: "")
-    path = folder / "results" / machine()["machine"] / "good.jsonl"
-    path.parent.mkdir()
+def test_records_are_appended_or_replaced(package, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "why_not", lambda *_: "")
+    path = tmp_path / "results" / machine()["machine"] / "good.jsonl"
+    path.parent.mkdir(parents=True)
     path.write_text('{"value": 0}\n')
     for expected, replace in ((2, False), (1, True)):
-        assert _run.run(["good"], folder / "results", replace=replace, folder=folder) == 0
-        assert len(recorded(folder)["good"]) == expected
+        assert command.run(["good"], tmp_path / "results", replace=replace, package=package) == 0
+        assert len(recorded(tmp_path)["good"]) == expected
 
 
-def test_a_broken_case_leaves_nothing(folder, monkeypatch, capfd):
+def test_a_broken_case_leaves_nothing(package, tmp_path, monkeypatch, capfd):
     """What is interrupted has recorded only a part."""
-    monkeypatch.setattr(_run, "why_not", lambda *_: "")
-    path = folder / "test_good.py"
+    monkeypatch.setattr(command, "why_not", lambda *_: "")
+    path = tmp_path / package / "good.py"
     path.write_text(path.read_text().replace('assert True, "too slow"', "raise KeyboardInterrupt"))
-    assert _run.run(["good"], folder / "results", folder=folder) == 1
-    assert not recorded(folder)
+    assert command.run(["good"], tmp_path / "results", package=package) == 1
+    assert not recorded(tmp_path)
     assert "pytest ended with status 2" in capfd.readouterr().out
 
 
-def test_an_unknown_case_names_the_known_ones(folder, capsys):
-    assert _run.run(["godo"], folder / "results", folder=folder) == 2
+def test_an_unknown_case_names_the_known_ones(package, tmp_path, capsys):
+    assert command.run(["godo"], tmp_path / "results", package=package) == 2
     assert capsys.readouterr().err.strip() == "no case is called godo; there are good, missed, red."
 
 
 def test_every_case_names_tests_that_exist():
-    for name, path in _run.cases([]).items():
-        tests = _run.tests_of(path)
-        assert tests, f"{name} has no TESTS"
-        assert all((_run.ROOT / test).exists() for test in tests), name
+    cases = discover.discover("run")
+    assert cases.keys() >= {"whole_pass", "masked_step", "streaming_topk", "host_time"}
+    for name, module in cases.items():
+        assert module.TESTS["run"], f"{name} has no TESTS"
+        assert all((ROOT / test).exists() for test in module.TESTS["run"]), name
 
 
 def test_a_case_without_tests_is_refused():
-    assert "has no TESTS" in _run.why_not("some", [], {})
-    assert "does not exist" in _run.why_not("some", ["tests/nowhere.py"], {})
+    assert "has no TESTS" in command.why_not("some", [], {})
+    assert "does not exist" in command.why_not("some", ["tests/nowhere.py"], {})
+
+
+def test_records_are_found_by_their_fields(tmp_path):
+    """Lists in a file are the tuples of a setting; records of another setting are no part of these."""
+    path = tmp_path / "machine" / "some.jsonl"
+    records = Records(path, origin=lambda: {"commit": "abc"}, setting={"sizes": (1, 2)})
+    assert records.find() == []
+    records.append({"n": 1}, {"n": 2})
+    Records(path, origin=dict, setting={"sizes": (3,)}).append({"n": 1})
+    assert records.find(n=2) == [{"setting": {"sizes": [1, 2]}, "n": 2, "commit": "abc"}]
+    assert len(Records(path, setting={"sizes": [1, 2]}).find()) == 2
+    assert len(read(path)) == 3

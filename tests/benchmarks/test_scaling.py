@@ -9,11 +9,10 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from benchmarks import scaling_cases
-from benchmarks import test_scaling as scaling
-from benchmarks.providers import squares
-from benchmarks.scaling_cases import PROVIDERS, SWEEPS, Sweep
-from benchmarks.worker import WorkerError
+from benchmarks.cases import scaling
+from benchmarks.cases.scaling import PROVIDERS, SWEEPS, Sweep
+from benchmarks.engine.process import ProcessError
+from benchmarks.rivals.providers import MASKED, squares
 
 SMALL = {
     "sum_grad_squared": {"N": 3, "T": 4, "width": 8},
@@ -23,7 +22,7 @@ SMALL = {
 
 
 def results(op: str) -> dict[str, object]:
-    return {name: scaling_cases.prepare(op, name, SMALL[op])() for name in PROVIDERS[op]}
+    return {name: scaling.make(op, name, SMALL[op])() for name in PROVIDERS[op]}
 
 
 def test_a_layers_squares():
@@ -59,10 +58,10 @@ def test_a_masked_step_moves_as_many_entries(provider, monkeypatch):
         return run(model, selection)
 
     monkeypatch.setitem(PROVIDERS["masked_adamw"], provider, watched)
-    scaling_cases.prepare("masked_adamw", provider, {"P": 2**10, "k": 30, "tensors": 4})()
+    scaling.make("masked_adamw", provider, {"P": 2**10, "k": 30, "tensors": 4})()
     (model, before), = seen  # fmt: skip
     moved = sum(int((p != old).sum()) for p, old in zip(model, before, strict=True))
-    assert moved == 30 if provider != "masked_fused" else moved > 30
+    assert moved == 30 if MASKED[provider].exact else moved > 30
 
 
 def test_sizes_grow_geometrically():
@@ -79,19 +78,19 @@ def test_what_fails_is_recorded_and_larger_sizes_are_not_tried(quantity, monkeyp
     asked = []
 
     def worker(provider: str) -> SimpleNamespace:
-        def prepare(op, name, sizes):
+        def prepare(function, op, name, sizes):
             asked.append((name, sizes["N"]))
             if name == "vmap" and sizes["N"] >= 4:
-                raise WorkerError("out of memory above 2 GiB")
+                raise ProcessError("out of memory above 2 GiB")
 
         return SimpleNamespace(prepare=prepare, seconds=lambda: 0.5, peak_mib=lambda: 3.0)
 
     @contextmanager
-    def workers(op, memory):
+    def processes(op, *, memory):
         assert memory == (quantity == "memory")
         yield {provider: worker(provider) for provider in PROVIDERS[op]}
 
-    monkeypatch.setattr(scaling, "workers", workers)
+    monkeypatch.setattr(scaling, "processes", processes)
     sweep = Sweep("sum_grad_squared", "N", (2, 4, 8), {"T": 1, "width": 1})
     found = {(provider, size): figure for provider, size, figure in scaling.measure(sweep, quantity)}
     assert len(found) == 9

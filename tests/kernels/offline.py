@@ -229,7 +229,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
 
 def calls(on: Hardware) -> Iterator[Launch]:
     """All that the benchmark's calls launch: splits, swapped sides, results that are overwritten."""
-    from benchmarks.gpu.sum_grad_squared import CASES, DTYPES, lognormal_offsets
+    from benchmarks.cases.sum_grad_squared import CASES, DTYPES, lognormal_offsets
 
     for case in CASES.values():
         dtype, offsets = DTYPES[case.dtype], None

