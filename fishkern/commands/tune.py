@@ -253,11 +253,13 @@ def _measure(
 
 def _in_python(model: nn.Module, recipe: Any, prepared: Prepared, saved: Path) -> str:
     """Write the line that gives the tuned model, from its base and what was saved."""
-    from fishkern.integrations.models import TASKS
+    from fishkern.integrations.tasks import TASKS
 
     config = prepared.encoder.config
     labels = f", num_labels={config.num_labels}" if "label" in prepared.described["columns"] else ""
-    base = f"transformers.{TASKS[prepared.described['task']]}.from_pretrained({config._name_or_path!r}{labels})"
+    base = (
+        f"transformers.{TASKS[prepared.described['task']].auto_class}.from_pretrained({config._name_or_path!r}{labels})"
+    )
     if recipe is None:
         return f"import peft, transformers; model = peft.PeftModel.from_pretrained({base}, {str(saved)!r})"
     return f"import fishkern, transformers; model = {base}; fishkern.adapters.load(model, {str(saved)!r})"
