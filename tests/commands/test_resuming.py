@@ -84,12 +84,12 @@ def test_an_interrupted_run_ends_as_a_whole_one(capsys, arguments, interrupted, 
         interrupted.at, interrupted.steps = at, seen // 2
         status, output, error = command(capsys, *arguments, "--out", stopped)
         assert (status, output) == (130, "")
-        assert "the same command goes on from there" in error
-        assert (f"{seen} of 24 examples are seen" in error) == (seen > 0)
+        assert "the same command resumes from there" in error
+        assert (f"{seen} of 24 examples seen" in error) == (seen > 0)
         assert not (stopped / "report.json").exists()
     interrupted.at = None
     status, _, error = command(capsys, *arguments, "--out", stopped)
-    assert "14 of 24 examples are seen" in error
+    assert "14 of 24 examples seen" in error
     assert (status, interrupted.steps) == (0, STEPS)
     assert_same(whole, stopped)
 
@@ -120,7 +120,7 @@ def test_an_interrupt_while_the_run_is_saved_costs_one_step(capsys, arguments, i
         assert command(capsys, *arguments, "--out", stopped)[0] == 130
     assert [file.name for file in stopped.iterdir() if file.name.endswith(".tmp")] == []
     status, _, error = command(capsys, *arguments, "--out", stopped)
-    assert "6 of 24 examples are seen" in error  # 4 steps are done, 3 of them kept
+    assert "6 of 24 examples seen" in error  # 4 steps are done, 3 of them kept
     assert status == 0
     assert_same(whole, stopped)
 
@@ -137,7 +137,7 @@ def test_an_interrupt_after_training_only_saves(capsys, arguments, interrupted, 
         assert command(capsys, *arguments, "--out", stopped)[0] == 130
     interrupted.steps = 0
     status, _, error = command(capsys, *arguments, "--out", stopped)
-    assert "24 of 24 examples are seen" in error
+    assert "24 of 24 examples seen" in error
     assert (status, interrupted.steps) == (0, 0)
     assert_same(whole, stopped)
 
@@ -197,10 +197,10 @@ def test_control_c_in_a_process_of_its_own(capsys, arguments, tmp_path):
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130, error
-    assert "the same command goes on from there" in error
+    assert "the same command resumes from there" in error
     status, _, error = command(capsys, *arguments, "--out", stopped)
     assert status == 0
-    assert "going on with the unfinished run" in error
+    assert "resuming the unfinished run" in error
     assert_same(whole, stopped)
 
 
