@@ -194,7 +194,7 @@ class Tuning:
             )
 
         with progress("selecting", "examples") as report:
-            return fitting(run, work.batch_size, next(self.model.parameters()).device, count)
+            return fitting(run, work.batch_size, self.prepared.device, count)
 
     def _measured(self, when: str) -> dict[str, float]:
         with self.stopwatch.adding("measuring"):

@@ -44,6 +44,11 @@ class Prepared:
     examples: list[Example]
     described: dict[str, Any]
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return next(self.model.parameters()).device
+
     def batches(self, size: int) -> list[dict[str, Tensor]]:
         """Make padded batches.
 

@@ -151,10 +151,10 @@ def test_other_settings_and_other_data_are_not_mixed(capsys, arguments, interrup
     assert command(capsys, *arguments, *out)[0] == 130
     kept = (tmp_path / "out" / UNFINISHED).read_bytes()
     message = refused(capsys, *arguments, *out, "--lr", 1e-3, "--k", 9)
-    assert "holds an unfinished run with k None, lr 0.01, not k 9, lr 0.001: go on with its own" in message
+    assert "holds an unfinished run with k None, lr 0.01, not k 9, lr 0.001: resume it with its own options" in message
     assert "--restart" in message
     data.write_text(data.read_text().replace("sea", "rain"))
-    assert "the data is not what the unfinished run in" in refused(capsys, *arguments, *out)
+    assert "the data differs from that of the unfinished run in" in refused(capsys, *arguments, *out)
     assert (tmp_path / "out" / UNFINISHED).read_bytes() == kept
     interrupted.at, interrupted.steps = None, 0
     status, _, error = command(capsys, *arguments, *out, "--lr", 1e-3, "--restart")
@@ -177,7 +177,7 @@ def test_a_foreign_file_is_refused(capsys, arguments, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / UNFINISHED).write_bytes(b"notes")
     message = refused(capsys, *arguments, "--out", tmp_path / "out")
-    assert "is not what an interrupted tune leaves behind: choose another --out" in message
+    assert "is not the file of an interrupted tune: choose another --out" in message
 
 
 @pytest.mark.slow
@@ -216,7 +216,7 @@ def test_a_file_with_something_else_in_it_is_refused(capsys, arguments, interrup
         torch.save({**held, "state": changed}, path)
         line = refused(capsys, *arguments, "--out", tmp_path / "a")
         assert line.endswith(
-            "is not what an interrupted tune leaves behind: choose another --out, or begin anew with --restart."
+            "is not the file of an interrupted tune: choose another --out, or start over with --restart."
         )
 
 
