@@ -66,7 +66,7 @@ class Encoder:
             examples: At least one.
 
         Returns:
-            What the model takes, each ``[N, ...]``; labels are -100 at padding.
+            Keyword arguments of the model, ``[N, ...]`` each; labels are -100 at padding.
         """
         fill = {"labels": -100, "input_ids": pad_token(self.processor) if self.task != "image-classification" else 0}
         batch = {}
@@ -131,7 +131,7 @@ class Encoder:
         encoded = self.processor(words, is_split_into_words=True, truncation=True, max_length=self.max_length)
         labels, before = [], None
         for word in encoded.word_ids():
-            first = word is not None and word != before  # the other pieces of a word carry no label
+            first = word is not None and word != before  # the other pieces of a word have no label
             labels.append(self._label(tags[word], place) if first else -100)
             before = word
         example = {**self._checked(encoded), "labels": labels}
