@@ -24,7 +24,9 @@ def estimate(
     fisher_type: Annotated[
         str, Option(metavar="TYPE", help="Labels: empirical (the data's), mc (drawn), type-2 (all).")
     ] = "empirical",
-    unit: Annotated[str, Option(metavar="UNIT", help="What is squared: example, position, batch.")] = "example",
+    unit: Annotated[
+        str, Option(metavar="UNIT", help="Whose gradients are squared: example, position, batch.")
+    ] = "example",
     mc_samples: Annotated[
         int | None, Option(min=1, metavar="N", help="With mc: draws for each example.", show_default="1")
     ] = None,

@@ -209,7 +209,7 @@ def checked_path(path: str | os.PathLike[str], kind: type[Statistics | Selection
     path = checked_file(path, "--out", name)
     if re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) and path.suffix != ".safetensors":
         advice = path.with_suffix(".safetensors")
-        raise ValueError(f"what is saved is a .safetensors file, and {path} names another kind: --out {advice}.")
+        raise ValueError(f"the output is a .safetensors file, and {path} names another kind: --out {advice}.")
     path = checked_file(path.with_name(path.name.removesuffix(".safetensors") + ".safetensors"), "--out", name)
     if path.exists():
         try:

@@ -34,7 +34,7 @@ def tune(
 
     The folder gets the adapter with its head, the selection, the start that it was made for (the initial values), the
     trained values alone (delta.safetensors), and report.json. After an interruption the same command resumes training,
-    and ends with the same bits as without.
+    with the same result as without.
     """
     settings = Settings(work, adapting, budget, training, samples)
     settings.check(out)

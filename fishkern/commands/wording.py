@@ -11,8 +11,11 @@ _PHRASES = (
     (r"Write one with Statistics\.save", "Statistics are made by fishkern estimate"),
     (r"Write one with Selection\.save", "A selection is made by fishkern select"),
     (r"Write one with (Delta\.save|fishkern\.selection\.save_start)", "It is made by fishkern tune"),
-    (r"Pass parameters='all' or a predicate", "Name them with --parameters, '*' for all"),
-    (r"estimate with DiagonalFisher\(\)", "estimate without --draws, --fisher-type and --unit"),
+    (r"Pass parameters='all', patterns of names or a predicate", "Name them with --parameters, '*' for all"),
+    (
+        r"pass the recipe that they were estimated with as estimator=",
+        "the command verifies the empirical Fisher of examples; in Python, pass another recipe as estimator=",
+    ),
     (r"parameters='all'", "--parameters '*'"),
     (r"with parameters=(lambda name, parameter: \.\.\.)?", "by naming the others with --parameters"),
     (r"fishkern\.SketchedFisher", "--draws 8"),

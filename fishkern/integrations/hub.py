@@ -79,7 +79,7 @@ def explained(source: str, what: str, reason: str | None, advice: str = "") -> I
     """Turn the libraries' many errors of loading into one line.
 
     Args:
-        source: What is loaded.
+        source: The folder or id.
         what: ``"model"``, ``"tokenizer"``.
         reason: Why the hub is not asked, from :func:`locate`.
         advice: What to do, instead of the library's own words.

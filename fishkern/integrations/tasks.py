@@ -22,7 +22,7 @@ class Task:
             :func:`task_of_config`.
         peft_type: PEFT's ``task_type``, or ``None`` where PEFT has none.
         columns: The roles of columns that an example needs.
-        optional: The roles that it may have besides.
+        optional: The roles that it can use in addition.
         likelihood: Where an example has several labels, whose losses can be summed instead of averaged.
     """
 
