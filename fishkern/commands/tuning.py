@@ -79,7 +79,17 @@ class Tuning:
         checkpoint.demand_same_data(digest)
         held_out = _held_out(prepared, settings)
         model, recipe, adapter = _adapted(prepared, settings)
-        return cls(folder, settings, checkpoint, prepared, held_out, model, recipe, adapter, digest)
+        return cls(
+            folder,
+            settings,
+            checkpoint,
+            prepared=prepared,
+            held_out=held_out,
+            model=model,
+            recipe=recipe,
+            adapter=adapter,
+            digest=digest,
+        )
 
     def select(self) -> fk.Selection:
         """Select the entries to train, save the selection and its start, and measure the model.

@@ -158,7 +158,8 @@ def _rows(query: _Query, dataset: Any) -> Rows:
     elif not len(dataset):
         raise ValueError("it holds no row.")
     total, seed = (None, None) if query.first else (len(dataset), query.seed)
-    return Rows(query.source, query.split, total, dict(dataset.features or {}), seed, dataset)
+    features = dict(dataset.features or {})
+    return Rows(query.source, query.split, total=total, features=features, seed=seed, _dataset=dataset)
 
 
 def _patterns_in(folder: Path) -> dict[str, list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from fishkern.statistics import CausalLM, Likelihood, MaskedLM, Seq2SeqLM, TokenClassification
@@ -20,43 +20,62 @@ class Task:
         auto_class: The class of transformers that loads such a model.
         architectures: How the names of its classes end. Those in ``ForConditionalGeneration`` depend on the config, see
             :func:`task_of_config`.
-        peft_type: PEFT's ``task_type``, or ``None`` where PEFT has none.
         columns: The roles of columns that an example needs.
         optional: The roles that it can use in addition.
-        likelihood: Where an example has several labels, whose losses can be summed instead of averaged.
+        peft_type: PEFT's ``task_type``, or ``None`` if PEFT has none.
+        likelihood: That of examples with several labels, whose losses can be summed instead of averaged; else ``None``.
     """
 
     auto_class: str
+    _: KW_ONLY
     architectures: tuple[str, ...]
-    peft_type: str | None
     columns: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    peft_type: str | None = None
     likelihood: type[Likelihood] | None = None
 
 
 TASKS: dict[str, Task] = {
     "causal-lm": Task(
-        "AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel"), "CAUSAL_LM", ("text",), ("target",), CausalLM
+        "AutoModelForCausalLM",
+        architectures=("ForCausalLM", "LMHeadModel"),
+        peft_type="CAUSAL_LM",
+        columns=("text",),
+        optional=("target",),
+        likelihood=CausalLM,
     ),
-    "masked-lm": Task("AutoModelForMaskedLM", ("ForMaskedLM",), None, ("text",), ("text_pair",), MaskedLM),
-    "seq2seq-lm": Task("AutoModelForSeq2SeqLM", (), "SEQ_2_SEQ_LM", ("text", "target"), (), Seq2SeqLM),
+    "masked-lm": Task(
+        "AutoModelForMaskedLM",
+        architectures=("ForMaskedLM",),
+        columns=("text",),
+        optional=("text_pair",),
+        likelihood=MaskedLM,
+    ),
+    "seq2seq-lm": Task(
+        "AutoModelForSeq2SeqLM",
+        architectures=(),
+        peft_type="SEQ_2_SEQ_LM",
+        columns=("text", "target"),
+        likelihood=Seq2SeqLM,
+    ),
     "sequence-classification": Task(
         "AutoModelForSequenceClassification",
-        ("ForSequenceClassification",),
-        "SEQ_CLS",
-        ("text", "label"),
-        ("text_pair",),
+        architectures=("ForSequenceClassification",),
+        peft_type="SEQ_CLS",
+        columns=("text", "label"),
+        optional=("text_pair",),
     ),
     "token-classification": Task(
         "AutoModelForTokenClassification",
-        ("ForTokenClassification",),
-        "TOKEN_CLS",
-        ("words", "label"),
-        (),
-        TokenClassification,
+        architectures=("ForTokenClassification",),
+        peft_type="TOKEN_CLS",
+        columns=("words", "label"),
+        likelihood=TokenClassification,
     ),
     "image-classification": Task(
-        "AutoModelForImageClassification", ("ForImageClassification",), None, ("image", "label")
+        "AutoModelForImageClassification",
+        architectures=("ForImageClassification",),
+        columns=("image", "label"),
     ),
 }
 """Every task by its name. :class:`fishkern.integrations.examples.Encoder` has a method for each."""
