@@ -114,7 +114,7 @@ class Loop:
             epoch.total += self._step([self._examples[n] for n in part.tolist()]) * len(part)
             epoch.taken += 1
             report(seen + len(part), self._epochs * len(self._examples))
-            if epoch.taken < len(parts):
+            if epoch.taken < len(parts):  # the end of the epoch is kept in any case, and then the state is of the next
                 keep()
         losses = [*epoch.losses, epoch.total / len(self._examples)]
         self._epoch = Epoch(losses, 0.0, self._generator.get_state(), 0)

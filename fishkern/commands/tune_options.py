@@ -13,6 +13,7 @@ from fishkern.commands.options import Workload
 from fishkern.integrations.adapting import ADAPTERS, FILE, FOLDER, check
 from fishkern.methods.fish_tuning import ORDERS
 
+DENSITY = 0.2  # of the adapter
 FISHER_SAMPLES = 128
 BLIND = ("random", "magnitude")  # orders that look at no example
 
@@ -65,7 +66,7 @@ class Budget:
 
     density: Annotated[
         float | None,
-        Option(metavar="D", help="Train this fraction of the adapter; by default 0.2.", rich_help_panel=_BUDGET),
+        Option(metavar="D", help=f"Train this fraction of the adapter; by default {DENSITY}.", rich_help_panel=_BUDGET),
     ] = None
     k: Annotated[
         int | None, Option("--k", metavar="N", help="Or this many of its entries.", rich_help_panel=_BUDGET)

@@ -16,7 +16,7 @@ from fishkern.adapters import Adapter
 from fishkern.commands.output import Stopwatch, note, progress, waiting
 from fishkern.commands.resuming import Checkpoint, State, digest_of
 from fishkern.commands.training import Loop, evaluate
-from fishkern.commands.tune_options import BLIND, FISHER_SAMPLES, Settings
+from fishkern.commands.tune_options import BLIND, DENSITY, FISHER_SAMPLES, Settings
 from fishkern.commands.workload import Prepared, fitting, prepare
 from fishkern.files import atomic_write
 from fishkern.integrations import data, hub
@@ -39,10 +39,10 @@ class Tuning:
         prepared: Model and examples.
         held_out: Examples to measure on; may be none.
         model: The model with its adapter.
-        recipe: That of an adapter of fishkern, ``None`` for PEFT's.
+        recipe: The recipe of an adapter of fishkern's, ``None`` for PEFT's.
         adapter: Which adapter it is, in words.
         digest: Of the examples.
-        before: What was measured before training.
+        before: The measurements before training.
         stopwatch: Seconds of each part.
     """
 
@@ -129,13 +129,13 @@ class Tuning:
         return selection
 
     def train(self, selection: fk.Selection) -> dict[str, Any]:
-        """Train what is selected, and measure the model.
+        """Train the selected entries, and measure the model.
 
         Args:
             selection: Of this model.
 
         Returns:
-            ``"loss"``, the mean loss of each epoch, and what was measured ``"before"`` and ``"after"``.
+            ``"loss"``, the mean loss of each epoch, and the measurements ``"before"`` and ``"after"``.
 
         Raises:
             ValueError: The loss is not finite.
@@ -163,7 +163,7 @@ class Tuning:
         """Save adapter, delta and report, and remove the checkpoint.
 
         Args:
-            selection: What was trained.
+            selection: The trained entries.
             outcome: What :meth:`train` returned.
 
         Returns:
@@ -194,7 +194,7 @@ class Tuning:
                 self.model,
                 [self.prepared.encoder.collate(few[start : start + size]) for start in range(0, count, size)],
                 k=budget.k,
-                density=0.2 if unset else budget.density,
+                density=DENSITY if unset else budget.density,
                 trainable=budget.trainable,
                 order=budget.order,
                 allow_zeros=budget.allow_zeros,
