@@ -1,4 +1,4 @@
-"""The ``fishkern`` command: the application, and how it ends. The subcommands are in :mod:`fishkern.commands`."""
+"""The ``fishkern`` command: the application, its errors and its exit status. :mod:`fishkern.commands` has the rest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ except ModuleNotFoundError:  # main says what to install
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command and exit: 0 when all went well, 2 with one line on standard error when not.
+    """Run the command and exit: with 0 if all went well, with 2 and one line on standard error if not.
 
     Args:
         arguments: Instead of ``sys.argv[1:]``.
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if typer is None:
         sys.exit('fishkern: the command needs typer and rich: pip install "fishkern[cli]"')
     arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments  # wherever it stands
+    debug = "--debug" in arguments  # before or after the subcommand
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _note
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             )
     except (typer.Abort, KeyboardInterrupt):
         status = 130
-    except BrokenPipeError:  # whoever read the output has read enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
         sys.exit(141)
     except Exception as error:
@@ -86,13 +86,13 @@ def _options(
 
 
 def _note(message: Warning | str, category: type[Warning], *place: object) -> None:
-    """Show a warning in one line, without the place in the code; those for developers not at all."""
+    """Show a warning in one line, without its place in the code; ignore those for developers."""
     if not issubclass(category, DeprecationWarning | FutureWarning | PendingDeprecationWarning):
         print(f"note: {_worded(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def _in_one_line(error: Exception) -> str:
-    """Say what went wrong, and what to install where a package is missing."""
+    """Say what went wrong, and what to install if a package is missing."""
     if isinstance(error, ModuleNotFoundError):
         from fishkern.commands.doctor import EXTRAS
 
@@ -102,14 +102,14 @@ def _in_one_line(error: Exception) -> str:
                 return f'this needs {package}: pip install "fishkern[{extra}]"'
     message = error.format_message() if hasattr(error, "format_message") else str(error)
     message = re.sub(r"^\[Errno \d+\] ", "", " ".join(message.split())) or type(error).__name__
-    if context := getattr(error, "ctx", None):  # typer's own: a command or an option that it does not know
+    if context := getattr(error, "ctx", None):  # an error of typer: an unknown command or option
         return f"{message.removesuffix('.')} (see {context.command_path} --help)"
     return _worded(message)
 
 
 def _worded(message: str) -> str:
-    """Say of options what the library says of its arguments."""
+    """Name options where the library names its arguments."""
     from fishkern.commands.wording import in_options
     from fishkern.files import in_brief
 
-    return in_brief(in_options(message), 10_000)  # what a file or a path dictates is text, and no control of terminals
+    return in_brief(in_options(message), 10_000)  # without the control characters that a file or a path may contain

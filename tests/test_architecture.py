@@ -25,7 +25,7 @@ OPS_WITH_KERNEL = [path.stem for path in KERNELS if not path.stem.startswith("_"
 ROOMS = (
     "backend", "names", "arguments", "warning", "hosts", "files", "ops", "layers", "statistics", "selection",
     "initialization", "optim", "freezing", "adapters", "tokens", "integrations", "methods", "report", "__init__",
-    "demo demo_tuning cli commands __main__",
+    "demo cli commands __main__",
 )  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}
 HUGGING_FACE = {"accelerate", "datasets", "peft", "transformers"}
@@ -92,7 +92,7 @@ def test_only_the_backend_imports_triton_and_kernels():
 
 def test_only_integrations_and_commands_import_hugging_face():
     rooms = {Path(path).relative_to("fishkern").with_suffix("").parts[0] for path in importers(HUGGING_FACE, PACKAGE)}
-    assert rooms <= {"integrations", "commands", "cli", "demo", "demo_tuning"}
+    assert rooms <= {"integrations", "commands", "cli", "demo"}
 
 
 def test_kernels_import_torch_triton_and_each_other():

@@ -77,7 +77,7 @@ def test_the_last_line_says_what_to_try(shown):
 
 
 def test_text_is_the_same_every_time():
-    from fishkern.demo import LONGEST, SHORTEST, read_text
+    from fishkern.demo.text import LONGEST, SHORTEST, read_text
 
     text, held_out = read_text()
     again, held_out_again = read_text()
@@ -96,12 +96,12 @@ def test_a_file_of_another_kind_is_not_overwritten(capsys, tmp_path):
 
 
 def test_an_interrupt_leaves_no_file(capsys, tmp_path, monkeypatch):
-    from fishkern import demo
+    from fishkern.demo import steps
 
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "train", interrupted)
+    monkeypatch.setattr(steps, "train", interrupted)
     status, _, error = command(capsys, "demo", "--out", str(tmp_path), "--examples", "2")
     assert status == 130
     assert "interrupted" in error

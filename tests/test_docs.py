@@ -260,6 +260,12 @@ def test_a_page_begins_with_an_example(page):
     assert "\n## " not in page.read_text(encoding="utf-8").split("```")[0]
 
 
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+def test_what_may_go_wrong_comes_last(page):
+    headings = re.findall(r"^## (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert "What may go wrong" not in headings[:-1]
+
+
 @pytest.fixture(scope="module")
 def prose() -> str:
     return "\n".join(page.read_text(encoding="utf-8") for page in DOCS)

@@ -21,6 +21,6 @@ COMMANDS: dict[Callable[..., int | None], str] = {
     doctor: "fishkern doctor",
     demo: "fishkern demo --seconds 10",
 }
-"""Each subcommand and an example of it: what a function returns is the exit status; its parameters are the options."""
+"""Each subcommand, and an example of it. Its parameters are the options, its return value is the exit status."""
 
 __all__ = ["COMMANDS"]

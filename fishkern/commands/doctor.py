@@ -1,4 +1,4 @@
-"""``fishkern doctor``: what is installed, where it can run, and what cannot and why."""
+"""``fishkern doctor``: what is installed, and which backends run on which device."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
+
+import fishkern as fk
 from fishkern.commands.options import Json
 from fishkern.commands.output import console
+from fishkern.integrations.hub import unreachable
 
 EXTRAS = {
     "cli": ("rich", "typer"),
     "hf": ("accelerate", "datasets", "peft", "transformers"),
     "plot": ("matplotlib",),
 }
-"""Which extra brings which package."""
+"""The packages of each extra."""
 
 
 def doctor(json_: Json = False) -> None:
-    """Say what is installed, where fishkern can run, and what cannot and why."""
-    found = examine()
+    """Say what is installed, where fishkern can run, and what cannot run and why."""
+    findings = examine()
     if json_:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(findings, indent=2))
         return
-    for group, entries in found.items():
+    for group, entries in findings.items():
         console().print(group)
         for key, value in entries.items():
             console().print(f"   {key:14} {value}")
@@ -36,48 +40,53 @@ def examine() -> dict[str, dict[str, Any]]:
     Returns:
         Findings in words, by group and name.
     """
-    import torch
+    return {
+        "versions": _versions(),
+        "devices": _devices(),
+        "backends": _backends(),
+        "extras": {extra: _extra(extra, packages) for extra, packages in EXTRAS.items()},
+        "hub": {"reachable": _hub()},
+    }
 
-    import fishkern as fk
 
+def _versions() -> dict[str, str]:
     versions = {"fishkern": fk.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    versions |= {package: _version(package) for package in ("safetensors", "triton")}
+    return versions | {package: _version(package) for package in ("safetensors", "triton")}
+
+
+def _devices() -> dict[str, str]:
     devices = {"cpu": f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"}
     for n in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(n)
         devices[f"cuda:{n}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     if not torch.cuda.is_available():
-        built = f"torch {torch.__version__} is built for {torch.version.cuda or torch.version.hip}"
-        devices["cuda"] = f"none: {built if torch.version.cuda or torch.version.hip else 'torch is built without it'}"
+        built = torch.version.cuda or torch.version.hip
+        reason = f"torch {torch.__version__} is built for {built}" if built else "torch is built without it"
+        devices["cuda"] = f"none: {reason}"
+    return devices
+
+
+def _backends() -> dict[str, str]:
     backends = {"torch": "runs everywhere"}
     for device in ("cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))):
         reason = fk.why_not_triton(torch.empty(1, device=device))
         backends[f"triton on {device}"] = f"cannot run: {reason}" if reason else "runs"
-    extras = {}
-    for extra, packages in EXTRAS.items():
-        installed = {package: _version(package) for package in packages}
-        missing = [package for package, found in installed.items() if found == "missing"]
-        extras[extra] = (
-            f'{", ".join(missing)} missing: pip install "fishkern[{extra}]"'
-            if missing
-            else ", ".join(f"{package} {found}" for package, found in installed.items())
-        )
-    return {
-        "versions": versions,
-        "devices": devices,
-        "backends": backends,
-        "extras": extras,
-        "hub": {"reachable": _hub()},
-    }
+    return backends
+
+
+def _extra(extra: str, packages: tuple[str, ...]) -> str:
+    installed = {package: _version(package) for package in packages}
+    missing = [package for package, number in installed.items() if number == "missing"]
+    if missing:
+        return f'{", ".join(missing)} missing: pip install "fishkern[{extra}]"'
+    return ", ".join(f"{package} {number}" for package, number in installed.items())
 
 
 def _hub() -> str:
     if _version("huggingface_hub") == "missing":
         return 'unknown: pip install "fishkern[hf]"'
-    from fishkern.integrations.hub import unreachable
-
     reason = unreachable()
-    return f"no: {reason}; models and data must lie on this machine" if reason else "yes"
+    return f"no: {reason}; models and data must be on this machine" if reason else "yes"
 
 
 def _version(package: str) -> str:

@@ -5,26 +5,28 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any
 
 from typer import Option
 
+import fishkern as fk
 from fishkern.commands.options import Json, Workload, with_options
-from fishkern.commands.output import checked_path, console, next_command, progress, rows_in_words, size_on_disk, waiting
-
-if TYPE_CHECKING:
-    from fishkern.statistics import Estimator
+from fishkern.commands.output import checked_path, console, next_command, progress, rows_in_words, size_on_disk
+from fishkern.commands.workload import Prepared, checked_device, fitting, likelihood_of, predicate, prepare
 
 
 @with_options
 def estimate(
     work: Workload,
-    out: Annotated[str, Option(metavar="FILE", help="Where the statistics go.")] = "fisher.safetensors",
-    samples: Annotated[int, Option(min=1, metavar="N", help="On how many examples.")] = 128,
+    out: Annotated[str, Option(metavar="FILE", help="Output file.")] = "fisher.safetensors",
+    samples: Annotated[int, Option(min=1, metavar="N", help="Number of examples.")] = 128,
     fisher_type: Annotated[
         str, Option(metavar="TYPE", help="Labels: empirical (the data's), mc (drawn), type-2 (all).")
     ] = "empirical",
-    unit: Annotated[str, Option(metavar="UNIT", help="What is squared: example, position, batch.")] = "example",
+    unit: Annotated[
+        str, Option(metavar="UNIT", help="Whose gradients are squared: example, position, batch.")
+    ] = "example",
     mc_samples: Annotated[
         int | None, Option(min=1, metavar="N", help="With mc: draws for each example.", show_default="1")
     ] = None,
@@ -34,13 +36,13 @@ def estimate(
     ] = None,
     draws: Annotated[
         int | None,
-        Option(min=1, metavar="N", help="Sketch it instead, by so many random signs of each example: no exact Fisher."),
+        Option(min=1, metavar="N", help="Approximate it by a sketch instead: this many random signs of each example."),
     ] = None,
     reduction: Annotated[
         str, Option(metavar="HOW", help="Loss of an example: mean over its tokens, or sum (of its whole text).")
     ] = "mean",
     no_check: Annotated[
-        bool, Option("--no-check", help="Leave out the comparison of two examples with ordinary autograd.")
+        bool, Option("--no-check", help="Do not compare two examples with ordinary autograd first.")
     ] = False,
     accumulate_on: Annotated[
         str, Option(metavar="NAME", help="Device of the sums, such as cpu; by default the model's.")
@@ -49,31 +51,23 @@ def estimate(
 ) -> None:
     """Estimate the exact diagonal Fisher of a model on data.
 
-    Columns are found by their usual names, or named by options.
+    Columns are recognised by their usual names, or named by options.
 
-    Rows are drawn at random with the seed, or from the start with --first.
+    Rows are drawn at random with the seed, or read from the start with --first.
 
-    What was done stands in the file: fishkern show FILE.
+    The file records how it was made: fishkern show FILE.
     """
-    import fishkern as fk
-
     target = checked_path(out)
-    recipe = _recipe(fisher_type, unit, mc_samples, max_label_passes, draws, work.seed)
-    with waiting("loading libraries"):
-        from fishkern.commands.workload import checked_device, fitting, likelihood_of, predicate, prepare
-
+    recipe = _recipe(fisher_type, unit, mc_samples, max_label_passes, draws=draws, seed=work.seed)
     if accumulate_on:
         checked_device(accumulate_on, "--accumulate-on")
     likelihood_of(reduction, work.task)
     prepared = prepare(work, samples)
     likelihood = likelihood_of(reduction, prepared.described["task"])
-    device = next(prepared.model.parameters()).device
-    used = 0
+    total = len(prepared.examples)
 
-    def run(size: int) -> fk.Statistics:
-        nonlocal used
-        used = size
-        return fk.estimate(
+    def run(size: int) -> tuple[fk.Statistics, int]:
+        statistics = fk.estimate(
             prepared.model,
             prepared.batches(size),
             recipe,
@@ -81,47 +75,26 @@ def estimate(
             parameters=predicate(work.parameters, prepared.model),
             accumulate_on=accumulate_on or None,
             check=not no_check,
-            progress=lambda done, _: report(done, len(prepared.examples)),
+            progress=lambda done, _: report(done, total),
         )
+        return statistics, size
 
     start = time.perf_counter()
     with progress("estimating", "examples") as report:
-        statistics = fitting(run, work.batch_size, device, len(prepared.examples))
+        statistics, batch_size = fitting(run, work.batch_size, prepared.device, total)
     seconds = time.perf_counter() - start
-    statistics = _with_run(statistics, {**prepared.described, "batch_size": used, "from": work.model})
+    statistics = _with_origin(statistics, {**prepared.described, "batch_size": batch_size, "from": work.model})
     path = statistics.save(target)
-    found = {
-        "file": str(path),
-        "model": statistics.provenance["runs"][0]["model"],
-        "device": str(device),
-        **prepared.described,
-        "definition": statistics.provenance["definition"],
-        "count": statistics.count,
-        "coordinates": statistics.total,
-        "coverage": dict(Counter(covered.path for covered in statistics.coverage.values())),
-        "batch_size": used,
-        "seconds": round(seconds, 3),
-    }
+    result = _result(statistics, path, prepared, {"batch_size": batch_size, "seconds": round(seconds, 3)})
     if json_:
-        print(json.dumps(found, indent=2))
-        return
-    for key in ("model", "task", "data", "rows", "columns"):
-        say = rows_in_words if key == "rows" else _plain
-        console().print(f"{key:9} {say(found[key])}")
-    console().print(f"{'fisher':9} {_plain(found['definition'])}")
-    paths = ", ".join(f"{path} {number:,}" for path, number in found["coverage"].items())
-    console().print(f"{'covered':9} {paths} of {len(statistics.coverage):,} parameters")
-    rate = len(prepared.examples) / seconds
-    console().print(f"{'took':9} {seconds:.1f} s on {device}, {rate:,.1f} examples/s, batch size {used}")
-    console().print(f"{'saved':9} {path}, {size_on_disk(path)}")
-    next_command("fishkern", "show", path, "--plot", f"{path.name.partition('.')[0]}.png")
+        print(json.dumps(result, indent=2))
+    else:
+        _show(result, path, total / seconds)
 
 
 def _recipe(
-    fisher_type: str, unit: str, mc_samples: int | None, max_label_passes: int | None, draws: int | None, seed: int
-) -> Estimator:
-    import fishkern as fk
-
+    fisher_type: str, unit: str, mc_samples: int | None, max_label_passes: int | None, *, draws: int | None, seed: int
+) -> fk.Estimator:
     if draws is not None:
         if (fisher_type, unit, mc_samples, max_label_passes) != ("empirical", "example", None, None):
             raise ValueError("--draws sketches the empirical Fisher of examples: leave out the options of another.")
@@ -134,13 +107,41 @@ def _recipe(
     return fk.DiagonalFisher(fisher_type, unit, mc_samples=mc_samples or 1, seed=seed, **more)
 
 
-def _with_run(statistics: Any, more: dict[str, Any]) -> Any:
-    """Add to the provenance where the examples came from."""
+def _with_origin(statistics: fk.Statistics, origin: dict[str, Any]) -> fk.Statistics:
+    """Add to the provenance where model and examples come from."""
     provenance = statistics.provenance
-    provenance["runs"][0] |= more
+    provenance["runs"][0] |= origin
     return type(statistics)(
         dict(statistics), count=statistics.count, provenance=provenance, coverage=statistics.coverage
     )
+
+
+def _result(statistics: fk.Statistics, path: Path, prepared: Prepared, run: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "file": str(path),
+        "model": statistics.provenance["runs"][0]["model"],
+        "device": str(prepared.device),
+        **prepared.described,
+        "definition": statistics.provenance["definition"],
+        "count": statistics.count,
+        "coordinates": statistics.total,
+        "coverage": dict(Counter(covered.path for covered in statistics.coverage.values())),
+        **run,
+    }
+
+
+def _show(result: dict[str, Any], path: Path, rate: float) -> None:
+    say = console().print
+    for key in ("model", "task", "data", "rows", "columns"):
+        words = rows_in_words if key == "rows" else _plain
+        say(f"{key:9} {words(result[key])}")
+    say(f"{'fisher':9} {_plain(result['definition'])}")
+    paths = ", ".join(f"{path} {number:,}" for path, number in result["coverage"].items())
+    say(f"{'covered':9} {paths} of {sum(result['coverage'].values()):,} parameters")
+    where = f"on {result['device']}, {rate:,.1f} examples/s, batch size {result['batch_size']}"
+    say(f"{'took':9} {result['seconds']:.1f} s {where}")
+    say(f"{'saved':9} {path}, {size_on_disk(path)}")
+    next_command("fishkern", "show", path, "--plot", f"{path.name.partition('.')[0]}.png")
 
 
 def _plain(value: Any) -> str:

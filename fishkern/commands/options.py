@@ -1,4 +1,4 @@
-"""Options that commands have in common, as dataclasses whose fields become options."""
+"""Options that commands share, as dataclasses whose fields become options."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from functools import wraps
 from typing import Annotated, Any, get_type_hints
 
 from typer import Argument, Option
+
+from fishkern.integrations.tasks import TASKS
 
 _MODEL, _DATA, _RUN = "Model", "Data", "Run"
 
@@ -27,35 +29,32 @@ class Workload:
         ),
     ]
     task: Annotated[
-        str, Option(metavar="TASK", help="What the model is trained for; by default what its config says: causal-lm, "
-                    "masked-lm, seq2seq-lm, sequence-classification, token-classification, image-classification.",
-                    rich_help_panel=_MODEL)
+        str, Option(metavar="TASK", help=f"What the model is trained for, by default according to its config: "
+                    f"{', '.join(TASKS)}.", rich_help_panel=_MODEL)
     ] = ""  # fmt: skip
     base: Annotated[
-        str, Option(metavar="MODEL", help="Base of the adapter, where it has moved.", rich_help_panel=_MODEL)
+        str, Option(metavar="MODEL", help="Base of the adapter, if it has moved.", rich_help_panel=_MODEL)
     ] = ""
     tokenizer: Annotated[
         str,
         Option(metavar="NAME", help="Another tokenizer (or image processor) than the model's.", rich_help_panel=_MODEL),
     ] = ""
     num_labels: Annotated[
-        int | None, Option(metavar="N", min=1, help="How many classes, where neither model nor data say it.",
+        int | None, Option(metavar="N", min=1, help="Number of classes, if neither model nor data say.",
                     rich_help_panel=_MODEL)
     ] = None  # fmt: skip
     dtype: Annotated[
-        str, Option(metavar="DTYPE", help="auto (the checkpoint's own), float32, bfloat16, float16, float64.",
+        str, Option(metavar="DTYPE", help="auto (the checkpoint's), float32, bfloat16, float16, float64.",
                     rich_help_panel=_MODEL)
     ] = "auto"  # fmt: skip
     parameters: Annotated[
         list[str], Option(metavar="PATTERN", help="Only these parameters, such as '*.q_proj.*'; may be repeated. "
-                          "'*' takes all; by default those that are trained.", rich_help_panel=_MODEL)
+                          "'*' is all; by default those that are trained.", rich_help_panel=_MODEL)
     ] = ()  # fmt: skip
-    split: Annotated[str, Option(metavar="NAME", help="Which part of the data.", rich_help_panel=_DATA)] = "train"
-    subset: Annotated[
-        str, Option(metavar="NAME", help="Which configuration of data on the hub.", rich_help_panel=_DATA)
-    ] = ""
+    split: Annotated[str, Option(metavar="NAME", help="Part of the data.", rich_help_panel=_DATA)] = "train"
+    subset: Annotated[str, Option(metavar="NAME", help="Configuration of data on the hub.", rich_help_panel=_DATA)] = ""
     first: Annotated[
-        bool, Option("--first", help="Take the first rows, and read no further; else rows are drawn at random.",
+        bool, Option("--first", help="Read the first rows, and no further; else rows are drawn at random.",
                      rich_help_panel=_DATA)
     ] = False  # fmt: skip
     text: Annotated[str, Option(metavar="COLUMN", help="Column of the text.", rich_help_panel=_DATA)] = ""
@@ -67,23 +66,23 @@ class Workload:
     words: Annotated[str, Option(metavar="COLUMN", help="Column of lists of words.", rich_help_panel=_DATA)] = ""
     image: Annotated[str, Option(metavar="COLUMN", help="Column of the image.", rich_help_panel=_DATA)] = ""
     max_length: Annotated[
-        int | None, Option(metavar="N", min=2, help="Cut texts to so many tokens; by default what the model takes, "
+        int | None, Option(metavar="N", min=2, help="Cut texts to this many tokens; by default what the model takes, "
                            "at most 512.", rich_help_panel=_DATA)
     ] = None  # fmt: skip
     batch_size: Annotated[
         int | None,
-        Option(metavar="N", min=1, help="Examples in a batch; by default found by itself.", rich_help_panel=_RUN),
+        Option(metavar="N", min=1, help="Examples in a batch; by default chosen automatically.", rich_help_panel=_RUN),
     ] = None
     device: Annotated[
-        str, Option(metavar="NAME", help="cpu, cuda, cuda:1; by default cuda where there is one.", rich_help_panel=_RUN)
+        str, Option(metavar="NAME", help="cpu, cuda, cuda:1; by default cuda if there is one.", rich_help_panel=_RUN)
     ] = ""
     seed: Annotated[
-        int, Option(metavar="N", help="Seed of every draw: rows, labels, masks, weights of a fresh head.",
+        int, Option(metavar="N", help="Seed of all random draws: rows, labels, masks, weights of a fresh head.",
                     rich_help_panel=_RUN)
     ] = 0  # fmt: skip
 
 
-Json = Annotated[bool, Option("--json", help="Print JSON for machines instead.")]
+Json = Annotated[bool, Option("--json", help="Print JSON instead.")]
 
 
 def with_options(command: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -93,7 +92,7 @@ def with_options(command: Callable[..., int | None]) -> Callable[..., int | None
         command: A function with annotated parameters.
 
     Returns:
-        The same function, as typer shall see it.
+        The same function, with one parameter for each option.
     """
     hints = get_type_hints(command, include_extras=True)
     groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}

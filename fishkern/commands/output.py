@@ -1,4 +1,4 @@
-"""What commands say and where: results on standard output, notes and progress on standard error."""
+"""Output of the commands: results on standard output, notes and progress on standard error."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Stopwatch:
     """Seconds that each part of a command takes.
 
     Attributes:
-        ended: By part, what has ended.
+        ended: Seconds of what has ended, by part.
     """
 
     ended: dict[str, float] = field(default_factory=dict)
@@ -39,17 +39,17 @@ class Stopwatch:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By part, so far."""
+        """Seconds so far, by part."""
         now = time.perf_counter()
         running = {what: now - start for what, start in self._running.items()}
         return {what: self.ended.get(what, 0.0) + running.get(what, 0.0) for what in {**self.ended, **running}}
 
     @contextmanager
     def adding(self, what: str) -> Iterator[None]:
-        """Add the seconds until the end of a block.
+        """Add the seconds that a block takes.
 
         Args:
-            what: Which part it is.
+            what: The part.
 
         Yields:
             Nothing.
@@ -62,7 +62,7 @@ class Stopwatch:
 
 
 class _Paper(Console):
-    """Shows what a file dictates as text alone, and does not end the process where nobody reads any more."""
+    """Prints control characters of a file as text, and raises when nobody reads the output any more."""
 
     def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
@@ -77,12 +77,12 @@ def console() -> Console:
     """Make the console for results; lines are not wrapped, so that paths can be copied.
 
     Returns:
-        A console on standard output; where that is no terminal, wide enough for every table.
+        A console on standard output; if that is no terminal, wide enough for every table.
     """
-    made = _Paper(highlight=False, soft_wrap=True, markup=False)
-    if not made.is_terminal:
-        made.width = 160
-    return made
+    paper = _Paper(highlight=False, soft_wrap=True, markup=False)
+    if not paper.is_terminal:
+        paper.width = 160
+    return paper
 
 
 def note(text: str) -> None:
@@ -96,15 +96,15 @@ def note(text: str) -> None:
 
 @contextmanager
 def progress(what: str, unit: str, begun: int = 0) -> Iterator[Report]:
-    """Show how far it is, how fast it goes and how long it takes; nothing where standard error is no terminal.
+    """Show the progress, the rate and the time left; nothing if standard error is no terminal.
 
     Args:
-        what: ``"estimating"``.
-        unit: What is counted: ``"examples"``.
+        what: Such as ``"estimating"``.
+        unit: Such as ``"examples"``.
         begun: How many were done before.
 
     Yields:
-        A function of how many are done and how many there are, if known.
+        A function of the number done and the total, if known.
     """
     stream = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(30), TextColumn("{task.description}"))
@@ -123,10 +123,10 @@ def progress(what: str, unit: str, begun: int = 0) -> Iterator[Report]:
 
 @contextmanager
 def waiting(what: str) -> Iterator[Callable[[str], None]]:
-    """Show that something is under way whose end nobody can tell; nothing where standard error is no terminal.
+    """Show that something of unknown length is under way; nothing if standard error is no terminal.
 
     Args:
-        what: ``"reading data"``.
+        what: Such as ``"reading data"``.
 
     Yields:
         A function that says what comes next.
@@ -140,12 +140,12 @@ def waiting(what: str) -> Iterator[Callable[[str], None]]:
 
 
 def checked_file(path: str | os.PathLike[str], option: str, name: str) -> Path:
-    """Find out before the work whether a file can be written there.
+    """Check before the work that a file can be written.
 
     Args:
-        path: Where it shall go; a string may end in a slash.
-        option: Which says so.
-        name: What a file in a folder might be called.
+        path: The file; a string may end in a slash.
+        option: The option that names it.
+        name: What a file in a folder might be called, for the message.
 
     Returns:
         The path.
@@ -153,7 +153,7 @@ def checked_file(path: str | os.PathLike[str], option: str, name: str) -> Path:
     Raises:
         FileNotFoundError: Its folder does not exist.
         PermissionError: Its folder may not be written to.
-        OSError: It is a folder, or another thing than a file.
+        OSError: It is a folder, or not a regular file.
     """
     check_target(path, name)
     path = Path(path)
@@ -165,12 +165,12 @@ def checked_file(path: str | os.PathLike[str], option: str, name: str) -> Path:
 
 
 def checked_report(path: str | os.PathLike[str], option: str, keys: Iterable[str]) -> Path:
-    """Find out before the work whether a report can be written there: over an older one, and nothing else.
+    """Check before the work that a report can be written, and replaces nothing but an older report.
 
     Args:
-        path: Where it shall go.
-        option: Which says so.
-        keys: What a report has.
+        path: The file.
+        option: The option that names it.
+        keys: The keys of a report.
 
     Returns:
         The path.
@@ -182,20 +182,20 @@ def checked_report(path: str | os.PathLike[str], option: str, keys: Iterable[str
     path = checked_file(path, option, "report.json")
     if path.is_file() and path.stat().st_size:
         try:
-            held = json.loads(path.read_bytes()) if path.stat().st_size < _LARGEST_REPORT else None
+            content = json.loads(path.read_bytes()) if path.stat().st_size < _LARGEST_REPORT else None
         except (ValueError, RecursionError):
-            held = None
-        if not isinstance(held, dict) or not held.keys() >= set(keys):
+            content = None
+        if not isinstance(content, dict) or not content.keys() >= set(keys):
             raise FileExistsError(f"{path} holds no report and is not overwritten: choose another name with {option}.")
     return path
 
 
 def checked_path(path: str | os.PathLike[str], kind: type[Statistics | Selection] = Statistics) -> Path:
-    """Find out before the work whether statistics or a selection can be saved there.
+    """Check before the work that statistics or a selection can be saved.
 
     Args:
-        path: Where they shall go; a string may end in a slash.
-        kind: Which of them.
+        path: The file; a string may end in a slash.
+        kind: Which of the two.
 
     Returns:
         The path with its suffix.
@@ -209,7 +209,7 @@ def checked_path(path: str | os.PathLike[str], kind: type[Statistics | Selection
     path = checked_file(path, "--out", name)
     if re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) and path.suffix != ".safetensors":
         advice = path.with_suffix(".safetensors")
-        raise ValueError(f"what is saved is a .safetensors file, and {path} names another kind: --out {advice}.")
+        raise ValueError(f"the output is a .safetensors file, and {path} names another kind: --out {advice}.")
     path = checked_file(path.with_name(path.name.removesuffix(".safetensors") + ".safetensors"), "--out", name)
     if path.exists():
         try:
@@ -220,7 +220,7 @@ def checked_path(path: str | os.PathLike[str], kind: type[Statistics | Selection
 
 
 def rows_in_words(rows: Any) -> str:
-    """Say how many rows were taken, and how.
+    """Say how many rows were read, and how.
 
     Args:
         rows: ``{"used": ..., "of": ..., "seed": ...}``; a sentence in files of older versions.
@@ -236,10 +236,10 @@ def rows_in_words(rows: Any) -> str:
 
 
 def next_command(*words: object) -> None:
-    """Suggest what may come next, as a line that can be pasted into a shell.
+    """Suggest what to do next, as a line that can be pasted into a shell.
 
     Args:
-        words: Of the command.
+        words: The command and its arguments.
     """
     console().print(f"\nNext:  {shlex.join(map(str, words))}")
 

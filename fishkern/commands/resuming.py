@@ -1,4 +1,4 @@
-"""Going on where an interrupted ``fishkern tune`` stood: one file with all that the rest of its training depends on."""
+"""Resuming an interrupted ``fishkern tune``: one file with everything that the rest of its training depends on."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from fishkern.files import atomic_write, in_brief
 from fishkern.integrations.examples import Example
 
 FILE = "unfinished.pt"
-HELD = ("data", "seconds", "before", "seen", "values", "buffers", "optimizer", "schedule", "generators", "epoch")
+KEYS = ("data", "seconds", "before", "seen", "values", "buffers", "optimizer", "schedule", "generators", "epoch")
+"""What the state in the file consists of."""
 
-ADVICE = "choose another --out, or begin anew with --restart"
+ADVICE = "choose another --out, or start over with --restart"
 
 State = dict[str, Any]
 
 
 @dataclass
 class Checkpoint:
-    """The file of an unfinished run: written whole every so often, gone when the run has ended.
+    """The file of an unfinished run: written whole every so often, removed when the run has ended.
 
     Attributes:
         path: The file.
-        settings: What the run was asked to do, as plain values.
+        settings: The options of the run, as plain values.
         every: Seconds between two writes.
-        state: What the file held when it was opened, or ``None`` where there was none.
+        state: The state in the file when it was opened, or ``None`` if there was no file.
     """
 
     path: Path
@@ -46,49 +47,50 @@ class Checkpoint:
         """Look for an unfinished run.
 
         Args:
-            folder: Where it would lie.
-            settings: What is asked for.
+            folder: The folder of the run.
+            settings: The options of this run.
             every: Seconds between two writes.
-            restart: Begin anew, whatever there is.
+            restart: Discard an unfinished run.
 
         Returns:
-            What a run with these settings goes on from.
+            The checkpoint that a run with these settings resumes from.
 
         Raises:
-            ValueError: There is one with other settings, or its file cannot be read.
+            ValueError: The unfinished run has other settings, or its file cannot be read.
         """
-        path = folder / FILE
-        made = cls(path, settings, every)
+        checkpoint = cls(folder / FILE, settings, every)
         if restart:
-            made.remove()
-        if not path.exists():
-            return made
-        with made.reading():
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-            before, made.state = dict(stored["settings"]), {key: stored["state"][key] for key in HELD}
+            checkpoint.remove()
+        if not checkpoint.path.exists():
+            return checkpoint
+        with checkpoint.reading():
+            stored = torch.load(checkpoint.path, map_location="cpu", weights_only=True)
+            before, checkpoint.state = dict(stored["settings"]), {key: stored["state"][key] for key in KEYS}
         if other := [key for key in {**before, **settings} if before.get(key) != settings.get(key)]:
-            was, asked = (", ".join(f"{key} {given.get(key)}" for key in other) for given in (before, settings))
-            was = in_brief(was)
-            raise ValueError(f"{folder} holds an unfinished run with {was}, not {asked}: go on with its own, {ADVICE}.")
-        return made
+            was, requested = (", ".join(f"{key} {run.get(key)}" for key in other) for run in (before, settings))
+            raise ValueError(
+                f"{folder} holds an unfinished run with {in_brief(was)}, not {requested}: resume it with its own "
+                f"options, {ADVICE}."
+            )
+        return checkpoint
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Say of a file that is none of ours, whatever torch and pickle raise about it, that it is none.
+        """Turn whatever torch and pickle raise about a foreign file into one message.
 
         Yields:
             Nothing.
 
         Raises:
-            ValueError: It is none.
+            ValueError: The file is not that of an interrupted run.
         """
         try:
             yield
         except Exception:
-            raise ValueError(f"{self.path} is not what an interrupted tune leaves behind: {ADVICE}.") from None
+            raise ValueError(f"{self.path} is not the file of an interrupted tune: {ADVICE}.") from None
 
     def demand_same_data(self, digest: str) -> None:
-        """Make sure that the run goes on with the examples that it began with.
+        """Check that the run resumes with the examples that it began with.
 
         Args:
             digest: Of the examples, see :func:`digest_of`.
@@ -97,14 +99,14 @@ class Checkpoint:
             ValueError: They are others.
         """
         if self.state is not None and self.state["data"] != digest:
-            raise ValueError(f"the data is not what the unfinished run in {self.path.parent} began with: {ADVICE}.")
+            raise ValueError(f"the data differs from that of the unfinished run in {self.path.parent}: {ADVICE}.")
 
     def keep(self, state: Callable[[], State], *, now: bool = False) -> None:
-        """Write the file, where it is time.
+        """Write the file, if enough time has passed since the last write.
 
         Args:
-            state: Makes what shall be kept.
-            now: Write it in any case.
+            state: Gives the state; called only for a write.
+            now: Write in any case.
         """
         if now or time.monotonic() - self._written >= self.every:
             with atomic_write(self.path) as file:
@@ -112,18 +114,18 @@ class Checkpoint:
             self._written = time.monotonic()
 
     def remove(self) -> None:
-        """Take the file away: the run has ended, or begins anew."""
+        """Remove the file: the run has ended, or starts over."""
         self.path.unlink(missing_ok=True)
 
 
 def digest_of(examples: Sequence[Example]) -> str:
-    """Tell examples apart from others.
+    """Make a digest of examples, by which they are recognised.
 
     Args:
         examples: In their order.
 
     Returns:
-        A digest of all that is in them.
+        A digest of everything in them.
     """
     digest = blake2b(digest_size=16)
     for example in examples:

@@ -1,19 +1,17 @@
-"""``fishkern select``: which coordinates to train, out of statistics in a file."""
+"""``fishkern select``: the coordinates to train, from statistics in a file."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from typer import Argument, Option
 
+import fishkern as fk
 from fishkern.commands.options import Json
 from fishkern.commands.output import checked_path, console, next_command, progress, size_on_disk
 from fishkern.commands.watching import watched
-
-if TYPE_CHECKING:
-    from fishkern.selection import Rule
 
 RULES = ("global", "per-tensor", "per-row", "random")
 
@@ -21,34 +19,32 @@ RULES = ("global", "per-tensor", "per-row", "random")
 def select(
     file: Annotated[Path, Argument(metavar="FILE", help="Statistics, as fishkern estimate saves them.")],
     density: Annotated[
-        float | None, Option(metavar="D", help="Which fraction of the coordinates.", show_default="0.005")
+        float | None, Option(metavar="D", help="Fraction of the coordinates to select.", show_default="0.005")
     ] = None,
-    k: Annotated[int | None, Option(metavar="N", help="How many coordinates instead.")] = None,
+    k: Annotated[int | None, Option(metavar="N", help="Or this many coordinates.")] = None,
     rule: Annotated[
         str, Option(metavar="RULE", help="global, per-tensor, per-row (k of each row), random.")
     ] = "global",
     smallest: Annotated[bool, Option("--smallest", help="The smallest scores instead of the largest.")] = False,
     always: Annotated[list[str], Option(metavar="PATTERN", help="Parameters to select whole; repeatable.")] = (),
-    never: Annotated[list[str], Option(metavar="PATTERN", help="Parameters to select nowhere; repeatable.")] = (),
+    never: Annotated[list[str], Option(metavar="PATTERN", help="Parameters to select nothing of; repeatable.")] = (),
     seed: Annotated[int | None, Option(metavar="N", help="Seed of the random rule.", show_default="0")] = None,
-    out: Annotated[str, Option(metavar="FILE", help="Where the selection goes.")] = "selection.safetensors",
+    out: Annotated[str, Option(metavar="FILE", help="Output file.")] = "selection.safetensors",
     json_: Json = False,
 ) -> None:
     """Select the coordinates to train by their scores; exact, whatever the size of the file.
 
-    Reads the statistics piece by piece, never as a whole.
+    The statistics are read piece by piece, never as a whole.
     """
-    import fishkern as fk
-
-    recipe = _recipe(rule, k, density, smallest, seed, always=always, never=never)
+    recipe = _recipe(rule, k, density, smallest=smallest, seed=seed, always=always, never=never)
     target = checked_path(out, fk.Selection)
     statistics = fk.Statistics.load(file, lazy=True)
     with progress("reading", "entries") as report:
         selection = fk.select(watched(statistics, report), recipe)
     path = selection.save(target)
     if json_:
-        found = {"file": str(path), "count": selection.count, "total": selection.total, "density": selection.density}
-        print(json.dumps({**found, **selection.provenance}, indent=2))
+        result = {"file": str(path), "count": selection.count, "total": selection.total, "density": selection.density}
+        print(json.dumps({**result, **selection.provenance}, indent=2))
         return
     console().print(repr(selection))
     console().print(f"saved as {path}, {size_on_disk(path)}")
@@ -56,10 +52,8 @@ def select(
 
 
 def _recipe(
-    rule: str, k: int | None, density: float | None, smallest: bool, seed: int | None, **patterns: list[str]
-) -> Rule:
-    from fishkern.selection import GlobalTopK, PerRowTopK, PerTensorTopK, Random
-
+    rule: str, k: int | None, density: float | None, *, smallest: bool, seed: int | None, **patterns: list[str]
+) -> fk.Rule:
     order = "smallest" if smallest else "largest"
     if rule not in RULES:
         raise ValueError(f"--rule is one of {', '.join(RULES)}, got {rule!r}.")
@@ -70,9 +64,9 @@ def _recipe(
     if rule == "per-row":
         if k is None or density is not None:
             raise ValueError("--rule per-row takes --k, the number of coordinates of each row, and no --density.")
-        return PerRowTopK(k, order, **patterns)
+        return fk.PerRowTopK(k, order, **patterns)
     if k is None and density is None:
         density = 0.005
     if rule == "random":
-        return Random(k, density, seed or 0, **patterns)
-    return (GlobalTopK if rule == "global" else PerTensorTopK)(k, density, order, **patterns)
+        return fk.Random(k, density, seed or 0, **patterns)
+    return (fk.GlobalTopK if rule == "global" else fk.PerTensorTopK)(k, density, order, **patterns)

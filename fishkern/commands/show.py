@@ -1,9 +1,10 @@
-"""``fishkern show``: what a file holds, as a table, a picture, or JSON."""
+"""``fishkern show``: the contents of a file, as a table, a picture, or JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,29 +14,55 @@ from fishkern.commands.options import Json
 from fishkern.commands.output import console, note, progress, rows_in_words
 from fishkern.commands.watching import watched
 from fishkern.files import StoredTensor, format_of, in_brief
-from fishkern.report import held_values, locate, summarise
+from fishkern.report import Summary, held_values, locate, summarise
 from fishkern.report.tables import comparison_table, selection_table, summary_table, values_table
 from fishkern.selection import Delta, Selection, open_start
 from fishkern.statistics import Statistics
+
+DENSITY = 0.005
+
+
+class Start(dict[str, StoredTensor]):
+    """The values of a start by parameter name, on disk."""
+
+
+Content = Statistics | Selection | Delta | Start
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of file: the type of its content, what to call it, and how to read it."""
+
+    content: type[Content]
+    name: str
+    load: Callable[[Path], Content]
+
+
+_KINDS: dict[str, _Kind] = {
+    "fishkern.statistics": _Kind(Statistics, "statistics", lambda path: Statistics.load(path, lazy=True)),
+    "fishkern.selection": _Kind(Selection, "a selection", Selection.load),
+    "fishkern.delta": _Kind(Delta, "a delta", Delta.load),
+    "fishkern.start": _Kind(Start, "a start", lambda path: Start(open_start(path))),
+}
 
 
 def show(
     file: Annotated[Path, Argument(metavar="FILE", help="Statistics, a selection, a delta or a start.")],
     other: Annotated[
         Path | None,
-        Argument(metavar="OTHER", help="A selection to compare it with, or the start that a delta moved from."),
+        Argument(metavar="OTHER", help="A selection to compare it with, or the start that a delta was trained from."),
     ] = None,
     plot: Annotated[str | None, Option(metavar="PNG", help="Also draw a picture: .png, .pdf or .svg.")] = None,
     density: Annotated[
         float | None,
-        Option(metavar="D", help="The fraction that counts as the top, of statistics.", show_default="0.005"),
+        Option(metavar="D", help="The fraction that counts as the top, of statistics.", show_default=str(DENSITY)),
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Show what lies where: by layer, by type of module, as a picture.
+    """Show the contents of a file: by layer, by type of module, as a picture.
 
-    Of statistics the Fisher information, of a selection its density, of two selections what they have in common, of a
-    delta its values and how far they have moved from the start that lies beside it.
+    For statistics the Fisher information, for a selection its density, for two selections what they share, for a delta
+    its values and how far they have moved from the start, by default start.safetensors in the same folder.
     """  # noqa: DOC501 - it is the help text
     if density is not None and not 0 < density <= 1:
         raise ValueError(f"--density is a fraction in (0, 1], got {density:g}.")
@@ -44,102 +71,91 @@ def show(
         from fishkern.report.plots import checked_picture
 
         picture = checked_picture(plot)
-    held = _load(file)
-    if density is not None and not isinstance(held, Statistics):
-        raise ValueError(f"--density is for statistics, and {file} holds {_what(held)}: leave it out.")
-    if isinstance(held, Delta | Start):
-        if plot is not None:
-            raise ValueError(f"{_what(held)} is shown in a table: leave out --plot.")
-        _show_values(held, file, other, json_)
+    content = _load(file)
+    if density is not None and not isinstance(content, Statistics):
+        raise ValueError(f"--density is for statistics, and {file} holds {_name(content)}: leave it out.")
+    if plot is not None and isinstance(content, Delta | Start):
+        raise ValueError(f"{_name(content)} is shown in a table: leave out --plot.")
+    if plot is not None and other is not None:
+        raise ValueError("two selections are compared in a table: leave out --plot, or show one file.")
+    if isinstance(content, Start):
+        if other is not None:
+            raise ValueError("a start is compared with a delta: name the delta first.")
+        _show_start(content, file, as_json=json_)
+    elif isinstance(content, Delta):
+        _show_delta(content, file, other, as_json=json_)
     elif other is not None:
-        if plot is not None:
-            raise ValueError("two selections are compared in a table: leave out --plot, or show one file.")
-        _show_comparison(held, _load(other), json_)
-    elif isinstance(held, Statistics):
-        _show_statistics(held, file, picture, 0.005 if density is None else density, json_)
+        _show_comparison(content, _load(other), as_json=json_)
+    elif isinstance(content, Statistics):
+        _show_statistics(content, file, picture, DENSITY if density is None else density, as_json=json_)
     else:
-        _show_selection(held, file, picture, json_)
+        _show_selection(content, file, picture, as_json=json_)
     if plot is not None and not json_:
         console().print(f"The picture is in {plot}.")
 
 
-class Start(dict[str, StoredTensor]):
-    """The values of a start by parameter name, on disk."""
-
-
-Shown = Statistics | Selection | Delta | Start
-
-_KINDS: dict[str, Callable[[Path], Shown]] = {
-    "fishkern.statistics": lambda path: Statistics.load(path, lazy=True),
-    "fishkern.selection": Selection.load,
-    "fishkern.delta": Delta.load,
-    "fishkern.start": lambda path: Start(open_start(path)),
-}
-
-
-def _load(path: Path) -> Shown:
+def _load(path: Path) -> Content:
     expected = "statistics, a selection, a delta or a start; made by fishkern estimate / select / tune"
     if path.is_dir():
         inside = sorted(file.name for file in path.glob("*.safetensors"))
-        found = f"name a file in it, such as {path / inside[0]}" if inside else f"expected {expected}"
-        raise IsADirectoryError(f"{path} is a folder: {found}.")
+        advice = f"name a file in it, such as {path / inside[0]}" if inside else f"expected {expected}"
+        raise IsADirectoryError(f"{path} is a folder: {advice}.")
     try:
         kind = format_of(path)
     except ValueError as error:
         raise ValueError(f"{str(error).rstrip('.')}; expected {expected}.") from None
     if kind not in _KINDS:
-        says = "says nothing of a format" if kind is None else f"says format={in_brief(kind, 40)}"
-        raise ValueError(f"{path} is no file of fishkern's (its header {says}): expected {expected}.")
-    return _KINDS[kind](path)
+        says = "names no format" if kind is None else f"says format={in_brief(kind, 40)}"
+        raise ValueError(f"{path} is not a file of fishkern (its header {says}): expected {expected}.")
+    return _KINDS[kind].load(path)
 
 
-def _what(held: Shown) -> str:
-    names = {Statistics: "statistics", Selection: "a selection", Delta: "a delta", Start: "a start"}
-    return names[type(held)]
+def _name(content: Content) -> str:
+    return next(kind.name for kind in _KINDS.values() if kind.content is type(content))
 
 
-def _show_values(held: Delta | Start, file: Path, other: Path | None, as_json: bool) -> None:
-    if isinstance(held, Start):
-        if other is not None:
-            raise ValueError("a start is compared with a delta: name the delta first.")
-        found, title = held_values({name: tensor.read() for name, tensor in held.items()}), f"a start of {len(held)}"
-        title += " parameters"
-        beside = None
-    else:
-        beside = file.with_name("start.safetensors") if other is None else other
-        start = None
-        if other is not None or beside.is_file():
-            start = _load(beside)
-            if not isinstance(start, Start):
-                raise ValueError(f"a delta is compared with a start, and {beside} holds {_what(start)}.")
-        read = None if start is None else {name: tensor.read() for name, tensor in start.items()}
-        found, title = held_values(held, read), repr(held)
-        beside = None if start is None else beside
+def _show_start(start: Start, file: Path, *, as_json: bool) -> None:
+    values = held_values({name: tensor.read() for name, tensor in start.items()})
     if as_json:
-        whose = {} if beside is None else {"start": str(beside)}
-        print(json.dumps({"file": str(file), **whose, **found.to_dict()}, indent=2))
+        _print_json({"file": str(file), **values.to_dict()})
         return
-    console().print(f"{file}: {title}\n")
-    console().print(values_table(found))
-    whole = found.whole
-    if beside is not None:
-        moved = f"{whole.moved:,} of {whole.values:,} have moved from {beside}"
-        console().print(f"{moved}, by {whole.largest_move:.3g} at most")
-    elif isinstance(held, Delta):
+    console().print(f"{file}: a start of {len(start)} parameters\n")
+    console().print(values_table(values))
+
+
+def _show_delta(delta: Delta, file: Path, other: Path | None, *, as_json: bool) -> None:
+    path = _start_of(file, other)
+    start = None if path is None else _load(path)
+    if start is not None and not isinstance(start, Start):
+        raise ValueError(f"a delta is compared with a start, and {path} holds {_name(start)}.")
+    values = held_values(delta, None if start is None else {name: tensor.read() for name, tensor in start.items()})
+    if as_json:
+        _print_json({"file": str(file), **({} if path is None else {"start": str(path)}), **values.to_dict()})
+        return
+    console().print(f"{file}: {delta!r}\n")
+    console().print(values_table(values))
+    if path is None:
         note("how far they have moved is not known without the start: fishkern show DELTA START")
+    else:
+        whole = values.whole
+        moved = f"{whole.moved:,} of {whole.values:,} have moved from {path}"
+        console().print(f"{moved}, by {whole.largest_move:.3g} at most")
 
 
-def _show_statistics(statistics: Statistics, file: Path, picture: Path | None, density: float, as_json: bool) -> None:
+def _start_of(file: Path, other: Path | None) -> Path | None:
+    """Give the start that the user names, else the one in the folder of the delta, if there is one."""
+    neighbour = file.with_name("start.safetensors")
+    return other or (neighbour if neighbour.is_file() else None)
+
+
+def _show_statistics(
+    statistics: Statistics, file: Path, picture: Path | None, density: float, *, as_json: bool
+) -> None:
     with progress("reading", "entries") as report:
         summary = summarise(watched(statistics, report, times=2), density)
-    of = f"of {summary.whole.coordinates:,} entries are"
-    if infinite := summary.whole.infinite:
-        note(f"{infinite:,} {of} infinite and stand in no sum: something overflowed where they come from")
-    if summary.negative and "fisher_type" in statistics.provenance["definition"]:
-        note(f"{summary.negative:,} {of} negative, which no mean of squares is: these are not what the file says")
+    _note_impossible(summary, statistics)
     if as_json:
-        held = {"file": str(file), "count": statistics.count, **statistics.provenance, **summary.to_dict()}
-        print(json.dumps(held, indent=2))
+        _print_json({"file": str(file), "count": statistics.count, **statistics.provenance, **summary.to_dict()})
     else:
         console().print(f"{file}: {statistics!r}\n")
         for run in statistics.provenance["runs"]:
@@ -151,9 +167,18 @@ def _show_statistics(statistics: Statistics, file: Path, picture: Path | None, d
     if picture is not None:
         from fishkern.report.plots import draw, save
 
-        name = (statistics.provenance["runs"] or [{}])[0].get("model", "")
-        title = f"{name} ({file.name}, mean over {statistics.count:,})".strip()
+        model = (statistics.provenance["runs"] or [{}])[0].get("model", "")
+        title = f"{model} ({file.name}, mean over {statistics.count:,})".strip()
         save(draw(summary, title=title, quantity="Fisher information", unit="nats² per parameter unit²"), picture)
+
+
+def _note_impossible(summary: Summary, statistics: Statistics) -> None:
+    """Point out entries that no Fisher can have."""
+    of = f"of {summary.whole.coordinates:,} entries are"
+    if infinite := summary.whole.infinite:
+        note(f"{infinite:,} {of} infinite and left out of every sum: something overflowed while they were computed")
+    if summary.negative and "fisher_type" in statistics.provenance["definition"]:
+        note(f"{summary.negative:,} {of} negative, which a mean of squares cannot be: the file is not what it says")
 
 
 def _in_words(key: str, value: Any) -> str:
@@ -162,11 +187,11 @@ def _in_words(key: str, value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _show_selection(selection: Selection, file: Path, picture: Path | None, as_json: bool) -> None:
+def _show_selection(selection: Selection, file: Path, picture: Path | None, *, as_json: bool) -> None:
     parts = locate(selection)
     if as_json:
-        held = {"file": str(file), "count": selection.count, "total": selection.total, "density": selection.density}
-        print(json.dumps({**held, **selection.provenance, **parts.to_dict()}, indent=2))
+        numbers = {"count": selection.count, "total": selection.total, "density": selection.density}
+        _print_json({"file": str(file), **numbers, **selection.provenance, **parts.to_dict()})
     else:
         console().print(f"{file}: {selection!r}\n")
         console().print(selection_table(parts))
@@ -176,17 +201,20 @@ def _show_selection(selection: Selection, file: Path, picture: Path | None, as_j
         save(draw_selection(parts, title=f"{file.name}: {selection.count:,} of {selection.total:,}"), picture)
 
 
-def _show_comparison(one: Shown, other: Shown, as_json: bool) -> None:
-    for held in (one, other):
-        if not isinstance(held, Selection):
-            raise ValueError(f"only two selections are compared, and one of these is {_what(held)}: show it alone.")
-    overlap = one.overlap(other)
-    shared = one & other
+def _show_comparison(one: Content, other: Content, *, as_json: bool) -> None:
+    for content in (one, other):
+        if not isinstance(content, Selection):
+            raise ValueError(f"only two selections are compared, and one of these is {_name(content)}: show it alone.")
+    overlap, shared = one.overlap(other), one & other
     if as_json:
         by_parameter = one.overlap_by_parameter(other)
-        print(json.dumps({"overlap": overlap, "shared": shared.count, "parameters": by_parameter}, indent=2))
+        _print_json({"overlap": overlap, "shared": shared.count, "parameters": by_parameter})
         return
     console().print(f"first   {one!r}")
     console().print(f"second  {other!r}")
     console().print(f"overlap {overlap:.2%} (selected by both / selected by either): {shared.count:,} coordinates\n")
     console().print(comparison_table(locate(one), locate(other), locate(shared)))
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2))

@@ -1,15 +1,16 @@
-"""A plain training loop for ``fishkern tune``, which can stop anywhere and go on."""
+"""A plain training loop for ``fishkern tune``, which can stop anywhere and be resumed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fishkern.commands.resuming import Checkpoint
+from fishkern.commands.resuming import Checkpoint, State
 from fishkern.integrations.examples import Encoder, Example
 from fishkern.layers import gradient_kept
 from fishkern.optim import MaskedOptimizer
@@ -18,125 +19,139 @@ from fishkern.selection.start import named_tensors
 Report = Callable[[int, int | None], None]
 
 
-def train(
-    model: nn.Module,
-    optimizer: MaskedOptimizer,
-    encoder: Encoder,
-    examples: list[Example],
-    *,
-    epochs: int,
-    batch_size: int,
-    seed: int,
-    report: Report,
-    checkpoint: Checkpoint,
-    described: Callable[[], dict[str, Any]],
-) -> list[float]:
-    """Train in shuffled epochs, with a learning rate that falls to zero in a straight line.
+@dataclass
+class Epoch:
+    """How far training is.
 
-    Where the checkpoint holds a state, training goes on from there, and ends in the same bits as without the interrupt.
+    Attributes:
+        losses: The mean loss of each epoch that has ended.
+        total: The sum of the losses in this epoch, over its examples.
+        begun: State of the generator when this epoch began: from it the same order can be drawn again.
+        taken: Batches done in this epoch.
+    """
+
+    losses: list[float]
+    total: float
+    begun: Tensor
+    taken: int
+
+
+class Loop:
+    """Training in shuffled epochs, with a learning rate that falls linearly to zero.
+
+    Resumed from a checkpoint it ends in the same bits as without the interruption.
 
     Args:
         model: Changed in place.
         optimizer: Moves its parameters.
         encoder: Makes batches.
         examples: What to train on.
-        epochs: How often each is seen.
+        epochs: Number of epochs.
         batch_size: Examples in a step.
         seed: Of the shuffling and of dropout; the global generators are left alone.
-        report: Told the examples seen, and to be seen.
-        checkpoint: Keeps the state.
-        described: Makes what goes into the checkpoint besides.
-
-    Returns:
-        The mean loss of each epoch.
-
-    Raises:
-        ValueError: The loss is not finite.
     """
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    steps = epochs * -(-len(examples) // batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    losses, total, begun, taken = [], 0.0, generator.get_state(), 0
-    model.train()
 
-    def state() -> dict[str, Any]:
-        moving = named_tensors(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: MaskedOptimizer,
+        encoder: Encoder,
+        examples: list[Example],
+        *,
+        epochs: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self._model, self._optimizer, self._encoder, self._examples = model, optimizer, encoder, examples
+        self._epochs, self._batch_size, self._seed = epochs, batch_size, seed
+        self._device = next(model.parameters()).device
+        self._generator = torch.Generator().manual_seed(seed)
+        self._epoch = Epoch([], 0.0, self._generator.get_state(), 0)
+        steps = epochs * -(-len(examples) // batch_size)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+
+    @property
+    def seen(self) -> int:
+        """The number of examples trained on so far, over all epochs."""
+        return len(self._epoch.losses) * len(self._examples) + self._epoch.taken * self._batch_size
+
+    def run(self, checkpoint: Checkpoint, described: Callable[[], State], report: Report) -> list[float]:
+        """Train to the end, from where the checkpoint is.
+
+        Args:
+            checkpoint: Keeps the state.
+            described: Gives what else goes into the checkpoint.
+            report: Called with the examples seen so far, and all that will be seen.
+
+        Returns:
+            The mean loss of each epoch.
+
+        Raises:
+            ValueError: The loss is not finite.
+        """
+
+        def state() -> State:
+            return {**described(), **self._state()}
+
+        self._model.train()
+        with _drawing(self._seed, self._device):
+            if checkpoint.state is not None:
+                with checkpoint.reading():
+                    self._restore(checkpoint.state)
+            else:
+                checkpoint.keep(state, now=True)  # so that an interruption does not cost the selection
+            while len(self._epoch.losses) < self._epochs:
+                self._run_epoch(report, lambda: checkpoint.keep(state))
+                checkpoint.keep(state, now=True)
+        return self._epoch.losses
+
+    def _run_epoch(self, report: Report, keep: Callable[[], None]) -> None:
+        """Train on the rest of an epoch; keep the state after each batch but the last."""
+        epoch = self._epoch
+        parts = torch.randperm(len(self._examples), generator=self._generator).split(self._batch_size)
+        for part in parts[epoch.taken :]:
+            seen = self.seen
+            epoch.total += self._step([self._examples[n] for n in part.tolist()]) * len(part)
+            epoch.taken += 1
+            report(seen + len(part), self._epochs * len(self._examples))
+            if epoch.taken < len(parts):  # the end of the epoch is kept in any case, and then the state is of the next
+                keep()
+        losses = [*epoch.losses, epoch.total / len(self._examples)]
+        self._epoch = Epoch(losses, 0.0, self._generator.get_state(), 0)
+
+    def _step(self, examples: list[Example]) -> float:
+        batch = self._encoder.collate(examples)
+        loss = self._model(**{key: value.to(self._device) for key, value in batch.items()}).loss
+        if not loss.isfinite():
+            raise ValueError(
+                f"the loss is {loss.item()} after {self.seen:,} examples: lower --lr, or train in float32."
+            )
+        loss.backward()
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
+        return loss.item()
+
+    def _state(self) -> State:
+        values = named_tensors(self._model)
         return {
-            **described(),
-            "seen": len(losses) * len(examples) + taken * batch_size,
-            "values": {name: moving[name].detach().cpu() for name in optimizer.selection.names},
-            "buffers": {name: buffer.cpu() for name, buffer in model.named_buffers()},
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "generators": _generators(device),
-            "epoch": {"losses": losses, "total": total, "begun": begun, "taken": taken},
+            "seen": self.seen,
+            "values": {name: values[name].detach().cpu() for name in self._optimizer.selection.names},
+            "buffers": {name: buffer.cpu() for name, buffer in self._model.named_buffers()},
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "generators": _generators(self._device),
+            "epoch": vars(self._epoch).copy(),
         }
 
-    with _drawing(seed, device):
-        if (held := checkpoint.state) is not None:
-            with checkpoint.reading():
-                _restore(model, held)
-                optimizer.load_state_dict(held["optimizer"])
-                schedule.load_state_dict(held["schedule"])
-                _set_generators(held["generators"], device)
-                losses, total, begun, taken = (held["epoch"][key] for key in ("losses", "total", "begun", "taken"))
-                generator.set_state(begun)
-        else:
-            checkpoint.keep(state, now=True)  # the selection is not made twice
-        while len(losses) < epochs:
-            parts = torch.randperm(len(examples), generator=generator).split(batch_size)
-            for part in parts[taken:]:
-                batch = encoder.collate([examples[n] for n in part.tolist()])
-                loss = model(**{key: value.to(device) for key, value in batch.items()}).loss
-                seen = len(losses) * len(examples) + taken * batch_size
-                if not loss.isfinite():
-                    raise ValueError(
-                        f"the loss is {loss.item()} after {seen:,} examples: lower --lr, or train in float32."
-                    )
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                total += loss.item() * len(part)
-                taken += 1
-                report(seen + len(part), epochs * len(examples))
-                if taken < len(parts):
-                    checkpoint.keep(state)
-            losses, total, begun, taken = [*losses, total / len(examples)], 0.0, generator.get_state(), 0
-            checkpoint.keep(state, now=True)
-    return losses
-
-
-@contextmanager
-def _drawing(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from the generators of the CPU and of the device as from new ones, and give them back as they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
-def _generators(device: torch.device) -> list[torch.Tensor]:
-    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *on_device]
-
-
-def _set_generators(states: list[torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    for held in states[1:]:
-        torch.cuda.set_rng_state(held, device)
-
-
-@torch.no_grad()
-def _restore(model: nn.Module, held: dict[str, Any]) -> None:
-    moving, buffers = named_tensors(model), dict(model.named_buffers())
-    for name, value in held["values"].items():
-        moving[name].copy_(value)
-    for name, value in held["buffers"].items():
-        buffers[name].copy_(value)
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        _copy_into(named_tensors(self._model), state["values"])
+        _copy_into(dict(self._model.named_buffers()), state["buffers"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        _set_generators(state["generators"], self._device)
+        self._epoch = Epoch(**state["epoch"])
+        self._generator.set_state(self._epoch.begun)
 
 
 @torch.no_grad()
@@ -150,7 +165,7 @@ def evaluate(
         encoder: Makes batches.
         examples: What to measure on.
         batch_size: Examples in a batch.
-        report: Told the examples measured, and how many there are.
+        report: Called with the examples measured so far, and how many there are.
 
     Returns:
         ``"loss"``, the mean of the batches' losses weighted by their examples, and for single labels ``"accuracy"``.
@@ -169,5 +184,33 @@ def evaluate(
             right += int((outputs.logits.argmax(-1) == labels).sum())
             labelled += len(labels)
         report(min(start + batch_size, len(examples)), len(examples))
-    found = {"loss": loss / len(examples)}
-    return found | {"accuracy": right / labelled} if labelled else found
+    measured = {"loss": loss / len(examples)}
+    return measured | {"accuracy": right / labelled} if labelled else measured
+
+
+@contextmanager
+def _drawing(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the generators of the CPU and of the device, and restore their states afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _generators(device: torch.device) -> list[Tensor]:
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_device]
+
+
+def _set_generators(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
+
+
+@torch.no_grad()
+def _copy_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        tensors[name].copy_(value)

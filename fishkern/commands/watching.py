@@ -1,4 +1,4 @@
-"""Statistics on disk that tell how much of them is read."""
+"""Statistics on disk that report how much of them has been read."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from fishkern.statistics import Statistics
 
 @dataclass(frozen=True)
 class _Watched(StoredTensor):
-    """A stored tensor that tells how much of it is read."""
+    """A stored tensor that reports how much of it has been read."""
 
-    tell: Callable[[int], None]
+    add: Callable[[int], None]
 
     def pieces(self, *sizes: int, **options: Any) -> Iterator[Tensor]:
         for piece in super().pieces(*sizes, **options):
-            if "start" not in options:  # a sample says where it begins
-                self.tell(len(piece))
+            if "start" not in options:  # else it is a sample, which is no progress
+                self.add(len(piece))
             yield piece
 
 
 def watched(statistics: Statistics, report: Report, times: int = 1) -> Statistics:
-    """Let statistics tell how much of them is read.
+    """Let statistics report how much of them has been read.
 
     Args:
         statistics: Loaded lazily.
-        report: Told the entries read so far, and how many will be.
+        report: Called with the entries read so far, and how many will be.
         times: How often each is read at least.
 
     Returns:
@@ -39,12 +39,13 @@ def watched(statistics: Statistics, report: Report, times: int = 1) -> Statistic
     """
     total, done = statistics.total, 0
 
-    def tell(entries: int) -> None:
+    def add(entries: int) -> None:
         nonlocal done
         done += entries
-        report(done, max(times, -(-done // total)) * total)  # what has to be read again is as much once more
+        passes = -(-done // total)  # beyond the expected ones each further pass reads everything once more
+        report(done, max(times, passes) * total)
 
-    blocks = {name: _Watched(**vars(block), tell=tell) for name, block in statistics.blocks.items()}
+    blocks = {name: _Watched(**vars(block), add=add) for name, block in statistics.blocks.items()}
     return type(statistics)(
         blocks, count=statistics.count, provenance=statistics.provenance, coverage=statistics.coverage
     )

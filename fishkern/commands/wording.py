@@ -1,4 +1,4 @@
-"""What the library says of its arguments, in the words of the command line."""
+"""Messages of the library about its arguments, put into the words of the command line."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ _PHRASES = (
     (r"Write one with Statistics\.save", "Statistics are made by fishkern estimate"),
     (r"Write one with Selection\.save", "A selection is made by fishkern select"),
     (r"Write one with (Delta\.save|fishkern\.selection\.save_start)", "It is made by fishkern tune"),
-    (r"Pass parameters='all' or a predicate", "Name them with --parameters, '*' for all"),
-    (r"estimate with DiagonalFisher\(\)", "estimate without --draws, --fisher-type and --unit"),
+    (r"Pass parameters='all', patterns of names or a predicate", "Name them with --parameters, '*' for all"),
+    (
+        r"pass the recipe that they were estimated with as estimator=",
+        "the command verifies the empirical Fisher of examples; in Python, pass another recipe as estimator=",
+    ),
     (r"parameters='all'", "--parameters '*'"),
     (r"with parameters=(lambda name, parameter: \.\.\.)?", "by naming the others with --parameters"),
     (r"fishkern\.SketchedFisher", "--draws 8"),
@@ -22,9 +25,9 @@ _PHRASES = (
     (r"\bmax_examples\b", "--samples"),
     (r"\bcheck=False\b", "--no-check"),
 )
-"""What is said otherwise as a whole."""
+"""Phrases that are replaced as a whole, as regular expressions."""
 
-_ELSEWHERE = {"parameters", "order", "dtype"}  # words that the library also uses of other things
+_AMBIGUOUS = {"parameters", "order", "dtype"}  # the library uses these words for other things, too
 
 
 def in_options(message: str) -> str:
@@ -36,18 +39,18 @@ def in_options(message: str) -> str:
     Returns:
         ``"--never 'typo*' matches no name"``.
     """
-    for said, instead in _PHRASES:
-        message = re.sub(said, instead, message)
+    for phrase, replacement in _PHRASES:
+        message = re.sub(phrase, replacement, message)
     names = "|".join(sorted(_arguments(), key=len, reverse=True))
-    # not in a path or a quotation, nor inside a call such as CausalLM(reduction='mean'), which is a value of its own
+    # Not in a path or a quotation, nor inside a call such as CausalLM(reduction='mean'), which is a value itself.
     message = re.sub(rf"(?<![\w./'-])(?<!\w\()({names})=('[^']*'|\[[^\]]*\]|[\w.,+-]*[\w])", _option, message)
-    message = re.sub(rf"^({names})(?= (must|is) )", lambda found: _spelled(found[1]), message)
+    message = re.sub(rf"^({names})(?= (must|is) )", lambda match: _spelled(match[1]), message)
     several = "|".join(name for name in _arguments() if "_" in name)
-    return re.sub(rf"(?<![\w./'-])({several})\b(?![='])", lambda found: _spelled(found[1]), message)
+    return re.sub(rf"(?<![\w./'-])({several})\b(?![='])", lambda match: _spelled(match[1]), message)
 
 
-def _option(found: re.Match[str]) -> str:
-    name, value = found[1], found[2]
+def _option(match: re.Match[str]) -> str:
+    name, value = match[1], match[2]
     if value == "True":
         return _spelled(name)
     return f"{_spelled(name)} {shlex.quote(value.strip(chr(39)))}"
@@ -59,7 +62,7 @@ def _spelled(name: str) -> str:
 
 @cache
 def _arguments() -> frozenset[str]:
-    """Every name that is an option of a subcommand and, in the library, an argument."""
+    """Give every name that is an option of a subcommand and, in the library, an argument."""
     from fishkern.commands import COMMANDS
 
-    return frozenset(name for command in COMMANDS for name in inspect.signature(command).parameters) - _ELSEWHERE
+    return frozenset(name for command in COMMANDS for name in inspect.signature(command).parameters) - _AMBIGUOUS

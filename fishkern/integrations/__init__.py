@@ -1,1 +1,1 @@
-"""Models, adapters and data of Hugging Face: with the commands, the only room that imports its libraries."""
+"""Models, adapters, data and Trainers of Hugging Face: only this room and the commands import its libraries."""

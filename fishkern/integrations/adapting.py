@@ -1,29 +1,56 @@
-"""Adapters by name, as the command line asks for them, put into a model and saved from it."""
+"""Adapters by name, as the command line asks for them: put into a model, and saved from it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from fishkern import adapters
 from fishkern.adapters import Adapter, BottleneckAdapter, PrefixAdapter, UniPELTAdapter
+from fishkern.integrations.tasks import TASKS
 
-ADAPTERS = ("lora", "dora", "ia3", "bottleneck", "prefix", "unipelt")
-"""What can be asked for: the first three are PEFT's."""
+FOLDER, FILE = "adapter", "adapter.safetensors"  # what PEFT saves, and what fishkern.adapters saves
 
-_TASK_TYPES = {
-    "causal-lm": "CAUSAL_LM",
-    "seq2seq-lm": "SEQ_2_SEQ_LM",
-    "sequence-classification": "SEQ_CLS",
-    "token-classification": "TOKEN_CLS",
-}
+
+@dataclass(frozen=True)
+class Request:
+    """An adapter for one model.
+
+    Attributes:
+        config: The model's config.
+        task: What the model is trained for.
+        layers: Numbers of the layers to adapt; ``None`` for all.
+        size: Rank, width or length; 0 for an adapter without.
+    """
+
+    config: Any
+    task: str
+    layers: tuple[int, ...] | None
+    size: int
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of adapter.
+
+    Attributes:
+        recipe: Makes PEFT's config, or an :class:`fishkern.adapters.Adapter`.
+        size: Rank, width or length if none is requested; ``None`` for an adapter without.
+        saved_as: The name of its folder or file.
+    """
+
+    recipe: Callable[[Request], Any]
+    size: int | None = None
+    saved_as: str = FOLDER
 
 
 def check(kind: str, size: int | None) -> None:
-    """Refuse an adapter that there is not, before a model is loaded for it.
+    """Refuse an adapter that does not exist, before a model is loaded for it.
 
     Args:
         kind: One of :data:`ADAPTERS`.
@@ -34,7 +61,7 @@ def check(kind: str, size: int | None) -> None:
     """
     if kind not in ADAPTERS:
         raise ValueError(f"--adapter is one of {', '.join(ADAPTERS)}, got {kind!r}.")
-    if size is not None and kind in ("ia3", "unipelt"):
+    if size is not None and ADAPTERS[kind].size is None:
         raise ValueError(f"{kind} has no size: leave --size out.")
 
 
@@ -55,63 +82,36 @@ def adapt(
     Args:
         model: A transformers model, changed in place.
         kind: One of :data:`ADAPTERS`.
-        task: What the model is trained for.
+        task: What the model is trained for, one of :data:`fishkern.integrations.tasks.TASKS`.
         layers: Numbers of the layers to adapt; ``None`` for all.
         size: Rank of LoRA and DoRA, width of a bottleneck, length of a prefix; ``None`` for 8, 48 and 30.
         seed: Seed of the adapter's first values.
 
     Returns:
-        The model to train, and the recipe where the adapter is not PEFT's.
+        The model to train, and the recipe of an adapter that is not PEFT's.
 
     Raises:
-        ValueError: ``kind`` is unknown, has no size, or knows not where to go in such a model.
+        ValueError: ``kind`` is unknown, has no size, or cannot be put into such a model or such layers.
     """
     check(kind, size)
-    if kind in ("bottleneck", "prefix", "unipelt"):
-        chosen = None if layers is None else tuple(layers)
-        recipe: Adapter = {
-            "bottleneck": lambda: BottleneckAdapter(layers=chosen, width=size or 48),
-            "prefix": lambda: PrefixAdapter(layers=chosen, length=size or 30),
-            "unipelt": lambda: UniPELTAdapter(layers=chosen),
-        }[kind]()
+    numbers = None if layers is None else tuple(layers)
+    recipe = ADAPTERS[kind].recipe(Request(model.config, task, numbers, size or ADAPTERS[kind].size or 0))
+    if isinstance(recipe, Adapter):
         adapters.attach(model, recipe, seed=seed)
         return model, recipe
     import peft
 
-    shared = {"task_type": _TASK_TYPES.get(task)}
-    if task == "image-classification":
-        shared["modules_to_save"] = ["classifier"]
-    known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    if kind == "ia3":
-        known = peft.utils.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
-        if layers is not None:
-            raise ValueError("ia3 adapts all layers: leave --layers out.")
-        config: peft.PeftConfig = peft.IA3Config(**shared)
-    else:
-        rank = size or 8
-        targets = None if model.config.model_type in known else "all-linear"
-        config = peft.LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            use_dora=kind == "dora",
-            init_lora_weights="pissa",
-            layers_to_transform=None if layers is None else list(layers),
-            target_modules=targets,
-            **shared,
-        )
-    if kind == "ia3" and model.config.model_type not in known:
-        raise ValueError(f"PEFT does not know where (IA)^3 goes in a {model.config.model_type} model: take lora.")
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)  # that of the CPU: only it is restored
-        return peft.get_peft_model(model, config), None
+        return peft.get_peft_model(model, recipe), None
 
 
 def save_adapter(model: nn.Module, recipe: Adapter | None, folder: Path) -> Path:
     """Save the adapter of a model, with its head.
 
     Args:
-        model: What :func:`adapt` returned, after training.
-        recipe: What it returned besides.
+        model: The model that :func:`adapt` returned, after training.
+        recipe: The recipe that it returned.
         folder: An existing folder.
 
     Returns:
@@ -119,6 +119,54 @@ def save_adapter(model: nn.Module, recipe: Adapter | None, folder: Path) -> Path
         :func:`fishkern.adapters.load`.
     """
     if recipe is not None:
-        return adapters.save(model, recipe, folder / "adapter.safetensors")
-    model.save_pretrained(folder / "adapter")
-    return folder / "adapter"
+        return adapters.save(model, recipe, folder / FILE)
+    model.save_pretrained(folder / FOLDER)
+    return folder / FOLDER
+
+
+def _lora(request: Request, *, use_dora: bool = False) -> Any:
+    import peft
+
+    known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    return peft.LoraConfig(
+        r=request.size,
+        lora_alpha=2 * request.size,
+        use_dora=use_dora,
+        init_lora_weights="pissa",
+        layers_to_transform=None if request.layers is None else list(request.layers),
+        target_modules=None if request.config.model_type in known else "all-linear",
+        **_of_task(request.task),
+    )
+
+
+def _ia3(request: Request) -> Any:
+    import peft
+
+    if request.layers is not None:
+        raise ValueError("ia3 adapts all layers: leave --layers out.")
+    if request.config.model_type not in peft.utils.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
+        raise ValueError(
+            f"PEFT does not know where (IA)^3 goes in a {request.config.model_type} model: use --adapter lora."
+        )
+    return peft.IA3Config(**_of_task(request.task))
+
+
+def _of_task(task: str) -> dict[str, Any]:
+    """Let PEFT train the head; it has no type for images, so that their head is named."""
+    heads = {"modules_to_save": ["classifier"]} if task == "image-classification" else {}
+    return {"task_type": TASKS[task].peft_type, **heads}
+
+
+ADAPTERS: dict[str, Kind] = {
+    "lora": Kind(_lora, size=8),
+    "dora": Kind(lambda request: _lora(request, use_dora=True), size=8),
+    "ia3": Kind(_ia3),
+    "bottleneck": Kind(
+        lambda request: BottleneckAdapter(layers=request.layers, width=request.size),
+        size=48,
+        saved_as=FILE,
+    ),
+    "prefix": Kind(lambda request: PrefixAdapter(layers=request.layers, length=request.size), size=30, saved_as=FILE),
+    "unipelt": Kind(lambda request: UniPELTAdapter(layers=request.layers), saved_as=FILE),
+}
+"""Every kind of adapter by its name."""

@@ -1,4 +1,4 @@
-"""How many parameters an adapter's configuration would train."""
+"""The number of parameters that an adapter's configuration would train."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from fishkern import adapters, hosts
 
 
 def trained_by(adapter: Any, model: nn.Module, heads: tuple[str, ...] = hosts.HEADS) -> int:
-    """Count the adapter parameters that a configuration would train on a model, its head left out.
+    """Count the adapter entries that a configuration would train on a model, without the head.
 
-    The model is built once more from its config on the meta device, which takes no memory and reads no weights.
+    The model is built again from its config on the meta device, which needs no memory and reads no weights.
 
     Args:
         adapter: A configuration of PEFT (``LoraConfig(...)``), or an :class:`fishkern.adapters.Adapter`.
         model: A transformers model, with or without adapters.
-        heads: Names of the modules that are the head.
+        heads: Names of the modules of the head.
 
     Returns:
         The number of entries.
 
     Raises:
-        TypeError: ``adapter`` is neither, or the model has no config to build it from.
+        TypeError: ``adapter`` is neither, or the model has no config to be built from.
     """
     base = hosts.base_model(hosts.unwrap(model))
     if getattr(base, "config", None) is None:
@@ -40,10 +40,10 @@ def trained_by(adapter: Any, model: nn.Module, heads: tuple[str, ...] = hosts.HE
         raise TypeError(f"match takes a PEFT config or a fishkern adapter, got {type(adapter).__name__}.")
     import peft
 
-    if hasattr(adapter, "init_lora_weights"):  # others look at the weights, of which there are none here
+    if hasattr(adapter, "init_lora_weights"):  # PiSSA and others read the weights, and there are none here
         adapter = dataclasses.replace(adapter, init_lora_weights=True)
     with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # about what would be saved
+        warnings.simplefilter("ignore")  # of PEFT, about saving
         wrapped = peft.get_peft_model(bare, adapter)
-    trained = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
-    return sum(parameter.numel() for name, parameter in trained.items() if not hosts.is_head(name, heads))
+    trainable = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    return sum(parameter.numel() for name, parameter in trainable.items() if not hosts.is_head(name, heads))

@@ -1,4 +1,4 @@
-"""Rows of data as examples of a task: which columns, which tokens, which labels; and examples as padded batches."""
+"""Rows of data as examples of a task, with their tokens and labels; and examples as padded batches."""
 
 from __future__ import annotations
 
@@ -9,149 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishkern.integrations.columns import option_of
 from fishkern.integrations.data import Rows
-from fishkern.integrations.models import Head
 from fishkern.statistics.labels import unknown_class
 
 Example = dict[str, Any]
 
-CANDIDATES: dict[str, tuple[str, ...]] = {
-    "text": ("text", "sentence", "sentence1", "premise", "question1", "question", "prompt", "content", "document",
-             "article", "review", "tweet", "input"),
-    "text_pair": ("sentence2", "hypothesis", "question2"),
-    "target": ("target", "summary", "highlights", "completion", "response", "answer", "output"),
-    "label": ("label", "labels", "target", "ner_tags", "tags", "fine_label", "coarse_label", "class"),
-    "words": ("tokens", "words"),
-    "image": ("image", "img"),
-}  # fmt: skip
-"""For each role, the columns that are taken where none is named, the first one that is there."""
-
-NEEDS: dict[str, tuple[str, ...]] = {
-    "causal-lm": ("text",),
-    "masked-lm": ("text",),
-    "seq2seq-lm": ("text", "target"),
-    "sequence-classification": ("text", "label"),
-    "token-classification": ("words", "label"),
-    "image-classification": ("image", "label"),
-}
-"""The roles that each task needs; a pair of texts only where named or, for classification, found."""
-
-MASKED = 0.15  # the part of the tokens that masked language models hide, as in BERT
-
-
-def choose_columns(task: str, rows: Rows, named: Mapping[str, str | None]) -> dict[str, str]:
-    """Decide which column plays which role.
-
-    Args:
-        task: A key of :data:`NEEDS`.
-        rows: The data.
-        named: Role to the column that the user named, or ``None``.
-
-    Returns:
-        Role to column.
-
-    Raises:
-        ValueError: A named column is not there, a role finds none, or the task has no use for a role.
-    """
-    columns = list(rows.features)
-    optional = {"sequence-classification": ("text_pair",), "masked-lm": ("text_pair",), "causal-lm": ("target",)}
-    roles = (*NEEDS[task], *optional.get(task, ()))
-    chosen = {}
-    for role, column in named.items():
-        option = "--" + role.replace("_", "-")
-        if column is None:
-            continue
-        if role not in roles:
-            raise ValueError(f"{task} has no use for {option}; its columns are {_options(roles)}.")
-        if column not in columns:
-            raise ValueError(f"the data has no column {column!r} for {option}; it has {', '.join(columns)}.")
-        chosen[role] = column
-    for role in NEEDS[task]:
-        if role not in chosen:
-            found = next((name for name in CANDIDATES[role] if name in columns and name not in chosen.values()), None)
-            if found is None:
-                option = "--" + role.replace("_", "-")
-                raise ValueError(
-                    f"{task} needs a column for {option}, and the data has {', '.join(columns) or 'none'}: name it."
-                )
-            chosen[role] = found
-    if task == "sequence-classification" and named.get("text") is None and "text_pair" not in chosen:
-        found = next((name for name in CANDIDATES["text_pair"] if name in columns), None)
-        if found is not None:
-            chosen["text_pair"] = found
-    return chosen
-
-
-def unused_label(task: str, columns: Mapping[str, str], rows: Rows) -> str | None:
-    """Look for a column of labels that a task passes over.
-
-    Args:
-        task: A key of :data:`NEEDS`.
-        columns: Role to column, as :func:`choose_columns` gives them.
-        rows: The data.
-
-    Returns:
-        The column, or ``None`` where there is none, or the task has a use for labels.
-    """
-    if "label" in NEEDS[task]:
-        return None
-    usual = [name for name in CANDIDATES["label"] if name not in CANDIDATES["target"]]
-    return next((name for name in usual if name in rows.features and name not in columns.values()), None)
-
-
-def task_of_labels(column: str, rows: Rows) -> str:
-    """Say which task would use a column of labels.
-
-    Args:
-        column: One that :func:`unused_label` found.
-        rows: The data.
-
-    Returns:
-        A key of :data:`NEEDS`.
-    """
-    if any(name in rows.features for name in CANDIDATES["image"]):
-        return "image-classification"
-    listed = getattr(rows.features[column], "feature", None) is not None
-    words = any(name in rows.features for name in CANDIDATES["words"])
-    return "token-classification" if listed and words else "sequence-classification"
-
-
-def read_head(rows: Rows, columns: Mapping[str, str], num_labels: int | None = None) -> Head | None:
-    """Read from the data what labels a classifier needs.
-
-    Args:
-        rows: The data.
-        columns: Role to column.
-        num_labels: How many there are, where the user says it.
-
-    Returns:
-        The labels, or ``None`` where the task has none.
-
-    Raises:
-        ValueError: The data does not tell how many there are.
-    """
-    import datasets
-
-    if "label" not in columns:
-        return None
-    feature = rows.features[columns["label"]]
-    inner = getattr(feature, "feature", feature)  # that of a list
-    several = inner is not feature and "words" not in columns
-    if isinstance(inner, datasets.ClassLabel):
-        return Head(inner.num_classes, None, tuple(inner.names))
-    kind = getattr(inner, "dtype", "")
-    if kind.startswith("float") and not several:
-        return Head(1, "regression")
-    if num_labels is not None:
-        return Head(num_labels, "multi_label_classification" if several else None)
-    values = rows.distinct(columns["label"])
-    if values is None or several:
-        raise ValueError("the data does not say how many labels there are: give --num-labels.")
-    if any(isinstance(value, str) for value in values):
-        return Head(len(values), None, tuple(sorted(map(str, values))))
-    if not values or max(values) > 10_000:
-        raise ValueError(f"the column {columns['label']!r} does not hold labels 0, 1, ...: name another with --label.")
-    return Head(int(max(values)) + 1)
+MASKED = 0.15  # the share of tokens hidden from a masked language model, as in BERT
 
 
 @dataclass
@@ -159,12 +23,12 @@ class Encoder:
     """Turns rows into examples of one task, and examples into batches.
 
     Attributes:
-        task: A key of :data:`NEEDS`.
+        task: One of :data:`fishkern.integrations.tasks.TASKS`.
         columns: Role to column.
         processor: A tokenizer, or an image processor.
         config: The model's config.
-        max_length: Texts are cut to so many tokens.
-        seed: Seed of what masked language models hide.
+        max_length: Texts are cut to this many tokens.
+        seed: Decides which tokens are hidden from a masked language model.
         passed_over: Rows without anything to learn from, so far.
     """
 
@@ -202,7 +66,7 @@ class Encoder:
             examples: At least one.
 
         Returns:
-            What the model takes, each ``[N, ...]``; labels are -100 at padding.
+            Keyword arguments of the model, ``[N, ...]`` each; labels are -100 at padding.
         """
         fill = {"labels": -100, "input_ids": pad_token(self.processor) if self.task != "image-classification" else 0}
         batch = {}
@@ -240,7 +104,7 @@ class Encoder:
         free = (torch.tensor(special) == 0).nonzero().flatten()
         if not len(free):
             return None
-        # which tokens are hidden depends on the row alone, not on its batch
+        # Seeded by the row's place, so that neither batch size nor order changes which tokens are hidden.
         generator = torch.Generator().manual_seed(self.seed * 2**32 + place)
         count = max(1, round(MASKED * len(free)))
         hidden = free[torch.randperm(len(free), generator=generator)[:count]]
@@ -261,14 +125,14 @@ class Encoder:
         return {**self._tokens(row, place), "labels": self._label(row[self.columns["label"]], place)}
 
     def _token_classification(self, row: Mapping[str, Any], place: int) -> Example | None:
-        words, given = row[self.columns["words"]], row[self.columns["label"]]
-        if not isinstance(words, list) or not isinstance(given, list) or len(words) != len(given):
+        words, tags = row[self.columns["words"]], row[self.columns["label"]]
+        if not isinstance(words, list) or not isinstance(tags, list) or len(words) != len(tags):
             raise ValueError(f"row {place} needs a list of words and a list of as many labels, got {words!r:.60}.")
         encoded = self.processor(words, is_split_into_words=True, truncation=True, max_length=self.max_length)
         labels, before = [], None
         for word in encoded.word_ids():
-            first = word is not None and word != before  # the other pieces of a word carry no label
-            labels.append(self._label(given[word], place) if first else -100)
+            first = word is not None and word != before  # the other pieces of a word have no label
+            labels.append(self._label(tags[word], place) if first else -100)
             before = word
         example = {**self._checked(encoded), "labels": labels}
         return example if any(label != -100 for label in labels) else None
@@ -292,8 +156,8 @@ class Encoder:
         size = self.config.get_text_config().vocab_size
         if ids and max(ids) >= size:
             raise ValueError(
-                f"the tokenizer gives the token {max(ids)}, and the model knows {size}: it is another model's; name "
-                "the right one with --tokenizer."
+                f"the tokenizer gives the token {max(ids)}, and the model knows {size}: it belongs to another model; "
+                "name the right one with --tokenizer."
             )
 
     def _text(self, row: Mapping[str, Any], place: int, role: str) -> str:
@@ -301,10 +165,9 @@ class Encoder:
         if text is None:
             return ""
         if not isinstance(text, str):
-            option = "--" + role.replace("_", "-")
             raise ValueError(
                 f"row {place} holds {type(text).__name__} instead of text in {self.columns[role]!r}: name another "
-                f"column with {option}."
+                f"column with {option_of(role)}."
             )
         return text
 
@@ -343,7 +206,3 @@ def pad_token(tokenizer: Any) -> int:
         if token is not None:
             return token
     return 0
-
-
-def _options(roles: Sequence[str]) -> str:
-    return ", ".join("--" + role.replace("_", "-") for role in roles)

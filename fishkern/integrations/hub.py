@@ -1,4 +1,4 @@
-"""Ids and folders: what lies here, what the hub would have to bring, and whether it can be reached."""
+"""Folders on this machine and ids on the hub: which one a name is, whether the hub answers, and silence from both."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import HTTPError
@@ -15,18 +15,18 @@ from urllib.request import Request, urlopen
 import torch
 
 _LIBRARIES = ("transformers", "datasets", "peft", "huggingface_hub", "accelerate")
-# What is said better elsewhere: weights that were missing are announced by name.
+# Weights that a checkpoint lacks are announced by name elsewhere; the rest is about retries.
 _SAID_ELSEWHERE = re.compile(r"LOAD REPORT|newly initialized|thrown while requesting|^Retrying in")
 
 
 def unreachable(timeout: float = 3.0) -> str | None:
-    """Say what keeps the hub from being reached; the libraries' own attempts take half a minute to fail.
+    """Say why the hub cannot be reached; the libraries' own attempts take half a minute to fail.
 
     Args:
-        timeout: Seconds after which it counts as unreachable, also where the name server hangs.
+        timeout: Seconds after which it counts as unreachable, even if only the name server hangs.
 
     Returns:
-        The reason in words, or ``None`` when it answers.
+        The reason in words, or ``None`` if it answers.
     """
     from huggingface_hub import constants
 
@@ -39,12 +39,12 @@ def unreachable(timeout: float = 3.0) -> str | None:
             urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=timeout).close()
             answer[0] = None
         except HTTPError:
-            answer[0] = None  # it speaks
+            answer[0] = None  # an error is an answer, too
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
             answer[0] = f"{constants.ENDPOINT}: {getattr(reason, 'strerror', None) or reason}"
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=ask, daemon=True)  # the time limit of urlopen does not cover the name server
     thread.start()
     thread.join(timeout)
     return answer[0]
@@ -54,11 +54,11 @@ def locate(source: str, what: str) -> tuple[str, str | None]:
     """Tell a folder of this machine from an id on the hub.
 
     Args:
-        source: As the user gave it.
+        source: What the user named.
         what: For messages: ``"model"``, ``"tokenizer"``.
 
     Returns:
-        The folder or the id, and why the hub cannot be asked: then only what lies on this machine can be had.
+        The folder or the id; and the reason not to ask the hub, or ``None``.
 
     Raises:
         FileNotFoundError: It is neither a folder nor of the form of an id.
@@ -76,10 +76,10 @@ def locate(source: str, what: str) -> tuple[str, str | None]:
 
 @contextmanager
 def explained(source: str, what: str, reason: str | None, advice: str = "") -> Iterator[None]:
-    """Turn what the libraries raise while they load something into one line.
+    """Turn the libraries' many errors of loading into one line.
 
     Args:
-        source: What is loaded.
+        source: The folder or id.
         what: ``"model"``, ``"tokenizer"``.
         reason: Why the hub is not asked, from :func:`locate`.
         advice: What to do, instead of the library's own words.
@@ -88,8 +88,8 @@ def explained(source: str, what: str, reason: str | None, advice: str = "") -> I
         Nothing.
 
     Raises:
-        FileNotFoundError: It is not there.
-        ValueError: It is there and cannot be used.
+        FileNotFoundError: It does not exist.
+        ValueError: It exists and cannot be used.
     """  # noqa: DOC501 - what is raised again is not its own
     try:
         yield
@@ -106,54 +106,71 @@ def explained(source: str, what: str, reason: str | None, advice: str = "") -> I
 
 
 @contextmanager
-def quiet(downloads: bool = False) -> Iterator[list[str]]:
-    """Keep the libraries' progress bars and reports out of the way, and collect what they warn of.
-
-    Args:
-        downloads: Whether the bars of downloads from the hub stay.
+def quiet() -> Iterator[list[str]]:
+    """Switch off the libraries' progress bars and reports, and collect their warnings.
 
     Yields:
         The warnings in one line each, every one once; complete when the block has ended.
     """
-    import datasets
-    import huggingface_hub.utils as hub
-    from transformers.utils import logging as transformers_logging
-
     collected: dict[str, None] = {}
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            add(record.name.partition(".")[0], record.getMessage())
 
     def add(source: str, message: str) -> None:
         message = " ".join(message.split())
         if not _SAID_ELSEWHERE.search(message):
             collected[f"{source}: {message}"] = None
 
-    loggers = [logging.getLogger(name) for name in _LIBRARIES]
-    found = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
-    bars = transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    hub_bars = hub.are_progress_bars_disabled()
     notes: list[str] = []
     try:
-        transformers_logging.disable_progress_bar()
-        datasets.disable_progress_bars()
-        if not downloads:
-            hub.disable_progress_bars()
-        for logger in loggers:
-            logger.handlers, logger.propagate = [Collector(logging.WARNING)], False
-        with warnings.catch_warnings(record=True) as caught:
+        with _without_bars(), _logging_to(add), warnings.catch_warnings(record=True) as caught:
             yield notes
         for warning in caught:
             if not issubclass(warning.category, DeprecationWarning | PendingDeprecationWarning | FutureWarning):
                 add(warning.category.__name__, str(warning.message))
     finally:
-        for logger, handlers, propagate in found:
-            logger.handlers, logger.propagate = handlers, propagate
-        if bars[0]:
-            transformers_logging.enable_progress_bar()
-        if not bars[1]:
-            datasets.enable_progress_bars()
-        if not hub_bars:
-            hub.enable_progress_bars()
         notes.extend(collected)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    import datasets
+    import huggingface_hub.utils as hub
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    hidden, hub_hidden = datasets.are_progress_bars_disabled(), hub.are_progress_bars_disabled()
+    try:
+        transformers_logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+        hub.disable_progress_bars()
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+        if not hidden:
+            datasets.enable_progress_bars()
+        if not hub_hidden:
+            hub.enable_progress_bars()
+
+
+class _Collector(logging.Handler):
+    """Hands every warning to a function of its library and its text."""
+
+    def __init__(self, add: Callable[[str, str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._add = add
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._add(record.name.partition(".")[0], record.getMessage())
+
+
+@contextmanager
+def _logging_to(add: Callable[[str, str], None]) -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in _LIBRARIES]
+    settings = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.handlers, logger.propagate = [_Collector(add)], False
+        yield
+    finally:
+        for logger, handlers, propagate in settings:
+            logger.handlers, logger.propagate = handlers, propagate

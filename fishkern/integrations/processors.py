@@ -1,4 +1,4 @@
-"""What turns text and images into a model's inputs, by folder or id."""
+"""Tokenizers and image processors, from a folder or an id."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def load_tokenizer(source: Source, named: str | None = None) -> Any:
 
     Args:
         source: The model.
-        named: Another folder or id that holds it.
+        named: Another folder or id to load it from.
 
     Returns:
         A tokenizer of transformers.
 
     Raises:
-        FileNotFoundError: ``named`` is neither here nor to be had.
-        ValueError: There is none.
+        FileNotFoundError: ``named`` is not on this machine, and the hub does not have it or cannot be asked.
+        ValueError: There is no tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -32,19 +32,19 @@ def load_tokenizer(source: Source, named: str | None = None) -> Any:
 
 
 def load_image_processor(source: Source, named: str | None = None) -> tuple[Any, bool]:
-    """Load the image processor of a model, or make a plain one of its config.
+    """Load the image processor of a model, or make a plain one from its config.
 
     Args:
         source: The model.
-        named: Another folder or id that holds it.
+        named: Another folder or id to load it from.
 
     Returns:
-        The processor, and whether it was made: then it only resizes to the config's ``image_size`` and scales to
+        The processor, and whether it is a plain one, which only resizes to the config's ``image_size`` and scales to
         -1 ... 1.
 
     Raises:
-        FileNotFoundError: ``named`` is neither here nor to be had.
-        ValueError: There is none, and the config names no ``image_size``.
+        FileNotFoundError: ``named`` is not on this machine, and the hub does not have it or cannot be asked.
+        ValueError: There is no processor, and the config has no ``image_size``.
     """
     from transformers import AutoImageProcessor, ViTImageProcessorPil
 
@@ -60,23 +60,23 @@ def load_image_processor(source: Source, named: str | None = None) -> tuple[Any,
         return ViTImageProcessorPil(size={"height": size, "width": size}), True
 
 
-def text_length(config: Any, tokenizer: Any, asked: int | None) -> int:
+def text_length(config: Any, tokenizer: Any, requested: int | None) -> int:
     """Decide to how many tokens texts are cut.
 
     Args:
         config: The model's config.
         tokenizer: Its tokenizer.
-        asked: What the user says, or ``None`` for what both allow, 512 at most.
+        requested: The user's number, or ``None`` for as many as both allow, 512 at most.
 
     Returns:
         The number of tokens.
 
     Raises:
-        ValueError: The model has no so many positions.
+        ValueError: The model has fewer positions.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if asked is not None:
-        if positions is not None and asked > positions:
-            raise ValueError(f"--max-length {asked} is beyond the {positions} positions of the model.")
-        return asked
+    if requested is not None:
+        if positions is not None and requested > positions:
+            raise ValueError(f"--max-length {requested} is beyond the {positions} positions of the model.")
+        return requested
     return min(MAX_LENGTH, tokenizer.model_max_length, positions or MAX_LENGTH)

@@ -1,4 +1,4 @@
-"""transformers' Trainer with a masked optimizer: by a callback, or by a mixin that also selects inside ``train()``."""
+"""transformers' Trainer with a masked optimizer: a callback, and a mixin that also selects inside ``train()``."""
 
 from __future__ import annotations
 
@@ -27,41 +27,40 @@ Select = Callable[[nn.Module, Iterable[Any]], Selection]
 
 FILE = "selection.safetensors"
 
-
 _log = logging.getLogger(__name__)
 
 
 class _HandedOver(float):
-    """The 0 that a Trainer finds as ``max_grad_norm``, so that it does not clip, and what the user asked for.
+    """A ``max_grad_norm`` of 0, so that the Trainer does not clip, which remembers the user's value.
 
-    A training that ends with an exception never gives the arguments their value back; the next one finds it here. A
-    copy or a pickle, as in a checkpoint's arguments, is the value that was asked for.
+    A training that ends with an exception never restores the arguments; the next one finds the value here. A copy or a
+    pickle, as in a checkpoint's arguments, is the user's value.
     """
 
-    asked: float
+    requested: float
 
-    def __new__(cls, asked: float) -> _HandedOver:
-        made = super().__new__(cls, 0.0)
-        made.asked = asked
-        return made
+    def __new__(cls, requested: float) -> _HandedOver:
+        zero = super().__new__(cls, 0.0)
+        zero.requested = requested
+        return zero
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return float, (self.asked,)
+        return float, (self.requested,)
 
 
 class FisherCallback(TrainerCallback):
-    """What a Trainer must do besides, when its optimizer is a masked one.
+    """Adjusts a Trainer to a masked optimizer.
 
         optimizer = fk.MaskedAdamW(model, selection, lr=5e-5)
         Trainer(model, args, ..., optimizers=(optimizer, None), callbacks=[FisherCallback(selection)])
 
-    It hands ``max_grad_norm`` over to the optimizer, which clips by the norm of the entries that move, where the
-    Trainer would take that of whole gradients; warns of options of the arguments that the optimizer does not have, and
-    that are without effect; logs what is trained, and the norm; and saves the selection into every checkpoint, beside
-    the optimizer's compact state. Works with every Trainer that is built on transformers'.
+    It hands ``max_grad_norm`` over to the optimizer, which clips by the norm of the selected entries, whereas the
+    Trainer would clip by the norm of whole gradients. It warns of training arguments that have no effect, since the
+    optimizer has its own. It logs the number of trained entries and the norm, and saves the selection in every
+    checkpoint, along with the optimizer's compact state. Works with every Trainer that is built on transformers'.
 
     Args:
-        selection: What is trained.
+        selection: The entries that are trained.
     """
 
     def __init__(self, selection: Selection) -> None:
@@ -70,16 +69,12 @@ class FisherCallback(TrainerCallback):
         self._max_grad_norm: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find the optimizer, take over the clipping, and say what is trained.
+        """Find the optimizer, take over the clipping, and log what is trained.
 
-        Args:
-            args: The Trainer's arguments; ``max_grad_norm`` is 0 until the end of training.
-            state: The Trainer's state.
-            control: Not used.
-            kwargs: The Trainer's parts, the optimizer among them.
+        Until the end of training ``args.max_grad_norm`` is 0.
 
         Raises:
-            ValueError: The Trainer's optimizer is no masked one, or has another selection.
+            ValueError: The Trainer's optimizer is not a masked one, or has another selection.
             UnsupportedModuleError: In training the model would not see PEFT's prefix.
         """
         optimizer = kwargs["optimizer"]
@@ -93,52 +88,32 @@ class FisherCallback(TrainerCallback):
             raise ValueError("the Trainer's optimizer has another selection than this callback: give both the same.")
         if reason := hosts.lost_prefix(kwargs["model"], training=True):
             raise UnsupportedModuleError(f"{reason}.")
-        asked = args.max_grad_norm.asked if isinstance(args.max_grad_norm, _HandedOver) else args.max_grad_norm
-        self._optimizer, self._max_grad_norm = optimizer, asked
+        requested = args.max_grad_norm
+        if isinstance(requested, _HandedOver):
+            requested = requested.requested
+        self._optimizer, self._max_grad_norm = optimizer, requested
         if optimizer.max_grad_norm is None:
-            optimizer.max_grad_norm = asked or math.inf
-        args.max_grad_norm = _HandedOver(asked or 0.0)
+            optimizer.max_grad_norm = requested or math.inf
+        args.max_grad_norm = _HandedOver(requested or 0.0)
         _warn_of_ignored(args, optimizer)
         _log.info("training %s", self._selection)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the Trainer its clipping back.
-
-        Args:
-            args: The Trainer's arguments.
-            state: Not used.
-            control: Not used.
-            kwargs: Not used.
-        """
+        """Give the Trainer its clipping back."""
         args.max_grad_norm = self._max_grad_norm
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Add the norm of the entries that move, and their number.
-
-        Args:
-            args: Not used.
-            state: Its history is changed, too.
-            control: Not used.
-            logs: What is logged, changed in place.
-            kwargs: Not used.
-        """
+        """Add the number of trained entries, and the norm of their gradient, to ``logs`` and to the state's history."""
         if logs is None or self._optimizer is None or "loss" not in logs:
             return
         ours: dict[str, Any] = {"trained_entries": self._selection.count}
         if self._optimizer.grad_norm is not None:
             ours["grad_norm"] = self._optimizer.grad_norm.item()
         logs |= ours
-        state.log_history[-1] |= ours  # written before callbacks are asked
+        state.log_history[-1] |= ours  # written before the callbacks are called
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the selection beside the optimizer's state.
-
-        Args:
-            args: Says where checkpoints go.
-            state: Says which step it is.
-            control: Not used.
-            kwargs: Not used.
-        """
+        """Save the selection in the folder of the checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             self._selection.save(folder / FILE)
@@ -151,21 +126,21 @@ class FisherMixin:
 
         FisherTrainer(model, args, train_dataset=rows, select=partial(fk.fish_tuning, density=0.2)).train()
 
-    This is only for estimating inside ``train()``; with a selection at hand, ``optimizers=`` and a
-    :class:`FisherCallback` do it without a subclass. The model is the one that training starts from (``model_init``
-    included), and the batches are those of the Trainer's own ``DataLoader``, with its collator, its shuffling and,
-    under several processes, its shards. Resuming from a checkpoint takes the selection from there. The optimizer is a
-    :class:`fishkern.MaskedAdamW` with the arguments' options, and their exceptions from weight decay.
+    Use it only to estimate inside ``train()``; if you already have a selection, ``optimizers=`` and a
+    :class:`FisherCallback` need no subclass. The model is the one that training starts from (that of ``model_init``,
+    too), and the batches come from the Trainer's own ``DataLoader``, with its collator, its shuffling and, with several
+    processes, its shards. A training that resumes from a checkpoint loads the selection from there. The optimizer is a
+    :class:`fishkern.MaskedAdamW` with the options of the arguments, and with their exceptions from weight decay.
 
-    The scores are those of the model's own loss, or of the ``likelihood`` that ``select`` is given; what the Trainer
-    may do to a loss besides (``compute_loss_func``, label smoothing) has no part in them, and a warning says so.
+    The scores are those of the model's own loss, or of the ``likelihood`` that ``select`` is given. They do not include
+    what else the Trainer does to a loss (``compute_loss_func``, label smoothing), and a warning says so.
 
     Args:
         args: The Trainer's own.
         select: Called as ``select(model, batches)`` at the start of training; or a rule, for the diagonal Fisher of
             everything trainable over all of the batches.
-        select_data: Batches to select on, such as a ``DataLoader``, in the place of the Trainer's own: unpacked ones,
-            where training packs several examples into a row.
+        select_data: Batches to select on, such as a ``DataLoader``, instead of the Trainer's own: unpacked ones, if
+            training packs several examples into a row.
         kwargs: The Trainer's own.
 
     Raises:
@@ -184,19 +159,20 @@ class FisherMixin:
         """Train as the Trainer does.
 
         Args:
-            resume_from_checkpoint: A checkpoint's folder, or ``True`` for the last one: its selection is taken.
+            resume_from_checkpoint: A checkpoint's folder, or ``True`` for the last one. Its selection is trained.
             args: The Trainer's own.
             kwargs: The Trainer's own.
 
         Returns:
             What the Trainer returns.
         """
-        found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        self._checkpoint = found or None
+        last = resume_from_checkpoint is True
+        folder = get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint
+        self._checkpoint = folder or None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Select, and make the optimizer of what is selected; the Trainer asks for it when training starts.
+        """Select, and make the optimizer of the selected entries; the Trainer calls it when training starts.
 
         Args:
             model: The model as the Trainer has wrapped it, or ``None``.
@@ -205,34 +181,18 @@ class FisherMixin:
             The masked optimizer.
 
         Raises:
-            ValueError: The arguments ask for another algorithm than AdamW.
-            TypeError: ``select`` gives no selection.
+            ValueError: The arguments ask for an algorithm other than AdamW.
+            TypeError: ``select`` does not return a selection.
         """
         if self.optimizer is not None:
             return self.optimizer
-        asked = OptimizerNames(self.args.optim)
-        if asked not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
-            raise ValueError(f"FisherMixin trains with MaskedAdamW: leave optim='adamw_torch', got {asked.value!r}.")
+        name = OptimizerNames(self.args.optim)
+        if name not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
+            raise ValueError(f"FisherMixin trains with MaskedAdamW: leave optim='adamw_torch', got {name.value!r}.")
         model = hosts.unwrap(self.model if model is None else model)
-        if self._checkpoint is not None:
-            selection = Selection.load(Path(self._checkpoint) / FILE)
-        else:
-            self._warn_of_another_loss()
-            with torch.random.fork_rng(devices=[]):  # the order of training is what it would be without
-                selection = self._selected(model)
-            if not isinstance(selection, Selection):
-                raise TypeError(f"select must give a Selection, got {type(selection).__name__}.")
-        decayed = set(self.get_decay_parameter_names(model))
-        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        groups = [
-            {
-                "params": [(name, parameter) for name, parameter in trained if (name in decayed) is decays],
-                "weight_decay": self.args.weight_decay if decays else 0.0,
-            }
-            for decays in (True, False)
-        ]
+        selection = self._selection_at_start(model)
         self.optimizer = MaskedAdamW(
-            groups,
+            self._groups(model),
             selection,
             lr=self.args.learning_rate,
             betas=(self.args.adam_beta1, self.args.adam_beta2),
@@ -245,6 +205,28 @@ class FisherMixin:
         self.add_callback(self._callback)
         return self.optimizer
 
+    def _selection_at_start(self, model: nn.Module) -> Selection:
+        if self._checkpoint is not None:
+            return Selection.load(Path(self._checkpoint) / FILE)
+        self._warn_of_another_loss()
+        with torch.random.fork_rng(devices=[]):  # so that training shuffles as it would without selecting
+            selection = self._selected(model)
+        if not isinstance(selection, Selection):
+            raise TypeError(f"select must give a Selection, got {type(selection).__name__}.")
+        return selection
+
+    def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Divide the trainable parameters as the Trainer does: those that decay, and biases and norms, which do not."""
+        decaying = set(self.get_decay_parameter_names(model))
+        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        return [
+            {
+                "params": [(name, parameter) for name, parameter in trainable if (name in decaying) is decays],
+                "weight_decay": self.args.weight_decay if decays else 0.0,
+            }
+            for decays in (True, False)
+        ]
+
     def _selected(self, model: nn.Module) -> Any:
         if self._select_data is not None:
             return self._select(model, self._select_data)
@@ -253,8 +235,8 @@ class FisherMixin:
             return self._select(model, batches)
         except ValueError as error:
             error.add_note(
-                f"These were the batches that {type(self).__name__} trains on: where they are none for the model's own "
-                "loss (packed rows, pairs of answers), give select_data= batches that are."
+                f"These were the batches that {type(self).__name__} trains on: if the model's own loss cannot use them "
+                "(packed rows, pairs of answers), pass other ones as select_data=."
             )
             raise
 
@@ -263,25 +245,25 @@ class FisherMixin:
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
             f"label_smoothing_factor={self.args.label_smoothing_factor}": bool(self.args.label_smoothing_factor),
         }
-        another = [way for way, used in ways.items() if used]
-        told = isinstance(self._select, partial) and "likelihood" in self._select.keywords
-        if another and not told:
+        used = [way for way, applies in ways.items() if applies]
+        named = isinstance(self._select, partial) and "likelihood" in self._select.keywords
+        if used and not named:
             warnings.warn(
-                f"this Trainer trains another loss than the model's own ({', '.join(another)}), which has no part in "
-                "the scores: give select a likelihood of that loss, as in partial(fk.fish_tuning, density=0.2, "
-                "likelihood=losses).",
-                stacklevel=3,
+                f"this Trainer does not train the model's own loss ({', '.join(used)}), and the scores are those of "
+                "the model's own: give select a likelihood of the Trainer's, as in partial(fk.fish_tuning, "
+                "density=0.2, likelihood=losses).",
+                stacklevel=4,
             )
 
 
 def _checked(select: Any) -> Select:
-    """Demand a function or a rule, and make a function of a rule."""
+    """Check that it is a function or a rule, and turn a rule into a function."""
     if isinstance(select, Rule):
         return partial(_estimate_and_select, select)
     if isinstance(select, Selection):
         raise TypeError(
-            "select is a function (model, batches) -> Selection or a rule, got a Selection: with one at hand take a "
-            "plain Trainer, optimizers=(fishkern.MaskedAdamW(model, selection), None) and FisherCallback(selection)."
+            "select is a function (model, batches) -> Selection or a rule, got a Selection: to train one, use a plain "
+            "Trainer, optimizers=(fishkern.MaskedAdamW(model, selection), None) and FisherCallback(selection)."
         )
     if isinstance(select, type) or not callable(select):
         what = f"the class {select.__name__}: call it" if isinstance(select, type) else type(select).__name__
@@ -297,8 +279,8 @@ def _estimate_and_select(rule: Rule, model: nn.Module, batches: Iterable[Any]) -
 
 
 def _warn_of_ignored(args: Any, optimizer: MaskedOptimizer) -> None:
-    """Say which options of the arguments, set to something else than their defaults, the optimizer does not have."""
-    has = {
+    """Warn of arguments that were changed from their defaults, and differ from the optimizer's own options."""
+    options = {
         "learning_rate": [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups],
         "weight_decay": [group["weight_decay"] for group in optimizer.param_groups],
         "adam_beta1": [group["betas"][0] for group in optimizer.param_groups if "betas" in group],
@@ -308,7 +290,7 @@ def _warn_of_ignored(args: Any, optimizer: MaskedOptimizer) -> None:
     defaults = {field.name: field.default for field in fields(args)}
     ignored = [
         f"{name}={getattr(args, name)} (the optimizer has {' and '.join(map(str, dict.fromkeys(values)))})"
-        for name, values in has.items()
+        for name, values in options.items()
         if values and name in defaults and getattr(args, name) not in (defaults[name], *values)
     ]
     if ignored:

@@ -114,7 +114,7 @@ def test_empty_rows_are_passed_over_and_few_are_announced(capsys, tmp_path, mode
     statistics, _, error = estimated(capsys, tmp_path, models / "llama", "--data", rows / "lines.txt", samples=50)
     assert statistics.count == 12
     assert "11 rows passed over" in error
-    assert "12 examples, fewer than the 50 asked for" in error
+    assert "12 examples, fewer than the 50 requested" in error
 
 
 def test_a_batch_that_does_not_fit_is_halved(capsys, tmp_path, models, rows, monkeypatch):

@@ -79,12 +79,12 @@ def test_an_interrupted_run_ends_as_a_whole_one(capsys, arguments, interrupted, 
         interrupted.at, interrupted.steps = at, seen // 2
         status, output, error = command(capsys, *arguments, "--out", stopped)
         assert (status, output) == (130, "")
-        assert "the same command goes on from there" in error
-        assert (f"{seen} of 24 examples are seen" in error) == (seen > 0)
+        assert "the same command resumes from there" in error
+        assert (f"{seen} of 24 examples seen" in error) == (seen > 0)
         assert not (stopped / "report.json").exists()
     interrupted.at = None
     status, _, error = command(capsys, *arguments, "--out", stopped)
-    assert "14 of 24 examples are seen" in error
+    assert "14 of 24 examples seen" in error
     assert (status, interrupted.steps) == (0, STEPS)
     assert_same(whole, stopped)
 
@@ -115,7 +115,7 @@ def test_an_interrupt_while_the_run_is_saved_costs_one_step(capsys, arguments, i
         assert command(capsys, *arguments, "--out", stopped)[0] == 130
     assert [file.name for file in stopped.iterdir() if file.name.endswith(".tmp")] == []
     status, _, error = command(capsys, *arguments, "--out", stopped)
-    assert "6 of 24 examples are seen" in error  # 4 steps are done, 3 of them kept
+    assert "6 of 24 examples seen" in error  # 4 steps are done, 3 of them kept
     assert status == 0
     assert_same(whole, stopped)
 
@@ -132,7 +132,7 @@ def test_an_interrupt_after_training_only_saves(capsys, arguments, interrupted, 
         assert command(capsys, *arguments, "--out", stopped)[0] == 130
     interrupted.steps = 0
     status, _, error = command(capsys, *arguments, "--out", stopped)
-    assert "24 of 24 examples are seen" in error
+    assert "24 of 24 examples seen" in error
     assert (status, interrupted.steps) == (0, 0)
     assert_same(whole, stopped)
 
@@ -146,10 +146,10 @@ def test_other_settings_and_other_data_are_not_mixed(capsys, arguments, interrup
     assert command(capsys, *arguments, *out)[0] == 130
     kept = (tmp_path / "out" / UNFINISHED).read_bytes()
     message = refused(capsys, *arguments, *out, "--lr", 1e-3, "--k", 9)
-    assert "holds an unfinished run with k None, lr 0.01, not k 9, lr 0.001: go on with its own" in message
+    assert "holds an unfinished run with k None, lr 0.01, not k 9, lr 0.001: resume it with its own options" in message
     assert "--restart" in message
     data.write_text(data.read_text().replace("sea", "rain"))
-    assert "the data is not what the unfinished run in" in refused(capsys, *arguments, *out)
+    assert "the data differs from that of the unfinished run in" in refused(capsys, *arguments, *out)
     assert (tmp_path / "out" / UNFINISHED).read_bytes() == kept
     interrupted.at, interrupted.steps = None, 0
     status, _, error = command(capsys, *arguments, *out, "--lr", 1e-3, "--restart")
@@ -172,7 +172,7 @@ def test_a_foreign_file_is_refused(capsys, arguments, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / UNFINISHED).write_bytes(b"notes")
     message = refused(capsys, *arguments, "--out", tmp_path / "out")
-    assert "is not what an interrupted tune leaves behind: choose another --out" in message
+    assert "is not the file of an interrupted tune: choose another --out" in message
 
 
 @pytest.mark.slow
@@ -192,10 +192,10 @@ def test_control_c_in_a_process_of_its_own(capsys, arguments, tmp_path):
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130, error
-    assert "the same command goes on from there" in error
+    assert "the same command resumes from there" in error
     status, _, error = command(capsys, *arguments, "--out", stopped)
     assert status == 0
-    assert "going on with the unfinished run" in error
+    assert "resuming the unfinished run" in error
     assert_same(whole, stopped)
 
 
@@ -211,7 +211,7 @@ def test_a_file_with_something_else_in_it_is_refused(capsys, arguments, interrup
         torch.save({**held, "state": changed}, path)
         line = refused(capsys, *arguments, "--out", tmp_path / "a")
         assert line.endswith(
-            "is not what an interrupted tune leaves behind: choose another --out, or begin anew with --restart."
+            "is not the file of an interrupted tune: choose another --out, or start over with --restart."
         )
 
 

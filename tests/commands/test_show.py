@@ -48,8 +48,8 @@ def test_what_no_fisher_holds_is_pointed_out(capsys, tmp_path):
     assert status == 0
     assert "infinite" in output
     infinite, negative = error.splitlines()
-    assert infinite.startswith("note: 1 of 4 entries are infinite and stand in no sum")
-    assert negative.startswith("note: 1 of 4 entries are negative, which no mean of squares is")
+    assert infinite.startswith("note: 1 of 4 entries are infinite and left out of every sum")
+    assert negative.startswith("note: 1 of 4 entries are negative, which a mean of squares cannot be")
     assert "Infinity" not in command(capsys, "show", path, "--json")[1]
     scores = {"w": torch.tensor([1.0, -2.0])}
     path = fk.Statistics(scores, count=1, provenance={"definition": {"estimator": "Own"}}).save(tmp_path / "own")
@@ -207,7 +207,7 @@ def test_a_file_that_is_none_of_ours(capsys, tmp_path):
     expected = "expected statistics, a selection, a delta or a start; made by fishkern estimate / select / tune."
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
     line = refused(capsys, "show", tmp_path / "model.safetensors")
-    assert "is no file of fishkern's (its header says format=pt)" in line
+    assert "is not a file of fishkern (its header says format=pt)" in line
     assert line.endswith(expected)
     (tmp_path / "table.csv").write_text("text,label\nthe sea,1\n" * 9)
     assert refused(capsys, "show", tmp_path / "table.csv").endswith(expected)

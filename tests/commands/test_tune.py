@@ -138,7 +138,7 @@ def test_every_wait_shows_how_far_it_is(capsys, arguments, tmp_path, monkeypatch
         told[what] = []
         yield lambda *done: told[what].append(done)
 
-    monkeypatch.setattr(import_module("fishkern.commands.tune"), "progress", progress)
+    monkeypatch.setattr(import_module("fishkern.commands.tuning"), "progress", progress)
     options = ["--eval-split", "validation", "--out", tmp_path / "a"]
     status, output, error = command(capsys, *arguments, *options)
     assert status == 0, error

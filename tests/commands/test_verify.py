@@ -65,6 +65,14 @@ def test_a_file_of_other_examples_is_refused(capsys, saved, arguments, rows):
     assert "table.csv" in refused(capsys, "verify", *other)
 
 
+def test_a_file_of_another_fisher_is_refused(capsys, tmp_path, models, rows):
+    arguments, path = (models / "classifier", "--data", rows / "table.csv"), tmp_path / "type-2.safetensors"
+    assert command(capsys, "estimate", *arguments, "--fisher-type", "type-2", "--samples", 3, "--out", path)[0] == 0
+    line = refused(capsys, "verify", *arguments, "--statistics", path)
+    assert "type-2" in line
+    assert line.endswith("in Python, pass another recipe as estimator=.")
+
+
 def test_only_some_parameters(capsys, arguments):
     status, output, _ = command(capsys, "verify", *arguments, "--samples", 3, "--parameters", "*lora_B*")
     assert status == 0

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import re
+
 import pytest
 
 pytest.importorskip("typer")
 
-from fishkern.commands.wording import in_options
+from fishkern.commands.wording import _PHRASES, in_options
+from tests.support.command import ROOT
 
 
 @pytest.mark.parametrize(
@@ -39,3 +43,22 @@ def test_arguments_become_options(said: str, shown: str):
 )
 def test_what_is_no_argument_stays(said: str):
     assert in_options(said) == said
+
+
+@pytest.fixture(scope="module")
+def messages() -> list[str]:
+    """Every string of the library outside of the commands, with 'x' for a value, and what it says of each format."""
+    files = [path for path in (ROOT / "fishkern").rglob("*.py") if path.parent.name != "commands"]
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    plain = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    joined = [node.values for node in nodes if isinstance(node, ast.JoinedStr)]
+    formatted = ["".join(part.value if isinstance(part, ast.Constant) else "x" for part in parts) for parts in joined]
+    assert any(message.endswith(" Write one with x.") for message in formatted)
+    saved_by = [node.value.value for node in nodes if isinstance(node, ast.keyword) and node.arg == "saved_by"]
+    return [*plain, *formatted, *(f"Write one with {writer}." for writer in saved_by)]
+
+
+@pytest.mark.parametrize("phrase", [phrase for phrase, _ in _PHRASES])
+def test_every_phrase_is_one_of_the_library(messages, phrase):
+    """Else its message was reworded, and reaches the command line in the words of Python."""
+    assert any(re.search(phrase, message) for message in messages)

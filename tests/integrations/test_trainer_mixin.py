@@ -143,7 +143,7 @@ def test_it_selects_on_data_of_its_own(tmp_path):
 REFUSED = {
     "nothing callable": (0.3, r"select must be a function .*, or a rule such as .*; got float"),
     "a class": (fk.GlobalTopK, "got the class GlobalTopK: call it"),
-    "a selection": (fk.Selection({"w": (2,)}, {}), r"got a Selection: with one at hand take a plain Trainer"),
+    "a selection": (fk.Selection({"w": (2,)}, {}), r"got a Selection: to train one, use a plain Trainer"),
 }
 
 
@@ -175,7 +175,7 @@ OTHERS = {"compute_loss_func": {"compute_loss_func": smoothed}, "label_smoothing
 def test_a_loss_that_the_scores_are_not_of_is_warned_of(tmp_path, said, options):
     arguments = {"label_smoothing_factor": options["smoothing"]} if "smoothing" in options else {}
     own = {key: value for key, value in options.items() if key != "smoothing"}
-    message = rf"trains another loss than the model's own \({said}\), which has no part in the scores: give select"
+    message = rf"does not train the model's own loss \({said}\), and the scores are those of the model's own: give"
     with pytest.warns(UserWarning, match=message):
         selecting(tmp_path, adapted(), **arguments, own=own).create_optimizer()
     with warnings.catch_warnings():

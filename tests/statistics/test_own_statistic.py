@@ -1,4 +1,4 @@
-"""A statistic that a user writes outside the package, by the page on extending."""
+"""A statistic that a user writes outside the package, by the page on it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,188 @@
+"""The options of ``fishkern tune`` in their groups, and what can be refused before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option
+
+from fishkern.commands.options import Workload
+from fishkern.integrations.adapting import ADAPTERS, FILE, FOLDER, check
+from fishkern.methods.fish_tuning import ORDERS
+
+DENSITY = 0.2  # of the adapter
+FISHER_SAMPLES = 128
+BLIND = ("random", "magnitude")  # orders that look at no example
+
+_ADAPTER, _BUDGET, _TRAINING = "Adapter", "Selection", "Training"
+
+
+@dataclass(frozen=True)
+class Adapting:
+    """The adapter to add."""
+
+    adapter: Annotated[
+        str | None,
+        Option(
+            metavar="NAME",
+            help=f"{', '.join(list(ADAPTERS)[:-1])} or {list(ADAPTERS)[-1]}; none is added if MODEL is an adapter.",
+            rich_help_panel=_ADAPTER,
+            show_default="lora",
+        ),
+    ] = None
+    size: Annotated[
+        int | None,
+        Option(min=1, metavar="N", help="Rank, width or length; by default 8, 48, 30.", rich_help_panel=_ADAPTER),
+    ] = None
+    layers: Annotated[
+        str, Option(metavar="RANGE", help="Layers to adapt: 0-4 or 0,2,5; by default all.", rich_help_panel=_ADAPTER)
+    ] = ""
+
+    @property
+    def kind(self) -> str:
+        """The adapter's name, one of :data:`fishkern.integrations.adapting.ADAPTERS`."""
+        return self.adapter or "lora"
+
+    @property
+    def numbers(self) -> list[int] | None:
+        """The layers' numbers, or ``None`` for all."""
+        if not self.layers:
+            return None
+        numbers: list[int] = []
+        for part in self.layers.split(","):
+            first, dash, last = part.strip().partition("-")
+            if not first.isdecimal() or (dash and not last.isdecimal()):
+                raise ValueError(f"--layers is like 0-4 or 0,2,5, got {self.layers!r}.")
+            numbers += range(int(first), int(last or first) + 1)
+        return numbers
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many of the adapter's entries are trained, and which."""
+
+    density: Annotated[
+        float | None,
+        Option(metavar="D", help=f"Train this fraction of the adapter; by default {DENSITY}.", rich_help_panel=_BUDGET),
+    ] = None
+    k: Annotated[
+        int | None, Option("--k", metavar="N", help="Or this many of its entries.", rich_help_panel=_BUDGET)
+    ] = None
+    trainable: Annotated[
+        int | None, Option(metavar="N", help="Or this many entries, head included.", rich_help_panel=_BUDGET)
+    ] = None
+    order: Annotated[
+        str,
+        Option(
+            metavar="ORDER",
+            help="largest Fisher information; smallest, random and magnitude are controls.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = "largest"
+    allow_zeros: Annotated[
+        bool,
+        Option(
+            "--allow-zeros",
+            help="Continue even if half of the entries or more have no Fisher information.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = False
+    fisher_samples: Annotated[
+        int | None,
+        Option(
+            min=1,
+            metavar="N",
+            help="Number of examples to select by.",
+            rich_help_panel=_BUDGET,
+            show_default=str(FISHER_SAMPLES),
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """How they are trained."""
+
+    epochs: Annotated[int, Option(min=1, metavar="N", help="Number of epochs.", rich_help_panel=_TRAINING)] = 3
+    lr: Annotated[float, Option(metavar="LR", help="Learning rate, falling to 0.", rich_help_panel=_TRAINING)] = 5e-4
+    weight_decay: Annotated[
+        float, Option(metavar="W", help="Weight decay of the selected entries.", rich_help_panel=_TRAINING)
+    ] = 0.0
+    max_grad_norm: Annotated[
+        float,
+        Option(metavar="G", help="Clip the gradient of the selected entries to this norm.", rich_help_panel=_TRAINING),
+    ] = 1.0
+    eval_split: Annotated[
+        str,
+        Option(metavar="NAME", help="Measure on this part of the data, before and after.", rich_help_panel=_TRAINING),
+    ] = ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All options that decide what a run does.
+
+    Attributes:
+        work: Model and data.
+        adapting: The adapter.
+        budget: The selection.
+        training: The training.
+        samples: Number of examples to train on.
+    """
+
+    work: Workload
+    adapting: Adapting
+    budget: Budget
+    training: Training
+    samples: int
+
+    def plain(self) -> dict[str, Any]:
+        """Give every option by its name: runs with the same ones do the same.
+
+        Returns:
+            Plain values.
+        """
+        groups = (self.work, self.adapting, self.budget, self.training)
+        return {**{name: value for group in groups for name, value in vars(group).items()}, "samples": self.samples}
+
+    def check(self, out: Path) -> None:
+        """Refuse what can be refused before anything is loaded.
+
+        Args:
+            out: The output folder.
+
+        Raises:
+            ValueError: Options do not fit together.
+            FileExistsError: The folder is a file, or holds the adapter of another run.
+            FileNotFoundError: The folder's own folder does not exist.
+            PermissionError: The folder may not be written to.
+        """
+        if self.work.parameters:
+            raise ValueError("tune trains the adapter and the head: it has no use for --parameters.")
+        if self.budget.order not in ORDERS:
+            raise ValueError(f"--order is one of {', '.join(ORDERS)}, got {self.budget.order!r}.")
+        if self.budget.fisher_samples is not None and self.budget.order in BLIND:
+            raise ValueError(f"--order {self.budget.order} looks at no example: leave out --fisher-samples.")
+        check(self.adapting.kind, self.adapting.size)
+        _check_leftover(out, self.adapting.kind)
+        _ = self.adapting.numbers  # raises where they cannot be read
+        _check_folder(out)
+
+
+def _check_leftover(out: Path, kind: str) -> None:
+    """Refuse to save next to the adapter of another run, which would be mistaken for this one's."""
+    other = out / (FILE if ADAPTERS[kind].saved_as == FOLDER else FOLDER)
+    if other.exists():
+        raise FileExistsError(f"{other} is the adapter of another run: choose another --out, or delete it first.")
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file: choose another folder with --out.")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"the folder {out.parent} does not exist: create it, or choose another --out.")
+    if not os.access(out if out.is_dir() else out.parent, os.W_OK):
+        raise PermissionError(f"{out.absolute()} may not be written to: choose another folder with --out.")

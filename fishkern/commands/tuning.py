@@ -1,0 +1,276 @@
+"""One run of ``fishkern tune``: prepared, selected or resumed, trained, saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import fishkern as fk
+from fishkern.adapters import Adapter
+from fishkern.commands.output import Stopwatch, note, progress, waiting
+from fishkern.commands.resuming import Checkpoint, State, digest_of
+from fishkern.commands.training import Loop, evaluate
+from fishkern.commands.tune_options import BLIND, DENSITY, FISHER_SAMPLES, Settings
+from fishkern.commands.workload import Prepared, fitting, prepare
+from fishkern.files import atomic_write
+from fishkern.integrations import data, hub
+from fishkern.integrations.adapting import adapt, save_adapter
+from fishkern.integrations.examples import Example
+from fishkern.selection import check_start, save_start
+
+MOST_HELD_OUT = 10_000  # examples to measure on
+BATCH_SIZE = 16
+
+
+@dataclass
+class Tuning:
+    """A run of ``fishkern tune``, with all that it works on.
+
+    Attributes:
+        folder: Where everything is saved.
+        settings: The options.
+        checkpoint: Keeps the state of the training.
+        prepared: Model and examples.
+        held_out: Examples to measure on; may be none.
+        model: The model with its adapter.
+        recipe: The recipe of an adapter of fishkern's, ``None`` for PEFT's.
+        adapter: Which adapter it is, in words.
+        digest: Of the examples.
+        before: The measurements before training.
+        stopwatch: Seconds of each part.
+    """
+
+    folder: Path
+    settings: Settings
+    checkpoint: Checkpoint
+    prepared: Prepared
+    held_out: list[Example]
+    model: nn.Module
+    recipe: Adapter | None
+    adapter: str
+    digest: str
+    before: dict[str, float] = field(default_factory=dict)
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+    @classmethod
+    def prepare(cls, folder: Path, settings: Settings, checkpoint: Checkpoint) -> Tuning:
+        """Load model and data, and add the adapter.
+
+        Args:
+            folder: Where everything will be saved.
+            settings: The options.
+            checkpoint: That of the folder.
+
+        Returns:
+            The run.
+
+        Raises:
+            ValueError: Options, model and data do not fit together, or the data is not that of the unfinished run.
+            OSError: Model or data are not on this machine, and the hub does not have them or cannot be asked.
+        """
+        prepared = prepare(settings.work, settings.samples)
+        digest = digest_of(prepared.examples)
+        checkpoint.demand_same_data(digest)
+        held_out = _held_out(prepared, settings)
+        model, recipe, adapter = _adapted(prepared, settings)
+        return cls(
+            folder,
+            settings,
+            checkpoint,
+            prepared=prepared,
+            held_out=held_out,
+            model=model,
+            recipe=recipe,
+            adapter=adapter,
+            digest=digest,
+        )
+
+    def select(self) -> fk.Selection:
+        """Select the entries to train, save the selection and its start, and measure the model.
+
+        Returns:
+            The selection.
+        """
+        with self.stopwatch.adding("selecting"):
+            selection = self._selected()
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "report.json").unlink(missing_ok=True)  # written last: a folder without one is not finished
+        selection.save(self.folder / "selection.safetensors")
+        save_start(self.model, selection, self.folder / "start.safetensors")
+        self.before = self._measured("before")
+        return selection
+
+    def resume(self, state: State) -> fk.Selection:
+        """Load the selection of the unfinished run, and the measurements that it has made.
+
+        Args:
+            state: That of the checkpoint.
+
+        Returns:
+            The selection.
+
+        Raises:
+            ValueError: A file is damaged, or the model starts with other values than the selection's.
+        """
+        with self.checkpoint.reading():
+            self.stopwatch.ended.update({str(part): float(seconds) for part, seconds in state["seconds"].items()})
+            self.before = {str(quantity): float(value) for quantity, value in state["before"].items()}
+            seen = int(state["seen"])
+        total = self.settings.training.epochs * len(self.prepared.examples)
+        note(f"resuming the unfinished run in {self.folder}: {seen:,} of {total:,} examples seen")
+        selection = fk.Selection.load(self.folder / "selection.safetensors")
+        check_start(selection, self.model)
+        return selection
+
+    def train(self, selection: fk.Selection) -> dict[str, Any]:
+        """Train the selected entries, and measure the model.
+
+        Args:
+            selection: Of this model.
+
+        Returns:
+            ``"loss"``, the mean loss of each epoch, and the measurements ``"before"`` and ``"after"``.
+
+        Raises:
+            ValueError: The loss is not finite.
+        """
+        options = self.settings.training
+        optimizer = fk.MaskedAdamW(
+            self.model, selection, options.lr, weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm
+        )
+        loop = Loop(
+            self.model,
+            optimizer,
+            self.prepared.encoder,
+            self.prepared.examples,
+            epochs=options.epochs,
+            batch_size=self.batch_size,
+            seed=self.settings.work.seed,
+        )
+        begun = 0 if self.checkpoint.state is None else int(self.checkpoint.state["seen"])
+        with _saying_how_to_resume():
+            with self.stopwatch.adding("training"), progress("training", "examples", begun) as report:
+                losses = loop.run(self.checkpoint, self._kept, report)
+            return {"loss": losses, "before": self.before, "after": self._measured("after")}
+
+    def save(self, selection: fk.Selection, outcome: dict[str, Any]) -> tuple[dict[str, Any], Path]:
+        """Save adapter, delta and report, and remove the checkpoint.
+
+        Args:
+            selection: The trained entries.
+            outcome: What :meth:`train` returned.
+
+        Returns:
+            The report as plain values, and the adapter's folder or file.
+        """
+        fk.delta(self.model, selection).save(self.folder / "delta.safetensors")
+        saved = save_adapter(self.model, self.recipe, self.folder)
+        report = self._report(selection, outcome)
+        with atomic_write(self.folder / "report.json", "w") as file:
+            file.write(json.dumps(report, indent=2) + "\n")
+        self.checkpoint.remove()
+        return report, saved
+
+    @property
+    def batch_size(self) -> int:
+        """Examples in a step of training, and in a batch to measure on."""
+        return self.settings.work.batch_size or BATCH_SIZE
+
+    def _selected(self) -> fk.Selection:
+        work, budget, examples = self.settings.work, self.settings.budget, self.prepared.examples
+        count = min(len(examples), budget.fisher_samples or FISHER_SAMPLES)
+        # They are sorted by length: evenly spaced ones are of every length.
+        few = [examples[n * len(examples) // count] for n in range(count)]
+        unset = (budget.k, budget.density, budget.trainable) == (None, None, None)
+
+        def run(size: int) -> fk.Selection:
+            return fk.fish_tuning(
+                self.model,
+                [self.prepared.encoder.collate(few[start : start + size]) for start in range(0, count, size)],
+                k=budget.k,
+                density=DENSITY if unset else budget.density,
+                trainable=budget.trainable,
+                order=budget.order,
+                allow_zeros=budget.allow_zeros,
+                max_examples=count,
+                seed=work.seed,
+                progress=lambda done, _: report(done, count),
+            )
+
+        with progress("selecting", "examples") as report:
+            return fitting(run, work.batch_size, self.prepared.device, count)
+
+    def _measured(self, when: str) -> dict[str, float]:
+        with self.stopwatch.adding("measuring"):
+            if not self.held_out:
+                return {}
+            with progress(f"measuring {when}", "examples") as report:
+                return evaluate(self.model, self.prepared.encoder, self.held_out, self.batch_size, report)
+
+    def _kept(self) -> State:
+        """Give what the checkpoint holds in addition to the state of the training."""
+        return {"data": self.digest, "seconds": self.stopwatch.seconds, "before": self.before}
+
+    def _report(self, selection: fk.Selection, outcome: dict[str, Any]) -> dict[str, Any]:
+        budget = self.settings.budget
+        return {
+            "folder": str(self.folder),
+            "from": self.settings.work.model,
+            **self.prepared.described,
+            "adapter": self.adapter,
+            "pool": selection.total,
+            "trained": selection.count,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            **vars(budget),
+            "fisher_samples": None if budget.order in BLIND else budget.fisher_samples or FISHER_SAMPLES,
+            **vars(self.settings.training),
+            **outcome,
+            "seconds": {part: round(seconds, 3) for part, seconds in self.stopwatch.seconds.items()},
+        }
+
+
+def _held_out(prepared: Prepared, settings: Settings) -> list[Example]:
+    work, split = settings.work, settings.training.eval_split
+    if not split:
+        return []
+    with waiting(f"reading {split}"), hub.quiet():
+        rows = data.read(work.data, name=work.subset or None, split=split, first=True)
+        examples = list(prepared.encoder.examples(rows, MOST_HELD_OUT))
+    if not examples:
+        raise ValueError(f"{work.data} has no row in {split!r} with anything to measure on.")
+    return examples
+
+
+def _adapted(prepared: Prepared, settings: Settings) -> tuple[nn.Module, Adapter | None, str]:
+    """Give the model with its adapter, the recipe of one of fishkern, and what to call it."""
+    model, work, adapting = prepared.model, settings.work, settings.adapting
+    if hasattr(model, "peft_config"):
+        if options := [f"--{name}" for name, value in vars(adapting).items() if value]:
+            raise ValueError(f"{work.model} is an adapter, and no other is added: leave out {' and '.join(options)}.")
+        note(f"{work.model} is an adapter: no other is added, and this one is trained further")
+        return model, None, "the given adapter"
+    with waiting(f"adding {adapting.kind}"):
+        model, recipe = adapt(
+            model,
+            adapting.kind,
+            task=prepared.described["task"],
+            layers=adapting.numbers,
+            size=adapting.size,
+            seed=work.seed,
+        )
+    return model, recipe, adapting.kind
+
+
+@contextmanager
+def _saying_how_to_resume() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        note("the same command resumes from there")
+        raise
