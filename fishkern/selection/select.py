@@ -44,7 +44,8 @@ def select(
         TypeError: ``rule`` is no rule or holds what is not JSON, ``statistics`` is no mapping, an entry is not a
             floating tensor with values, or the rule gives no indices by name.
         ValueError: ``k`` exceeds what can be chosen from, a pattern matches nothing, a score is NaN, two names
-            become one without wrappers, or the rule selects from a parameter that it was not asked about.
+            become one without wrappers, statistics are of groups of entries, or the rule selects from a parameter that
+            it was not asked about.
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"rule must be a selection rule such as GlobalTopK(density=0.005), got {rule!r}.")
@@ -106,6 +107,7 @@ def _check_chosen(what: str, indices: object, scores: Mapping[str, AnyTensor]) -
 
 def _scores(statistics: Statistics | Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
     if isinstance(statistics, Statistics):
+        _refuse_groups(statistics)
         return dict(statistics.blocks)
     if not callable(getattr(statistics, "items", None)):
         raise TypeError(
@@ -121,6 +123,19 @@ def _scores(statistics: Statistics | Mapping[str, AnyTensor]) -> dict[str, AnyTe
             raise ValueError(f"two names become {short} without wrappers: leave one out.")
         scores[short] = score.detach() if isinstance(score, Tensor) else score
     return scores
+
+
+def _refuse_groups(statistics: Statistics) -> None:
+    """Refuse statistics that hold something else than a score for each entry, such as one for each row."""
+    for name, shape in statistics.shapes.items():
+        covered = statistics.coverage.get(name)
+        if "groups" in statistics.provenance["definition"] or (covered and covered.numel != shape.numel()):
+            size = f" of a parameter of {covered.numel:,} entries" if covered else ""
+            raise ValueError(
+                f"a rule chooses entries by one score for each, and these statistics hold {tuple(shape)} for "
+                f"{name}{size}: estimate DiagonalFisher() for scores of entries, or choose rows or columns by yours "
+                "and name them in Selection(..., ranges={name: fishkern.Rows(...)})."
+            )
 
 
 def _check_score(name: str, score: object) -> None:

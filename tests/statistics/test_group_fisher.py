@@ -79,7 +79,8 @@ def test_equals_the_sums_of_the_diagonal(kind, by, dtype, limit):
     largest = max(value.abs().max().item() for value in entries.sums)
     for name, ours, squares in zip(diagonal, groups.sums, entries.sums, strict=True):
         truth = summed(squares.double(), by)
-        floor = (256 * torch.finfo(dtype).eps) ** 2 * largest * squares.numel()  # a key's bias is zero but for rounding
+        # a key's bias is zero but for rounding
+        floor = (256 * torch.finfo(dtype).eps) ** 2 * largest * squares.numel()
         error = (ours - truth).abs().max() / max(truth.max().item(), floor)
         assert error < limit, f"{name}: {error:.1e}"
 
@@ -136,6 +137,14 @@ def test_verify_compares_groups_within_a_parameter_and_refuses_others():
         assert fk.verify(specimen.model, batches, estimator=fk.GroupFisher(by=by)).ok
     with pytest.raises(ValueError, match=r"statistics are of groups of parameters: verify GroupFisher\(by='tensor'\)"):
         fk.verify(specimen.model, batches, estimator=fk.GroupFisher(by="layer"))
+
+
+@pytest.mark.parametrize("by", ["row", "layer"])
+def test_a_rule_has_no_scores_of_entries_to_choose_by(by):
+    specimen = zoo.llama()
+    statistics = fk.estimate(specimen.model, [specimen.batch(3)], fk.GroupFisher(by=by))
+    with pytest.raises(ValueError, match=r"a rule chooses entries by one score for each, and these .*fishkern.Rows"):
+        fk.select(statistics, fk.GlobalTopK(k=3))
 
 
 def test_refused_in_one_sentence():

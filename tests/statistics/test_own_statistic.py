@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 import fishkern as fk
-from fishkern.statistics.base import ParameterInfo
+from fishkern.statistics import planning
+from fishkern.statistics.base import ParameterInfo, sums
+from fishkern.statistics.states import States
 from tests.support import zoo
 from tests.support.exactness import LIMIT
 from tests.support.oracle import row, size, worst_error
+from tests.support.own_estimators import GradientNorm, MeanGradient
 
 pytest.importorskip("transformers")
 
@@ -77,6 +80,68 @@ def test_the_slow_paths_serve_it_as_well():
         statistics = fk.estimate(model, [(ids, labels)], MeanPower(), likelihood=fk.Classification())
     loss = nn.functional.cross_entropy(model(ids), labels)
     torch.testing.assert_close(statistics["table.weight"], torch.autograd.grad(loss, model.table.weight)[0])
+
+
+class PastItsCall(nn.Module):
+    """The head multiplies by the table's weight without calling a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.inner = nn.Embedding(9, 5), nn.Linear(5, 5)
+
+    def forward(self, ids):
+        return self.inner(self.table(ids).mean(1)) @ self.table.weight.t()
+
+
+class Doubled(MeanGradient):
+    """Adds a linear weight's gradient twice, which is not what it says of one gradient."""
+
+    def update_(self, state, grads, parameter, backend=None):
+        super().update_(state, grads, parameter)
+        if parameter.name == "inner.weight":
+            super().update_(state, grads, parameter)
+
+    def of_gradient(self, grad, parameter):
+        return super().of_gradient(grad, parameter)
+
+
+@pytest.mark.parametrize(
+    "estimator", [MeanPower(), MeanGradient(), GradientNorm(), fk.GroupFisher(by="tensor")], ids=repr
+)
+@pytest.mark.parametrize("bytes_at_once", [1, 2**28], ids=["one parameter at a time", "all at once"])
+def test_the_self_check_finds_what_goes_past_a_call(estimator, bytes_at_once, monkeypatch):
+    """By the estimator's own word of what a gradient adds; without it, by squares of some parameters at a time."""
+    monkeypatch.setattr(planning, "_BYTES_OF_SQUARES", bytes_at_once)
+    torch.manual_seed(0)
+    model, ids, labels = PastItsCall(), torch.randint(9, (6, 4)), torch.randint(9, (6,))
+    with pytest.warns(
+        UserWarning, match=r"^1 parameter\(s\) take the slow exact path.* table.weight: ordinary autograd"
+    ):
+        statistics = fk.estimate(model, [(ids, labels)], estimator, likelihood=fk.Classification())
+    assert statistics.coverage["inner.weight"].path == "fused"
+
+
+def test_the_self_check_compares_with_what_the_estimator_says_of_one_gradient():
+    model, ids, labels = PastItsCall(), torch.randint(9, (6, 4)), torch.randint(9, (6,))
+    with pytest.warns(UserWarning, match="inner.weight: ordinary autograd disagrees"):
+        fk.estimate(model, [(ids, labels)], Doubled(), likelihood=fk.Classification())
+
+
+@pytest.mark.parametrize("estimator, own", [(MeanPower(), False), (GradientNorm(), True)], ids=["squares", "own state"])
+def test_the_self_check_holds_one_group_of_squares_or_states_of_its_own_kind(estimator, own, monkeypatch):
+    sizes = []
+
+    class Measured(States):
+        def __init__(self, parameters, estimator, backend=None):
+            super().__init__(parameters, estimator, backend)
+            sizes.append(sum(total.nbytes for name in parameters for total in sums(self[name])))
+
+    largest = 4 * 41 * 24  # bytes of the embedding's squares, the largest of the model
+    monkeypatch.setattr(planning, "_BYTES_OF_SQUARES", largest)
+    monkeypatch.setattr("fishkern.statistics.states.States.of_the_same_kind", lambda self, estimator, names: Measured(
+        {name: self.info(name) for name in names}, estimator))  # fmt: skip
+    fk.estimate(zoo.llama().model, [zoo.text_batch()], estimator)
+    assert (sizes == []) if own else (len(sizes) > 1 and max(sizes) <= largest)
 
 
 def test_parts_merge_by_the_definition():
