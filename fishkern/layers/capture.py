@@ -19,6 +19,7 @@ from fishkern.layers.grads import DenseGrads, OuterProductGrads, PerExampleGrads
 from fishkern.layers.hooks import Arrival, Hooks
 from fishkern.layers.rows import Rows
 from fishkern.layers.site import Layout, Site
+from fishkern.layers.unsupported import UnsupportedModuleError, leave_out
 from fishkern.layers.uses import Sink, Uses
 
 
@@ -150,13 +151,18 @@ class Capture:
             arrival = arrival._replace(saved=saved)
         for key, grads in arrival.per_example_grads():
             grads = grads.grouped(N) if site.layout is Layout.FLATTENED else grads
-            self._uses.deliver(key, grads if self._counted is None else self._with_counted(grads))
+            self._uses.deliver(key, grads if self._counted is None else self._with_counted(key, grads))
 
-    def _with_counted(self, grads: PerExampleGrads) -> PerExampleGrads:
-        """Say which positions of a linear map's factors count, where they are the positions of the batch."""
-        if not isinstance(grads, OuterProductGrads):
+    def _with_counted(self, key: str, grads: PerExampleGrads) -> PerExampleGrads:
+        """Say which positions of a linear map's factors count: those of the batch, or the single one of a pooler."""
+        if not isinstance(grads, OuterProductGrads) or grads.num_positions == 1:
             return grads
-        return replace(grads, counted=self._counted) if grads.num_positions == self._counted.shape[1] else grads
+        if grads.num_positions != self._counted.shape[1]:
+            raise UnsupportedModuleError(
+                f"{key} runs at {grads.num_positions} positions, and the batch's attention_mask has "
+                f"{self._counted.shape[1]}: which positions count cannot be told. {leave_out([key])}"
+            )
+        return replace(grads, counted=self._counted)
 
     def _receive_generic(self, arrival: Arrival) -> None:
         site = arrival.site

@@ -110,9 +110,8 @@ class OuterProductGrads(PerExampleGrads):
         activations: ``[N, T, I]``.
         output_grads: ``[N, T, O]``, same dtype.
         shape: Shape of the parameter; its entries in order are those of ``[O, I]``.
-        counted: Which positions are those of a text, and not of its padding, ``[N, T]``, bool; ``None`` where all are,
-            or where the positions are not those of the batch's ``attention_mask``. Output gradients are zero at the
-            others, activations are not.
+        counted: Which positions are those of a text, and not of its padding, ``[N, T]``, bool; ``None`` where all are.
+            Output gradients are zero at the others, activations are not.
     """
 
     activations: Tensor

@@ -102,7 +102,7 @@ class CapturedPass:
         if plan.sites:
             capturing = Capture(plan.sites, add, squares=self._estimator.reads == "squares")
             with only_trainable(looped.values()), capturing as capture:
-                with capture.forward(batch.num_examples, self._counted(batch)), strays.watched():
+                with capture.forward(batch.num_examples, self._planner.counted(batch)), strays.watched():
                     answer = self._answer(batch)
                 for place, (objective, last) in enumerate(with_last(self._estimator.objectives(answer, batch.places))):
                     if objective is None:
@@ -143,7 +143,3 @@ class CapturedPass:
     def _note(self, objective: Tensor, batch: Examples) -> None:
         check_finite(objective, batch.places)
         self.connected |= objective.requires_grad
-
-    def _counted(self, batch: Examples) -> Tensor | None:
-        """Say which positions of a batch count, where the estimator asks for it."""
-        return batch.attended if self._estimator.reads == "factors" else None

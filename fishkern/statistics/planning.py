@@ -26,6 +26,7 @@ from fishkern.statistics.batches import Examples
 from fishkern.statistics.coverage import slowest_paths
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.independence import Independence
+from fishkern.statistics.positions import counted_positions
 from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.self_check import disagreements
 from fishkern.statistics.states import States, without_factors
@@ -99,6 +100,17 @@ class Planner:
         if lone not in self._plans:
             self._plans[lone] = self._make_plan(batch.take(0, min(2, batch.num_examples)))
         return self._plans[lone]
+
+    def counted(self, batch: Examples) -> Tensor | None:
+        """Say which positions of a batch count, as :func:`counted_positions` does.
+
+        Args:
+            batch: The batch.
+
+        Returns:
+            ``[N, T]``, bool, or ``None``.
+        """
+        return counted_positions(self._model, self._estimator, batch)
 
     def forget(self) -> None:
         """Survey the next batch anew."""
@@ -242,7 +254,7 @@ class Planner:
         if not plan.sites:
             return set()
         with Capture(plan.sites, add_own, squares=squares) as capture:
-            counted = few.attended if self._estimator.reads == "factors" else None
+            counted = self.counted(few)
             with capture.forward(few.num_examples, counted), strays.watched():
                 answer = self._answer(few)
             _, objective = first(self._estimator.objectives(answer, few.places))

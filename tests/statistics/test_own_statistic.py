@@ -16,7 +16,7 @@ from fishkern.statistics.states import States
 from tests.support import zoo
 from tests.support.exactness import LIMIT
 from tests.support.oracle import row, size, worst_error
-from tests.support.own_estimators import GradientNorm, MeanGradient
+from tests.support.own_estimators import GradientNorm, MeanGradient, SquaredFactors
 
 pytest.importorskip("transformers")
 
@@ -142,6 +142,42 @@ def test_the_self_check_holds_one_group_of_squares_or_states_of_its_own_kind(est
         {name: self.info(name) for name in names}, estimator))  # fmt: skip
     fk.estimate(zoo.llama().model, [zoo.text_batch()], estimator)
     assert (sizes == []) if own else (len(sizes) > 1 and max(sizes) <= largest)
+
+
+def test_factors_say_which_positions_count():
+    """Whatever garbage stands in the padding; without padding there is nothing to say."""
+    model, batch = zoo.llama().model, zoo.text_batch()
+    counted = []
+
+    class Looking(SquaredFactors):
+        reads = "factors"
+
+        def update_(self, state, grads, parameter, backend=None):
+            super().update_(state, grads, parameter, backend)
+            counted.append(grads.counted)
+
+    linear = "*down_proj.weight"
+    fk.estimate(model, [batch], Looking(), parameters=linear, check=False)
+    assert all(torch.equal(one, batch["attention_mask"].bool()) for one in counted)
+    counted.clear()
+    whole = {key: value[:1] for key, value in batch.items()}  # the first row is full
+    fk.estimate(model, [whole], Looking(), parameters=linear, check=False)
+    assert counted == [None] * len(counted)
+    classifier = zoo.bert_classifier()
+    fk.estimate(classifier.model, [classifier.batch()], Looking(), parameters=["*pooler.dense.weight"], check=False)
+    assert counted[-1] is None  # one position for each example
+
+
+def test_positions_that_no_mask_tells_of_are_refused():
+    t5 = zoo.t5()
+    padded = t5.batch()
+    with pytest.raises(fk.UnsupportedModuleError, match="has an encoder and a decoder, and attention_mask says which"):
+        fk.estimate(t5.model, [padded], SquaredFactors(), parameters="*.wo.weight")
+    peft = pytest.importorskip("peft")
+    tuning = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(zoo.llama().model, tuning)
+    with pytest.raises(fk.UnsupportedModuleError, match="runs at 10 positions, and the batch's attention_mask has 7"):
+        fk.estimate(model, [zoo.text_batch()], SquaredFactors(), parameters="*down_proj.weight")
 
 
 def test_parts_merge_by_the_definition():
