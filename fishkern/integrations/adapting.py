@@ -127,14 +127,19 @@ def save_adapter(model: nn.Module, recipe: Adapter | None, folder: Path) -> Path
 def _lora(request: Request, *, use_dora: bool = False) -> Any:
     import peft
 
-    known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    known = request.config.model_type in peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    if not known and request.layers is not None:
+        raise ValueError(
+            f"PEFT cannot choose layers in a {request.config.model_type} model, of which it adapts every linear layer: "
+            "leave --layers out."
+        )
     return peft.LoraConfig(
         r=request.size,
         lora_alpha=2 * request.size,
         use_dora=use_dora,
         init_lora_weights="pissa",
         layers_to_transform=None if request.layers is None else list(request.layers),
-        target_modules=None if request.config.model_type in known else "all-linear",
+        target_modules=None if known else "all-linear",
         **_of_task(request.task),
     )
 
