@@ -1,4 +1,4 @@
-"""A selection as a file holds it: of each parameter its indices or a bit for each coordinate, or nothing.
+"""The format of a selection's file: of each parameter its indices, or a bit for each coordinate, or nothing.
 
 The header says for each parameter its shape and its form. ``"whole"`` and ``"none"`` need no tensor, and neither do
 ranges, ``{"rows": [[start, stop], ...]}`` and ``{"columns": [[start, stop], ...]}``. A file with ranges is of format 2;
@@ -195,7 +195,7 @@ def _read_indices(name: str, shape: torch.Size, form: str, tensor: StoredTensor)
 
 
 def read_provenance(text: str) -> dict[str, Any]:
-    """Read where a selection comes from, as far as others rely on its form.
+    """Read where a selection comes from, and check the parts that other code relies on.
 
     Args:
         text: JSON.

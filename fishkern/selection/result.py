@@ -1,4 +1,4 @@
-"""What a rule hands back: which coordinates of which parameters, and out of which pool."""
+"""The result of a rule: which coordinates of which parameters, and out of which pool."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class Selection(Frozen):
 
     @property
     def k(self) -> int | None:
-        """How many the rule chose, without what was selected always; ``None`` where no single rule did."""
+        """How many the rule chose, without those of ``always``; ``None`` where it was not a single rule."""
         return self.provenance.get("k")
 
     @property
@@ -319,10 +319,10 @@ class Selection(Frozen):
         return Selection.from_entries(renamed(self._entries, names.__getitem__), provenance=provenance)
 
     def check(self, model: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
-        """Make sure that the selection fits a model: each name of the pool is a parameter of the shape scored.
+        """Check that the selection fits a model: each name of the pool is a parameter of the scored shape.
 
         Args:
-            model: The model, or its named parameters. It may have others besides.
+            model: The model, or its named parameters. It may have others as well.
 
         Raises:
             ValueError: It does not fit; the message says which names and shapes differ.
