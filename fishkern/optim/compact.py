@@ -81,11 +81,14 @@ class Selected(NamedTuple):
         Returns:
             ``[n]`` for each range; views, where the tensor is contiguous.
         """
-        spans = self.entries.spans
         flat = tensor.detach().contiguous().view(-1)
         if flat.numel() == self.entries.count:
-            return list(flat.split_with_sizes([stop - start for start, stop in spans]))
-        return [flat[start:stop] for start, stop in spans]
+            return list(flat.split_with_sizes([stop - start for start, stop in self.entries.spans]))
+        sizes, end = [], 0
+        for start, stop in self.entries.spans:
+            sizes += [start - end, stop - start]
+            end = stop
+        return list(flat.split_with_sizes([*sizes, flat.numel() - end])[1::2])  # one call, faster than as many slices
 
     def key(self) -> dict[str, Tensor]:
         """Say for a saved state which entries it is of: by ``"rows"`` ``[R, 2]``, by ``"indices"``, or by neither."""
