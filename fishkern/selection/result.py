@@ -93,6 +93,15 @@ class Selection(Frozen):
         selection._entries.update(renamed(entries, without_wrappers))
         return selection
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if (shapes := state.pop("_shapes", None)) is not None:
+            # An older pickle: for each name a list of indices, or None for all.
+            state["_entries"] = {
+                name: Entries.all(shapes[name]) if indices is None else Entries.of(shapes[name], indices, name)
+                for name, indices in state["_entries"].items()
+            }
+        vars(self).update(state)
+
     @property
     def names(self) -> tuple[str, ...]:
         """The pool: every scored name, in the model's order."""
