@@ -45,7 +45,8 @@ class Selection(Frozen):
     """
 
     _entries: dict[str, Entries]
-    _provenance: str
+    _pool: dict[str, torch.Size]
+    _provenance: str  # JSON, so that nobody changes it
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class Selection(Frozen):
         for name, selected in {**by_list, **by_range}.items():
             if name not in all_of:
                 entries[name] = Entries.of(pool[name], selected, name)
-        vars(self).update(_entries=entries, _provenance=_json(provenance or {}))
+        self._hold(entries, provenance or {})
 
     @classmethod
     def from_entries(cls, entries: Mapping[str, Entries], *, provenance: Mapping[str, Any] | None = None) -> Selection:
@@ -89,18 +90,24 @@ class Selection(Frozen):
             TypeError: ``provenance`` is not JSON.
             ValueError: Two names become one without wrappers.
         """
-        selection = cls({}, {}, provenance=provenance)
-        selection._entries.update(renamed(entries, without_wrappers))
+        selection = cls.__new__(cls)
+        selection._hold(renamed(entries, without_wrappers), provenance or {})
         return selection
 
+    def _hold(self, entries: dict[str, Entries], provenance: Mapping[str, Any]) -> None:
+        pool = {name: selected.shape for name, selected in entries.items()}
+        vars(self).update(_entries=entries, _pool=pool, _provenance=_json(provenance))
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if (shapes := state.pop("_shapes", None)) is not None:
-            # An older pickle: for each name a list of indices, or None for all.
-            state["_entries"] = {
-                name: Entries.all(shapes[name]) if indices is None else Entries.of(shapes[name], indices, name)
-                for name, indices in state["_entries"].items()
-            }
-        vars(self).update(state)
+        if (shapes := state.get("_shapes")) is None:
+            vars(self).update(state)
+            return
+        # An older pickle: for each name a list of indices, or None for all.
+        entries = {
+            name: Entries.all(shapes[name]) if indices is None else Entries.of(shapes[name], indices, name)
+            for name, indices in state["_entries"].items()
+        }
+        self._hold(entries, json.loads(state["_provenance"]))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,7 +117,7 @@ class Selection(Frozen):
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
         """The shape of each parameter of the pool."""
-        return MappingProxyType({name: entries.shape for name, entries in self._entries.items()})
+        return MappingProxyType(self._pool)
 
     @property
     def counts(self) -> Mapping[str, int]:
