@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from fishkern import hosts
 from fishkern.files import parsing
 from fishkern.names import fitted, listed, renamed, without_wrappers
-from fishkern.selection import format
 from fishkern.selection.base import Patterns, matching
 from fishkern.selection.entries import Entries
+from fishkern.selection.format import load_entries, save_entries
 from fishkern.selection.frozen import Frozen
 from fishkern.selection.ranges import Columns, Ranges, Rows
 
@@ -383,7 +383,7 @@ class Selection(Frozen):
             FileExistsError: A file of that name holds something else, such as a model.
             OSError: The folder is missing or read-only, or the disk is full.
         """
-        return format.save(path, self._entries, self._provenance, max_shard_size=max_shard_size)
+        return save_entries(path, self._entries, self._provenance, max_shard_size=max_shard_size)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Selection:
@@ -399,7 +399,7 @@ class Selection(Frozen):
             FileNotFoundError: There is no such file, or a shard is missing.
             ValueError: The file is truncated or damaged, holds no selection, or was written in a newer format.
         """
-        entries, provenance = format.load(path)
+        entries, provenance = load_entries(path)
         with parsing(f"{path} holds no valid selection"):
             return cls.from_entries(entries, provenance=provenance)
 
