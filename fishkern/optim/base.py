@@ -16,10 +16,11 @@ from torch import Tensor
 from fishkern import backend
 from fishkern.arguments import one_of
 from fishkern.optim.clipping import clipped
-from fishkern.optim.compact import Bucket, Operands, Selected, carried_over
+from fishkern.optim.compact import Bucket, Operands, carried_over
 from fishkern.optim.fused import FusedOperands, step_fused
 from fishkern.optim.groups import OUTSIDE, Group, Outside, Parameters, all_named, named_groups, settle
 from fishkern.optim.release import ReleasedGrads, dense, to_release
+from fishkern.optim.selected import Selected
 from fishkern.optim.state_dict import loaded
 from fishkern.selection import Entries, Selection, check_start
 

@@ -61,12 +61,12 @@ def _operands(
     for i in numbers:
         param, selected, views = bucket.params[i], bucket.selected[i], bucket.views(i)
         if bucket.master is None:
-            weights, pieces = selected.views(param), selected.views(grads[i])
+            operands.weights.extend(selected.views(param))
+            operands.grads.extend(selected.views(grads[i].to(param.dtype)))
         else:  # a master is compact, so its ranges are one piece
-            weights = [followed(views["master"][0], selected.gather(param))]
-            pieces = [grads[i] if grads[i].shape != param.shape else selected.gather(grads[i])]
-        operands.weights.extend(weights)
-        operands.grads.extend(piece.to(weight.dtype) for piece, weight in zip(pieces, weights, strict=True))
+            operands.weights.append(followed(views["master"][0], selected.gather(param)))
+            grad = grads[i] if grads[i].shape != param.shape else selected.gather(grads[i])
+            operands.grads.append(grad.to(bucket.master.dtype))
         for name, parts in operands.state.items():
             parts.extend(views[name])
         operands.steps.extend(views["step"])

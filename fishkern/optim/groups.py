@@ -1,4 +1,4 @@
-"""From a model or named parameters to the groups of an optimizer: what the selection is of, and what else trains."""
+"""From a model or named parameters to the groups of an optimizer: the selection's pool, and what else trains."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Parameters: TypeAlias = nn.Module | Iterable[Named] | Iterable[Group]
 
 
 def named_groups(parameters: Parameters, selection: Selection) -> list[Group]:
-    """Bring what a user hands over into groups of named parameters.
+    """Turn a model or parameters into groups of named parameters.
 
     Args:
         parameters: A model, its named parameters, or groups of them, ``{"params": [(name, parameter), ...], ...}``.
@@ -75,12 +75,12 @@ def all_named(groups: Iterable[Group]) -> list[Named]:
 
 
 def settle(groups: Sequence[Group], selection: Selection, outside: Outside) -> list[Group]:
-    """Keep what the optimizer is for: the pool, and with ``outside="train"`` all else that is trainable.
+    """Keep the parameters that the optimizer handles: the pool, and with ``outside="train"`` all other trainable ones.
 
     Args:
-        groups: As from :func:`named_groups`; all that are trainable.
+        groups: As from :func:`named_groups`.
         selection: What is selected.
-        outside: What becomes of a trainable parameter outside the pool.
+        outside: What to do with trainable parameters outside the pool.
 
     Returns:
         The groups, narrowed.
@@ -136,7 +136,7 @@ def _named(entries: Iterable[Named]) -> Iterator[Named]:
     for entry in entries:
         if not isinstance(entry, tuple) or len(entry) != 2 or not isinstance(entry[1], Tensor):
             raise TypeError(
-                "a masked optimizer knows parameters by their names: pass the model, model.named_parameters(), or "
+                "a masked optimizer identifies parameters by their names: pass the model, model.named_parameters(), or "
                 f"groups of (name, parameter) pairs; got {type(entry).__name__}."
             )
         yield entry

@@ -23,16 +23,16 @@ class MaskedSGD(MaskedOptimizer):
 
     Args:
         model_or_named_parameters: A model, its ``named_parameters()``, or groups of them.
-        selection: What moves.
+        selection: The entries that move.
         lr: Learning rate, a number or a zero-dimensional tensor.
         momentum: How much of the last direction stays.
-        dampening: How much of a gradient is kept out of it.
+        dampening: The share of a gradient that does not enter it.
         weight_decay: Decay of the selected entries, added to their gradient.
         nesterov: Nesterov's momentum.
         maximize: Go up the gradient.
         outside: See :class:`fishkern.optim.MaskedOptimizer`, as for the arguments below.
         master_weights: Keep the selected entries of 16-bit weights in float32.
-        max_grad_norm: Clip by the norm of the entries that move.
+        max_grad_norm: Clip by the norm of the selected entries.
         release_grads: Whose gradients are gathered and released during backward.
         fused: What torch's fused update steps: ranges of rows, also whole parameters (``True``), or nothing
             (``False``).

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fishkern.optim.compact import Selected
+from fishkern.optim.selected import Selected
 
 # By default, the gradients of parameters this large of which this little is selected are released: those of base
 # weights, not of adapters.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishkern.optim.compact import ENTRIES, Selected
+from fishkern.optim.selected import ENTRIES, Selected
 from fishkern.selection import Entries, Rows
 
 

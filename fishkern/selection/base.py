@@ -1,4 +1,4 @@
-"""What a rule is: a recipe that chooses coordinates by their scores."""
+"""Rules: recipes that choose coordinates by their scores, and the patterns of names that they take."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Rule(ABC):
     ``"classifier.*"``, ``"*.layers.[0-3].*"``. One that matches no name raises, and so does a name in both.
 
     Args:
-        always: Patterns of parameters that are selected whole, beside what the rule chooses.
+        always: Patterns of parameters that are selected whole, on top of what the rule chooses.
         never: Patterns of parameters that belong to the pool and are selected nowhere.
 
     Attributes:
-        streams: Whether :meth:`choose` takes scores that lie on disk as :class:`~fishkern.files.StoredTensor`, to read
-            them piece by piece. Where not, a score is read whole whenever it is looked up. False for a class that
-            defines ``choose`` and does not say.
+        streams: Whether :meth:`choose` takes scores on disk as :class:`~fishkern.files.StoredTensor`, to read them
+            piece by piece. If not, a score is read whole whenever it is looked up. False for a class that defines
+            ``choose`` and does not set it.
 
     Raises:
         ValueError: A pattern is not a string.
@@ -44,7 +44,7 @@ class Rule(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "choose" in vars(cls) and "streams" not in vars(cls):  # what it inherits speaks of another choose
+        if "choose" in vars(cls) and "streams" not in vars(cls):  # the inherited value is about another choose
             cls.streams = False
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class Rule(ABC):
     def settings(self) -> dict[str, Any]:
         """The rule in plain values, for the header of a file."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        if "__dataclass_fields__" not in vars(type(self)):  # what an __init__ of its own has set
+        if "__dataclass_fields__" not in vars(type(self)):  # attributes set by an __init__ of its own
             values |= {name: value for name, value in vars(self).items() if not name.startswith("_")}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return {"name": type(self).__name__, **plain}
@@ -71,9 +71,9 @@ class Rule(ABC):
         """Choose among the parameters that are neither selected always nor never.
 
         Args:
-            scores: By name, floating tensors; where the rule :attr:`streams`, also what lies on disk.
+            scores: By name, floating tensors; where the rule :attr:`streams`, also tensors on disk.
             total: Coordinates of the whole pool, those selected always or never included.
-            backend: Passed on to the operation behind it.
+            backend: Passed on to the operation.
 
         Returns:
             Flat indices by name, each ascending; names may be missing.

@@ -36,18 +36,17 @@ class Entries(Frozen):
     _listed: Tensor | None
 
     def __init__(self, shape: torch.Size, selected: Ranges | Tensor | None) -> None:
-        if selected is None:
-            count = shape.numel()
-            vars(self).update(shape=shape, count=count, ranges=None, spans=((0, count),), _listed=None)
-        elif isinstance(selected, Ranges):
-            size = selected.size(shape)
-            count = len(selected) * (shape.numel() // size) if size else 0
-            width = shape[1:].numel()
+        count, spans = shape.numel(), ((0, shape.numel()),)  # of all
+        if isinstance(selected, Ranges):
+            size, width = selected.size(shape), shape[1:].numel()
+            count = len(selected) * (count // size) if size else 0
             spans = tuple((start * width, stop * width) for start, stop in selected.bounds)
             spans = spans if isinstance(selected, Rows) else None
-            vars(self).update(shape=shape, count=count, ranges=selected, spans=spans, _listed=None)
-        else:
-            vars(self).update(shape=shape, count=len(selected), ranges=None, spans=None, _listed=selected)
+        elif selected is not None:
+            count, spans = len(selected), None
+        ranges = selected if isinstance(selected, Ranges) else None
+        listed = selected if isinstance(selected, Tensor) else None
+        vars(self).update(shape=shape, count=count, ranges=ranges, spans=spans, _listed=listed)
 
     @classmethod
     def all(cls, shape: torch.Size) -> Entries:
@@ -101,7 +100,7 @@ class Entries(Frozen):
             return _aranges(self.spans, dtype)
         if self.ranges is None:
             return self._listed
-        rows = torch.arange(0, self.shape.numel(), self._width, dtype=dtype)
+        rows = torch.arange(self.shape[0], dtype=dtype) * self._width
         return (rows[:, None] + _aranges(self.ranges.bounds, dtype)).view(-1)
 
     def mask(self) -> Tensor:
@@ -224,6 +223,8 @@ class Entries(Frozen):
         return self._combined(other, Ranges.__and__, lambda ours, theirs: ours[_are_in(ours, theirs)])
 
     def __sub__(self, other: Entries) -> Entries:
+        if other.is_all:
+            return Entries.none(self.shape)
         return self._combined(other, Ranges.__sub__, lambda ours, theirs: ours[~_are_in(ours, theirs)])
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""A selection as a file holds it: of each parameter its indices or a bit for each coordinate, or nothing.
+"""The format of a selection's file: of each parameter its indices, or a bit for each coordinate, or nothing.
 
 The header says for each parameter its shape and its form. ``"whole"`` and ``"none"`` need no tensor, and neither do
 ranges, ``{"rows": [[start, stop], ...]}`` and ``{"columns": [[start, stop], ...]}``. A file with ranges is of format 2;
@@ -42,7 +42,7 @@ RANGES: dict[str, type[Ranges]] = {"rows": Rows, "columns": Columns}
 FORMAT = Format("fishkern.selection", version=2, saved_by="Selection.save")
 
 
-def save(
+def save_entries(
     path: str | os.PathLike[str],
     entries: Mapping[str, Entries],
     provenance: str,
@@ -58,7 +58,7 @@ def save(
         max_shard_size: See :meth:`fishkern.Selection.save`.
 
     Returns:
-        The file to give to :func:`load`.
+        The file to give to :func:`load_entries`.
     """
     tensors: dict[str, AnyTensor] = {}
     pool = {}
@@ -68,12 +68,17 @@ def save(
         if tensor is not None:
             tensors[name] = tensor
     metadata = {"pool": json.dumps(pool), "provenance": provenance}
-    format = oldest_format(FORMAT, entries.values())
-    return save_tensors(path, tensors, format=format, metadata=metadata, max_shard_size=max_shard_size)
+    return save_tensors(
+        path,
+        tensors,
+        format=oldest_format(FORMAT, entries.values()),
+        metadata=metadata,
+        max_shard_size=max_shard_size,
+    )
 
 
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, Entries], dict[str, Any]]:
-    """Read what :func:`save` wrote.
+def load_entries(path: str | os.PathLike[str]) -> tuple[dict[str, Entries], dict[str, Any]]:
+    """Read what :func:`save_entries` wrote.
 
     Args:
         path: See :meth:`fishkern.Selection.load`.
@@ -195,7 +200,7 @@ def _read_indices(name: str, shape: torch.Size, form: str, tensor: StoredTensor)
 
 
 def read_provenance(text: str) -> dict[str, Any]:
-    """Read where a selection comes from, as far as others rely on its form.
+    """Read where a selection comes from, and check the parts that other code relies on.
 
     Args:
         text: JSON.

@@ -21,9 +21,9 @@ from fishkern.selection.ranking import check_ordered, no_rank, warn_of_zeros
 class PerRowTopK(Rule):
     """Select the ``k`` first scores of each output neuron: of each row ``w[o]`` of a parameter.
 
-    A row is everything at one first index, so a convolution's row is its whole filter. In a row, ties go to the smaller
-    index. Parameters with fewer than two dimensions (biases, norms) have no rows, and must
-    be named in ``always`` or ``never``.
+    A row is everything at one index of the first axis, so a convolution's row is its whole filter. In a row, ties go to
+    the smaller index. Parameters with fewer than two dimensions (biases, norms) have no rows, and must be named in
+    ``always`` or ``never``.
 
     Args:
         k: How many of each row.
@@ -32,7 +32,7 @@ class PerRowTopK(Rule):
         never: As for every rule.
 
     Raises:
-        ValueError: ``k`` is negative, or ``order`` is another.
+        ValueError: ``k`` is negative, or ``order`` is neither of the two.
         TypeError: ``k`` is not an integer.
     """
 

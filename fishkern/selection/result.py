@@ -1,4 +1,4 @@
-"""What a rule hands back: which coordinates of which parameters, and out of which pool."""
+"""The result of a rule: which coordinates of which parameters, and out of which pool."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from fishkern import hosts
 from fishkern.files import parsing
 from fishkern.names import fitted, listed, renamed, without_wrappers
-from fishkern.selection import format
 from fishkern.selection.base import Patterns, matching
 from fishkern.selection.entries import Entries
+from fishkern.selection.format import load_entries, save_entries
 from fishkern.selection.frozen import Frozen
 from fishkern.selection.ranges import Columns, Ranges, Rows
 
@@ -45,7 +45,8 @@ class Selection(Frozen):
     """
 
     _entries: dict[str, Entries]
-    _provenance: str
+    _pool: dict[str, torch.Size]
+    _provenance: str  # JSON, so that nobody changes it
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class Selection(Frozen):
         for name, selected in {**by_list, **by_range}.items():
             if name not in all_of:
                 entries[name] = Entries.of(pool[name], selected, name)
-        vars(self).update(_entries=entries, _provenance=_json(provenance or {}))
+        self._hold(entries, provenance or {})
 
     @classmethod
     def from_entries(cls, entries: Mapping[str, Entries], *, provenance: Mapping[str, Any] | None = None) -> Selection:
@@ -89,9 +90,24 @@ class Selection(Frozen):
             TypeError: ``provenance`` is not JSON.
             ValueError: Two names become one without wrappers.
         """
-        selection = cls({}, {}, provenance=provenance)
-        selection._entries.update(renamed(entries, without_wrappers))
+        selection = cls.__new__(cls)
+        selection._hold(renamed(entries, without_wrappers), provenance or {})
         return selection
+
+    def _hold(self, entries: dict[str, Entries], provenance: Mapping[str, Any]) -> None:
+        pool = {name: selected.shape for name, selected in entries.items()}
+        vars(self).update(_entries=entries, _pool=pool, _provenance=_json(provenance))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if (shapes := state.get("_shapes")) is None:
+            vars(self).update(state)
+            return
+        # An older pickle: for each name a list of indices, or None for all.
+        entries = {
+            name: Entries.all(shapes[name]) if indices is None else Entries.of(shapes[name], indices, name)
+            for name, indices in state["_entries"].items()
+        }
+        self._hold(entries, json.loads(state["_provenance"]))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -101,7 +117,7 @@ class Selection(Frozen):
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
         """The shape of each parameter of the pool."""
-        return MappingProxyType({name: entries.shape for name, entries in self._entries.items()})
+        return MappingProxyType(self._pool)
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -130,7 +146,7 @@ class Selection(Frozen):
 
     @property
     def k(self) -> int | None:
-        """How many the rule chose, without what was selected always; ``None`` where no single rule did."""
+        """How many the rule chose, without those of ``always``; ``None`` where it was not a single rule."""
         return self.provenance.get("k")
 
     @property
@@ -319,10 +335,10 @@ class Selection(Frozen):
         return Selection.from_entries(renamed(self._entries, names.__getitem__), provenance=provenance)
 
     def check(self, model: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
-        """Make sure that the selection fits a model: each name of the pool is a parameter of the shape scored.
+        """Check that the selection fits a model: each name of the pool is a parameter of the scored shape.
 
         Args:
-            model: The model, or its named parameters. It may have others besides.
+            model: The model, or its named parameters. It may have others as well.
 
         Raises:
             ValueError: It does not fit; the message says which names and shapes differ.
@@ -367,7 +383,7 @@ class Selection(Frozen):
             FileExistsError: A file of that name holds something else, such as a model.
             OSError: The folder is missing or read-only, or the disk is full.
         """
-        return format.save(path, self._entries, self._provenance, max_shard_size=max_shard_size)
+        return save_entries(path, self._entries, self._provenance, max_shard_size=max_shard_size)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Selection:
@@ -383,7 +399,7 @@ class Selection(Frozen):
             FileNotFoundError: There is no such file, or a shard is missing.
             ValueError: The file is truncated or damaged, holds no selection, or was written in a newer format.
         """
-        entries, provenance = format.load(path)
+        entries, provenance = load_entries(path)
         with parsing(f"{path} holds no valid selection"):
             return cls.from_entries(entries, provenance=provenance)
 

@@ -16,7 +16,7 @@ from fishkern.selection.base import Rule, matching
 from fishkern.selection.result import Selection
 from fishkern.statistics import Statistics
 
-_DIGESTED = 256  # scores of each parameter that its fingerprint looks at
+_DIGESTED = 256  # scores of each parameter that the digest covers
 
 
 def select(
@@ -24,8 +24,8 @@ def select(
 ) -> Selection:
     """Choose coordinates by their scores.
 
-    Statistics that were loaded lazily are read piece by piece, never as a whole: once beside a small sample, and again
-    where the sample does not tell enough, or where the last score selected is zero, to count the zeros. A rule of your
+    Statistics that were loaded lazily are read piece by piece, never as a whole: once, after a small sample, and again
+    where the sample is not enough, or where the last selected score is zero, to count the zeros. A rule of your
     own gets a tensor, read whole, for each score that it looks up (but see :attr:`Rule.streams`).
 
     Args:
@@ -33,19 +33,19 @@ def select(
             :class:`~fishkern.files.StoredTensor`. Every name in it belongs to the pool. Scores of a mapping may be
             negative; their sign counts.
         rule: How to choose, for example ``GlobalTopK(density=0.005)``.
-        backend: ``None`` for the ambient choice, see :mod:`fishkern.backend`.
+        backend: ``None`` for the current default, see :mod:`fishkern.backend`.
 
     Returns:
         The selection. Its provenance holds the rule, ``k`` (what the rule chose, without ``always``) and a digest of
-        the statistics: over names, shapes, provenance and 256 scores of each parameter, so that it tells statistics
-        apart and is no checksum.
+        the statistics: over names, shapes, provenance and 256 scores of each parameter. It distinguishes statistics
+        from each other, and is not a checksum.
 
     Raises:
-        TypeError: ``rule`` is no rule or holds what is not JSON, ``statistics`` is no mapping, an entry is not a
-            floating tensor with values, or the rule gives no indices by name.
+        TypeError: ``rule`` is not a rule or has a field that is not JSON, ``statistics`` is not a mapping, an entry is
+            not a floating tensor with values, or the rule does not return indices by name.
         ValueError: ``k`` exceeds what can be chosen from, a pattern matches nothing, a score is NaN, two names
-            become one without wrappers, statistics are of groups of entries, or the rule selects from a parameter that
-            it was not asked about.
+            become one without wrappers, statistics are of groups of entries, or the rule selects from a parameter whose
+            scores it did not get.
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"rule must be a selection rule such as GlobalTopK(density=0.005), got {rule!r}.")
@@ -59,20 +59,20 @@ def select(
     always, never = matching(rule.always, scores, "always"), matching(rule.never, scores, "never")
     if both := set(always) & set(never):
         raise ValueError(f"{min(both)} is in always= and in never=: leave it out of one.")
-    kept = {name: score for name, score in scores.items() if name not in {*always, *never}}
+    ranked = {name: score for name, score in scores.items() if name not in {*always, *never}}
     total = sum(score.numel() for score in scores.values())
-    indices = rule.choose(kept if rule.streams else _OnAccess(kept), total, backend)
-    _check_chosen(f"{type(rule).__name__}.choose", indices, kept)
+    indices = rule.choose(ranked if rule.streams else _OnAccess(ranked), total, backend)
+    _check_indices(f"{type(rule).__name__}.choose", indices, ranked)
     described = {"digest": _digest(statistics, scores)}
     if isinstance(statistics, Statistics):
         described |= {"count": statistics.count, "definition": statistics.provenance["definition"]}
-    k = sum(len(chosen) for chosen in indices.values())
+    k = sum(map(len, indices.values()))
     provenance = {"rule": rule.settings, "k": k, "statistics": described}
     return Selection(shapes, indices, whole=always, provenance=provenance)
 
 
 class _OnAccess(Mapping[str, Tensor]):
-    """Scores as tensors, also those on disk, which are read when they are looked up, and not kept."""
+    """Scores as tensors: one on disk is read whenever it is looked up, and not kept."""
 
     def __init__(self, scores: Mapping[str, AnyTensor]) -> None:
         self._scores = scores
@@ -91,17 +91,17 @@ class _OnAccess(Mapping[str, Tensor]):
         return name in self._scores  # Mapping's own would read the tensor
 
 
-def _check_chosen(what: str, indices: object, scores: Mapping[str, AnyTensor]) -> None:
+def _check_indices(what: str, indices: object, scores: Mapping[str, AnyTensor]) -> None:
     if not isinstance(indices, Mapping):
         raise TypeError(f"{what} must give flat indices by name, a dict of tensors [K]; got {type(indices).__name__}.")
-    for name, chosen in indices.items():
+    for name, selected in indices.items():
         if name not in scores:
             raise ValueError(
                 f"{what} selects from {name}, which is not among the {len(scores)} scores that it got (not in the "
                 "pool, or in always= or never=)."
             )
-        if not isinstance(chosen, Tensor) or chosen.ndim != 1:
-            shown = tuple(chosen.shape) if isinstance(chosen, Tensor) else type(chosen).__name__
+        if not isinstance(selected, Tensor) or selected.ndim != 1:
+            shown = tuple(selected.shape) if isinstance(selected, Tensor) else type(selected).__name__
             raise TypeError(f"{what} must give flat indices, a tensor [K] for each name; for {name} it gave {shown}.")
 
 

@@ -597,12 +597,17 @@ def test_rows_in_another_memory_order_step_at_the_same_places(kind):
 
 @every_optimizer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_reselect(kind, dtype):
+@pytest.mark.parametrize("form", ["listed", "rows"])
+def test_reselect(kind, form, dtype):
     """Entries that stay go on as if nothing had happened, those that come in as if training began with them."""
     torch.manual_seed(0)
     shape = (9, 8)
-    old, new = ({"weight": (torch.rand(72) < 0.5).nonzero().view(-1)} for _ in range(2))
-    selections = [fk.Selection({"weight": shape}, indices) for indices in (old, new)]
+    if form == "listed":
+        indices = [{"weight": (torch.rand(72) < 0.5).nonzero().view(-1)} for _ in range(2)]
+        selections = [fk.Selection({"weight": shape}, given) for given in indices]
+    else:
+        ranges = [{"weight": fk.Rows((0, 2), (3, 6))}, {"weight": fk.Rows((1, 4), (7, 9))}]
+        selections = [fk.Selection({"weight": shape}, {}, ranges=given) for given in ranges]
     weight, full, late = (nn.Parameter(torch.full(shape, 0.5).to(dtype)) for _ in range(3))
     grads = [torch.randn(shape).to(dtype) for _ in range(8)]
 
@@ -613,9 +618,9 @@ def test_reselect(kind, dtype):
 
     optimizer = kind.make([("weight", weight)], selections[0])
     run(optimizer, weight, grads[:5])
-    shared = len(set(old["weight"].tolist()) & set(new["weight"].tolist()))
+    old, new = (set(selection.indices("weight").tolist()) for selection in selections)
     counts = optimizer.reselect(selections[1])
-    assert counts == (shared, len(old["weight"]) - shared, len(new["weight"]) - shared)
+    assert counts == (len(old & new), len(old - new), len(new - old))
     before = weight.detach().clone()
     run(optimizer, weight, grads[5:])
     run(kind.make([("weight", full)], everything(nn.ParameterDict({"weight": full}))), full, grads)

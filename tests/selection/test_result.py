@@ -88,6 +88,18 @@ def test_frozen():
     assert copy.deepcopy(selection) == selection == pickle.loads(pickle.dumps(selection))
 
 
+def test_an_older_pickle_loads():
+    """It had a list of indices for each name, or None for all."""
+    selection = make(embed_weight=[1, 5])
+    names = selection.names
+    entries = {name: None if name in selection.whole else selection.indices(name) for name in names}
+    older = Selection.__new__(Selection)
+    older.__setstate__({"_shapes": dict(selection.shapes), "_entries": entries, "_provenance": '{"k": 2}'})
+    assert older == selection
+    assert older.k == 2
+    assert pickle.loads(pickle.dumps(older)) == selection
+
+
 def test_what_it_was_made_of_may_change():
     """Also where nothing had to be sorted or cast."""
     given = {"embed.weight": torch.tensor([1, 5, 9], dtype=torch.int32), "norm.weight": torch.tensor([2, 0])}
