@@ -28,7 +28,7 @@ RECORDED = Path(__file__).resolve().parents[1] / "results"
 # What decides most comes first: whether anything is right, what the machine can do, then the kernel that all stands on.
 ORDER = (
     "smoke", "roofs", "sum_grad_squared", "whole_pass", "trace", "variants", "streaming_topk", "masked_adamw",
-    "siblings",
+    "group_sum_grad_squared", "siblings",
 )  # fmt: skip
 TESTED_IN = 60.0
 

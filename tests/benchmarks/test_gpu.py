@@ -12,6 +12,7 @@ from benchmarks import __main__ as command
 from benchmarks.gpu import (
     _timing,
     _tune,
+    group_sum_grad_squared,
     masked_adamw,
     roofs,
     siblings,
@@ -275,6 +276,28 @@ def test_what_is_selected_is_checked(wrong, monkeypatch):
     monkeypatch.setattr(streaming_topk, "streaming_topk", select)
     with pytest.raises(ValueError, match="selected instead|than the reference|another order"):
         streaming_topk.check(scores, 60)
+
+
+@pytest.mark.parametrize("name", ["gate 8x512 by tensor", "gate packed by row", "lora_A r=16 by row"])
+def test_groups_in_small(name, monkeypatch):
+    """Every provider of it runs and gives the same sums; ours has its error in the record."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the CPU stands in for the device")
+    case = group_sum_grad_squared.CASES[name]
+    case = type(case)(**{**vars(case), "O": 24, "I": 20, "N": 5, "T": 6, "dtype": "float32"})
+    results = {}
+
+    def called_once(providers, *, ours, device):
+        results.update({provider: run() for provider, run in providers.items()})
+        return {provider: {"ms": {}} for provider in providers}
+
+    monkeypatch.setattr(group_sum_grad_squared, "compare", called_once)
+    records = {record["provider"]: record for record in group_sum_grad_squared._measure(case, CPU)}
+    assert float(records["fishkern"]["error"]) < 1e-6
+    assert records["fishkern"]["bytes"] == 5 * 6 * (24 + 20) * 4 + 8 * results["fishkern"].numel()
+    for provider in ("torch", "unreduced"):
+        torch.testing.assert_close(results[provider], results["fishkern"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", siblings.CASES)
