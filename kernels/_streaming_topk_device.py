@@ -17,14 +17,14 @@ import triton.language as tl
 
 @triton.jit
 def _find_chunk(table_ptr, num_tensors, number, CHUNK: tl.constexpr):
-    """Find where a chunk lies: address of its tensor, its first score there, how many are left, its place among all."""
+    """Locate a chunk: address of its tensor, its first score there, how many follow, its place among all chunks."""
     low = num_tensors * 0
     high = num_tensors - 1
-    while low < high:  # the last tensor whose first chunk is not behind this one
+    while low < high:  # the last tensor whose first chunk is not after this one
         middle = (low + high + 1) // 2
-        behind = tl.load(table_ptr + middle) > number
-        low = tl.where(behind, low, middle)
-        high = tl.where(behind, middle - 1, high)
+        after = tl.load(table_ptr + middle) > number
+        low = tl.where(after, low, middle)
+        high = tl.where(after, middle - 1, high)
     inside = number - tl.load(table_ptr + low)
     address = tl.load(table_ptr + num_tensors + low)
     left = tl.load(table_ptr + 2 * num_tensors + low) - inside * CHUNK
@@ -35,7 +35,7 @@ def _find_chunk(table_ptr, num_tensors, number, CHUNK: tl.constexpr):
 def _load_scores(address, first, left, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr,
                  COUNT: tl.constexpr):  # fmt: skip
     """Load the first ``COUNT`` scores of a chunk: values, negated unless LARGEST; which exist."""
-    # The hint counts only behind the cast, and loads are wide only where nothing is masked.
+    # The hint counts only after the cast, and loads are wide only where nothing is masked.
     ptr = address.to(tl.pointer_type(DTYPE)) + first
     if ALIGNED:
         ptr = tl.multiple_of(ptr, 16)
@@ -63,7 +63,7 @@ def sample_kernel(
 def select_kernel(
     table_ptr, bits_ptr,  # tensors; [chunks, CHUNK / 32], set above high
     counts_ptr,  # [4, chunks]: above high, at high, at low, NaN
-    inside_ptr, slots_ptr, values_ptr,  # how many are inside; where they lie, [room]; what they are, [room]
+    inside_ptr, slots_ptr, values_ptr,  # how many are inside; their slots, [room]; their values, [room]
     num_tensors, num_chunks, room,
     low, high,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr, CHUNK: tl.constexpr,
@@ -97,11 +97,11 @@ def take_ties_kernel(
 ):  # fmt: skip
     address, first, left, place = _find_chunk(table_ptr, num_tensors, tl.program_id(0).to(tl.int64), CHUNK)
     quota = tl.load(quotas_ptr + place)
-    if quota > 0:  # asked before the scores are read: mostly few chunks have one
+    if quota > 0:  # checked before the scores are read: mostly few chunks have one
         values, exists = _load_scores(address, first, left, DTYPE, ALIGNED, LARGEST, CHUNK)
         equal = (exists & (values == end)).to(tl.int32)
-        taken = equal * (tl.cumsum(equal, 0) <= quota).to(tl.int32)
-        bits = tl.sum(tl.reshape(taken, (CHUNK // 32, 32)) << tl.arange(0, 32)[None, :], 1)
+        first_ones = equal * (tl.cumsum(equal, 0) <= quota).to(tl.int32)
+        bits = tl.sum(tl.reshape(first_ones, (CHUNK // 32, 32)) << tl.arange(0, 32)[None, :], 1)
         ptrs = bits_ptr + place * (CHUNK // 32) + tl.arange(0, CHUNK // 32)
         tl.store(ptrs, tl.load(ptrs) | bits)
 
@@ -114,8 +114,8 @@ def emit_kernel(
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     words = tl.load(bits_ptr + place * (CHUNK // 32) + tl.arange(0, CHUNK // 32))
-    taken = tl.reshape((words[:, None] >> tl.arange(0, 32)[None, :]) & 1, (CHUNK,))
-    if tl.sum(taken) > 0:
-        ptrs = out_ptr + tl.load(starts_ptr + place) + tl.cumsum(taken, 0) - 1
+    selected = tl.reshape((words[:, None] >> tl.arange(0, 32)[None, :]) & 1, (CHUNK,))
+    if tl.sum(selected) > 0:
+        ptrs = out_ptr + tl.load(starts_ptr + place) + tl.cumsum(selected, 0) - 1
         indices = tl.load(offsets_ptr + place) + tl.arange(0, CHUNK)
-        tl.store(ptrs, indices.to(out_ptr.dtype.element_ty), mask=taken > 0)
+        tl.store(ptrs, indices.to(out_ptr.dtype.element_ty), mask=selected > 0)

@@ -1,8 +1,7 @@
-"""How :mod:`fishkern.kernels.sum_grad_squared` cuts its work: tiles for each architecture, and parts of the examples.
+"""How the kernels of weight gradients cut their work: tiles for each architecture, and parts of the examples.
 
 The tiles were chosen by registers, spills and shared memory of offline compilations, which
-``tests/kernels/resources.json`` holds; they are not measured on a GPU yet. ``python -m benchmarks tune`` measures them
-and writes what it finds.
+``tests/kernels/resources.json`` records; they are not measured on a GPU yet. ``python -m benchmarks tune`` does that.
 
 Two float32 tiles, the gradient and the total, live in registers: 128 x 256 of them take all 255 of 8 warps, and spill
 a little after each example, not within one. That is only so where blocks come and go through TMA, whose addresses cost
@@ -14,7 +13,7 @@ for 128 x 64.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from typing import Literal
 
@@ -23,9 +22,9 @@ from triton import cdiv
 from ._hardware import Hardware
 from ._problem import Problem
 
-# So many positions are multiplied without matrix units, which take 16 at a time.
+# Up to this many positions are multiplied without matrix units, which take 16 at a time.
 FEW_POSITIONS = 4
-# Partial results of a split take at most so many bytes.
+# Partial results of a split take at most this many bytes.
 WORKSPACE = 64 * 2**20
 MOST_PARTS = 64
 # Chunks are shortened until at most this share of the multiplied positions is padding.
@@ -152,6 +151,10 @@ TABLES: dict[str, dict[tuple[int, Loads], tuple[Config, ...]]] = {
 # Columns of the widest tiles that three of fit the registers, where it is not 128: by family and bytes of an entry.
 WIDEST_WITH_MEAN = {("sm_80", 4): 64}
 
+# Chunks in flight where sums over rows leave no registers for as many as in the table, by family, bytes of an entry,
+# loads and columns of a tile: with three, Triton 3.7 spills an accumulator in the loop.
+STAGES_BY_ROW: dict[tuple[str, int, Loads, int], int] = {("sm_90", 4, "vectors", 16): 2}
+
 FEW = {"interpreter": Config(32, 64, 1, 4, 1, 2)}
 FEW_ELSEWHERE = Config(32, 128, 1, 4, 1)  # 32 entries of the result for each thread
 SUM_PARTS = Config(16, 128, 1, 4, 1, 1)
@@ -185,6 +188,21 @@ def loads(problem: Problem, hardware: Hardware) -> Loads:
     return "vectors" if problem.x.has_vectors and problem.g.has_vectors else "elements"
 
 
+def by_row(config: Config, problem: Problem, hardware: Hardware) -> Config:
+    """Adapt tiles to a program that sums them over their columns.
+
+    Args:
+        config: The tiles.
+        problem: The call.
+        hardware: Where it will run.
+
+    Returns:
+        The same tiles, with fewer chunks in flight where registers are short.
+    """
+    case = (hardware.family, problem.itemsize, loads(problem, hardware), config.BLOCK_I)
+    return replace(config, num_stages=min(config.num_stages, STAGES_BY_ROW.get(case, config.num_stages)))
+
+
 def few_positions(problem: Problem) -> bool:
     """Tell whether matrix units would be fed zeros.
 
@@ -192,9 +210,9 @@ def few_positions(problem: Problem) -> bool:
         problem: The call.
 
     Returns:
-        Whether the examples are too short for them.
+        Whether the examples are too short for them; never where tiles are summed up, since squaring rules the time.
     """
-    return not problem.packed and problem.T <= FEW_POSITIONS
+    return bool(problem.results) and not problem.packed and problem.T <= FEW_POSITIONS
 
 
 def tiles(problem: Problem, hardware: Hardware) -> tuple[Config, int]:
@@ -248,15 +266,15 @@ def _padding(problem: Problem, block: int) -> float:
 
 def _parts(problem: Problem, hardware: Hardware, config: Config) -> int:
     # Where tiles are few, more programs run at once, at the price of partial results. One example on one tile counts 1,
-    # and so does a partial tile, written and read again. No example is split.
+    # and so does a partial tile, written and read again; sums over one cost nothing. No example is split.
     N, O, I = problem.N, problem.O, problem.I
     tiles = cdiv(O, config.BLOCK_O) * cdiv(I, config.BLOCK_I)
     slots = hardware.processors * (8 // config.num_warps)
 
     def cost(parts: int) -> int:
-        return cdiv(tiles * parts, slots) * (cdiv(N, parts) + (parts > 1))
+        return cdiv(tiles * parts, slots) * (cdiv(N, parts) + (bool(problem.results) and parts > 1))
 
-    most = min(N, MOST_PARTS, WORKSPACE // (4 * O * I))
+    most = min(N, MOST_PARTS, WORKSPACE // (4 * O * I) if problem.results else MOST_PARTS)
     return min(range(1, max(most, 1) + 1), key=lambda parts: (cost(parts), parts))
 
 

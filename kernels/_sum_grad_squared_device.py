@@ -5,8 +5,8 @@ gradient leaves the registers, no atomics are needed, and the order of every sum
 
     x, g                activations [N, T, I] and output gradients [N, T, O]; [S, I] and [S, O] when PACKED
     out, grad_out       [parts, O, I], float32: sum of the squares and sum of the gradients of each part of the examples
-    ADD                 whether to add to what stands in out (ADD_MEAN: in grad_out), or to overwrite it
-    MEAN                whether grad_out is asked for
+    ADD                 whether to add to the values in out (ADD_MEAN: in grad_out), or to overwrite them
+    MEAN                whether grad_out is requested
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _store_tile(
     out, value, part, row, column, O, I, stride_p, stride_o, stride_i,
     ADD: tl.constexpr, TMA: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile of one part, or add to what stands there."""
+    """Write one tile of one part, or add to the values there."""
     if TMA:
         if ADD:
             value += out.load([part, row, column]).reshape(BLOCK_O, BLOCK_I)
@@ -77,25 +77,22 @@ def _store_tile(
         tl.store(ptrs, value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "parts"])
-def sum_grad_squared_kernel(
-    x, g, out, grad_out,  # pointers, or descriptors of blocks where TMA and TMA_OUT say so
-    chunks, cuts,  # when PACKED: [C, 2] position and remaining positions of each; [parts + 1] first chunk of each part
-    N, T, I, O, parts,  # N and T are not read when PACKED
+@triton.jit
+def _sum_squares(
+    x, g, chunks, cuts, row, column, part,
+    N, T, I, O, parts,
     stride_xn, stride_xt, stride_xi,
     stride_gn, stride_gt, stride_go,
-    stride_op, stride_oo, stride_oi,
-    stride_mp, stride_mo, stride_mi,
-    PACKED: tl.constexpr, ADD: tl.constexpr, MEAN: tl.constexpr, ADD_MEAN: tl.constexpr,
-    TMA: tl.constexpr, TMA_OUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr, GROUP_O: tl.constexpr,
+    PACKED: tl.constexpr, MEAN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Matrix products of BLOCK_T positions, squared after each example.
+    """Sum the squared gradients of a part's examples in one tile, and with MEAN the gradients.
 
     All chunks of all examples pass through one loop, so that the loads of the next are under way while one is squared.
+
+    Returns:
+        Both sums; the second is zero without MEAN.
     """
-    row, column = _tile(tl.program_id(0), O, I, BLOCK_O, BLOCK_I, GROUP_O)
-    part = tl.program_id(1)
     n = _first_example(part, parts, N)
     t = n * 0
     chunk = t
@@ -110,8 +107,7 @@ def sum_grad_squared_kernel(
 
     total = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
     grad = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
-    if MEAN:
-        mean = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
+    mean = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
     for _ in range(steps):
         x_chunk = _load_chunk(
             x, n, t, remaining, column, I, stride_xn, stride_xt, stride_xi, False, PACKED, TMA, BLOCK_T, BLOCK_I
@@ -138,7 +134,30 @@ def sum_grad_squared_kernel(
             n = tl.where(last, n + 1, n)
             t = tl.multiple_of(tl.where(last, 0, t + BLOCK_T), BLOCK_T)
             remaining = T - t
+    return total, mean
 
+
+@triton.jit(do_not_specialize=["N", "parts"])
+def sum_grad_squared_kernel(
+    x, g, out, grad_out,  # pointers, or descriptors of blocks where TMA and TMA_OUT say so
+    chunks, cuts,  # when PACKED: [C, 2] position and remaining positions of each; [parts + 1] first chunk of each part
+    N, T, I, O, parts,  # N and T are not read when PACKED
+    stride_xn, stride_xt, stride_xi,
+    stride_gn, stride_gt, stride_go,
+    stride_op, stride_oo, stride_oi,
+    stride_mp, stride_mo, stride_mi,
+    PACKED: tl.constexpr, ADD: tl.constexpr, MEAN: tl.constexpr, ADD_MEAN: tl.constexpr,
+    TMA: tl.constexpr, TMA_OUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr, GROUP_O: tl.constexpr,
+):  # fmt: skip
+    """Write the sums of the squares, and of the gradients where MEAN is set."""
+    row, column = _tile(tl.program_id(0), O, I, BLOCK_O, BLOCK_I, GROUP_O)
+    part = tl.program_id(1)
+    total, mean = _sum_squares(
+        x, g, chunks, cuts, row, column, part, N, T, I, O, parts,
+        stride_xn, stride_xt, stride_xi, stride_gn, stride_gt, stride_go,
+        PACKED, MEAN, TMA, PRECISION, UPCAST, BLOCK_O, BLOCK_I, BLOCK_T,
+    )  # fmt: skip
     _store_tile(out, total, part, row, column, O, I, stride_op, stride_oo, stride_oi, ADD, TMA_OUT, BLOCK_O, BLOCK_I)
     if MEAN:
         _store_tile(

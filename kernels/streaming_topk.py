@@ -1,11 +1,11 @@
-"""Triton kernels of :func:`fishkern.ops.streaming_topk`, for blocks that lie on one GPU.
+"""Launcher of the Triton kernels of :func:`fishkern.ops.streaming_topk`, for blocks on one GPU.
 
-The scores are cut into chunks, one program each; a table of addresses makes all tensors of one dtype one launch. The
-first kernel reads every score once. Given a bracket from a sample, in which the ``k``-th largest must lie, it writes
-one bit for each score above it, collects the ones inside, and counts those equal to its ends, which may be very many
-(zeros). The host decides among the collected ones; the second kernel takes the first so many of those equal to an end;
-the third writes the indices of all bits that are set. Only which candidates come first in memory depends on scheduling,
-and they are sorted.
+The scores are cut into chunks, one program each; a table of addresses makes all tensors of one dtype one launch
+(:mod:`fishkern.kernels._streaming_topk_device`). A sample gives a bracket, two values that should enclose the ``k``-th
+largest. One kernel reads every score once: it writes one bit for each score above the bracket, collects the ones
+inside, and counts those equal to its ends, which may be very many (zeros). The host decides among the collected ones;
+another kernel selects the first of those equal to an end; the last one writes the indices of all bits that are set.
+Only the order of the collected ones in memory depends on scheduling, and they are sorted.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from . import _streaming_topk_device as device
 
 # Scores that one program takes: of float32, eight loads of 16 bytes for each of 128 threads.
 _CHUNK = 4096
-_OPTIONS = {"enable_fp_fusion": True}  # there is nothing to fuse, but without a word Triton 3.9 warns
+_OPTIONS = {"enable_fp_fusion": True}  # there is nothing to fuse, but Triton 3.9 warns if this is left out
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# The sample: so many chunks, and of each so many scores.
+# The sample: scores from the beginning of evenly spread chunks.
 _SAMPLED_CHUNKS, _SAMPLED_SCORES = 8192, 256
 # Standard errors between the sample's estimate and either end of the bracket.
 _DEVIATIONS = 6.0
@@ -94,7 +94,7 @@ class _Pool:
             yield _Launch(torch.tensor(rows, device=self.device), sum(chunks), constants | _OPTIONS)
 
     def select(self, k: int) -> Tensor:
-        """Give the bits of the ``k`` first scores, ``[chunks, CHUNK / 32]``."""
+        """Return the bits of the ``k`` first scores, ``[chunks, CHUNK / 32]``."""
         low, high = self._bracket(k)
         counts, bits, slots, values = self._pass(low, high)
         above, at_high, at_low, nan, inside = counts.sums
@@ -107,15 +107,15 @@ class _Pool:
         need = k - above
         self._take_ties(bits, counts.of_chunks[1], min(need, at_high), high)
         need -= min(need, at_high)
-        taken = _first(slots[:inside], values[:inside], min(need, inside))
-        ones = (1 << (taken % 32)).to(torch.int32)  # no slot comes twice, so that adding sets the bits
-        bits.view(-1).index_add_(0, taken // 32, ones)
-        need -= len(taken)
+        largest = _first(slots[:inside], values[:inside], min(need, inside))
+        ones = (1 << (largest % 32)).to(torch.int32)  # no slot comes twice, so that adding sets the bits
+        bits.view(-1).index_add_(0, largest // 32, ones)
+        need -= len(largest)
         self._take_ties(bits, counts.of_chunks[2], need, low)
         return bits
 
     def emit(self, bits: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[int]]:
-        """Write the indices in their blocks of all bits that are set, and how many there are of each block."""
+        """Return the indices in their blocks of all bits that are set, and their number in each block."""
         counts = _popcount(bits).sum(1)
         ends = counts.cumsum(0)
         chunks_of = torch.tensor(self.chunks_of, device=self.device)
@@ -161,8 +161,8 @@ class _Pool:
             return -math.inf, math.inf
         rows = []
         for launch in self.launches:
-            wanted = max(1, _SAMPLED_CHUNKS * launch.chunks // self.chunks)
-            numbers = torch.arange(min(wanted, launch.chunks), device=self.device) * launch.chunks // wanted
+            sampled = max(1, _SAMPLED_CHUNKS * launch.chunks // self.chunks)
+            numbers = torch.arange(min(sampled, launch.chunks), device=self.device) * launch.chunks // sampled
             out = torch.empty(len(numbers), _SAMPLED_SCORES, device=self.device)
             device.sample_kernel[(len(numbers),)](
                 launch.table, numbers, out, launch.table.shape[1], **launch.constants, COUNT=_SAMPLED_SCORES

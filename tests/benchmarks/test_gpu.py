@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks.cases import masked_adamw, roofs, siblings, streaming_topk, sum_grad_squared, whole_pass
+from benchmarks.cases import (
+    group_sum_grad_squared,
+    masked_adamw,
+    roofs,
+    siblings,
+    streaming_topk,
+    sum_grad_squared,
+    whole_pass,
+)
 from benchmarks.gpu import timing, tune
 from benchmarks.rivals import layers
 from benchmarks.subjects.masks import MaskedStep
@@ -273,6 +281,27 @@ def test_a_wrong_selection_is_not_recorded(wrong, monkeypatch):
     monkeypatch.setattr(streaming_topk, "streaming_topk", select)
     with pytest.raises(ValueError, match="selected instead|than the reference|another order"):
         streaming_topk.check(scores, 60)
+
+
+@ON_A_CPU
+@pytest.mark.parametrize("name", ["gate 8x512 by tensor", "gate packed by row", "lora_A r=16 by row"])
+def test_groups_in_small(name, monkeypatch):
+    """Every provider of it runs and gives the same sums; ours has its error in the record."""
+    pytest.importorskip("triton")
+    case = group_sum_grad_squared.CASES[name]
+    case = type(case)(**{**vars(case), "O": 24, "I": 20, "N": 5, "T": 6, "dtype": "float32"})
+    results = {}
+
+    def called_once(providers, *, ours, device):
+        results.update({provider: run() for provider, run in providers.items()})
+        return {provider: {"ms": {}} for provider in providers}
+
+    monkeypatch.setattr(group_sum_grad_squared, "compare", called_once)
+    records = {record["provider"]: record for record in group_sum_grad_squared._measure(case, CPU)}
+    assert float(records["fishkern"]["error"]) < 1e-6
+    assert records["fishkern"]["bytes"] == 5 * 6 * (24 + 20) * 4 + 8 * results["fishkern"].numel()
+    for provider in ("torch", "unreduced"):
+        torch.testing.assert_close(results[provider], results["fishkern"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", siblings.CASES)

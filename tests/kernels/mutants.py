@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE, LAUNCHER = "kernels/_sum_grad_squared_device.py", "kernels/sum_grad_squared.py"
+GROUP, GROUP_DEVICE = "kernels/group_sum_grad_squared.py", "kernels/_group_sum_grad_squared_device.py"
 TOPK, TOPK_DEVICE = "kernels/streaming_topk.py", "kernels/_streaming_topk_device.py"
 ADAMW, SGD = "kernels/masked_adamw.py", "kernels/masked_sgd.py"
 ENTRIES, PROBLEM = "kernels/_entries.py", "kernels/_problem.py"
@@ -25,6 +26,10 @@ TESTS = {
     "sum_grad_squared": (
         ["tests/kernels/test_sum_grad_squared.py", "tests/ops/test_sum_grad_squared.py"],
         "not torch and not memory",
+    ),
+    "group_sum_grad_squared": (
+        ["tests/kernels/test_group_sum_grad_squared.py", "tests/ops/test_group_sum_grad_squared.py"],
+        "not torch and not reference and not memory",
     ),
     "streaming_topk": (
         ["tests/kernels/test_streaming_topk.py", "tests/ops/test_streaming_topk.py"],
@@ -56,6 +61,39 @@ SUM_GRAD_SQUARED: Planted = {
     "packed chunks one behind": (DEVICE, "            chunk += 1\n            t = tl.load", "            t = tl.load"),
     "strides of activations ignored": (PROBLEM, '"stride_xi": x[-1]', '"stride_xi": 1'),
     "few positions: the second forgotten": (DEVICE, "tl.static_range(T)", "tl.static_range(1)"),
+}
+GROUP_SUM_GRAD_SQUARED: Planted = {
+    "rows of a tile summed for columns": (
+        GROUP_DEVICE,
+        "sums = tl.sum(total, 0)\n    tl.store",
+        "sums = tl.sum(total, 1)\n    tl.store",
+    ),
+    "all tiles write one line": (
+        GROUP_DEVICE,
+        "part * tl.cdiv(I, BLOCK_I) + column // BLOCK_I",
+        "part * tl.cdiv(I, BLOCK_I)",
+    ),
+    "all parts write the first part's lines": (GROUP_DEVICE, "part * tl.cdiv(O, BLOCK_O) + row", "part * 0 + row"),
+    "mask of groups forgotten": (GROUP_DEVICE, "sums, mask=offs < groups)", "sums)"),
+    "lines after the first block skipped": (
+        GROUP_DEVICE,
+        "range(0, lines, BLOCK_LINES)",
+        "range(0, BLOCK_LINES, BLOCK_LINES)",
+    ),
+    "lines behind the last added": (GROUP_DEVICE, "(offs_l < lines - first)", "(offs_l <= lines - first)"),
+    "groups not told apart by the programs": (
+        GROUP_DEVICE,
+        "tl.program_id(0) * BLOCK_GROUPS +",
+        "tl.program_id(0) * 0 +",
+    ),
+    "stride of the sums ignored": (GROUP_DEVICE, "offs_g.to(tl.int64) * stride_out", "offs_g.to(tl.int64)"),
+    "sums overwritten": (GROUP, "_sum_lines(sums, out, add=operands.add)", "_sum_lines(sums, out, add=False)"),
+    "swapped sides, the same groups": (GROUP, "rows=not self.rows", "rows=self.rows"),
+    "rows of the whole tensor added to memory as it was": (
+        GROUP,
+        "_sum_lines(sums, of_groups, add=False)",
+        "_sum_lines(sums, of_groups, add=True)",
+    ),
 }
 STREAMING_TOPK: Planted = {
     "wide loads at any address": (TOPK, "aligned = all(address % 16 == 0 for address in rows[1])", "aligned = True"),
@@ -107,6 +145,7 @@ MASKED_SGD: Planted = {
 }  # fmt: skip
 MUTANTS: dict[str, Planted] = {
     "sum_grad_squared": SUM_GRAD_SQUARED,
+    "group_sum_grad_squared": GROUP_SUM_GRAD_SQUARED,
     "streaming_topk": STREAMING_TOPK,
     "masked_adamw": MASKED_ADAMW,
     "masked_sgd": MASKED_SGD,

@@ -35,6 +35,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fishkern.kernels import group_sum_grad_squared as group
 from fishkern.kernels import streaming_topk as topk
 from tests.kernels.disassembly import resources
 
@@ -65,12 +66,13 @@ class Case:
     mean: bool = False
     tf32: bool = False
     T: int = 512
+    by: str | None = None  # groups that are summed over, else none
 
     def __str__(self) -> str:
         tiles = "x".join(map(str, list(self.config.constants.values())[:3])) if self.config else f"T={self.T}"
         options = {"packed": self.packed, "mean": self.mean, "tf32": self.tf32}
-        chosen = [name for name, value in options.items() if value]
-        return " ".join([self.on.family, NAMES[self.dtype], self.loads, tiles, *chosen])
+        words = [name for name, value in options.items() if value] + ([f"by {self.by}"] if self.by else [])
+        return " ".join([self.on.family, NAMES[self.dtype], self.loads, tiles, *words])
 
     def launch(self) -> Launch:
         odd = self.loads == "elements"
@@ -81,6 +83,10 @@ class Case:
             x, g, offsets = x.flatten(0, 1), g.flatten(0, 1), torch.arange(9) * self.T
         if self.loads == "vectors" and self.on is H100:
             g = torch.empty(*g.mT.shape, dtype=self.dtype, device="meta").mT  # position last, as convolutions have it
+        if self.by:
+            rows = self.by == "row"
+            sums = torch.empty(O if rows else I, device="meta")
+            return group.launches(group.Operands(x, g, offsets, sums, rows), self.on, self.config)[0]
         out = torch.empty(O, I, device="meta")
         grad_out = torch.empty(O, I, device="meta") if self.mean else None
         operands = Operands(x, g, offsets, out, grad_out, allow_tf32=self.tf32)
@@ -100,6 +106,9 @@ def cases(every: bool) -> Iterator[Case | Recorded]:
             yield Case(on, dtype, loads, config)
             if every or (itemsize == 2 and on is not MI300):
                 yield Case(on, dtype, loads, config, packed=True)
+            yield Case(on, dtype, loads, config, by="row")
+            if widest and itemsize == 2:
+                yield Case(on, dtype, loads, config, by="column")
             width = _widest_with_mean(on, itemsize, loads)
             if every and width == config.BLOCK_I:
                 yield Case(on, dtype, loads, config, mean=True)

@@ -222,6 +222,7 @@ def _driver() -> None:
 def _small() -> None:
     """Sizes that two cores can allocate, off the tiles as the real ones are."""
     from benchmarks.cases import (
+        group_sum_grad_squared,
         masked_adamw,
         roofs,
         siblings,
@@ -239,7 +240,7 @@ def _small() -> None:
         wide = {name: size if size <= 64 else 256 + size % 8 for name, size in (("O", case.O), ("I", case.I))}
         return replace(case, **wide, N=min(case.N, 3), T=min(case.T, 128))
 
-    for cases in (sum_grad_squared.CASES, smoke.LAYERS, variants.CASES):
+    for cases in (sum_grad_squared.CASES, group_sum_grad_squared.CASES, smoke.LAYERS, variants.CASES):
         cases.update({name: shorter(case) for name, case in cases.items()})
     sum_grad_squared.EXPERTS, sum_grad_squared.LORA_LAYERS = 3, 1
 
