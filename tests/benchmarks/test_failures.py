@@ -40,11 +40,11 @@ def refuses(model, batches):
     ids=["right", "incomplete", "wrong", "raises"],
 )
 def test_outcomes(rival, outcome, came):
-    found = failures.against(rival, llama, TOKENS)
-    assert found["outcome"] == outcome
-    assert re.search(came, found["came"])
-    assert found["fishkern outcome"] == "right"
-    assert found["fishkern error"] < 1e-5
+    row = failures.against(rival, llama, TOKENS)
+    assert row["outcome"] == outcome
+    assert re.search(came, row["came"])
+    assert row["fishkern outcome"] == "right"
+    assert row["fishkern error"] < 1e-5
 
 
 # Of each that needs nothing but torch: what comes, as published code does it, and that fishkern is right on the same.

@@ -24,11 +24,11 @@ def timed(provider: str, seconds: float, **changed) -> dict:
 
 
 def words(figure) -> str:
-    found = [figure.get_supxlabel()]
+    texts = [figure.get_supxlabel()]
     for axes in figure.axes:
         ticks = (*axes.get_yticklabels(), *axes.get_xticklabels())
-        found += [axes.get_title(loc="left"), *(text.get_text() for text in (*axes.texts, *ticks))]
-    return " | ".join(found)
+        texts += [axes.get_title(loc="left"), *(text.get_text() for text in (*axes.texts, *ticks))]
+    return " | ".join(texts)
 
 
 def grown(provider: str, size: int, quantity: str = "time", **figures) -> dict:
