@@ -1,4 +1,4 @@
-"""``python -m benchmarks compare``: which revision is measured, what noise is, and that nothing stays behind."""
+"""``python -m benchmarks compare``: the right revision is measured, noise is called noise, nothing is left over."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def worktrees() -> str:
 
 
 def test_both_revisions_take_turns(plant, capsys):
-    """The other one's fishkern comes from its own checkout, which is gone afterwards; rivals are the control."""
+    """The other one's fishkern is that of its own checkout, which is gone afterwards; rivals are the control."""
     package = plant(naps=CASE)
     before = worktrees()
     assert compare("HEAD", [], rounds=3, package=package) == 0

@@ -151,8 +151,8 @@ def test_verdicts_come_from_the_records(log):
     assert standing([0.5, 0.7], [0.7, 0.8]) == "within"
     assert standing([0.9, 0.81], [0.7, 0.8]) == "closer"
     matching = records(log)
-    said = list(exactness.verdicts(matching))
-    above = [line for line in said if "above the floor" in line]
+    lines = list(exactness.verdicts(matching))
+    above = [line for line in lines if "above the floor" in line]
     assert len(above) == len(SIZES) * len(SETTING.densities)
     assert "batch gradient, N = 1" in above[0]
     assert exactness.FLOOR in exactness.table(matching)

@@ -1,4 +1,4 @@
-"""The table of failures: what is judged wrong, missing or right, and rows that need no library."""
+"""The table of failures: results are judged wrong, incomplete or right; rows that need no library are run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_outcomes(rival, outcome, came):
     assert row["fishkern error"] < 1e-5
 
 
-# Of each that needs nothing but torch: what comes, as published code does it, and that fishkern is right on the same.
+# Practices that need only torch, with their outcomes; fishkern must be right on the same.
 OUTCOMES = {
     "square of the batch's gradient": "wrong",
     "square of each position, keys": "wrong",

@@ -1,4 +1,4 @@
-"""One call of the measurements on a GPU: its plan, what it records, and what a part or a test costs that goes wrong."""
+"""One call of the measurements on a GPU: its plan, its records, and the cost of a part or a test that goes wrong."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_what_goes_wrong_costs_its_own_part(session, tmp_path, monkeypatch, capf
         "endless/never: tests of it are red",
     ):  # fmt: skip
         assert why in said.err
-    # What is mended is taken up alone.
+    # Only repaired parts are measured again.
     session.plant(crash='parts = lambda d: [Part("before", good), Part("dies", good), Part("after", good)]')
     session.plant(red='parts = lambda d: [Part("never", good)]')
     assert session.run(only=["crash", "red", "green"]) == 0
@@ -135,7 +135,7 @@ def test_one_line_for_each_measurement_one_file_for_each_call(session, capfd):
 
 
 def test_what_is_recorded_is_not_measured_again(session, tmp_path):
-    """By what the sources are, whether its records lie in the folder of results or are committed already."""
+    """Of the same sources, whether its records are in the folder of results or committed already."""
     green = a_test(tmp_path, "green", "pass")
     session.plant(op=f'TESTS = {{"gpu": ["{green}"]}}\nparts = lambda d: [Part("a", good), Part("b", good)]')
     assert session.run(only=["op/a"]) == 0

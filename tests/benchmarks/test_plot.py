@@ -121,7 +121,7 @@ def test_numbers(value, unit, text):
 
 
 def test_the_command(tmp_path, capsys):
-    """A picture beside each file of records; what nothing draws is said."""
+    """A picture for each file of records; a file that nothing draws is named."""
     folder = tmp_path / "some-cpu"
     folder.mkdir()
     (folder / "whole_pass.jsonl").write_text(json.dumps(timed("fishkern", 1.0)) + "\n")

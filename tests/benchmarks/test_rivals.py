@@ -112,7 +112,7 @@ def test_shapes_are_what_they_are_called():
 
 
 def test_every_rival_stands_in_the_extra():
-    """What is compared with is what ``pip install fishkern[rivals]`` brings."""
+    """``pip install fishkern[rivals]`` brings all packages of the comparison, and nothing else brings them."""
     import tomllib
     from pathlib import Path
 
