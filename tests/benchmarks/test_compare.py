@@ -55,6 +55,13 @@ def test_both_revisions_take_turns(plant, tmp_path, monkeypatch, capsys):
     assert " MiB " in peak
 
 
+def test_runs_that_the_other_revision_lacks_are_named(plant, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    more = CASE.replace("return {", "if 'fishkern-compare' in fishkern.__file__:\n        return {}\n    return {")
+    assert compare("HEAD", [], rounds=1, package=plant(naps=more)) == 0
+    assert "naps: the other revision cannot run nap." in capsys.readouterr().out
+
+
 def test_an_interrupt_leaves_no_worktree(plant, tmp_path):
     package = plant(naps=CASE.replace("0.02", "60"))
     code = f"from benchmarks.engine.compare import compare; compare('HEAD', [], rounds=3, package='{package}')"
