@@ -1,4 +1,4 @@
-"""Every figure in the README is that of a committed record."""
+"""Every figure in the README is in a committed record."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_model_of_the_picture():
     assert said == {round(record["weights"] / 1e6) for record in records("demonstration") if "weights" in record}
 
 
-WAYS = {  # the names in the README, and in the records
+WAYS = {  # the names of the README by those of the records
     "`fk.estimate`": "fishkern",
     "`fk.estimate(check=False)`": "fishkern_unchecked",
     "batch-size-1 loop": "one_by_one",
@@ -164,7 +164,7 @@ def test_known_failures(row):
     assert (record["outcome"] in ("wrong", "incomplete"), record["fishkern outcome"]) == (True, "right")
 
 
-OVERLAPS = {  # the names in the README, and in the study
+OVERLAPS = {  # the names of the README by those of the study
     "two exact ones, of other examples": "exact, other examples",
     "square of the gradient of 2 examples": "batch gradient, N = 2",
     "square of the gradient of 8 examples": "batch gradient, N = 8",
