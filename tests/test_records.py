@@ -17,9 +17,9 @@ PROVIDERS = ("fishkern", "one_by_one", "vmap_grad")
 
 def records(name: str) -> list[dict]:
     path = ROOT / "benchmarks" / "results" / "cpu-2-cores" / f"{name}.jsonl"
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert all(record["dirty"] is False for record in found)
-    return found
+    committed = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert all(record["dirty"] is False for record in committed)
+    return committed
 
 
 def text_of(section: str, level: str = "### ") -> str:
@@ -41,7 +41,7 @@ TABLES = {"Whole pass", *OF_LIBRARIES, "What exactness buys", "FISH-Tuning", "Ex
 
 
 def test_every_table_of_measurements_is_tested():
-    """Those that the tests below go through are all that there are."""
+    """The tests below go through all tables that there are."""
     chapter = re.search(r"^## What was measured$(.*?)^## ", README, re.MULTILINE | re.DOTALL)[1]
     sections = re.split(r"^####? ", chapter, flags=re.MULTILINE)
     assert {section.splitlines()[0] for section in sections if "\n|---" in section} == TABLES
@@ -49,9 +49,9 @@ def test_every_table_of_measurements_is_tested():
 
 @pytest.mark.parametrize("row", rows_of("Whole pass"), ids=lambda row: f"T={row[0]}")
 def test_speed_of_the_whole_pass(row):
-    found = [r for r in records("whole_pass") if r["case"]["T"] == int(row[0])]
-    seconds = {r["provider"]: r["seconds"]["median"] for r in found if r["quantity"] == "time"}
-    peaks = {r["provider"]: r["peak_mib"] for r in found if r["quantity"] == "memory"}
+    matching = [r for r in records("whole_pass") if r["case"]["T"] == int(row[0])]
+    seconds = {r["provider"]: r["seconds"]["median"] for r in matching if r["quantity"] == "time"}
+    peaks = {r["provider"]: r["peak_mib"] for r in matching if r["quantity"] == "memory"}
     assert row[1:4] == [f"{seconds[name]:.1f} s" for name in PROVIDERS]
     assert row[4:7] == [f"{peaks[name]:.0f} MiB" for name in PROVIDERS]
 
@@ -61,21 +61,21 @@ def test_exact_topk(row):
     n, _, *_, where = row[0].split()
     selected, equal = re.fullmatch(r"([\d.]+)%(?:, ([\d.]+)% zero)?", row[1]).groups("0")
     density, zeros = (round(float(share) / 100, 6) for share in (selected, equal))
-    found = [
+    matching = [
         r
         for r in records("streaming_topk")
         if (r["case"]["n"], r["where"]) == (float(n), where)
         and (r["case"]["density"], r["case"].get("zeros", 0.0)) == (density, zeros)
     ]
-    assert found
-    assert all(20 <= r["case"]["blocks"] <= 200 for r in found)
-    seconds = {r["provider"]: r["seconds"]["median"] for r in found if "seconds" in r}
+    assert matching
+    assert all(20 <= r["case"]["blocks"] <= 200 for r in matching)
+    seconds = {r["provider"]: r["seconds"]["median"] for r in matching if "seconds" in r}
     if where == "memory":
         providers = ("fishkern", "sampled_threshold", "kthvalue", "cat_topk")
-        left_out = {r["provider"]: " ".join(r["left out"].split()[:3]) for r in found if "left out" in r}
+        left_out = {r["provider"]: " ".join(r["left out"].split()[:3]) for r in matching if "left out" in r}
         expected = [left_out.get(name) or f"{seconds[name]:.2f} s" for name in providers]
     else:
-        (memory,) = (r for r in found if r["quantity"] == "memory")
+        (memory,) = (r for r in matching if r["quantity"] == "memory")
         expected = [f"{seconds[name]:.1f} s" for name in ("fishkern", "one_cold_read")]
         expected += [f"{memory['peak_mib'] - memory['indices_mib']:.0f} MiB"]
     assert row[2:] == expected
@@ -84,9 +84,9 @@ def test_exact_topk(row):
 @pytest.mark.parametrize("row", rows_of("Masked steps"), ids=lambda row: row[0])
 def test_masked_steps(row):
     case = {"model": "llama", "density": round(float(row[0].rstrip("%")) / 100, 6)}
-    found = [r for r in records("masked_step") if r["case"] == case]
-    times = {r["provider"]: 1000 * r["seconds"]["median"] for r in found if r["quantity"] == "time"}
-    peaks = {r["provider"]: r["peak_mib"] for r in found if r["quantity"] == "memory"}
+    matching = [r for r in records("masked_step") if r["case"] == case]
+    times = {r["provider"]: 1000 * r["seconds"]["median"] for r in matching if r["quantity"] == "time"}
+    peaks = {r["provider"]: r["peak_mib"] for r in matching if r["quantity"] == "memory"}
     providers = ("fishkern", "six_lines", "masked_fused")
     assert row[1:] == [f"{times[p]:.1f} ms" for p in providers] + [f"{peaks[p]:.0f} MiB" for p in providers]
 
@@ -119,8 +119,10 @@ WAYS = {  # the names of the README by those of the records
 
 def of_rivals(kind: str, way: str, quantity: str) -> dict[int, dict]:
     """The records of a library by tokens."""
-    found = [r for r in records("rivals") if (r["provider"], r["quantity"], r["case"]["kind"]) == (way, quantity, kind)]
-    return {record["case"]["T"]: record for record in found}
+    matching = [
+        r for r in records("rivals") if (r["provider"], r["quantity"], r["case"]["kind"]) == (way, quantity, kind)
+    ]
+    return {record["case"]["T"]: record for record in matching}
 
 
 @pytest.mark.parametrize(
@@ -176,8 +178,8 @@ OVERLAPS = {  # the names of the README by those of the study
 
 def of_exactness(subject: str, examples: int, label: str) -> list[dict]:
     key = (subject, examples, label)
-    found = [r for r in records("exactness") if (r["subject"], r["examples"], r["label"]) == key]
-    return sorted(found, key=lambda record: record["pair"])
+    matching = [r for r in records("exactness") if (r["subject"], r["examples"], r["label"]) == key]
+    return sorted(matching, key=lambda record: record["pair"])
 
 
 def overlaps(subject: str, examples: int, label: str) -> list[float]:
@@ -231,8 +233,8 @@ def spread(values: list[float]) -> str:
 
 
 def better_than(arm: str) -> list[float]:
-    found = scores()
-    return [fish - own for fish, own in zip(found["fish"], found[arm], strict=True)]
+    by_arm = scores()
+    return [fish - own for fish, own in zip(by_arm["fish"], by_arm[arm], strict=True)]
 
 
 @pytest.mark.parametrize("row", rows_of("FISH-Tuning"), ids=lambda row: row[0])

@@ -98,6 +98,7 @@ def compared() -> dict[str, dict[str, Callable[[], Run]]]:
     return {name: {provider: partial(make, case, provider) for provider in PROVIDERS} for name, case in CASES.items()}
 
 
+@pytest.mark.filterwarnings("ignore:every entry is exactly zero")
 @pytest.mark.parametrize("adapted", CASES)
 def test_host_time(adapted, benchmark, record):
     case = CASES[adapted]

@@ -102,13 +102,15 @@ def _case(name: str, module: str, tree: Path, rounds: int, only: str) -> Iterato
     with ExitStack() as stack:
         sides = [stack.enter_context(Process(side, quiet=True)) for side in (tree, ROOT)]
         try:
-            compared, _ = (side.call("benchmarks.engine.compare:names", module) for side in reversed(sides))
+            theirs, ours = (side.call("benchmarks.engine.compare:names", module) for side in sides)
         except ProcessError as error:
             yield f"failed: {name}: {error}"
             return
-        if not compared:
-            yield f"{name}: has no compared(), which names its runs."
-        selected = {what: providers for what, providers in compared.items() if only in what}
+        if not ours:
+            yield f"{name}: has no compared(), which names its runs, or this tree has none of them."
+        if missing := [what for what in ours if what not in theirs]:
+            yield f"{name}: the other revision cannot run {'; '.join(missing)}."
+        selected = {what: providers for what, providers in ours.items() if only in what and what in theirs}
         for what, providers in selected.items():
             for provider in providers:
                 yield _time(name, (module, what, provider), sides, rounds)

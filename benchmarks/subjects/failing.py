@@ -15,12 +15,12 @@ DECODER = dict(**SIZES, num_key_value_heads=2)
 
 _generator = torch.Generator().manual_seed(1)
 _ids = torch.randint(3, 64, (4, 8), generator=_generator)
-_kept = torch.arange(8) < torch.tensor([[8], [3], [5], [2]])
+_mask = torch.arange(8) < torch.tensor([[8], [3], [5], [2]])
 _vectors = torch.randn(1024, 8, generator=_generator)
 _labels = torch.randint(8, (1024,), generator=_generator)
 TOKENS: Batches = [{"input_ids": _ids, "labels": _ids}]
 CLASSES: Batches = [{"input_ids": _ids, "labels": torch.tensor([0, 1, 2, 0])}]
-RAGGED: Batches = [{"input_ids": _ids, "attention_mask": _kept.long(), "labels": _ids.where(_kept, -100)}]
+RAGGED: Batches = [{"input_ids": _ids, "attention_mask": _mask.long(), "labels": _ids.where(_mask, -100)}]
 VECTORS: Batches = [{"input": _vectors[:16], "labels": _labels[:16]}]
 MANY: Batches = [{"input": _vectors, "labels": _labels}]
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks compare``: which revision is measured, what noise is, and that nothing stays behind."""
+"""``python -m benchmarks compare``: the right revision is measured, noise is called noise, nothing is left over."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -40,12 +41,13 @@ def worktrees() -> str:
     return done.stdout
 
 
-def test_both_revisions_take_turns(plant, capsys):
-    """The other one's fishkern comes from its own checkout, which is gone afterwards; rivals are the control."""
+def test_both_revisions_take_turns(plant, tmp_path, monkeypatch, capsys):
+    """The other one's fishkern is that of its own checkout, which is gone afterwards; rivals are the control."""
     package = plant(naps=CASE)
-    before = worktrees()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert compare("HEAD", [], rounds=3, package=package) == 0
-    assert worktrees() == before
+    assert str(tmp_path) not in worktrees()
+    assert not list(tmp_path.glob("fishkern-compare-*"))
     ours, rival, peak = (line for line in capsys.readouterr().out.splitlines() if line.startswith("naps  "))
     assert ours.endswith("faster")
     assert float(ours.split(" ms ")[2].split()[0]) < 0.9
@@ -53,9 +55,15 @@ def test_both_revisions_take_turns(plant, capsys):
     assert " MiB " in peak
 
 
+def test_runs_that_the_other_revision_lacks_are_named(plant, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    more = CASE.replace("return {", "if 'fishkern-compare' in fishkern.__file__:\n        return {}\n    return {")
+    assert compare("HEAD", [], rounds=1, package=plant(naps=more)) == 0
+    assert "naps: the other revision cannot run nap." in capsys.readouterr().out
+
+
 def test_an_interrupt_leaves_no_worktree(plant, tmp_path):
     package = plant(naps=CASE.replace("0.02", "60"))
-    before = worktrees()
     code = f"from benchmarks.engine.compare import compare; compare('HEAD', [], rounds=3, package='{package}')"
     running = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)},
@@ -67,7 +75,7 @@ def test_an_interrupt_leaves_no_worktree(plant, tmp_path):
     assert str(tmp_path) in worktrees()
     running.send_signal(signal.SIGINT)
     assert running.wait(60) != 0
-    assert worktrees() == before
+    assert str(tmp_path) not in worktrees()
     assert not list(tmp_path.glob("fishkern-compare-*"))
 
 

@@ -61,17 +61,17 @@ def only(monkeypatch, label: str) -> None:
 
 
 def test_batches_of_one_are_exact(log):
-    found = records(log, label="batch gradient, N = 1")
-    assert len(found) == SETTING.pairs
-    for record in found:
+    matching = records(log, label="batch gradient, N = 1")
+    assert len(matching) == SETTING.pairs
+    for record in matching:
         assert record["relative_l2"] < 1e-5
         assert all(top["overlap"] == top["jaccard"] == 1.0 for top in record["top"].values())
 
 
 def test_other_examples_differ(log):
-    found = records(log, quantity="floor")
-    assert len(found) == SETTING.pairs * len(SIZES)
-    for record in found:
+    matching = records(log, quantity="floor")
+    assert len(matching) == SETTING.pairs * len(SIZES)
+    for record in matching:
         assert record["relative_l2"] > 0.01
         assert all(0 < top["overlap"] < 1 for top in record["top"].values())
     largest = records(log, quantity="floor", examples=SIZES[-1])
@@ -90,10 +90,10 @@ def test_every_estimate_is_of_one_pool(log):
 def test_a_batch_gradient_of_all_examples_differs_most(log):
     """Distances grow with the batch; the scale is taken out of one of the two."""
     for pair in range(SETTING.pairs):
-        found = [records(log, label=f"batch gradient, N = {n}", examples=4, pair=pair)[0] for n in (1, 2, 4)]
-        scaled = [record["relative_l2_scaled"] for record in found]
+        matching = [records(log, label=f"batch gradient, N = {n}", examples=4, pair=pair)[0] for n in (1, 2, 4)]
+        scaled = [record["relative_l2_scaled"] for record in matching]
         assert scaled == sorted(scaled)
-        assert all(record["relative_l2_scaled"] <= record["relative_l2"] + 1e-9 for record in found)
+        assert all(record["relative_l2_scaled"] <= record["relative_l2"] + 1e-9 for record in matching)
 
 
 def test_sums_in_bfloat16_are_close_but_not_equal(log):
@@ -103,9 +103,9 @@ def test_sums_in_bfloat16_are_close_but_not_equal(log):
 
 def test_sum_and_mean_rank_rows_of_one_length_alike(monkeypatch, tmp_path):
     only(monkeypatch, "token-sum losses")
-    found = exactness.log_of(tmp_path / "exactness.jsonl", SETTING)
-    exactness.measure(subject(shortest=9), SETTING, found)
-    for record in records(found, label="token-sum losses"):
+    equal = exactness.log_of(tmp_path / "exactness.jsonl", SETTING)
+    exactness.measure(subject(shortest=9), SETTING, equal)
+    for record in records(equal, label="token-sum losses"):
         assert record["scale"] == pytest.approx(1 / 8**2, rel=1e-4)
         assert record["relative_l2_scaled"] < 1e-5
         assert all(top["overlap"] > 0.98 for top in record["top"].values())  # rounding may part two equal scores
@@ -139,9 +139,9 @@ def test_nothing_is_measured_twice(log, path, monkeypatch, tmp_path):
     (tmp_path / "exactness.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # as if stopped before the last
     again = exactness.log_of(tmp_path / "exactness.jsonl", SETTING)
     exactness.measure(subject(), SETTING, again)
-    found = read(tmp_path / "exactness.jsonl")
-    assert len(found) == len(lines)
-    assert found[-1]["relative_l2"] == json.loads(lines[-1])["relative_l2"]
+    written = read(tmp_path / "exactness.jsonl")
+    assert len(written) == len(lines)
+    assert written[-1]["relative_l2"] == json.loads(lines[-1])["relative_l2"]
     assert not exactness.log_of(path, replace(SETTING, seed=1)).find()
     assert not exactness.of(log, replace(subject(), sizes=(4, 16)))
 
@@ -150,13 +150,13 @@ def test_verdicts_come_from_the_records(log):
     assert standing([0.5, 0.6], [0.7, 0.8]) == "beyond"
     assert standing([0.5, 0.7], [0.7, 0.8]) == "within"
     assert standing([0.9, 0.81], [0.7, 0.8]) == "closer"
-    found = records(log)
-    said = list(exactness.verdicts(found))
-    above = [line for line in said if "above the floor" in line]
+    matching = records(log)
+    lines = list(exactness.verdicts(matching))
+    above = [line for line in lines if "above the floor" in line]
     assert len(above) == len(SIZES) * len(SETTING.densities)
     assert "batch gradient, N = 1" in above[0]
-    assert exactness.FLOOR in exactness.table(found)
-    for record in (changed := json.loads(json.dumps(found))):
+    assert exactness.FLOOR in exactness.table(matching)
+    for record in (changed := json.loads(json.dumps(matching))):
         if record["label"] == "batch gradient, N = 1":
             record["top"]["0.05"]["overlap"] = 0.0
     (below,) = [line for line in list(exactness.verdicts(changed))[:3] if "below the floor" in line]

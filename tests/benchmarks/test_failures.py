@@ -1,4 +1,4 @@
-"""The table of failures: what is judged wrong, missing or right, and rows that need no library."""
+"""The table of failures: results are judged wrong, incomplete or right; rows that need no library are run."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def refuses(model, batches):
     ids=["right", "incomplete", "wrong", "raises"],
 )
 def test_outcomes(rival, outcome, came):
-    found = failures.against(rival, llama, TOKENS)
-    assert found["outcome"] == outcome
-    assert re.search(came, found["came"])
-    assert found["fishkern outcome"] == "right"
-    assert found["fishkern error"] < 1e-5
+    row = failures.against(rival, llama, TOKENS)
+    assert row["outcome"] == outcome
+    assert re.search(came, row["came"])
+    assert row["fishkern outcome"] == "right"
+    assert row["fishkern error"] < 1e-5
 
 
-# Of each that needs nothing but torch: what comes, as published code does it, and that fishkern is right on the same.
+# Practices that need only torch, with their outcomes; fishkern must be right on the same.
 OUTCOMES = {
     "square of the batch's gradient": "wrong",
     "square of each position, keys": "wrong",

@@ -104,6 +104,6 @@ def test_one_run_of_each_arm(shared_data, tmp_path):
     setting = glue.Setting(layers=1, pool=2, examples=16, epochs=1, batch_size=8, max_length=32, fisher_examples=8)
     data = glue.load(shared_data / "glue" / "cola", tmp_path, setting)
     data = glue.Data(data.train, data.validation[:16], data.pad or 0)
-    found = {arm: glue.run(arm, 1e-3, 0, setting, tmp_path, data) for arm in glue.ARMS}
-    assert {record["trained"] for record in found.values()} == {3 * 2 * 16 + 2 * 16 + 2}
-    assert all(-1 <= record["score"] <= 1 for record in found.values())
+    runs = {arm: glue.run(arm, 1e-3, 0, setting, encoder=tmp_path, data=data) for arm in glue.ARMS}
+    assert {record["trained"] for record in runs.values()} == {3 * 2 * 16 + 2 * 16 + 2}
+    assert all(-1 <= record["score"] <= 1 for record in runs.values())

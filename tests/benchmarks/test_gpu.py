@@ -1,4 +1,4 @@
-"""The cases on a GPU as far as a CPU shows them: inputs, rivals, what is refused, and what is recorded."""
+"""The cases on a GPU, as far as they run on a CPU: inputs, rivals, refusals and records."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ CALLS = re.findall(r"```bash\n(.*?)```", README, re.S)
 LONGEST = 2000  # characters that one command may have where machines are lent
 MINUTES = 9
 HELD = ("fishkern", "kernels", "benchmarks", "tests")
-# What stands for the tools of a machine with a GPU: it runs the command behind its options.
+# In place of the tools of a machine with a GPU: it runs the command after its options.
 TOOL = """#!/bin/sh
 while [ $# -gt 0 ] && [ "$1" != python3 ]; do shift; done
 exec "$@"
@@ -53,15 +53,15 @@ def copied(folder: Path) -> Path:
 
 
 def asked_for(call: str) -> list[set[str]]:
-    """What each command of a call names behind ``--only``."""
+    """What each command of a call names after ``--only``."""
     words = [word for line in call.replace("\\\n", " ").splitlines() for word in [*shlex.split(line), "\n"]]
-    found = []
+    named = []
     for place, word in enumerate(words):
         if word == "--only":
             rest = words[place + 1 :]
             end = next(n for n, other in enumerate(rest) if other in ("|", "\n") or other.startswith(("2>", "--")))
-            found.append(set(rest[:end]))
-    return found
+            named.append(set(rest[:end]))
+    return named
 
 
 def test_calls_fit_where_they_are_made():
@@ -70,8 +70,8 @@ def test_calls_fit_where_they_are_made():
         assert len(call) <= LONGEST
         lines = call.replace("\\\n", " ").splitlines()
         unlimited = [line for line in lines if not line.startswith(("timeout", "ONE="))]
-        seconds = [int(found) for line in unlimited for found in re.findall(r"--seconds (\d+)", line)]
-        seconds += [int(found) for found in re.findall(r"^timeout (\d+)", call, re.M)]
+        seconds = [int(number) for line in unlimited for number in re.findall(r"--seconds (\d+)", line)]
+        seconds += [int(number) for number in re.findall(r"^timeout (\d+)", call, re.M)]
         assert 0 < sum(seconds) <= 60 * MINUTES
 
 
@@ -91,7 +91,7 @@ def test_calls_ask_for_what_there_is_and_what_fits(number, capsys, monkeypatch):
 
 
 def test_values_that_are_not_compared_there_are_compared_elsewhere():
-    """What is taken out there exists, and the ordinary tests run it by the interpreter."""
+    """The tests that are skipped there exist, and the ordinary runs have them by the interpreter."""
     for file, names in gpu.VALUE_TESTS.items():
         source = (ROOT / file).read_text()
         for name in names:

@@ -1,4 +1,4 @@
-"""One call of the measurements on a GPU: its plan, what it records, and what a part or a test costs that goes wrong."""
+"""One call of the measurements on a GPU: its plan, its records, and the cost of a part or a test that goes wrong."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def session(monkeypatch, tmp_path, plant):
         return gpu_session.run(gpu_session.cases(package), CPU, tmp_path / "results", **options)
 
     def records() -> dict[tuple[str, str], list[dict]]:
-        found: dict[tuple[str, str], list[dict]] = {}
+        grouped: dict[tuple[str, str], list[dict]] = {}
         for record in gpu_session.recorded(folder):
-            found.setdefault((record["op"], record["part"]), []).append(record)
-        return found
+            grouped.setdefault((record["op"], record["part"]), []).append(record)
+        return grouped
 
     folder = tmp_path / "results" / "some-gpu"
     return SimpleNamespace(plant=plant_cases, run=run, records=records, folder=folder, origin=origin, sources=sources)
@@ -94,7 +94,7 @@ def test_what_goes_wrong_costs_its_own_part(session, tmp_path, monkeypatch, capf
     assert session.run(seconds=600, patience=1) == 1
     said = capfd.readouterr()
     kept = session.records()
-    assert {key for key, found in kept.items() if not found[0].get("red")} == {
+    assert {key for key, records in kept.items() if not records[0].get("red")} == {
         ("crash", "before"), ("crash", "after"), ("green", "tests"), ("green", "measured"), ("hang", "after"),
         ("memory", "after"),
     }  # fmt: skip
@@ -107,7 +107,7 @@ def test_what_goes_wrong_costs_its_own_part(session, tmp_path, monkeypatch, capf
         "endless/never: tests of it are red",
     ):  # fmt: skip
         assert why in said.err
-    # What is mended is taken up alone.
+    # Only repaired parts are measured again.
     session.plant(crash='parts = lambda d: [Part("before", good), Part("dies", good), Part("after", good)]')
     session.plant(red='parts = lambda d: [Part("never", good)]')
     assert session.run(only=["crash", "red", "green"]) == 0
@@ -135,12 +135,12 @@ def test_one_line_for_each_measurement_one_file_for_each_call(session, capfd):
 
 
 def test_what_is_recorded_is_not_measured_again(session, tmp_path):
-    """By what the sources are, whether its records lie in the folder of results or are committed already."""
+    """Of the same sources, whether its records are in the folder of results or committed already."""
     green = a_test(tmp_path, "green", "pass")
     session.plant(op=f'TESTS = {{"gpu": ["{green}"]}}\nparts = lambda d: [Part("a", good), Part("b", good)]')
     assert session.run(only=["op/a"]) == 0
     assert session.run() == 0
-    assert {key: len(found) for key, found in session.records().items()} == {
+    assert {key: len(records) for key, records in session.records().items()} == {
         ("op", "tests"): 1, ("op", "a"): 1, ("op", "b"): 1,
     }  # fmt: skip
     committed = tmp_path / "committed" / "some-gpu"
@@ -190,8 +190,8 @@ def test_a_device_that_no_longer_answers_is_left(monkeypatch):
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    found = worker.measured(Part("a", fails), device)
-    assert (found.failed, found.usable) == ("RuntimeError: an illegal memory access was encountered", True)
+    outcome = worker.measured(Part("a", fails), device)
+    assert (outcome.failed, outcome.usable) == ("RuntimeError: an illegal memory access was encountered", True)
 
     def poisoned(device):
         raise RuntimeError("an illegal memory access was encountered")
@@ -227,8 +227,8 @@ def test_tests_that_all_skip_gate_nothing_open(tmp_path):
     skipped.write_text("import pytest\n@pytest.mark.skip\ndef test():\n    pass\n")
     broken = tmp_path / "test_broken.py"
     broken.write_text("import nothing_of_this_name\n")
-    found = device_tests.on_device([str(skipped)], 60)
-    assert (found["passed"], found["skipped"], found["red"]) == (0, 1, [str(skipped)])
+    counts = device_tests.on_device([str(skipped)], 60)
+    assert (counts["passed"], counts["skipped"], counts["red"]) == (0, 1, [str(skipped)])
     assert device_tests.on_device([str(broken)], 60)["red"]
 
 

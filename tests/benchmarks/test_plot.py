@@ -24,11 +24,11 @@ def timed(provider: str, seconds: float, **changed) -> dict:
 
 
 def words(figure) -> str:
-    found = [figure.get_supxlabel()]
+    texts = [figure.get_supxlabel()]
     for axes in figure.axes:
         ticks = (*axes.get_yticklabels(), *axes.get_xticklabels())
-        found += [axes.get_title(loc="left"), *(text.get_text() for text in (*axes.texts, *ticks))]
-    return " | ".join(found)
+        texts += [axes.get_title(loc="left"), *(text.get_text() for text in (*axes.texts, *ticks))]
+    return " | ".join(texts)
 
 
 def grown(provider: str, size: int, quantity: str = "time", **figures) -> dict:
@@ -121,7 +121,7 @@ def test_numbers(value, unit, text):
 
 
 def test_the_command(tmp_path, capsys):
-    """A picture beside each file of records; what nothing draws is said."""
+    """A picture for each file of records; a file that nothing draws is named."""
     folder = tmp_path / "some-cpu"
     folder.mkdir()
     (folder / "whole_pass.jsonl").write_text(json.dumps(timed("fishkern", 1.0)) + "\n")

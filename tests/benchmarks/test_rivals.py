@@ -1,4 +1,4 @@
-"""The comparison with rivals: what is written here is exact, what is missing is said, and models come back as found."""
+"""The comparison with rivals: results are exact, gaps are reported, and models come back as found."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from benchmarks.subjects.transformers import (
     Workload,
 )
 
-COVERED = {  # on BERT and LLaMA; the rest is right, and is missed without a word
+MISSED = {  # on BERT and LLaMA, without a word; the rest is right
     "backpack": {"LayerNorm", "LlamaRMSNorm"},
     "kronfluence": {"Embedding", "LayerNorm", "LlamaRMSNorm"},
 }
@@ -46,11 +46,11 @@ def test_every_way_is_exact_where_it_gives_anything(name, kind):
         return
     with as_found(model):
         result = rival.run(model, data)
-    found = squares(result)
-    assert largest_error(found, truth)["wrong"] == []
-    covered = coverage(model, found)
-    assert set(covered["missed"]) <= COVERED.get(name, set())
-    assert (covered["entries"] == 1) == (name not in COVERED)
+    squared = squares(result)
+    assert largest_error(squared, truth)["wrong"] == []
+    covered = coverage(model, squared)
+    assert set(covered["missed"]) <= MISSED.get(name, set())
+    assert (covered["entries"] == 1) == (name not in MISSED)
 
 
 def test_a_model_comes_back_as_found():
@@ -88,9 +88,9 @@ def test_coverage_and_errors():
     """A missing tensor is counted, a wrong one is named, and rounding of what has no gradient is no error."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     truth = {"0.weight": torch.full((2, 3), 4.0), "0.bias": torch.full((2,), 1e-30), "1.weight": torch.ones(2)}
-    found = {"0.weight": truth["0.weight"], "0.bias": torch.full((2,), 1e-16), "1.weight": torch.tensor([1.0, 1.1])}
-    assert coverage(model, found) == {"entries": round(10 / 12, 6), "parameters": "3 of 4", "missed": ["LayerNorm"]}
-    errors = largest_error(found, {name: values.double() for name, values in truth.items()})
+    squared = {"0.weight": truth["0.weight"], "0.bias": torch.full((2,), 1e-16), "1.weight": torch.tensor([1.0, 1.1])}
+    assert coverage(model, squared) == {"entries": round(10 / 12, 6), "parameters": "3 of 4", "missed": ["LayerNorm"]}
+    errors = largest_error(squared, {name: values.double() for name, values in truth.items()})
     assert errors["worst"] == "1.weight"
     assert errors["wrong"] == ["1.weight"]
     assert errors["error"] == pytest.approx(0.1 / 2**0.5)
@@ -112,7 +112,7 @@ def test_shapes_are_what_they_are_called():
 
 
 def test_every_rival_stands_in_the_extra():
-    """What is compared with is what ``pip install fishkern[rivals]`` brings."""
+    """``pip install fishkern[rivals]`` brings all packages of the comparison, and nothing else brings them."""
     import tomllib
     from pathlib import Path
 

@@ -65,7 +65,7 @@ def test_records_are_appended_or_replaced(package, tmp_path, monkeypatch):
 
 
 def test_a_broken_case_leaves_nothing(package, tmp_path, monkeypatch, capfd):
-    """What is interrupted has recorded only a part."""
+    """An interrupted case has recorded only a part."""
     monkeypatch.setattr(command, "why_not", lambda *_: "")
     path = tmp_path / package / "good.py"
     path.write_text(path.read_text().replace('assert True, "too slow"', "raise KeyboardInterrupt"))

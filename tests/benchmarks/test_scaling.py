@@ -26,25 +26,27 @@ def results(op: str) -> dict[str, object]:
 
 
 def test_a_layers_squares():
-    found = results("sum_grad_squared")
+    by_provider = results("sum_grad_squared")
     for name in PROVIDERS["sum_grad_squared"]:
-        torch.testing.assert_close(found[name], found["loop"])
+        torch.testing.assert_close(by_provider[name], by_provider["loop"])
 
 
 def test_the_largest_scores():
     """``cat_topk`` tells places in the whole."""
-    found = results("streaming_topk")
+    by_provider = results("streaming_topk")
     size = SMALL["streaming_topk"]["n"] // SMALL["streaming_topk"]["tensors"]
-    whole = sorted(found["cat_topk"][0].tolist())
+    whole = sorted(by_provider["cat_topk"][0].tolist())
     for name in ("fishkern", "sampled_threshold"):
-        assert sorted(n * size + place for n, block in enumerate(found[name]) for place in block.tolist()) == whole
+        assert (
+            sorted(n * size + place for n, block in enumerate(by_provider[name]) for place in block.tolist()) == whole
+        )
 
 
 def test_a_whole_pass():
-    found = {name: squares(result) for name, result in results("whole_pass").items()}
-    for name, values in found["one_by_one"].items():
+    by_provider = {name: squares(result) for name, result in results("whole_pass").items()}
+    for name, values in by_provider["one_by_one"].items():
         for other in ("fishkern", "vmap_grad"):
-            torch.testing.assert_close(found[other][name], values, rtol=1e-3, atol=1e-9)
+            torch.testing.assert_close(by_provider[other][name], values, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS["masked_adamw"])
@@ -92,10 +94,10 @@ def test_what_fails_is_recorded_and_larger_sizes_are_not_tried(quantity, monkeyp
 
     monkeypatch.setattr(scaling, "processes", processes)
     sweep = Sweep("sum_grad_squared", "N", (2, 4, 8), {"T": 1, "width": 1})
-    found = {(provider, size): figure for provider, size, figure in scaling.measure(sweep, quantity)}
-    assert len(found) == 9
-    assert found["vmap", 4] == {"left out": "out of memory above 2 GiB"}
-    assert found["vmap", 8] == {"left out": "not tried: out of memory above 2 GiB at N = 4"}
+    by_provider = {(provider, size): figure for provider, size, figure in scaling.measure(sweep, quantity)}
+    assert len(by_provider) == 9
+    assert by_provider["vmap", 4] == {"left out": "out of memory above 2 GiB"}
+    assert by_provider["vmap", 8] == {"left out": "not tried: out of memory above 2 GiB at N = 4"}
     assert ("vmap", 8) not in asked
     measured = {"peak_mib": 3.0} if quantity == "memory" else {"median": 0.5, "min": 0.5, "max": 0.5}
-    assert found["fishkern", 8].get("seconds", found["fishkern", 8]) == measured
+    assert by_provider["fishkern", 8].get("seconds", by_provider["fishkern", 8]) == measured

@@ -53,10 +53,10 @@ def main(arguments: list[str] | None = None) -> None:
         logs[task] = log = Log(path, setting, encoder_name(encoder))
         data = load(given.data / task, encoder, setting)
         for arm, lr in product(given.arms, setting.rates):
-            log.run(arm, lr, CHOOSING_SEED, partial(run, arm, lr, CHOOSING_SEED, setting, encoder, data))
+            log.run(arm, lr, CHOOSING_SEED, partial(run, arm, lr, CHOOSING_SEED, setting, encoder=encoder, data=data))
         for seed, arm in product(range(given.seeds), given.arms):
             lr = log.best_rate(arm)
-            log.run(arm, lr, seed, partial(run, arm, lr, seed, setting, encoder, data))
+            log.run(arm, lr, seed, partial(run, arm, lr, seed, setting, encoder=encoder, data=data))
     for task, log in logs.items():
         seen = encoder_name(encoder) == MINILM and task in CONTAMINATED
         print(f"{task}{'; the encoder has seen such pairs in training' if seen else ''}")
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arm: str, lr: float, seed: int, setting: Setting, encoder: Path, data: Data) -> dict[str, Any]:
+def run(arm: str, lr: float, seed: int, setting: Setting, *, encoder: Path, data: Data) -> dict[str, Any]:
     """Train one arm once."""
     on_gpu = torch.cuda.is_available()
     clock = time.perf_counter if on_gpu else time.process_time

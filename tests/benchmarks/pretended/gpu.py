@@ -1,7 +1,7 @@
 """A GPU that is not there, for whole calls of the measurements: what runs is all but the device.
 
 Every process that is started in a copy of the checkout takes this from ``sitecustomize.py`` there. Tensors asked for on
-``cuda`` lie on the CPU, kernels compile for sm_90 for real, and a launch does nothing. So nothing is computed:
+``cuda`` are on the CPU, kernels compile for sm_90 for real, and a launch does nothing. So nothing is computed:
 comparisons of values (:data:`VALUES`, and tests in :data:`VALUE_TESTS`) are taken out here, and are made by Triton's
 interpreter in the ordinary tests. Shapes are small; times mean nothing.
 """
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 NAME = "Pretended GPU"
 ROOT = Path(__file__).resolve().parents[3]
-# Comparisons of what kernels computed, by where they stand, and what stands there instead.
+# Comparisons of computed values, by module and name, and their replacements.
 VALUES: dict[str, object] = {
     "torch.testing.assert_close": lambda *values, **options: None,
     "tests.support.closeness.assert_as_accurate": lambda *values, **options: None,
@@ -34,7 +34,7 @@ VALUES: dict[str, object] = {
     "benchmarks.cases.variants.error_of": lambda *values: 0.0,
     "benchmarks.cases.whole_pass.disagreement": lambda *values: 0.0,
 }
-# Tests whose own statements look at values, as pytest names them without what stands in brackets.
+# Tests that compare values themselves, as pytest names them without parameters.
 VALUE_TESTS = {
     "tests/kernels/test_streaming_topk.py": (
         "test_kernel_takes_blocks_at_any_address",
@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
 
 
 class _OnTheCPU(TorchFunctionMode):
-    """Puts on the CPU what is asked for on a GPU."""
+    """Puts tensors on the CPU that are requested on a GPU."""
 
     def __torch_function__(
         self, function: Callable, types: object, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -117,7 +117,7 @@ def pretend() -> None:
     for name, instead in VALUES.items():
         module, _, function = name.rpartition(".")
         owner = importlib.import_module(module)
-        getattr(owner, function)  # what is taken out is there
+        getattr(owner, function)  # raises for a name that is no longer there
         setattr(owner, function, instead)
 
 
@@ -191,7 +191,7 @@ def _driver() -> None:
             self._wanted = len(source.signature)
 
         def __call__(self, x: int, y: int, z: int, stream: int, function: int, *args: object) -> None:
-            given = args[4:]  # behind metadata and hooks
+            given = args[4:]  # after metadata and hooks
             assert len(given) == self._wanted
             assert 0 < x < 2**31  # an empty grid is an error of CUDA's
             assert 0 < max(y, z) < 2**16
