@@ -30,6 +30,7 @@ from fishkern.ops import (
     sum_grad_squared,
     sum_position_grad_squared,
 )
+from fishkern.ops.dtypes import accumulates_in
 
 Groups = Literal["row", "column", "tensor"]
 """Entries of a parameter that are summed: those of one index of the first axis; those of one index of all other axes;
@@ -134,7 +135,7 @@ class OuterProductGrads(PerExampleGrads):
         return self.activations.shape[1]
 
     def example(self, n: int) -> Tensor:
-        dtype = wide(self.activations)
+        dtype = accumulates_in(self.activations.dtype)
         return (self.output_grads[n].to(dtype).mT @ self.activations[n].to(dtype)).view(self.shape)
 
     def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
@@ -166,7 +167,7 @@ class OuterProductGrads(PerExampleGrads):
         Returns:
             ``[U, I]``, float32 (float64 for float64 factors).
         """
-        dtype = wide(self.activations)
+        dtype = accumulates_in(self.activations.dtype)
         counts = torch.bincount(example, minlength=self.num_examples).tolist()
         parts = [
             self.output_grads[n][:, rows].to(dtype).mT @ self.activations[n].to(dtype)
@@ -264,20 +265,23 @@ class PositionGrads(PerExampleGrads):
         return self.terms.device
 
     def example(self, n: int) -> Tensor:
-        return self.terms[n].sum(0, dtype=wide(self.terms))
+        return self.terms[n].sum(0, dtype=accumulates_in(self.terms.dtype))
 
     def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
-        total += self.terms.sum(1, dtype=wide(self.terms)).square_().sum(0)
+        total += self._squares()
 
     def add_group_squares_(self, total: Tensor, by: Groups, backend: Backend | None = None) -> None:
-        squares = self.terms.sum(1, dtype=wide(self.terms)).square_().sum(0)  # of the parameter's size, which is small
-        total += group_sums(squares, by)
+        total += group_sums(self._squares(), by)  # of the parameter's size, which is small
 
     def add_position_squares_(self, total: Tensor) -> None:
-        total += self.terms.to(wide(self.terms)).square().sum((0, 1))
+        total += self.terms.to(accumulates_in(self.terms.dtype)).square().sum((0, 1))
 
     def grouped(self, num_examples: int) -> Self:
         return type(self)(_grouped(self.terms, num_examples))
+
+    def _squares(self) -> Tensor:
+        """Sum the squares over examples, ``[*shape]``."""
+        return self.terms.sum(1, dtype=accumulates_in(self.terms.dtype)).square_().sum(0)
 
     @classmethod
     def joined(cls, uses: Sequence[Self]) -> Self:
@@ -304,12 +308,12 @@ class DenseGrads(PerExampleGrads):
         return self.values.device
 
     def example(self, n: int) -> Tensor:
-        return self.values[n].to(wide(self.values))
+        return self.values[n].to(accumulates_in(self.values.dtype))
 
     def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
         for value in self.values:
-            wide = value.to(total.dtype)
-            total.addcmul_(wide, wide)
+            grad = value.to(total.dtype)
+            total.addcmul_(grad, grad)
 
     def add_position_squares_(self, total: Tensor) -> None:
         raise NotImplementedError("stored per-example gradients no longer know their positions")
@@ -463,9 +467,9 @@ def group_squares(grad: Tensor, by: Groups) -> Tensor:
         Of :func:`group_shape`, float32 (float64 for float64).
     """
     if grad.ndim < 2 or not grad.numel():
-        return group_sums(grad.to(wide(grad)).square(), by)
+        return group_sums(grad.to(accumulates_in(grad.dtype)).square(), by)
     pieces = grad.split(max(1, _PIECE // grad[0].numel()))
-    sums = [group_sums(piece.to(wide(grad)).square(), by) for piece in pieces]
+    sums = [group_sums(piece.to(accumulates_in(grad.dtype)).square(), by) for piece in pieces]
     return torch.cat(sums) if by == "row" else torch.stack(sums).sum(0)
 
 
@@ -483,7 +487,7 @@ def _add_rows_of_examples(
 
 def _add(total: Tensor, operation: Callable[..., Tensor], factor: Tensor) -> None:
     """Accumulate in place where the operation works in the accumulator's dtype."""
-    if total.dtype == wide(factor):
+    if total.dtype == accumulates_in(factor.dtype):
         operation(out=total)
     else:
         total += operation()
@@ -500,15 +504,3 @@ def _cat(tensors: Iterable[Tensor]) -> Tensor:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return torch.cat([tensor.to(dtype) for tensor in tensors], dim=1)
-
-
-def wide(tensor: Tensor) -> torch.dtype:
-    """Name the dtype that sums and squares are taken in.
-
-    Args:
-        tensor: What is summed or squared.
-
-    Returns:
-        float32, or float64 for float64.
-    """
-    return torch.promote_types(tensor.dtype, torch.float32)

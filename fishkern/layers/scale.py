@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fishkern.layers.base import Call, Layer, own_parameters, positions
-from fishkern.layers.grads import PerExampleGrads, PositionGrads, wide
+from fishkern.layers.grads import PerExampleGrads, PositionGrads
 from fishkern.layers.quantized import has_gradient_dtype
+from fishkern.ops.dtypes import accumulates_in
 
 
 class Scale(Layer):
@@ -42,7 +43,7 @@ class Scale(Layer):
         parameters = own_parameters(call.module)
         for name in sorted(names):
             parameter = parameters[name]
-            terms = positions(output_grads.to(wide(output_grads)) * self._slope(call, name, parameter))
+            terms = positions(output_grads.to(accumulates_in(output_grads.dtype)) * self._slope(call, name, parameter))
             yield name, PositionGrads(terms.view(*terms.shape[:2], *parameter.shape))
 
     def _slope(self, call: Call, name: str, parameter: Tensor) -> Tensor:
@@ -60,7 +61,8 @@ class Scale(Layer):
         except (RuntimeError, NotImplementedError):
             return False  # no forward-mode derivative: the generic path needs none
         slope = self._slope(call, name, parameter)
-        return _equal(slope, by_ones) and _equal(by_direction, by_ones.to(wide(by_ones)) * direction.flatten())
+        expected = by_ones.to(accumulates_in(by_ones.dtype)) * direction.flatten()
+        return _equal(slope, by_ones) and _equal(by_direction, expected)
 
 
 class Factor(Scale):

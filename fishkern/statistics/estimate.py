@@ -20,8 +20,8 @@ from fishkern.layers import (
     scored_tensors,
     stored_weights,
     weight_shape,
-    wide,
 )
+from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.autograd_pass import AutogradPass
 from fishkern.statistics.base import Estimator, ParameterInfo, sums
@@ -244,7 +244,8 @@ def _infos(
             key,
             one,
             stored.get(key, one.shape),
-            wide(one) if has_gradient_dtype(one) else torch.float32,  # the gradient of a stored weight is float32
+            # the gradient of a stored weight is float32, whatever it is stored in
+            accumulates_in(one.dtype) if has_gradient_dtype(one) else torch.float32,
             torch.device(accumulate_on or one.device),
         )
         for key, one in named.items()

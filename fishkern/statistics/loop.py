@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.layers import wide
+from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.autograd import backward, check_finite, take_grad, with_last
 from fishkern.statistics.base import Estimator, ParameterInfo, State
@@ -131,7 +131,10 @@ class Loop:
     def _states(self) -> States:
         """Those in use; made when they are needed, so that no set of them lies about empty."""
         if self._totals is None:
-            infos = {n: ParameterInfo(n, p, p.shape, wide(p), p.device) for n, p in self._chosen.items()}
+            infos = {
+                name: ParameterInfo(name, value, value.shape, accumulates_in(value.dtype), value.device)
+                for name, value in self._chosen.items()
+            }
             self._totals = States(infos, self.estimator)
         return self._totals
 

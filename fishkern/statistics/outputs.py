@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
+from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics.batches import Batch
 
 _LABELS = ("labels", "start_positions", "end_positions")
@@ -41,18 +41,6 @@ def call(model: nn.Module, batch: Batch, *, without: tuple[str, ...] = (), **mor
     return model(**{**hosts.call_options(model), **arguments, **more})
 
 
-def wide(logits: Tensor) -> Tensor:
-    """Take logits to float32 at least, as transformers does before its losses.
-
-    Args:
-        logits: Any floating tensor.
-
-    Returns:
-        The same values, float32 or float64.
-    """
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 def logits_of(outputs: Any, model: nn.Module, names: tuple[str, ...] = ("logits",)) -> list[Tensor]:
     """Read the logits off what a model returned: by name, or by place in a plain tuple, behind a loss.
 
@@ -74,7 +62,8 @@ def logits_of(outputs: Any, model: nn.Module, names: tuple[str, ...] = ("logits"
         loss = _loss(outputs)
         found = list(outputs[0 if loss is None else 1 :][: len(names)])
     if len(found) == len(names) and all(isinstance(one, Tensor) and one.ndim for one in found):
-        return [wide(one) for one in found]
+        # in float32 at least, as transformers takes its losses
+        return [one.to(accumulates_in(one.dtype)) for one in found]
     if _loss(outputs) is not None and hasattr(outputs, names[0]):
         raise ValueError(
             f"{type(model).__name__} returned no logits ({type(outputs).__name__}): a fused loss (Liger) keeps them "
