@@ -93,7 +93,7 @@ class CapturedPass:
         place = 0  # of the objective that is being back-propagated
 
         def add(key: str, grads: PerExampleGrads) -> None:
-            if key not in strays.found and (only is None or place in only[key]):
+            if key not in strays.reasons and (only is None or place in only[key]):
                 self._states.add(key, grads)
 
         looped = {key: self._parameters[key] for key in plan.loop}
@@ -109,14 +109,16 @@ class CapturedPass:
                         continue
                     self._note(objective, batch)
                     capture.backward(objective, retain_graph=not last)
-                    for key in capture.unsettled - strays.found.keys():
+                    for key in capture.unsettled - strays.reasons.keys():
                         if only is None or place in only[key]:
                             withheld[key].add(place)
                     self._planner.distrusted |= capture.distrusted
                 # the batch's backward shows which of the looped parameters any example reaches
-                reached = {key for key, parameter in looped.items() if parameter.grad is not None} | strays.found.keys()
-        if strays.found:
-            self._planner.note_strays(strays.found)
+                reached = {
+                    key for key, parameter in looped.items() if parameter.grad is not None
+                } | strays.reasons.keys()
+        if strays.reasons:
+            self._planner.note_strays(strays.reasons)
         if reached:
             self._loop(batch, reached, only)
         return withheld

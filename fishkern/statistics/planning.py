@@ -236,7 +236,7 @@ class Planner:
         strays = Strays(plan.sites)
 
         def add_own(key: str, grads: PerExampleGrads) -> None:
-            if key not in strays.found and key not in self._stored:
+            if key not in strays.reasons and key not in self._stored:
                 add(key, grads)
 
         if not plan.sites:
@@ -249,9 +249,9 @@ class Planner:
             check_finite(objective, few.places)
             capture.backward(objective)
             self.distrusted |= capture.distrusted
-            withheld = set(capture.unsettled - strays.found.keys())
-        if strays.found:
-            self.note_strays(strays.found)
+            withheld = set(capture.unsettled - strays.reasons.keys())
+        if strays.reasons:
+            self.note_strays(strays.reasons)
         return withheld
 
     def _in_groups(self, keys: Iterable[str]) -> list[list[str]]:
