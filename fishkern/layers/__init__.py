@@ -17,7 +17,6 @@ from fishkern.layers.grads import (
     group_shape,
     group_squares,
     join,
-    wide,
 )
 from fishkern.layers.hooks import Arrival, Hooks
 from fishkern.layers.layer_norm import LayerNorm
@@ -83,6 +82,5 @@ __all__ = [
     "survey",
     "watch",
     "weight_shape",
-    "wide",
     "without_gradient",
 ]

@@ -1,8 +1,8 @@
-"""What a layer rule is: one call of one module, and the per-example gradients of its parameters.
+"""Layer rules: from one call of one module to the per-example gradients of its parameters.
 
-Tensors of a call reach a rule as the module saw them, rows first: ``activations [N, ..., I]``, ``output_grads
-[N, ..., O]``. What lies between rows and features are positions, flattened to ``T`` by :func:`positions`. Where the
-rows are those of ``[N, T]`` laid behind one another, the gradients are joined afterwards
+A rule gets the tensors of a call as the module saw them, rows first: ``activations [N, ..., I]``, ``output_grads
+[N, ..., O]``. Axes between rows and features are positions; :func:`positions` flattens them to ``T``. Where the rows
+are those of ``[N, T]`` flattened, the gradients are joined afterwards
 (:meth:`fishkern.layers.grads.PerExampleGrads.grouped`).
 """
 
@@ -28,9 +28,9 @@ class Call:
 
     Args:
         module: The module.
-        args: Its positional arguments, detached: as its ``forward`` gets them, or, where a rule runs the module once
-            more, as they are before the hooks that run ahead of it.
-        kwargs: Its keyword arguments, the same.
+        args: Its positional arguments, detached: as its ``forward`` gets them, or, if a rule runs the module once more,
+            as they are before the hooks on its input run.
+        kwargs: Its keyword arguments, likewise.
         autocast: Device type, whether autocast was on, and its dtype, when the call was made.
     """
 
@@ -49,19 +49,19 @@ class Call:
     ) -> Any:
         """Call the module once more, under the autocast state of the first time and without checkpointing.
 
-        Its own hooks on output and gradients are left out, for a tap sees an output before they do. Those on its input
-        run, since some make a weight there (pruning); so do all hooks of modules inside.
+        Its own hooks on output and gradients do not run, because a tap sees the output before they do. Those on its
+        input run, since some compute a weight there (pruning), and so do all hooks of modules inside.
 
         Args:
-            parameters: Tensors that stand in for parameters, by their names in the module.
-            then: What to do with what the module returns while the stand-ins are in place: a backward pass may
-                recompute a segment of the module.
+            parameters: Tensors that replace parameters, by their names in the module.
+            then: Called with the module's output while the replacements are in place: a backward pass may recompute a
+                segment of the module.
 
         Returns:
-            What ``then`` returns: by default, what the module returns.
+            The result of ``then``: by default, the module's output.
         """
         device_type, enabled, dtype = self.autocast
-        # in a model in evaluation mode, only what checkpoints its activations still says that it trains
+        # In a model in evaluation mode, only modules that checkpoint their activations are left in training mode.
         training = [module for module in self.module.modules() if module.training]
         state = vars(self.module)
         around = {name: state[name] for name in _AROUND_FORWARD if state[name]}
@@ -81,7 +81,7 @@ class Call:
 
 
 class _Following(nn.Module):
-    """A module, and what is done with its output."""
+    """A module, followed by a function of its output."""
 
     def __init__(self, module: nn.Module, then: Callable[[Any], Any]) -> None:
         super().__init__()
@@ -94,15 +94,15 @@ class _Following(nn.Module):
 def _in_each_place(module: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Name every place once where a parameter is registered.
 
-    torch's own way to do so (``tie_weights``) names a module that two others share twice, and leaves the stand-in
-    there instead of the parameter.
+    torch's own way to do so (``tie_weights``) names a module that two others share twice, and then leaves the
+    replacement there instead of the parameter.
 
     Args:
         module: The module.
-        parameters: Stand-ins, by any name of the parameter.
+        parameters: Replacements, by any name of the parameter.
 
     Returns:
-        Stand-ins by the names of all places.
+        Replacements by the names of all places.
     """
     if not parameters:
         return {}
@@ -120,20 +120,20 @@ class Layer(ABC):
     """Per-example gradients of the parameters that one kind of module owns.
 
     Attributes:
-        reruns: Whether the gradients are had by running the module once more (:meth:`Call.run`).
+        reruns: Whether the rule runs the module once more (:meth:`Call.run`).
     """
 
     reruns: ClassVar[bool] = False
 
     @abstractmethod
     def covers(self, module: nn.Module) -> frozenset[str]:
-        """Say which parameters of a module this rule knows, judged by the module alone.
+        """Say which parameters of a module this rule computes, judged by the module alone.
 
         Args:
             module: Any module.
 
         Returns:
-            Names relative to the module; empty when the rule is for other modules.
+            Names relative to the module; empty if the rule is for other modules.
         """
 
     def confirms(self, call: Call, output: Tensor, names: frozenset[str]) -> frozenset[str]:
@@ -141,8 +141,8 @@ class Layer(ABC):
 
         Args:
             call: A call on two examples.
-            output: What it returned.
-            names: What :meth:`covers` promised, as far as it is asked for.
+            output: The module's output.
+            names: The requested ones of the names that :meth:`covers` gave.
 
         Returns:
             The names for which the rule holds.
@@ -150,10 +150,10 @@ class Layer(ABC):
         return names
 
     def reads_input(self, names: frozenset[str]) -> bool:
-        """Say whether the gradients need the input of the call, which then is kept until the backward pass.
+        """Say whether the gradients need the input of the call, which is then kept until the backward pass.
 
         Args:
-            names: Which parameters are asked for.
+            names: The requested parameters.
 
         Returns:
             Whether to keep it.
@@ -175,12 +175,12 @@ class Layer(ABC):
     def per_example_grads(
         self, call: Call, output_grads: Tensor, names: frozenset[str]
     ) -> Iterator[tuple[str, PerExampleGrads]]:
-        """Form the per-example gradients of one call.
+        """Compute the per-example gradients of one call.
 
         Args:
             call: The call, every tensor with its rows first.
             output_grads: Gradient of the **summed** loss by the output, ``[N, ..., O]``.
-            names: Which parameters, a subset of what the rule holds for.
+            names: The parameters, all of which the rule computes.
 
         Yields:
             Name and gradients.
@@ -188,21 +188,21 @@ class Layer(ABC):
 
 
 def runs(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Tell whether a module computes what a class of torch's does.
+    """Tell whether a module computes exactly what one of torch's classes does.
 
     Args:
         module: Any module.
         kind: The class.
 
     Returns:
-        Whether it is one and its ``forward`` is that of the class: neither a subclass's own nor one that was put on the
-        module itself (as accelerate's ``add_hook_to_module`` does).
+        Whether it is an instance and its ``forward`` is that of the class: neither a subclass's own nor one that was
+        set on the module itself (as accelerate's ``add_hook_to_module`` does).
     """
     return isinstance(module, kind) and type(module).forward is kind.forward and not is_patched(module)
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Tell whether a module has a ``forward`` of its own, which its class knows nothing of.
+    """Tell whether a ``forward`` was set on the module itself, past its class.
 
     Args:
         module: Any module.
@@ -214,14 +214,14 @@ def is_patched(module: nn.Module) -> bool:
 
 
 def positions(tensor: Tensor, features: int = 1) -> Tensor:
-    """Flatten what lies between the example axis and the features.
+    """Flatten the axes between the example axis and the features.
 
     Args:
         tensor: ``[N, ..., *features]``.
         features: How many trailing axes are features.
 
     Returns:
-        ``[N, T, *features]``, ``T = 1`` when nothing lies between.
+        ``[N, T, *features]``, ``T = 1`` if there are none.
     """
     if tensor.ndim == features + 2:
         return tensor
@@ -236,11 +236,11 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
         module: Any module.
 
     Returns:
-        Parameters by their names in the module. A ``ParameterDict`` or ``ParameterList`` is never called, so what it
-        holds belongs to the module around it.
+        Parameters by their names in the module. A ``ParameterDict`` or ``ParameterList`` is never called, so its
+        parameters belong to the module around it.
     """
-    found = dict(module.named_parameters(recurse=False))
+    own = dict(module.named_parameters(recurse=False))
     for name, child in module.named_children():
         if isinstance(child, nn.ParameterDict | nn.ParameterList):
-            found |= {f"{name}.{key}": parameter for key, parameter in child.named_parameters()}
-    return found
+            own |= {f"{name}.{key}": parameter for key, parameter in child.named_parameters()}
+    return own

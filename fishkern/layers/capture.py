@@ -27,13 +27,13 @@ class Capture:
     """Hooks on the sites of a model, for the time of a ``with`` block.
 
     Args:
-        sites: What to capture.
+        sites: The modules to capture, with their rules.
         sink: Called with a parameter's canonical name and its per-example gradients, during backward.
-        squares: Whether the sink only adds squares. Then those of a head whose weight an embedding shares come first,
-            and what the embedding adds to them later; else both come as one, once both are known.
+        squares: Whether the sink only adds squares. If so, those of a head that shares its weight with an embedding are
+            delivered first, and the embedding's addition to them later; otherwise both are delivered as one gradient.
 
     Attributes:
-        distrusted: Paths of modules whose rows turned out not to be those of the examples.
+        distrusted: Paths of modules whose rows turned out not to be the examples' own.
     """
 
     def __init__(self, sites: Sequence[Site], sink: Sink, *, squares: bool = True) -> None:
@@ -50,7 +50,7 @@ class Capture:
 
     @property
     def unsettled(self) -> frozenset[str]:
-        """Canonical names whose gradients of the last backward pass were withheld: whose rows they are is not known."""
+        """Names whose gradients of the last backward pass were held back, because whose rows they are is not known."""
         return frozenset(self._uses.unsettled)
 
     def __enter__(self) -> Capture:
@@ -93,7 +93,8 @@ class Capture:
         if not losses.requires_grad:
             return
         try:
-            self._hooks.active = self._weighing = True  # what is recomputed runs as it did, but nothing is received
+            # Checkpointed segments are recomputed here, and must run with their taps in place; no gradient is received.
+            self._hooks.active = self._weighing = True
             self._rows.weigh(losses)
             self._weighing = False
             losses.sum().backward(retain_graph=retain_graph)
@@ -117,7 +118,7 @@ class Capture:
         return (lambda output: self._rows.note_picked(site, output)) if site.picked else None
 
     def _expanded(self, site: Site) -> Callable[[Tensor], Tensor] | None:
-        """Give every example a row of its own of an output that all share, so that each gets its own gradient."""
+        """Give every example its own row of an output that all share, so that each row gets its own gradient."""
         if site.layout is not Layout.SHARED:
             return None
         return lambda output: output.expand(self._num_examples, *output.shape[1:])
@@ -126,13 +127,14 @@ class Capture:
         if self._weighing:
             return
         site, grads = arrival.site, arrival.grads
-        if site.layout is None:  # the survey saw no gradient here
+        if site.layout is None:  # no gradient arrived here in the survey, so nothing is known of the rows
             if any(grad is not None and bool(grad.any()) for grad in grads):
                 self._uses.withhold(site)
             return
         lengths = {_rows(grad) for grad in grads if grad is not None}
         if site.layout is Layout.BATCHED and lengths == {1} and self._num_examples > 1:
-            self._uses.withhold(site)  # shared by all examples: it was surveyed in a batch of one
+            # one row for all examples: a plan for batches of one cannot tell that from one row for each
+            self._uses.withhold(site)
             return
         if not self._has_the_rows(arrival) or (site.picked and not self._rows.are_the_examples(site, grads[0])):
             self._uses.withhold(site)
@@ -154,7 +156,7 @@ class Capture:
             self._uses.deliver(key, grads if self._counted is None else self._with_counted(key, grads))
 
     def _with_counted(self, key: str, grads: PerExampleGrads) -> PerExampleGrads:
-        """Say which positions of a linear map's factors count: those of the batch, or the single one of a pooler."""
+        """Attach which positions count to a linear map's factors: those of the batch, or the only one of a pooler."""
         if not isinstance(grads, OuterProductGrads) or grads.num_positions == 1:
             return grads
         if grads.num_positions != self._counted.shape[1]:
@@ -166,22 +168,23 @@ class Capture:
 
     def _receive_generic(self, arrival: Arrival) -> None:
         site = arrival.site
-        with self._hooks.paused():
+        with self._hooks.paused():  # the second run must not report the hooked modules inside
             for n in range(self._num_examples):
-                both = zip(arrival.saved, site.sliced, strict=True)
-                tensors = [_row(tensor, n) if sliced else tensor for tensor, sliced in both]
+                pairs = zip(arrival.saved, site.sliced, strict=True)
+                tensors = [_row(tensor, n) if sliced else tensor for tensor, sliced in pairs]
                 output_grads = [None if grad is None else grad[n : n + 1] for grad in arrival.grads]
                 for name, grad in module_grads(arrival.call.thaw(tensors), output_grads, site.keys).items():
                     self._uses.deliver(site.keys[name], DenseGrads(grad[None]))
 
     def _has_the_rows(self, arrival: Arrival) -> bool:
-        """Tell whether a call has the rows that the survey has seen: their number may depend on the data."""
+        """Tell whether a call has as many rows as in the survey: their number may depend on the data."""
         site, saved, grads = arrival.site, arrival.saved, arrival.grads
         if site.layer is not None:
             return self._rows.are_as_many(site, grads[0])
         lengths = {tensor.shape[0] for tensor, sliced in zip(saved, site.sliced, strict=False) if sliced}
         lengths |= {grad.shape[0] for grad in grads if grad is not None}
         alike = len(saved) == len(site.sliced) and lengths == {self._num_examples}
+        # a second call would bring a part of the same gradient, which the square cannot take apart
         return alike and self._uses.calls(site) == 1
 
 
@@ -190,5 +193,5 @@ def _rows(tensor: Tensor) -> int | None:
 
 
 def _row(tensor: Tensor, n: int) -> Tensor:
-    """Copy one row: the module may write into it, and torch's backward fails on rows of ``channels_last`` for some."""
+    """Copy one row: the module may write into it, and some backward passes of torch fail on ``channels_last`` rows."""
     return tensor[n : n + 1].clone(memory_format=torch.contiguous_format)

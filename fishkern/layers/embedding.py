@@ -1,4 +1,4 @@
-"""Embedding tables, with or without a constant scale behind them."""
+"""Embedding tables, with or without a constant scale after them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The generic path: run a module once more for each example, and back-propagate through it alone.
+"""The generic path: run a module once more for each example, and back-propagate through that module alone.
 
-It serves any module whose inputs and outputs keep the examples apart, whatever happens inside.
+It works for any module whose inputs and outputs keep the examples apart, whatever happens inside.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from fishkern.layers.quantized import is_wrapped
 from fishkern.layers.tap import floating_places
 from fishkern.layers.unsupported import without_gradient
 
+# One row alone is computed in another order than among others: some tens of roundings of the largest entry may differ.
+_SAME_ROWS = 64  # in units of the dtype's rounding
+
 
 def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mapping[str, str]) -> dict[str, Tensor]:
     """Run a module once more and back-propagate through it alone.
@@ -24,17 +27,17 @@ def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mappi
     Args:
         call: The call of one example.
         output_grads: Gradient of the example's loss by each floating tensor of the output, or ``None``.
-        names: Parameters asked for, by their names in the module.
+        names: Canonical names of the parameters, by their names in the module.
 
     Returns:
-        Gradients by name; a parameter that the example does not reach is left out.
+        Gradients by name in the module, without parameters that the example does not reach.
 
     Raises:
         UnsupportedModuleError: A parameter is of a tensor subclass to which autograd gives no gradient.
     """
-    # under each of its names: a module may register what belongs to one inside it
-    module = dict(call.module.named_parameters(remove_duplicate=False))
-    parameters = {name: module[name].detach().requires_grad_() for name in names}
+    # under each of its names: a module may register a parameter that also belongs to a module inside it
+    registered = dict(call.module.named_parameters(remove_duplicate=False))
+    parameters = {name: registered[name].detach().requires_grad_() for name in names}
 
     def gradients(output: Any) -> dict[str, Tensor]:
         leaves, _ = tree_flatten(output)
@@ -47,16 +50,16 @@ def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mappi
         if not pairs:
             return {}
         with torch.autocast(call.autocast[0], enabled=False):
-            found = torch.autograd.grad(
+            grads = torch.autograd.grad(
                 [output for output, _ in pairs],
                 list(parameters.values()),
                 [grad for _, grad in pairs],
                 allow_unused=True,
             )
-        for name, grad in zip(parameters, found, strict=True):
+        for name, grad in zip(parameters, grads, strict=True):
             if grad is None and is_wrapped(parameters[name]):
                 raise without_gradient(names[name], parameters[name])
-        return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
+        return {name: grad for name, grad in zip(parameters, grads, strict=True) if grad is not None}
 
     with torch.enable_grad():
         return call.run(parameters, gradients)
@@ -64,15 +67,15 @@ def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mappi
 
 @torch.no_grad()
 def same_rows_alone(call: Call, output: Any, num_examples: int) -> bool:
-    """Check that the module, run on the rows of one example alone, gives that example's rows.
+    """Check that a module that runs on the rows of one example alone returns that example's rows.
 
     Args:
         call: A call.
-        output: What it returned.
+        output: The module's output.
         num_examples: How many examples it was called on.
 
     Returns:
-        Whether it does; ``False`` too where an argument is an object that a second run would find changed.
+        Whether it does; ``False`` also if an argument is an object with a state, which the first run has changed.
     """
     leaves, spec = tree_flatten((call.args, dict(call.kwargs)))
     if any(_is_stateful(leaf) for leaf in leaves):
@@ -92,30 +95,30 @@ def same_rows_alone(call: Call, output: Any, num_examples: int) -> bool:
             if not (whole.ndim and whole.shape[0] == num_examples and actual[place].shape == whole[n : n + 1].shape):
                 return False
             gap = (actual[place] - whole[n : n + 1]).abs().max()
-            if gap > 64 * torch.finfo(whole.dtype).eps * whole.abs().max():
+            if gap > _SAME_ROWS * torch.finfo(whole.dtype).eps * whole.abs().max():
                 return False
     return True
 
 
 def _row(tensor: Tensor, n: int, num_examples: int) -> Tensor:
-    """Copy one row, or all of what has none: the module may write into its input."""
+    """Copy one row, or all of a tensor without rows: the module may write into its input."""
     return (tensor[n : n + 1] if has_example_axis(tensor, num_examples) else tensor).clone()
 
 
 def _is_stateful(leaf: Any) -> bool:
-    """Tell an object that a second run would find changed, such as a key-value cache."""
+    """Recognise an object that the first run may have changed, such as a key-value cache."""
     return leaf is not None and not isinstance(leaf, Tensor | nn.Module | bool | int | float | str | torch.dtype)
 
 
 def has_example_axis(tensor: Tensor, num_examples: int) -> bool:
-    """Judge by its size whether a tensor of a call holds one row for each example.
+    """Tell by its size whether a tensor of a call holds one row for each example.
 
     Args:
-        tensor: Any tensor; :func:`same_rows_alone` shows whether the judgement was right.
-        num_examples: How many examples the call is on.
+        tensor: Any tensor; :func:`same_rows_alone` checks the answer.
+        num_examples: How many examples the module was called on.
 
     Returns:
-        Whether its first axis has so many entries.
+        Whether its first axis has that length.
     """
     return tensor.ndim > 0 and tensor.shape[0] == num_examples
 
@@ -127,7 +130,7 @@ def tensors_of(call: Call) -> list[Tensor]:
         call: A call.
 
     Returns:
-        The tensors, in the order in which a tap keeps them.
+        The tensors, in the order in which a tap saves them.
     """
     leaves, _ = tree_flatten((call.args, dict(call.kwargs)))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

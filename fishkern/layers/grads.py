@@ -30,6 +30,7 @@ from fishkern.ops import (
     sum_grad_squared,
     sum_position_grad_squared,
 )
+from fishkern.ops.dtypes import accumulates_in
 
 Groups = Literal["row", "column", "tensor"]
 """Entries of a parameter that are summed: those of one index of the first axis; those of one index of all other axes;
@@ -39,31 +40,31 @@ _PIECE = 2**20  # entries of a gradient that are squared at once: 4 MiB, which s
 
 
 class PerExampleGrads(ABC):
-    """Gradients of one parameter by the losses of ``N`` examples, one form of several (see the module)."""
+    """Gradients of one parameter by the losses of ``N`` examples, in one of several forms (see the module)."""
 
     @property
     @abstractmethod
     def num_examples(self) -> int:
-        """How many examples, ``N``."""
+        """The number of examples, ``N``."""
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the factors lie."""
+        """The device of the factors."""
 
     @abstractmethod
     def example(self, n: int) -> Tensor:
-        """Form the gradient of example ``n``.
+        """Compute the gradient of example ``n``.
 
         Args:
-            n: Which example.
+            n: Number of the example.
 
         Returns:
             A tensor of the parameter's shape, float32 (float64 for float64 factors).
         """
 
     def grouped(self, num_examples: int) -> Self:
-        """Join rows that were taken for examples into the examples that they make up, equally many for each.
+        """Join rows that were treated as examples into the examples that they belong to, equally many for each.
 
         Args:
             num_examples: ``N``.
@@ -79,7 +80,7 @@ class PerExampleGrads(ABC):
 
         Args:
             total: Accumulator of the parameter's shape, contiguous, float32 or float64; changed in place.
-            backend: Passed on to the operation behind it.
+            backend: Passed on to the operation.
         """
 
     def add_group_squares_(self, total: Tensor, by: Groups, backend: Backend | None = None) -> None:
@@ -88,7 +89,7 @@ class PerExampleGrads(ABC):
         Args:
             total: Accumulator of :func:`group_shape`, float32 or float64; changed in place.
             by: Which entries make up a group.
-            backend: Passed on to the operation behind it.
+            backend: Passed on to the operation.
         """
         for n in range(self.num_examples):
             total += group_squares(self.example(n), by)
@@ -110,8 +111,8 @@ class OuterProductGrads(PerExampleGrads):
         activations: ``[N, T, I]``.
         output_grads: ``[N, T, O]``, same dtype.
         shape: Shape of the parameter; its entries in order are those of ``[O, I]``.
-        counted: Which positions are those of a text, and not of its padding, ``[N, T]``, bool; ``None`` where all are.
-            Output gradients are zero at the others, activations are not.
+        counted: Which positions are text and not padding, ``[N, T]``, bool; ``None`` if all are. At padding output gradients
+            are zero, activations are not.
     """
 
     activations: Tensor
@@ -129,11 +130,11 @@ class OuterProductGrads(PerExampleGrads):
 
     @property
     def num_positions(self) -> int:
-        """How many positions each example has, ``T``."""
+        """The number of positions of each example, ``T``."""
         return self.activations.shape[1]
 
     def example(self, n: int) -> Tensor:
-        dtype = wide(self.activations)
+        dtype = accumulates_in(self.activations.dtype)
         return (self.output_grads[n].to(dtype).mT @ self.activations[n].to(dtype)).view(self.shape)
 
     def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
@@ -153,19 +154,19 @@ class OuterProductGrads(PerExampleGrads):
 
     def grouped(self, num_examples: int) -> Self:
         x, g = (_grouped(factor, num_examples) for factor in (self.activations, self.output_grads))
-        return type(self)(x, g, self.shape)  # which positions count is known of the joined examples
+        return type(self)(x, g, self.shape)  # which positions count is attached to the joined examples later
 
     def rows(self, example: Tensor, row: Tensor) -> Tensor:
-        """Form single rows of single examples' gradients.
+        """Compute single rows of single examples' gradients.
 
         Args:
-            example: Example of each row asked for, ``[U]``, ascending.
-            row: Its row, an output feature, ``[U]``.
+            example: Example of each requested row, ``[U]``, ascending.
+            row: Number of the row, an output feature, ``[U]``.
 
         Returns:
             ``[U, I]``, float32 (float64 for float64 factors).
         """
-        dtype = wide(self.activations)
+        dtype = accumulates_in(self.activations.dtype)
         counts = torch.bincount(example, minlength=self.num_examples).tolist()
         parts = [
             self.output_grads[n][:, rows].to(dtype).mT @ self.activations[n].to(dtype)
@@ -178,7 +179,7 @@ class OuterProductGrads(PerExampleGrads):
 
     @classmethod
     def joined(cls, uses: Sequence[Self]) -> Self:
-        """Lay the positions of several uses of one parameter behind one another."""
+        """Concatenate the positions of several uses of one parameter."""
         counted = None
         if any(use.counted is not None for use in uses):
             each = [use.output_grads.new_ones(use.output_grads.shape[:2], dtype=torch.bool) for use in uses]
@@ -238,7 +239,7 @@ class EmbeddingGrads(PerExampleGrads):
 
     @classmethod
     def joined(cls, uses: Sequence[Self]) -> Self:
-        """Lay the positions of several uses of one table behind one another."""
+        """Concatenate the positions of several uses of one table."""
         first = uses[0]
         indices, grads = _cat(use.indices for use in uses), _cat(use.output_grads for use in uses)
         return cls(indices, grads, first.num_rows, first.padding_idx)
@@ -246,7 +247,7 @@ class EmbeddingGrads(PerExampleGrads):
 
 @dataclass(frozen=True)
 class PositionGrads(PerExampleGrads):
-    """``grad_n = sum_t terms[n, t]``, for parameters that meet every position entry by entry.
+    """``grad_n = sum_t terms[n, t]``, for parameters that act on every position entry by entry.
 
     Args:
         terms: ``[N, T, *shape]``.
@@ -263,24 +264,27 @@ class PositionGrads(PerExampleGrads):
         return self.terms.device
 
     def example(self, n: int) -> Tensor:
-        return self.terms[n].sum(0, dtype=wide(self.terms))
+        return self.terms[n].sum(0, dtype=accumulates_in(self.terms.dtype))
 
     def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
-        total += self.terms.sum(1, dtype=wide(self.terms)).square_().sum(0)
+        total += self._squares()
 
     def add_group_squares_(self, total: Tensor, by: Groups, backend: Backend | None = None) -> None:
-        squares = self.terms.sum(1, dtype=wide(self.terms)).square_().sum(0)  # of the parameter's size, which is small
-        total += group_sums(squares, by)
+        total += group_sums(self._squares(), by)  # of the parameter's size, which is small
 
     def add_position_squares_(self, total: Tensor) -> None:
-        total += self.terms.to(wide(self.terms)).square().sum((0, 1))
+        total += self.terms.to(accumulates_in(self.terms.dtype)).square().sum((0, 1))
 
     def grouped(self, num_examples: int) -> Self:
         return type(self)(_grouped(self.terms, num_examples))
 
+    def _squares(self) -> Tensor:
+        """Sum the squares over examples, ``[*shape]``."""
+        return self.terms.sum(1, dtype=accumulates_in(self.terms.dtype)).square_().sum(0)
+
     @classmethod
     def joined(cls, uses: Sequence[Self]) -> Self:
-        """Lay the positions of several uses of one parameter behind one another."""
+        """Concatenate the positions of several uses of one parameter."""
         return cls(_cat(use.terms for use in uses))
 
 
@@ -303,20 +307,20 @@ class DenseGrads(PerExampleGrads):
         return self.values.device
 
     def example(self, n: int) -> Tensor:
-        return self.values[n].to(wide(self.values))
+        return self.values[n].to(accumulates_in(self.values.dtype))
 
     def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
         for value in self.values:
-            wide = value.to(total.dtype)
-            total.addcmul_(wide, wide)
+            grad = value.to(total.dtype)
+            total.addcmul_(grad, grad)
 
     def add_position_squares_(self, total: Tensor) -> None:
-        raise NotImplementedError("stored per-example gradients no longer know their positions")
+        raise NotImplementedError("stored per-example gradients are sums over positions, which cannot be separated")
 
 
 @dataclass(frozen=True)
 class SummedGrads(PerExampleGrads):
-    """``grad_n = sum over uses``, formed one example at a time.
+    """``grad_n = sum over uses``, computed one example at a time.
 
     Args:
         uses: Gradients of the same parameter and examples through its several uses.
@@ -350,16 +354,16 @@ class SummedGrads(PerExampleGrads):
 
 @dataclass(frozen=True)
 class TiedRows(PerExampleGrads):
-    """What the rows of an embedding add to the squares of the head that shares its weight.
+    """The addition of an embedding to the squares of the head that shares its weight.
 
-    With ``A`` from the head and ``E`` from the embedding, ``(A + E)^2 = A^2 + (2 A + E) E``, and ``E`` is zero but on
-    the rows of the example's tokens. ``A^2`` is taken when the head's backward runs; this is the rest.
+    With ``A`` from the head and ``E`` from the embedding, ``(A + E)^2 = A^2 + (2 A + E) E``, and ``E`` is zero
+    except on the rows of the example's tokens. ``A^2`` is added when the head's backward runs; this is the rest.
 
     Args:
         embedding: ``E``.
-        head_pairs: Where ``A`` is known: ``example * V + row``, ascending, ``[U]``, at least all pairs of
+        head_pairs: Where ``A`` is known: ``example * V + row``, ascending, ``[U]``; includes all pairs of
             ``embedding``.
-        head_rows: ``A`` there, ``[U, D]``.
+        head_rows: ``A`` at these pairs, ``[U, D]``.
     """
 
     embedding: EmbeddingGrads
@@ -376,8 +380,8 @@ class TiedRows(PerExampleGrads):
 
     def example(self, n: int) -> Tensor:
         raise NotImplementedError(
-            "the gradients of a weight that an embedding and a head share were asked for singly, after the head's were "
-            "squared: an estimator that reads single gradients says reads = 'examples'."
+            "an estimator asked for single gradients of a weight that an embedding and a head share, after the head's "
+            "were squared: an estimator that reads single gradients must say reads = 'examples'."
         )
 
     def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
@@ -393,11 +397,11 @@ class TiedRows(PerExampleGrads):
         self.embedding.add_position_squares_(total)
 
     def _added(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Form ``(2 A + E) E`` on the rows of each example: example ``[U]``, row ``[U]``, values ``[U, D]``."""
+        """Compute ``(2 A + E) E`` on the rows of each example: example ``[U]``, row ``[U]``, values ``[U, D]``."""
         E = self.embedding
         example, row, grads = embedding_rows(E.indices, E.output_grads, padding_idx=E.padding_idx)
-        known = torch.searchsorted(self.head_pairs, example * E.num_rows + row)
-        return example, row, (2 * self.head_rows[known] + grads) * grads
+        places = torch.searchsorted(self.head_pairs, example * E.num_rows + row)
+        return example, row, (2 * self.head_rows[places] + grads) * grads
 
 
 def join(uses: Sequence[PerExampleGrads]) -> PerExampleGrads:
@@ -407,10 +411,11 @@ def join(uses: Sequence[PerExampleGrads]) -> PerExampleGrads:
         uses: At least one; the same parameter and the same examples.
 
     Returns:
-        One form; positions are concatenated where all uses are of one kind.
+        One form; positions are concatenated if all uses have the same form.
     """
     if len(uses) == 1:
         return uses[0]
+    # two embeddings with different padding_idx drop different tokens, so their positions cannot be concatenated
     kinds = {(type(use), getattr(use, "padding_idx", None)) for use in uses}
     if len(kinds) == 1 and hasattr(uses[0], "joined"):
         return type(uses[0]).joined(uses)
@@ -452,7 +457,7 @@ def group_sums(squares: Tensor, by: Groups) -> Tensor:
 
 
 def group_squares(grad: Tensor, by: Groups) -> Tensor:
-    """Sum the squares of a gradient over groups of its entries, a piece of it at a time.
+    """Sum the squares of a gradient over groups of its entries, one piece at a time.
 
     Args:
         grad: Of the parameter's shape.
@@ -462,9 +467,9 @@ def group_squares(grad: Tensor, by: Groups) -> Tensor:
         Of :func:`group_shape`, float32 (float64 for float64).
     """
     if grad.ndim < 2 or not grad.numel():
-        return group_sums(grad.to(wide(grad)).square(), by)
+        return group_sums(grad.to(accumulates_in(grad.dtype)).square(), by)
     pieces = grad.split(max(1, _PIECE // grad[0].numel()))
-    sums = [group_sums(piece.to(wide(grad)).square(), by) for piece in pieces]
+    sums = [group_sums(piece.to(accumulates_in(grad.dtype)).square(), by) for piece in pieces]
     return torch.cat(sums) if by == "row" else torch.stack(sums).sum(0)
 
 
@@ -481,8 +486,8 @@ def _add_rows_of_examples(
 
 
 def _add(total: Tensor, operation: Callable[..., Tensor], factor: Tensor) -> None:
-    """Accumulate in place where the operation works in the accumulator's dtype."""
-    if total.dtype == wide(factor):
+    """Accumulate in place if the operation works in the accumulator's dtype."""
+    if total.dtype == accumulates_in(factor.dtype):
         operation(out=total)
     else:
         total += operation()
@@ -499,15 +504,3 @@ def _cat(tensors: Iterable[Tensor]) -> Tensor:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return torch.cat([tensor.to(dtype) for tensor in tensors], dim=1)
-
-
-def wide(tensor: Tensor) -> torch.dtype:
-    """Name the dtype that sums and squares are taken in.
-
-    Args:
-        tensor: What is summed or squared.
-
-    Returns:
-        float32, or float64 for float64.
-    """
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,8 +1,8 @@
-"""Hooks on modules: what goes into a call and the gradient that arrives at its output, while ordinary autograd runs.
+"""Hooks on modules that report a call's inputs and the gradient at its output while ordinary autograd runs.
 
 The output of each module passes through an identity that reports its gradient (:mod:`fishkern.layers.tap`). It does not
-matter whether the weights require gradients: in ordinary training they get theirs as ever. In a pass whose weights are
-frozen, an extra input that requires a gradient keeps the graph alive, and the weights' gradients are never computed.
+matter whether the weights require gradients: in ordinary training they get theirs as usual. In a pass with frozen
+weights, an extra input that requires a gradient keeps the graph alive, and the weights' gradients are never computed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Arrival(NamedTuple):
     """A gradient that has arrived at the output of a call.
 
     Args:
-        site: Whose call.
+        site: The site that was called.
         call: The call without its tensors.
-        saved: The tensors of the call, as its module saw them; empty where the site's rule does not read them.
+        saved: The tensors of the call, as its module saw them; empty if the site's rule does not read them.
         grads: Gradient of each floating tensor of the output; ``None`` where none arrived.
     """
 
@@ -42,7 +42,7 @@ class Arrival(NamedTuple):
         return self.call.thaw(self.saved)
 
     def without_autocast(self) -> AbstractContextManager:
-        """Switch autocast off: a recomputed segment may have entered it again, and a rule would compute in 16 bits."""
+        """Switch autocast off: a recomputed segment may have turned it on, and a rule would compute in 16 bits."""
         device_type = self.call.autocast[0]
         on = torch.is_autocast_enabled(device_type)
         return torch.autocast(device_type, enabled=False) if on else nullcontext()
@@ -51,7 +51,7 @@ class Arrival(NamedTuple):
         """Apply the rule of the site.
 
         Yields:
-            Canonical name and gradients, the rows of the call taken for examples.
+            Canonical name and gradients, with each row of the call as an example.
         """
         (grad,) = self.grads
         for name, grads in self.site.layer.per_example_grads(self.thawed, grad, frozenset(self.site.keys)):
@@ -59,19 +59,19 @@ class Arrival(NamedTuple):
 
 
 class Hooks:
-    """Hooks on the modules of some sites, for the time of a ``with`` block.
+    """Hooks on the modules of some sites, for the duration of a ``with`` block.
 
     Args:
-        sites: What to listen to.
+        sites: The sites to hook.
         arrived: Called during backward with every gradient that arrives.
-        on_call: Called with a site and the arguments of each of its calls in a forward pass; a call that activation
-            checkpointing repeats in backward is none.
+        on_call: Called with a site and the arguments of each of its calls in a forward pass, but not when activation
+            checkpointing repeats the call in backward.
         prepare: Gives for a site a function that changes the output of a call before it is tapped, or ``None``.
-        on_output: Gives for a site a function that is called with the output that the model goes on with, or ``None``.
+        on_output: Gives for a site a function that is called with the output that the model continues with, or ``None``.
 
     Attributes:
-        active: Whether calls and gradients are reported. Where it is off, the hooks do nothing.
-        forward: Whether a forward pass runs, and not what checkpointing repeats in backward.
+        active: Whether calls and gradients are reported. If not, the hooks do nothing.
+        forward: Whether a forward pass is running, as opposed to checkpointing's recomputation in backward.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Hooks:
     def __enter__(self) -> Hooks:
         for site in self._sites:
             module = site.module
-            # next to the module's forward: around ours are the user's, which may change what goes in and comes out
+            # next to the module's forward: the user's hooks, outside ours, may change its input and output
             if site.reruns and (module._forward_pre_hooks or site.rewritten):
                 enter = self._enter(site)
                 self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
@@ -112,7 +112,7 @@ class Hooks:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Report what a forward pass inside the ``with`` block does."""
+        """Report the calls of the forward pass inside the ``with`` block."""
         for calls in self._entered.values():
             calls.clear()
         self.active = self.forward = True
@@ -123,7 +123,7 @@ class Hooks:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Report nothing of what runs inside the ``with`` block, such as a module that runs once more."""
+        """Report nothing inside the ``with`` block, such as while a module runs once more."""
         self.active, active = False, self.active
         try:
             yield
@@ -131,7 +131,7 @@ class Hooks:
             self.active = active
 
     def _enter(self, site: Site) -> Callable[..., None]:
-        """Note what a module is called with ahead of the hooks on its input, which a second run goes through, too."""
+        """Note the arguments before the hooks on the input run: a second run of the module runs these hooks again."""
         self._entered[site] = []
 
         def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -151,8 +151,8 @@ class Hooks:
                 args, kwargs = entered.pop()
             elif site.rewritten and site.reads_input:
                 args, kwargs = copied((args, kwargs))
-            # A reentrant segment runs its forward pass without gradients. Other calls without them, such as those of a
-            # target network, are no uses of the parameter.
+            # A reentrant segment runs its forward pass without gradients. Any other call without them, such as that of
+            # a target network, is not a use of the parameter: no gradient will come back from it.
             if self.forward and self._on_call is not None and (torch.is_grad_enabled() or segment()):
                 self._on_call(site, args, kwargs)
             if not torch.is_grad_enabled():

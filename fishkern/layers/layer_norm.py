@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fishkern.layers.base import Call, Layer, positions, runs
-from fishkern.layers.grads import PerExampleGrads, PositionGrads, wide
+from fishkern.layers.grads import PerExampleGrads, PositionGrads
+from fishkern.ops.dtypes import accumulates_in
 
 
 class LayerNorm(Layer):
@@ -26,7 +27,7 @@ class LayerNorm(Layer):
         shape = call.module.normalized_shape
         g = positions(output_grads, len(shape))
         if "weight" in names:
-            normalized = F.layer_norm(call.input.to(wide(g)), shape, eps=call.module.eps)
+            normalized = F.layer_norm(call.input.to(accumulates_in(g.dtype)), shape, eps=call.module.eps)
             yield "weight", PositionGrads(g * positions(normalized, len(shape)))
         if "bias" in names:
             yield "bias", PositionGrads(g)

@@ -42,8 +42,8 @@ class Linear(Layer):
 class QuantizedLinear(Linear):
     """A linear whose weight autograd does not differentiate: the statistic is that of the weight it multiplies by.
 
-    The weight itself is not looked at, so that one rule serves every storage: ``[O, I]`` is the shape that the module
-    says it has, and :meth:`confirms` checks on a real call that it is linear.
+    The weight itself is not read, so one rule works for every storage: the module's attributes give the shape
+    ``[O, I]``, and :meth:`confirms` checks on a real call that the module is linear.
     """
 
     def covers(self, module: nn.Module) -> frozenset[str]:
@@ -102,7 +102,7 @@ class Conv1D(Layer):
 
 
 def weight_shape(module: Any) -> torch.Size:
-    """Shape of a linear's weight as the arithmetic sees it, whatever it is stored in.
+    """Give the shape of a linear's weight in the product, whatever form it is stored in.
 
     Args:
         module: A linear with ``in_features`` and ``out_features``.
@@ -115,8 +115,9 @@ def weight_shape(module: Any) -> torch.Size:
 
 @torch.enable_grad()
 def _is_linear(call: Call, scale: float = -8.0, tolerance: float = 0.05) -> bool:
-    """Tell whether a module is ``x W^T + b`` and gives the gradient ``g W``, up to what it rounds of ``x``."""
-    # along x its derivative must be what x adds to b, and a multiple of x must add that multiple of it
+    """Tell whether a module computes ``x W^T + b`` and the gradient ``g W``, up to its own rounding of ``x``."""
+    # Two checks: the derivative along x equals the module's output without b, and a multiple of x scales that output by
+    # the same factor. LLM.int8 rounds its input, so both hold to a few percent only.
 
     def run(x: Tensor) -> Tensor:
         args, kwargs = (x, *call.args[1:]), call.kwargs
@@ -139,8 +140,8 @@ def _is_linear(call: Call, scale: float = -8.0, tolerance: float = 0.05) -> bool
 
 
 def _adds_bias(call: Call, output: Tensor) -> bool:
-    """Tell whether a module adds its bias as it is: a gain behind it would scale the bias, too."""
+    """Tell whether a module adds its bias unchanged: a gain after it would scale the bias as well."""
     weights = torch.linspace(1, 2, output.numel(), device=output.device).view_as(output).to(output.dtype)
-    found = module_grads(call, [weights], {"bias": "bias"}).get("bias")
+    grad = module_grads(call, [weights], {"bias": "bias"}).get("bias")
     expected = weights.double().flatten(0, -2).sum(0)
-    return found is None or torch.allclose(found.double(), expected, rtol=0.02)
+    return grad is None or torch.allclose(grad.double(), expected, rtol=0.02)

@@ -1,4 +1,7 @@
-"""What happens at a model's modules while it runs on two examples, or one, each one's loss back-propagated alone."""
+"""Run a model on two examples, or one, back-propagate each one's loss alone, and record what its modules do.
+
+From these records the survey decides which path computes each parameter (:mod:`fishkern.layers.survey`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,30 +19,60 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fishkern.layers.reentrant import segment, stays
 from fishkern.layers.tap import FrozenCall, copied, frozen_call, rows_and_length, tapped
 
+# The same model computes the same losses, up to sums in another order where an axis is longer: some tens of roundings.
+_SAME_LOSS = 64  # in units of the dtype's rounding
+
+
+class Touched(NamedTuple):
+    """The rows of an output gradient that are not zero.
+
+    Attributes:
+        call: Number of the call that the output is of.
+        example: Number of the example whose loss was back-propagated.
+        rows: How many rows the gradient has; ``None`` for a scalar.
+        nonzero: Which of them are not zero, ``[U, 1]``, int64.
+    """
+
+    call: int
+    example: int
+    rows: int | None
+    nonzero: Tensor
+
+
+class Columns(NamedTuple):
+    """The columns (second axis) of an output gradient that are not zero.
+
+    Attributes:
+        example: Number of the example whose loss was back-propagated.
+        nonzero: Which columns are not zero, ``[U, 1]``, int64.
+    """
+
+    example: int
+    nonzero: Tensor
+
 
 @dataclass
-class Seen:
-    """What was seen of one module.
+class Record:
+    """The calls and output gradients of one module.
 
     Args:
         calls: Each call, with its tensors, and its output.
-        touched: For each output gradient: the call, the example whose loss it is of, the number of rows, and the rows
-            that are not zero.
-        columns: For each output gradient ``[T, N, ...]``: the example whose loss it is of, and the columns that are not
-            zero; ``None`` for one of another shape.
+        touched: The non-zero rows of each output gradient.
+        columns: The non-zero columns of each output gradient ``[T, N, ...]``; ``None`` for one of another shape.
         lengths: For each call ``T`` of the enclosing module's input ``[N, T, ...]``, where there is one.
         block: That module.
-        entered: For each call, the same with its tensors as they are ahead of the hooks on its input.
+        entered: For each call, the same with its tensors as they are before the hooks on its input run.
         versions: For each call, how often its tensors of ``entered`` and its output had been written into.
-        was_rewritten: Whether copies have taken the place of an input that the model writes into.
-        writes_input: Whether the module itself writes into its input: what others hold of it bypasses any tap.
-        untapped: Whether it was called inside a transform of ``torch.func`` (``vmap``, ``grad``) or returned a nested
-            tensor, where rows are no rows of the batch or cannot be told. Such calls are not among ``calls``.
+        was_rewritten: Whether copies have replaced an input that the model writes into.
+        writes_input: Whether the module itself writes into its input. A gradient that reaches that input through
+            another module that keeps it bypasses any tap on the output.
+        untapped: Whether it was called inside a transform of ``torch.func`` (``vmap``, ``grad``), where rows are not
+            those of the batch, or returned a nested tensor, which has none. Such calls are not among ``calls``.
     """
 
     calls: list[tuple[FrozenCall, Any]] = field(default_factory=list)
-    touched: list[tuple[int, int, int | None, Tensor]] = field(default_factory=list)
-    columns: list[tuple[int, Tensor] | None] = field(default_factory=list)
+    touched: list[Touched] = field(default_factory=list)
+    columns: list[Columns | None] = field(default_factory=list)
     lengths: list[int | None] = field(default_factory=list)
     block: nn.Module | None = None
     entered: list[FrozenCall] = field(default_factory=list)
@@ -50,7 +84,7 @@ class Seen:
     @property
     def with_gradient(self) -> set[int]:
         """Calls that a gradient reached."""
-        return {call for call, _, _, _ in self.touched}
+        return {touched.call for touched in self.touched}
 
     @property
     def input_rewritten(self) -> bool:
@@ -67,40 +101,40 @@ class Seen:
 
 @dataclass
 class Observation:
-    """What was seen of a model.
+    """The records of a model.
 
     Args:
-        seen: Of each module that owns parameters asked for, or is around one, and was called.
+        records: Of each module that was called and owns requested parameters, or encloses one that does.
         around: For each of these modules, those that were running at every one of its calls, itself included.
         checkpointing: Modules around segments under reentrant checkpointing.
-        again: Runs the model once more and keeps copies of what goes into and comes out of some modules.
+        again: Runs the model once more and keeps copies of the inputs and outputs of some modules.
     """
 
-    seen: dict[nn.Module, Seen]
+    records: dict[nn.Module, Record]
     around: dict[nn.Module, set[nn.Module]]
     checkpointing: set[nn.Module]
-    again: Callable[[frozenset[nn.Module]], dict[nn.Module, Seen]]
+    again: Callable[[frozenset[nn.Module]], dict[nn.Module, Record]]
 
     def copy(self, modules: Collection[nn.Module]) -> None:
-        """Replace what was kept of modules into whose memory the model has written since, by copies.
+        """Replace the recorded tensors of modules by copies, where the model has written into them since.
 
         Args:
-            modules: Which; the model runs once more.
+            modules: The modules; the model runs once more.
         """
         for module, copies in self.again(frozenset(modules)).items():
-            seen = self.seen[module]
-            if len(copies.calls) == len(seen.calls) == 1:
-                seen.was_rewritten = seen.input_rewritten
-                seen.calls, seen.entered = copies.calls, copies.entered
-                seen.versions = [(_versions(call.tensors), _versions(_tensors(out))) for call, out in seen.calls]
+            record = self.records[module]
+            if len(copies.calls) == len(record.calls) == 1:
+                record.was_rewritten = record.input_rewritten
+                record.calls, record.entered = copies.calls, copies.entered
+                record.versions = [(_versions(call.tensors), _versions(_tensors(out))) for call, out in record.calls]
 
 
 @dataclass(frozen=True)
 class _Running:
-    """A call that has not ended: what it got, how often that had been written into, and whether in grad mode."""
+    """A call that has not ended: its arguments, how often they had been written into, and whether in grad mode."""
 
     module: nn.Module
-    given: tuple[tuple, dict[str, Any]]
+    arguments: tuple[tuple, dict[str, Any]]
     versions: list[int]
     with_grad: bool
 
@@ -117,7 +151,7 @@ class _Observer:
         copying: frozenset[nn.Module] = frozenset(),
     ) -> None:
         self._num_examples = num_examples
-        self.seen: dict[nn.Module, Seen] = defaultdict(Seen)
+        self.records: dict[nn.Module, Record] = defaultdict(Record)
         self.around: dict[nn.Module, set[nn.Module]] = {}
         self.checkpointing: set[nn.Module] = set()
         self._paths = {module: path for path, module in observed.items()}
@@ -133,7 +167,8 @@ class _Observer:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         handles = []
-        # next to the module's forward, or ahead of all, so that hooks of the user change nothing in between
+        # As close to the module's forward as possible: between a hook of ours and the forward, a hook of the user's
+        # could replace the input or the output.
         for module in set(self._modules.values()):
             handles.append(module.register_forward_pre_hook(self._note_input, with_kwargs=True, prepend=True))
         for module in self._paths:
@@ -146,7 +181,7 @@ class _Observer:
 
     def backward(self, losses: Tensor) -> None:
         self._recomputes = True
-        with self.hooked():  # for what is recomputed
+        with self.hooked():  # checkpointing recomputes segments here, whose gradients are recorded as well
             count = self._num_examples if losses.requires_grad else 0
             for self._example in range(count):
                 losses[self._example].backward(retain_graph=self._example < count - 1)
@@ -154,53 +189,62 @@ class _Observer:
     def _note_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._inputs[module] = rows_and_length((args, kwargs))
         if module in self._paths:
-            given = copied((args, kwargs)) if module in self._copying else (args, kwargs)
-            self._running.append(_Running(module, given, _versions(_tensors(given)), torch.is_grad_enabled()))
+            arguments = copied((args, kwargs)) if module in self._copying else (args, kwargs)
+            running = _Running(module, arguments, _versions(_tensors(arguments)), torch.is_grad_enabled())
+            self._running.append(running)
 
     def _ended(self, module: nn.Module) -> _Running:
-        """Take a module off those that run."""
-        while True:  # what stopped half-way, as the recomputation of a checkpoint does, lies above it
+        """Remove a module from those that run."""
+        while True:  # above it are calls that never ended: a checkpoint stops recomputing half-way
             if (ended := self._running.pop()).module is module:
                 return ended
 
     def _hook(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        running = {one.module for one in self._running}
-        inside = None if torch.is_grad_enabled() else segment()
-        if not self._recomputes and (inside or torch.is_grad_enabled()):
-            self.around[module] = running & self.around.get(module, running)
-        if inside and stays(inside):
-            self.checkpointing |= {one.module for one in self._running if one.with_grad}
+        self._note_enclosing(module)
         entered = self._ended(module)
         if torch._C._are_functorch_transforms_active() or any(leaf.is_nested for leaf in _tensors(output)):
-            self.seen[module].untapped = True
+            self.records[module].untapped = True
             return None
         if not torch.is_grad_enabled() and module not in self._copying:
             return None
         if module in self.shared and isinstance(output, Tensor):
             output = output.expand(self._num_examples, *output.shape[1:])
-        seen = self.seen[module]
-        index = len(seen.calls)
-        seen.block, length = self._enclosing(self._paths[module])
-        seen.lengths.append(length)
-        seen.entered.append(frozen_call(module, *entered.given))
+        record = self.records[module]
+        receive = partial(self._receive, record, len(record.calls))
+        record.block, length = self._enclosing(self._paths[module])
+        record.lengths.append(length)
+        record.entered.append(frozen_call(module, *entered.arguments))
         if module in self._copying:
-            seen.calls.append((seen.entered[-1], copied(output)))
+            record.calls.append((record.entered[-1], copied(output)))
             return None
-        seen.calls.append((frozen_call(module, args, kwargs), _detached(output)))
-        seen.writes_input |= _versions(seen.entered[-1].tensors) != entered.versions
-        seen.versions.append((entered.versions, _versions(_tensors(output))))
-
-        def receive(_: Any, grads: tuple[Tensor | None, ...]) -> None:
-            for grad in grads:
-                if grad is not None:
-                    rows = grad.ne(0).unsqueeze(-1).flatten(1).any(1) if grad.ndim else grad.new_zeros(0)
-                    seen.touched.append((index, self._example, grad.shape[0] if grad.ndim else None, rows.nonzero()))
-                    second = grad.ndim > 2 and grad.shape[1] == self._num_examples > 1
-                    columns = grad.ne(0).transpose(0, 1).flatten(1).any(1).nonzero() if second else None
-                    seen.columns.append(None if columns is None else (self._example, columns))
-
-        # recorded above; autograd need not keep its tensors
+        record.calls.append((frozen_call(module, args, kwargs), _detached(output)))
+        record.writes_input |= _versions(record.entered[-1].tensors) != entered.versions
+        record.versions.append((entered.versions, _versions(_tensors(output))))
+        # the record keeps the tensors of the call, so autograd need not
         return tapped(output, self._anchor, receive, frozen_call(module, (), {}))
+
+    def _note_enclosing(self, module: nn.Module) -> None:
+        """Note which modules are running around a call that has just ended."""
+        running = {one.module for one in self._running}
+        inside = None if torch.is_grad_enabled() else segment()
+        # A recomputed segment runs in backward, without the modules around it.
+        if not self._recomputes and (inside or torch.is_grad_enabled()):
+            self.around[module] = running & self.around.get(module, running)
+        if inside and stays(inside):
+            self.checkpointing |= {one.module for one in self._running if one.with_grad}
+
+    def _receive(self, record: Record, call: int, _: Any, grads: tuple[Tensor | None, ...]) -> None:
+        """Record which rows, and columns, of the gradients at a call's output are not zero."""
+        for grad in grads:
+            if grad is None:
+                continue
+            rows = grad.ne(0).unsqueeze(-1).flatten(1).any(1) if grad.ndim else grad.new_zeros(0)
+            length = grad.shape[0] if grad.ndim else None
+            record.touched.append(Touched(call, self._example, length, rows.nonzero()))
+            columns = None
+            if grad.ndim > 2 and grad.shape[1] == self._num_examples > 1:
+                columns = Columns(self._example, grad.ne(0).transpose(0, 1).flatten(1).any(1).nonzero())
+            record.columns.append(columns)
 
     def _enclosing(self, path: str) -> tuple[nn.Module | None, int | None]:
         """Find the nearest enclosing module whose input is ``[N, T, ...]``, and ``T``."""
@@ -226,14 +270,14 @@ def observe(
 
     Args:
         model: The model, its weights frozen.
-        owners: Paths of the modules that own parameters asked for.
+        owners: Requested parameters by the paths of the modules that own them.
         losses: Runs the model and returns the losses.
-        answered: Runs a run, once more where segments of the model are cut off
+        answered: Calls a function that runs the model, twice where segments of the model are cut off
             (:meth:`fishkern.layers.reentrant.Connection.answered`).
         num_examples: 2, or 1.
 
     Returns:
-        What was seen.
+        The records.
     """
     modules = dict(model.named_modules())
     observed = {path: modules[path] for owner in owners for path in upwards(owner) if path or owner == ""}
@@ -244,32 +288,34 @@ def observe(
         with observer.hooked():
             return observer, losses()
 
-    def of_all_examples(observer: _Observer) -> frozenset[nn.Module]:
-        return frozenset(
-            module
-            for module, seen in observer.seen.items()
-            if module in owning and seen.calls
-            and all(isinstance(output, Tensor) and output.ndim > 1 and output.shape[0] == 1 for _, output in seen.calls)
-        )  # fmt: skip
-
     observer, values = answered(lambda: run(frozenset()))
-    found = of_all_examples(observer) if num_examples > 1 else frozenset()
-    if found:
+    candidates = _of_all_examples(observer, owning) if num_examples > 1 else frozenset()
+    if candidates:
         expected = values.detach()
         del observer, values  # and the activations that they keep
-        observer, values = _expanded(run, frozenset(), found, expected)
+        observer, values = _expanded(run, frozenset(), candidates, expected)
     observer.backward(values)
-    late = of_all_examples(observer) - found if num_examples > 1 else ()
-    if late:  # what only the recomputation of a checkpoint shows
+    late = _of_all_examples(observer, owning) - candidates if num_examples > 1 else ()
+    if late:  # calls inside a checkpointed segment are recorded only when it is recomputed
         observer, values = _expanded(run, observer.shared, late, values.detach())
         observer.backward(values)
     shared = observer.shared
     del values
 
-    def again(modules: frozenset[nn.Module]) -> dict[nn.Module, Seen]:
-        return run(shared, modules)[0].seen
+    def again(modules: frozenset[nn.Module]) -> dict[nn.Module, Record]:
+        return run(shared, modules)[0].records
 
-    return Observation(observer.seen, observer.around, observer.checkpointing, again)
+    return Observation(observer.records, observer.around, observer.checkpointing, again)
+
+
+def _of_all_examples(observer: _Observer, owning: set[nn.Module]) -> frozenset[nn.Module]:
+    """List the modules whose every output is one row, which all examples share (position embeddings)."""
+    return frozenset(
+        module
+        for module, record in observer.records.items()
+        if module in owning and record.calls
+        and all(isinstance(output, Tensor) and output.ndim > 1 and output.shape[0] == 1 for _, output in record.calls)
+    )  # fmt: skip
 
 
 def _expanded(
@@ -279,8 +325,8 @@ def _expanded(
     expected: Tensor,
 ) -> tuple[_Observer, Tensor]:
     """Run with those shared outputs expanded that change no loss: all of the candidates, or some, or none."""
-    if found := _same_losses(run, shared | candidates, expected):
-        return found
+    if expanded := _same_losses(run, shared | candidates, expected):
+        return expanded
     alone = candidates if len(candidates) > 1 else ()
     return run(shared | {module for module in alone if _same_losses(run, shared | {module}, expected)})
 
@@ -290,9 +336,9 @@ def _same_losses(
 ) -> tuple[_Observer, Tensor] | None:
     try:
         observer, values = run(shared)
-    except Exception:  # whatever the model or the loss says to it: they need the axis to be 1
+    except Exception:  # any error of the model or the loss: it needs the axis to be 1
         return None
-    same = torch.allclose(values, expected, rtol=64 * torch.finfo(expected.dtype).eps, atol=0.0)
+    same = torch.allclose(values, expected, rtol=_SAME_LOSS * torch.finfo(expected.dtype).eps, atol=0.0)
     return (observer, values) if same else None
 
 
@@ -306,7 +352,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """How often memory has been written into; a detached tensor counts with its source."""
+    """Count how often each tensor's memory has been written into; a detached tensor shares its source's count."""
     return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 

@@ -1,7 +1,7 @@
-"""Weights that autograd does not differentiate: which they are, under what name they are scored, how they are called.
+"""Weights that autograd does not differentiate: how to recognise, name and call them.
 
-A quantised linear keeps its weight ``[O, I]`` as integers, as float8, packed, or inside a tensor subclass. Its
-statistic is that of the weight it multiplies by, from activations and output gradients alone, under the key
+A quantised linear stores its weight ``[O, I]`` as integers, as float8, packed, or inside a tensor subclass. Its
+statistic is that of the weight it multiplies by, computed from activations and output gradients alone. Its key is
 ``<module>.weight``, whatever the storage is called.
 """
 
@@ -27,7 +27,7 @@ _STORED_AS = ("W_q", "qweight", "weight_packed")
 
 
 def has_gradient_dtype(tensor: Tensor) -> bool:
-    """Tell whether gradients are taken in a tensor's dtype: not for integers, bits, float8, complex numbers.
+    """Tell whether autograd computes gradients in a tensor's dtype: not for integers, bits, float8, complex numbers.
 
     Args:
         tensor: Any tensor.
@@ -39,59 +39,59 @@ def has_gradient_dtype(tensor: Tensor) -> bool:
 
 
 def is_wrapped(tensor: Tensor) -> bool:
-    """Tell whether a tensor is a subclass that computes by itself, such as torchao's and quanto's quantised weights.
+    """Tell whether a tensor is a subclass with its own arithmetic, such as torchao's and quanto's quantised weights.
 
     Args:
         tensor: Any tensor.
 
     Returns:
-        Whether it is; autograd may give it no gradient, though it says that it requires one.
+        Whether it is; autograd may give it no gradient even if it requires one.
     """
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def is_stored(tensor: Tensor) -> bool:
-    """Tell by a tensor alone whether it holds values in a form that no optimizer can change entry by entry.
+    """Tell by a tensor alone whether it stores values in a form that no optimizer can change entry by entry.
 
     Args:
         tensor: Any tensor.
 
     Returns:
-        Whether it holds integers or float8, or computes by itself and is no shard.
+        Whether it holds integers or float8, or has its own arithmetic and is not a shard.
     """
     numbers = not has_gradient_dtype(tensor) and not tensor.is_complex()
     return numbers or (is_wrapped(tensor) and not hasattr(tensor, "device_mesh"))
 
 
 def stored_weight(module: nn.Module) -> str | None:
-    """Find where a quantised linear keeps its weight.
+    """Find where a quantised linear stores its weight.
 
     Args:
         module: Any module.
 
     Returns:
-        The name of the parameter or buffer in the module; ``None`` when it is no linear (``in_features``,
-        ``out_features``), or keeps its weight as an ordinary parameter.
+        The name of the parameter or buffer in the module; ``None`` if it is not a linear (``in_features``,
+        ``out_features``), or if its weight is an ordinary parameter.
     """
     if (sizes := _sizes(module)) is None:
         return None
-    held = {**module._buffers, **module._parameters}  # not getattr, which would run a parametrization
-    if (weight := held.get("weight")) is not None:
+    tensors = {**module._buffers, **module._parameters}  # not getattr, which would run a parametrization
+    if (weight := tensors.get("weight")) is not None:
         if is_wrapped(weight) or not has_gradient_dtype(weight):
             return "weight"
-        # bitsandbytes packs bytes into a floating dtype, too; fewer entries alone also have, say, blocks of heads
+        # bitsandbytes packs bytes into a floating dtype as well; fewer entries alone could be, say, blocks of heads
         return "weight" if hasattr(weight, "quant_state") and weight.numel() < sizes[0] * sizes[1] else None
-    return next((name for name in _STORED_AS if held.get(name) is not None), None)
+    return next((name for name in _STORED_AS if tensors.get(name) is not None), None)
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
-    """Read ``(O, I)`` off a module that says them, as linears do."""
+    """Read ``(O, I)`` from a module that has these attributes, as linears do."""
     sizes = tuple(getattr(module, name, None) for name in ("out_features", "in_features"))
     return sizes if all(isinstance(size, int) for size in sizes) else None
 
 
 def own_weights(module: nn.Module) -> dict[str, Tensor]:
-    """List what a module holds that can be scored: its own parameters, and a weight that is stored as a buffer.
+    """List the tensors of a module that can be scored: its own parameters, and a weight that is stored as a buffer.
 
     Args:
         module: Any module.
@@ -99,11 +99,11 @@ def own_weights(module: nn.Module) -> dict[str, Tensor]:
     Returns:
         Tensors by their names in the module.
     """
-    found: dict[str, Tensor] = dict(own_parameters(module))
+    own: dict[str, Tensor] = dict(own_parameters(module))
     name = stored_weight(module)
-    if name is not None and name not in found:
-        found[name] = module._buffers[name]
-    return found
+    if name is not None and name not in own:
+        own[name] = module._buffers[name]
+    return own
 
 
 def stored_weights(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
@@ -115,12 +115,12 @@ def stored_weights(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     Returns:
         Canonical name of the storage and its module, by the key of the weight, ``<module>.weight``.
     """
-    found = {}
+    stored = {}
     for path, module in model.named_modules():
         if (name := stored_weight(module)) is not None:
             key, storage = (without_wrappers(f"{path}.{own}".removeprefix(".")) for own in ("weight", name))
-            found[key] = storage, module
-    return found
+            stored[key] = storage, module
+    return stored
 
 
 def scored_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -133,24 +133,24 @@ def scored_tensors(model: nn.Module) -> dict[str, Tensor]:
         Parameters and stored weights by key, in the model's order; those stored as buffers come last.
     """
     keys = {storage: key for key, (storage, _) in stored_weights(model).items()}
-    found: dict[str, Tensor] = {}
+    scored: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         name = without_wrappers(name)
-        found[keys.get(name, name)] = parameter
+        scored[keys.get(name, name)] = parameter
     for name, buffer in model.named_buffers():
         if (name := without_wrappers(name)) in keys:
-            found[keys[name]] = buffer
-    return found
+            scored[keys[name]] = buffer
+    return scored
 
 
 @contextmanager
 def gradient_kept(model: nn.Module) -> Iterator[None]:
-    """Call modules with quantised weights as training does, and refuse those that cut the gradient.
+    """Call modules with quantised weights as in training, and refuse those that cut off the gradient.
 
-    Some choose their code by whether the input requires a gradient: where it does not and they do not train,
+    Some choose their code by whether the input requires a gradient. If it does not and they are not training,
     bitsandbytes' 4-bit linears on a CPU repack their weight for good, into a form through which no gradient passes.
-    While a pass has frozen the model, or runs a module once more without gradients, their inputs need not require one.
-    So inside such a module the input does; an output that nobody asked the gradient of leaves it detached.
+    While a pass has frozen the model, or runs a module once more without gradients, their inputs may not require one.
+    So these modules always get inputs that do; an output whose gradient is not needed is detached again.
 
     Args:
         model: A module; its hooks are removed on exit, also after an exception.
@@ -176,7 +176,7 @@ class _Guard:
         self._passes_gradient = False
         self._handles = [
             module.register_forward_pre_hook(self._connect, with_kwargs=True),
-            # ahead of the user's hooks, behind a tap: what these make of an output is asked for if the output is
+            # before the user's hooks and after a tap: the results of these hooks need a gradient if the output does
             module.register_forward_hook(self._check, with_kwargs=True, prepend=True),
         ]
 
@@ -202,7 +202,7 @@ class _Guard:
         places = floating_places(leaves)
         if self._requires_grad:
             self._demand_gradient(module, args, kwargs, [leaves[place] for place in places])
-        # the graph that was begun here is also that of other parameters, and of modules inside, which may be tapped
+        # parameters of the module, and modules inside it that may be tapped, need the graph that begins at this input
         if not self._connected or not self._is_leaf or any(one.requires_grad for one in module.parameters()):
             return None
         for place in places:
@@ -215,12 +215,12 @@ class _Guard:
     ) -> None:
         if outputs and not self._passes_gradient:
             self._passes_gradient = any(output.requires_grad for output in outputs)
-            if self._passes_gradient and self._is_leaf:  # other modules would be seen called twice
+            if self._passes_gradient and self._is_leaf:  # the survey would count a second call of modules inside
                 self._passes_gradient = _passes_gradient(module, args, kwargs)
             if not self._passes_gradient:
                 raise UnsupportedModuleError(
                     f"{self._path!r} ({type(module).__name__}) cuts the gradient: its input requires one and gets "
-                    "none, so that nothing before it can be scored or trained. Linears that quantise their activations "
+                    "none, so nothing before it can be scored or trained. Linears that quantise their activations "
                     "have no backward pass: quantise the weights alone. bitsandbytes' 4-bit ones lose it on a CPU for "
                     "good when they run in evaluation mode without gradients: load the model again, and estimate "
                     "before that."
@@ -228,16 +228,16 @@ class _Guard:
 
 
 def _passes_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Take the gradient through a module: an output may say that it requires one and yet pass none on."""
+    """Back-propagate through a module: an output may require a gradient and yet pass none on."""
     leaves, spec = tree_flatten((args, kwargs))
     inputs = floating_places(leaves)
     for place in inputs:
         leaves[place] = _requiring_grad(leaves[place])
     args, kwargs = tree_unflatten(leaves, spec)
-    # on a graph of its own, of which activation checkpointing, if it is on, keeps nothing
+    # a graph of its own: the hooks of activation checkpointing, if it is on, must not see its tensors
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-        found, _ = tree_flatten(module.forward(*args, **kwargs))
-        outputs = [found[place] for place in floating_places(found) if found[place].requires_grad]
+        returned, _ = tree_flatten(module.forward(*args, **kwargs))
+        outputs = [returned[place] for place in floating_places(returned) if returned[place].requires_grad]
         if not outputs:
             return False
         ones = [torch.ones_like(output) for output in outputs]
@@ -246,7 +246,7 @@ def _passes_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    """Tell what is guarded: modules with stored values, and linears that keep their weight nobody knows where."""
+    """Recognise modules to guard: those with stored values, and linears whose weight is stored in an unknown place."""
     if stored_weight(module) is not None:
         return True
     hidden = _sizes(module) is not None and dict(module._parameters).get("weight") is None

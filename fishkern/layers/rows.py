@@ -26,13 +26,13 @@ from fishkern.layers.tap import rows_and_length
 
 _DIGITS = {torch.float16: 5}  # and for all others:
 _DIGITS_OF_OTHERS = 61
-# Neighbouring weights differ by a factor of two, so that a row of another example is off by half its size or more. What
-# sums in another order leave, in bfloat16 a percent or two, must pass.
+# Neighbouring weights differ by a factor of two, so a row of another example is off by at least half its size. The
+# rounding of sums in another order, a percent or two in bfloat16, must pass.
 _TOLERANCE = 0.1
 
 
 class Rows:
-    """What one forward pass has shown of the rows of its calls.
+    """The rows of the calls of one forward pass.
 
     Args:
         num_examples: ``N`` of the batch.
@@ -50,8 +50,8 @@ class Rows:
 
         Args:
             module: The module.
-            args: What it is called with.
-            kwargs: The same by keyword.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
         """
         rows, length = rows_and_length((args, kwargs)) or (None, None)
         self._lengths[module] = length if rows == self._num_examples else None
@@ -60,8 +60,8 @@ class Rows:
         """Note an output whose rows were picked.
 
         Args:
-            site: Of which module.
-            output: What the model goes on with.
+            site: The module's site.
+            output: The output that the model continues with.
         """
         self._picked.append((site, output))
 
@@ -89,7 +89,7 @@ class Rows:
         """Tell whether the rows of an output gradient come from the losses of the examples, in their order.
 
         Args:
-            site: Whose output.
+            site: The site of the output.
             grad: Gradient of the summed losses, ``[N * M, ...]``.
 
         Returns:
@@ -107,10 +107,10 @@ class Rows:
         return True
 
     def are_as_many(self, site: Site, output: Tensor) -> bool:
-        """Tell whether an output, or its gradient, has as many rows as its layout says for ``N`` examples.
+        """Tell whether an output, or its gradient, has the number of rows that its layout implies for ``N`` examples.
 
         Args:
-            site: Whose output.
+            site: The site of the output.
             output: ``[rows, ...]``.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Whatever scales or shifts each feature by an entry of its own, recognised by what it computes."""
+"""Modules that scale or shift each feature by an entry of its own, recognised by what they compute."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fishkern.layers.base import Call, Layer, own_parameters, positions
-from fishkern.layers.grads import PerExampleGrads, PositionGrads, wide
+from fishkern.layers.grads import PerExampleGrads, PositionGrads
 from fishkern.layers.quantized import has_gradient_dtype
+from fishkern.ops.dtypes import accumulates_in
+
+# The two derivatives come from one formula, evaluated twice, and are a few roundings apart. A coupling between features
+# would be as large as the derivative itself.
+_SAME_DERIVATIVE = 16  # in units of rounding
 
 
 class Scale(Layer):
@@ -19,8 +24,8 @@ class Scale(Layer):
 
     So ``d output[n, t, i] / d w[i]`` is one number for each output entry, and one forward-mode derivative in the
     direction of all ones gives them all. This holds for RMSNorm in every spelling (also ``1 + w``), for the vectors of
-    (IA)^3 behind a linear, for DoRA's magnitudes, for layer scales; :meth:`confirms` checks it on a real call, and no
-    class is known by name.
+    (IA)^3 after a linear, for DoRA's magnitudes and for layer scales. :meth:`confirms` checks it on a real call; no
+    class is recognised by name.
     """
 
     reruns = True
@@ -42,7 +47,7 @@ class Scale(Layer):
         parameters = own_parameters(call.module)
         for name in sorted(names):
             parameter = parameters[name]
-            terms = positions(output_grads.to(wide(output_grads)) * self._slope(call, name, parameter))
+            terms = positions(output_grads.to(accumulates_in(output_grads.dtype)) * self._slope(call, name, parameter))
             yield name, PositionGrads(terms.view(*terms.shape[:2], *parameter.shape))
 
     def _slope(self, call: Call, name: str, parameter: Tensor) -> Tensor:
@@ -52,6 +57,7 @@ class Scale(Layer):
     def _is_elementwise(self, call: Call, output: Tensor, name: str, parameter: Tensor) -> bool:
         if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[-1] != parameter.numel():
             return False
+        # entries all different, and in no order: a shift or a permutation of features must not look like a scale
         direction = torch.linspace(0.5, 1.5, parameter.numel(), device=parameter.device).to(parameter.dtype)
         direction = direction[_shuffled(parameter.numel(), parameter.device)].view_as(parameter)
         try:
@@ -60,18 +66,19 @@ class Scale(Layer):
         except (RuntimeError, NotImplementedError):
             return False  # no forward-mode derivative: the generic path needs none
         slope = self._slope(call, name, parameter)
-        return _equal(slope, by_ones) and _equal(by_direction, by_ones.to(wide(by_ones)) * direction.flatten())
+        expected = by_ones.to(accumulates_in(by_ones.dtype)) * direction.flatten()
+        return _equal(slope, by_ones) and _equal(by_direction, expected)
 
 
 class Factor(Scale):
-    """The output is the parameter times something: what it is for all ones, which is far quicker to have."""
+    """The output is the parameter times something. That factor is the output for all ones, which is far quicker."""
 
     def _slope(self, call: Call, name: str, parameter: Tensor) -> Tensor:
         return call.run({name: torch.ones_like(parameter)})
 
 
 class OnePlusFactor(Scale):
-    """The output is ``1 + w`` times something, as in Gemma's norms: what it is for all zeros."""
+    """The output is ``1 + w`` times something, as in Gemma's norms. That factor is the output for all zeros."""
 
     def _slope(self, call: Call, name: str, parameter: Tensor) -> Tensor:
         return call.run({name: torch.zeros_like(parameter)})
@@ -88,7 +95,7 @@ def _derivative(call: Call, name: str, direction: Tensor) -> Tensor:
 
 def _dual(parameter: Tensor, direction: Tensor) -> Tensor:
     with warnings.catch_warnings():
-        # said of torch's own rules, which it loads with the first dual tensor
+        # torch warns of its own rules, which it loads with the first dual tensor
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
         return forward_ad.make_dual(parameter, direction)
 
@@ -96,9 +103,9 @@ def _dual(parameter: Tensor, direction: Tensor) -> Tensor:
 def _equal(actual: Tensor, expected: Tensor) -> bool:
     """Tell whether two derivatives, not both zero, agree to the rounding of their dtype."""
     scale = expected.abs().max()
-    # norms compute in float32 what comes in float64; a coupling between features shows at the size of the whole
+    # norms compute in float32 even for float64 inputs
     eps = max(torch.finfo(actual.dtype).eps, torch.finfo(torch.float32).eps)
-    return bool(scale > 0) and bool((actual - expected).abs().max() <= 16 * eps * scale)
+    return bool(scale > 0) and bool((actual - expected).abs().max() <= _SAME_DERIVATIVE * eps * scale)
 
 
 def _shuffled(count: int, device: torch.device) -> Tensor:

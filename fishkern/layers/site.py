@@ -27,13 +27,13 @@ class Site:
         path: Its name in the model.
         module: The module.
         layer: Its rule; ``None`` for the generic path, which runs the module once more for each example.
-        keys: Canonical names of the parameters asked for, by their names in the module.
-        layout: What was established; ``None`` when nothing could be, because no gradient arrived there.
+        keys: Canonical names of the requested parameters, by their names in the module.
+        layout: Whose rows they are; ``None`` if that is not known, because no gradient arrived there.
         block: For ``FLATTENED``: the enclosing module whose input ``[N, T, ...]`` says ``T``.
-        sliced: For the generic path: which tensors of a call carry the example axis.
-        picked: Whether the rows are taken from among the positions of the examples (a pooler's first token, an
-            expert's tokens), so that their number may depend on the data: whose they are is checked on every batch.
-        rewritten: Whether the model writes into an input of the module while or after it runs, so that a copy is kept.
+        sliced: For the generic path: which tensors of a call have the example axis.
+        picked: Whether the rows are picked from the positions of the examples (a pooler's first token, an expert's
+            tokens). Their number may then depend on the data, so whose rows they are is checked on every batch.
+        rewritten: Whether the model writes into an input of the module while or after it runs, so a copy is kept.
     """
 
     path: str
@@ -48,10 +48,10 @@ class Site:
 
     @property
     def reads_input(self) -> bool:
-        """Whether the tensors of a call are kept until its backward."""
+        """Whether the tensors of a call are saved until its backward."""
         return self.layer is None or self.layer.reads_input(frozenset(self.keys))
 
     @property
     def reruns(self) -> bool:
-        """Whether the gradients are had by running the module once more."""
+        """Whether the module runs once more to get the gradients."""
         return self.layer is None or self.layer.reruns

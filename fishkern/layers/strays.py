@@ -1,4 +1,8 @@
-"""Strays: calls of a module inside a generic host from outside of it, for examples that the survey did not see."""
+"""Strays: calls that bypass the module through which the generic path reaches a parameter.
+
+The survey picks a host that was running at every call of the inner module. A later batch may call that module from
+outside its host, and the host's gradient would miss this use.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,18 @@ from fishkern.layers.site import Site
 
 
 class Strays:
-    """Watches the modules that the generic path reaches through a host around them.
+    """Watch the modules that the generic path reaches through a host around them.
 
     Args:
-        sites: What is captured.
+        sites: The sites of the pass.
 
     Attributes:
-        found: Canonical names of parameters whose module was called while its host was not running, with the reason.
+        reasons: For each parameter whose module was called while its host was not running, the reason in words why it
+            needs the loop, by canonical name.
     """
 
     def __init__(self, sites: Sequence[Site]) -> None:
-        self.found: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
         self._running: Counter[nn.Module] = Counter()
         self._hosts: dict[nn.Module, dict[nn.Module, list[tuple[str, str]]]] = defaultdict(lambda: defaultdict(list))
         for site in sites:
@@ -35,7 +40,7 @@ class Strays:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Watch a forward pass.
+        """Watch the forward pass inside the ``with`` block.
 
         Yields:
             Nothing.
@@ -62,6 +67,6 @@ class Strays:
     def _noting(self, host: nn.Module, keys: list[tuple[str, str]]) -> Callable[[nn.Module, Any], None]:
         def note(module: nn.Module, args: Any) -> None:
             if not self._running[host]:
-                self.found |= {key: f"its module is also called outside of {path}" for key, path in keys}
+                self.reasons |= {key: f"its module is also called outside of {path}" for key, path in keys}
 
         return note

@@ -1,7 +1,7 @@
 """The tap: an identity on a call's output that reports its gradient, with the call's tensors, during backward.
 
-The tensors are kept with ``save_for_backward``, so that they obey activation checkpointing (both kinds), offloading and
-``retain_graph`` as any saved tensor does.
+The tensors are saved with ``save_for_backward``, so activation checkpointing (both kinds), offloading and
+``retain_graph`` treat them like any saved tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fishkern.layers.base import Call
 
 @dataclass(frozen=True)
 class FrozenCall:
-    """A call without its tensors, which autograd keeps.
+    """A call without its tensors, which autograd saves.
 
     Args:
         module: The module.
@@ -27,7 +27,7 @@ class FrozenCall:
         places: Where in ``leaves`` the tensors were.
         spec: Structure of ``(args, kwargs)``; ``None`` where ``leaves`` are the positional arguments themselves.
         autocast: See :class:`fishkern.layers.base.Call`.
-        tensors: The tensors, until autograd has taken them.
+        tensors: The tensors, until autograd has saved them.
     """
 
     module: nn.Module
@@ -41,7 +41,7 @@ class FrozenCall:
         """Put tensors back into the call.
 
         Args:
-            tensors: In the order of ``places``; none at all when the call kept none.
+            tensors: In the order of ``places``; empty if the call saved none.
 
         Returns:
             The call.
@@ -54,7 +54,7 @@ class FrozenCall:
 
 
 def frozen_call(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], *, keep: bool = True) -> FrozenCall:
-    """Take a call apart into its tensors and the rest.
+    """Separate a call into its tensors and the rest.
 
     Args:
         module: The module called.
@@ -65,7 +65,7 @@ def frozen_call(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], *, ke
     Returns:
         The call with the detached tensors in ``tensors``.
     """
-    plain = not kwargs and all(isinstance(arg, Tensor) for arg in args)  # as most calls are, and far quicker
+    plain = not kwargs and all(isinstance(arg, Tensor) for arg in args)  # most calls are, and it is far quicker
     leaves, spec = (args, None) if plain else tree_flatten((args, dict(kwargs)))
     places = tuple(place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
     tensors = [leaves[place].detach() for place in places] if keep else []
@@ -76,7 +76,7 @@ def frozen_call(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], *, ke
 
 
 def copied(values: Any) -> Any:
-    """Copy the tensors of a nest, since the model writes into them later.
+    """Copy the tensors of a nest, because the model writes into them later.
 
     Args:
         values: Any nest.
@@ -95,7 +95,7 @@ def tapped(output: Any, anchor: Tensor, receive: Callable[..., None], call: Froz
         output: A tensor or any nest of tensors; only its floating tensors are tapped.
         anchor: A tensor that requires a gradient, to keep the graph alive.
         receive: Called in backward with the saved tensors of the call and the gradients, in order.
-        call: The call; its tensors move into autograd's keeping.
+        call: The call; autograd saves its tensors, and the call loses them.
 
     Returns:
         The output, connected to the graph.
@@ -114,13 +114,13 @@ def tapped(output: Any, anchor: Tensor, receive: Callable[..., None], call: Froz
 
 
 def floating_places(leaves: Sequence[Any]) -> list[int]:
-    """Say which leaves of an output can carry a gradient.
+    """List the leaves of an output that can have a gradient.
 
     Args:
         leaves: Flattened output.
 
     Returns:
-        Their places.
+        Their indices.
     """
     return [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
@@ -133,7 +133,7 @@ def rows_and_length(arguments: Any) -> tuple[int, int] | None:
 
     Returns:
         ``(N, T)`` of ``[N, T, ...]``, also of tokens ``[N, T]``; ``None`` for features ``[N, I]``, which have no
-        positions, and where there is no such tensor.
+        positions, and if there is no such tensor.
     """
     leaves, _ = tree_flatten(arguments)
     first = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), None)
@@ -149,20 +149,20 @@ def leading_shape(arguments: Any) -> torch.Size:
         arguments: Any nest.
 
     Returns:
-        The shape, empty when there is no such tensor.
+        The shape, empty if there is no such tensor.
     """
     leaves, _ = tree_flatten(arguments)
     return next((leaf.shape for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), torch.Size())
 
 
 def is_tapped(tensor: Tensor) -> bool:
-    """Tell whether a tensor comes straight out of :func:`tapped`, so that its gradient was asked for.
+    """Tell whether a tensor is the direct result of :func:`tapped`, so its gradient is needed.
 
     Args:
         tensor: A module's output.
 
     Returns:
-        Whether it does.
+        Whether it is.
     """
     return isinstance(tensor.grad_fn, _Tap._backward_cls)
 
@@ -175,7 +175,7 @@ class _Tap(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         ctx.receive = receive
-        # not views: an in-place activation behind a captured layer would rebase a view's history
+        # not views: an in-place activation after a captured layer would rebase a view's history
         return tuple(output.detach() for output in outputs)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The error for what cannot be exact, and the way round that it names."""
+"""The error for gradients that cannot be exact; its message says how to avoid it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class UnsupportedModuleError(RuntimeError):
-    """A module's per-example gradients cannot be had exactly; the message names it and the way to leave it out."""
+    """The per-example gradients of a module cannot be computed exactly. The message says how to exclude it."""
 
 
 def leave_out(keys: Iterable[str], *, by_autograd: bool = True) -> str:
@@ -16,7 +16,7 @@ def leave_out(keys: Iterable[str], *, by_autograd: bool = True) -> str:
 
     Args:
         keys: Their canonical names.
-        by_autograd: Whether ordinary autograd, which the sketch takes, gives them a gradient.
+        by_autograd: Whether ordinary autograd, which the sketch uses, gives them a gradient.
 
     Returns:
         A sentence for an error message.
@@ -24,11 +24,11 @@ def leave_out(keys: Iterable[str], *, by_autograd: bool = True) -> str:
     names = sorted(keys)
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     way = f"Leave {shown} out with parameters=lambda name, parameter: ..."
-    return f"{way}, or take fishkern.SketchedFisher, which needs to know no layer." if by_autograd else way
+    return f"{way}, or use fishkern.SketchedFisher, which supports any layer." if by_autograd else way
 
 
 def without_gradient(key: str, parameter: Tensor) -> UnsupportedModuleError:
-    """Make the error for a parameter that takes a path of ordinary autograd, which gives it no gradient.
+    """Make the error for a parameter that needs ordinary autograd, which gives it no gradient.
 
     Args:
         key: Its canonical name.
@@ -38,6 +38,6 @@ def without_gradient(key: str, parameter: Tensor) -> UnsupportedModuleError:
         The error.
     """
     return UnsupportedModuleError(
-        f"{key} is a {type(parameter).__name__}, to which autograd gives no gradient, and no rule of a layer serves it "
-        f"here. {leave_out([key], by_autograd=False)}"
+        f"{key} is a {type(parameter).__name__}, to which autograd gives no gradient, and no layer rule computes it. "
+        f"{leave_out([key], by_autograd=False)}"
     )

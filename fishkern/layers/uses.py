@@ -1,12 +1,12 @@
 """The uses of one parameter: a sum over all of them comes before the square.
 
 A parameter is used more than once where a module is called several times, or where several modules share it (an
-embedding and the head). Its gradients are handed on when all uses that get one have got it.
+embedding and the head). Its gradients are delivered once every use that gets one has got it.
 
-There is one exception, since the gradients of a head ``[N, T, V]`` are the largest of a language model. Where only
-squares are asked for, those of the head are taken as soon as it has its gradient, in backward the first of the uses.
-What the embedding adds to them later needs the head's gradient at the rows of the batch's tokens alone
-(:class:`fishkern.layers.grads.TiedRows`), and these are known since the forward pass.
+There is one exception, because the gradients of a head ``[N, T, V]`` are the largest of a language model. If only
+squares are needed, the head's are delivered as soon as it has its gradient, which in backward is before all other uses.
+For its addition to them, the embedding later needs the head's gradient only at the rows of the batch's tokens
+(:class:`fishkern.layers.grads.TiedRows`), which are known since the forward pass.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Uses:
     Args:
         sites: All sites.
         sink: Called with a parameter's canonical name and its per-example gradients.
-        squares: Whether the sink only adds squares, which may then come in parts.
+        squares: Whether the sink only adds squares, which may then be delivered in parts.
         num_examples: ``N`` of the batch.
 
     Attributes:
-        unsettled: Canonical names whose gradients of the last backward pass are withheld, because whose rows they are
+        unsettled: Canonical names whose gradients of the last backward pass are held back, because whose rows they are
             is not known.
     """
 
@@ -58,9 +58,9 @@ class Uses:
         """Count a call, and remember the tokens of an embedding whose weight a head shares.
 
         Args:
-            site: Whose call.
-            args: What it was called with.
-            kwargs: The same by keyword.
+            site: The site that was called.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
         """
         self._calls[site] += 1
         for key in site.keys.values():
@@ -69,10 +69,10 @@ class Uses:
                 self._tokens[key].append(indices.detach())
 
     def calls(self, site: Site) -> int:
-        """Tell how often a module was called.
+        """Count the calls of a module.
 
         Args:
-            site: Which.
+            site: Its site.
 
         Returns:
             The number of its calls in the forward pass.
@@ -80,31 +80,32 @@ class Uses:
         return self._calls[site]
 
     def begin(self) -> None:
-        """Forget the gradients of the backward pass before."""
+        """Forget the gradients of the previous backward pass."""
         self._received.clear()
         self._heads.clear()
         self.unsettled.clear()
 
     def withhold(self, site: Site) -> None:
-        """Hand on no gradient of the parameters of a site in this backward pass.
+        """Deliver no gradient of a site's parameters in this backward pass.
 
         Args:
-            site: Which.
+            site: The site.
         """
         self.unsettled.update(site.keys.values())
 
     def deliver(self, key: str, grads: PerExampleGrads) -> None:
-        """Take the gradients of one use, and hand on those of all uses once they are complete.
+        """Add the gradients of one use, and pass those of all uses to the sink once they are complete.
 
         Args:
             key: Canonical name of the parameter.
-            grads: Of one use; or of one example, which the generic path brings one after the other.
+            grads: Of one use; on the generic path, of one example at a time.
         """
         sites = self._by_key[key]
         if len(sites) > 1 and any(site.layout is None or site.picked for site in sites):
-            self._received[key].append(grads)  # until the end: a later part may be withheld, and then all are
+            self._received[key].append(grads)  # until backward ends: if a later part is held back, all must be
             return
         expected = sum(self._calls[site] for site in sites)
+        # The generic path serves a parameter by one call of one host, whose gradient already is the sum over all uses.
         if expected == 1 or isinstance(grads, DenseGrads):
             self._sink(key, grads)
             return
@@ -118,7 +119,7 @@ class Uses:
             self._close(key)
 
     def finish(self) -> None:
-        """Hand on what is complete now that backward has ended: a use without a gradient is none."""
+        """Deliver the rest, now that backward has ended: a use that got no gradient adds none."""
         for key in self._received.keys() - self.unsettled:
             self._close(key)
 
@@ -129,7 +130,7 @@ class Uses:
         self._sink(key, grads)
 
     def _is_only_head(self, key: str) -> bool:
-        """Tell whether the other uses of a parameter are embeddings alike, whose tokens are known for each example."""
+        """Tell whether all other uses of a parameter are embeddings of one kind, with known tokens of each example."""
         heads = sum(self._calls[site] for site in self._by_key[key] if not isinstance(site.layer, Embedding))
         embeddings = [site for site in self._by_key[key] if isinstance(site.layer, Embedding)]
         tokens = self._tokens[key]

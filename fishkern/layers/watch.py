@@ -1,6 +1,6 @@
 """Watch linear maps while a model trains: their activations and output gradients, from the training step's own passes.
 
-Weights may require gradients and get theirs as ever; nothing is frozen, and no example axis is needed.
+Weights may require gradients and get theirs as usual; nothing is frozen, and no example axis is needed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fishkern.names import without_wrappers
 
 @contextmanager
 def watch(model: nn.Module, names: Collection[str], sink: Callable[[str, OuterProductGrads], None]) -> Iterator[None]:
-    """Hand on the factors of weight gradients during every backward pass inside the ``with`` block.
+    """Report the factors of weight gradients during every backward pass inside the ``with`` block.
 
     The sum over ``t`` and over the rows of ``output_grads (x) activations`` of all calls is what autograd adds to the
-    weight's ``.grad``. A weight that is used several times in a step is reported once for each use. Call
-    ``sink``'s own work ``torch.no_grad`` or not: gradients are off while it runs.
+    weight's ``.grad``. A weight that is used several times in a step is reported once for each use. Gradients are off
+    while ``sink`` runs.
 
     Args:
         model: In any mode, with any weights requiring gradients.
@@ -37,7 +37,7 @@ def watch(model: nn.Module, names: Collection[str], sink: Callable[[str, OuterPr
         Nothing.
 
     Raises:
-        UnsupportedModuleError: A name is not that of such a weight.
+        UnsupportedModuleError: A name does not belong to such a weight.
     """
     sites, refused = _sites(model, frozenset(names))
     served = {key for site in sites for key in site.keys.values()} - refused

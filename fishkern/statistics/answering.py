@@ -1,4 +1,4 @@
-"""From the model and a batch to its predictive distribution or its losses, with the loss checked once."""
+"""Run the model on a batch: its predictive distribution or its losses, with the loss checked once."""
 
 from __future__ import annotations
 
@@ -23,16 +23,20 @@ from fishkern.statistics.outputs import own_loss
 from fishkern.statistics.predictive import Categorical, Predictive
 from fishkern.warning import warn_caller
 
+# Where transformers leaves a loss in 16 bits, it is rounded a few times. Otherwise it is computed in float32, also in
+# float64 models, from sums over many positions in another order.
+_ROUNDINGS_16_BIT, _ROUNDINGS = 4, 64
+
 
 class Answering:
-    """Runs the model on a batch and gives its predictive distribution, or its losses.
+    """Run the model on a batch, and return its predictive distribution or its losses.
 
     Args:
         model: In evaluation mode.
         likelihood: The loss of an example; ``None``: recognised from the model and its first batch.
 
     Raises:
-        TypeError: ``likelihood`` is none.
+        TypeError: ``likelihood`` is not a likelihood.
     """
 
     def __init__(self, model: nn.Module, likelihood: Likelihood | LossFunction | Drawn | None) -> None:
@@ -48,31 +52,31 @@ class Answering:
             batch: The first batch.
 
         Raises:
-            ValueError: The model's loss is not known, or is another; or what the model or a function returns is cut off
-                from the parameters.
+            ValueError: The model's loss is unknown or different; or the outputs of the model or of a function are cut
+                off from the parameters.
 
         Warns:
-            UserWarning: The likelihood was named, and the model's own loss is another; or labels count padding, or what
-                is taken for logits are probabilities.
+            UserWarning: The likelihood was named and the model's own loss is different; or labels include padding; or
+                the outputs look like probabilities instead of logits.
         """
         self._usual = batch.num_examples
         if self._likelihood is None:
             self._likelihood = recognise_likelihood(self._model, batch.content)
         refusal = answering_parts(self._prepare_on, self)(batch.take(0, 1))
-        if refusal:  # raised here, since what is said of the loss is no error of cut rows
+        if refusal:  # raised here: inside answering_parts it would be reported as an error of cut rows
             raise ValueError(refusal)
         if isinstance(self._likelihood, Likelihood):
             note_labels(self._model, self._likelihood, batch.content)
 
     def _prepare_on(self, example: Examples) -> str | None:
-        """Run an example, and say why its loss will not do, or nothing."""
+        """Run an example, and say why its loss cannot be used, or return ``None``."""
         with _differentiable(self._model):
             if isinstance(self._likelihood, Likelihood):
                 return self._prepare_likelihood(example)
             return _cut_off(f"the losses of {self.description}") if self._is_cut_off(self(example)) else None
 
     def _is_cut_off(self, outputs: Tensor) -> bool:
-        """Tell whether no gradient leads back; behind a weight stored as integers only a pass can tell."""
+        """Tell whether the outputs have no gradient. With weights stored as integers, only a pass can tell."""
         return not outputs.requires_grad and all(p.is_floating_point() for p in self._model.parameters())
 
     def _prepare_likelihood(self, example: Examples) -> str | None:
@@ -105,14 +109,14 @@ class Answering:
         losses = losses_by_function(self._likelihood, self._model, batch)
         N = batch.num_examples
         if isinstance(losses, Tensor) and losses.shape == () and self._usual == N == 1:
-            return losses[None]  # where each batch is one example, its mean is that of the example
+            return losses[None]  # with one example in each batch, the batch's mean is the example's loss
         if not isinstance(losses, Tensor) or losses.shape != (N,):
             raise ValueError(_not_one_for_each(losses, N) + another_reading((batch.cut_from or batch).content))
         return losses
 
 
 def _not_one_for_each(losses: object, N: int) -> str:
-    """Say what a likelihood function returned instead of ``[N]``, and what to do."""
+    """Say what a likelihood function returned instead of ``[N]``, and how to correct it."""
     where = f"a batch of {N}"
     expected = f"the likelihood function must return one loss for each example, a tensor of shape ({N},)"
     if isinstance(losses, Tensor) and losses.ndim and losses.shape[0] == N:
@@ -140,20 +144,20 @@ def _not_one_for_each(losses: object, N: int) -> str:
 
 @contextmanager
 def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Let every parameter that can require a gradient do so, and all be as it was afterwards."""
-    found = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """Let every parameter that can require a gradient do so, and restore all afterwards."""
+    states = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        for parameter, _ in found:
+        for parameter, _ in states:
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         yield
     finally:
-        for parameter, required in found:
+        for parameter, required in states:
             parameter.requires_grad_(required)
 
 
 def _cut_off(what: str) -> str:
     return (
-        f"{what} are cut off from the parameters, so that no gradient arrives: they must be what torch computed, "
+        f"{what} are cut off from the parameters, so no gradient arrives: torch must compute them from the parameters, "
         "without detach(), item(), numpy(), argmax() or no_grad()."
     )
 
@@ -161,15 +165,15 @@ def _cut_off(what: str) -> str:
 def _compare_with_own_loss(
     model: nn.Module, likelihood: Likelihood, answer: Predictive, example: Batch, named: bool
 ) -> str | None:
-    """Compare a loss with what the model returns for the example, to the rounding of its dtype.
+    """Compare a loss with the one that the model returns for the example, to the rounding of its dtype.
 
-    One that was recognised must be the model's own. One that was named is the user's word, and is noted.
+    A recognised loss must be the model's own. A named one is the user's decision: a difference is only noted.
 
     Returns:
-        Why a recognised loss will not do; ``None`` where it will.
+        Why a recognised loss cannot be used, or ``None``.
     """
     own = None
-    # a model may not take the labels of a loss that was named: then it has none to compare with
+    # the model may not accept the labels of a named loss: then there is no loss of its own to compare with
     with suppress(IndexError, RuntimeError, TypeError, ValueError) if named else nullcontext():
         own = own_loss(model, example, numbers=likelihood.labels_are_numbers)
     if own is None:
@@ -178,9 +182,8 @@ def _compare_with_own_loss(
     ours = answer.losses()[0].item()
     if not math.isfinite(ours):
         return None
-    # where transformers leaves a loss in 16 bits it is rounded a few times; else it is float32, also in float64 models
     half = own.dtype in (torch.float16, torch.bfloat16)
-    tolerance = 4 * torch.finfo(own.dtype).eps if half else 64 * torch.finfo(torch.float32).eps
+    tolerance = _ROUNDINGS_16_BIT * torch.finfo(own.dtype).eps if half else _ROUNDINGS * torch.finfo(torch.float32).eps
     if abs(ours - own.item()) <= tolerance * max(1.0, abs(own.item())):
         return None
     kind = type(likelihood).__name__

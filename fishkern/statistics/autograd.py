@@ -1,4 +1,4 @@
-"""Small rules of a backward pass: what may require a gradient, what a loss must be, which backward is the last."""
+"""Steps of a backward pass: choose what requires a gradient, check the losses, collect the gradients."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Value = TypeVar("Value")
 
 @contextmanager
 def only_trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let just these parameters require a gradient; the caller has frozen all others.
+    """Let only these parameters require a gradient; the caller has frozen all others.
 
     Args:
-        parameters: Which; their ``grad`` is empty before and after.
+        parameters: The parameters; their ``grad`` is empty before and after.
 
     Yields:
         Nothing.
@@ -33,7 +33,7 @@ def only_trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def backward(loss: Tensor, *, retain_graph: bool = False) -> None:
-    """Run backward, if the loss depends on anything that requires a gradient: an expert without tokens has none.
+    """Run backward, if the loss requires a gradient: it does not if, say, an expert got no tokens.
 
     Args:
         loss: A scalar.
@@ -44,13 +44,13 @@ def backward(loss: Tensor, *, retain_graph: bool = False) -> None:
 
 
 def take_grad(parameter: nn.Parameter) -> Tensor | None:
-    """Take the gradient off a parameter.
+    """Return the gradient of a parameter, and clear it.
 
     Args:
         parameter: A leaf after backward; its ``grad`` is empty afterwards.
 
     Returns:
-        The gradient, dense, or ``None`` where none arrived.
+        The gradient, dense, or ``None`` if none arrived.
     """
     grad, parameter.grad = parameter.grad, None
     return grad.to_dense() if grad is not None and grad.is_sparse else grad
@@ -61,7 +61,7 @@ def check_finite(objective: Tensor, examples: range) -> None:
 
     Args:
         objective: ``[N]``.
-        examples: Places of the examples in the data.
+        examples: Indices of the examples in the data.
 
     Raises:
         ValueError: One of the values is not finite.
@@ -71,24 +71,24 @@ def check_finite(objective: Tensor, examples: range) -> None:
         raise ValueError(
             f"the loss of example {examples[bad[0]]} (row {bad[0]} of its batch) is {objective[bad[0]].item()}"
             f"{f', and {len(bad) - 1} more of the batch' if len(bad) > 1 else ''}: a row without a label, a fully "
-            "masked row, or an overflow gives that. Drop such examples or mend their labels."
+            "masked row, or an overflow gives that. Drop such examples or correct their labels."
         )
 
 
 def first(values: Iterator[Value | None]) -> tuple[int, Value]:
-    """Take the first value that is there.
+    """Find the first value that is not ``None``.
 
     Args:
-        values: Any iterator with at least one such value.
+        values: An iterator with at least one such value.
 
     Returns:
-        Its place and the value.
+        Its index and the value.
     """
     return next((place, value) for place, value in enumerate(values) if value is not None)
 
 
 def with_last(values: Iterator[Value]) -> Iterator[tuple[Value, bool]]:
-    """Tell the last of some values.
+    """Mark the last of some values.
 
     Args:
         values: Any iterator.

@@ -1,4 +1,4 @@
-"""The pass of estimators that need no single examples: one gradient of each objective, by ordinary autograd."""
+"""The pass of estimators that do not need single examples: one gradient of each objective, by ordinary autograd."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class AutogradPass:
     """Back-propagate each objective as a whole.
 
     Args:
-        parameters: What to differentiate by, by canonical name.
+        parameters: The parameters to differentiate by, by canonical name.
         answer: Runs the model on a batch.
         estimator: The recipe.
-        states: Where it adds up.
-        independence: Whether the loss of an example is its own; asked only by estimators of sums over examples.
-        connection: Lets segments under reentrant checkpointing be reached.
+        states: The states that it adds to.
+        independence: Checks that the loss of an example is its own; used only for sums over examples.
+        connection: Lets gradients reach segments under reentrant checkpointing.
 
     Attributes:
         paths: Path and reason for each parameter.
-        connected: Whether a loss depends on what is differentiated by.
+        connected: Whether a loss depends on these parameters.
     """
 
     def __init__(
@@ -77,6 +77,6 @@ class AutogradPass:
 
     def _settle(self, two: Examples) -> None:
         with self._independence.precision.noting():
-            self._independence.note_beside(self._answer(two))
+            self._independence.note_together(self._answer(two))
         self._independence.settle(two)
         self._settled = True

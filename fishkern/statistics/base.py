@@ -1,4 +1,4 @@
-"""What an estimator is: a recipe that adds up gradients in a state of its own for each parameter."""
+"""Estimators: recipes that add up gradients in a state of their own for each parameter."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class ParameterInfo:
 
     Args:
         name: Its canonical name.
-        value: The parameter; for a weight that a quantised linear stores in another form, what stores it.
+        value: The parameter; for a weight that a quantised linear stores in another form, the stored tensor.
         shape: Shape of its gradients: the parameter's, or ``[O, I]`` for a stored weight.
-        dtype: What its sums are accumulated in: float64 for a float64 parameter, else float32.
-        device: Where its state lies.
+        dtype: The dtype of its sums: float64 for a float64 parameter, else float32.
+        device: The device of its state.
     """
 
     name: str
@@ -49,7 +49,7 @@ class ParameterInfo:
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """Something in a state that is no sum, such as a basis: it is neither reduced over ranks nor set to zero.
+    """An entry of a state that is not a sum, such as a basis: it is neither reduced over ranks nor set to zero.
 
     Args:
         value: Anything.
@@ -61,15 +61,15 @@ class Constant:
 class Estimator(ABC):
     """Recipe of a statistic.
 
-    A pass over data asks for :meth:`objectives` of each batch, back-propagates each of them, and hands the gradients of
-    every parameter to :meth:`update_`, which adds them to the state that :meth:`init` made. One of your own needs
-    :attr:`definition` and :meth:`update_`; the rest is that of a mean over examples at the data's labels.
+    A pass over data calls :meth:`objectives` for each batch, back-propagates each of them, and passes the gradients of
+    every parameter to :meth:`update_`, which adds them to the state that :meth:`init` made. An estimator of your own
+    needs :attr:`definition` and :meth:`update_`; the defaults are those of a mean over examples at the data's labels.
 
     Attributes:
-        reads: What :meth:`update_` asks of the gradients. ``"examples"``, also where a subclass defines ``update_`` and
-            does not say: anything, such as the whole gradient of each example (``grads.example(n)``). ``"squares"``:
-            their squares alone (``add_squares_``, ``add_group_squares_``), which then may come in parts (of a tied
-            weight the head's before the embedding's) and may miss zero by rounding. ``"positions"``: the squares of
+        reads: What :meth:`update_` reads of the gradients. ``"examples"``, the default of a subclass that defines
+            ``update_``: anything, such as the whole gradient of each example (``grads.example(n)``). ``"squares"``:
+            only their squares (``add_squares_``, ``add_group_squares_``), which may then arrive in parts (for a tied
+            weight the head's before the embedding's) and may be below zero by rounding. ``"positions"``: the squares of
             each position's term (``add_position_squares_``). ``"factors"``: activations, output gradients and which
             positions count (:class:`fishkern.layers.OuterProductGrads`). A parameter without positions, or without
             factors, is refused by name. ``"sums"``: one gradient of a weighted sum of the examples' losses, as ordinary
@@ -84,7 +84,7 @@ class Estimator(ABC):
         for name, remedy in _REPLACED.items():
             if name in defined:
                 raise TypeError(f"{cls.__name__}.{name} has been replaced: {remedy}.")
-        if "update_" in defined:  # what the class inherits belongs to another update_
+        if "update_" in defined:  # an inherited reads or of_gradient describes another update_
             if "reads" not in defined:
                 cls.reads = "examples"
             if "of_gradient" not in defined:
@@ -92,34 +92,35 @@ class Estimator(ABC):
 
     @property
     def has_of_gradient(self) -> bool:
-        """Whether :meth:`of_gradient` says what a single gradient adds."""
+        """Whether :meth:`of_gradient` is defined."""
         return self.reads != "positions" and type(self).of_gradient is not Estimator.of_gradient
 
     @property
     @abstractmethod
     def definition(self) -> dict[str, Any]:
-        """What is estimated, as plain values: statistics merge only if these are equal."""
+        """What is estimated, as plain values: statistics merge only if their definitions are equal."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What may differ between statistics that merge, as plain values."""
+        """Settings that may differ between statistics that merge, as plain values."""
         return {}
 
     def objectives(self, answer: Predictive | Tensor, examples: range) -> Iterator[Tensor | None]:
-        """Say what to back-propagate for a batch.
+        """Give the values to back-propagate for a batch.
 
         Args:
             answer: The model's predictive distribution for the batch, or its losses ``[N]``.
-            examples: Places of the batch's examples in the whole data, so that random draws do not depend on batching.
+            examples: Indices of the batch's examples in the whole data, so that random draws do not depend on batching.
 
         Yields:
-            ``[N]``; entry ``n`` depends on example ``n`` alone, and the sum is back-propagated. ``None`` where there is
-            nothing to back-propagate for these examples, so that the places of the others are those of the whole batch.
+            ``[N]``; entry ``n`` depends on example ``n`` alone, and the sum is back-propagated. ``None`` if there is
+            nothing to back-propagate for these examples: the objectives of a part of a batch then have the same indices
+            as those of the whole batch.
         """
         yield losses_of(answer)
 
     def units(self, num_examples: int) -> int:
-        """Count what one batch adds to the number that the result is a mean over.
+        """Count the units in one batch; the result is a mean over units.
 
         Args:
             num_examples: ``N`` of the batch.
@@ -146,7 +147,7 @@ class Estimator(ABC):
     def update_(
         self, state: State, grads: PerExampleGrads, parameter: ParameterInfo, backend: Backend | None = None
     ) -> None:
-        """Add the gradients of one objective; parts of the data may be added up elsewhere and be summed.
+        """Add the gradients of one objective. States of different parts of the data are summed later.
 
         Args:
             state: Changed in place.
@@ -154,42 +155,42 @@ class Estimator(ABC):
                 ``n`` below ``grads.num_examples``, or the sum of their squares by ``grads.add_squares_(state,
                 backend)``. A gradient of zeros must add nothing, since none arrives where an example does not reach a
                 parameter.
-            parameter: Whose.
-            backend: Passed on to the operation behind it.
+            parameter: The parameter.
+            backend: Passed on to the operation.
         """
 
     def of_gradient(self, grad: Tensor, parameter: ParameterInfo) -> State:
-        """Say what the gradient of a single example adds to a state. Optional.
+        """Compute what the gradient of a single example adds to a state. Optional.
 
-        The self-check compares with it, in the memory of one state and one gradient. Without it the check squares the
-        captured gradients, some parameters at a time.
+        The self-check compares with it, in the memory of one state and one gradient. Without it the check compares the
+        squares of the gradients, some parameters at a time.
 
         Args:
             grad: Of ``parameter.shape``, in the model's dtype.
-            parameter: Whose.
+            parameter: The parameter.
 
         Returns:
-            A nest like the state; ``None`` in the place of a sum that is no function of a gradient, and of a constant.
+            A nest like the state, with ``None`` for constants and for sums that are not a function of the gradient.
 
         Raises:
-            NotImplementedError: The estimator does not say.
+            NotImplementedError: The estimator does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what a single gradient adds.")
 
     def add_single_(self, state: State, grad: Tensor, parameter: ParameterInfo) -> None:
-        """Add the gradient of a single example, whole: the statistic's definition, for a loop to compare with.
+        """Add the whole gradient of a single example: the statistic's definition, which a loop compares with.
 
         Args:
             state: Changed in place.
             grad: Of the parameter's shape.
-            parameter: Whose.
+            parameter: The parameter.
         """
         if not self.has_of_gradient:
             self.update_(state, DenseGrads(grad[None]), parameter)
             return
         for total, added in zip(sums(state), added_to(state, self.of_gradient(grad, parameter)), strict=True):
             if added is None:
-                raise NotImplementedError(f"{type(self).__name__} has sums that are no functions of a gradient.")
+                raise NotImplementedError(f"{type(self).__name__} has sums that are not functions of a gradient.")
             total += added.to(total)
 
     def result(self, state: State, count: int) -> Tensor:
@@ -213,11 +214,11 @@ class Estimator(ABC):
         provenance: Mapping[str, Any],
         coverage: Mapping[str, Covered],
     ) -> Held:
-        """Put the results of all parameters together: what ``estimate`` returns.
+        """Combine the results of all parameters into what ``estimate`` returns.
 
         Args:
             model: The model, without wrappers.
-            results: What :meth:`result` gave, by parameter name.
+            results: Results of :meth:`result`, by parameter name.
             count: Number of units.
             provenance: Definition and run of the pass.
             coverage: How each parameter was computed.
@@ -229,26 +230,26 @@ class Estimator(ABC):
 
 
 def sums(state: State) -> list[Tensor]:
-    """List the tensors of a state, all of which are sums.
+    """List the tensors of a state, which are all sums.
 
     Args:
         state: Any nest.
 
     Returns:
-        The tensors, in order, without what is constant.
+        The tensors, in order, without constants.
     """
     return [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
 
 
 def added_to(state: State, added: State) -> list[Tensor | None]:
-    """List what a gradient adds to each sum of a state.
+    """List what a gradient adds to each of the sums in a state.
 
     Args:
         state: The state.
         added: From :meth:`Estimator.of_gradient`.
 
     Returns:
-        In the order of :func:`sums`; ``None`` where the estimator does not say.
+        In the order of :func:`sums`; ``None`` for sums that are not a function of the gradient.
 
     Raises:
         ValueError: The nests differ.

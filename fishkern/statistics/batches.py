@@ -1,9 +1,9 @@
-"""Batches as a ``DataLoader`` yields them: how many examples they hold, and what of them belongs to which example.
+"""Batches of a ``DataLoader``: count their examples, and assign their entries to examples.
 
 A mapping or a tuple is structure: it is entered, never cut. Tensors and arrays whose first axis is ``N`` are cut by
-rows, lists of ``N`` things too. What does not hold one thing for each example passes whole where that cannot matter
-(``N = 1``, a leading size of 1, a single value) or where the user says that all examples share it; else it is refused
-by name.
+rows, and so are lists of ``N`` entries. An entry without one part for each example is passed whole if that cannot
+matter (``N = 1``, a leading size of 1, a single value) or if the user says that all examples share it. Otherwise it is
+refused by name.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _WAYS_OUT = (
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """A batch of which it is known what belongs to which example.
+    """A batch whose entries have been assigned to examples.
 
     Args:
-        content: What the model or the loss function gets.
+        content: The input of the model or the loss function.
         num_examples: ``N``.
-        places: Where in the whole data its examples stand.
-        by_rows: Places in the batch of what is cut by rows.
+        places: Indices of its examples in the whole data.
+        by_rows: Places in the batch of the entries that are cut by rows.
         entered: Places of the lists that are structure.
         cut_from: The batch that this one is a part of.
     """
@@ -52,14 +52,14 @@ class Examples:
     cut_from: Examples | None = None
 
     def take(self, start: int, stop: int) -> Examples:
-        """Take some examples as they stand in the batch, padding included.
+        """Take some examples of the batch, with their padding.
 
         Args:
-            start: Number of the first one in the batch.
-            stop: Number of the one behind the last.
+            start: Index of the first one in the batch.
+            stop: Index after the last one.
 
         Returns:
-            These examples; the batch itself where they are all.
+            These examples; the batch itself if they are all.
         """
         if (start, stop) == (0, self.num_examples):
             return self
@@ -70,7 +70,7 @@ class Examples:
         )
 
     def singly(self) -> Iterator[Examples]:
-        """Take one example after another.
+        """Iterate over the examples.
 
         Yields:
             Batches of one.
@@ -80,7 +80,7 @@ class Examples:
 
     @property
     def names(self) -> tuple[list[str], list[str]]:
-        """Names of what is cut by rows, and of what stays whole."""
+        """Names of the entries that are cut by rows, and of those that stay whole."""
         cut: list[str] = []
         whole: list[str] = []
         self._each((), self.content, lambda place, _: (cut if place in self.by_rows else whole).append(
@@ -90,7 +90,7 @@ class Examples:
 
     @property
     def attended(self) -> Tensor | None:
-        """Which positions its attention mask marks, ``[N, T]``, bool; ``None`` where it has none of this shape."""
+        """The positions that its attention mask marks, ``[N, T]``, bool; ``None`` if it has no mask of this shape."""
         mask = self.content.get("attention_mask") if isinstance(self.content, Mapping) else None
         fits = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == self.num_examples
         return mask != 0 if fits else None
@@ -98,7 +98,7 @@ class Examples:
     def copied(self) -> Batch:
         """Copy the content for one run.
 
-        What takes an entry out (``batch.pop("labels")``, as the Trainer does) or writes into one has its own batch.
+        Code that removes an entry (``batch.pop("labels")``, as the Trainer does) or writes into one gets its own batch.
 
         Returns:
             The copy.
@@ -106,10 +106,10 @@ class Examples:
         return _copied(self.content)
 
     def to(self, device: torch.device) -> Examples:
-        """Move every tensor, and cut it off from where it was computed.
+        """Move every tensor to a device, and detach it.
 
         Args:
-            device: Where to.
+            device: The device.
 
         Returns:
             The moved batch.
@@ -131,28 +131,28 @@ class Examples:
             ) from error
 
     def _each(self, place: Place, value: Any, change: Callable[[Place, Any], Any]) -> Any:
-        """Rebuild the structure around changed leaves."""
+        """Rebuild the structure with changed leaves."""
         if place in self.by_rows or not (_is_structure(value) or place in self.entered):
             return change(place, value)
         return _rebuilt(value, {key: self._each((*place, key), item, change) for key, item in _items(value)})
 
 
 class Reader:
-    """Reads batches: counts their examples, and decides what is cut.
+    """Read batches: count their examples, and decide which entries are cut.
 
-    A list of tensors whose sizes allow two readings is decided as in the batches before, so a reader belongs to one
-    pass over data.
+    A list of tensors whose sizes allow two readings is read as in earlier batches, so a reader belongs to one pass over
+    data.
 
     Args:
-        shared: Patterns of entry names, or places in a tuple, of what all examples share.
-        only_pairs: Refuse tuples other than ``(inputs, labels)``: nothing would take the other entries.
-        dropped: Entries of a mapping that nobody gets.
+        shared: Entries that all examples share: patterns of names, or positions in a tuple.
+        only_pairs: Refuse tuples other than ``(inputs, labels)``: nothing would use the other entries.
+        dropped: Keys of a mapping to withhold from the model.
 
     Attributes:
-        found: Those of ``dropped`` that a batch held.
+        withheld: Those of ``dropped`` that a batch contained.
 
     Raises:
-        TypeError: ``shared`` holds something else.
+        TypeError: ``shared`` contains something else.
     """
 
     def __init__(self, shared: Shared = None, *, only_pairs: bool = False, dropped: Sequence[str] = ()) -> None:
@@ -165,21 +165,21 @@ class Reader:
         self._dropped = tuple(dropped)
         self._settled: dict[Place, bool] = {}
         self._unused = list(patterns)
-        self.found: set[str] = set()
+        self.withheld: set[str] = set()
 
     def __call__(self, raw: Any, number: int) -> Examples:
         """Read a batch.
 
         Args:
-            raw: What the iterable yielded.
-            number: Its place in the iterable, for the message.
+            raw: A batch as the iterable yields it.
+            number: Its index in the iterable, for the message.
 
         Returns:
             The batch; a list becomes a tuple.
 
         Raises:
             TypeError: It is neither a mapping nor a tuple.
-            ValueError: It holds no example, or something of which it cannot be told whose it is.
+            ValueError: It has no examples, or an entry that cannot be assigned to examples.
         """
         content = self._checked_kind(raw, number)
         for place, leaf in _leaves((), content):
@@ -195,8 +195,8 @@ class Reader:
         source, N = self._count(content, number)
         if N == 0:
             raise ValueError(f"batch {number} holds no example (size 0). Drop empty batches before estimating.")
-        told = f"batch {number} holds {N} examples by {source}"
-        decision = _Decision(N, content, self._is_shared, self._settled, told)
+        counted = f"batch {number} holds {N} examples by {source}"
+        decision = _Decision(N, content, self._is_shared, self._settled, counted)
         if N > 1:
             decision.decide((), content)
         return Examples(content, N, range(N), frozenset(decision.by_rows), frozenset(decision.entered))
@@ -222,16 +222,16 @@ class Reader:
                 "for the model, or a pair (inputs, labels); more entries need likelihood= as a function (model, batch) "
                 "-> losses [N] that takes them."
             )
-        if isinstance(content, Mapping) and (found := [key for key in self._dropped if key in content]):
-            self.found.update(found)
-            content = _rebuilt(content, {key: value for key, value in content.items() if key not in found})
+        if isinstance(content, Mapping) and (dropped := [key for key in self._dropped if key in content]):
+            self.withheld.update(dropped)
+            content = _rebuilt(content, {key: value for key, value in content.items() if key not in dropped})
         return content
 
     def _count(self, content: Batch, number: int) -> tuple[str, int]:
-        """Find ``N`` where it is certain, and say where."""
+        """Find ``N`` in the entry that is most certain to have it, and name the entry."""
         for certain in (True, False):
-            if (found := self._counted((), content, certain)) is not None:
-                place, N = found
+            if (counted := self._counted((), content, certain)) is not None:
+                place, N = counted
                 return _name(place, content), N
         raise ValueError(
             f"batch {number} does not say how many examples it holds: expected 'input_ids', 'labels' or a first entry "
@@ -243,11 +243,11 @@ class Reader:
             return None
         if _is_structure(value):
             items = list(_items(value))
-            if isinstance(value, Mapping):  # what speaks of examples by its name comes first
+            if isinstance(value, Mapping):  # entries whose names imply one row for each example come first
                 first = {"input_ids": 0, "labels": 1}
                 items.sort(key=lambda item: first.get(item[0], 2))
             each = (self._counted((*place, key), item, certain) for key, item in items)
-            return next((found for found in each if found is not None), None)
+            return next((counted for counted in each if counted is not None), None)
         if _is_array(value):
             return (place, value.shape[0]) if len(value.shape) else None
         if not isinstance(value, list):
@@ -256,7 +256,7 @@ class Reader:
         if not sizes or _holds_mappings(value):
             return place, len(value)
         if certain or (len(set(sizes)) == 1 and sizes[0] != len(value)):
-            return None  # one tensor for each example, or several with all examples in each
+            return None  # either one tensor for each example, or several with all examples in each: not certain
         return place, len(value)
 
     def _is_shared(self, place: Place) -> bool:
@@ -272,7 +272,7 @@ class Reader:
         return False
 
     def _check_shared(self, content: Batch, number: int) -> None:
-        """Refuse what names nothing in the first batch: a slip of the pen would go unnoticed."""
+        """Refuse a pattern that matches nothing in the first batch: a typing error would go unnoticed."""
         places = [place for place, _ in _all_places((), content)]
         for place in places:
             self._is_shared(place)
@@ -283,7 +283,7 @@ class Reader:
 
 
 class _Decision:
-    """Decides for each part of a batch of several examples whether it is cut, entered or left whole."""
+    """Decide for each entry of a batch of several examples whether it is cut, entered or passed whole."""
 
     def __init__(
         self, N: int, content: Batch, shared: Callable[[Place], bool], settled: dict[Place, bool], batch: str
@@ -345,13 +345,13 @@ class _Decision:
 
 
 def another_reading(content: Batch) -> str:
-    """Say how else a batch that does not work as it was read may be meant.
+    """Suggest another reading of a batch that does not work as it was read.
 
     Args:
         content: The batch.
 
     Returns:
-        A sentence with a space in front; empty where there is no other reading.
+        A sentence that begins with a space; empty if there is no other reading.
     """
     entries = list(content) if isinstance(content, tuple) else list(content.values())
     if isinstance(content, tuple) and all(isinstance(entry, Mapping | tuple | list) for entry in entries):
@@ -387,12 +387,12 @@ def _is_structure(value: Any) -> bool:
 
 
 def _is_array(value: Any) -> bool:
-    """Tell a tensor, or what numpy and its like know as an array."""
+    """Recognise a tensor, or an array of numpy and similar libraries."""
     return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "shape"))
 
 
 def _is_single(value: Any) -> bool:
-    """Tell a single value, which is the same for every example."""
+    """Recognise a single value, which is the same for every example."""
     return value is None or isinstance(value, str | bytes | bool | int | float | complex | torch.dtype | torch.device)
 
 
@@ -412,17 +412,17 @@ def _leaves(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
 
 
 def _sizes(value: list[Any]) -> list[int | None]:
-    """Leading sizes of all tensors in a list, however deep; ``None`` for one without an axis."""
+    """List the leading sizes of all tensors in a list, at any depth; ``None`` for a tensor without an axis."""
     return [leaf.shape[0] if len(leaf.shape) else None for _, leaf in _leaves((), value) if _is_array(leaf)]
 
 
 def _holds_mappings(value: list[Any]) -> bool:
-    """Tell a list of mappings, as detectors take their targets: one for each example."""
+    """Recognise a list of mappings, one for each example, such as the targets of a detector."""
     return all(isinstance(item, Mapping) for item in value)
 
 
 def _name(place: Place, content: Batch) -> str:
-    """Name a part of a batch as the user knows it."""
+    """Name an entry of a batch as the user knows it."""
     if isinstance(content, tuple) and len(content) == 2 and place:
         place = (("inputs", "labels")[place[0]], *place[1:])
     return repr(".".join(map(str, place)))

@@ -23,21 +23,21 @@ from fishkern.statistics.planning import Answer, Planner
 from fishkern.statistics.states import States
 
 Places = Mapping[str, Collection[int]]
-"""For each parameter the places of some objectives of a batch."""
+"""For each parameter, the indices of some objectives of a batch."""
 
 
 class CapturedPass:
-    """Capture by a plan, and a loop over the examples for what no rule and no module serves.
+    """Capture by a plan, and loop over the examples for parameters that no rule and no module can compute.
 
     Args:
-        parameters: What to differentiate by, by canonical name.
+        parameters: The parameters to differentiate by, by canonical name.
         answer: Runs the model on a batch.
         estimator: The recipe.
-        states: Where it adds up.
+        states: The states that it adds to.
         planner: Plans the batches.
 
     Attributes:
-        connected: Whether a loss depends on what is differentiated by.
+        connected: Whether a loss depends on these parameters.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class CapturedPass:
         plan = planner.plan_for(batch)
         planner.begun = True
         withheld = self._capture(plan, batch)
-        if withheld:  # a gradient has arrived where the survey saw none: look again
+        if withheld:  # a gradient arrived where the survey saw none, or its rows are unknown: survey this batch
             planner.forget()
             withheld = self._capture(planner.plan_for(batch).only(withheld), batch, only=withheld)
         if withheld:
@@ -84,16 +84,16 @@ class CapturedPass:
         Args:
             plan: The plan.
             batch: The batch.
-            only: Which objectives to add for each parameter, instead of all.
+            only: The objectives to add for each parameter; ``None`` for all.
 
         Returns:
-            What was withheld, and is still to be added: parameters, and of which objectives.
+            The parameters whose gradients were held back, with the objectives that are still to be added.
         """
         strays = Strays(plan.sites)
-        place = 0  # of the objective that is being back-propagated
+        place = 0  # index of the objective that is being back-propagated; the loop below moves it on for add
 
         def add(key: str, grads: PerExampleGrads) -> None:
-            if key not in strays.found and (only is None or place in only[key]):
+            if key not in strays.reasons and (only is None or place in only[key]):
                 self._states.add(key, grads)
 
         looped = {key: self._parameters[key] for key in plan.loop}
@@ -109,14 +109,16 @@ class CapturedPass:
                         continue
                     self._note(objective, batch)
                     capture.backward(objective, retain_graph=not last)
-                    for key in capture.unsettled - strays.found.keys():
+                    for key in capture.unsettled - strays.reasons.keys():
                         if only is None or place in only[key]:
                             withheld[key].add(place)
                     self._planner.distrusted |= capture.distrusted
-                # the batch's backward shows which of the looped parameters any example reaches
-                reached = {key for key, parameter in looped.items() if parameter.grad is not None} | strays.found.keys()
-        if strays.found:
-            self._planner.note_strays(strays.found)
+                # The looped parameters require a gradient in this pass as well: one that gets none is reached by no
+                # example of the batch, and needs no loop.
+                with_grad = {key for key, parameter in looped.items() if parameter.grad is not None}
+                reached = with_grad | strays.reasons.keys()
+        if strays.reasons:
+            self._planner.note_strays(strays.reasons)
         if reached:
             self._loop(batch, reached, only)
         return withheld

@@ -1,4 +1,4 @@
-"""Which parameters a statistic is wanted of."""
+"""The parameters that a statistic is requested for."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 Predicate = Callable[[str, nn.Parameter], bool]
-Wanted = Predicate | str | Sequence[str] | None
+Requested = Predicate | str | Sequence[str] | None
 """``None``, ``"all"``, patterns of names, or a predicate."""
 
 
-def chosen_names(named: Mapping[str, nn.Parameter], wanted: Wanted) -> list[str]:
-    """Find the parameters that are wanted.
+def requested_names(named: Mapping[str, nn.Parameter], requested: Requested) -> list[str]:
+    """List the requested parameters.
 
     Args:
         named: All parameters by canonical name.
-        wanted: ``None``: those that require a gradient. ``"all"``. A pattern of ``fnmatch`` for the whole name, or
+        requested: ``None``: those that require a gradient. ``"all"``. A pattern of ``fnmatch`` for the whole name, or
             several. Or a predicate ``(name, parameter) -> bool``.
 
     Returns:
         Their names, in the model's order.
 
     Raises:
-        TypeError: ``wanted`` is something else.
+        TypeError: ``requested`` is something else.
         ValueError: A pattern matches no name.
     """
-    if wanted is None:
+    if requested is None:
         return [name for name, parameter in named.items() if parameter.requires_grad]
-    if wanted == "all":
+    if requested == "all":
         return list(named)
-    if callable(wanted):
-        return [name for name, parameter in named.items() if wanted(name, parameter)]
-    patterns = [wanted] if isinstance(wanted, str) else wanted
+    if callable(requested):
+        return [name for name, parameter in named.items() if requested(name, parameter)]
+    patterns = [requested] if isinstance(requested, str) else requested
     if not isinstance(patterns, list | tuple | set | frozenset) or not all(isinstance(one, str) for one in patterns):
         raise TypeError(
             "parameters must be None, 'all', patterns of names such as '*.bias', or a predicate (name, parameter) -> "
-            f"bool, got {wanted!r}."
+            f"bool, got {requested!r}."
         )
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in named):
@@ -50,17 +50,17 @@ def chosen_names(named: Mapping[str, nn.Parameter], wanted: Wanted) -> list[str]
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """Say which names are near to one that is not there.
+    """List names that are similar to an unknown one.
 
     Args:
-        name: The name, or a pattern.
-        names: Those that are there.
+        name: The unknown name, or a pattern.
+        names: The known ones.
 
     Returns:
-        A clause for a message; empty where none is near.
+        A clause for a message; empty if none is similar.
     """
     names = list(names)
     core = name.strip("*.")
-    inside = [other for other in names if core and core in other]
-    found = inside[:3] or get_close_matches(name, names, n=3, cutoff=0.75)
-    return f" (did you mean {', '.join(map(repr, found))}?)" if found else ""
+    containing = [other for other in names if core and core in other]
+    similar = containing[:3] or get_close_matches(name, names, n=3, cutoff=0.75)
+    return f" (did you mean {', '.join(map(repr, similar))}?)" if similar else ""

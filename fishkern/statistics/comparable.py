@@ -1,4 +1,4 @@
-"""What ``verify`` may compare: statistics of this recipe, this loss, these examples and this model."""
+"""Checks of ``verify``: the statistics must have the same recipe, loss, examples and model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fishkern.statistics.result import Statistics
 
 
 def check_recipe(estimator: Estimator) -> None:
-    """Refuse what is no recipe, or none whose definition runs on whole gradients of single examples.
+    """Refuse anything but a recipe that is defined by whole gradients of single examples.
 
     Args:
-        estimator: What the caller passed.
+        estimator: The argument of the caller.
 
     Raises:
-        TypeError: It is no recipe.
-        ValueError: It is one of batches, of positions, or a sketch.
+        TypeError: It is not a recipe.
+        ValueError: It is one of batches or of positions, or a sketch.
     """
     if not isinstance(estimator, Estimator):
         raise TypeError(f"estimator must be an Estimator such as DiagonalFisher(), got {estimator!r}.")
@@ -40,12 +40,12 @@ def check_kind(statistics: Statistics, estimator: Estimator, examples: int) -> N
     """Refuse statistics of another recipe, or of another number of examples.
 
     Args:
-        statistics: What is to be verified.
-        estimator: The recipe asked about.
-        examples: How many examples the data holds.
+        statistics: The statistics to verify.
+        estimator: The recipe that ``verify`` was given.
+        examples: Number of examples in the data.
 
     Raises:
-        ValueError: They are.
+        ValueError: The recipe or the number differs.
     """
     definition = statistics.provenance["definition"]
     expected = estimator.definition
@@ -70,18 +70,18 @@ def check_loss(
     likelihood: Likelihood | LossFunction | Drawn | None,
     one: Examples,
 ) -> None:
-    """Refuse statistics of a known loss that is not the one asked about, or not the model's own where none was.
+    """Refuse statistics of another loss than the one that ``verify`` was given, or else than the model's own.
 
-    Functions go by many names, and are not compared.
+    Functions are not compared, because the same one may have several names.
 
     Args:
-        statistics: What is to be verified.
+        statistics: The statistics to verify.
         model: The model, in evaluation mode.
-        likelihood: The loss asked about.
+        likelihood: The loss that ``verify`` was given.
         one: An example.
 
     Raises:
-        ValueError: They are.
+        ValueError: The losses differ.
     """
     theirs = statistics.provenance["definition"].get("likelihood") if isinstance(statistics, Statistics) else None
     if theirs is None or theirs.startswith("function ") or (likelihood is None and hosts.task(model) is None):
@@ -101,10 +101,10 @@ def check_names(statistics: Mapping[str, Tensor]) -> None:
     """Refuse statistics of groups of parameters.
 
     Args:
-        statistics: What is to be verified.
+        statistics: The statistics to verify.
 
     Raises:
-        ValueError: They are.
+        ValueError: They are statistics of groups.
     """
     if isinstance(statistics, Statistics) and "groups" in statistics.provenance["definition"]:
         raise ValueError(
@@ -117,11 +117,11 @@ def check_shapes(statistics: Mapping[str, Tensor], expected: Mapping[str, torch.
     """Refuse statistics of other shapes.
 
     Args:
-        statistics: What is to be verified.
+        statistics: The statistics to verify.
         expected: The shape of each statistic.
 
     Raises:
-        ValueError: One has another.
+        ValueError: A shape differs.
     """
     for name, shape in expected.items():
         if statistics[name].shape != shape:

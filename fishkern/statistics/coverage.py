@@ -1,4 +1,4 @@
-"""How the statistics of each parameter were computed, or why they were not."""
+"""Coverage: how the statistics of each parameter were computed, or why they were not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Covered:
             module), ``"loop"`` (the whole model, one example at a time), ``"sketch"`` (random signs), ``"batch"`` (the
             batch gradient), or ``"left out"``.
         numel: Coordinates of the parameter, whatever the shape of its statistic.
-        reason: Why this path, in words; by whose word it was left out.
+        reason: Why it took this path, or who excluded it, in words.
     """
 
     path: str
@@ -31,13 +31,13 @@ class Covered:
 
 
 def slowest_paths(several: Iterable[Mapping[str, tuple[str, str]]]) -> dict[str, tuple[str, str]]:
-    """Join what several batches or ranks say about the paths of parameters.
+    """Join the paths that parameters took in several batches or on several ranks.
 
     Args:
         several: Path and reason by canonical name.
 
     Returns:
-        The slowest path that each parameter has taken, by the last word on it.
+        The slowest path that each parameter has taken, with the latest reason for it.
     """
     slowest: dict[str, tuple[str, str]] = {}
     for paths in several:
@@ -50,26 +50,26 @@ def slowest_paths(several: Iterable[Mapping[str, tuple[str, str]]]) -> dict[str,
 def check_coverage(
     names: Collection[str], coverage: Mapping[str, Covered], groups: Mapping[str, Collection[str]]
 ) -> None:
-    """Demand, where there is a coverage, that it names the same parameters.
+    """Check that a coverage, if there is one, names the same parameters as a result.
 
     Args:
-        names: Names of what is held.
+        names: Names in the result.
         coverage: By parameter; may be empty.
-        groups: For each name that is none of a parameter, the parameters it stands for.
+        groups: For each name that is not a parameter's, the parameters of that group.
 
     Raises:
         ValueError: They contradict each other.
     """
     if not coverage:
         return
-    held = {parameter: name for name in names for parameter in groups.get(name, (name,))}
-    for parameter in held:
+    included = {parameter: name for name in names for parameter in groups.get(name, (name,))}
+    for parameter in included:
         if parameter not in coverage:
             raise ValueError(f"{parameter} is held, but coverage says nothing of it.")
         if coverage[parameter].path == "left out":
             raise ValueError(f"{parameter} is held, but coverage says it was left out.")
     for parameter, covered in coverage.items():
-        if covered.path != "left out" and parameter not in held:
+        if covered.path != "left out" and parameter not in included:
             raise ValueError(f"coverage says {covered.path} of {parameter}, which is not held.")
 
 

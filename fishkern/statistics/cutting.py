@@ -1,4 +1,4 @@
-"""What a model says to a part of a batch: an error that only the part raises is one of cutting."""
+"""Run a model on a part of a batch: an error that the whole batch does not raise comes from the cut."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Value = TypeVar("Value")
 def answering_parts(
     answer: Callable[[Examples], Value], whole: Callable[[Examples], object] | None = None
 ) -> Callable[[Examples], Value]:
-    """Make errors of cut rows speak of the cut.
+    """Make errors that come from cutting a batch say so.
 
     Args:
         answer: Runs the model on examples.
-        whole: Runs it on a whole batch; ``None`` where ``answer`` does.
+        whole: Runs it on a whole batch; ``None`` if ``answer`` does.
 
     Returns:
-        The same, which raises a ValueError with the names of what was cut where the model takes a batch and does not
-        take a part of it; what it says to the batch is raised as it is.
+        The same function. It raises a ValueError with the names of the cut entries if the model accepts a batch but not
+        a part of it; an error of the whole batch is raised unchanged.
     """
 
     def answered(batch: Examples) -> Value:
@@ -30,8 +30,8 @@ def answering_parts(
             return answer(batch)
         except UnsupportedModuleError:
             raise
-        except Exception as error:  # whatever a model says to rows that belong together
-            if batch.cut_from is None or _takes(answer, batch):  # not of the cut, or it comes and goes
+        except Exception as error:  # any error of a model whose rows belong together
+            if batch.cut_from is None or _takes(answer, batch):  # not of the cut, or not reproducible
                 raise
             (whole or answer)(batch.cut_from)
             raise _refusal(batch, batch.cut_from, error) from error
@@ -42,7 +42,7 @@ def answering_parts(
 def _takes(answer: Callable[[Examples], Value], batch: Examples) -> bool:
     try:
         answer(batch)
-    except Exception:  # its own error is the one to be seen
+    except Exception:  # the caller raises the first error, not this one
         return False
     return True
 

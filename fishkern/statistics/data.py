@@ -1,4 +1,4 @@
-"""The one loop over data: batches checked, moved, cut at the number of examples, and told by."""
+"""The one loop over data: batches are checked, moved to the device, cut to ``max_examples``, and numbered."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fishkern.statistics.shards import Ranks, length_of, shard_of
 
 
 class Data:
-    """Batches, moved, checked, cut at the number of examples, each with the places of its examples.
+    """Batches on the device, checked, cut to ``max_examples``, each with the indices of its examples.
 
     Args:
-        batches: What a ``DataLoader`` yields.
-        reader: Counts the examples of a batch and says how it is cut.
-        device: Where to.
+        batches: An iterable of batches, such as a ``DataLoader``.
+        reader: Counts the examples of a batch and decides how it is cut.
+        device: The device to move them to.
         max_examples: Stop after so many, of all ranks together.
-        ranks: Who takes part.
+        ranks: The ranks that take part.
 
     Attributes:
         examples: Number of examples given so far, on this rank.
@@ -46,7 +46,7 @@ class Data:
 
     @property
     def total(self) -> int | None:
-        """Number of examples of this rank, where the source tells it."""
+        """Number of examples of this rank, if the data has a length."""
         known = length_of(getattr(self._batches, "dataset", None)) if self._shard.count == 1 else None
         sizes = [size for size in (known, self._shard.size) if size is not None]
         return min(sizes, default=None)
@@ -58,7 +58,7 @@ class Data:
             places = self._shard.places(self.batches, self.examples, batch.num_examples)
             if limit is not None and places[-1] >= limit:
                 places = range(places.start, min(places.stop, limit), places.step)
-                if not places:  # repeated, so that all ranks get equally many
+                if not places:  # repeated examples, which the sampler adds to give all ranks the same number
                     return
                 batch = batch.take(0, len(places))
             self.batches += 1
@@ -69,10 +69,10 @@ class Data:
 
 
 def demand_several(batches: Any) -> None:
-    """Refuse a batch where batches are asked for.
+    """Refuse a single batch instead of an iterable of batches.
 
     Args:
-        batches: What the caller gave.
+        batches: The argument of the caller.
 
     Raises:
         TypeError: It is a mapping or a tensor.
@@ -88,27 +88,27 @@ class Progress:
     """A line on standard error, or the caller's function.
 
     Args:
-        wanted: ``True`` for a line; or a function of the number of examples done and of the total, where known.
-        total: Number of examples, where known.
+        report: ``True`` for a line; or a function of the number of examples done and of the total, if known.
+        total: Number of examples, if known.
     """
 
-    def __init__(self, wanted: bool | Callable[[int, int | None], None], total: int | None) -> None:
-        self._wanted = wanted
+    def __init__(self, report: bool | Callable[[int, int | None], None], total: int | None) -> None:
+        self._report = report
         self._total = total
         self._start = self._shown = time.monotonic()
 
     def __call__(self, done: int) -> None:
-        if callable(self._wanted):
-            self._wanted(done, self._total)
-        elif self._wanted and time.monotonic() - self._shown > 0.2:
+        if callable(self._report):
+            self._report(done, self._total)
+        elif self._report and time.monotonic() - self._shown > 0.2:
             self._shown = time.monotonic()
             rate = done / (self._shown - self._start)
             of_total = f"/{self._total}" if self._total else ""
-            left = f", {(self._total - done) / rate:.0f} s left" if self._total else ""
-            sys.stderr.write(f"\restimating: {done}{of_total} examples, {rate:.1f}/s{left}\033[K")
+            remaining = f", {(self._total - done) / rate:.0f} s left" if self._total else ""
+            sys.stderr.write(f"\restimating: {done}{of_total} examples, {rate:.1f}/s{remaining}\033[K")
             sys.stderr.flush()
 
     def close(self) -> None:
         """End the line."""
-        if self._wanted is True and self._shown != self._start:
+        if self._report is True and self._shown != self._start:
             sys.stderr.write("\n")

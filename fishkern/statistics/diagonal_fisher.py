@@ -25,7 +25,7 @@ class DiagonalFisher(Estimator):
 
         F[p] = 1/N sum_n ( d loss_n / d theta[p] )^2
 
-    The labels behind ``loss_n`` make the difference (Kunstner et al., 2019, arXiv:1905.12558; Martens, 2014,
+    Variants differ in the labels of ``loss_n`` (Kunstner et al., 2019, arXiv:1905.12558; Martens, 2014,
     arXiv:1412.1193). Labels are drawn or enumerated for each position given the data's inputs (teacher forcing).
 
     Args:
@@ -37,12 +37,12 @@ class DiagonalFisher(Estimator):
             losses. ``"batch"``: the gradient of the batch's mean loss, squared and averaged over batches: common, and
             another quantity. The last two are for comparison.
         mc_samples: Draws for each example.
-        seed: Seed of the draws; an example's draw depends on its place in the data, not on its batch.
+        seed: Seed of the draws; an example's draw depends on its index in the data, not on its batch.
         max_label_passes: ``"type-2"`` raises when a batch needs more backward passes than this.
 
     Raises:
         ValueError: An argument is not among the values above.
-        TypeError: ``mc_samples``, ``seed`` or ``max_label_passes`` is no integer.
+        TypeError: ``mc_samples``, ``seed`` or ``max_label_passes`` is not an integer.
     """
 
     fisher_type: Literal["empirical", "mc", "type-2"] = "empirical"
@@ -83,13 +83,13 @@ class DiagonalFisher(Estimator):
         if isinstance(answer, Tensor):
             raise ValueError(
                 f"fisher_type={self.fisher_type!r} needs the distribution of the labels, which a likelihood given as a "
-                "function does not tell. Pass a fishkern likelihood, or take fisher_type='empirical'."
+                "function does not define. Pass a fishkern likelihood, or use fisher_type='empirical'."
             )
         if self.fisher_type == "type-2":
             if answer.label_passes > self.max_label_passes:
                 raise ValueError(
                     f"fisher_type='type-2' would need {answer.label_passes} backward passes for one batch (labels "
-                    f"times positions), more than max_label_passes={self.max_label_passes}. Raise it, or take "
+                    f"times positions), more than max_label_passes={self.max_label_passes}. Raise it, or use "
                     "fisher_type='mc'."
                 )
             yield from answer.label_losses()
@@ -97,7 +97,7 @@ class DiagonalFisher(Estimator):
         for draw in range(self.mc_samples):
             numbers = uniform(self.seed, draw, examples, answer.draws_per_example)
             losses = answer.drawn_losses(numbers)
-            yield losses * (weight / self.mc_samples**0.5)  # squares then add up to the mean over draws
+            yield losses * (weight / self.mc_samples**0.5)  # the squares then add up to the mean over draws
 
     def units(self, num_examples: int) -> int:
         return 1 if self.unit == "batch" else num_examples

@@ -1,4 +1,4 @@
-"""Losses that are meant to draw (diffusion, variational autoencoders): each example has a stream of its own."""
+"""Losses that draw random numbers (diffusion, variational autoencoders): each example has its own stream."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LossFunction = Callable[[nn.Module, Batch], Tensor]
 class Draws:
     """Random numbers for the examples of a batch, each from the example's own stream.
 
-    A stream depends on the seed and on the example's place in the data, not on the batch nor on the device. Each call
-    goes on in it.
+    A stream depends on the seed and on the example's index in the data, not on the batch or the device. Each call
+    continues it.
 
     Args:
         seed: Seed of all streams.
-        places: Where in the whole data the examples stand.
-        device: Where the numbers are wanted.
+        places: Indices of the examples in the whole data.
+        device: Device of the numbers.
     """
 
     def __init__(self, seed: int, places: range, device: torch.device) -> None:
@@ -58,7 +58,7 @@ class Draws:
         """Draw integers from 0 to ``high - 1``, such as time steps.
 
         Args:
-            high: Their number.
+            high: One more than the largest integer.
             shape: For each example.
 
         Returns:
@@ -81,7 +81,7 @@ class Drawn:
         seed: Seed of the draws.
 
     Raises:
-        TypeError: ``function`` cannot be called, or ``seed`` is no integer.
+        TypeError: ``function`` is not callable, or ``seed`` is not an integer.
     """
 
     function: Callable[[nn.Module, Batch, Draws], Tensor]
@@ -93,7 +93,7 @@ class Drawn:
         object.__setattr__(self, "seed", integer(self.seed, "seed"))
 
     def __call__(self, model: nn.Module, batch: Examples) -> Tensor:
-        """Give the losses of a batch.
+        """Compute the losses of a batch.
 
         Args:
             model: The model.
@@ -115,6 +115,6 @@ def losses_by_function(function: LossFunction | Drawn, model: nn.Module, batch: 
         batch: The examples.
 
     Returns:
-        What it returns.
+        The function's result, unchecked.
     """
     return function(model, batch if isinstance(function, Drawn) else batch.copied())

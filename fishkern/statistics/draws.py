@@ -1,4 +1,4 @@
-"""Random numbers that belong to an example, whatever batch it comes in and whatever device it lies on."""
+"""Random numbers of an example, independent of its batch and device."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def stream(*key: Any) -> torch.Generator:
-    """Start the stream of random numbers that a key stands for, the same on every machine.
+    """Start the stream of random numbers of a key, the same on every machine.
 
     Args:
-        key: What the numbers belong to, such as a seed and an example's place in the data.
+        key: Values that identify the stream, such as a seed and an example's index in the data.
 
     Returns:
         The generator, on the CPU.
@@ -23,13 +23,13 @@ def stream(*key: Any) -> torch.Generator:
 
 
 def uniform(seed: int, draw: int, examples: range, size: int) -> Tensor:
-    """Draw numbers that belong to an example, whatever batch it comes in and whatever device it lies on.
+    """Draw numbers for each example, independent of its batch and device.
 
     Args:
         seed: Seed of the estimator.
-        draw: Which draw.
-        examples: Places of the examples in the whole data.
-        size: How many numbers for each example; a longer row of numbers begins with a shorter one.
+        draw: Number of the draw.
+        examples: Indices of the examples in the whole data.
+        size: Count of numbers for each example; with a larger size the first numbers stay the same.
 
     Returns:
         Uniform in [0, 1), ``[N, size]``, float64 on the CPU.

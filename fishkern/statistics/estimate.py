@@ -1,10 +1,10 @@
-"""``estimate``: a model and batches in, statistics out."""
+"""``estimate``: from a model and batches to statistics."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,14 @@ from fishkern.layers import (
     scored_tensors,
     stored_weights,
     weight_shape,
-    wide,
 )
+from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.autograd_pass import AutogradPass
 from fishkern.statistics.base import Estimator, ParameterInfo, sums
 from fishkern.statistics.batches import Examples, Reader, Shared
 from fishkern.statistics.captured_pass import CapturedPass
-from fishkern.statistics.choosing import Wanted, chosen_names
+from fishkern.statistics.choosing import Requested, requested_names
 from fishkern.statistics.coverage import Covered, slowest_paths
 from fishkern.statistics.cutting import answering_parts
 from fishkern.statistics.data import Data, Progress
@@ -54,7 +54,7 @@ def estimate(
     estimator: Estimator | None = None,
     *,
     likelihood: Likelihood | LossFunction | Drawn | None = None,
-    parameters: Wanted = None,
+    parameters: Requested = None,
     max_examples: int | None = None,
     accumulate_on: str | torch.device | None = None,
     check: bool = True,
@@ -66,96 +66,90 @@ def estimate(
 
     The model runs in evaluation mode (activation checkpointing stays on). Its modes, ``requires_grad``, ``.grad``,
     hooks and torch's random number generators are left as found, also after an exception. Before the first batch, two
-    examples run together and each alone, and a loss that is not the example's own is refused, whatever ``check`` says.
-    They also run through capture and through ordinary autograd; a parameter on which these differ takes a slower exact
-    path, and says so.
+    examples run together and each alone, and a loss that depends on the other example is refused, whatever ``check``
+    says. They also run through capture and through ordinary autograd; parameters on which the two differ take a slower
+    exact path, with a warning.
 
     Under an initialised process group every rank estimates on its own part of the data, as a ``DistributedSampler`` or
-    accelerate deals it; sums and counts are reduced, examples that the sampler repeats to even out the ranks count
+    accelerate splits it; sums and counts are reduced, examples that the sampler repeats to even out the ranks count
     once, and every rank gets the same statistics.
 
-    Cost of the default: one forward and one backward pass, without the weights' ordinary gradients; memory for one
-    float32 accumulator of each parameter asked for, besides what a training step keeps of activations.
+    Cost of the default: one forward and one backward pass, without the weights' ordinary gradients; memory for the
+    activations of a training step and one float32 accumulator for each requested parameter.
 
     Args:
-        model: A module; wrappers (DDP, ``torch.compile``) are looked through.
-        batches: What a ``DataLoader`` yields: mappings (keyword arguments of the model) or ``(inputs, labels)``; a
-            loss function may take longer tuples. Tensors and arrays have the example axis first, lists one thing for
-            each example. Tensors are moved to the model's device. Batches of one are taken as they are.
+        model: A module; wrappers (DDP, ``torch.compile``) are removed.
+        batches: An iterable of batches, such as a ``DataLoader``: mappings (keyword arguments of the model) or
+            ``(inputs, labels)``; a loss function may take longer tuples. Tensors and arrays have the example axis
+            first, lists one entry for each example. Tensors are moved to the model's device. Batches of one are never
+            cut.
         estimator: The recipe; ``None`` for :class:`DiagonalFisher`, the exact per-example empirical Fisher.
         likelihood: The loss of an example. ``None``: recognised from a transformers model. A :class:`Likelihood`. Or a
             function ``(model, batch) -> losses [N]``, which gives the empirical Fisher only; as :class:`Drawn` where
             it draws random numbers.
         parameters: ``None``: every parameter with ``requires_grad``. ``"all"``: every parameter, also those stored as
             integers, float8 or in packed form by a quantised linear, whose key is ``<module>.weight`` and whose shape
-            is ``[O, I]``. Patterns of canonical names. Or a predicate of canonical name and parameter (for such a
+            is ``[O, I]``. Patterns of canonical names. Or a predicate of canonical name and parameter (for a stored
             weight: the tensor that stores it).
         max_examples: Stop after so many examples, of all ranks together.
         accumulate_on: Device of the accumulators; ``None`` for each parameter's own.
-        check: Whether to run the comparison with ordinary autograd; a parameter used past its module's call is found
-            by it alone.
-        backend: ``None`` for the ambient choice, see :mod:`fishkern.backend`.
+        check: Whether to compare with ordinary autograd. It is the only way to detect a parameter that is used without
+            calling its module.
+        backend: ``None`` for the current default, see :mod:`fishkern.backend`.
         progress: ``True`` writes a line to standard error; or a function of the number of examples done and of the
             total, where known.
-        shared: What all examples of a batch share: patterns of entry names, or places in a tuple.
+        shared: Entries that all examples of a batch share: patterns of names, or positions in a tuple.
 
     Returns:
-        The mean over examples, with what was covered by which path.
+        The mean over examples. Its coverage says which path computed each parameter.
 
     Raises:
         TypeError: A batch is neither a mapping nor a pair.
-        ValueError: No data, no trainable parameter, labels missing, a loss not finite, a loss that is not the model's
-            own, examples that see each other, or something in a batch of which it cannot be told whose it is.
-        UnsupportedModuleError: A module cannot be served exactly; the message names it and the way round.
-        RuntimeError: It runs under ``torch.inference_mode()``; another rank has failed, or was asked for other
+        ValueError: There are no data, no trainable parameters or no labels; a loss is not finite or is not the model's
+            own; the examples of a batch interact; or an entry of a batch cannot be assigned to examples.
+        UnsupportedModuleError: The gradients of a module cannot be exact; the message says how to avoid it.
+        RuntimeError: It runs under ``torch.inference_mode()``; or another rank has failed, or estimates other
             parameters.
     """
     estimator = DiagonalFisher() if estimator is None else estimator
     model = hosts.unwrap(model)
     _refuse(model, estimator, max_examples)
-    named = _chosen(model, parameters)
-    infos = _infos(model, named, estimator, accumulate_on)
+    requested = _requested(model, parameters)
+    infos = _infos(model, requested, estimator, accumulate_on)
     states = States(infos, estimator, backends.current() if backend is None else backend)
     ranks = Ranks()
     ranks.demand_equal({key: tuple(info.shape) for key, info in infos.items()}, "the parameters to estimate")
-    device = next(iter(named.values())).device
+    device = next(iter(requested.values())).device
     reader = reader_for(likelihood, shared)
     data = Data(batches, reader, device, max_examples, ranks)
     report = Progress(progress if ranks.rank == 0 else False, data.total)
     answering = Answering(model, likelihood)
-    run = _Run(model, named, estimator, states, answering)
-    with ranks.failing_together(), undisturbed(model, named.values()) as entered:
+    run = _Run(model, requested, estimator, states, answering)
+    with ranks.failing_together(), undisturbed(model, requested.values()) as entered:
         units = run.over(data, entered, check=check, report=report, device=device)
     report.close()
-    sizes = [sum(each) for each in zip(*ranks.gathered((units, data.examples, data.batches)), strict=True)]
-    if not sizes[0]:
-        raise ValueError("the data holds no example: batches was empty (an exhausted iterator, or max_examples=0).")
-    if not any(ranks.gathered(run.connected)):
-        raise ValueError(
-            f"the loss depends on none of the {len(named)} parameters asked for ({', '.join(list(named)[:3])}, ...): "
-            "it was computed without gradients, or these parameters are not used."
-        )
-    results = _results(states, infos, estimator, ranks, sizes[0])
-    loss = f"{answering.description}{_note_own_tokens(reader)}"
-    passed = {
-        "model": type(model).__name__,
-        "dtype": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in named.values()}),
-        "examples": sizes[1],
-        "batches": sizes[2],
-        **({"ranks": ranks.count} if ranks.count > 1 else {}),
-        "checked": None if estimator.reads in ("sums", "batches") else check,
-        "torch": torch.__version__,
-        **estimator.settings,
-        **({"draws_seed": likelihood.seed} if isinstance(likelihood, Drawn) else {}),
-        **({"note": run.note} if run.note else {}),
-    }
+    counts = _Counts(*(sum(each) for each in zip(*ranks.gathered((units, data.examples, data.batches)), strict=True)))
+    _demand_gradients(run, counts, ranks)
+    results = _results(states, infos, estimator, ranks, counts.units)
+    description = f"{answering.description}{_note_own_tokens(reader)}"
     return estimator.collect(
         model,
         results,
-        count=sizes[0],
-        provenance={"definition": {**estimator.definition, "likelihood": loss}, "runs": [passed]},
-        coverage=_coverage(model, named, slowest_paths(ranks.gathered(run.paths)), parameters),
+        count=counts.units,
+        provenance={
+            "definition": {**estimator.definition, "likelihood": description},
+            "runs": [_described(run, counts, ranks, likelihood, check=check)],
+        },
+        coverage=_coverage(model, requested, slowest_paths(ranks.gathered(run.paths)), parameters),
     )
+
+
+class _Counts(NamedTuple):
+    """What all ranks together have added up."""
+
+    units: int
+    examples: int
+    batches: int
 
 
 @dataclass
@@ -164,17 +158,17 @@ class _Run:
 
     Args:
         model: Without running wrappers.
-        named: The parameters asked for, by canonical name.
+        requested: The requested parameters, by canonical name.
         estimator: The recipe.
-        states: Where it adds up.
+        states: The states that it adds to.
         answering: Runs the model on a batch.
         paths: Path and reason for each parameter, once the pass has ended.
         connected: Whether a loss depended on these parameters.
-        note: What was noticed and let pass.
+        note: A remark for the provenance about how examples of a batch interact.
     """
 
     model: nn.Module
-    named: Mapping[str, Tensor]
+    requested: Mapping[str, Tensor]
     estimator: Estimator
     states: States
     answering: Answering
@@ -183,7 +177,7 @@ class _Run:
     note: str | None = None
 
     def over(self, data: Data, entered: Entered, *, check: bool, report: Progress, device: torch.device) -> int:
-        """Add every batch; give the number of units."""
+        """Add every batch, and return the number of units."""
         answer_parts = answering_parts(self.answering)
 
         def answer(batch: Examples) -> Predictive | Tensor:
@@ -192,23 +186,23 @@ class _Run:
 
         by_labels = self.estimator.definition.get("fisher_type", "empirical") == "empirical"
         independence = Independence(self.model, answer, Precision(self.model), by_labels=by_labels)
-        way = self._way(answer, entered, independence, check)
+        one_pass = self._pass(answer, entered, independence, check)
         randomness = OwnRandomness(device)
         units = 0
         for batch in data:
-            with randomness.drawing():
+            with randomness.drawing():  # the model's draws, not those of the data, come from the pass's own stream
                 if data.batches == 1:
                     self.answering.prepare(batch)
-                way.run(batch)
+                one_pass.run(batch)
             units += self.estimator.units(batch.num_examples)
             report(data.examples)
-        self.paths, self.connected, self.note = way.paths, way.connected, independence.note
+        self.paths, self.connected, self.note = one_pass.paths, one_pass.connected, independence.note
         return units
 
-    def _way(
+    def _pass(
         self, answer: Callable, entered: Entered, independence: Independence, check: bool
     ) -> AutogradPass | CapturedPass:
-        common = (self.named, answer, self.estimator, self.states)
+        common = (self.requested, answer, self.estimator, self.states)
         connection = entered.connection
         if self.estimator.reads in ("sums", "batches"):
             return AutogradPass(*common, independence=independence, connection=connection)
@@ -217,37 +211,38 @@ class _Run:
 
 
 def reader_for(likelihood: Likelihood | LossFunction | Drawn | None, shared: Shared) -> Reader:
-    """Make the reader of batches that a likelihood asks for.
+    """Make the reader of batches that a likelihood needs.
 
     Args:
         likelihood: As for :func:`estimate`.
         shared: As for :func:`estimate`.
 
     Returns:
-        The reader. A loss function gets all of a batch; a model gets no number of the batch's items, by which it would
-        divide the loss of each example.
+        The reader. A loss function gets the whole batch. A model does not get the number of the batch's items, because
+        it would divide the loss of each example by it.
     """
     by_function = not (likelihood is None or isinstance(likelihood, Likelihood))
     return Reader(shared, only_pairs=not by_function, dropped=() if by_function else ("num_items_in_batch",))
 
 
 def _infos(
-    model: nn.Module, named: Mapping[str, Tensor], estimator: Estimator, accumulate_on: str | torch.device | None
+    model: nn.Module, requested: Mapping[str, Tensor], estimator: Estimator, accumulate_on: str | torch.device | None
 ) -> dict[str, ParameterInfo]:
-    """Say of each parameter what its state is of; refuse those that have no gradient."""
-    if reason := hosts.merged_adapter(model, named):
+    """Describe each parameter to its state; refuse parameters that have no gradient."""
+    if reason := hosts.merged_adapter(model, requested):
         raise UnsupportedModuleError(f"{reason}.")
     stored = {key: weight_shape(module) for key, (_, module) in stored_weights(model).items()}
-    _refuse_without_gradient(stored, named, estimator)
+    _refuse_without_gradient(stored, requested, estimator)
     return {
         key: ParameterInfo(
             key,
             one,
             stored.get(key, one.shape),
-            wide(one) if has_gradient_dtype(one) else torch.float32,  # the gradient of a stored weight is float32
+            # the gradient of a stored weight is float32, whatever it is stored in
+            accumulates_in(one.dtype) if has_gradient_dtype(one) else torch.float32,
             torch.device(accumulate_on or one.device),
         )
-        for key, one in named.items()
+        for key, one in requested.items()
     }
 
 
@@ -271,12 +266,42 @@ def _results(
     return results
 
 
+def _demand_gradients(run: _Run, counts: _Counts, ranks: Ranks) -> None:
+    """Refuse a result of no examples, or of a loss without a gradient."""
+    if not counts.units:
+        raise ValueError("the data holds no example: batches was empty (an exhausted iterator, or max_examples=0).")
+    if not any(ranks.gathered(run.connected)):
+        raise ValueError(
+            f"the loss depends on none of the {len(run.requested)} requested parameters "
+            f"({', '.join(list(run.requested)[:3])}, ...): it was computed without gradients, or these parameters are "
+            "not used."
+        )
+
+
+def _described(
+    run: _Run, counts: _Counts, ranks: Ranks, likelihood: Likelihood | LossFunction | Drawn | None, *, check: bool
+) -> dict[str, Any]:
+    """Describe a pass for the provenance."""
+    return {
+        "model": type(run.model).__name__,
+        "dtype": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in run.requested.values()}),
+        "examples": counts.examples,
+        "batches": counts.batches,
+        **({"ranks": ranks.count} if ranks.count > 1 else {}),
+        "checked": None if run.estimator.reads in ("sums", "batches") else check,
+        "torch": torch.__version__,
+        **run.estimator.settings,
+        **({"draws_seed": likelihood.seed} if isinstance(likelihood, Drawn) else {}),
+        **({"note": run.note} if run.note else {}),
+    }
+
+
 def _note_own_tokens(reader: Reader) -> str:
-    """Note entries of the batches that the model does not get, since they would make a loss depend on the batch."""
-    if not reader.found:
+    """Note entries that are withheld from the model, because they would make an example's loss depend on its batch."""
+    if not reader.withheld:
         return ""
     warn_caller(
-        f"the batches hold {', '.join(map(repr, sorted(reader.found)))}, which the model does not get: the loss of "
+        f"the batches hold {', '.join(map(repr, sorted(reader.withheld)))}, which the model does not get: the loss of "
         "an example is that of its own tokens."
     )
     return OWN_TOKENS
@@ -312,25 +337,25 @@ def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) ->
             )
 
 
-def _chosen(model: nn.Module, which: Wanted) -> dict[str, Tensor]:
+def _requested(model: nn.Module, which: Requested) -> dict[str, Tensor]:
     named = scored_tensors(model)
-    chosen = {name: named[name] for name in chosen_names(named, which)}
-    if not chosen:
+    requested = {name: named[name] for name in requested_names(named, which)}
+    if not requested:
         why = "none of them requires a gradient" if which is None else "the predicate took none of them"
         raise ValueError(
             f"{type(model).__name__} has {len(named)} parameters, and {why}. Pass parameters='all', "
             "patterns of names or a predicate."
         )
-    return chosen
+    return requested
 
 
 def _refuse_without_gradient(
-    stored: Mapping[str, torch.Size], chosen: Mapping[str, Tensor], estimator: Estimator
+    stored: Mapping[str, torch.Size], requested: Mapping[str, Tensor], estimator: Estimator
 ) -> None:
-    """Refuse what autograd does not differentiate, except in a quantised linear whose gradients are captured."""
+    """Refuse parameters without a gradient, except in a quantised linear whose gradients are captured."""
     without = {
         key: parameter
-        for key, parameter in chosen.items()
+        for key, parameter in requested.items()
         if not has_gradient_dtype(parameter) or (key in stored and not is_wrapped(parameter))
     }
     if numbers := sorted(key for key, parameter in without.items() if parameter.is_complex()):
@@ -338,10 +363,10 @@ def _refuse_without_gradient(
             f"{numbers} are complex, and a Fisher of complex parameters is not defined here: leave them out with "
             "parameters=, or hold real and imaginary part as two real parameters."
         )
-    if sparse := sorted(key for key, parameter in chosen.items() if parameter.layout is not torch.strided):
+    if sparse := sorted(key for key, parameter in requested.items() if parameter.layout is not torch.strided):
         raise UnsupportedModuleError(
-            f"{sparse} are kept in a sparse layout ({chosen[sparse[0]].layout}), and statistics are dense: leave them "
-            "out with parameters=, or hold a dense parameter and multiply it by its mask."
+            f"{sparse} are kept in a sparse layout ({requested[sparse[0]].layout}), and statistics are dense: leave "
+            "them out with parameters=, or hold a dense parameter and multiply it by its mask."
         )
     if lost := sorted(key for key in without if estimator.reads in ("sums", "batches") or key not in stored):
         dtypes = sorted({str(without[key].dtype).removeprefix("torch.") for key in lost})
@@ -354,15 +379,15 @@ def _refuse_without_gradient(
 
 def _coverage(
     model: nn.Module,
-    chosen: Mapping[str, Tensor],
+    requested: Mapping[str, Tensor],
     paths: Mapping[str, tuple[str, str]],
-    which: Wanted,
+    which: Requested,
 ) -> dict[str, Covered]:
-    by_whose_word = "requires_grad is False" if which is None else "the parameters argument"
+    excluded_by = "requires_grad is False" if which is None else "the parameters argument"
     stored = stored_weights(model)
     coverage = {}
     for key, parameter in scored_tensors(model).items():
-        path, reason = paths[key] if key in chosen else ("left out", by_whose_word)
+        path, reason = paths[key] if key in requested else ("left out", excluded_by)
         storage, module = stored.get(key, (key, None))
         numel = parameter.numel() if module is None else weight_shape(module).numel()
         coverage[key] = Covered(path, numel, reason)

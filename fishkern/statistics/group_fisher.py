@@ -27,15 +27,15 @@ class GroupFisher(Estimator):
 
         F[group] = 1/N sum_n sum_{p in group} ( d loss_n / d theta[p] )^2
 
-    They equal the sums of :class:`DiagonalFisher` over the groups, and take the memory of the groups: squares are
-    reduced as they are formed (:func:`fishkern.ops.group_sum_grad_squared`).
+    They equal the sums of :class:`DiagonalFisher` over the groups, and need memory for the groups only: squares are
+    reduced as they are computed (:func:`fishkern.ops.group_sum_grad_squared`).
 
     Args:
         by: Which entries make up a group.
 
-            * ``"row"``: those of one index of the first axis of the tensor as it is stored (an output channel of
+            * ``"row"``: the entries with one index of the stored tensor's first axis (an output channel of
               ``nn.Linear``, an input channel of transformers' ``Conv1D``). Each entry of a vector is its own group.
-            * ``"column"``: those of one index of all other axes. Each entry of a vector is its own group.
+            * ``"column"``: the entries with one index of all other axes. Each entry of a vector is its own group.
             * ``"tensor"``: a parameter.
             * ``"layer"``: a transformer layer, by its path in the model, with every other parameter (embeddings, head,
               final norm) as a group of its own.
@@ -46,12 +46,12 @@ class GroupFisher(Estimator):
         seed: As for :class:`DiagonalFisher`.
         max_label_passes: As for :class:`DiagonalFisher`.
 
-    The keys of what ``estimate`` returns are parameter names; by layer or function, those of the groups, and
+    The keys of the result are parameter names; by layer or function they are names of groups, and
     ``provenance["definition"]["groups"]`` lists the parameters of each.
 
     Raises:
         ValueError: An argument is not among the values above.
-        TypeError: ``mc_samples``, ``seed`` or ``max_label_passes`` is no integer.
+        TypeError: ``mc_samples``, ``seed`` or ``max_label_passes`` is not an integer.
     """
 
     reads: ClassVar[Reads] = "squares"
@@ -80,7 +80,7 @@ class GroupFisher(Estimator):
         return self._diagonal.objectives(answer, examples)
 
     def init(self, parameter: ParameterInfo) -> State:
-        # sums over many entries, and small: in float64 they cost nothing
+        # float64, because these are sums over many entries, and so few that it costs nothing
         shape = group_shape(parameter.shape, self._within)
         return torch.zeros(shape, dtype=torch.float64, device=parameter.device)
 
@@ -121,7 +121,7 @@ class GroupFisher(Estimator):
 
     @property
     def _diagonal(self) -> DiagonalFisher:
-        """The recipe whose sums these are."""
+        """The recipe of the squares that are summed."""
         return DiagonalFisher(self.fisher_type, "example", self.mc_samples, self.seed, self.max_label_passes)
 
     @property

@@ -1,4 +1,4 @@
-"""What a pass over data hands back, whatever it holds for each parameter: where it comes from, files, names."""
+"""The base of all results of a pass over data: their names, provenance, coverage and files."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ Part = TypeVar("Part")
 class Held(Mapping[str, Part]):
     """A frozen, read-only mapping from names to what was estimated for them, with count, provenance and coverage.
 
-    A kind of result says its :attr:`FORMAT` and gives a part by its name. Names are those of parameters, or of groups
+    A subclass defines its :attr:`FORMAT`, and what the part of a name is. Names are those of parameters, or of groups
     of parameters that ``provenance["definition"]["groups"]`` lists.
 
     Args:
-        tensors: What is kept, by name; kept by reference where already float32. Wrappers are taken out of the names.
+        tensors: The tensors by name; not copied if they are float32 already. Wrappers are removed from the names.
         count: Number of units that the tensors are the mean of, at least 1.
         provenance: ``{"definition": {...}, "runs": [{...}, ...]}``, JSON.
-        coverage: One :class:`Covered` for every parameter of the model; empty where unknown.
+        coverage: One :class:`Covered` for every parameter of the model; empty if unknown.
 
     Raises:
-        TypeError: An entry is not a floating tensor, ``count`` is no integer, or ``provenance`` is not JSON.
+        TypeError: An entry is not a floating tensor, ``count`` is not an integer, or ``provenance`` is not JSON.
         ValueError: Two names become one without wrappers, ``count`` is below 1, a float64 value overflows float32,
             ``provenance`` has other keys, or ``coverage`` contradicts ``tensors``.
     """
@@ -71,7 +71,8 @@ class Held(Mapping[str, Part]):
         coverage = renamed(coverage or {}, without_wrappers)
         text = _provenance_text(provenance or {})
         check_coverage(entries, coverage, json.loads(text)["definition"].get("groups", {}))
-        # Past the lock below. The provenance is kept as text: a copy nobody can change, and exactly what a file holds.
+        # vars() passes the lock of __setattr__. The provenance is kept as text: nobody can change it, and a file stores
+        # exactly this.
         vars(self).update(_entries=entries, _count=count, _provenance=text, _coverage=coverage)
 
     @property
@@ -81,12 +82,12 @@ class Held(Mapping[str, Part]):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What was computed (``"definition"``) and by which passes (``"runs"``), as a fresh copy."""
+        """What was computed (``"definition"``) and by which passes (``"runs"``), as a copy."""
         return json.loads(self._provenance)
 
     @property
     def coverage(self) -> Mapping[str, Covered]:
-        """How each parameter of the model was computed, or why it was left out; read-only, empty where unknown."""
+        """How each parameter of the model was computed, or why it was left out; read-only, empty if unknown."""
         return MappingProxyType(self._coverage)
 
     @property
@@ -96,12 +97,12 @@ class Held(Mapping[str, Part]):
 
     @property
     def blocks(self) -> Mapping[str, AnyTensor]:
-        """The tensors as they are kept: in memory, or on disk until they are read (of the dtype there)."""
+        """The tensors without reading them: in memory, or on disk, with the dtype there."""
         return MappingProxyType(self._entries)
 
     @abstractmethod
     def __getitem__(self, name: str) -> Part:
-        """Give the part of one name."""
+        """Return the part of one name."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -134,7 +135,7 @@ class Held(Mapping[str, Part]):
         raise AttributeError(f"{type(self).__name__} are frozen: {name} cannot be deleted.")
 
     def pieces(self, name: str, numel: int = PIECE) -> Iterator[Tensor]:
-        """Walk through one tensor in flat pieces; from disk, one in memory at a time.
+        """Iterate over one tensor in flat pieces; from disk, with one piece in memory at a time.
 
         Args:
             name: Its name.
@@ -147,11 +148,11 @@ class Held(Mapping[str, Part]):
             yield piece.float()
 
     def _read(self, name: str) -> Tensor:
-        """Read one tensor, or say why there is none."""
+        """Return one tensor, or raise with the reason why there is none."""
         try:
             entry = self._entries[name]
         except KeyError:
-            covered = self._coverage.get(name)  # held or left out
+            covered = self._coverage.get(name)  # here it can only be left out
             left_out = f"{name} was left out: {covered.reason or 'no reason given'}" if covered else ""
             raise KeyError(left_out or f"{name}{near(name, self)}") from None
         return entry.read(torch.float32) if isinstance(entry, StoredTensor) else entry
@@ -163,7 +164,7 @@ class Held(Mapping[str, Part]):
             fn: From the old name to the new one; called for the names left out as well.
 
         Returns:
-            A new result of the same tensors, not copied.
+            A new result with the same tensors, not copied.
 
         Raises:
             ValueError: Two names become one.
@@ -181,7 +182,7 @@ class Held(Mapping[str, Part]):
 
         Args:
             parts: The results.
-            shares: What each is weighted by; not all of them 0.
+            shares: The weight of each; not all of them 0.
             definition: That of the mean.
 
         Returns:
@@ -191,12 +192,12 @@ class Held(Mapping[str, Part]):
         tensors = {}
         for name, shape in parts[0].shapes.items():
             tensors[name] = torch.empty(shape, dtype=torch.float32, device=parts[0].blocks[name].device)
-            rest = tensors[name].view(-1)
+            remaining = tensors[name].view(-1)
             for aligned in zip(*(part.pieces(name) for part in parts), strict=True):
-                doubles = (piece.to(rest.device, torch.float64) for piece in aligned)
+                doubles = (piece.to(remaining.device, torch.float64) for piece in aligned)
                 weighted = (share * double for share, double in zip(shares, doubles, strict=True))
-                rest[: len(aligned[0])] = sum(weighted) / sum(shares)
-                rest = rest[len(aligned[0]) :]
+                remaining[: len(aligned[0])] = sum(weighted) / sum(shares)
+                remaining = remaining[len(aligned[0]) :]
         return cls(
             tensors,
             count=sum(part.count for part in parts),
@@ -211,17 +212,17 @@ class Held(Mapping[str, Part]):
         dtype: torch.dtype = torch.float32,
         max_shard_size: str | int | None = "5GB",
     ) -> Path:
-        """Save as ``.safetensors``, whose header says what it is (count, provenance, coverage).
+        """Save as ``.safetensors``, with count, provenance and coverage in the header.
 
-        Larger than ``max_shard_size``, it becomes shards ``name-00001-of-0000N.safetensors`` with an index
+        If larger than ``max_shard_size``, it is split into shards ``name-00001-of-0000N.safetensors`` with an index
         ``name.safetensors.index.json``, as transformers writes models. An older save of that name is replaced in one
-        step: whenever this one is cut short, the old or the new one loads, whole. What was loaded lazily
-        from that very name must be loaded again afterwards.
+        step: if saving is interrupted, either the old or the new one loads, complete. Results that were loaded lazily
+        from the same name must be loaded again afterwards.
 
         Args:
             path: ``name.safetensors`` (or ``name``; the suffix is added). Its folder must exist.
             dtype: float32, or to halve the size ``torch.bfloat16`` (3 digits, full range) or ``torch.float16`` (4
-                digits from 6e-5 to 65504, and nothing below 6e-8, where most of a Fisher lies: it is refused where it
+                digits from 6e-5 to 65504, zero below 6e-8, where most entries of a Fisher are: it is refused if it
                 would turn a non-zero entry into zero). Loading gives float32 again.
             max_shard_size: Largest file in bytes, or as ``"5GB"``, ``"500MiB"``; ``None`` for one file.
 
@@ -229,10 +230,10 @@ class Held(Mapping[str, Part]):
             The file to give to :meth:`load`: the ``.safetensors``, or the index of its shards.
 
         Raises:
-            FileExistsError: A file of that name holds something else, such as a model.
+            FileExistsError: A file of that name contains something else, such as a model.
             OSError: The folder is missing or read-only, or the disk is full.
-            ValueError: ``dtype`` or ``max_shard_size`` is none of the above, or an entry, which is named, overflows
-                ``dtype`` or vanishes in float16.
+            ValueError: ``dtype`` or ``max_shard_size`` is none of the above, or an entry overflows ``dtype`` or becomes
+                zero in float16; the message names the entry.
         """
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}.")
@@ -249,18 +250,18 @@ class Held(Mapping[str, Part]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, lazy: bool = False) -> Self:
-        """Load what :meth:`save` wrote.
+        """Load a result that :meth:`save` wrote.
 
         Args:
             path: The file, the index of its shards, or the name without suffix.
-            lazy: Read each tensor from disk whenever it is accessed, and keep none.
+            lazy: Read each tensor from disk whenever it is accessed, and keep none in memory.
 
         Returns:
-            The result, float32 on the CPU, in the order in which they were saved.
+            The result, float32 on the CPU, in the order of the save.
 
         Raises:
             FileNotFoundError: There is no such file, or a shard is missing.
-            ValueError: The file is truncated or damaged, holds something else, or was written in a newer format.
+            ValueError: The file is truncated or damaged, contains something else, or was written in a newer format.
         """
         metadata, stored = open_tensors(path, format=cls.FORMAT)
         with parsing(f"{path} has a damaged header"):
@@ -269,9 +270,9 @@ class Held(Mapping[str, Part]):
             provenance = read_json(metadata["provenance"])
             coverage = {name: _covered(*entry) for name, entry in read_json(metadata["coverage"]).items()}
         for name, tensor in stored.items():
-            if (found := str(tensor.dtype).removeprefix("torch.")) != dtype:
+            if (stored_as := str(tensor.dtype).removeprefix("torch.")) != dtype:
                 shown, said = in_brief(name, 80), in_brief(dtype, 40)
-                raise ValueError(f"{path} holds {shown} as {found}, its header says {said}: save it again.")
+                raise ValueError(f"{path} holds {shown} as {stored_as}, its header says {said}: save it again.")
         tensors: Mapping[str, AnyTensor] = stored
         if not lazy:
             tensors = {name: tensor.read(torch.float32) for name, tensor in stored.items()}

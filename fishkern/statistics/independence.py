@@ -1,4 +1,4 @@
-"""What an example is: its loss is its own, whatever stands beside it in a batch."""
+"""Check that the loss of an example is its own: it must not depend on the other examples of a batch."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from fishkern.statistics.precision import Precision
 from fishkern.statistics.predictive import Categorical, Predictive
 from fishkern.warning import warn_caller
 
-# What the loss of an example may move by between a batch and alone, relative to the larger loss of the two examples.
+# The allowed difference between the loss of an example in a batch and alone, relative to the larger of two losses.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
-# Below this a loss is what rounding leaves of larger numbers, in units of the dtype's rounding.
-_ROUNDING = {torch.float64: 2**33, torch.float32: 32, torch.bfloat16: 4, torch.float16: 4}  # float64: that of float32
+# A loss below this, in units of the dtype's rounding, may be nothing but the rounding of larger numbers. For float64
+# that is 16 units of float32, in which float64 models compute some of their layers.
+_ROUNDING = {torch.float64: 2**33, torch.float32: 32, torch.bfloat16: 4, torch.float16: 4}
+# Parts of class names of modules that choose (experts), or scale activations, by all tokens of a batch.
 _CHOOSING = ("Router", "TopK", "MoE", "Moe", "MOE", "Expert")
 _SCALING = ("Linear8bitLt", "DynamicActivation", "DynamicQuant", "ActivationQuantized", "FP8Linear", "Float8Linear")
 
 
 class Independence:
-    """Compares the losses of two examples together with those of each alone, once, before anything is counted.
+    """Compare the losses of two examples together with those of each alone, once, before anything is counted.
 
     Args:
         model: In evaluation mode.
         answer: Runs it on examples.
-        precision: What it computes in, which says how exact a loss is.
-        by_labels: Whether the losses at the data's labels are what is asked for.
+        precision: The dtypes that it computes in, which set the tolerance.
+        by_labels: Whether the estimator uses the losses at the data's labels.
 
     Attributes:
         precision: As given.
-        note: What was found and let pass.
+        note: A difference that was accepted, with its reason; ``None`` if there is none.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class Independence:
         self._by_labels = by_labels
         self.precision = precision
         self._pending = True
-        self._beside: list[float] = []
+        self._together: list[float] = []
         self._alone: list[float] = []
         self.note: str | None = None
 
@@ -58,24 +60,24 @@ class Independence:
         """Whether no two examples have been compared yet."""
         return self._pending
 
-    def note_beside(self, answer: Predictive | Tensor) -> None:
-        """Note the losses of two examples in one batch; those of a first run count.
+    def note_together(self, answer: Predictive | Tensor) -> None:
+        """Note the losses of two examples in one batch; only those of the first run are kept.
 
         Args:
-            answer: What the model answers to both.
+            answer: The model's answer for both.
         """
-        self._beside = self._beside or self._values(answer)
+        self._together = self._together or self._values(answer)
 
     def note_alone(self, answer: Predictive | Tensor) -> None:
-        """Note the loss of one of them alone, the first one's first; :meth:`settle` runs those that are not noted.
+        """Note the loss of one of them alone, in order; :meth:`settle` runs them itself unless both are noted.
 
         Args:
-            answer: What the model answers to it.
+            answer: The model's answer for it.
         """
         self._alone += self._values(answer)
 
     def settle(self, two: Examples) -> None:
-        """Compare what was noted.
+        """Compare the losses.
 
         Args:
             two: The two examples.
@@ -86,32 +88,33 @@ class Independence:
         """
         alone = self._alone if len(self._alone) == 2 else self._run_alone(two)
         self._pending = False
-        beside = self._beside
-        if all(map(math.isfinite, beside)) and not self._equal(beside, alone):  # the pass names what is not finite
-            self._judge(two, beside, alone)
+        together = self._together
+        # the pass itself refuses losses that are not finite, and names the example
+        if all(map(math.isfinite, together)) and not self._equal(together, alone):
+            self._judge(two, together, alone)
 
     def _run_alone(self, two: Examples) -> list[float]:
         return [self._values(self._answer(one))[0] for one in two.singly()]
 
-    def _judge(self, two: Examples, beside: Sequence[float], alone: Sequence[float]) -> None:
-        """Say why losses differ; each example runs alone once more, which tells random draws from the others' say."""
+    def _judge(self, two: Examples, together: Sequence[float], alone: Sequence[float]) -> None:
+        """Say why losses differ. A second run of each example alone tells random draws from interacting examples."""
         again = self._run_alone(two)
         if not self._equal(again, alone):
             n = _farthest(again, alone)
             raise ValueError(
                 f"the loss of example {two.places[n]} is {alone[n]:.6g} and {again[n]:.6g} in two runs of it alone: "
-                "the model or its loss draws random numbers in evaluation mode, or goes by what it has kept of runs "
-                "before. Switch the draws off (a functional dropout needs training=self.training), or give each "
-                "example draws of its own with likelihood=fishkern.Drawn(function, seed=0); keep state in a buffer, "
-                "which each run finds as it was."
+                "the model or its loss draws random numbers in evaluation mode, or depends on earlier runs. Switch the "
+                "draws off (a functional dropout needs training=self.training), or give each example its own draws "
+                "with likelihood=fishkern.Drawn(function, seed=0); keep state in a buffer, which is restored before "
+                "each run."
             )
-        n = _farthest(beside, alone)
+        n = _farthest(together, alone)
         differs = (
-            f"the loss of example {two.places[n]} is {beside[n]:.6g} beside another example and {alone[n]:.6g} alone"
+            f"the loss of example {two.places[n]} is {together[n]:.6g} beside another example and {alone[n]:.6g} alone"
         )
-        if _is_divided(beside, alone):
+        if _is_divided(together, alone):
             raise ValueError(
-                f"{differs}: the loss is divided by the batch (its number of examples or of tokens), so that it would "
+                f"{differs}: the loss is divided by the batch (its number of examples or of tokens), so it would "
                 "depend on the batch size. Divide by the example's own tokens, or by nothing (reduction='none', summed "
                 "over its positions)."
             )
@@ -132,9 +135,9 @@ class Independence:
 
     @torch.no_grad()
     def _values(self, answer: Predictive | Tensor) -> list[float]:
-        """Losses at the data's labels; where these are not asked for, at one label that no rounding tips over."""
+        """Return the losses at the data's labels, or else at labels that rounding cannot change."""
         if self._by_labels or isinstance(answer, Tensor):
-            return (losses_of(answer) + 0.0).tolist()  # no -0
+            return (losses_of(answer) + 0.0).tolist()  # + 0.0 turns -0.0, which prints differently, into 0.0
         if isinstance(answer, Categorical):
             rows = len(answer.logits)
             return answer.drawn_losses(torch.zeros(rows, answer.draws_per_example, dtype=torch.float64)).tolist()
@@ -144,11 +147,12 @@ class Independence:
         scale = max((abs(value) for value in (*one, *other) if math.isfinite(value)), default=0.0)
         dtype = _coarsest(self.precision.dtypes)
         allowed = _TOLERANCE[dtype] * scale + _ROUNDING[dtype] * torch.finfo(dtype).eps
-        return all(abs(a - b) <= allowed or str(a) == str(b) for a, b in zip(one, other, strict=True))  # str: NaN
+        # compared as text as well, since NaN equals nothing
+        return all(abs(a - b) <= allowed or str(a) == str(b) for a, b in zip(one, other, strict=True))
 
 
 def _coarsest(dtypes: set[torch.dtype]) -> torch.dtype:
-    """Name the coarsest dtype that a loss comes from; behind quantised weights it is as coarse as 16 bits."""
+    """Return the coarsest dtype that a loss comes from; with quantised weights it is treated as 16 bits."""
     known = [dtype for dtype in _TOLERANCE if dtype in dtypes]
     return known[-1] if known and dtypes <= set(_TOLERANCE) else torch.bfloat16
 
@@ -159,20 +163,20 @@ def _farthest(one: Sequence[float], other: Sequence[float]) -> int:
 
 
 def _is_divided(together: Sequence[float], alone: Sequence[float]) -> bool:
-    """Tell losses of which each batch gives every example a part, all parts being one: ``1/N``, or tokens of tokens."""
+    """Recognise losses divided by the batch: each is a fraction of the loss alone, and the fractions add up to one."""
     if not all(alone) or not all(map(math.isfinite, alone)):
         return False
-    parts = [beside / own for beside, own in zip(together, alone, strict=True)]
+    parts = [shared / own for shared, own in zip(together, alone, strict=True)]  # 1 / N, or tokens / all tokens
     return all(0 < part < 1 for part in parts) and abs(sum(parts) - 1) < 0.02
 
 
 def _choosing(model: nn.Module) -> str | None:
-    """Say which module chooses or scales by what else is in the batch, so that rounding may tip it over."""
+    """Name a module that chooses or scales by the whole batch, so that a rounding error may change its choice."""
     for path, module in model.named_modules():
         kind = type(module).__name__
         if any(word in kind for word in _CHOOSING):
-            return f"{path!r} ({kind}) chooses experts, and a choice may tip over with the rounding of a batch"
+            return f"{path!r} ({kind}) chooses experts, and the rounding of a batch may change a choice"
         weight = type(getattr(module, "_parameters", {}).get("weight")).__name__
         if any(word in kind or word in weight for word in _SCALING):
-            return f"{path!r} ({kind}) scales activations by what else is in the batch"
+            return f"{path!r} ({kind}) scales activations by the whole batch"
     return None

@@ -1,4 +1,4 @@
-"""Statistics against a loop: how large a difference is, and how much of one is rounding or the model's own noise."""
+"""Judge statistics against a loop: how large a difference is, and how much rounding and batch noise explain."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from fishkern.ops.streaming_topk import NaNScoreError, streaming_topk
 from fishkern.statistics.coverage import Covered
 from fishkern.statistics.verification import SLACK, Compared
 
-# What rounding alone may do to a squared gradient, relative to the parameter's largest.
+# The error of a squared gradient by rounding alone, relative to the parameter's largest.
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
-# Batch noise above this is no rounding any more: the examples of a batch see each other.
+# Batch noise above this is too large to be rounding: the examples of a batch interact.
 _NOISE = {torch.float64: 1e-3, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
+# A gradient below so many units of rounding of the model's largest is zero but for rounding (a key's bias). Fewer in 16
+# bits, where one unit is already a percent.
+_ZERO = {torch.float64: 256, torch.float32: 256, torch.bfloat16: 16, torch.float16: 16}
 
 
 @dataclass(frozen=True)
 class Noise:
-    """How far the model's own gradients move when an example runs in a batch.
+    """How far the model's own gradients change when an example runs in a batch instead of alone.
 
     Args:
-        errors: For each parameter, as :func:`error`.
-        largest: For each parameter the largest entry of its statistic in a batch.
-        overlap: What the selections in a batch and alone have in common.
-        examples: How many examples.
+        errors: The error of each parameter, as :func:`error`.
+        largest: The largest entry of each parameter's statistic in a batch.
+        overlap: The fraction that the selections in a batch and alone have in common.
+        examples: The number of examples.
     """
 
     errors: dict[str, float]
@@ -38,7 +41,7 @@ class Noise:
 
 
 def judged(
-    chosen: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, nn.Parameter],
     statistics: Mapping[str, Tensor],
     truth: Mapping[str, Tensor],
     noise: Noise,
@@ -48,35 +51,33 @@ def judged(
     """Judge each parameter by rounding and by the model's own noise.
 
     Args:
-        chosen: The parameters.
-        statistics: What is judged, by name.
-        truth: What the loop found.
-        noise: What the model does by itself.
-        covered: The path of each, where it is known.
-        dtypes: What the model's modules returned.
+        parameters: The parameters, by name.
+        statistics: Their statistics to judge, by name.
+        truth: The statistics of the loop.
+        noise: The model's own batch noise.
+        covered: The path of each parameter, if known.
+        dtypes: The dtypes that the model's modules returned.
 
     Returns:
         One judgement for each parameter.
     """
     top = max(map(largest, truth.values()))
     compared = []
-    for name, parameter in chosen.items():
+    for name, parameter in parameters.items():
         dtype = _lowest({parameter.dtype, *dtypes})
         own = statistics[name]
         off, moved = error(own, truth[name]), noise.errors[name]
         limit, most = ROUNDING[dtype], _NOISE[dtype]
-        # the gradient of a key's bias is zero but for rounding, and all of it is noise
-        steps = 256 if dtype in (torch.float32, torch.float64) else 16
-        tiny = (steps * torch.finfo(dtype).eps) ** 2 * top
+        tiny = (_ZERO[dtype] * torch.finfo(dtype).eps) ** 2 * top
         sizes = largest(truth[name]), largest(own), noise.largest[name]
-        vanishes = top > 0 and all(size <= tiny for size in sizes)  # NaN is not
+        vanishes = top > 0 and all(size <= tiny for size in sizes)  # False for NaN
         allowed = limit + SLACK * min(moved, most) + _rounding_of_a_file(own)
         note = ""
         if vanishes:
             note = "zero but for rounding"
         elif moved > most:
             note = (
-                f"its gradient moves by {moved:.1e} when an example runs in a batch, more than rounding does: "
+                f"its gradient changes by {moved:.1e} when an example runs in a batch, which is more than rounding: "
                 "examples of a batch are not independent in this model"
             )
         holds = vanishes or (off <= allowed and moved <= most)
@@ -89,11 +90,11 @@ def error(actual: Tensor, truth: Tensor) -> float:
     """Measure the largest difference, relative to the largest entry.
 
     Args:
-        actual: What is judged.
-        truth: What it should be.
+        actual: The values to judge.
+        truth: The correct values.
 
     Returns:
-        The relative error; infinite where there is a difference from zeros, or one that is not finite.
+        The relative error; infinite for a difference from all zeros, or one that is not finite.
     """
     if not truth.numel():
         return 0.0
@@ -111,32 +112,32 @@ def largest(values: Tensor) -> float:
         values: Of any shape.
 
     Returns:
-        It, or 0 where there is no entry.
+        The magnitude, or 0 if there is no entry.
     """
     return values.abs().max().item() if values.numel() else 0.0
 
 
 def overlap(ours: Mapping[str, AnyTensor], theirs: Mapping[str, Tensor], density: float) -> float:
-    """Tell which part of the largest ``density`` of all entries two mappings have in common.
+    """Give the fraction that two mappings have in common of their largest ``density`` of all entries.
 
     Args:
-        ours: Scores by name, at least those of the other.
+        ours: Scores by name; includes all names of ``theirs``.
         theirs: Scores by name.
-        density: The fraction.
+        density: Fraction of the entries to select.
 
     Returns:
-        The part, 0 to 1.
+        The fraction in common, 0 to 1.
     """
     k = max(1, int(density * sum(value.numel() for value in theirs.values())))
     try:
-        chosen = [streaming_topk([scores[name] for name in theirs], k) for scores in (ours, theirs)]
-    except NaNScoreError:  # its parameter fails by its error
+        selected = [streaming_topk([scores[name] for name in theirs], k) for scores in (ours, theirs)]
+    except NaNScoreError:  # the parameter with NaN fails by its own error
         return 0.0
-    return sum(int(torch.isin(a.cpu(), b.cpu()).sum()) for a, b in zip(*chosen, strict=True)) / k
+    return sum(int(torch.isin(a.cpu(), b.cpu()).sum()) for a, b in zip(*selected, strict=True)) / k
 
 
 def _rounding_of_a_file(values: Tensor) -> float:
-    """Give half a unit of the 16-bit dtype that a statistic was saved in: that of which every entry is a number."""
+    """Give half a unit of the 16-bit dtype that a statistic was saved in, if all its entries have one."""
     for dtype in (torch.bfloat16, torch.float16):  # most numbers of the first are numbers of the second as well
         if values.any() and torch.equal(values.to(dtype).to(values.dtype), values):
             return torch.finfo(dtype).eps / 2
@@ -144,5 +145,5 @@ def _rounding_of_a_file(values: Tensor) -> float:
 
 
 def _lowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """Name the coarsest of some floating dtypes, of those that are computed in."""
+    """Name the coarsest of the dtypes that arithmetic is done in."""
     return max((dtype for dtype in dtypes if dtype in ROUNDING), key=lambda dtype: torch.finfo(dtype).eps)

@@ -1,4 +1,4 @@
-"""Labels as people bring them: made what a likelihood needs, or refused in one sentence that names the row."""
+"""Convert the labels of a batch to what a likelihood needs, or refuse them with a message that names the row."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class UnknownLabelError(ValueError):
     """A label that the model does not know.
 
     Args:
-        where: Whose it is, in words; the row of the batch that the model was run on.
-        problem: What is wrong with it, in words.
+        where: The row of the batch that the model was run on, in words.
+        problem: What is wrong with the label, in words.
     """
 
     def __init__(self, where: str, problem: str) -> None:
@@ -22,47 +22,47 @@ class UnknownLabelError(ValueError):
         self._problem = problem
 
     def at(self, where: str) -> UnknownLabelError:
-        """Name the row anew, where it was run alone.
+        """Change the name of the row, after it was run alone.
 
         Args:
-            where: Whose it is, in words.
+            where: The row, in words.
 
         Returns:
-            The same error of that row.
+            The same error with that row.
         """
         return UnknownLabelError(where, self._problem)
 
 
 def unknown_class(label: object, size: int) -> str:
-    """Say of a row that its label is no class of the model.
+    """Describe a label that is not a class of the model.
 
     Args:
-        label: What it is.
-        size: How many classes the model knows.
+        label: The label.
+        size: Number of classes.
 
     Returns:
-        The words.
+        The rest of a sentence about its row.
     """
     return f"has the label {label!r}; the model knows 0 to {size - 1}"
 
 
 def class_labels(labels: Any, expected: tuple[int, ...], size: int, ignore_index: int) -> Tensor:
-    """Make class numbers of labels, and demand that the model knows them.
+    """Convert labels to class numbers, and check that the model has these classes.
 
-    Out of range, a GPU would end the whole process with a device assert.
+    On a GPU a label out of range would end the whole process with a device assert.
 
     Args:
         labels: Integers of any width, or bool.
-        expected: ``(N, ...)``, one label for each position that the logits speak of.
-        size: ``C``, how many classes the model knows.
+        expected: ``(N, ...)``, the logits' shape without classes.
+        size: ``C``, the number of classes.
         ignore_index: Label of a position that does not count.
 
     Returns:
         int64, of the expected shape.
 
     Raises:
-        ValueError: They are of another shape or no integers.
-        UnknownLabelError: One is no class of the model.
+        ValueError: They have another shape, or are not integers.
+        UnknownLabelError: One is not a class of the model.
     """
     labels = shaped(labels, expected, size)
     if labels.is_floating_point() or labels.is_complex():
@@ -80,18 +80,18 @@ def class_labels(labels: Any, expected: tuple[int, ...], size: int, ignore_index
 
 
 def shaped(labels: Any, expected: tuple[int, ...], size: int) -> Tensor:
-    """Demand one class number for each example or position.
+    """Check that there is one class number for each example or position.
 
     Args:
         labels: Of any kind.
         expected: ``(N, ...)``.
-        size: ``C``, how many classes the model knows.
+        size: ``C``, the number of classes.
 
     Returns:
         A tensor of the expected shape.
 
     Raises:
-        ValueError: They are of another shape.
+        ValueError: They have another shape.
     """
     labels = as_tensor(labels)
     if labels.shape == (*expected, 1):
@@ -107,9 +107,9 @@ def shaped(labels: Any, expected: tuple[int, ...], size: int) -> Tensor:
 
 
 def values_like(labels: Any, values: Tensor) -> Tensor:
-    """Bring labels that are numbers to the model's outputs, entry by entry.
+    """Match labels that are numbers with the model's outputs, entry by entry.
 
-    Axes of length 1 are nobody's: ``[N]`` and ``[N, 1]`` mean the same. Nothing else is reshaped or broadcast.
+    Axes of length 1 are ignored: ``[N]`` and ``[N, 1]`` mean the same. Nothing else is reshaped or broadcast.
 
     Args:
         labels: Numbers of any dtype.
@@ -119,7 +119,7 @@ def values_like(labels: Any, values: Tensor) -> Tensor:
         Labels of the outputs' shape, dtype and device.
 
     Raises:
-        ValueError: They are of another shape.
+        ValueError: They have another shape.
     """
     labels = as_tensor(labels)
     if _essential(labels) != _essential(values):
@@ -131,7 +131,7 @@ def values_like(labels: Any, values: Tensor) -> Tensor:
 
 
 def yes_or_no_like(labels: Any, logits: Tensor) -> Tensor:
-    """Bring yes-or-no labels to the model's logits, as :func:`values_like`.
+    """Match yes-or-no labels with the model's logits, as :func:`values_like`.
 
     Args:
         labels: Numbers in [0, 1], or bool.
@@ -141,8 +141,8 @@ def yes_or_no_like(labels: Any, logits: Tensor) -> Tensor:
         Labels of the logits' shape, dtype and device.
 
     Raises:
-        ValueError: They are of another shape.
-        UnknownLabelError: One lies outside [0, 1].
+        ValueError: They have another shape.
+        UnknownLabelError: One is outside [0, 1].
     """
     labels = values_like(labels, logits)
     inside = (labels >= 0) & (labels <= 1)
@@ -153,21 +153,21 @@ def yes_or_no_like(labels: Any, logits: Tensor) -> Tensor:
 
 
 def in_words(shape: Sequence[int], N: int) -> str:
-    """Write a shape; which and how many examples are tried first is not the caller's affair.
+    """Write a shape with ``N`` for the examples: how many of them were tried first does not concern the caller.
 
     Args:
         shape: Of a tensor of examples.
-        N: How many they are.
+        N: Number of examples.
 
     Returns:
-        The shape, with ``N`` for the first axis where it is the examples'.
+        The shape, with ``N`` for the first axis if it has that length.
     """
     first = ["N"] if shape and shape[0] == N else []
     return f"[{', '.join([*first, *map(str, shape[len(first) :])])}]"
 
 
 def as_tensor(labels: Any) -> Tensor:
-    """Take numbers in any container.
+    """Convert numbers in any container to a tensor.
 
     Args:
         labels: A tensor, an array, or a list of numbers.
@@ -176,7 +176,7 @@ def as_tensor(labels: Any) -> Tensor:
         A tensor of their dtype.
 
     Raises:
-        TypeError: They are no numbers.
+        TypeError: They are not numbers.
     """
     if isinstance(labels, Tensor):
         return labels
@@ -187,7 +187,7 @@ def as_tensor(labels: Any) -> Tensor:
 
 
 def _way_out(labels: Tensor, expected: tuple[int, ...], size: int) -> str:
-    """Say what such labels may be, where their shape tells."""
+    """Say how to convert such labels, if their shape shows what they are."""
     if labels.shape == (*expected, size):
         return (
             " They hold one value for each class (one-hot or soft labels): labels.argmax(-1) takes the class; for soft "
@@ -198,14 +198,14 @@ def _way_out(labels: Tensor, expected: tuple[int, ...], size: int) -> str:
 
 
 def _first(labels: Tensor, wrong: Tensor) -> tuple[str, float]:
-    """Find the first wrong label, and whose it is; the place of an example that runs alone is not known here."""
+    """Find the first wrong label and its row; the index of an example that runs alone is not known here."""
     place = wrong.nonzero()[0].tolist()
     where = f"row {place[0]} of a batch of {len(labels)}" if len(labels) > 1 else "an example, run alone,"
     return where, labels[tuple(place)].item()
 
 
 def _essential(values: Tensor) -> list[int]:
-    """Take axes of length 1 out of a shape, but for the first."""
+    """Remove axes of length 1 from a shape, except the first."""
     return [*values.shape[:1], *(size for size in values.shape[1:] if size != 1)]
 
 

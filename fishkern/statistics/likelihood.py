@@ -33,7 +33,7 @@ class Likelihood(ABC):
     reduction: Literal["mean", "sum"] = "mean"
 
     labels_are_numbers: ClassVar[bool] = False
-    """Whether the labels are numbers to be met, else numbers of classes."""
+    """Whether the labels are target values instead of class numbers."""
 
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum"):
@@ -41,7 +41,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
-        """Run the model and read off the distribution.
+        """Run the model, and make the distribution from its outputs.
 
         Args:
             model: The model.
@@ -52,20 +52,20 @@ class Likelihood(ABC):
         """
 
     def settled(self, model: nn.Module, batch: Batch) -> Likelihood:
-        """Settle what only data can tell, once for all batches.
+        """Determine, once for all batches, what the data must decide.
 
         Args:
             model: The model.
             batch: An example of the first batch.
 
         Returns:
-            The likelihood, with nothing left open.
+            The likelihood with all its options set.
         """
         return self
 
 
 class CausalLM(Likelihood):
-    """Next-token prediction: the logits at ``t`` speak of the label at ``t + 1``."""
+    """Next-token prediction: the logits at ``t`` predict the label at ``t + 1``."""
 
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
         logits = _logits(model, batch)
@@ -79,24 +79,24 @@ class CausalLM(Likelihood):
                 f"{logits.shape[1]} positions for {labels.shape[1]} labels. Pass labels (or shift_labels) of the "
                 "logits' length, -100 where a position carries none."
             )
-        # prompt tuning puts virtual tokens in front; the last position has no next token, and cutting its logits off
-        # would copy all others
+        # Prompt tuning puts virtual tokens first. The last position has no next token: it gets the label -100, because
+        # cutting its logits off would copy all others.
         labels = nn.functional.pad(labels, (virtual, 1), value=-100)[:, 1:] if labels.ndim == 2 else labels
         return _by_position(logits, labels, self.reduction)
 
 
 @dataclass(frozen=True)
 class TokenClassification(Likelihood):
-    """One label for each position, ``-100`` where there is none.
+    """One label for each position, ``-100`` if it has none.
 
     Args:
         reduction: ``"mean"`` over an example's label positions, or ``"sum"``.
-        class_axis: Where the logits have their classes: ``-1``, logits ``[N, ..., C]``, as in transformers; ``1``,
-            logits ``[N, C, ...]``, as torch's convolutions and losses have them. ``None``: ``-1`` for a model of
-            transformers, else told by the labels' shape ``[N, ...]``, and refused where both fit.
+        class_axis: The logits' axis of classes: ``-1``, logits ``[N, ..., C]``, as in transformers; ``1``, logits
+            ``[N, C, ...]``, as in torch's convolutions and losses. ``None``: ``-1`` for a model of transformers,
+            otherwise the one that fits the labels' shape ``[N, ...]``; refused if both fit.
 
     Raises:
-        ValueError: ``reduction`` or ``class_axis`` is another.
+        ValueError: ``reduction`` or ``class_axis`` has another value.
     """
 
     class_axis: Literal[-1, 1] | None = None
@@ -128,11 +128,11 @@ class TokenClassification(Likelihood):
 
 @dataclass(frozen=True)
 class MaskedLM(TokenClassification):
-    """The tokens behind the masks; every other position carries the label ``-100``.
+    """The masked tokens; every other position has the label ``-100``.
 
     Args:
         reduction: ``"mean"`` over an example's label positions, or ``"sum"``.
-        class_axis: As in :class:`TokenClassification`, but for the default: logits ``[N, T, V]``.
+        class_axis: As in :class:`TokenClassification`, but by default for logits ``[N, T, V]``.
     """
 
     class_axis: Literal[-1, 1] | None = -1
@@ -143,7 +143,7 @@ class Seq2SeqLM(Likelihood):
 
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
         labels = as_tensor(_labels(batch, "sequence-to-sequence modelling"))
-        # the decoder's inputs are made from the labels
+        # the model makes the decoder's inputs from the labels
         more = {"labels": labels if labels.is_floating_point() else labels.long()}
         logits = _logits(model, batch, **(more if hosts.accepts(model, "labels") else {}))
         return _by_position(logits, labels, self.reduction)
@@ -218,20 +218,21 @@ def recognise_likelihood(model: nn.Module, batch: Batch) -> Likelihood:
 
     Args:
         model: The model.
-        batch: Its first batch; the dtype of the labels tells one label from several.
+        batch: Its first batch; the dtype of the labels distinguishes one label from several.
 
     Returns:
         The likelihood with the model's own reduction.
 
     Raises:
-        ValueError: The model says nothing that is known.
+        ValueError: The class name and config are not known.
     """
     task = hosts.task(model, _optional_labels(batch))
     if task is None:
         known = ", ".join(f"fishkern.{kind.__name__}()" for kind in _BY_TASK.values())
         raise ValueError(
-            f"cannot tell which loss belongs to a {type(hosts.base_model(model)).__name__}: it is no transformers "
-            f"model with a known head. Pass likelihood=, one of {known}, or a function (model, batch) -> losses [N]."
+            f"cannot tell which loss belongs to a {type(hosts.base_model(model)).__name__}: it is not a "
+            f"transformers model with a known head. Pass likelihood=, one of {known}, or a function (model, batch) -> "
+            "losses [N]."
         )
     return _BY_TASK[task]()
 
@@ -239,7 +240,7 @@ def recognise_likelihood(model: nn.Module, batch: Batch) -> Likelihood:
 def _logits(model: nn.Module, batch: Batch, **more: Tensor) -> Tensor:
     (logits,) = logits_of(call(model, batch, without=("labels", "shift_labels"), **more), model)
     labels = _optional_labels(batch)
-    N = len(labels) if getattr(labels, "shape", ()) else len(logits)  # without labels nothing tells
+    N = len(labels) if getattr(labels, "shape", ()) else len(logits)  # without labels nothing to compare with
     if len(logits) != N:
         raise ValueError(
             f"{type(model).__name__} returned logits of shape {tuple(logits.shape)} for {N} examples: the first axis "
@@ -250,7 +251,7 @@ def _logits(model: nn.Module, batch: Batch, **more: Tensor) -> Tensor:
 
 
 def _by_position(logits: Tensor, labels: Any, reduction: str) -> Categorical:
-    """Make the distribution of one label for each position, however many axes the positions have."""
+    """Make the distribution of one label for each position; positions may have any number of axes."""
     if logits.ndim < 3:
         raise ValueError(
             f"labels of positions need logits [N, T, C], got {in_words(logits.shape, len(logits))}: for one label of "
@@ -261,7 +262,7 @@ def _by_position(logits: Tensor, labels: Any, reduction: str) -> Categorical:
 
 
 def _class_axis(logits: Tensor, labels: Tensor) -> Literal[-1, 1]:
-    """Tell where the classes are, by the shape of the labels ``[N, ...]``."""
+    """Find the axis of classes by the shape of the labels ``[N, ...]``."""
     N = logits.shape[0] if logits.ndim else 0
     last = logits.shape[:-1] == labels.shape
     first = logits.ndim > 2 and (*logits.shape[:1], *logits.shape[2:]) == labels.shape

@@ -1,4 +1,4 @@
-"""What is passed as ``likelihood=``: an instance or a function; what else people write is told what to write."""
+"""Check the ``likelihood=`` argument: an instance or a function; for anything else, say what to write instead."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from fishkern.statistics.likelihood import (
     TokenClassification,
 )
 
-# Behind a likelihood in the provenance, where the model did not get the number of the batch's labels.
+# Suffix of a likelihood in the provenance if the number of the batch's labels was withheld from the model.
 OWN_TOKENS = ", own tokens"
 
 _KINDS = (
     CausalLM, MaskedLM, Seq2SeqLM, Classification, Regression, MultiLabel, TokenClassification, QuestionAnswering,
 )  # fmt: skip
-# what others call them, without case and hyphens
+# other names in use, in lower case without hyphens
 _SYNONYMS: dict[str, type[Likelihood]] = {
     "clm": CausalLM,
     "mlm": MaskedLM,
@@ -47,7 +47,7 @@ _BY_TORCH_LOSS: dict[str, tuple[type[Likelihood], str]] = {
     "binarycrossentropywithlogits": (MultiLabel, "binary_cross_entropy_with_logits"),
     "mse": (Regression, "mse_loss"),
 }
-# nobody calls a model so
+# names of a first parameter that cannot be a model
 _OUTPUTS = frozenset(
     ("input", "inputs", "logits", "output", "outputs", "pred", "preds", "prediction", "predictions", "y_hat", "y_pred")
 )
@@ -55,16 +55,16 @@ _EXPECTED = "likelihood must be an instance such as fishkern.CausalLM() or a fun
 
 
 def checked_likelihood(likelihood: Any) -> Likelihood | LossFunction | Drawn | None:
-    """Refuse what is no likelihood.
+    """Refuse anything but a likelihood.
 
     Args:
-        likelihood: What the caller passed.
+        likelihood: The argument of the caller.
 
     Returns:
         The same.
 
     Raises:
-        TypeError: It is a class, a word, a loss of torch, or nothing that can be called with ``(model, batch)``.
+        TypeError: It is a class, a string, a loss of torch, or cannot be called with ``(model, batch)``.
     """
     if likelihood is None or isinstance(likelihood, Likelihood | Drawn):
         return likelihood
@@ -91,7 +91,7 @@ def described(likelihood: Likelihood | LossFunction | Drawn | None) -> str:
     """Describe a likelihood for the provenance.
 
     Args:
-        likelihood: A recognised or given one.
+        likelihood: A likelihood or loss function.
 
     Returns:
         Its kind and reduction, or the function's name.
@@ -111,14 +111,14 @@ def _written(kind: type[Likelihood]) -> str:
 def _meant(word: str) -> str:
     plain = _plain(word)
     kinds = {kind.__name__.lower(): kind for kind in _KINDS} | _SYNONYMS
-    found = kinds.get(plain.removesuffix("loss")) or kinds.get(plain)
-    if found:
-        return f"write {_written(found)}"
+    kind = kinds.get(plain.removesuffix("loss")) or kinds.get(plain)
+    if kind:
+        return f"write {_written(kind)}"
     return "write one of " + ", ".join(f"fishkern.{kind.__name__}()" for kind in _KINDS)
 
 
 def _torch_loss(likelihood: Any) -> str | None:
-    """Name a loss of torch, as a module or as a function, also with arguments bound to it."""
+    """Name a loss of torch, given as a module or a function, also with bound arguments."""
     while isinstance(likelihood, functools.partial):
         likelihood = likelihood.func
     if isinstance(likelihood, nn.modules.loss._Loss):
@@ -131,15 +131,14 @@ def _torch_loss(likelihood: Any) -> str | None:
 
 
 def _instead(name: str) -> str:
-    found = _BY_TORCH_LOSS.get(_plain(name).removesuffix("loss"))
-    kind, function = found or (None, "the_loss")
+    kind, function = _BY_TORCH_LOSS.get(_plain(name).removesuffix("loss"), (None, "the_loss"))
     own = f'lambda model, batch: torch.nn.functional.{function}(model(batch[0]), batch[1], reduction="none")'
     with_options = "with weights or options of its own" if kind else "with one value for each example"
     return f"{f'write {_written(kind)}, or ' if kind else 'write '}{own} {with_options}"
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
-    """Read what a function takes, or a module's ``forward``; one of C may not say."""
+    """Read the signature of a function, or of a module's ``forward``; one written in C may have none."""
     try:
         return inspect.signature(function.forward if isinstance(function, nn.Module) else function)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The batch-size-1 loop by ordinary autograd: a recipe's definition, run on the whole gradients of single examples."""
+"""The batch-size-1 loop by ordinary autograd: a recipe applied to the whole gradients of single examples."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.layers import wide
+from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.autograd import backward, check_finite, take_grad, with_last
-from fishkern.statistics.base import Estimator, ParameterInfo, State
+from fishkern.statistics.base import Estimator, ParameterInfo
 from fishkern.statistics.batches import Batch, Examples
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
@@ -26,47 +26,47 @@ from fishkern.statistics.undisturbed import Entered, undisturbed
 
 
 class Loop:
-    """Gradients of single losses, handed to a recipe as autograd brings them, one gradient alive at a time.
+    """Pass the gradients of single losses to a recipe as they arrive, with one gradient in memory at a time.
 
     Args:
         model: Without running wrappers; changed only inside :meth:`collecting`.
-        chosen: The parameters that are differentiated by, by canonical name.
+        parameters: The parameters to differentiate by, by canonical name.
         likelihood: As for :func:`fishkern.estimate`.
-        estimator: The recipe, one of single examples.
+        estimator: A recipe of single examples.
 
     Attributes:
         estimator: The recipe.
         device: Where the model runs.
         arrived: Names of the parameters that a gradient has reached.
-        precision: What the model computes in.
+        precision: The dtypes that the model computes in.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        chosen: Mapping[str, nn.Parameter],
+        parameters: Mapping[str, nn.Parameter],
         likelihood: Likelihood | LossFunction | Drawn | None,
         estimator: Estimator,
     ) -> None:
         self._model = model
-        self._chosen = chosen
+        self._parameters = parameters
         self._likelihood = likelihood
         self.estimator = estimator
         self._answering: Answering | None = None
         self._entered: Entered | None = None
         self._totals: States | None = None
-        self.device = next(iter(chosen.values())).device
+        self.device = next(iter(parameters.values())).device
         self.precision = Precision(model)
         self.arrived: set[str] = set()
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Listen to the parameters, and leave the model as found."""
-        names = {parameter: name for name, parameter in self._chosen.items()}
+        """Add hooks to the parameters, and leave the model as found at the end."""
+        names = {parameter: name for name, parameter in self._parameters.items()}
         devices = [self.device] if self.device.type == "cuda" else []
         with (
             torch.random.fork_rng(devices),
-            undisturbed(self._model, self._chosen.values(), checkpointing=False) as self._entered,
+            undisturbed(self._model, self._parameters.values(), checkpointing=False) as self._entered,
             self.precision.noting(),
         ):
             handles = []
@@ -79,13 +79,21 @@ class Loop:
                 for handle in handles:
                     handle.remove()
 
-    def taken(self) -> dict[str, State]:
-        """Take the states so far; as new where no gradient arrived."""
+    def results(self, examples: int) -> dict[str, Tensor]:
+        """Turn the states into statistics, and begin anew.
+
+        Args:
+            examples: How many examples were added.
+
+        Returns:
+            The statistic of each parameter, by name; zeros if no gradient arrived.
+        """
         states, self._totals = self._states(), None
-        return {name: states.pop(name) for name in self._chosen}
+        units = examples * self.estimator.units(1)
+        return {name: self.estimator.result(states.pop(name), units) for name in self._parameters}
 
     def add_alone(self, row: Examples) -> None:
-        """Add one example, for the empirical Fisher by the loss that the model itself returns where it does."""
+        """Add one example. For the empirical Fisher, use the loss that the model itself returns, if it returns one."""
         self._entered.restore()
         try:
             answer = self._entered.connection.answered(lambda: self._answer_alone(row))
@@ -94,7 +102,7 @@ class Loop:
         self._add_objectives(answer, row.places)
 
     def add_in_batch(self, batch: Examples) -> None:
-        """Add each example, back-propagated through the batch."""
+        """Add each example, its loss back-propagated through the whole batch."""
         self._entered.restore()
         self._add_objectives(self._answer(batch), batch.places)
 
@@ -129,14 +137,17 @@ class Loop:
         return self._answering(batch)
 
     def _states(self) -> States:
-        """Those in use; made when they are needed, so that no set of them lies about empty."""
+        """Return the current states; they are made only when needed, to save memory."""
         if self._totals is None:
-            infos = {n: ParameterInfo(n, p, p.shape, wide(p), p.device) for n, p in self._chosen.items()}
+            infos = {
+                name: ParameterInfo(name, value, value.shape, accumulates_in(value.dtype), value.device)
+                for name, value in self._parameters.items()
+            }
             self._totals = States(infos, self.estimator)
         return self._totals
 
     def _add(self, name: str, parameter: nn.Parameter) -> None:
         grad = take_grad(parameter)
-        if grad is not None:  # torch comes here also for a gradient that a backward of the user's left undefined
+        if grad is not None:  # torch also runs this hook for a gradient that the user's own backward left undefined
             self.arrived.add(name)
             self._states().add_single(name, grad)

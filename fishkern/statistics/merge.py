@@ -13,7 +13,7 @@ Result = TypeVar("Result", bound=Held)
 
 
 def merge(a: Result, b: Result | None = None, *more: Result, weights: Sequence[float] | None = None) -> Result:
-    """Merge statistics of different data into those of all of it: the mean, weighted by ``count``.
+    """Merge statistics of different data into those of all the data: the mean, weighted by ``count``.
 
     merged[name] = sum_s count_s * s[name] / sum_s count_s, in float64. ``merge(a, b) == merge(b, a)``.
 
@@ -21,15 +21,15 @@ def merge(a: Result, b: Result | None = None, *more: Result, weights: Sequence[f
         a: Statistics of some data.
         b: The same statistic, of the same parameters, on other data.
         more: Any number of further ones.
-        weights: One for each of them, in the place of the counts; at least 0, not all of them 0. They stand in the
-            definition of what comes out, which then merges with nothing of another definition.
+        weights: One for each of them, instead of the counts; at least 0, not all of them 0. They become part of the
+            result's definition, so it merges only with results of the same weights.
 
     Returns:
-        New statistics on ``a``'s device and in its order; ``count`` is the sum, ``runs`` are concatenated. Where a
+        New statistics on ``a``'s device and in its order; ``count`` is the sum, ``runs`` are concatenated. If a
         parameter took different paths, the coverage has the slower one, and every reason.
 
     Raises:
-        TypeError: Something else than statistics is given, one by one, or fewer than two.
+        TypeError: An argument is not statistics, or there are fewer than two.
         ValueError: They differ in definition, names, shapes or sizes of parameters; the message says where. Or
             ``weights`` are not one number of at least 0 for each, or all 0.
     """
@@ -60,7 +60,7 @@ def _check_statistics(parts: Sequence[object]) -> None:
 
 
 def _shares(parts: Sequence[Held], weights: Sequence[float] | None) -> list[float]:
-    """Give what each part is weighted by."""
+    """Return the weight of each part."""
     if weights is None:
         return [part.count for part in parts]
     shares = [float(weight) for weight in weights]

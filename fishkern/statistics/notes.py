@@ -1,4 +1,4 @@
-"""What is noted of a first batch: it runs, and is probably not what was meant. Each is one warning."""
+"""Warnings about a first batch that runs, but is probably a mistake. Each is one warning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def note_labels(model: nn.Module, likelihood: Likelihood, batch: Batch) -> None:
 
     Args:
         model: The model.
-        likelihood: What reads the labels.
+        likelihood: The likelihood that reads the labels.
         batch: The first batch.
     """
     inputs, labels, mask = _texts(batch)
@@ -28,28 +28,28 @@ def note_labels(model: nn.Module, likelihood: Likelihood, batch: Batch) -> None:
     counted = labels != -100
     if mask is not None and (hidden := int((counted & (mask == 0)).sum())):
         warn_caller(
-            f"{hidden} labels of the first batch stand where its attention_mask is 0: padding counts as text, in the "
-            "model's own loss, too. Mark it with the label -100."
+            f"{hidden} labels of the first batch are where its attention_mask is 0: padding counts as text, also in "
+            "the model's own loss. Mark it with the label -100."
         )
     elif (pad := hosts.padding_token(model)) is not None and (padding := int((labels == pad).sum())):
         warn_caller(
-            f"{padding} labels of the first batch are the padding token {pad}: padding counts as text, in the model's "
-            "own loss, too. Mark it with the label -100."
+            f"{padding} labels of the first batch are the padding token {pad}: padding counts as text, also in the "
+            "model's own loss. Mark it with the label -100."
         )
     if isinstance(likelihood, CausalLM) and inputs is not None and _shifted(inputs, labels):
         warn_caller(
-            "the labels of the first batch are its inputs shifted by one, and CausalLM shifts them itself, so that it "
-            "asks for the token after the next: pass unshifted labels, or name fishkern.TokenClassification(), which "
+            "the labels of the first batch are its inputs shifted by one, and CausalLM shifts them itself, so it "
+            "predicts the token after the next: pass unshifted labels, or name fishkern.TokenClassification(), which "
             "does not shift."
         )
 
 
 def note_choice(model: nn.Module, outputs: Any) -> None:
-    """Note which of several tensors of a plain tuple is taken for the logits; those of transformers begin with them.
+    """Note which of several tensors of a plain tuple is used as the logits; in transformers' tuples they are first.
 
     Args:
-        model: Who returned them.
-        outputs: What it returned for one example.
+        model: The model.
+        outputs: Its output for one example.
     """
     if not isinstance(outputs, tuple | list) or hasattr(outputs, "_fields") or hosts.task(model) is not None:
         return
@@ -63,10 +63,10 @@ def note_choice(model: nn.Module, outputs: Any) -> None:
 
 
 def note_probabilities(likelihood: Likelihood, logits: Tensor) -> None:
-    """Note that a softmax was taken already: the loss takes another one.
+    """Note outputs that look like probabilities: the loss would apply a second softmax.
 
     Args:
-        likelihood: What reads the logits.
+        likelihood: The likelihood that reads the logits.
         logits: ``[1, L, C]``.
     """
     sums = logits.detach().sum(-1)
@@ -79,12 +79,12 @@ def note_probabilities(likelihood: Likelihood, logits: Tensor) -> None:
 
 
 def _texts(batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Take the inputs, labels and mask of a batch of tokens, each ``[N, T]`` where it is there."""
+    """Return the inputs, labels and mask of a batch of tokens, each ``[N, T]`` or ``None``."""
     if isinstance(batch, Mapping):
-        found = [batch.get(key) for key in ("input_ids", "labels", "attention_mask")]
+        entries = [batch.get(key) for key in ("input_ids", "labels", "attention_mask")]
     else:
-        found = [batch[0], batch[1], None]
-    inputs, labels, mask = (one if isinstance(one, Tensor) and one.ndim == 2 else None for one in found)
+        entries = [batch[0], batch[1], None]
+    inputs, labels, mask = (one if isinstance(one, Tensor) and one.ndim == 2 else None for one in entries)
     if labels is None:
         return None, None, None
     inputs, mask = (one if one is not None and one.shape == labels.shape else None for one in (inputs, mask))
@@ -92,7 +92,7 @@ def _texts(batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
 
 
 def _shifted(inputs: Tensor, labels: Tensor) -> bool:
-    """Tell whether each label is the token behind its input, and not the input itself."""
+    """Tell whether each label is the token after its input, and not the input itself."""
     counted = labels[:, :-1] != -100
-    behind = (labels[:, :-1] == inputs[:, 1:])[counted]
-    return behind.numel() > 0 and bool(behind.all()) and bool((labels != inputs)[labels != -100].any())
+    follows = (labels[:, :-1] == inputs[:, 1:])[counted]
+    return follows.numel() > 0 and bool(follows.all()) and bool((labels != inputs)[labels != -100].any())

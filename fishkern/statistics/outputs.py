@@ -1,14 +1,14 @@
-"""A model is run on a batch, and its logits or its own loss are read off, in whatever form it returns them."""
+"""Run a model on a batch, and read its logits or its own loss, in whatever form it returns them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
+from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics.batches import Batch
 
 _LABELS = ("labels", "start_positions", "end_positions")
@@ -21,14 +21,14 @@ def call(model: nn.Module, batch: Batch, *, without: tuple[str, ...] = (), **mor
     Args:
         model: The model.
         batch: A mapping of keyword arguments, or ``(inputs, labels)``, of which the model gets the inputs.
-        without: Keys that the model does not get.
-        more: What it gets besides, or instead of the batch's own.
+        without: Keys to withhold from the model.
+        more: Further arguments, which replace the batch's own.
 
     Returns:
-        What the model returns.
+        The model's output.
 
     Raises:
-        ValueError: Rows of the batch hold several examples each.
+        ValueError: Rows of the batch contain several examples each.
     """
     if not isinstance(batch, Mapping):
         return model(batch[0], **more)
@@ -41,49 +41,38 @@ def call(model: nn.Module, batch: Batch, *, without: tuple[str, ...] = (), **mor
     return model(**{**hosts.call_options(model), **arguments, **more})
 
 
-def wide(logits: Tensor) -> Tensor:
-    """Take logits to float32 at least, as transformers does before its losses.
-
-    Args:
-        logits: Any floating tensor.
-
-    Returns:
-        The same values, float32 or float64.
-    """
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 def logits_of(outputs: Any, model: nn.Module, names: tuple[str, ...] = ("logits",)) -> list[Tensor]:
-    """Read the logits off what a model returned: by name, or by place in a plain tuple, behind a loss.
+    """Read the logits from a model's output: by name, or by position in a plain tuple, after a loss.
 
     Args:
         outputs: A tensor, an object or a mapping with these names, or a tuple that begins with them.
-        model: Who returned it, for the message.
-        names: How they are called.
+        model: The model, for the message.
+        names: Names of the logits.
 
     Returns:
         One tensor for each name.
 
     Raises:
-        ValueError: They are not there.
+        ValueError: The output has no logits.
     """
-    found = [_named(outputs, name) for name in names]
+    logits = [_named(outputs, name) for name in names]
     if isinstance(outputs, Tensor):
-        found = [outputs]
+        logits = [outputs]
     elif isinstance(outputs, tuple | list) and not hasattr(outputs, "_fields"):
         loss = _loss(outputs)
-        found = list(outputs[0 if loss is None else 1 :][: len(names)])
-    if len(found) == len(names) and all(isinstance(one, Tensor) and one.ndim for one in found):
-        return [wide(one) for one in found]
+        logits = list(outputs[0 if loss is None else 1 :][: len(names)])
+    if len(logits) == len(names) and all(isinstance(one, Tensor) and one.ndim for one in logits):
+        # in float32 at least, as transformers computes its losses
+        return [one.to(accumulates_in(one.dtype)) for one in logits]
     if _loss(outputs) is not None and hasattr(outputs, names[0]):
         raise ValueError(
-            f"{type(model).__name__} returned no logits ({type(outputs).__name__}): a fused loss (Liger) keeps them "
-            f"back. Switch the fused loss off for this pass, or {_OWN_FUNCTION}."
+            f"{type(model).__name__} returned no logits ({type(outputs).__name__}): a fused loss (Liger) does not "
+            f"compute them. Switch the fused loss off for this pass, or {_OWN_FUNCTION}."
         )
-    wanted = " and ".join(map(repr, names))
+    expected = " and ".join(map(repr, names))
     raise ValueError(
         f"{type(model).__name__} returned no logits, but {_described(outputs)}: expected a tensor, an object or "
-        f"mapping with {wanted}, or a tuple that begins with them. Let it return that, or {_OWN_FUNCTION}."
+        f"mapping with {expected}, or a tuple that begins with them. Let it return that, or {_OWN_FUNCTION}."
     )
 
 
@@ -93,13 +82,13 @@ def own_loss(model: nn.Module, example: Batch, *, numbers: bool) -> Tensor | Non
     Args:
         model: The model.
         example: Keyword arguments, labels among them; or a pair, for a model that takes ``labels``.
-        numbers: Whether the labels are numbers to be met, else classes.
+        numbers: Whether the labels are target values instead of classes.
 
     Returns:
-        A scalar, or ``None`` where it returns none, or takes no labels.
+        A scalar, or ``None`` if it returns none, or takes no labels.
     """
-    given = example if isinstance(example, Mapping) else {"labels": example[1]}
-    labels = {key: _as_torch_takes(given[key], numbers) for key in _LABELS if given.get(key) is not None}
+    arguments = example if isinstance(example, Mapping) else {"labels": example[1]}
+    labels = {key: _as_torch_takes(arguments[key], numbers) for key in _LABELS if arguments.get(key) is not None}
     if not labels or not all(hosts.accepts(model, key) for key in labels):
         return None
     config = getattr(hosts.base_model(model), "config", None)
@@ -107,12 +96,12 @@ def own_loss(model: nn.Module, example: Batch, *, numbers: bool) -> Tensor | Non
     try:
         return _loss(call(model, example, **labels))
     finally:
-        if hasattr(config, "problem_type"):  # transformers notes there what it takes the labels for
+        if hasattr(config, "problem_type"):  # transformers stores there which task it inferred from the labels
             config.problem_type = problem
 
 
 def _loss(outputs: Any) -> Tensor | None:
-    """In a plain tuple a loss stands first, as in transformers."""
+    """Find the loss; in a plain tuple it is first, as in transformers."""
     plain = isinstance(outputs, tuple | list) and not hasattr(outputs, "_fields")
     loss = outputs[0] if plain and outputs else _named(outputs, "loss")
     return loss if isinstance(loss, Tensor) and not loss.ndim else None
@@ -132,7 +121,7 @@ def _described(outputs: Any) -> str:
 
 
 def _as_torch_takes(labels: Any, numbers: bool) -> Any:
-    """Labels of integers in the dtype that torch's losses take: they fail on narrow classes, and on whole numbers."""
+    """Convert integer labels to the dtype of torch's losses: int64 for classes, floating for target values."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
         return labels
     return labels.float() if numbers else labels.long()

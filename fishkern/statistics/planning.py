@@ -1,4 +1,4 @@
-"""The plan of a captured pass: which path each parameter takes, checked on two examples before anything is counted."""
+"""Plan a captured pass: choose the path of each parameter, checked on two examples before anything is counted."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ from fishkern.warning import warn_caller
 Answer = Callable[[Examples], Predictive | Tensor]
 
 _BYTES_OF_SQUARES = 2**28
-"""The self-check of an estimator that does not say what a gradient adds squares parameters of so many bytes at once."""
+"""Without ``of_gradient``, the self-check needs the squares of the parameters: this many bytes of them at a time."""
 
 
 class Planner:
-    """Makes the plans of a pass, and keeps what later batches show against them.
+    """Make the plans of a pass, and revise them when later batches contradict them.
 
     Args:
         model: In evaluation mode, frozen.
-        parameters: Those asked for, by canonical name; the stored weights of quantised linears included.
+        parameters: The requested ones, by canonical name, including the stored weights of quantised linears.
         answer: Runs the model on a batch.
         estimator: The recipe.
-        states: Where the pass adds up; empty until its first batch is added.
+        states: The states that the pass adds to; zero until its first batch is added.
         check: Compare with ordinary autograd on two examples.
-        independence: Whether the loss of an example is its own.
-        connection: Lets segments under reentrant checkpointing be reached.
+        independence: Checks that the loss of an example is its own.
+        connection: Lets gradients reach segments under reentrant checkpointing.
 
     Attributes:
         paths: The slowest path that each parameter has taken so far, and the reason.
         begun: Whether something has been added to the states.
-        distrusted: Paths of modules whose rows have been seen to follow the data.
+        distrusted: Paths of modules whose row count turned out to depend on the data.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class Planner:
         self.distrusted: set[str] = set()
 
     def plan_for(self, batch: Examples) -> Plan:
-        """Take the plan that serves a batch, made of its first two examples where there is none yet.
+        """Return the plan for a batch; if there is none yet, make it from the batch's first two examples.
 
         Args:
             batch: The batch.
 
         Returns:
-            The plan. One example does not show which rows are whose, so a plan of a batch of one serves such batches
-            alone; what two examples have shown serves one as well.
+            The plan. One example does not show which rows belong to which example, so a plan from a batch of one is
+            used for such batches only. A plan from two examples is used for batches of one as well.
         """
         lone = batch.num_examples == 1 and False not in self._plans
         if lone not in self._plans:
@@ -113,11 +113,11 @@ class Planner:
         return counted_positions(self._model, self._estimator, batch)
 
     def forget(self) -> None:
-        """Survey the next batch anew."""
+        """Discard the plans, so that the next batch is surveyed again."""
         self._plans.clear()
 
     def note_strays(self, strays: Mapping[str, str]) -> None:
-        """Send parameters whose module is called from outside of its host through the loop, from this batch on.
+        """Move parameters whose module is called from outside its host to the loop, from this batch on.
 
         Args:
             strays: Why, by canonical name.
@@ -128,7 +128,7 @@ class Planner:
         self._announce(Plan((), strays))
 
     def note_looped(self, keys: Iterable[str], batch: Examples) -> None:
-        """Note that a batch went through the loop for some parameters, and survey the next one anew.
+        """Note that a batch took the loop for some parameters, and survey the next one again.
 
         Args:
             keys: Their canonical names.
@@ -139,10 +139,10 @@ class Planner:
         self.forget()
 
     def refuse_stored(self, keys: Iterable[str]) -> None:
-        """Refuse stored weights that a slow path would have to serve.
+        """Refuse stored weights that only a slow path could compute.
 
         Args:
-            keys: Canonical names of what no rule serves.
+            keys: Canonical names of parameters that no rule computes.
 
         Raises:
             UnsupportedModuleError: A stored weight is among them.
@@ -154,13 +154,13 @@ class Planner:
             )
 
     def refuse_whole(self, keys: Iterable[str]) -> None:
-        """Refuse the slow paths, which bring whole gradients, to an estimator that reads positions or factors.
+        """Refuse the slow paths, which give whole gradients, if the estimator reads positions or factors.
 
         Args:
-            keys: Canonical names of what a slow path serves.
+            keys: Canonical names of parameters on a slow path.
 
         Raises:
-            UnsupportedModuleError: There is one, and the estimator reads more than whole gradients.
+            UnsupportedModuleError: There is one, and the estimator needs more than whole gradients.
         """
         without = sorted(keys)
         if without and self._estimator.reads == "positions":
@@ -172,16 +172,16 @@ class Planner:
 
     def _make_plan(self, few: Examples) -> Plan:
         """Survey two examples, or the one of a batch of one, and compare them with ordinary autograd."""
-        compared = few.num_examples > 1 and self._independence.pending
-        place = 0  # of the first objective that there is: type-2 has none for a position without a label
+        compares = few.num_examples > 1 and self._independence.pending
+        place = 0  # index of the first objective that is not None: type-2 skips positions without a label
 
         def losses() -> Tensor:
             nonlocal place
             answer = self._answer(few)
             place, objective = first(self._estimator.objectives(answer, few.places))
             check_finite(objective, few.places)
-            if compared:
-                self._independence.note_beside(answer)
+            if compares:
+                self._independence.note_together(answer)
             return objective
 
         keys = {parameter: key for key, parameter in self._parameters.items()}
@@ -189,7 +189,7 @@ class Planner:
             plan = survey(self._model, keys, losses, self.distrusted, self._connection.answered, few.num_examples)
         self.refuse_stored(key for key, (path, _) in plan.paths.items() if path != "fused")
         reasons = self._disagreements(plan, few, place) if self._check else {}
-        if compared:
+        if compares:
             with only_trainable(self._reached().values()):
                 self._independence.settle(few)
         plan = plan.with_loop({**reasons, **self._strayed})
@@ -197,7 +197,7 @@ class Planner:
         return plan
 
     def _disagreements(self, plan: Plan, few: Examples, place: int) -> dict[str, str]:
-        """Find what disagrees with ordinary autograd, judged by the objective at ``place``."""
+        """Compare with ordinary autograd by the objective ``place``, and say why each parameter that differs does."""
 
         def objective(batch: Examples) -> Tensor:
             answer = self._answer(batch)
@@ -208,7 +208,7 @@ class Planner:
 
         reached = [key for key in self._reached() if key not in plan.loop]
         if self._estimator.has_of_gradient:
-            # the states of the pass, as long as they are empty: a second set would double the memory
+            # Lend the states of the pass while they are zero: a second set would double the memory of the pass.
             states = self._states.of_the_same_kind(self._estimator, reached) if self.begun else self._states
             try:
                 return self._compared(plan, few, objective, self._estimator, states, reached)
@@ -229,7 +229,7 @@ class Planner:
         states: States,
         keys: Iterable[str],
     ) -> dict[str, str]:
-        """Capture the gradients of some parameters, and compare them with those of ordinary autograd."""
+        """Capture the gradients of some parameters, and compare them with ordinary autograd."""
         withheld = self._captured_once(plan, few, states.add, squares=estimator.reads == "squares")
         return disagreements(
             {key: self._parameters[key] for key in keys if key not in withheld},
@@ -244,11 +244,11 @@ class Planner:
     def _captured_once(
         self, plan: Plan, few: Examples, add: Callable[[str, PerExampleGrads], None], *, squares: bool
     ) -> set[str]:
-        """Capture the first objective of two examples by the sites of a plan; name the parameters withheld."""
+        """Capture the first objective of two examples by a plan; return the names whose gradients were held back."""
         strays = Strays(plan.sites)
 
         def add_own(key: str, grads: PerExampleGrads) -> None:
-            if key not in strays.found and key not in self._stored:
+            if key not in strays.reasons and key not in self._stored:
                 add(key, grads)
 
         if not plan.sites:
@@ -261,39 +261,39 @@ class Planner:
             check_finite(objective, few.places)
             capture.backward(objective)
             self.distrusted |= capture.distrusted
-            withheld = set(capture.unsettled - strays.found.keys())
-        if strays.found:
-            self.note_strays(strays.found)
+            withheld = set(capture.unsettled - strays.reasons.keys())
+        if strays.reasons:
+            self.note_strays(strays.reasons)
         return withheld
 
     def _in_groups(self, keys: Iterable[str]) -> list[list[str]]:
-        """Cut parameters into groups whose squares take a bounded number of bytes, at least one parameter each."""
+        """Split parameters into groups of at least one, with a bounded number of bytes of squares each."""
         groups: list[list[str]] = [[]]
-        room = _BYTES_OF_SQUARES
+        remaining = _BYTES_OF_SQUARES
         for key in keys:
             info = self._states.info(key)
             size = info.shape.numel() * info.dtype.itemsize
-            if groups[-1] and size > room:
+            if groups[-1] and size > remaining:
                 groups.append([])
-                room = _BYTES_OF_SQUARES
+                remaining = _BYTES_OF_SQUARES
             groups[-1].append(key)
-            room -= size
+            remaining -= size
         return [group for group in groups if group]
 
     def _reached(self) -> dict[str, nn.Parameter]:
-        """List what autograd reaches: all but the stored weights of quantised linears."""
+        """List the parameters with a gradient of autograd: all except the stored weights of quantised linears."""
         return {key: parameter for key, parameter in self._parameters.items() if key not in self._stored}
 
     def _note_paths(self, paths: Mapping[str, tuple[str, str]]) -> None:
         self.paths = slowest_paths([self.paths, paths])
 
     def _announce(self, plan: Plan) -> None:
-        """Note the paths of a plan, refuse those that the estimator cannot use, and warn of the slow one."""
+        """Note the paths of a plan, refuse those that the estimator cannot use, and warn about the loop."""
         self._note_paths(plan.paths)
         self.refuse_whole(key for key, (path, _) in plan.paths.items() if path != "fused")
         if self._estimator.reads == "factors":
-            served = {key for site in plan.sites for key in site.keys.values()}
-            self.refuse_whole(served - plan.with_factors)
+            captured = {key for site in plan.sites for key in site.keys.values()}
+            self.refuse_whole(captured - plan.with_factors)
         slow = {key: reason for key, (path, reason) in plan.paths.items() if path == "loop"}
         new = sorted(slow.keys() - self._announced)
         self._announced |= slow.keys()

@@ -1,4 +1,4 @@
-"""What a model computes in: under autocast, wherever it is entered, not the dtype of its weights."""
+"""The dtypes that a model computes in, which under autocast, also inside the model, are not those of its weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class Precision:
-    """Notes the floating dtypes that a model's modules return.
+    """Record the floating dtypes that a model's modules return.
 
     Args:
         model: The model.
 
     Attributes:
-        dtypes: Those of its parameters, integers of quantised ones included, and what was noted so far.
+        dtypes: Those of its parameters, including integers of quantised ones, and those recorded so far.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -29,7 +29,7 @@ class Precision:
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """Note what modules with parameters of their own return; hooks are gone afterwards."""
+        """Record the output dtypes of modules with parameters of their own; hooks are removed afterwards."""
         handles = [module.register_forward_hook(self._note) for module in self._modules]
         try:
             yield
@@ -39,7 +39,7 @@ class Precision:
 
     @property
     def half(self) -> bool:
-        """Whether something is computed in 16 bits, so that rounding depends on what else is in a batch."""
+        """Whether anything is computed in 16 bits: then rounding depends on the rest of a batch."""
         return not self.dtypes.isdisjoint(_HALF)
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

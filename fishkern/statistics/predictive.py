@@ -1,7 +1,7 @@
-"""Predictive distributions: what a model says about the labels of each example, and the losses that follow.
+"""Predictive distributions: a model's distribution over the labels of each example, and the losses from it.
 
 Given the inputs, the label positions of an example are independent. A loss is ``weight * sum over positions of -log p``
-(up to a constant), ``[N]``, where the weight turns the sum into a mean if that was asked for.
+(up to a constant), ``[N]``; the weight turns the sum into a mean if requested.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fishkern.statistics.labels import class_labels, values_like, yes_or_no_like
+
+_LEAST = 1e-7  # how far 2u - 1 must stay from -1 and 1, about the rounding of float32
 
 
 class Predictive(ABC):
@@ -31,7 +33,7 @@ class Predictive(ABC):
     @property
     @abstractmethod
     def draws_per_example(self) -> int:
-        """How many uniform numbers one drawn label set of one example takes."""
+        """How many uniform numbers it takes to draw all labels of one example."""
 
     @abstractmethod
     def drawn_losses(self, uniform: Tensor) -> Tensor:
@@ -47,16 +49,16 @@ class Predictive(ABC):
     @property
     @abstractmethod
     def label_passes(self) -> int:
-        """How many backward passes the exact expectation over labels takes."""
+        """How many backward passes the exact expectation over labels needs."""
 
     @abstractmethod
     def label_losses(self) -> Iterator[Tensor | None]:
         """Enumerate the labels, in an order that is the same for any rows of one batch.
 
         Yields:
-            ``[N]``, differentiable, or ``None`` for a label of a position that counts for none of the examples. The
-            squared gradients of all of them add up to the expectation over the labels of the squared gradient of the
-            loss. Positions add up because the score of each has mean zero.
+            ``[N]``, differentiable, or ``None`` for a label of a position that counts in none of the examples. Their
+            squared gradients add up to the expectation over labels of the loss's squared gradient. The positions' terms
+            can be added because the score of each position has mean zero.
         """
 
 
@@ -66,13 +68,13 @@ class Categorical(Predictive):
 
     Args:
         logits: ``[N, L, C]``, float32 or float64.
-        labels: ``[N, L]``, integers of any width; ``None`` when the data has none, then every position counts.
+        labels: ``[N, L]``, integers of any width; ``None`` if the data has none: then every position counts.
         mean: Divide by the number of positions that count, else sum.
         ignore_index: Label of a position that does not count.
 
     Raises:
-        ValueError: The logits are not ``[N, L, C]``; the labels are of another shape, no integers, or no classes of
-            the logits.
+        ValueError: The logits are not ``[N, L, C]``; or the labels have another shape, are not integers, or are not
+            among the classes.
     """
 
     logits: Tensor
@@ -123,7 +125,7 @@ class Categorical(Predictive):
     def label_losses(self) -> Iterator[Tensor | None]:
         counted = self._counted
         weight = 1 / counted.sum(1) if self.mean else torch.ones_like(counted[:, 0], dtype=self.logits.dtype)
-        # at least one, so that examples without any label show as NaN
+        # at least one, so that examples without any label give NaN, which the pass refuses
         positions = counted.any(0).nonzero().flatten().tolist() or [0]
         for position in range(self.logits.shape[1]):
             if position not in positions:
@@ -141,11 +143,11 @@ class Gaussian(Predictive):
 
     Args:
         means: ``f [N, ...]``, which become ``[N, D]``.
-        labels: Of the same shape, axes of length 1 apart; or ``None``.
+        labels: Of the same shape, except for axes of length 1; or ``None``.
         mean: Divide by ``D``, else sum.
 
     Raises:
-        ValueError: The labels are of another shape.
+        ValueError: The labels have another shape.
     """
 
     means: Tensor
@@ -168,8 +170,8 @@ class Gaussian(Predictive):
         return self.means.shape[1]
 
     def drawn_losses(self, uniform: Tensor) -> Tensor:
-        # erfinv(2u - 1) is N(0, 1/2); the bound keeps u = 0 finite
-        noise = torch.erfinv((2 * uniform.to(self.means) - 1).clamp(-1 + 1e-7, 1 - 1e-7))
+        # erfinv(2u - 1) is N(0, 1/2), and infinite at u = 0
+        noise = torch.erfinv((2 * uniform.to(self.means) - 1).clamp(_LEAST - 1, 1 - _LEAST))
         return self._reduced((self.means - (self.means.detach() + noise)).square())
 
     @property
@@ -189,11 +191,11 @@ class Bernoulli(Predictive):
 
     Args:
         logits: ``[N, ...]``, which become ``[N, D]``.
-        labels: Of the same shape, axes of length 1 apart, in [0, 1]; or ``None``.
+        labels: Of the same shape, except for axes of length 1, in [0, 1]; or ``None``.
         mean: Divide by ``D``, else sum.
 
     Raises:
-        ValueError: The labels are of another shape, or lie outside [0, 1].
+        ValueError: The labels have another shape, or are outside [0, 1].
     """
 
     logits: Tensor
@@ -238,7 +240,7 @@ def _by_example(values: Tensor) -> Tensor:
 def _given(labels: Tensor | None) -> Tensor:
     if labels is None:
         raise ValueError(
-            "the empirical Fisher needs the data's labels, and a batch has none: add 'labels' to each batch, or take "
+            "the empirical Fisher needs the data's labels, and a batch has none: add 'labels' to each batch, or use "
             "fisher_type='mc' or 'type-2', which need none."
         )
     return labels

@@ -1,4 +1,4 @@
-"""Random numbers during a pass: a stream of the pass's own, which goes on from batch to batch, beside the user's."""
+"""Random numbers of a pass: a stream of its own, which continues from batch to batch, apart from the user's."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 class OwnRandomness:
-    """The state of torch's generators inside a pass. It begins where the user's stands, and leaves that as found.
+    """The state of torch's generators inside a pass. It starts as a copy of the user's, which is left as found.
 
     Args:
-        device: Where the model lies.
+        device: The model's device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -21,19 +21,19 @@ class OwnRandomness:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Draw from the pass's own stream; what the data draws between two such blocks comes from the user's.
+        """Draw from the pass's own stream. Draws of the data, between two such blocks, come from the user's stream.
 
         Yields:
             Nothing.
         """
-        found = self._current()
+        users = self._current()
         if self._states is not None:
             self._set(self._states)
         try:
             yield
         finally:
             self._states = self._current()
-            self._set(found)
+            self._set(users)
 
     def _current(self) -> list[torch.Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]

@@ -1,4 +1,4 @@
-"""Statistics: one tensor for each parameter, how many units it is the mean of, where it comes from."""
+"""Statistics: one tensor for each parameter, the number of units it is the mean of, and its provenance."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ class Statistics(Held[Tensor]):
     """The mean of a per-parameter statistic over ``count`` units, by parameter name; for example the diagonal Fisher.
 
     A read-only mapping from the canonical name (:func:`fishkern.names.without_wrappers`) to a float32 tensor, in the
-    model's order. Its shape is the parameter's, or that of what the estimator holds for a parameter, such as one number
-    for each row. ``provenance["definition"]`` says what a unit is (an example, a batch) and which Fisher this is.
-    ``==`` compares contents; runs in any order.
+    model's order. Its shape is the parameter's, or the estimator's own, such as one number for each row.
+    ``provenance["definition"]`` says what a unit is (an example, a batch) and which Fisher this is.
+    ``==`` compares contents, with the runs in any order.
 
     Args:
-        tensors: The statistic by parameter name, floating; kept by reference where already float32. Wrappers are taken
-            out of the names.
+        tensors: The statistic by parameter name, floating; not copied if float32 already. Wrappers are removed from
+            the names.
         count: Number of units that the tensors are the mean of, at least 1.
         provenance: ``{"definition": {...}, "runs": [{...}, ...]}``, JSON. Only statistics of equal definitions merge
-            (estimator, fisher_type, unit, likelihood, reduction, ...); each run says how one pass was made (model
-            class, dtype, seed, batches, versions, ...).
-        coverage: One :class:`Covered` for every parameter of the model, also those left out; empty where unknown.
+            (estimator, fisher_type, unit, likelihood, reduction, ...); each run describes one pass (model class,
+            dtype, seed, batches, versions, ...).
+        coverage: One :class:`Covered` for every parameter of the model, also those left out; empty if unknown.
 
     Raises:
-        TypeError: An entry is not a floating tensor, ``count`` is no integer, or ``provenance`` is not JSON.
+        TypeError: An entry is not a floating tensor, ``count`` is not an integer, or ``provenance`` is not JSON.
         ValueError: Two names become one without wrappers, ``count`` is below 1, a float64 value overflows float32,
             ``provenance`` has other keys, or ``coverage`` contradicts ``tensors``.
     """
@@ -37,7 +37,7 @@ class Statistics(Held[Tensor]):
 
     @property
     def total(self) -> int:
-        """Number of coordinates held."""
+        """Number of coordinates of all tensors."""
         return sum(shape.numel() for shape in self.shapes.values())
 
     def __getitem__(self, name: str) -> Tensor:

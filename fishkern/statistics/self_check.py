@@ -1,8 +1,8 @@
-"""The self-check: captured gradients against ordinary autograd, on two examples or one, before anything is counted.
+"""The self-check: compare captured gradients with ordinary autograd, on two examples or one, before counting.
 
-The captured gradients of both examples have been added to states. What autograd's gradient of each example adds, by the
-estimator's own word, is taken off again as soon as it arrives, and what is left should be rounding. So the memory is
-that of the states and of one gradient.
+The captured gradients of both examples have been added to states. As soon as autograd's gradient of an example arrives,
+its contribution (``of_gradient``) is subtracted, and only rounding should remain. So the check needs memory for the
+states and one gradient.
 """
 
 from __future__ import annotations
@@ -38,29 +38,30 @@ def disagreements(
     reused: Collection[str],
     half: bool,
 ) -> dict[str, str]:
-    """Find the parameters whose captured gradients are not those of ordinary autograd.
+    """Find the parameters whose captured gradients differ from ordinary autograd.
 
     Each example runs alone. In 16 bits a model's rounding depends on the batch, so there both examples share one
     forward pass, and nothing but the capture can differ.
 
     Args:
         parameters: What to compare, by canonical name, frozen.
-        states: To which the captured gradients of the two examples have been added; used up.
-        estimator: Whose states; it says what a single gradient adds.
-        objective: Losses of a batch ``[N]``.
+        states: States to which the captured gradients of the two examples have been added; changed.
+        estimator: The estimator of the states; it defines ``of_gradient``.
+        objective: Gives the losses ``[N]`` of a batch.
         two: The two examples, or the one of a batch of one.
-        reused: Parameters whose gradient arrives in several parts and is read only when backward has ended.
-        half: Whether the model computes in 16 bits somewhere.
+        reused: Parameters whose gradient arrives in several parts, so it is read only after backward.
+        half: Whether any part of the model computes in 16 bits.
 
     Returns:
-        The reason in words, for each parameter that disagrees.
+        The reason in words, for each parameter that differs.
 
     Raises:
         UnsupportedModuleError: Autograd gives a parameter no gradient, and the capture does.
     """
     comparison = _Comparison(states, estimator, half)
     _back_propagate_alone(parameters, comparison.take, objective, two, reused=reused, half=half)
-    # a weight in a tensor subclass keeps its capture, for there is no other
+    # A parameter without any gradient of autograd must have captured none. A weight in a tensor subclass may get none,
+    # although it does have one: its capture is all there is.
     captured = {
         key: one
         for key, one in parameters.items()
@@ -81,14 +82,14 @@ def disagreements(
 
 @dataclass
 class _Comparison:
-    """What is left of captured states when autograd's gradients have been taken off.
+    """Captured states, from which autograd's gradients are subtracted.
 
     Args:
-        states: See :func:`disagreements`.
-        estimator: The same.
-        half: The same.
-        scales: For each parameter the size of what was taken off each of its sums.
-        grad_squares: For each parameter that a gradient arrived at, the sum of the largest square of each.
+        states: As for :func:`disagreements`.
+        estimator: As for :func:`disagreements`.
+        half: As for :func:`disagreements`.
+        scales: For each parameter, the size of what was subtracted from each of its sums.
+        grad_squares: For each parameter with a gradient, the sum over examples of its largest square.
     """
 
     states: States
@@ -98,11 +99,11 @@ class _Comparison:
     grad_squares: dict[str, float] = field(default_factory=dict)
 
     def take(self, key: str, grad: Tensor) -> None:
-        """Take the gradient of one example off the state."""
+        """Subtract the contribution of one example's gradient from the state."""
         totals = sums(self.states[key])
         scales = self.scales.setdefault(key, [0.0] * len(totals))
         for place, added in enumerate(self._added(key, grad)):
-            if added is None:  # no function of a gradient: nothing to compare with
+            if added is None:  # not a function of a gradient: there is nothing to compare with
                 totals[place].zero_()
             else:
                 scales[place] += _largest(added)
@@ -110,7 +111,7 @@ class _Comparison:
         self.grad_squares[key] = self.grad_squares.get(key, 0.0) + _largest(grad) ** 2
 
     def error(self, key: str, parameter: nn.Parameter) -> float | None:
-        """Give the relative error of a parameter, or ``None`` where it is within rounding."""
+        """Return the relative error of a parameter, or ``None`` if it is within rounding."""
         tolerance = _TOLERANCE_16_BIT if self.half else _TOLERANCE[parameter.dtype]
         totals = sums(self.states[key])
         scales = self.scales.get(key, [0.0] * len(totals))
@@ -123,7 +124,7 @@ class _Comparison:
         return worst
 
     def _rounding(self, key: str, place: int) -> float:
-        """Say what gradients that are zero but for rounding may add, judged at the scale of the whole model."""
+        """Return what a gradient of rounding alone may add, at the scale of the model's largest gradient."""
         info = self.states.info(key)
         steps = _ROUNDING_16_BIT if self.half else _ROUNDING
         eps = torch.finfo(torch.bfloat16 if self.half else info.dtype).eps
@@ -145,7 +146,7 @@ def _back_propagate_alone(
     reused: Collection[str],
     half: bool,
 ) -> None:
-    """Back-propagate each example's loss by itself, and hand on the gradients, one alive at a time."""
+    """Back-propagate each example's loss alone, and pass on the gradients, with one in memory at a time."""
 
     def read(key: str) -> None:
         if (grad := take_grad(parameters[key])) is not None:
@@ -175,8 +176,9 @@ def _back_propagate_alone(
 
 
 def _refuse_without_gradient(parameters: Mapping[str, nn.Parameter], objective: Objective, two: Examples) -> None:
-    """Refuse what only the capture sees, unless it is a choice of the batch that an example alone does not make."""
+    """Refuse parameters with a captured gradient only, unless autograd gives one for both examples together."""
     with only_trainable(parameters.values()):
+        # together, because a module may choose by the batch (an expert), and an example alone may not reach it
         backward(objective(two).sum())
         cut = sorted(key for key, parameter in parameters.items() if take_grad(parameter) is None)
     if cut:

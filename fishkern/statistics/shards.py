@@ -1,4 +1,4 @@
-"""Several ranks: which examples of the whole data each one holds, and how their sums become one result on all."""
+"""Several ranks: which examples of the whole data each one has, and the sums over ranks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch import distributed as dist
 class Shard:
     """One rank's part of the data.
 
-    A rank's examples are every ``count``-th of the whole, as ``torch.utils.data.DistributedSampler`` deals them, or
-    every ``count``-th batch, as accelerate does. Both repeat examples at the end, so that all ranks get equally many;
-    their places are not below ``limit``, and they do not count.
+    A rank's examples are every ``count``-th one of all, as ``torch.utils.data.DistributedSampler`` distributes them, or
+    every ``count``-th batch, as accelerate does. Both repeat examples at the end to give all ranks the same number. The
+    indices of these repetitions are not below ``limit``, and they do not count.
 
     Args:
         rank: This rank.
         count: Number of ranks.
-        limit: Number of examples of the whole data, where it is known.
-        batch_size: Size of the batches that are dealt whole; ``None`` where examples are.
+        limit: Number of examples of the whole data, if known.
+        batch_size: Size of the batches that are distributed whole; ``None`` if single examples are.
     """
 
     rank: int = 0
@@ -32,7 +32,7 @@ class Shard:
     batch_size: int | None = None
 
     def places(self, batch: int, before: int, N: int) -> range:
-        """Tell where in the whole data the examples of a batch stand.
+        """Give the indices of a batch's examples in the whole data.
 
         Args:
             batch: Number of the batch on this rank.
@@ -40,7 +40,7 @@ class Shard:
             N: Number of its examples.
 
         Returns:
-            ``N`` places, ascending.
+            ``N`` indices, ascending.
         """
         if self.batch_size is not None:
             start = (batch * self.count + self.rank) * self.batch_size
@@ -49,7 +49,7 @@ class Shard:
 
     @property
     def size(self) -> int | None:
-        """Number of examples that count on this rank, where it is known."""
+        """Number of examples that count on this rank, if known."""
         if self.limit is None or self.batch_size is None:
             return None if self.limit is None else len(range(self.rank, self.limit, self.count))
         starts = range(self.rank * self.batch_size, self.limit, self.count * self.batch_size)
@@ -57,18 +57,18 @@ class Shard:
 
 
 def shard_of(batches: Iterable[Any], ranks: Ranks, max_examples: int | None) -> Shard:
-    """Recognise how a ``DataLoader`` deals its data to the ranks.
+    """Recognise how a ``DataLoader`` distributes its data to the ranks.
 
     Args:
-        batches: What :func:`fishkern.estimate` was given.
-        ranks: Who takes part.
+        batches: The argument of :func:`fishkern.estimate`.
+        ranks: The ranks that take part.
         max_examples: Stop after so many examples of the whole data.
 
     Returns:
-        The shard. An iterable that says nothing is taken for this rank's own part, of no known length.
+        The shard. An iterable that is not recognised is treated as this rank's own part, of unknown length.
 
     Raises:
-        ValueError: The loader deals its data in another way, so that repeated examples could not be told.
+        ValueError: The loader distributes its data in another way, so repeated examples cannot be identified.
     """
     if ranks.count == 1:
         return Shard(limit=max_examples)
@@ -79,13 +79,13 @@ def shard_of(batches: Iterable[Any], ranks: Ranks, max_examples: int | None) -> 
         limit, batch_size = length_of(batches.dataset), batch_sampler.batch_size
     elif kind in ("DataLoaderShard", "DataLoaderDispatcher"):
         raise ValueError(
-            f"this {kind} does not deal whole batches to the ranks, so that the examples it repeats at the end cannot "
-            "be told. Prepare it without split_batches and dispatch_batches, or use a DistributedSampler."
+            f"this {kind} does not distribute whole batches to the ranks, so the examples that it repeats at the end "
+            "cannot be identified. Prepare it without split_batches and dispatch_batches, or use a DistributedSampler."
         )
     elif hasattr(sampler, "num_replicas"):
         if (sampler.rank, sampler.num_replicas) != (ranks.rank, ranks.count):
             raise ValueError(
-                f"the sampler deals to rank {sampler.rank} of {sampler.num_replicas}, and this is rank {ranks.rank} of "
+                f"the sampler is for rank {sampler.rank} of {sampler.num_replicas}, and this is rank {ranks.rank} of "
                 f"{ranks.count}."
             )
         limit = length_of(sampler.dataset)
@@ -131,7 +131,7 @@ class Ranks:
         if self.count == 1:
             return
         reduced = tensor
-        if tensor.device.type == "cpu" and dist.get_backend() == "nccl":  # which knows GPUs alone
+        if tensor.device.type == "cpu" and dist.get_backend() == "nccl":  # which works on GPUs only
             reduced = tensor.cuda()
         dist.all_reduce(reduced)
         if reduced is not tensor:
@@ -139,13 +139,13 @@ class Ranks:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Let an exception on one rank end the work on all, instead of leaving the others to wait for it.
+        """Let an exception on one rank end the work on all, so that the others do not wait for it.
 
         Yields:
             Nothing.
 
         Raises:
-            RuntimeError: Another rank has failed; the message says which, and with what.
+            RuntimeError: Another rank has failed; the message says which, and its error.
         """
         try:
             yield
@@ -157,14 +157,14 @@ class Ranks:
                 raise RuntimeError(f"rank {rank} failed with {failure}")
 
     def demand_equal(self, value: Any, what: str) -> None:
-        """Refuse to go on where the ranks differ.
+        """Raise if a value differs between ranks.
 
         Args:
-            value: What must be equal.
+            value: The value that must be equal.
             what: Its name in words.
 
         Raises:
-            RuntimeError: It is not.
+            RuntimeError: It differs.
         """
         for rank, other in enumerate(self.gathered(value)):
             if other != value:
@@ -172,13 +172,13 @@ class Ranks:
 
 
 def length_of(data: Any) -> int | None:
-    """Ask for a length.
+    """Return the length of an object, if it has one.
 
     Args:
         data: Anything.
 
     Returns:
-        Its length, or ``None`` where it has none.
+        Its length, or ``None``.
     """
     try:
         return len(data)

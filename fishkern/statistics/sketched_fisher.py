@@ -1,4 +1,4 @@
-"""An unbiased sketch of the diagonal empirical Fisher that needs to know no layer."""
+"""An unbiased sketch of the diagonal empirical Fisher, for any layer."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class SketchedFisher(Estimator):
     r"""Square the gradient of a randomly signed sum of losses.
 
     With independent signs ``e_n = +-1``, ``E ( sum_n e_n grad_n )^2 = sum_n grad_n^2``: the cross terms have mean zero.
-    One ordinary backward pass for each draw and batch; any module, any sharing, any wrapper. An approximation: its
-    variance grows with the batch and falls with the draws.
+    It takes one ordinary backward pass for each draw and batch, and works with any module, sharing or wrapper. It is an
+    approximation: its variance grows with the batch size and falls with the number of draws.
 
     Args:
         draws: Sign vectors for each batch.
-        seed: Seed of the signs; an example's signs depend on its place in the data, not on its batch.
+        seed: Seed of the signs; an example's signs depend on its index in the data, not on its batch.
 
     Raises:
         ValueError: ``draws`` is below 1.
-        TypeError: ``draws`` or ``seed`` is no integer.
+        TypeError: ``draws`` or ``seed`` is not an integer.
     """
 
     reads: ClassVar[Reads] = "sums"

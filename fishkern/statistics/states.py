@@ -1,4 +1,4 @@
-"""The states of a pass over data: for each parameter what its estimator adds up."""
+"""The states of a pass over data: for each parameter, the sums of its estimator."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class States:
     """One state for each parameter, on the parameter's device or another.
 
     Args:
-        parameters: Whose states, by canonical name.
+        parameters: The parameters, by canonical name.
         estimator: Makes the states, and adds to them.
         backend: Passed on to the operations.
 
     Raises:
-        ValueError: A state does not begin with zeros of a dtype and on a device that it may have.
-        TypeError: The estimator's definition is not JSON, or a state holds something else than tensors.
+        ValueError: An initial state is not all zeros, or has a dtype or device that it must not have.
+        TypeError: The estimator's definition is not JSON, or a state contains something else than tensors.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class States:
         return name in self._states
 
     def info(self, name: str) -> ParameterInfo:
-        """Give the parameter that a state belongs to.
+        """Return the parameter that a state belongs to.
 
         Args:
             name: Its canonical name.
@@ -57,11 +57,11 @@ class States:
         return self._parameters[name]
 
     def of_the_same_kind(self, estimator: Estimator, names: Collection[str]) -> States:
-        """Make empty states of some of these parameters.
+        """Make new states for some of these parameters.
 
         Args:
-            estimator: Of these, or of another statistic.
-            names: Whose.
+            estimator: The same estimator, or another one.
+            names: Canonical names of the parameters.
 
         Returns:
             The new states.
@@ -109,18 +109,18 @@ class States:
                 total.zero_()
 
     def pop(self, name: str) -> State:
-        """Take a state out.
+        """Remove a state, and return it.
 
         Args:
-            name: Whose.
+            name: Canonical name of its parameter.
 
         Returns:
-            The state, which is no longer kept here.
+            The state.
         """
         return self._states.pop(name)
 
     def _add(self, name: str, device: torch.device, update: Callable[[State], None]) -> None:
-        """Add where the gradients are: states that are kept elsewhere get the sum of one call at a time."""
+        """Add on the gradients' device; a state on another device then gets the sum of this call."""
         state = self._states[name]
         # most states are one tensor, and the walk through a nest takes time
         devices = {state.device} if isinstance(state, Tensor) else {total.device for total in sums(state)}
@@ -134,22 +134,22 @@ class States:
 
 
 def without_factors(names: Collection[str]) -> str:
-    """Say that an estimator asked for factors which some parameters do not have.
+    """Say that an estimator reads factors, which some parameters do not have.
 
     Args:
         names: Their canonical names.
 
     Returns:
-        The sentence.
+        A message.
     """
     return (
         "the estimator reads activations and output gradients, which only the weights of linear maps have (not biases, "
-        f"norms, embeddings or what an embedding shares, or slow paths): {sorted(names)}. {leave_out(names)}"
+        f"norms, embeddings, weights that an embedding shares, or slow paths): {sorted(names)}. {leave_out(names)}"
     )
 
 
 def _check_plain(estimator: Estimator) -> None:
-    """Demand before a pass that its outcome can be described in the header of a file."""
+    """Check before a pass that the header of a file can describe its result."""
     for name, values in (("definition", estimator.definition), ("settings", estimator.settings)):
         what = f"{type(estimator).__name__}.{name} must be a dict of plain values, for the header of a file"
         if not isinstance(values, Mapping):
@@ -171,7 +171,7 @@ def _check_signature(estimator: Estimator) -> None:
 
 
 def _begun(estimator: Estimator, parameter: ParameterInfo) -> State:
-    """Make the state of one parameter; where it is not the usual one, demand what a pass relies on."""
+    """Make the state of one parameter; if the estimator defines ``init``, check what a pass relies on."""
     state = estimator.init(parameter)
     if type(estimator).init is Estimator.init:
         return state

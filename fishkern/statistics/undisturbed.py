@@ -1,4 +1,4 @@
-"""Run a model and leave it as found, also after an exception: the one way in which a pass or a loop enters a model."""
+"""Run a model and leave it as found, also after an exception. Every pass and loop runs the model inside this."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Entered:
     """A model that is being run.
 
     Args:
-        restore: Puts its buffers back; called before each run, it lets every example meet the same model.
-        connection: Lets segments under reentrant checkpointing be reached.
+        restore: Restores its buffers; called before each run, it makes every example see the same model.
+        connection: Lets gradients reach segments under reentrant checkpointing.
     """
 
     restore: Callable[[], None]
@@ -30,17 +30,17 @@ class Entered:
 def undisturbed(
     model: nn.Module, parameters: Collection[nn.Parameter], *, checkpointing: bool = True
 ) -> Iterator[Entered]:
-    """Freeze a model in evaluation mode, and restore everything that a pass touches.
+    """Freeze a model in evaluation mode, and restore everything that a pass changes.
 
-    Compiled parts run eagerly meanwhile: hooks that are added after a compiled run never fire.
+    Compiled parts run eagerly meanwhile, because hooks that are added after a compiled run never fire.
 
     Args:
         model: Without running wrappers.
-        parameters: Those that the caller differentiates by.
-        checkpointing: Whether activation checkpointing stays on. Single examples do without.
+        parameters: The parameters that the caller differentiates by.
+        checkpointing: Whether activation checkpointing stays on. Single examples do not need it.
 
     Yields:
-        The model, entered.
+        What the caller needs to run it.
     """
     with ExitStack() as stack:
         if checkpointing:

@@ -1,4 +1,4 @@
-"""What a verification found: each parameter against the loop, and whether it holds."""
+"""The report of a verification: each parameter against the loop, and whether it passes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 SLACK = 2
-"""How many times the model's own batch noise is allowed: it is measured on fewer examples than the error."""
+"""This multiple of the model's own batch noise is allowed, because it is measured on fewer examples than the error."""
 SHOWN = 12
-"""How many parameters a printed report shows."""
+"""The number of parameters in a printed report."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Compared:
 
     Attributes:
         name: Its name.
-        path: The path that computed it, as in :class:`Covered`; empty where the statistics do not say.
+        path: The path that computed it, as in :class:`Covered`; empty if the statistics do not say.
         numel: Its coordinates.
         error: Largest difference from the loop, relative to the loop's largest entry.
         noise: The same between the model's own gradients of an example in a batch and of the example alone.
-        allowed: The error up to which it holds.
-        holds: Whether it does.
-        note: What is to be said of it, in words.
+        allowed: The largest error that passes.
+        holds: Whether it passes.
+        note: A remark, in words.
     """
 
     name: str
@@ -40,23 +40,23 @@ class Compared:
 
 @dataclass(frozen=True, repr=False)
 class Verification:
-    """What :func:`verify` found.
+    """The report of :func:`verify`.
 
     Attributes:
         compared: Every parameter that was compared, in the model's order.
-        missing: Parameters asked for that the statistics do not hold.
-        integers: Stored weights (integers, float8, packed, in a tensor subclass) that the statistics hold and no loop
-            can: autograd gives them no gradient.
+        missing: Requested parameters that are not in the statistics.
+        integers: Stored weights (integers, float8, packed, in a tensor subclass) in the statistics, which a loop cannot
+            compute: autograd gives them no gradient.
         coverage: Coordinates of the model by the path that computed them, those left out included.
         size: Coordinates of the model.
-        examples: How many examples the loop ran over.
-        noise_examples: How many of them the batch noise was measured on.
+        examples: Number of examples that the loop ran over.
+        noise_examples: Number of them that the batch noise was measured on.
         density: The fraction of entries that is selected for :attr:`overlap`.
-        overlap: The part of that selection which statistics and loop have in common.
+        overlap: The fraction of that selection that statistics and loop have in common.
         noise_overlap: The same between the model's own gradients in a batch and alone.
         loop_seconds: Time of the loop.
         estimate_seconds: Time of ``estimate``, its survey and self-check included; ``None`` for given statistics.
-        largest: Largest entry, in magnitude, that the loop found.
+        largest: Largest entry, in magnitude, of the loop's statistics.
     """
 
     compared: tuple[Compared, ...]
@@ -75,39 +75,39 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether it holds: nothing is missing, every parameter is within its allowance, and so is the selection."""
+        """Whether all passes: nothing is missing, and every parameter and the selection are within what is allowed."""
         return not self.failures
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Why not, in words; empty where it holds."""
-        found = [f"{name} is missing from the statistics" for name in self.missing]
+        """The reasons why not, in words; empty if all passes."""
+        failures = [f"{name} is missing from the statistics" for name in self.missing]
         if not self.largest:
-            found.append("the loop finds no gradient anywhere: there is nothing to compare")
+            failures.append("the loop finds no gradient anywhere: there is nothing to compare")
         for one in self.compared:
             if not one.holds:
-                found.append(f"{one.name}: {one.note or f'error {one.error:.1e}, allowed {one.allowed:.1e}'}")
+                failures.append(f"{one.name}: {one.note or f'error {one.error:.1e}, allowed {one.allowed:.1e}'}")
         if self.overlap < self.allowed_overlap:
-            found.append(
+            failures.append(
                 f"the selections of the top {self.density:.2%} have {self.overlap:.1%} in common, "
                 f"at least {self.allowed_overlap:.1%} was expected"
             )
         if self.coverage and sum(self.coverage.values()) != self.size:
-            found.append(f"the coverage speaks of {sum(self.coverage.values()):,} of {self.size:,} coordinates")
-        return tuple(found)
+            failures.append(f"the coverage accounts for {sum(self.coverage.values()):,} of {self.size:,} coordinates")
+        return tuple(failures)
 
     @property
     def allowed_overlap(self) -> float:
-        """The overlap from which on it holds: one percent and twice what the model's batch noise moves may differ."""
+        """The smallest overlap that passes: one percent, and twice the change by batch noise, may differ."""
         return max(0.0, 0.99 - SLACK * (1 - self.noise_overlap))
 
     @property
     def worst_first(self) -> list[Compared]:
-        """The compared parameters by how much of their allowance they use; at the end what is zero but for rounding."""
+        """The compared parameters, by their error relative to the allowed one; zeros but for rounding come last."""
         return sorted(self.compared, key=lambda one: (one.holds and one.note != "", -one.error / one.allowed))
 
     def to_json(self) -> str:
-        """Say it all as JSON.
+        """Write the report as JSON.
 
         Returns:
             An object with ``ok``, ``failures`` and every attribute.
@@ -120,8 +120,8 @@ class Verification:
         return json.dumps(plain, indent=2)
 
     def __repr__(self) -> str:
-        found = "it holds" if self.ok else f"it does not hold, {len(self.failures)} failures"
-        return f"Verification({found}: {len(self.compared)} parameters, {self.examples} examples)"
+        outcome = "it holds" if self.ok else f"it does not hold, {len(self.failures)} failures"
+        return f"Verification({outcome}: {len(self.compared)} parameters, {self.examples} examples)"
 
     def __str__(self) -> str:
         worst_first = self.worst_first[:SHOWN]
@@ -135,13 +135,13 @@ class Verification:
         return "\n".join([*lines, *self.summary])
 
     def headline(self, shown: int) -> str:
-        """Say what part of the parameters is shown.
+        """Say how many of the parameters are shown.
 
         Args:
-            shown: How many, the worst first.
+            shown: Their number, the worst first.
 
         Returns:
-            The words.
+            A heading.
         """
         if shown < len(self.compared):
             return f"the {shown} largest errors of {len(self.compared)}, beside what is allowed"
@@ -149,7 +149,7 @@ class Verification:
 
     @property
     def summary(self) -> list[str]:
-        """What was found, in a few lines."""
+        """The outcome, in a few lines."""
         lines = [f"{len(self.compared)} parameters compared with a loop over {self.examples} examples"]
         if self.integers:
             lines.append(f"{len(self.integers)} stored weights not compared: autograd gives them no gradient")

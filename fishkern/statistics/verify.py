@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,9 @@ from fishkern import hosts
 from fishkern.layers import UnsupportedModuleError, is_wrapped, scored_tensors, stored_weights
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples, Reader, Shared
-from fishkern.statistics.choosing import Wanted, chosen_names
+from fishkern.statistics.choosing import Requested, requested_names
 from fishkern.statistics.comparable import check_kind, check_loss, check_names, check_recipe, check_shapes
+from fishkern.statistics.coverage import Covered
 from fishkern.statistics.data import demand_several
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
@@ -35,7 +36,7 @@ def verify(
     model: nn.Module,
     batches: Iterable[Any],
     statistics: Mapping[str, Tensor] | None = None,
-    parameters: Wanted = None,
+    parameters: Requested = None,
     *,
     estimator: Estimator | None = None,
     likelihood: Likelihood | LossFunction | Drawn | None = None,
@@ -46,13 +47,12 @@ def verify(
 ) -> Verification:
     """Compare statistics of single examples with a loop that back-propagates one at a time.
 
-    The loop takes each row of a batch as it stands, runs the model on it alone, and hands the recipe the whole gradient
-    that autograd leaves in ``.grad``; for the empirical Fisher it takes the loss that the model itself returns, where
-    it returns one, and squares. A difference is judged by what the
-    model does by itself: on the first batch (up to 8 examples) the gradient of each example in its batch is compared
-    with that of the example alone, and a parameter holds while its error stays below rounding plus twice that noise.
-    Noise that no rounding explains is a failure: then the examples of a batch are not independent. So is a loop that
-    finds no gradient at all. Rounding is that of the lowest dtype that a parameter or a module's output has.
+    The loop takes each row of a batch with its padding, runs the model on it alone, and passes the whole gradient in
+    ``.grad`` to the recipe. For the empirical Fisher it uses the loss that the model itself returns, if it returns one.
+    A difference is judged against the model's own batch noise: on the first batch (up to 8 examples) the gradient of
+    each example in its batch is compared with that of the example alone. A parameter passes while its error stays below
+    rounding plus twice that noise. Noise too large to be rounding is a failure: the examples of a batch interact. So is
+    a loop without any gradient. Rounding is that of the coarsest dtype that a parameter or a module's output has.
 
     Cost: the loop, once, and one backward pass of the first batch for each of its examples. Memory: two float32
     accumulators for each parameter, three for the first batch; one gradient at a time.
@@ -60,26 +60,26 @@ def verify(
     Args:
         model: A module; left as found.
         batches: As for :func:`estimate`; read once and kept.
-        statistics: What to verify, estimated on these very examples; also a plain mapping made by other means.
+        statistics: The statistics to verify, estimated on the same examples; or a plain mapping from elsewhere.
             ``None``: estimated here.
-        parameters: Which to compare, as for :func:`estimate`; ``None``: those that the statistics hold, and those that
-            require a gradient and were not left out by somebody's word.
+        parameters: Which to compare, as for :func:`estimate`; ``None``: those in the statistics, and those that require
+            a gradient and were not left out on request.
         estimator: The recipe of the statistics, also one of your own; ``None``: :class:`DiagonalFisher`, the empirical
             Fisher.
         likelihood: As for :func:`estimate`.
         max_examples: Stop after so many examples.
         shared: As for :func:`estimate`.
         density: Fraction of the entries for the comparison of selections.
-        progress: A function of the examples done by the loop and of their number; or ``True`` for that of
+        progress: A function of the number of examples that the loop has done, and of all; or ``True`` for that of
             :func:`estimate`.
 
     Returns:
-        The report; ``.ok`` says whether it holds.
+        The report; ``.ok`` says whether the statistics pass.
 
     Raises:
         TypeError: As :func:`estimate`.
-        ValueError: The statistics are of another kind, loss or data, the recipe is none of single examples, or no
-            parameter can be compared; and as :func:`estimate`.
+        ValueError: The statistics have another recipe, loss or data; the recipe is not one of single examples; or no
+            parameter can be compared. And as :func:`estimate`.
         UnsupportedModuleError: As :func:`estimate`.
     """
     model = hosts.unwrap(model)
@@ -88,57 +88,42 @@ def verify(
     estimator = DiagonalFisher() if estimator is None else estimator
     check_recipe(estimator)
     likelihood = checked_likelihood(likelihood)
-    kept = _kept(batches, max_examples, reader_for(likelihood, shared))
-    examples = sum(batch.num_examples for batch in kept)
+    read = _read(batches, max_examples, reader_for(likelihood, shared))
+    examples = sum(batch.num_examples for batch in read)
     estimate_seconds = None
     if statistics is None:
+        contents = [batch.content for batch in read]
+        options = {"likelihood": likelihood, "parameters": parameters, "shared": shared}
         start = _clock(model)
-        statistics = estimate(
-            model,
-            [batch.content for batch in kept],
-            estimator=estimator,
-            likelihood=likelihood,
-            parameters=parameters,
-            progress=progress is True,
-            shared=shared,
-        )
+        statistics = estimate(model, contents, estimator, progress=progress is True, **options)
         estimate_seconds = _clock(model) - start
     elif isinstance(statistics, Statistics):
         check_kind(statistics, estimator, examples)
     check_names(statistics)
     named = scored_tensors(model)
-    stored = {name for name in stored_weights(model).keys() & named.keys() if not is_wrapped(named[name])}
-    wanted = _wanted(named, statistics, parameters)
-    held = [name for name in wanted if name in statistics]
-    chosen = {name: named[name] for name in held if name not in stored and named[name].dtype in ROUNDING}
-    _demand_any(chosen, held, model)
-    loop = Loop(model, chosen, likelihood, estimator)
+    requested = _requested(named, statistics, parameters)
+    included = [name for name in requested if name in statistics]
+    comparable = _comparable(model, named, included)
+    loop = Loop(model, comparable, likelihood, estimator)
     with loop.collecting():
         if estimate_seconds is None:
-            check_loss(statistics, model, likelihood, next(_rows(kept, loop.device)))
-        noise, shapes = _batch_noise(loop, kept[0], density)
+            check_loss(statistics, model, likelihood, next(_rows(read, loop.device)))
+        noise, shapes = _batch_noise(loop, read[0], density)
         check_shapes(statistics, shapes)
         start = _clock(model)
-        for n, row in enumerate(_rows(kept, loop.device)):
-            loop.add_alone(row)
-            if callable(progress):
-                progress(n + 1, examples)
+        _run_alone(loop, read, progress if callable(progress) else lambda done, total: None)
         loop_seconds = _clock(model) - start
-        units = examples * estimator.units(1)
-        truth = {name: estimator.result(state, units) for name, state in loop.taken().items()}
-    for name in [name for name in chosen if is_wrapped(named[name]) and name not in loop.arrived]:
-        del chosen[name], truth[name]
-    _demand_any(chosen, held, model)
+        truth = loop.results(examples)
+    # a tensor subclass may say that it requires a gradient, and still get none
+    for name in [name for name in comparable if is_wrapped(named[name]) and name not in loop.arrived]:
+        del comparable[name], truth[name]
+    _demand_any(comparable, included, model)
     covered = statistics.coverage if isinstance(statistics, Statistics) else {}
-    compared = judged(chosen, statistics, truth, noise, covered, loop.precision.dtypes)
-    coverage: Counter[str] = Counter()
-    for one in covered.values():
-        coverage[one.path] += one.numel
     return Verification(
-        compared=compared,
-        missing=tuple(name for name in wanted if name not in statistics),
-        integers=tuple(name for name in wanted if name in statistics and name not in chosen),
-        coverage=dict(coverage),
+        compared=judged(comparable, statistics, truth, noise, covered, loop.precision.dtypes),
+        missing=tuple(name for name in requested if name not in statistics),
+        integers=tuple(name for name in included if name not in comparable),
+        coverage=_by_path(covered),
         size=sum(covered[name].numel if name in covered else named[name].numel() for name in named),
         examples=examples,
         noise_examples=noise.examples,
@@ -151,53 +136,73 @@ def verify(
     )
 
 
-def _demand_any(chosen: Mapping[str, Tensor], held: Collection[str], model: nn.Module) -> None:
-    if not chosen:
+def _comparable(model: nn.Module, named: Mapping[str, Tensor], included: Collection[str]) -> dict[str, Tensor]:
+    """List the parameters, of those in the statistics, to which autograd gives a gradient."""
+    stored = {name for name in stored_weights(model).keys() & named.keys() if not is_wrapped(named[name])}
+    comparable = {name: named[name] for name in included if name not in stored and named[name].dtype in ROUNDING}
+    _demand_any(comparable, included, model)
+    return comparable
+
+
+def _demand_any(comparable: Mapping[str, Tensor], included: Collection[str], model: nn.Module) -> None:
+    if not comparable:
         name = type(model).__name__
-        stored = f"of {name} only stored weights, to which no loop has a gradient"
+        stored = f"of {name} only stored weights, to which a loop gets no gradient"
         raise ValueError(
-            f"nothing to verify: the statistics hold {stored if held else f'no parameter of {name} asked for'}."
+            f"nothing to verify: the statistics hold {stored if included else f'no requested parameter of {name}'}."
         )
 
 
+def _run_alone(loop: Loop, batches: Sequence[Examples], report: Callable[[int, int | None], None]) -> None:
+    """Add every example, each run alone."""
+    examples = sum(batch.num_examples for batch in batches)
+    for n, row in enumerate(_rows(batches, loop.device)):
+        loop.add_alone(row)
+        report(n + 1, examples)
+
+
+def _by_path(covered: Mapping[str, Covered]) -> dict[str, int]:
+    """Add up the coordinates that each path computed."""
+    numels: Counter[str] = Counter()
+    for one in covered.values():
+        numels[one.path] += one.numel
+    return dict(numels)
+
+
 def _batch_noise(loop: Loop, batch: Examples, density: float) -> tuple[Noise, dict[str, torch.Size]]:
-    """Measure how far gradients move in a batch, and tell the shapes of the statistics on the way."""
+    """Measure how far gradients move in a batch; return the shapes of the statistics as well."""
     N = min(_NOISE_EXAMPLES, batch.num_examples)
     batch = batch.take(0, N).to(loop.device)
-
-    def taken() -> dict[str, Tensor]:
-        units = N * loop.estimator.units(1)
-        return {name: loop.estimator.result(state, units) for name, state in loop.taken().items()}
-
     for row in _rows([batch], loop.device):
         loop.add_alone(row)
-    alone = taken()
-    if N == 1:
+    alone = loop.results(N)
+    if N == 1:  # then the noise is that between two runs of the same example
         loop.add_alone(batch)
     else:
         loop.add_in_batch(batch)
-    together = taken()
+    together = loop.results(N)
     errors = {name: error(together[name], alone[name]) for name in alone}
     sizes = {name: largest(value) for name, value in together.items()}
     noise = Noise(errors, sizes, overlap(together, alone, density), N)
     return noise, {name: value.shape for name, value in together.items()}
 
 
-def _kept(batches: Iterable[Any], max_examples: int | None, reader: Reader) -> list[Examples]:
+def _read(batches: Iterable[Any], max_examples: int | None, reader: Reader) -> list[Examples]:
+    """Read all batches into memory, up to ``max_examples``."""
     demand_several(batches)
-    kept: list[Examples] = []
-    left, place = max_examples, 0
+    read: list[Examples] = []
+    remaining, place = max_examples, 0
     for number, raw in enumerate(batches):
-        if left is not None and left <= 0:
+        if remaining is not None and remaining <= 0:
             break
         batch = reader(raw, number)
         batch = replace(batch, places=range(place, place + batch.num_examples))
-        kept.append(batch if left is None else batch.take(0, min(left, batch.num_examples)))
-        left = None if left is None else left - kept[-1].num_examples
-        place += kept[-1].num_examples
-    if not kept:
+        read.append(batch if remaining is None else batch.take(0, min(remaining, batch.num_examples)))
+        remaining = None if remaining is None else remaining - read[-1].num_examples
+        place += read[-1].num_examples
+    if not read:
         raise ValueError("the data holds no example: batches was empty (an exhausted iterator, or max_examples=0).")
-    return kept
+    return read
 
 
 def _rows(batches: Iterable[Examples], device: torch.device) -> Iterator[Examples]:
@@ -206,10 +211,10 @@ def _rows(batches: Iterable[Examples], device: torch.device) -> Iterator[Example
             yield one.to(device)
 
 
-def _wanted(
+def _requested(
     named: Mapping[str, Tensor],
     statistics: Mapping[str, Tensor],
-    parameters: Wanted,
+    parameters: Requested,
 ) -> list[str]:
     if parameters is None:
         covered = statistics.coverage if isinstance(statistics, Statistics) else {}
@@ -219,11 +224,11 @@ def _wanted(
             for name, parameter in named.items()
             if name in statistics or (parameter.requires_grad and name not in left_out)
         ]
-    return chosen_names(named, parameters)
+    return requested_names(named, parameters)
 
 
 def _clock(model: nn.Module) -> float:
-    """Tell the time at which all that was asked for is done."""
+    """Read the clock once the device has finished all work."""
     if (device := next(model.parameters()).device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -18,8 +18,8 @@ from tests.support.command import ROOT
     [
         ("never='typo*' matches no name", "--never 'typo*' matches no name"),
         ("density must be above 0, got 2", "--density must be above 0, got 2"),
-        ("more than max_label_passes=4096. Raise it, or take fisher_type='mc'.",
-         "more than --max-label-passes 4096. Raise it, or take --fisher-type mc."),
+        ("more than max_label_passes=4096. Raise it, or use fisher_type='mc'.",
+         "more than --max-label-passes 4096. Raise it, or use --fisher-type mc."),
         ("give either k or density, got k=1 and density=0.1.",
          "give either --k or --density, got --k 1 and --density 0.1."),
         ("check=False leaves it out; or pass allow_zeros=True.", "--no-check leaves it out; or pass --allow-zeros."),

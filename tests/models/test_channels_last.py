@@ -95,7 +95,14 @@ def test_instance_norm(batch_size, check, tracks):
     model = model.to(memory_format=last)
     rows = zip(x.split(batch_size), y.split(batch_size), strict=True)
     batches = [{"x": images.to(memory_format=last), "y": labels} for images, labels in rows]
-    found = fk.estimate(model, batches, likelihood=losses, check=check)
-    error, name = worst_error(found, truth)
+    statistics = fk.estimate(model, batches, likelihood=losses, check=check)
+    # A norm over the image takes off again what these add. Their gradients are zero but for rounding, of which each
+    # order of memory leaves another rest: it has no digits to compare, only a size.
+    without_effect = set() if tracks else {"0.bias", "1.bias", "2.bias"}
+    rounding = (16 * torch.finfo(torch.float64).eps) ** 2 * max(squares.max() for squares in truth.values())
+    for name in without_effect:
+        assert statistics[name].max() < rounding, name
+    compared = truth.keys() - without_effect
+    error, name = worst_error({name: statistics[name] for name in compared}, {name: truth[name] for name in compared})
     assert error < 1e-6, (name, error)
-    assert fk.verify(model, batches, found, likelihood=losses).ok
+    assert fk.verify(model, batches, statistics, likelihood=losses).ok

@@ -286,7 +286,7 @@ def test_verify_of_other_storages(kind):
     found = fk.verify(net(kind), [batch()], likelihood=losses, parameters="all")
     assert found.ok, found.failures
     assert found.integers == ("0.weight", "2.2.weight")
-    with pytest.raises(ValueError, match="of Sequential only stored weights, to which no loop has a gradient"):
+    with pytest.raises(ValueError, match="of Sequential only stored weights, to which a loop gets no gradient"):
         fk.verify(net(kind), [batch()], likelihood=losses, parameters=lambda name, _: name == "0.weight")
 
 

@@ -327,7 +327,7 @@ def test_reentrant_checkpoints_behind_an_embedding_that_is_left_out(estimator):
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("estimator", [fk.DiagonalFisher(), fk.SketchedFisher(1)], ids=["example", "sketched"])
 def test_reentrant_checkpoints_with_nothing_in_front_are_refused(estimator):
-    says = r"'blocks.0.0' \(Linear\) runs under reentrant .* in training neither. Checkpoint with use_reentrant=False"
+    says = r"'blocks.0.0' \(Linear\) runs under reentrant .* not even in training. Checkpoint with use_reentrant=False"
     with pytest.raises(fk.UnsupportedModuleError, match=says):
         fk.estimate(Checkpointed(nn.Identity()), [{"x": torch.randn(3, 5, 6)}], estimator, likelihood=losses)
     head = fk.estimate(

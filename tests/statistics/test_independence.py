@@ -163,7 +163,7 @@ class Remembers(nn.Module):
 @every_check
 def test_a_model_that_keeps_a_queue_is_told_of_a_buffer_in_which_it_is_exact(check):
     options = {"likelihood": fk.Classification(), "check": check}
-    with pytest.raises(ValueError, match="goes by what it has kept of runs before.*keep state in a buffer"):
+    with pytest.raises(ValueError, match="depends on earlier runs.*keep state in a buffer"):
         fk.estimate(Remembers("queue"), [labelled(torch.float32)], **options)
     model = Remembers("buffer")
     together = fk.estimate(model, [labelled(torch.float32)], **options)

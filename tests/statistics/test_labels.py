@@ -133,7 +133,7 @@ def test_labels_of_padding_are_noted_once():
     batch = specimen.batch()
     padded = int((batch["attention_mask"] == 0).sum())
     unmarked = {**batch, "labels": batch["input_ids"]}
-    with pytest.warns(UserWarning, match=f"{padded} labels of the first batch stand where.*-100") as warned:
+    with pytest.warns(UserWarning, match=f"{padded} labels of the first batch are where.*-100") as warned:
         fk.estimate(specimen.model, [unmarked, unmarked])
     assert len([one for one in warned if "attention_mask" in str(one.message)]) == 1
     with warnings.catch_warnings():

@@ -301,7 +301,7 @@ REFUSED = {
     "no zeros": (Largest, ValueError, "Largest.init must give zeros"),
     "not in place": (NotInPlace, TypeError, "NotInPlace.update_ must change the state in place"),
     "another signature": (Unaware, TypeError, r"Unaware.update_ must take \(state, grads, parameter, backend=None\)"),
-    "squares that are none": (SaysSquares, NotImplementedError, "reads single gradients says reads = 'examples'"),
+    "squares that are none": (SaysSquares, NotImplementedError, "reads single gradients must say reads = 'examples'"),
     "no factors": (Factors, fk.UnsupportedModuleError, "reads activations and output gradients.*'model.norm.weight'"),
 }
 

@@ -157,7 +157,7 @@ def test_nothing_to_estimate():
     with refused(ValueError, "0 parameters"):
         fk.estimate(nn.Tanh(), [pair()])
     unused = nn.ModuleDict({"used": nn.Linear(4, 3), "spare": nn.Linear(4, 3)})
-    with refused(ValueError, "depends on none of the 2 parameters", "spare.weight"):
+    with refused(ValueError, "depends on none of the 2 requested parameters", "spare.weight"):
         fk.estimate(unused, [pair()], parameters=lambda name, _: "spare" in name,
                     likelihood=lambda model, batch: model["used"](batch[0]).square().sum(1))  # fmt: skip
 
