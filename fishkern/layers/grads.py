@@ -111,8 +111,8 @@ class OuterProductGrads(PerExampleGrads):
         activations: ``[N, T, I]``.
         output_grads: ``[N, T, O]``, same dtype.
         shape: Shape of the parameter; its entries in order are those of ``[O, I]``.
-        counted: Which positions are text and not padding, ``[N, T]``, bool; ``None`` if all are. At padding output gradients
-            are zero, activations are not.
+        counted: Which positions are text and not padding, ``[N, T]``, bool; ``None`` if all are. At padding, output
+            gradients are zero, activations are not.
     """
 
     activations: Tensor

@@ -67,7 +67,8 @@ class Hooks:
         on_call: Called with a site and the arguments of each of its calls in a forward pass, but not when activation
             checkpointing repeats the call in backward.
         prepare: Gives for a site a function that changes the output of a call before it is tapped, or ``None``.
-        on_output: Gives for a site a function that is called with the output that the model continues with, or ``None``.
+        on_output: Gives for a site a function that is called with the output that the model continues with, or
+            ``None``.
 
     Attributes:
         active: Whether calls and gradients are reported. If not, the hooks do nothing.
