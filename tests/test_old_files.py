@@ -195,7 +195,7 @@ def test_a_tune_under_way_goes_on(files, tmp_path, monkeypatch, capsys):
     shutil.copytree(files / "tune" / "run", tmp_path / "run")
     status, _, error = command(capsys, *samples.TUNE.split())
     assert status == 0, error
-    assert "going on with the unfinished run in run: 8 of 12 examples are seen" in error
+    assert "resuming the unfinished run in run: 8 of 12 examples seen" in error
     whole = files / "tune" / "whole"
     assert {file.name for file in whole.iterdir()} == {file.name for file in (tmp_path / "run").iterdir()}
     for file in whole.glob("*.safetensors"):

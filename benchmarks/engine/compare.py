@@ -94,6 +94,7 @@ def worktree(ref: str) -> Iterator[Path]:
         yield tree
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        _git("worktree", "unlock", str(tree))  # git locks a tree while it makes it, and leaves it so when interrupted
         _git("worktree", "prune")
         signal.signal(signal.SIGTERM, before)
 
