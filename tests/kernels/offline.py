@@ -24,6 +24,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+from fishkern.kernels._group_by_grams import launches_by_grams
 from fishkern.kernels._hardware import A100, H100, MI300, Hardware
 from fishkern.kernels._launch import Launch
 from fishkern.kernels._sum_grad_squared_configs import Config, Loads, configs, widest_with_mean
@@ -120,7 +121,7 @@ def cases(every: bool) -> Iterator[Case | Recorded]:
             yield Case(on, torch.bfloat16, "tma", Config(128, 128, 64, 8, 5), mean=True)
         for T in (1, 2, 3, 4) if every else (4,):
             yield Case(on, torch.bfloat16, "vectors", T=T)
-        for name, launch in others(every):
+        for name, launch in (*by_grams(on, every), *others(every)):
             yield Recorded(on, name, launch)
 
 
@@ -149,6 +150,17 @@ class Recorded:
 
     def launch(self) -> Launch:
         return self.prepared
+
+
+def by_grams(on: Hardware, every: bool) -> Iterator[tuple[str, Launch]]:
+    """What sums over groups launch for short examples, by dtype and positions."""
+    for dtype in (torch.bfloat16, torch.float32) if every else (torch.bfloat16,):
+        for T in (16, 32, 64) if every else (64,):
+            x, g = (torch.empty(8, T, 4096, dtype=dtype, device="meta") for _ in range(2))
+            problem = group.Operands(x, g, None, torch.empty(4096, device="meta")).problem
+            of_positions, of_groups = launches_by_grams(x, g, problem, on)[0]
+            yield f"{NAMES[dtype]} grams T{T} positions", of_positions
+            yield f"{NAMES[dtype]} grams T{T} groups", of_groups
 
 
 def others(every: bool) -> Iterator[tuple[str, Launch]]:
