@@ -46,7 +46,8 @@ def group_sum_grad_squared(
         return out
     if activations.numel() == 0 or output_grads.numel() == 0:  # nothing to add
         return out if add else out.zero_()
-    operands = Operands(activations, output_grads, offsets, out, by != "column", add, allow_tf32)
+    rows = by != "column"
+    operands = Operands(activations, output_grads, offsets, out, rows=rows, add=add, allow_tf32=allow_tf32)
     with torch.cuda.device_of(activations):  # Triton launches on the current device
         for launch in launches(operands, hardware(activations.device)):
             launch.run()
@@ -115,7 +116,7 @@ def launches(operands: Operands, on: Hardware, config: Config | None = None) -> 
 
 def _launches_by_tiles(operands: Operands, on: Hardware, config: Config | None) -> tuple[list[Launch], Tensor]:
     x, g, offsets, out = operands.x, operands.g, operands.offsets, operands.out
-    cut = plan(operands.problem, operands.rows, on, config)
+    cut = plan(operands.problem, on, config, rows=operands.rows)
     sums = torch.empty(cut.lines, cut.groups, dtype=torch.float32, device=out.device)
     pointers = {"x": x, "g": g, "out": sums, "chunks": None, "cuts": None}
     for name, block in cut.blocks.items():
@@ -150,14 +151,14 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=PLANS)
-def plan(problem: Problem, rows: bool, on: Hardware, config: Config | None = None) -> Plan:
+def plan(problem: Problem, on: Hardware, config: Config | None = None, *, rows: bool) -> Plan:
     """Choose the code for a call, from shapes and the device alone, so that equal calls give equal bits.
 
     Args:
         problem: The call.
-        rows: Whether the groups are rows.
         on: The device.
         config: As in :func:`launches`.
+        rows: Whether the groups are rows.
 
     Returns:
         The plan.

@@ -87,7 +87,7 @@ class Case:
         if self.by:
             rows = self.by == "row"
             sums = torch.empty(O if rows else I, device="meta")
-            return group.launches(group.Operands(x, g, offsets, sums, rows), self.on, self.config)[0]
+            return group.launches(group.Operands(x, g, offsets, sums, rows=rows), self.on, self.config)[0]
         out = torch.empty(O, I, device="meta")
         grad_out = torch.empty(O, I, device="meta") if self.mean else None
         operands = Operands(x, g, offsets, out, grad_out, allow_tf32=self.tf32)
@@ -171,7 +171,7 @@ def others(every: bool) -> Iterator[tuple[str, Launch]]:
         pools += [(torch.float32, True, False), (torch.float32, False, True)]
         pools += [(dtype, aligned, True) for dtype in (torch.bfloat16, torch.float16) for aligned in (True, False)]
     for dtype, aligned, largest in pools:
-        pool = topk._Pool([torch.zeros(2**17, dtype=dtype)[0 if aligned else 1 :]], largest)
+        pool = topk._Pool([torch.zeros(2**17, dtype=dtype)[0 if aligned else 1 :]], largest=largest)
         bits, ties = torch.zeros(pool.chunks, topk._CHUNK // 32, dtype=torch.int32), torch.ones(pool.chunks)
         said = ["topk", *(["smallest"] if not largest else []), *(["odd"] if not aligned else [])]
         calls = {
@@ -262,7 +262,7 @@ def calls(on: Hardware) -> Iterator[Launch]:
         out = torch.empty(case.O, case.I, device="meta")
         mean = torch.empty_like(out) if case.mean else None
         for add in (True, False):
-            yield from launches(Operands(x, g, offsets, out, mean, add, case.allow_tf32), on)
+            yield from launches(Operands(x, g, offsets, out, mean, add=add, allow_tf32=case.allow_tf32), on)
 
 
 def main(command: str, which: str = "some") -> None:

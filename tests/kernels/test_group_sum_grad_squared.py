@@ -166,8 +166,8 @@ def test_plan(on: Hardware):
         x, g = (torch.empty(N, T, width, dtype=torch.bfloat16, device="meta") for width in (I, O))
         for rows in (True, False):
             out = torch.empty(O if rows else I, device="meta")
-            operands = kernels.Operands(x, g, None, out, rows).long_side_first()
-            cut = kernels.plan(operands.problem, operands.rows, on)
+            operands = kernels.Operands(x, g, None, out, rows=rows).long_side_first()
+            cut = kernels.plan(operands.problem, on, rows=operands.rows)
             assert cut.groups == len(out)
             across, down = -(-operands.problem.I // cut.config.BLOCK_I), -(-operands.problem.O // cut.config.BLOCK_O)
             assert cut.grid == (across * down, cut.parts)
@@ -188,7 +188,7 @@ def test_every_tile_of_the_table(number, rows):
     if loads == "vectors":
         g = make(5, O, 152, dtype=dtype).mT[:, :150]
     by, out = ("row", torch.ones(O, device=DEVICE)) if rows else ("column", torch.ones(I, device=DEVICE))
-    operands = kernels.Operands(x, g, None, out, rows)
+    operands = kernels.Operands(x, g, None, out, rows=rows)
     assert configs.loads(operands.problem, HERE) == loads
     for launch in kernels.launches(operands, HERE, config):
         launch.run()
