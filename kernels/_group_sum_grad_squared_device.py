@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._sum_grad_squared_device import _sum_squares, _tile
+from ._sum_grad_squared_device import _first_example, _load_chunk, _sum_squares, _tile
 
 
 @triton.jit(do_not_specialize=["N", "parts"])
@@ -43,6 +43,59 @@ def group_sum_grad_squared_kernel(
         line = part * tl.cdiv(O, BLOCK_O) + row // BLOCK_O
         sums = tl.sum(total, 0)
     tl.store(out + line.to(tl.int64) * groups + offs, sums, mask=offs < groups)
+
+
+@triton.jit
+def gram_kernel(
+    features, grams,  # [N, T, F]; [N, BLOCK_T, BLOCK_T], float32, contiguous
+    T, F,
+    stride_n, stride_t, stride_f,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Multiply the positions of one example with each other; what is behind its end is zero."""
+    n = tl.program_id(0)
+    gram = tl.zeros((BLOCK_T, BLOCK_T), dtype=tl.float32)
+    for column in range(0, F, BLOCK_F):
+        chunk = _load_chunk(
+            features, n, n * 0, T, column, F, stride_n, stride_t, stride_f, False, False, False, BLOCK_T, BLOCK_F
+        )
+        if UPCAST:
+            chunk = chunk.to(tl.float32)
+        gram = tl.dot(chunk, tl.trans(chunk), gram, input_precision=PRECISION)
+    offs = tl.arange(0, BLOCK_T)
+    ptrs = grams + n.to(tl.int64) * BLOCK_T * BLOCK_T + offs[:, None] * BLOCK_T + offs[None, :]
+    tl.store(ptrs, gram)
+
+
+@triton.jit(do_not_specialize=["N", "parts"])
+def group_by_grams_kernel(
+    features, grams, out,  # [N, T, groups]; those of the other factor; a line for each part
+    N, T, groups, parts,
+    stride_n, stride_t, stride_f,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Add up ``f^T K f`` over the examples of one part, for each feature ``f`` ``[T]`` and the Gram matrix ``K``."""
+    column = tl.program_id(0) * BLOCK_F
+    part = tl.program_id(1)
+    n = _first_example(part, parts, N)
+    offs_t = tl.arange(0, BLOCK_T)
+    total = tl.zeros((BLOCK_F,), dtype=tl.float32)
+    for _ in range(_first_example(part + 1, parts, N) - n):
+        chunk = _load_chunk(
+            features, n, n * 0, T, column, groups, stride_n, stride_t, stride_f, False, False, False, BLOCK_T, BLOCK_F
+        ).to(tl.float32)
+        ptrs = grams + n.to(tl.int64) * BLOCK_T * BLOCK_T + offs_t[:, None] * BLOCK_T + offs_t[None, :]
+        gram = tl.load(ptrs)
+        # Activations of padded positions may be so large that their products are infinite, which times a gradient of
+        # zero would be NaN.
+        used = tl.max(tl.abs(chunk), 1) > 0
+        gram = tl.where(used[:, None] & used[None, :], gram, 0.0)
+        product = tl.dot(gram, chunk, input_precision=PRECISION)
+        sums = tl.sum(product * chunk, 0)
+        total += tl.where(sums < 0, 0.0, sums)  # a sum of squares, which rounding alone brings below zero
+        n += 1
+    offs = column + tl.arange(0, BLOCK_F)
+    tl.store(out + part.to(tl.int64) * groups + offs, total, mask=offs < groups)
 
 
 @triton.jit(do_not_specialize=["lines"])

@@ -232,10 +232,11 @@ def tiles(problem: Problem, hardware: Hardware) -> tuple[Config, int]:
 def _from_table(problem: Problem, hardware: Hardware) -> Config:
     table = TABLES[hardware.family][problem.itemsize, loads(problem, hardware)]
     widths = sorted({config.BLOCK_I for config in table})
-    # Tiles wider than 128 find registers only where results are written by TMA; and they must go round twice.
+    # Tiles wider than 128 find registers only where results are written by TMA or summed up first, and pay only where
+    # every processor gets two of them.
     wide = not problem.mean and all(result.fits_tma for result in problem.results)
-    tiles = cdiv(problem.O, 128) * cdiv(problem.I, 256)
-    if widths[-1] > 128 and (not wide or tiles < 2 * hardware.processors):
+    num_wide = cdiv(problem.O, 128) * cdiv(problem.I, 256)
+    if widths[-1] > 128 and (not wide or num_wide < 2 * hardware.processors):
         widths.pop()
     if problem.mean:
         widths = [width for width in widths if width <= widest_with_mean(hardware, problem.itemsize)]
@@ -268,11 +269,11 @@ def _parts(problem: Problem, hardware: Hardware, config: Config) -> int:
     # Where tiles are few, more programs run at once, at the price of partial results. One example on one tile counts 1,
     # and so does a partial tile, written and read again; sums over one cost nothing. No example is split.
     N, O, I = problem.N, problem.O, problem.I
-    tiles = cdiv(O, config.BLOCK_O) * cdiv(I, config.BLOCK_I)
+    num_tiles = cdiv(O, config.BLOCK_O) * cdiv(I, config.BLOCK_I)
     slots = hardware.processors * (8 // config.num_warps)
 
     def cost(parts: int) -> int:
-        return cdiv(tiles * parts, slots) * (cdiv(N, parts) + (bool(problem.results) and parts > 1))
+        return cdiv(num_tiles * parts, slots) * (cdiv(N, parts) + (bool(problem.results) and parts > 1))
 
     most = min(N, MOST_PARTS, WORKSPACE // (4 * O * I) if problem.results else MOST_PARTS)
     return min(range(1, max(most, 1) + 1), key=lambda parts: (cost(parts), parts))

@@ -1,8 +1,9 @@
 """Launcher of the Triton kernel of :func:`fishkern.ops.group_sum_grad_squared`.
 
-It goes through the examples as that of :mod:`fishkern.kernels.sum_grad_squared` does, with the same tiles. Instead of
-writing a tile, a program sums it over its columns or its rows. A second kernel adds up these sums of all tiles and
-parts in their order, and for the whole tensor a third one those of its rows.
+Short examples are computed from Gram matrices (:mod:`fishkern.kernels._group_by_grams`). For others the kernel goes
+through the examples as that of :mod:`fishkern.kernels.sum_grad_squared` does, with the same tiles; instead of writing a
+tile, a program sums it over its columns or its rows. A last kernel adds up the sums of all tiles and parts in their
+order, and for the whole tensor once more those of its rows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from triton import cdiv
 
 from . import _group_sum_grad_squared_device as device
 from ._chunks import chunk_table
+from ._group_by_grams import launches_by_grams, takes_grams
 from ._hardware import Hardware, hardware
 from ._launch import Launch
 from ._problem import Block, Layout, Problem, input_arguments, input_blocks
@@ -44,7 +46,8 @@ def group_sum_grad_squared(
         return out
     if activations.numel() == 0 or output_grads.numel() == 0:  # nothing to add
         return out if add else out.zero_()
-    operands = Operands(activations, output_grads, offsets, out, by != "column", add, allow_tf32)
+    rows = by != "column"
+    operands = Operands(activations, output_grads, offsets, out, rows=rows, add=add, allow_tf32=allow_tf32)
     with torch.cuda.device_of(activations):  # Triton launches on the current device
         for launch in launches(operands, hardware(activations.device)):
             launch.run()
@@ -95,11 +98,25 @@ def launches(operands: Operands, on: Hardware, config: Config | None = None) -> 
         config: Tiles in place of those of the table, without a split; for tests and tuning.
 
     Returns:
-        The kernel that sums up tiles, and one or two that add up what it wrote.
+        One or two kernels that sum up squares, and one or two that add up what they wrote.
     """
-    operands = operands.long_side_first()
+    problem, out = operands.problem, operands.out
+    if config is None and takes_grams(problem):
+        factors = (operands.x, operands.g) if operands.rows else (operands.g, operands.x)
+        prepared, sums = launches_by_grams(*factors, problem, on)
+    else:
+        prepared, sums = _launches_by_tiles(operands.long_side_first(), on, config)
+    if out.ndim == 0:
+        of_groups = torch.empty(sums.shape[1], dtype=torch.float32, device=out.device)
+        prepared.append(_sum_lines(sums, of_groups, add=False))
+        sums, out = of_groups[:, None], out[None]
+    prepared.append(_sum_lines(sums, out, add=operands.add))
+    return prepared
+
+
+def _launches_by_tiles(operands: Operands, on: Hardware, config: Config | None) -> tuple[list[Launch], Tensor]:
     x, g, offsets, out = operands.x, operands.g, operands.offsets, operands.out
-    cut = plan(operands.problem, operands.rows, on, config)
+    cut = plan(operands.problem, on, config, rows=operands.rows)
     sums = torch.empty(cut.lines, cut.groups, dtype=torch.float32, device=out.device)
     pointers = {"x": x, "g": g, "out": sums, "chunks": None, "cuts": None}
     for name, block in cut.blocks.items():
@@ -108,13 +125,7 @@ def launches(operands: Operands, on: Hardware, config: Config | None = None) -> 
         table = chunk_table(offsets, x.shape[0], cut.parts, cut.config.BLOCK_T, x.device)
         pointers["chunks"], pointers["cuts"] = table
     kernel = device.group_sum_grad_squared_kernel
-    prepared = [Launch(kernel, cut.grid, pointers | cut.arguments, cut.config.options)]
-    if out.ndim == 0:
-        of_groups = torch.empty(cut.groups, dtype=torch.float32, device=out.device)
-        prepared.append(_sum_lines(sums, of_groups, add=False))
-        sums, out = of_groups[:, None], out[None]
-    prepared.append(_sum_lines(sums, out, add=operands.add))
-    return prepared
+    return [Launch(kernel, cut.grid, pointers | cut.arguments, cut.config.options)], sums
 
 
 class Plan(NamedTuple):
@@ -140,14 +151,14 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=PLANS)
-def plan(problem: Problem, rows: bool, on: Hardware, config: Config | None = None) -> Plan:
+def plan(problem: Problem, on: Hardware, config: Config | None = None, *, rows: bool) -> Plan:
     """Choose the code for a call, from shapes and the device alone, so that equal calls give equal bits.
 
     Args:
         problem: The call.
-        rows: Whether the groups are rows.
         on: The device.
         config: As in :func:`launches`.
+        rows: Whether the groups are rows.
 
     Returns:
         The plan.

@@ -57,7 +57,7 @@ def streaming_topk(blocks: Sequence[Tensor], k: int, *, order: str = "largest") 
     if k == 0:
         return [flat.new_empty(0, dtype=dtype) for flat, dtype in zip(flats, dtypes, strict=True)]
     with torch.cuda.device_of(flats[0]):  # Triton launches on the current device
-        pool = _Pool(flats, order == "largest")
+        pool = _Pool(flats, largest=order == "largest")
         bits = pool.select(k)
         indices, counts = pool.emit(bits, torch.int64 if torch.int64 in dtypes else torch.int32)
     parts = indices.split(counts)
@@ -67,7 +67,7 @@ def streaming_topk(blocks: Sequence[Tensor], k: int, *, order: str = "largest") 
 class _Pool:
     """The scores of one call, cut into chunks."""
 
-    def __init__(self, flats: list[Tensor], largest: bool) -> None:
+    def __init__(self, flats: list[Tensor], *, largest: bool) -> None:
         self.flats = flats
         self.device = flats[0].device
         self.chunks_of = [cdiv(flat.numel(), _CHUNK) for flat in flats]

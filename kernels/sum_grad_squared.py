@@ -41,7 +41,7 @@ def sum_grad_squared(
         return out
     if activations.numel() == 0:  # no example, or none with a position
         return out if add else out.zero_()
-    operands = Operands(activations, output_grads, offsets, out, grad_out, add, allow_tf32)
+    operands = Operands(activations, output_grads, offsets, out, grad_out, add=add, allow_tf32=allow_tf32)
     with torch.cuda.device_of(activations):  # Triton launches on the current device
         for launch in launches(operands, hardware(activations.device)):
             launch.run()

@@ -112,7 +112,7 @@ class Candidates:
         Raises:
             NaNScoreError: One of them is NaN.
         """
-        indices, values = _reaching(piece, self._floor, self._strict, self._largest, self._rows)
+        indices, values = _reaching(piece, self._floor, self._rows, strict=self._strict, largest=self._largest)
         if len(indices) == 0:
             return
         values = values if self._largest else values.neg_()
@@ -246,7 +246,7 @@ def _rows(density: float) -> int:
     return min(max(balanced, _FEWEST_ROWS), _MOST_ROWS)
 
 
-def _reaching(piece: Piece, floor: float, strict: bool, largest: bool, rows: int) -> tuple[Tensor, Tensor]:
+def _reaching(piece: Piece, floor: float, rows: int, *, strict: bool, largest: bool) -> tuple[Tensor, Tensor]:
     """Find the scores at or above the floor (only above it, if strict): their indices, ascending, and new values."""
     values = piece.values
     reaches = (torch.gt if strict else torch.ge) if largest else (torch.lt if strict else torch.le)

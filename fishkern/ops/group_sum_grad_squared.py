@@ -54,12 +54,13 @@ def group_sum_grad_squared(
 
     (the second: Goodfellow, 2015, arXiv:1510.01799; Li et al., 2022, arXiv:2110.05679), at the cost of about
     ``T^2 (O + I) / 2`` multiplications instead of ``T O I``. Long examples are computed from tiles of their gradients,
-    squared and summed at once. Grams round relative to the squared sum of the terms' absolute values: where the
-    positions of an example cancel out in all entries of a group, its small result has fewer correct digits.
+    squared and summed at once. The kernel has both ways too, and takes the first for examples of one length of up to 64
+    positions. Gram matrices round relative to the squared sum of the terms' absolute values: where the positions of an
+    example cancel out in all entries of a group, its small result has fewer correct digits.
 
     Products are summed and squared in float32 (float64 for float64 inputs), also for 16-bit inputs. The reference holds
     8 MiB of float32 at a time on a CPU, 32 MiB on a GPU, and of 16-bit inputs a float32 copy of the examples and
-    features that it works on. Nothing is recorded for autograd.
+    features that it works on; the kernel up to 64 MiB of Gram matrices. Nothing is recorded for autograd.
 
     Args:
         activations: Inputs of the layer, ``[N, T, I]``, floating. Values in padded positions do not matter as long as

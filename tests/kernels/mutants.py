@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE, LAUNCHER = "kernels/_sum_grad_squared_device.py", "kernels/sum_grad_squared.py"
+GRAMS = "kernels/_group_by_grams.py"
 GROUP, GROUP_DEVICE = "kernels/group_sum_grad_squared.py", "kernels/_group_sum_grad_squared_device.py"
 TOPK, TOPK_DEVICE = "kernels/streaming_topk.py", "kernels/_streaming_topk_device.py"
 ADAMW, SGD = "kernels/masked_adamw.py", "kernels/masked_sgd.py"
@@ -94,6 +95,21 @@ GROUP_SUM_GRAD_SQUARED: Planted = {
         "_sum_lines(sums, of_groups, add=False)",
         "_sum_lines(sums, of_groups, add=True)",
     ),
+    "padding of short examples multiplied": (GROUP_DEVICE, "used[:, None] & used[None, :]", "used[:, None] | True"),
+    "short examples: sums below zero": (GROUP_DEVICE, "tl.where(sums < 0, 0.0, sums)", "sums"),
+    "short examples: always the first": (GROUP_DEVICE, "        n += 1\n", "        n += 0\n"),
+    "short examples: Gram matrices over each other": (
+        GROUP_DEVICE,
+        "grams + n.to(tl.int64) * BLOCK_T * BLOCK_T + offs[:, None]",
+        "grams + n.to(tl.int64) * BLOCK_T + offs[:, None]",
+    ),
+    "short examples: parts over each other": (GROUP_DEVICE, "part.to(tl.int64) * groups + offs, total", "offs, total"),
+    "short examples: features after the first block": (
+        GROUP_DEVICE,
+        "range(0, F, BLOCK_F)",
+        "range(0, BLOCK_F, BLOCK_F)",
+    ),
+    "short examples: strides of the groups": (GRAMS, "**_strides(grouped)", "**_strides(grouped.contiguous())"),
 }
 STREAMING_TOPK: Planted = {
     "wide loads at any address": (TOPK, "aligned = all(address % 16 == 0 for address in rows[1])", "aligned = True"),

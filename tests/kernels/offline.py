@@ -24,6 +24,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+from fishkern.kernels._group_by_grams import launches_by_grams
 from fishkern.kernels._hardware import A100, H100, MI300, Hardware
 from fishkern.kernels._launch import Launch
 from fishkern.kernels._sum_grad_squared_configs import Config, Loads, configs, widest_with_mean
@@ -86,7 +87,7 @@ class Case:
         if self.by:
             rows = self.by == "row"
             sums = torch.empty(O if rows else I, device="meta")
-            return group.launches(group.Operands(x, g, offsets, sums, rows), self.on, self.config)[0]
+            return group.launches(group.Operands(x, g, offsets, sums, rows=rows), self.on, self.config)[0]
         out = torch.empty(O, I, device="meta")
         grad_out = torch.empty(O, I, device="meta") if self.mean else None
         operands = Operands(x, g, offsets, out, grad_out, allow_tf32=self.tf32)
@@ -120,7 +121,7 @@ def cases(every: bool) -> Iterator[Case | Recorded]:
             yield Case(on, torch.bfloat16, "tma", Config(128, 128, 64, 8, 5), mean=True)
         for T in (1, 2, 3, 4) if every else (4,):
             yield Case(on, torch.bfloat16, "vectors", T=T)
-        for name, launch in others(every):
+        for name, launch in (*by_grams(on, every), *others(every)):
             yield Recorded(on, name, launch)
 
 
@@ -151,6 +152,17 @@ class Recorded:
         return self.prepared
 
 
+def by_grams(on: Hardware, every: bool) -> Iterator[tuple[str, Launch]]:
+    """What sums over groups launch for short examples, by dtype and positions."""
+    for dtype in (torch.bfloat16, torch.float32) if every else (torch.bfloat16,):
+        for T in (16, 32, 64) if every else (64,):
+            x, g = (torch.empty(8, T, 4096, dtype=dtype, device="meta") for _ in range(2))
+            problem = group.Operands(x, g, None, torch.empty(4096, device="meta")).problem
+            of_positions, of_groups = launches_by_grams(x, g, problem, on)[0]
+            yield f"{NAMES[dtype]} grams T{T} positions", of_positions
+            yield f"{NAMES[dtype]} grams T{T} groups", of_groups
+
+
 def others(every: bool) -> Iterator[tuple[str, Launch]]:
     """What streaming top-k and the masked steps launch, by dtype and what they were given."""
     # (dtype, whether at addresses of 16 bytes, whether the largest)
@@ -159,7 +171,7 @@ def others(every: bool) -> Iterator[tuple[str, Launch]]:
         pools += [(torch.float32, True, False), (torch.float32, False, True)]
         pools += [(dtype, aligned, True) for dtype in (torch.bfloat16, torch.float16) for aligned in (True, False)]
     for dtype, aligned, largest in pools:
-        pool = topk._Pool([torch.zeros(2**17, dtype=dtype)[0 if aligned else 1 :]], largest)
+        pool = topk._Pool([torch.zeros(2**17, dtype=dtype)[0 if aligned else 1 :]], largest=largest)
         bits, ties = torch.zeros(pool.chunks, topk._CHUNK // 32, dtype=torch.int32), torch.ones(pool.chunks)
         said = ["topk", *(["smallest"] if not largest else []), *(["odd"] if not aligned else [])]
         calls = {
@@ -250,7 +262,7 @@ def calls(on: Hardware) -> Iterator[Launch]:
         out = torch.empty(case.O, case.I, device="meta")
         mean = torch.empty_like(out) if case.mean else None
         for add in (True, False):
-            yield from launches(Operands(x, g, offsets, out, mean, add, case.allow_tf32), on)
+            yield from launches(Operands(x, g, offsets, out, mean, add=add, allow_tf32=case.allow_tf32), on)
 
 
 def main(command: str, which: str = "some") -> None:

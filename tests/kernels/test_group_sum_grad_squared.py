@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from fishkern.kernels._hardware import A100, H100, INTERPRETER, MI300, Hardware, hardware
 
+from fishkern.kernels import _group_by_grams as grams
 from fishkern.kernels import _sum_grad_squared_configs as configs
 from fishkern.kernels import group_sum_grad_squared as kernels
 
@@ -56,6 +57,75 @@ def test_dense(shape, dtype, by):
     check(make(N, T, I, dtype=dtype), make(N, T, O, dtype=dtype), by)
 
 
+def computed_by(x: Tensor, g: Tensor) -> set[str]:
+    """Names of the kernels that a call would launch."""
+    out = torch.empty(g.shape[-1], device=x.device)
+    return {launch.kernel.fn.__name__ for launch in kernels.launches(kernels.Operands(x, g, None, out), HERE)}
+
+
+@pytest.fixture
+def by_grams(monkeypatch):
+    """Gram matrices whatever they cost."""
+    monkeypatch.setattr(grams, "MULTIPLICATION", 0)
+    assert "group_by_grams_kernel" in computed_by(make(2, 3, 4), make(2, 3, 4))
+
+
+# [N, T, I, O]: ones, each size of a Gram matrix and one off it, several blocks of features, parts of several examples.
+SHORT = [(1, 1, 1, 1), (3, 1, 7, 5), (5, 16, 72, 88), (7, 17, 70, 131), (2, 64, 9, 67), (70, 3, 70, 40)]
+
+
+@pytest.mark.usefixtures("by_grams")
+@pytest.mark.parametrize("by", GROUPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHORT, ids=str)
+def test_short_examples(shape, dtype, by):
+    N, T, I, O = shape
+    check(make(N, T, I, dtype=dtype), make(N, T, O, dtype=dtype), by)
+
+
+@pytest.mark.usefixtures("by_grams")
+@pytest.mark.parametrize("by", GROUPS)
+def test_short_examples_of_any_strides(by):
+    x, g = make(5, 3, 21).transpose(0, 1)[..., ::2], make(3, 70, 5).mT
+    check(x, g, by)
+    check(x[:1].expand_as(x), g[:, :1].expand_as(g), by)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.usefixtures("by_grams")
+@pytest.mark.parametrize("by", GROUPS)
+def test_short_examples_with_padding(by):
+    """Products of the activations overflow where the output gradients are zero."""
+    x, g = make(3, 9, 20), make(3, 9, 12)
+    expected = kernels.group_sum_grad_squared(x[:, :7], g[:, :7], by=by)
+    x[:, 7:], g[:, 7:] = 1e30, 0
+    torch.testing.assert_close(kernels.group_sum_grad_squared(x, g, by=by), expected)
+
+
+@pytest.mark.usefixtures("by_grams")
+@pytest.mark.parametrize("by", GROUPS)
+def test_short_examples_that_cancel(by):
+    """Rounding brings no sum of squares below zero."""
+    x, g = make(4, 6, 60), make(4, 6, 40)
+    x, g = torch.cat([x, -x], dim=1), torch.cat([g, g], dim=1)
+    result = kernels.group_sum_grad_squared(x, g, by=by)
+    assert (result >= 0).all()
+    assert (result <= 1e-5 * kernels.group_sum_grad_squared(x.abs(), g.abs(), by=by)).all()
+
+
+def test_which_calls_take_grams():
+    """Short examples of large layers, unless they are packed or too many."""
+    for (N, T, I, O), expected in {
+        (8, 16, 4096, 4096): True, (8, 64, 512, 512): True, (8, 65, 4096, 4096): False, (8, 64, 500, 500): False,
+        (8, 1, 4096, 16): False, (4096, 64, 4096, 4096): True, (4097, 64, 4096, 4096): False,
+    }.items():  # fmt: skip
+        x, g = torch.empty(N, T, I, device="meta"), torch.empty(N, T, O, device="meta")
+        out = torch.empty(O, device="meta")
+        assert grams.takes_grams(kernels.Operands(x, g, None, out).problem) is expected, (N, T, I, O)
+        packed = kernels.Operands(x.flatten(0, 1), g.flatten(0, 1), torch.arange(N + 1) * T, out)
+        assert not grams.takes_grams(packed.problem)
+
+
 @pytest.mark.parametrize("by", GROUPS)
 @pytest.mark.parametrize("lengths", [[0, 1, 3, 130, 0], [33, 32, 31, 64, 1, 1, 1]], ids=str)
 def test_packed(lengths, by):
@@ -96,8 +166,8 @@ def test_plan(on: Hardware):
         x, g = (torch.empty(N, T, width, dtype=torch.bfloat16, device="meta") for width in (I, O))
         for rows in (True, False):
             out = torch.empty(O if rows else I, device="meta")
-            operands = kernels.Operands(x, g, None, out, rows).long_side_first()
-            cut = kernels.plan(operands.problem, operands.rows, on)
+            operands = kernels.Operands(x, g, None, out, rows=rows).long_side_first()
+            cut = kernels.plan(operands.problem, on, rows=operands.rows)
             assert cut.groups == len(out)
             across, down = -(-operands.problem.I // cut.config.BLOCK_I), -(-operands.problem.O // cut.config.BLOCK_O)
             assert cut.grid == (across * down, cut.parts)
@@ -118,7 +188,7 @@ def test_every_tile_of_the_table(number, rows):
     if loads == "vectors":
         g = make(5, O, 152, dtype=dtype).mT[:, :150]
     by, out = ("row", torch.ones(O, device=DEVICE)) if rows else ("column", torch.ones(I, device=DEVICE))
-    operands = kernels.Operands(x, g, None, out, rows)
+    operands = kernels.Operands(x, g, None, out, rows=rows)
     assert configs.loads(operands.problem, HERE) == loads
     for launch in kernels.launches(operands, HERE, config):
         launch.run()
