@@ -93,9 +93,9 @@ def verify(
     estimate_seconds = None
     if statistics is None:
         contents = [batch.content for batch in read]
-        options = {"likelihood": likelihood, "parameters": parameters, "shared": shared}
+        options = {"estimator": estimator, "likelihood": likelihood, "parameters": parameters, "shared": shared}
         start = _clock(model)
-        statistics = estimate(model, contents, estimator, progress=progress is True, **options)
+        statistics = estimate(model, contents, progress=progress is True, **options)
         estimate_seconds = _clock(model) - start
     elif isinstance(statistics, Statistics):
         check_kind(statistics, estimator, examples)
