@@ -25,7 +25,7 @@ from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear
 from fishkern.layers.observe import Observation, Record, observe, upwards
 from fishkern.layers.quantized import own_weights
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
-from fishkern.layers.site import Layout, Site
+from fishkern.layers.site import Idle, Layout, Site
 from fishkern.layers.tap import FrozenCall, leading_shape
 
 LAYERS: tuple[Layer, ...] = (
@@ -42,11 +42,13 @@ class Plan:
         sites: Modules whose calls are captured.
         loop: Parameters that need the loop over the whole model, with the reason in words.
         reused: Parameters used more than once in a forward pass.
+        idle: Modules that share a parameter with captured ones, and that the surveyed examples did not call.
     """
 
     sites: tuple[Site, ...]
     loop: Mapping[str, str]
     reused: frozenset[str] = frozenset()
+    idle: tuple[Idle, ...] = ()
 
     @property
     def paths(self) -> dict[str, tuple[str, str]]:
@@ -76,7 +78,7 @@ class Plan:
             The changed plan.
         """
         others = self.only({key for site in self.sites for key in site.keys.values()} - reasons.keys())
-        return Plan(others.sites, {**self.loop, **reasons}, self.reused)
+        return replace(others, loop={**self.loop, **reasons})
 
     def only(self, names: Collection[str]) -> Plan:
         """Restrict the plan to some parameters.
@@ -92,7 +94,7 @@ class Plan:
             if keys := {name: key for name, key in site.keys.items() if key in names}:
                 sites.append(replace(site, keys=keys))
         loop = {key: reason for key, reason in self.loop.items() if key in names}
-        return Plan(tuple(sites), loop, self.reused)
+        return Plan(tuple(sites), loop, self.reused, tuple(one for one in self.idle if one.key in names))
 
 
 def survey(
@@ -173,6 +175,7 @@ class _Planner:
         sites: list[Site] = []
         hosts: dict[str, dict[str, str]] = defaultdict(dict)
         loop: dict[str, str] = {}
+        idle: list[Idle] = []
         owners = self._owners_of_each_key()
         for path, requested in self._owners.items():
             requested = {name: key for name, key in requested.items() if path in owners[key]}
@@ -180,10 +183,12 @@ class _Planner:
             sites += by_rule
             served = {key for site in by_rule for key in site.keys.values()}
             for name, key in requested.items():
-                # A module that shares the parameter and was not called adds no gradient: the others give all of it.
-                if key in served or (len(owners[key]) > 1 and not self._is_called(path)):
+                if key in served:
                     continue
-                if len(owners[key]) > 1:
+                if len(owners[key]) > 1 and not self._is_called(path):
+                    # It adds no gradient: the other modules give all of it, until a later batch calls this one.
+                    idle.append(Idle(self._modules[path], path, key))
+                elif len(owners[key]) > 1:
                     loop[key] = f"several modules share it, and {path} has no rule for it"
                 elif (host := self._host(path)) is not None:
                     hosts[host][f"{path}.{name}".removeprefix(f"{host}.")] = key
@@ -192,7 +197,7 @@ class _Planner:
         sites += [self._generic_site(path, inside) for path, inside in hosts.items()]
         calls = {key: sum(len(self._calls(path)) for path in paths) for key, paths in owners.items()}
         reused = frozenset(key for key, count in calls.items() if count != 1)
-        return Plan(tuple(sites), {}, reused).with_loop(loop)
+        return Plan(tuple(sites), {}, reused, tuple(idle)).with_loop(loop)
 
     def _owners_of_each_key(self) -> dict[str, list[str]]:
         """List the paths of the modules that own each parameter.

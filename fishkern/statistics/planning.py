@@ -233,7 +233,7 @@ class Planner:
         self, plan: Plan, few: Examples, add: Callable[[str, PerExampleGrads], None], *, squares: bool
     ) -> set[str]:
         """Capture the first objective of two examples by a plan; return the names whose gradients were held back."""
-        strays = Strays(plan.sites)
+        strays = Strays(plan.sites, plan.idle)
 
         def add_own(key: str, grads: PerExampleGrads) -> None:
             if key not in strays.reasons and key not in self._stored:
