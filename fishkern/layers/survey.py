@@ -185,7 +185,9 @@ class _Planner:
             for name, key in requested.items():
                 if key in served:
                     continue
-                if len(owners[key]) > 1 and not self._is_called(path):
+                if len(owners[key]) > 1 and not any(map(self._is_called, owners[key])):
+                    loop[key] = "several modules share it, and the first examples called none of them"
+                elif len(owners[key]) > 1 and not self._is_called(path):
                     # It adds no gradient: the other modules give all of it, until a later batch calls this one.
                     idle.append(Idle(self._modules[path], path, key))
                 elif len(owners[key]) > 1:
