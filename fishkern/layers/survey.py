@@ -101,6 +101,7 @@ def survey(
     model: nn.Module,
     keys: Mapping[Tensor, str],
     losses: Callable[[], Tensor],
+    *,
     distrusted: Collection[str] = (),
     answered: Callable[[Callable[[], Any]], Any] = lambda run: run(),
     num_examples: int = 2,
@@ -198,6 +199,7 @@ class _Planner:
                     loop[key] = self._why_no_host(path)
         sites += [self._generic_site(path, inside) for path, inside in hosts.items()]
         calls = {key: sum(len(self._calls(path)) for path in paths) for key, paths in owners.items()}
+        # these get their gradient in several parts, and the self-check must wait for the last one
         reused = frozenset(key for key, count in calls.items() if count != 1)
         return Plan(tuple(sites), {}, reused, tuple(idle)).with_loop(loop)
 
@@ -241,7 +243,7 @@ class _Planner:
         remaining = dict(requested)
         for layer in LAYERS:
             names = layer.covers(module) & remaining.keys()
-            if names and (names := layer.confirms(*_last_call(record, layer.reruns), names)):
+            if names and (names := layer.confirms(*_last_call(record, entered=layer.reruns), names)):
                 keys = {name: remaining.pop(name) for name in sorted(names)}
                 site = Site(path, module, layer, keys, layout if settled else None, record.block)
                 sites.append(replace(site, picked=picked, rewritten=record.input_rewritten))
@@ -370,7 +372,7 @@ def _is_batch_first(module: nn.Module) -> bool:
     return all(one.batch_first for one in inner)
 
 
-def _last_call(record: Record, entered: bool) -> tuple[Call, Any]:
+def _last_call(record: Record, *, entered: bool) -> tuple[Call, Any]:
     """Return the last call that a gradient reached, or else the last one; with ``entered``, as it was before hooks."""
     index = max(record.with_gradient, default=len(record.calls) - 1)
     call, output = record.calls[index]

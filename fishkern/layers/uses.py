@@ -64,6 +64,7 @@ class Uses:
         """
         self._calls[site] += 1
         for key in site.keys.values():
+            # only a shared table can be tied to a head, whose rows at these tokens are needed later
             if isinstance(site.layer, Embedding) and len(self._by_key[key]) > 1:
                 indices = args[0] if args else next(iter(kwargs.values()))
                 self._tokens[key].append(indices.detach())

@@ -186,7 +186,7 @@ class _Run:
 
         by_labels = self.estimator.definition.get("fisher_type", "empirical") == "empirical"
         independence = Independence(self.model, answer, Precision(self.model), by_labels=by_labels)
-        one_pass = self._pass(answer, entered, independence, check)
+        one_pass = self._pass(answer, entered, independence, check=check)
         randomness = OwnRandomness(device)
         units = 0
         for batch in data:
@@ -200,7 +200,7 @@ class _Run:
         return units
 
     def _pass(
-        self, answer: Callable, entered: Entered, independence: Independence, check: bool
+        self, answer: Callable, entered: Entered, independence: Independence, *, check: bool
     ) -> AutogradPass | CapturedPass:
         common = (self.requested, answer, self.estimator, self.states)
         connection = entered.connection

@@ -174,7 +174,14 @@ class Planner:
 
         keys = {parameter: key for key, parameter in self._parameters.items()}
         with self._independence.precision.noting():
-            plan = survey(self._model, keys, losses, self.distrusted, self._connection.answered, few.num_examples)
+            plan = survey(
+                self._model,
+                keys,
+                losses,
+                distrusted=self.distrusted,
+                answered=self._connection.answered,
+                num_examples=few.num_examples,
+            )
         self.refuse_stored(key for key, (path, _) in plan.paths.items() if path != "fused")
         reasons = self._disagreements(plan, few, place) if self._check else {}
         if compares:
@@ -199,13 +206,13 @@ class Planner:
             # Lend the states of the pass while they are zero: a second set would double the memory of the pass.
             states = self._states.of_the_same_kind(self._estimator, reached) if self.begun else self._states
             try:
-                return self._compared(plan, few, objective, self._estimator, states, reached)
+                return self._compared(plan, few, objective, self._estimator, states=states, keys=reached)
             finally:
                 states.zero_()
         reasons = {}
         for keys in self._in_groups(reached):
             states = self._states.of_the_same_kind(DiagonalFisher(), keys)
-            reasons |= self._compared(plan.only(keys), few, objective, DiagonalFisher(), states, keys)
+            reasons |= self._compared(plan.only(keys), few, objective, DiagonalFisher(), states=states, keys=keys)
         return reasons
 
     def _compared(
@@ -214,6 +221,7 @@ class Planner:
         few: Examples,
         objective: Callable[[Examples], Tensor],
         estimator: Estimator,
+        *,
         states: States,
         keys: Iterable[str],
     ) -> dict[str, str]:

@@ -124,6 +124,7 @@ class States:
         if all(total.device == device for total in sums(state)):
             update(state)
             return
+        # one transfer of a sum, instead of one for each example's factors
         here = tree_map(lambda leaf: torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf, state)
         update(here)
         for total, added in zip(sums(state), sums(here), strict=True):

@@ -120,7 +120,7 @@ def verify(
     _demand_any(comparable, included, model)
     covered = statistics.coverage if isinstance(statistics, Statistics) else {}
     return Verification(
-        compared=judged(comparable, statistics, truth, noise, covered, loop.precision.dtypes),
+        compared=judged(comparable, statistics, truth, noise, covered=covered, dtypes=loop.precision.dtypes),
         missing=tuple(name for name in requested if name not in statistics),
         integers=tuple(name for name in included if name not in comparable),
         coverage=_by_path(covered),
