@@ -139,7 +139,8 @@ _BATCH_FIRST = (
     nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.Transformer
 )  # fmt: skip
 _HOOKED = (
-    "a hook on it (register_hook) may change the gradient of each example: without the hook, its layer's rule serves it"
+    "a hook on it (register_hook) may change the gradient of each example; without the hook, its layer's rule computes "
+    "the gradient"
 )
 
 
@@ -230,7 +231,7 @@ class _Planner:
         return record is not None and (bool(record.calls) or record.untapped)
 
     def _by_rule(self, path: str, requested: Mapping[str, str]) -> list[Site]:
-        """Make a site of each rule that serves some of a module's parameters, if its layout is known."""
+        """Make a site for each rule that computes some of a module's parameters, if its layout is known."""
         module = self._modules[path]
         record = self._records.get(module)
         if record is None or record.writes_input or record.untapped or path in self._distrusted:

@@ -106,7 +106,7 @@ class Uses:
             self._received[key].append(grads)  # until backward ends: if a later part is held back, all must be
             return
         expected = sum(self._calls[site] for site in sites)
-        # The generic path serves a parameter by one call of one host, whose gradient already is the sum over all uses.
+        # On the generic path one call of one host gives the gradient, which already is the sum over all uses.
         if expected == 1 or isinstance(grads, DenseGrads):
             self._sink(key, grads)
             return

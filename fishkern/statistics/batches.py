@@ -304,11 +304,11 @@ class _Decision:
         elif isinstance(value, list):
             self._decide_list(place, value)
         elif not _is_array(value):
-            self._refuse(place, f"a {type(value).__name__}, of which it cannot be told what belongs to which example")
+            self._refuse(place, f"a {type(value).__name__}, whose parts cannot be assigned to examples")
         elif len(value.shape) and value.shape[0] == self._N:
             self.by_rows.add(place)
         elif len(value.shape) and value.shape[0] != 1:
-            self._refuse(place, f"of leading size {value.shape[0]}, so that the leading sizes differ")
+            self._refuse(place, f"of leading size {value.shape[0]}, so the leading sizes differ")
 
     def _enter(self, place: Place, value: Any) -> None:
         items = list(_items(value))
@@ -326,11 +326,11 @@ class _Decision:
                 self._refuse(
                     place,
                     f"a list of {self._N} with {self._N} rows each: one thing for each example, or all examples in "
-                    "each, which a batch of another size before this one would settle",
+                    "each; an earlier batch of another size would settle it",
                 )
             one_each = self._settled[place]
         elif sizes and (one_each or all_in_each) and self._settled.setdefault(place, one_each) != one_each:
-            self._refuse(place, "a list that was cut in another way in the batches before")
+            self._refuse(place, "a list that was cut in another way in earlier batches")
         if one_each:
             self.by_rows.add(place)
         elif sizes and set(sizes) <= {self._N, 1, None} and self._N in sizes:

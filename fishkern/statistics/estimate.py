@@ -372,7 +372,7 @@ def _refuse_without_gradient(
         dtypes = sorted({str(without[key].dtype).removeprefix("torch.") for key in lost})
         raise UnsupportedModuleError(
             f"{lost} are stored as {', '.join(dtypes)}, so autograd gives them no gradient; only DiagonalFisher with "
-            "unit='example' or 'position' serves such a weight, where it belongs to a quantised linear (a module with "
+            "unit='example' or 'position' supports such a weight, if it belongs to a quantised linear (a module with "
             "in_features, out_features and one stored weight). Leave them out with parameters=."
         )
 

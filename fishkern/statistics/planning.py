@@ -122,7 +122,7 @@ class Planner:
             keys: Their canonical names.
             batch: The batch.
         """
-        where = f"on examples {batch.places[0]} to {batch.places[-1]}, where its rows could not yet be told apart"
+        where = f"on examples {batch.places[0]} to {batch.places[-1]}, where its rows could not yet be assigned"
         self._note_paths(dict.fromkeys(keys, ("loop", where)))
         self.forget()
 
@@ -138,7 +138,7 @@ class Planner:
         if lost := sorted(self._stored.intersection(keys)):
             raise UnsupportedModuleError(
                 "autograd gives stored weights no gradient, and these quantised linears do not compute x W^T + b, or "
-                f"their rows cannot be told apart by example: {lost}. {leave_out(lost, by_autograd=False)}"
+                f"their rows cannot be assigned to examples: {lost}. {leave_out(lost, by_autograd=False)}"
             )
 
     def refuse_whole(self, keys: Iterable[str]) -> None:
