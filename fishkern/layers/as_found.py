@@ -127,7 +127,7 @@ class _State:
         same = register.keys() == self._buffers.keys() and all(register[n] is b for n, b in self._buffers.items())
         if same and not any(snapshot.is_stale for snapshot in self._snapshots):
             return
-        register.clear()
+        register.clear()  # a model may also have added, removed or replaced buffers
         register.update(self._buffers)
         vars(self._module).update(self._attributes)
         for snapshot in self._snapshots:

@@ -1,7 +1,8 @@
 """Capture: per-example gradients of every parameter of a plan, from one forward and one backward pass of a batch.
 
-Three things meet here: the hooks that bring inputs and output gradients (:mod:`fishkern.layers.hooks`), whose rows
-these are (:mod:`fishkern.layers.rows`), and the sum over the uses of a parameter (:mod:`fishkern.layers.uses`).
+Three parts work together: hooks report inputs and output gradients (:mod:`fishkern.layers.hooks`), their rows are
+assigned to examples (:mod:`fishkern.layers.rows`), and the uses of a parameter are added up
+(:mod:`fishkern.layers.uses`).
 """
 
 from __future__ import annotations

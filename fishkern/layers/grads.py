@@ -223,7 +223,7 @@ class EmbeddingGrads(PerExampleGrads):
 
     def add_group_squares_(self, total: Tensor, by: Groups, backend: Backend | None = None) -> None:
         example, row, grads = embedding_rows(self.indices, self.output_grads, padding_idx=self.padding_idx)
-        _add_rows_of_examples(total, by, self.num_examples, example, row, grads.square_())
+        _add_rows_of_examples(total, example, row, grads.square_(), by=by, num_examples=self.num_examples)
 
     def add_position_squares_(self, total: Tensor) -> None:
         positions = self.indices.reshape(-1, 1)  # every position an example of its own
@@ -391,7 +391,7 @@ class TiedRows(PerExampleGrads):
             total[rows] += values  # rows of one example are distinct, so the order of adding is fixed
 
     def add_group_squares_(self, total: Tensor, by: Groups, backend: Backend | None = None) -> None:
-        _add_rows_of_examples(total, by, self.num_examples, *self._added())
+        _add_rows_of_examples(total, *self._added(), by=by, num_examples=self.num_examples)
 
     def add_position_squares_(self, total: Tensor) -> None:
         self.embedding.add_position_squares_(total)
@@ -474,7 +474,7 @@ def group_squares(grad: Tensor, by: Groups) -> Tensor:
 
 
 def _add_rows_of_examples(
-    total: Tensor, by: Groups, num_examples: int, example: Tensor, row: Tensor, values: Tensor
+    total: Tensor, example: Tensor, row: Tensor, values: Tensor, *, by: Groups, num_examples: int
 ) -> None:
     """Add values ``[U, D]`` in rows ``[U]`` of a table, by groups of its entries."""
     if by == "row":

@@ -117,7 +117,8 @@ def weight_shape(module: Any) -> torch.Size:
 def _is_linear(call: Call, scale: float = -8.0, tolerance: float = 0.05) -> bool:
     """Tell whether a module computes ``x W^T + b`` and the gradient ``g W``, up to its own rounding of ``x``."""
     # Two checks: the derivative along x equals the module's output without b, and a multiple of x scales that output by
-    # the same factor. LLM.int8 rounds its input, so both hold to a few percent only.
+    # the same factor. The factor is negative, since an activation such as ReLU agrees on positive multiples. LLM.int8
+    # rounds its input, so both hold to a few percent only.
 
     def run(x: Tensor) -> Tensor:
         args, kwargs = (x, *call.args[1:]), call.kwargs
@@ -141,6 +142,7 @@ def _is_linear(call: Call, scale: float = -8.0, tolerance: float = 0.05) -> bool
 
 def _adds_bias(call: Call, output: Tensor) -> bool:
     """Tell whether a module adds its bias unchanged: a gain after it would scale the bias as well."""
+    # a different weight for each output entry, so that no two errors cancel in the sum over positions
     weights = torch.linspace(1, 2, output.numel(), device=output.device).view_as(output).to(output.dtype)
     grad = module_grads(call, [weights], {"bias": "bias"}).get("bias")
     expected = weights.double().flatten(0, -2).sum(0)

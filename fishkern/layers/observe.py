@@ -39,7 +39,7 @@ class Touched(NamedTuple):
     nonzero: Tensor
 
 
-class Columns(NamedTuple):
+class TouchedColumns(NamedTuple):
     """The columns (second axis) of an output gradient that are not zero.
 
     Attributes:
@@ -72,7 +72,7 @@ class Record:
 
     calls: list[tuple[FrozenCall, Any]] = field(default_factory=list)
     touched: list[Touched] = field(default_factory=list)
-    columns: list[Columns | None] = field(default_factory=list)
+    columns: list[TouchedColumns | None] = field(default_factory=list)
     lengths: list[int | None] = field(default_factory=list)
     block: nn.Module | None = None
     entered: list[FrozenCall] = field(default_factory=list)
@@ -243,7 +243,7 @@ class _Observer:
             record.touched.append(Touched(call, self._example, length, rows.nonzero()))
             columns = None
             if grad.ndim > 2 and grad.shape[1] == self._num_examples > 1:
-                columns = Columns(self._example, grad.ne(0).transpose(0, 1).flatten(1).any(1).nonzero())
+                columns = TouchedColumns(self._example, grad.ne(0).transpose(0, 1).flatten(1).any(1).nonzero())
             record.columns.append(columns)
 
     def _enclosing(self, path: str) -> tuple[nn.Module | None, int | None]:

@@ -256,6 +256,7 @@ def _is_quantized(module: nn.Module) -> bool:
 
 
 def _requiring_grad(tensor: Tensor) -> Tensor:
+    # a rule may be running this module in forward mode, and detach() alone would drop the tangent
     primal, tangent = forward_ad.unpack_dual(tensor)
     leaf = primal.detach().requires_grad_()
     return leaf if tangent is None else forward_ad.make_dual(leaf, tangent)

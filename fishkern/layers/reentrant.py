@@ -30,6 +30,7 @@ def segment() -> FrameType | None:
     Returns:
         The frame of the outermost one, when segments are nested: those inside it see no gradient in any case.
     """
+    # torch keeps no record of it: the function on the stack is the only sign
     frame, outermost = sys._getframe(1), None
     while frame is not None:
         if frame.f_code is CheckpointFunction.forward.__code__:

@@ -78,7 +78,8 @@ class Rows:
         base = min(_DIGITS.get(output.dtype, _DIGITS_OF_OTHERS) for output in outputs)
         numbers = torch.arange(self._num_examples, device=losses.device)
         self._exponents, self._weighted = [], {site: [] for site, _ in picked}
-        while not self._exponents or numbers.any():  # one probe for each digit of the example's number
+        # one probe for each digit of the example's number; shifted by half the base, which keeps the weights around 1
+        while not self._exponents or numbers.any():
             self._exponents.append(numbers % base - base // 2)
             weighted = (self._weights(losses)[-1] * losses).sum()
             for (site, _), grad in zip(picked, _grads_at(outputs, weighted), strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from torch import nn
 
@@ -55,3 +56,17 @@ class Site:
     def reruns(self) -> bool:
         """Whether the module runs once more to get the gradients."""
         return self.layer is None or self.layer.reruns
+
+
+class Idle(NamedTuple):
+    """A module that shares a parameter with sites, and that the surveyed examples did not call.
+
+    Attributes:
+        module: The module.
+        path: Its name in the model.
+        key: Canonical name of the parameter.
+    """
+
+    module: nn.Module
+    path: str
+    key: str

@@ -25,7 +25,7 @@ from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear
 from fishkern.layers.observe import Observation, Record, observe, upwards
 from fishkern.layers.quantized import own_weights
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
-from fishkern.layers.site import Layout, Site
+from fishkern.layers.site import Idle, Layout, Site
 from fishkern.layers.tap import FrozenCall, leading_shape
 
 LAYERS: tuple[Layer, ...] = (
@@ -42,11 +42,13 @@ class Plan:
         sites: Modules whose calls are captured.
         loop: Parameters that need the loop over the whole model, with the reason in words.
         reused: Parameters used more than once in a forward pass.
+        idle: Modules that share a parameter with captured ones, and that the surveyed examples did not call.
     """
 
     sites: tuple[Site, ...]
     loop: Mapping[str, str]
     reused: frozenset[str] = frozenset()
+    idle: tuple[Idle, ...] = ()
 
     @property
     def paths(self) -> dict[str, tuple[str, str]]:
@@ -76,7 +78,7 @@ class Plan:
             The changed plan.
         """
         others = self.only({key for site in self.sites for key in site.keys.values()} - reasons.keys())
-        return Plan(others.sites, {**self.loop, **reasons}, self.reused)
+        return replace(others, loop={**self.loop, **reasons})
 
     def only(self, names: Collection[str]) -> Plan:
         """Restrict the plan to some parameters.
@@ -92,13 +94,14 @@ class Plan:
             if keys := {name: key for name, key in site.keys.items() if key in names}:
                 sites.append(replace(site, keys=keys))
         loop = {key: reason for key, reason in self.loop.items() if key in names}
-        return Plan(tuple(sites), loop, self.reused)
+        return Plan(tuple(sites), loop, self.reused, tuple(one for one in self.idle if one.key in names))
 
 
 def survey(
     model: nn.Module,
     keys: Mapping[Tensor, str],
     losses: Callable[[], Tensor],
+    *,
     distrusted: Collection[str] = (),
     answered: Callable[[Callable[[], Any]], Any] = lambda run: run(),
     num_examples: int = 2,
@@ -136,7 +139,8 @@ _BATCH_FIRST = (
     nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.Transformer
 )  # fmt: skip
 _HOOKED = (
-    "a hook on it (register_hook) may change the gradient of each example: without the hook, its layer's rule serves it"
+    "a hook on it (register_hook) may change the gradient of each example; without the hook, its layer's rule computes "
+    "the gradient"
 )
 
 
@@ -173,6 +177,7 @@ class _Planner:
         sites: list[Site] = []
         hosts: dict[str, dict[str, str]] = defaultdict(dict)
         loop: dict[str, str] = {}
+        idle: list[Idle] = []
         owners = self._owners_of_each_key()
         for path, requested in self._owners.items():
             requested = {name: key for name, key in requested.items() if path in owners[key]}
@@ -180,10 +185,14 @@ class _Planner:
             sites += by_rule
             served = {key for site in by_rule for key in site.keys.values()}
             for name, key in requested.items():
-                # A module that shares the parameter and was not called adds no gradient: the others give all of it.
-                if key in served or (len(owners[key]) > 1 and not self._is_called(path)):
+                if key in served:
                     continue
-                if len(owners[key]) > 1:
+                if len(owners[key]) > 1 and not any(map(self._is_called, owners[key])):
+                    loop[key] = "several modules share it, and the first examples called none of them"
+                elif len(owners[key]) > 1 and not self._is_called(path):
+                    # It adds no gradient: the other modules give all of it, until a later batch calls this one.
+                    idle.append(Idle(self._modules[path], path, key))
+                elif len(owners[key]) > 1:
                     loop[key] = f"several modules share it, and {path} has no rule for it"
                 elif (host := self._host(path)) is not None:
                     hosts[host][f"{path}.{name}".removeprefix(f"{host}.")] = key
@@ -191,8 +200,9 @@ class _Planner:
                     loop[key] = self._why_no_host(path)
         sites += [self._generic_site(path, inside) for path, inside in hosts.items()]
         calls = {key: sum(len(self._calls(path)) for path in paths) for key, paths in owners.items()}
+        # these get their gradient in several parts, and the self-check must wait for the last one
         reused = frozenset(key for key, count in calls.items() if count != 1)
-        return Plan(tuple(sites), {}, reused).with_loop(loop)
+        return Plan(tuple(sites), {}, reused, tuple(idle)).with_loop(loop)
 
     def _owners_of_each_key(self) -> dict[str, list[str]]:
         """List the paths of the modules that own each parameter.
@@ -221,7 +231,7 @@ class _Planner:
         return record is not None and (bool(record.calls) or record.untapped)
 
     def _by_rule(self, path: str, requested: Mapping[str, str]) -> list[Site]:
-        """Make a site of each rule that serves some of a module's parameters, if its layout is known."""
+        """Make a site for each rule that computes some of a module's parameters, if its layout is known."""
         module = self._modules[path]
         record = self._records.get(module)
         if record is None or record.writes_input or record.untapped or path in self._distrusted:
@@ -234,7 +244,7 @@ class _Planner:
         remaining = dict(requested)
         for layer in LAYERS:
             names = layer.covers(module) & remaining.keys()
-            if names and (names := layer.confirms(*_last_call(record, layer.reruns), names)):
+            if names and (names := layer.confirms(*_last_call(record, entered=layer.reruns), names)):
                 keys = {name: remaining.pop(name) for name in sorted(names)}
                 site = Site(path, module, layer, keys, layout if settled else None, record.block)
                 sites.append(replace(site, picked=picked, rewritten=record.input_rewritten))
@@ -363,7 +373,7 @@ def _is_batch_first(module: nn.Module) -> bool:
     return all(one.batch_first for one in inner)
 
 
-def _last_call(record: Record, entered: bool) -> tuple[Call, Any]:
+def _last_call(record: Record, *, entered: bool) -> tuple[Call, Any]:
     """Return the last call that a gradient reached, or else the last one; with ``entered``, as it was before hooks."""
     index = max(record.with_gradient, default=len(record.calls) - 1)
     call, output = record.calls[index]

@@ -172,7 +172,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, anchor, receive, saved, *outputs):
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # an output without a gradient reports None, not zeros
         ctx.save_for_backward(*saved)
         ctx.receive = receive
         # not views: an in-place activation after a captured layer would rebase a view's history

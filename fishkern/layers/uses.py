@@ -64,6 +64,7 @@ class Uses:
         """
         self._calls[site] += 1
         for key in site.keys.values():
+            # only a shared table can be tied to a head, whose rows at these tokens are needed later
             if isinstance(site.layer, Embedding) and len(self._by_key[key]) > 1:
                 indices = args[0] if args else next(iter(kwargs.values()))
                 self._tokens[key].append(indices.detach())
@@ -105,7 +106,7 @@ class Uses:
             self._received[key].append(grads)  # until backward ends: if a later part is held back, all must be
             return
         expected = sum(self._calls[site] for site in sites)
-        # The generic path serves a parameter by one call of one host, whose gradient already is the sum over all uses.
+        # On the generic path one call of one host gives the gradient, which already is the sum over all uses.
         if expected == 1 or isinstance(grads, DenseGrads):
             self._sink(key, grads)
             return

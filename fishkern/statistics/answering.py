@@ -96,7 +96,7 @@ class Answering:
                 return _cut_off(f"the outputs of {type(self._model).__name__}")
             if isinstance(answer, Categorical):
                 note_probabilities(self._likelihood, outputs)
-        return _compare_with_own_loss(self._model, self._likelihood, answer, example.copied(), self._named)
+        return _compare_with_own_loss(self._model, self._likelihood, answer, example.copied(), named=self._named)
 
     @property
     def description(self) -> str:
@@ -163,7 +163,7 @@ def _cut_off(what: str) -> str:
 
 
 def _compare_with_own_loss(
-    model: nn.Module, likelihood: Likelihood, answer: Predictive, example: Batch, named: bool
+    model: nn.Module, likelihood: Likelihood, answer: Predictive, example: Batch, *, named: bool
 ) -> str | None:
     """Compare a loss with the one that the model returns for the example, to the rounding of its dtype.
 

@@ -230,7 +230,7 @@ class Reader:
     def _count(self, content: Batch, number: int) -> tuple[str, int]:
         """Find ``N`` in the entry that is most certain to have it, and name the entry."""
         for certain in (True, False):
-            if (counted := self._counted((), content, certain)) is not None:
+            if (counted := self._counted((), content, certain=certain)) is not None:
                 place, N = counted
                 return _name(place, content), N
         raise ValueError(
@@ -238,7 +238,7 @@ class Reader:
             "that is a tensor with the example axis first, or a list with one thing for each example."
         )
 
-    def _counted(self, place: Place, value: Any, certain: bool) -> tuple[Place, int] | None:
+    def _counted(self, place: Place, value: Any, *, certain: bool) -> tuple[Place, int] | None:
         if self._is_shared(place):
             return None
         if _is_structure(value):
@@ -246,7 +246,7 @@ class Reader:
             if isinstance(value, Mapping):  # entries whose names imply one row for each example come first
                 first = {"input_ids": 0, "labels": 1}
                 items.sort(key=lambda item: first.get(item[0], 2))
-            each = (self._counted((*place, key), item, certain) for key, item in items)
+            each = (self._counted((*place, key), item, certain=certain) for key, item in items)
             return next((counted for counted in each if counted is not None), None)
         if _is_array(value):
             return (place, value.shape[0]) if len(value.shape) else None
@@ -304,11 +304,11 @@ class _Decision:
         elif isinstance(value, list):
             self._decide_list(place, value)
         elif not _is_array(value):
-            self._refuse(place, f"a {type(value).__name__}, of which it cannot be told what belongs to which example")
+            self._refuse(place, f"a {type(value).__name__}, whose parts cannot be assigned to examples")
         elif len(value.shape) and value.shape[0] == self._N:
             self.by_rows.add(place)
         elif len(value.shape) and value.shape[0] != 1:
-            self._refuse(place, f"of leading size {value.shape[0]}, so that the leading sizes differ")
+            self._refuse(place, f"of leading size {value.shape[0]}, so the leading sizes differ")
 
     def _enter(self, place: Place, value: Any) -> None:
         items = list(_items(value))
@@ -321,16 +321,16 @@ class _Decision:
         sizes = _sizes(value)
         one_each = len(value) == self._N
         all_in_each = bool(sizes) and all(size == self._N for size in sizes) and not _holds_mappings(value)
-        if one_each and all_in_each:
+        if one_each and all_in_each:  # N tensors of N rows each: only an earlier batch of another size can tell
             if place not in self._settled:
                 self._refuse(
                     place,
                     f"a list of {self._N} with {self._N} rows each: one thing for each example, or all examples in "
-                    "each, which a batch of another size before this one would settle",
+                    "each; an earlier batch of another size would settle it",
                 )
             one_each = self._settled[place]
         elif sizes and (one_each or all_in_each) and self._settled.setdefault(place, one_each) != one_each:
-            self._refuse(place, "a list that was cut in another way in the batches before")
+            self._refuse(place, "a list that was cut in another way in earlier batches")
         if one_each:
             self.by_rows.add(place)
         elif sizes and set(sizes) <= {self._N, 1, None} and self._N in sizes:

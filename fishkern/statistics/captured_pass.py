@@ -89,7 +89,7 @@ class CapturedPass:
         Returns:
             The parameters whose gradients were held back, with the objectives that are still to be added.
         """
-        strays = Strays(plan.sites)
+        strays = Strays(plan.sites, plan.idle)
         place = 0  # index of the objective that is being back-propagated; the loop below moves it on for add
 
         def add(key: str, grads: PerExampleGrads) -> None:

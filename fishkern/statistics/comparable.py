@@ -54,7 +54,7 @@ def check_kind(statistics: Statistics, estimator: Estimator, examples: int) -> N
         wrong |= {key: run[key] for key, value in estimator.settings.items() if run.get(key, value) != value}
     if wrong:
         raise ValueError(
-            f"verify was asked about {expected | dict(estimator.settings)}, these statistics are of {wrong}: pass the "
+            f"verify was given {expected | dict(estimator.settings)}, these statistics are of {wrong}: pass the "
             "recipe that they were estimated with as estimator=."
         )
     if statistics.count != examples * estimator.units(1):
@@ -90,7 +90,7 @@ def check_loss(
     ours = described(recognise_likelihood(model, one.content) if likelihood is None else likelihood)
     if ours != theirs and not ours.startswith("function "):
         raise ValueError(
-            f"the statistics are of the loss {theirs}, and verify was asked about {ours}: pass the likelihood= that "
+            f"the statistics are of the loss {theirs}, and verify was given {ours}: pass the likelihood= that "
             "they were estimated with."
         )
     if likelihood is None:

@@ -186,7 +186,7 @@ class _Run:
 
         by_labels = self.estimator.definition.get("fisher_type", "empirical") == "empirical"
         independence = Independence(self.model, answer, Precision(self.model), by_labels=by_labels)
-        one_pass = self._pass(answer, entered, independence, check)
+        one_pass = self._pass(answer, entered, independence, check=check)
         randomness = OwnRandomness(device)
         units = 0
         for batch in data:
@@ -200,7 +200,7 @@ class _Run:
         return units
 
     def _pass(
-        self, answer: Callable, entered: Entered, independence: Independence, check: bool
+        self, answer: Callable, entered: Entered, independence: Independence, *, check: bool
     ) -> AutogradPass | CapturedPass:
         common = (self.requested, answer, self.estimator, self.states)
         connection = entered.connection
@@ -372,7 +372,7 @@ def _refuse_without_gradient(
         dtypes = sorted({str(without[key].dtype).removeprefix("torch.") for key in lost})
         raise UnsupportedModuleError(
             f"{lost} are stored as {', '.join(dtypes)}, so autograd gives them no gradient; only DiagonalFisher with "
-            "unit='example' or 'position' serves such a weight, where it belongs to a quantised linear (a module with "
+            "unit='example' or 'position' supports such a weight, if it belongs to a quantised linear (a module with "
             "in_features, out_features and one stored weight). Leave them out with parameters=."
         )
 

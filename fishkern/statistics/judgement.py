@@ -45,6 +45,7 @@ def judged(
     statistics: Mapping[str, Tensor],
     truth: Mapping[str, Tensor],
     noise: Noise,
+    *,
     covered: Mapping[str, Covered],
     dtypes: Collection[torch.dtype],
 ) -> tuple[Compared, ...]:

@@ -128,7 +128,7 @@ class Loop:
         return None if loss is None else loss[None]
 
     def _answer(self, batch: Examples) -> Predictive | Tensor:
-        if self._answering is None:
+        if self._answering is None:  # settling a likelihood may run the model, which must be frozen by then
             content = batch.copied()
             likelihood = recognise_likelihood(self._model, content) if self._likelihood is None else self._likelihood
             if isinstance(likelihood, Likelihood):

@@ -88,7 +88,9 @@ def own_loss(model: nn.Module, example: Batch, *, numbers: bool) -> Tensor | Non
         A scalar, or ``None`` if it returns none, or takes no labels.
     """
     arguments = example if isinstance(example, Mapping) else {"labels": example[1]}
-    labels = {key: _as_torch_takes(arguments[key], numbers) for key in _LABELS if arguments.get(key) is not None}
+    labels = {
+        key: _as_torch_takes(arguments[key], numbers=numbers) for key in _LABELS if arguments.get(key) is not None
+    }
     if not labels or not all(hosts.accepts(model, key) for key in labels):
         return None
     config = getattr(hosts.base_model(model), "config", None)
@@ -120,7 +122,7 @@ def _described(outputs: Any) -> str:
     return f"{type(outputs).__name__}"
 
 
-def _as_torch_takes(labels: Any, numbers: bool) -> Any:
+def _as_torch_takes(labels: Any, *, numbers: bool) -> Any:
     """Convert integer labels to the dtype of torch's losses: int64 for classes, floating for target values."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
         return labels

@@ -134,7 +134,7 @@ class Planner:
             keys: Their canonical names.
             batch: The batch.
         """
-        where = f"on examples {batch.places[0]} to {batch.places[-1]}, where its rows could not yet be told apart"
+        where = f"on examples {batch.places[0]} to {batch.places[-1]}, where its rows could not yet be assigned"
         self._note_paths(dict.fromkeys(keys, ("loop", where)))
         self.forget()
 
@@ -150,7 +150,7 @@ class Planner:
         if lost := sorted(self._stored.intersection(keys)):
             raise UnsupportedModuleError(
                 "autograd gives stored weights no gradient, and these quantised linears do not compute x W^T + b, or "
-                f"their rows cannot be told apart by example: {lost}. {leave_out(lost, by_autograd=False)}"
+                f"their rows cannot be assigned to examples: {lost}. {leave_out(lost, by_autograd=False)}"
             )
 
     def refuse_whole(self, keys: Iterable[str]) -> None:
@@ -186,7 +186,14 @@ class Planner:
 
         keys = {parameter: key for key, parameter in self._parameters.items()}
         with self._independence.precision.noting():
-            plan = survey(self._model, keys, losses, self.distrusted, self._connection.answered, few.num_examples)
+            plan = survey(
+                self._model,
+                keys,
+                losses,
+                distrusted=self.distrusted,
+                answered=self._connection.answered,
+                num_examples=few.num_examples,
+            )
         self.refuse_stored(key for key, (path, _) in plan.paths.items() if path != "fused")
         reasons = self._disagreements(plan, few, place) if self._check else {}
         if compares:
@@ -211,13 +218,13 @@ class Planner:
             # Lend the states of the pass while they are zero: a second set would double the memory of the pass.
             states = self._states.of_the_same_kind(self._estimator, reached) if self.begun else self._states
             try:
-                return self._compared(plan, few, objective, self._estimator, states, reached)
+                return self._compared(plan, few, objective, self._estimator, states=states, keys=reached)
             finally:
                 states.zero_()
         reasons = {}
         for keys in self._in_groups(reached):
             states = self._states.of_the_same_kind(DiagonalFisher(), keys)
-            reasons |= self._compared(plan.only(keys), few, objective, DiagonalFisher(), states, keys)
+            reasons |= self._compared(plan.only(keys), few, objective, DiagonalFisher(), states=states, keys=keys)
         return reasons
 
     def _compared(
@@ -226,6 +233,7 @@ class Planner:
         few: Examples,
         objective: Callable[[Examples], Tensor],
         estimator: Estimator,
+        *,
         states: States,
         keys: Iterable[str],
     ) -> dict[str, str]:
@@ -245,7 +253,7 @@ class Planner:
         self, plan: Plan, few: Examples, add: Callable[[str, PerExampleGrads], None], *, squares: bool
     ) -> set[str]:
         """Capture the first objective of two examples by a plan; return the names whose gradients were held back."""
-        strays = Strays(plan.sites)
+        strays = Strays(plan.sites, plan.idle)
 
         def add_own(key: str, grads: PerExampleGrads) -> None:
             if key not in strays.reasons and key not in self._stored:

@@ -152,12 +152,14 @@ def _back_propagate_alone(
         if (grad := take_grad(parameters[key])) is not None:
             take(key, grad)
 
-    def finish(loss: Tensor, retain_graph: bool = False) -> None:
+    def finish(loss: Tensor, *, retain_graph: bool = False) -> None:
         backward(loss, retain_graph=retain_graph)
         for key in parameters:
             read(key)
 
     with only_trainable(parameters.values()):
+        # Reading each gradient as it arrives keeps one in memory at a time. That of a reused parameter may arrive in
+        # parts (reentrant checkpointing runs a backward for each segment), so it is read in the end.
         at_once = {parameter: key for key, parameter in parameters.items() if key not in reused}
         handles = [
             parameter.register_post_accumulate_grad_hook(lambda parameter: read(at_once[parameter]))

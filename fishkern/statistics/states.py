@@ -127,6 +127,7 @@ class States:
         if devices == {device}:
             update(state)
             return
+        # one transfer of a sum, instead of one for each example's factors
         here = tree_map(lambda leaf: torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf, state)
         update(here)
         for total, added in zip(sums(state), sums(here), strict=True):

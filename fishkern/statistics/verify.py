@@ -88,14 +88,14 @@ def verify(
     estimator = DiagonalFisher() if estimator is None else estimator
     check_recipe(estimator)
     likelihood = checked_likelihood(likelihood)
-    read = _read(batches, max_examples, reader_for(likelihood, shared))
-    examples = sum(batch.num_examples for batch in read)
+    data = _read(batches, max_examples, reader_for(likelihood, shared))
+    examples = sum(batch.num_examples for batch in data)
     estimate_seconds = None
     if statistics is None:
-        contents = [batch.content for batch in read]
-        options = {"likelihood": likelihood, "parameters": parameters, "shared": shared}
+        contents = [batch.content for batch in data]
+        options = {"estimator": estimator, "likelihood": likelihood, "parameters": parameters, "shared": shared}
         start = _clock(model)
-        statistics = estimate(model, contents, estimator, progress=progress is True, **options)
+        statistics = estimate(model, contents, progress=progress is True, **options)
         estimate_seconds = _clock(model) - start
     elif isinstance(statistics, Statistics):
         check_kind(statistics, estimator, examples)
@@ -107,11 +107,11 @@ def verify(
     loop = Loop(model, comparable, likelihood, estimator)
     with loop.collecting():
         if estimate_seconds is None:
-            check_loss(statistics, model, likelihood, next(_rows(read, loop.device)))
-        noise, shapes = _batch_noise(loop, read[0], density)
+            check_loss(statistics, model, likelihood, next(_rows(data, loop.device)))
+        noise, shapes = _batch_noise(loop, data[0], density)
         check_shapes(statistics, shapes)
         start = _clock(model)
-        _run_alone(loop, read, progress if callable(progress) else lambda done, total: None)
+        _run_alone(loop, data, progress if callable(progress) else lambda done, total: None)
         loop_seconds = _clock(model) - start
         truth = loop.results(examples)
     # a tensor subclass may say that it requires a gradient, and still get none
@@ -120,7 +120,7 @@ def verify(
     _demand_any(comparable, included, model)
     covered = statistics.coverage if isinstance(statistics, Statistics) else {}
     return Verification(
-        compared=judged(comparable, statistics, truth, noise, covered, loop.precision.dtypes),
+        compared=judged(comparable, statistics, truth, noise, covered=covered, dtypes=loop.precision.dtypes),
         missing=tuple(name for name in requested if name not in statistics),
         integers=tuple(name for name in included if name not in comparable),
         coverage=_by_path(covered),
@@ -190,19 +190,19 @@ def _batch_noise(loop: Loop, batch: Examples, density: float) -> tuple[Noise, di
 def _read(batches: Iterable[Any], max_examples: int | None, reader: Reader) -> list[Examples]:
     """Read all batches into memory, up to ``max_examples``."""
     demand_several(batches)
-    read: list[Examples] = []
+    data: list[Examples] = []
     remaining, place = max_examples, 0
     for number, raw in enumerate(batches):
         if remaining is not None and remaining <= 0:
             break
         batch = reader(raw, number)
         batch = replace(batch, places=range(place, place + batch.num_examples))
-        read.append(batch if remaining is None else batch.take(0, min(remaining, batch.num_examples)))
-        remaining = None if remaining is None else remaining - read[-1].num_examples
-        place += read[-1].num_examples
-    if not read:
+        data.append(batch if remaining is None else batch.take(0, min(remaining, batch.num_examples)))
+        remaining = None if remaining is None else remaining - data[-1].num_examples
+        place += data[-1].num_examples
+    if not data:
         raise ValueError("the data holds no example: batches was empty (an exhausted iterator, or max_examples=0).")
-    return read
+    return data
 
 
 def _rows(batches: Iterable[Examples], device: torch.device) -> Iterator[Examples]:

@@ -160,7 +160,7 @@ def test_a_list_of_tensors_is_settled_by_an_earlier_batch():
         for n in range(len(one["x"]))
     ]
     assert_equal(fk.estimate(model, batches, likelihood=losses), truth(model, alone, losses))
-    with pytest.raises(ValueError, match="cut in another way in the batches before"):
+    with pytest.raises(ValueError, match="cut in another way in earlier batches"):
         fk.estimate(model, [batch(3, [1, 2, 3]), batch(2, [2, 2, 2])], likelihood=losses)
 
 

@@ -93,6 +93,29 @@ class Mixing(nn.Module):
         return self.linear(self.inner(x.transpose(0, 1)).transpose(0, 1))
 
 
+class Tied(nn.Module):
+    """Rows that begin with a large number go through a second module, which shares the weight of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        hidden, large = self.first(x), x[:, 0, 0] > 10
+        if large.any():
+            hidden = torch.where(large[:, None, None], self.second(hidden.tanh()), hidden)
+        return hidden
+
+
+class TiedBranch(Tied):
+    """Rows that begin with a large number go through two modules that share their weight; no others do."""
+
+    def forward(self, x):
+        large = x[:, 0, 0] > 10
+        return torch.where(large[:, None, None], self.second(self.first(x).tanh()), x) if large.any() else x
+
+
 def losses(model: nn.Module, batch: dict) -> Tensor:
     return F.cross_entropy(model(batch["x"]).mean(1)[:, :3], batch["y"], reduction="none")
 
@@ -109,6 +132,8 @@ MODELS = {
     "a module in a second block, later": lambda: Twice(Sine(), always=False),
     "a container in a second block, later": lambda: Twice(Bank(), always=False),
     "from outside of its host, later": Reaching,
+    "a module that shares the weight, later": Tied,
+    "all modules that share the weight, later": lambda: nn.Sequential(TiedBranch(), nn.Linear(6, 6)),
 }
 
 
@@ -130,6 +155,14 @@ def test_a_use_from_outside_of_the_host_is_announced():
     with pytest.warns(UserWarning, match="block.inner.frequency: its module is also called outside of block"):
         found = fk.estimate(model, [batch(large=()), batch(large=(4,)), batch(large=())], likelihood=losses)
     assert found.coverage["block.inner.frequency"].path == "loop"
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_module_that_shares_a_weight_and_is_called_later_is_announced():
+    model = Tied().double()
+    with pytest.warns(UserWarning, match="first.weight: second shares it, and the first examples did not call"):
+        statistics = fk.estimate(model, [batch(large=()), batch(large=(4,)), batch(large=())], likelihood=losses)
+    assert statistics.coverage["first.weight"].path == "loop"
 
 
 class UsingTheWeight(nn.Module):
