@@ -137,6 +137,7 @@ class Capture:
             # one row for all examples: a plan for batches of one cannot tell that from one row for each
             self._uses.withhold(site)
             return
+        # Rows that follow the data: hold this batch back, and let the survey find another path for the module.
         if not self._has_the_rows(arrival) or (site.picked and not self._rows.are_the_examples(site, grads[0])):
             self._uses.withhold(site)
             self.distrusted.add(site.path)

@@ -178,6 +178,7 @@ def _compare_with_own_loss(
         own = own_loss(model, example, numbers=likelihood.labels_are_numbers)
     if own is None:
         return None
+    # the model returns a mean over positions, whatever reduction the statistics are of
     answer = replace(answer, mean=True) if hasattr(answer, "mean") else answer
     ours = answer.losses()[0].item()
     if not math.isfinite(ours):

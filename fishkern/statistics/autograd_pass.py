@@ -62,6 +62,7 @@ class AutogradPass:
             UnsupportedModuleError: A parameter is of a tensor subclass to which autograd gives no gradient.
         """  # noqa: DOC501
         with only_trainable(self._parameters.values()):
+            # the first batch of several examples shows whether they interact; one alone cannot
             if not self._settled and batch.num_examples > 1:
                 self._settle(batch.take(0, 2))
             answer = self._connection.answered(lambda: self._answer(batch))

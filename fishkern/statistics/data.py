@@ -64,6 +64,7 @@ class Data:
             self.batches += 1
             self.examples += len(places)
             yield replace(batch.to(self._device), places=places, cut_from=None)
+            # checked here as well, so that no batch beyond the limit is fetched from the user's iterator
             if limit is not None and self._shard.places(self.batches, self.examples, 1).start >= limit:
                 return
 

@@ -252,7 +252,7 @@ def _results(
     """Reduce each state over the ranks and turn it into the statistic, one at a time."""
     results = {}
     for key, info in infos.items():
-        state = states.pop(key)
+        state = states.pop(key)  # states are freed one by one as results take their place
         for total in sums(state):
             ranks.sum_(total)
         results[key] = estimator.result(state, units)

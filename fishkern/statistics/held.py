@@ -193,6 +193,7 @@ class Held(Mapping[str, Part]):
         for name, shape in parts[0].shapes.items():
             tensors[name] = torch.empty(shape, dtype=torch.float32, device=parts[0].blocks[name].device)
             remaining = tensors[name].view(-1)
+            # piece by piece, because float64 copies of whole tensors would take twice the memory of the result
             for aligned in zip(*(part.pieces(name) for part in parts), strict=True):
                 doubles = (piece.to(remaining.device, torch.float64) for piece in aligned)
                 weighted = (share * double for share, double in zip(shares, doubles, strict=True))

@@ -139,6 +139,7 @@ class Independence:
         if self._by_labels or isinstance(answer, Tensor):
             return (losses_of(answer) + 0.0).tolist()  # + 0.0 turns -0.0, which prints differently, into 0.0
         if isinstance(answer, Categorical):
+            # u = 0 draws the first class of non-zero probability, which rounding does not change
             rows = len(answer.logits)
             return answer.drawn_losses(torch.zeros(rows, answer.draws_per_example, dtype=torch.float64)).tolist()
         return sum(values.abs() for values in answer.label_losses() if values is not None).tolist()

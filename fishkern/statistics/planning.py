@@ -96,7 +96,7 @@ class Planner:
             The plan. One example does not show which rows belong to which example, so a plan from a batch of one is
             used for such batches only. A plan from two examples is used for batches of one as well.
         """
-        lone = batch.num_examples == 1 and False not in self._plans
+        lone = batch.num_examples == 1 and False not in self._plans  # a plan for all batches is the better one
         if lone not in self._plans:
             self._plans[lone] = self._make_plan(batch.take(0, min(2, batch.num_examples)))
         return self._plans[lone]
@@ -211,6 +211,7 @@ class Planner:
             if batch.num_examples < few.num_examples and self._independence.pending:
                 self._independence.note_alone(answer)
             objective = next(islice(self._estimator.objectives(answer, batch.places), place, None))
+            # an example alone may lack the position of this objective, which then adds nothing
             return torch.zeros(batch.num_examples) if objective is None else objective
 
         reached = [key for key in self._reached() if key not in plan.loop]

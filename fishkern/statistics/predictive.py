@@ -132,6 +132,7 @@ class Categorical(Predictive):
                 yield from [None] * self.logits.shape[2]
                 continue
             log_p = self.logits[:, position].log_softmax(-1)
+            # E (grad log p)^2 = sum_c p_c (grad log p_c)^2, so each term is the square of sqrt(p_c) grad log p_c
             root_p = torch.where(counted[:, position, None], (log_p.detach() / 2).exp(), 0.0)
             for label in range(log_p.shape[-1]):
                 yield -weight * root_p[:, label] * log_p[:, label]

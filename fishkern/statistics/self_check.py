@@ -118,6 +118,7 @@ class _Comparison:
         worst = None
         for place, (total, scale) in enumerate(zip(totals, scales, strict=True)):
             error = _largest(total)
+            # "not <=" instead of ">", so that NaN fails; the rounding, which takes a tensor, only where it may decide
             if not error <= tolerance * scale and not error <= tolerance * scale + self._rounding(key, place):
                 relative = error / scale if scale else float("inf")
                 worst = relative if worst is None else max(worst, relative)

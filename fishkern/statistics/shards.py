@@ -152,6 +152,7 @@ class Ranks:
         except Exception as error:
             self.gathered(f"{type(error).__name__}: {error}")
             raise
+        # every rank gathers once, failed or not: a rank that skipped it would leave the others waiting
         for rank, failure in enumerate(self.gathered(None)):
             if failure is not None:
                 raise RuntimeError(f"rank {rank} failed with {failure}")

@@ -108,7 +108,7 @@ def verify(
     with loop.collecting():
         if estimate_seconds is None:
             check_loss(statistics, model, likelihood, next(_rows(data, loop.device)))
-        noise, shapes = _batch_noise(loop, data[0], density)
+        noise, shapes = _batch_noise(loop, data[0], density)  # first: shapes that differ end it before the long loop
         check_shapes(statistics, shapes)
         start = _clock(model)
         _run_alone(loop, data, progress if callable(progress) else lambda done, total: None)
