@@ -8,16 +8,14 @@ from fishkern.layers.embedding import Embedding
 from fishkern.layers.grads import (
     DenseGrads,
     EmbeddingGrads,
-    Groups,
     OuterProductGrads,
     PerExampleGrads,
     PositionGrads,
     SummedGrads,
     TiedRows,
-    group_shape,
-    group_squares,
     join,
 )
+from fishkern.layers.groups import Groups, group_shape, group_squares
 from fishkern.layers.hooks import Arrival, Hooks
 from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear, weight_shape
