@@ -86,6 +86,17 @@ def test_narrow_labels_of_a_transformers_model(dtype):
     assert fk.verify(specimen.model, [narrow]).ok
 
 
+@pytest.mark.parametrize("convert", [torch.Tensor.tolist, torch.Tensor.numpy, list], ids=["list", "array", "tensors"])
+@pytest.mark.parametrize("likelihood", [None, fk.Classification()], ids=["recognised", "named"])
+def test_labels_of_a_transformers_model_in_a_list_or_an_array(convert, likelihood):
+    specimen = zoo.bert_classifier()
+    batch = specimen.batch()
+    other = {**batch, "labels": convert(batch["labels"])}
+    ours, theirs = (fk.estimate(specimen.model, [one], likelihood=likelihood) for one in (other, batch))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert fk.verify(specimen.model, [other], likelihood=likelihood).ok
+
+
 def test_narrow_labels_of_language_models():
     for specimen in (zoo.llama(), zoo.t5()):
         batch = specimen.batch()
@@ -604,7 +615,8 @@ def test_answers_in_a_tuple():
     batch |= {"start_positions": torch.tensor([0, 1, 2, 0, 1]), "end_positions": torch.tensor([6, 1, 2, 2, 2])}
     expected = fk.estimate(model, [batch])
     model.config.return_dict = False
-    found = fk.estimate(model, [{**batch, "start_positions": batch["start_positions"].int()}])
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for starts in (batch["start_positions"].int(), batch["start_positions"].tolist()):
+        found = fk.estimate(model, [{**batch, "start_positions": starts}])
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
     with pytest.raises(ValueError, match="the answer of example 0 of the batch lies outside"):
         fk.estimate(model, [row({**batch, "end_positions": torch.tensor([9] * 5)}, 0)])
