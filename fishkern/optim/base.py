@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from fishkern.optim.release import ReleasedGrads, dense, to_release
 from fishkern.optim.selected import Selected
 from fishkern.optim.state_dict import loaded
 from fishkern.selection import Entries, Selection, check_start
+from fishkern.warning import warn_caller
 
 
 class Reselected(NamedTuple):
@@ -423,11 +423,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if self._released is None or not self._released.grads or self.max_grad_norm is not None or self._warned:
             return
         self._warned = True
-        warnings.warn(
+        warn_caller(
             f"the gradients of {self._released.count} parameters are released during backward, so that "
             "clip_grad_norm_ does not see them: clip with max_grad_norm= (math.inf for no clipping), or keep the "
-            "gradients with release_grads=False.",
-            stacklevel=7,  # the caller of step, past torch's wrappers
+            "gradients with release_grads=False."
         )
 
     def _check_released(self) -> None:
