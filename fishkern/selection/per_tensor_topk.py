@@ -49,5 +49,5 @@ class PerTensorTopK(TopK):
                 zeros.append(name)
         if zeros:
             budget = f"density={self.density}" if self.k is None else f"k={self.k:,}"
-            warn_of_zeros(self.order, budget, f"{len(zeros)} of {len(scores)} parameters, such as {zeros[0]},")
+            warn_of_zeros(self.order, budget, f"{len(zeros)} of {len(scores)} parameters (such as {zeros[0]})")
         return selected

@@ -267,8 +267,9 @@ class TestUnseenTokens:
         )
         with pytest.raises(ValueError, match=message):
             fish_tuning(model, batches(), density=0.1, pool="model")
-        with pytest.warns(UserWarning, match="selected by their position alone"):
+        with pytest.warns(UserWarning, match="selected by their position alone") as warned:
             fish_tuning(model, batches(), density=0.1, pool="model", allow_zeros=True)
+        assert {warning.filename for warning in warned} == {__file__}
 
     def test_an_embedding_that_is_trained_beside_an_adapter_does_not_count(self):
         model = lora(classifier(vocab_size=self.VOCABULARY), modules_to_save=["word_embeddings", "classifier"])
