@@ -165,6 +165,14 @@ def test_budgets_and_seeds_of_any_library(budget):
         fish_tuning(model, [], **dict.fromkeys(budget, "3"))
 
 
+def test_a_head_may_be_given_by_one_name():
+    model = lora(classifier())
+    one, several = (fish_tuning(model, batches(), k=10, heads=heads) for heads in ("classifier", ["classifier"]))
+    assert one == several
+    assert all("classifier" in name for name in one.whole)
+    assert len(one.whole) == 2
+
+
 def test_fish_mask_over_the_model_pays_for_its_head():
     model = classifier()
     total = sum(parameter.numel() for parameter in model.parameters())
