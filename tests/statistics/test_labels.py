@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fishkern as fk
 from fishkern import hosts
+from fishkern.statistics import Categorical
 from tests.support import zoo
 from tests.support.exactness import LIMIT
 from tests.support.oracle import row, worst_error
@@ -427,6 +428,17 @@ def test_classes_on_the_axis_of_torch_are_told_from_those_of_transformers():
     pictures = inputs(N, 2, L, 4), torch.stack([POSITIONS, POSITIONS.flip(1)], 1)
     assert_equals_the_loop(net(), pictures, fk.TokenClassification(), by_position)
     assert_equals_the_loop(ClassesFirst(), pictures, fk.TokenClassification(), by_position_first)
+
+
+def test_weights_of_labels_have_the_precision_of_the_logits():
+    """The squared gradients of all labels add up to the expectation: ``(diag(p) - p p^T) / T^2`` for each position."""
+    logits = inputs(N, L, C).requires_grad_()
+    squares = torch.zeros_like(logits[..., 0])
+    for loss in Categorical(logits, torch.zeros(N, L, dtype=torch.long), mean=True).label_losses():
+        (grad,) = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
+        squares += grad[..., 1].square()
+    p = logits.detach().softmax(-1)[..., 1]
+    torch.testing.assert_close(squares, p * (1 - p) / L**2, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("fisher_type", ["empirical", "mc", "type-2"])
