@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
+from fishkern.arguments import integer
 from fishkern.layers import UnsupportedModuleError, is_wrapped, scored_tensors, stored_weights
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples, Reader, Shared
@@ -191,7 +192,7 @@ def _read(batches: Iterable[Any], max_examples: int | None, reader: Reader) -> l
     """Read all batches into memory, up to ``max_examples``."""
     demand_several(batches)
     data: list[Examples] = []
-    remaining, place = max_examples, 0
+    remaining, place = None if max_examples is None else integer(max_examples, "max_examples"), 0
     for number, raw in enumerate(batches):
         if remaining is not None and remaining <= 0:
             break

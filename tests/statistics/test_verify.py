@@ -231,6 +231,8 @@ def test_what_cannot_be_compared_is_refused(bert):
         fk.verify(model, batches, changed(fk.estimate(model, batches), "classifier.bias", lambda value: value[:2]))
     with pytest.raises(ValueError, match="nothing to verify"):
         fk.verify(model, batches, {})
+    with pytest.raises(TypeError, match="got 'fisher.safetensors': load a file with fishkern.Statistics.load"):
+        fk.verify(model, batches, "fisher.safetensors")
 
 
 class Quantised(nn.Module):
