@@ -36,7 +36,7 @@ _ROLES: tuple[tuple[str, Role], ...] = (
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a model.
+    """The place of one transformer layer in a model; not a layer rule (:class:`fishkern.layers.Layer`).
 
     Attributes:
         stack: Path of the list that the layer is in: ``"model.layers"``, ``"encoder.block"``. A model with an encoder
