@@ -93,11 +93,8 @@ def verify(
     examples = sum(batch.num_examples for batch in data)
     estimate_seconds = None
     if statistics is None:
-        contents = [batch.content for batch in data]
         options = {"estimator": estimator, "likelihood": likelihood, "parameters": parameters, "shared": shared}
-        start = _clock(model)
-        statistics = estimate(model, contents, progress=progress is True, **options)
-        estimate_seconds = _clock(model) - start
+        statistics, estimate_seconds = _estimated(model, data, progress=progress is True, **options)
     elif isinstance(statistics, Statistics):
         check_kind(statistics, estimator, examples)
     check_names(statistics)
@@ -135,6 +132,14 @@ def verify(
         loop_seconds=loop_seconds,
         estimate_seconds=estimate_seconds,
     )
+
+
+def _estimated(model: nn.Module, data: Sequence[Examples], **options: Any) -> tuple[Statistics, float]:
+    """Estimate the statistics to verify, and time it."""
+    contents = [batch.content for batch in data]
+    start = _clock(model)
+    statistics = estimate(model, contents, **options)
+    return statistics, _clock(model) - start
 
 
 def _comparable(model: nn.Module, named: Mapping[str, Tensor], included: Collection[str]) -> dict[str, Tensor]:
