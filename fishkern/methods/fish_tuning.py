@@ -257,7 +257,7 @@ def _refuse_zeros(statistics: Statistics, model: nn.Module, names: Iterable[str]
 
 
 def _adapter_entries(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Leave out what is trained beside the adapter, and what an adapter of an embedding has for each token."""
+    """List the adapter's own parameters, but for those that an adapter of an embedding has for each token."""
     model = hosts.unwrap(model)
     prefix = getattr(getattr(model, "base_model", None), "prefix", None)  # PEFT's word for its own parameters
     own = set(adapters.adapter_parameters(model))

@@ -111,8 +111,8 @@ def settle(groups: Sequence[Group], selection: Selection, outside: Outside) -> l
             raise ValueError(f"{name} is {parameter.dtype}, and only floating parameters are trained.")
         if hasattr(parameter, "device_mesh"):
             raise ValueError(f"{name} is sharded over processes (a DTensor), which masked optimizers do not support.")
-    kept = {name for name, _ in trained} | {name for name, _ in all_named(groups) if name in selection}
-    return [{**group, "params": [(n, p) for n, p in group["params"] if n in kept]} for group in groups]
+    handled = {name for name, _ in trained} | {name for name, _ in all_named(groups) if name in selection}
+    return [{**group, "params": [(n, p) for n, p in group["params"] if n in handled]} for group in groups]
 
 
 def _refuse_stored(names: Iterable[str]) -> None:

@@ -109,7 +109,7 @@ def num_non_zero(scores: Iterable[AnyTensor]) -> int:
     return sum(int(piece.count_nonzero()) for score in scores for piece in pieces(score))
 
 
-def by_position(order: Order, k: int, non_zero: int, total: int) -> bool:
+def position_decides(order: Order, k: int, non_zero: int, total: int) -> bool:
     """Tell whether some zeros were selected and others not, where the last selected score is zero.
 
     Args:
