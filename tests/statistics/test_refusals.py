@@ -63,6 +63,7 @@ def test_a_seed_of_another_library():
 NO_BATCH = {
     "a batch instead of batches": ({"input_ids": torch.ones(2, 3)}, ["one batch (a dict)", "Pass [batch]"]),
     "a tensor instead of batches": (torch.ones(2, 3), ["one batch (a Tensor)", "Pass [batch]"]),
+    "no batches": (None, ["batches must be an iterable of batches, such as a DataLoader, got None"]),
     "a pair instead of batches": (pair(), ["batch 0 is a Tensor", "One batch alone is passed as [batch]"]),
     "a tensor": ([torch.ones(2, 3)], ["batch 0 is a Tensor", "mapping", "pair"]),
     "nothing": ([pair(), None], ["batch 1 is a NoneType"]),
