@@ -23,7 +23,7 @@ from fishkern.statistics.data import demand_several
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.estimate import estimate, reader_for
-from fishkern.statistics.judgement import ROUNDING, Noise, error, judged, largest, overlap
+from fishkern.statistics.judgement import TOLERANCE, Noise, error, judged, largest, overlap
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.likelihood_argument import checked_likelihood
 from fishkern.statistics.loop import Loop
@@ -145,7 +145,7 @@ def _estimated(model: nn.Module, data: Sequence[Examples], **options: Any) -> tu
 def _comparable(model: nn.Module, named: Mapping[str, Tensor], included: Collection[str]) -> dict[str, Tensor]:
     """List the parameters, of those in the statistics, to which autograd gives a gradient."""
     stored = {name for name in stored_weights(model).keys() & named.keys() if not is_wrapped(named[name])}
-    comparable = {name: named[name] for name in included if name not in stored and named[name].dtype in ROUNDING}
+    comparable = {name: named[name] for name in included if name not in stored and named[name].dtype in TOLERANCE}
     _demand_any(comparable, included, model)
     return comparable
 
