@@ -50,9 +50,9 @@ class Capture:
         self.distrusted: set[str] = set()
 
     @property
-    def unsettled(self) -> frozenset[str]:
+    def withheld(self) -> frozenset[str]:
         """Names whose gradients of the last backward pass were held back, since nothing says whose rows they are."""
-        return frozenset(self._uses.unsettled)
+        return frozenset(self._uses.withheld)
 
     def __enter__(self) -> Capture:
         self._hooks.__enter__()

@@ -82,7 +82,7 @@ class Record:
     untapped: bool = False
 
     @property
-    def with_gradient(self) -> set[int]:
+    def calls_with_gradient(self) -> set[int]:
         """Calls that a gradient reached."""
         return {touched.call for touched in self.touched}
 

@@ -216,7 +216,7 @@ class _Guard:
         if outputs and not self._passes_gradient:
             self._passes_gradient = any(output.requires_grad for output in outputs)
             if self._passes_gradient and self._is_leaf:  # the survey would count a second call of modules inside
-                self._passes_gradient = _passes_gradient(module, args, kwargs)
+                self._passes_gradient = _back_propagates(module, args, kwargs)
             if not self._passes_gradient:
                 raise UnsupportedModuleError(
                     f"{self._path!r} ({type(module).__name__}) cuts the gradient: its input requires one and gets "
@@ -227,7 +227,7 @@ class _Guard:
                 )
 
 
-def _passes_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _back_propagates(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Back-propagate through a module: an output may require a gradient and yet pass none on."""
     leaves, spec = tree_flatten((args, kwargs))
     inputs = floating_places(leaves)

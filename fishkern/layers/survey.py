@@ -69,7 +69,7 @@ class Plan:
         return paths
 
     @property
-    def with_factors(self) -> frozenset[str]:
+    def keys_with_factors(self) -> frozenset[str]:
         """Parameters all of whose uses give their gradients as activations and output gradients."""
         kinds: dict[str, list[bool]] = defaultdict(list)
         for site in self.sites:
@@ -253,7 +253,7 @@ class _Planner:
     def _layout(self, record: Record) -> tuple[Layout | None, bool]:
         """Find the layout that fits every call, and say whether a gradient confirms it."""
         touched = [rows for rows in record.touched if len(rows.nonzero)]
-        calls = record.with_gradient or set(range(len(record.calls)))
+        calls = record.calls_with_gradient or set(range(len(record.calls)))
         outputs = [record.calls[call][1] for call in sorted(calls)]
         if not all(isinstance(output, Tensor) and output.ndim for output in outputs):
             return None, False
@@ -375,7 +375,7 @@ def _is_batch_first(module: nn.Module) -> bool:
 
 def _last_call(record: Record, *, entered: bool) -> tuple[Call, Any]:
     """Return the last call that a gradient reached, or else the last one; with ``entered``, as it was before hooks."""
-    index = max(record.with_gradient, default=len(record.calls) - 1)
+    index = max(record.calls_with_gradient, default=len(record.calls) - 1)
     call, output = record.calls[index]
     call = record.entered[index] if entered else call
     return call.thaw(call.tensors), output

@@ -36,7 +36,7 @@ class Uses:
         num_examples: ``N`` of the batch.
 
     Attributes:
-        unsettled: Canonical names whose gradients of the last backward pass are held back, since nothing says whose
+        withheld: Canonical names whose gradients of the last backward pass are held back, since nothing says whose
             rows they are.
     """
 
@@ -52,7 +52,7 @@ class Uses:
         self._tokens: dict[str, list[Tensor]] = defaultdict(list)
         self._received: dict[str, list[PerExampleGrads]] = defaultdict(list)
         self._heads: dict[str, tuple[Tensor, Tensor]] = {}
-        self.unsettled: set[str] = set()
+        self.withheld: set[str] = set()
 
     def note_call(self, site: Site, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Count a call, and remember the tokens of an embedding whose weight a head shares.
@@ -84,7 +84,7 @@ class Uses:
         """Forget the gradients of the previous backward pass."""
         self._received.clear()
         self._heads.clear()
-        self.unsettled.clear()
+        self.withheld.clear()
 
     def withhold(self, site: Site) -> None:
         """Deliver no gradient of a site's parameters in this backward pass.
@@ -92,7 +92,7 @@ class Uses:
         Args:
             site: The site.
         """
-        self.unsettled.update(site.keys.values())
+        self.withheld.update(site.keys.values())
 
     def deliver(self, key: str, grads: PerExampleGrads) -> None:
         """Add the gradients of one use, and pass those of all uses to the sink once they are complete.
@@ -121,7 +121,7 @@ class Uses:
 
     def finish(self) -> None:
         """Deliver the rest, now that backward has ended: a use that got no gradient adds none."""
-        for key in self._received.keys() - self.unsettled:
+        for key in self._received.keys() - self.withheld:
             self._close(key)
 
     def _close(self, key: str) -> None:

@@ -93,46 +93,46 @@ def sum_grad_squared_torch(
     scratch = None
     for rows, columns in tiles(*total.shape, total.device):
         tile, x, g = total[rows, columns], activations[..., columns], output_grads[..., rows]
-        mean = None if grad_out is None else grad_out[rows, columns]
+        grad_sum = None if grad_out is None else grad_out[rows, columns]
         if lengths is None and x.shape[1] == 1:
-            _add_single_positions_(tile, mean, x[:, 0], g[:, 0])
+            _add_single_positions_(tile, grad_sum, x[:, 0], g[:, 0])
         elif lengths is None and len(x) > 1 and tile.numel() <= _SMALL_TILE:
-            _add_several_(tile, mean, x, g)
+            _add_several_(tile, grad_sum, x, g)
         else:
             scratch = tile.new_empty(tile.numel()) if scratch is None else scratch  # no later tile is larger
             grad = scratch[: tile.numel()].view(tile.shape)
             if lengths is None:
-                _add_each_(tile, mean, x.unbind(), g.mT.unbind(), grad)
+                _add_each_(tile, grad_sum, x.unbind(), g.mT.unbind(), grad)
             else:
-                _add_each_(tile, mean, x.split(lengths), g.mT.split(lengths, dim=1), grad)
+                _add_each_(tile, grad_sum, x.split(lengths), g.mT.split(lengths, dim=1), grad)
     return total
 
 
-def _add_each_(tile: Tensor, mean: Tensor | None, xs: Iterable[Tensor], gs: Iterable[Tensor], grad: Tensor) -> None:
+def _add_each_(tile: Tensor, grad_sum: Tensor | None, xs: Iterable[Tensor], gs: Iterable[Tensor], grad: Tensor) -> None:
     for x, g in zip(xs, gs, strict=True):  # [T, I], [O, T]
         if x.dtype != tile.dtype:
             x, g = x.to(tile.dtype), g.to(tile.dtype)
         torch.mm(g, x, out=grad)
         tile.addcmul_(grad, grad)
-        if mean is not None:
-            mean.add_(grad)
+        if grad_sum is not None:
+            grad_sum.add_(grad)
 
 
-def _add_several_(tile: Tensor, mean: Tensor | None, x: Tensor, g: Tensor) -> None:
+def _add_several_(tile: Tensor, grad_sum: Tensor | None, x: Tensor, g: Tensor) -> None:
     if tile.shape[0] > tile.shape[1]:  # the short side first: up to three times faster
-        tile, mean, x, g = tile.mT, None if mean is None else mean.mT, g, x
+        tile, grad_sum, x, g = tile.mT, None if grad_sum is None else grad_sum.mT, g, x
     grads = tile.new_empty(min(_EXAMPLES_PER_CALL, len(x)), *tile.shape)
     for x_part, g_part in zip(x.split(len(grads)), g.split(len(grads)), strict=True):  # [n, T, I], [n, T, O]
         part = torch.bmm(g_part.to(tile.dtype).mT, x_part.to(tile.dtype), out=grads[: len(x_part)])
-        if mean is not None:
-            mean.add_(part.sum(0))
+        if grad_sum is not None:
+            grad_sum.add_(part.sum(0))
         tile.add_(part.square_().sum(0))
 
 
-def _add_single_positions_(tile: Tensor, mean: Tensor | None, x: Tensor, g: Tensor) -> None:
+def _add_single_positions_(tile: Tensor, grad_sum: Tensor | None, x: Tensor, g: Tensor) -> None:
     """Add ``(g x)^2 = g^2 x^2``, which is one matrix product for all examples."""
     for x_part, g_part in zip(x.split(_SQUARED_AT_ONCE), g.split(_SQUARED_AT_ONCE), strict=True):  # [N, I], [N, O]
         x_part, g_part = x_part.to(tile.dtype), g_part.to(tile.dtype)
-        if mean is not None:
-            mean.addmm_(g_part.mT, x_part)
+        if grad_sum is not None:
+            grad_sum.addmm_(g_part.mT, x_part)
         tile.addmm_(g_part.square().mT, x_part.square())

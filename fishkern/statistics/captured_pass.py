@@ -109,7 +109,7 @@ class CapturedPass:
                         continue
                     self._note(objective, batch)
                     capture.backward(objective, retain_graph=not last)
-                    for key in capture.unsettled - strays.reasons.keys():
+                    for key in capture.withheld - strays.reasons.keys():
                         if only is None or number in only[key]:
                             withheld[key].add(number)
                     self._planner.distrusted |= capture.distrusted

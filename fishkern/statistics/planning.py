@@ -270,7 +270,7 @@ class Planner:
             check_finite(objective, few.places)
             capture.backward(objective)
             self.distrusted |= capture.distrusted
-            withheld = set(capture.unsettled - strays.reasons.keys())
+            withheld = set(capture.withheld - strays.reasons.keys())
         if strays.reasons:
             self.note_strays(strays.reasons)
         return withheld
@@ -302,7 +302,7 @@ class Planner:
         self.refuse_whole(key for key, (path, _) in plan.paths.items() if path != "fused")
         if self._estimator.reads == "factors":
             captured = {key for site in plan.sites for key in site.keys.values()}
-            self.refuse_whole(captured - plan.with_factors)
+            self.refuse_whole(captured - plan.keys_with_factors)
         slow = {key: reason for key, (path, reason) in plan.paths.items() if path == "loop"}
         new = sorted(slow.keys() - self._announced)
         self._announced |= slow.keys()
