@@ -36,7 +36,7 @@ _ROLES: tuple[tuple[str, Role], ...] = (
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a model.
+    """The place of one transformer layer in a model; not a layer rule (:class:`fishkern.layers.Layer`).
 
     Attributes:
         stack: Path of the list that the layer is in: ``"model.layers"``, ``"encoder.block"``. A model with an encoder
@@ -64,9 +64,9 @@ class Layer:
 def layer_of(model: nn.Module | Iterable[str]) -> dict[str, Layer | None]:
     """Find the layer that each parameter belongs to.
 
-    A layer is a numbered entry of the outermost list in a name that is called ``layers``, ``layer``, ``h``, ``blocks``
-    or ``block`` and is not in a head. Lists inside a layer (experts, the sub-layers of T5) do not count. The stages of
-    Swin are no layers: each is a list of layers, and its other modules are in none.
+    A layer is a numbered entry of a list of layers (``layers``, ``layer``, ``h``, ``blocks``, ...: ``_LISTS``), of the
+    outermost one in a name, and not in a head. Lists inside a layer (experts, the sub-layers of T5) do not count. The
+    stages of Swin are no layers: each is a list of layers, and its other modules are in none.
 
         layers = hosts.layer_of(model)
         layers["model.layers.3.mlp.up_proj.weight"]  # Layer(stack="model.layers", number=3, count=32)
@@ -82,7 +82,8 @@ def layer_of(model: nn.Module | Iterable[str]) -> dict[str, Layer | None]:
     if not isinstance(model, nn.Module):
         return _by_name(model)
     layers = _by_name(named_parameters(model, remove_duplicate=False))
-    lengths = {path: len(blocks) for path, blocks in _lists(model, layers.values()).items()}  # also without parameters
+    # counted by the model as well, where the last layers have no parameters
+    lengths = {path: len(blocks) for path, blocks in _lists(model, layers.values()).items()}
     return {
         name: layer and replace(layer, count=max(layer.count, lengths.get(layer.stack, 0)))
         for name, layer in layers.items()

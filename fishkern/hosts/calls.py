@@ -35,5 +35,5 @@ def call_options(model: nn.Module) -> dict[str, Any]:
     """
     model = base_model(unwrap(model))
     caches = getattr(getattr(model, "config", None), "use_cache", None)
-    accepts = "use_cache" in inspect.signature(model.forward).parameters
-    return {"use_cache": False} if caches and accepts else {}
+    named = "use_cache" in inspect.signature(model.forward).parameters  # **kwargs may pass it on to nobody
+    return {"use_cache": False} if caches and named else {}

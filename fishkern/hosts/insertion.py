@@ -215,8 +215,10 @@ def _paths(layer: nn.Module) -> dict[str, str]:
 
 def _wrapped(module: nn.Module) -> tuple[str, nn.Module] | None:
     """Return the child that a wrapper (ours, PEFT's or torch's) was made around, with its name."""
-    children = module.named_children()
-    return next((item for item in children if item[0] == "base_layer" or not without_wrappers(f"{item[0]}.")), None)
+    for name, child in module.named_children():
+        if name == "base_layer" or without_wrappers(f"{name}.weight") == "weight":  # a name that torch's wrappers add
+            return name, child
+    return None
 
 
 def _joined(path: str, name: str) -> str:

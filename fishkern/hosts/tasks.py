@@ -47,8 +47,9 @@ def task(model: nn.Module, labels: Tensor | None = None) -> Task | None:
     config = getattr(model, "config", None)
     if config is None:
         return None
-    named = (_named_task(base.__name__, config, labels) for base in type(model).__mro__)  # a subclass keeps its head
-    return next((task for task in named if task), None)
+    # a subclass of a known class keeps its head
+    by_class = (_named_task(base.__name__, config, labels) for base in type(model).__mro__)
+    return next(filter(None, by_class), None)
 
 
 def _named_task(name: str, config: Any, labels: Tensor | None) -> Task | None:

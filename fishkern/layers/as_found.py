@@ -35,8 +35,8 @@ def as_found(model: nn.Module) -> Iterator[Callable[[], None]]:
             state.restore()
 
     with ExitStack() as stack:
-        for entered in (_frozen, _accumulation_hooks_off, _bounded_tables, _norms_in_order):
-            stack.enter_context(entered(model))
+        for manager in (_frozen, _accumulation_hooks_off, _bounded_tables, _contiguous_norms):
+            stack.enter_context(manager(model))
         stack.callback(restore)
         yield restore
 
@@ -82,28 +82,28 @@ def _bounded_tables(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _norms_in_order(model: nn.Module) -> Iterator[None]:
+def _contiguous_norms(model: nn.Module) -> Iterator[None]:
     """Work around two faults of torch's backward passes with ``channels_last`` on a CPU (up to torch 2.13).
 
     That of ``GroupNorm`` reads memory out of bounds and ends the process if its input requires no gradient. That of
     ``InstanceNorm`` gives wrong numbers for a batch of one.
     """
 
-    def in_order(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if args and isinstance(args[0], Tensor) and not args[0].requires_grad and not args[0].is_contiguous():
             return (args[0].contiguous(), *args[1:])
         return None
 
-    def gradient_in_order(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def contiguous_gradient(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(Tensor.contiguous)
 
     handles = []
     for module in model.modules():
         if isinstance(module, nn.GroupNorm):
-            handles.append(module.register_forward_pre_hook(in_order))
+            handles.append(module.register_forward_pre_hook(contiguous_input))
         elif isinstance(module, nn.modules.instancenorm._InstanceNorm):
-            handles.append(module.register_forward_hook(gradient_in_order))
+            handles.append(module.register_forward_hook(contiguous_gradient))
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 A rule gets the tensors of a call as the module saw them, rows first: ``activations [N, ..., I]``, ``output_grads
 [N, ..., O]``. Axes between rows and features are positions; :func:`positions` flattens them to ``T``. Where the rows
 are those of ``[N, T]`` flattened, the gradients are joined afterwards
-(:meth:`fishkern.layers.grads.PerExampleGrads.grouped`).
+(:meth:`fishkern.layers.grads.PerExampleGrads.unflattened`).
 """
 
 from __future__ import annotations

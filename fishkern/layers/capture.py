@@ -51,7 +51,7 @@ class Capture:
 
     @property
     def unsettled(self) -> frozenset[str]:
-        """Names whose gradients of the last backward pass were held back, because whose rows they are is not known."""
+        """Names whose gradients of the last backward pass were held back, since nothing says whose rows they are."""
         return frozenset(self._uses.unsettled)
 
     def __enter__(self) -> Capture:
@@ -154,7 +154,7 @@ class Capture:
             saved = [one.expand(N, *one.shape[1:]) if _rows(one) == 1 else one for one in arrival.saved]
             arrival = arrival._replace(saved=saved)
         for key, grads in arrival.per_example_grads():
-            grads = grads.grouped(N) if site.layout is Layout.FLATTENED else grads
+            grads = grads.unflattened(N) if site.layout is Layout.FLATTENED else grads
             self._uses.deliver(key, grads if self._counted is None else self._with_counted(key, grads))
 
     def _with_counted(self, key: str, grads: PerExampleGrads) -> PerExampleGrads:
@@ -164,7 +164,7 @@ class Capture:
         if grads.num_positions != self._counted.shape[1]:
             raise UnsupportedModuleError(
                 f"{key} runs at {grads.num_positions} positions, and the batch's attention_mask has "
-                f"{self._counted.shape[1]}: which positions count cannot be told. {leave_out([key])}"
+                f"{self._counted.shape[1]}, so it is unclear which positions count. {leave_out([key])}"
             )
         return replace(grads, counted=self._counted)
 

@@ -58,7 +58,7 @@ class PerExampleGrads(ABC):
             A tensor of the parameter's shape, float32 (float64 for float64 factors).
         """
 
-    def grouped(self, num_examples: int) -> Self:
+    def unflattened(self, num_examples: int) -> Self:
         """Join rows that were treated as examples into the examples that they belong to, equally many for each.
 
         Args:
@@ -147,8 +147,8 @@ class OuterProductGrads(PerExampleGrads):
         operation = partial(sum_position_grad_squared, self.activations, self.output_grads)
         _add(self._as_matrix(total), operation, self.output_grads)
 
-    def grouped(self, num_examples: int) -> Self:
-        x, g = (_grouped(factor, num_examples) for factor in (self.activations, self.output_grads))
+    def unflattened(self, num_examples: int) -> Self:
+        x, g = (_unflattened(factor, num_examples) for factor in (self.activations, self.output_grads))
         return type(self)(x, g, self.shape)  # which positions count is attached to the joined examples later
 
     def rows(self, example: Tensor, row: Tensor) -> Tensor:
@@ -224,8 +224,8 @@ class EmbeddingGrads(PerExampleGrads):
         positions = self.indices.reshape(-1, 1)  # every position an example of its own
         self._add_squares(positions, self.output_grads.flatten(0, 1)[:, None], total)
 
-    def grouped(self, num_examples: int) -> Self:
-        indices, g = (_grouped(factor, num_examples) for factor in (self.indices, self.output_grads))
+    def unflattened(self, num_examples: int) -> Self:
+        indices, g = (_unflattened(factor, num_examples) for factor in (self.indices, self.output_grads))
         return type(self)(indices, g, self.num_rows, self.padding_idx)
 
     def _add_squares(self, indices: Tensor, output_grads: Tensor, total: Tensor) -> None:
@@ -270,8 +270,8 @@ class PositionGrads(PerExampleGrads):
     def add_position_squares_(self, total: Tensor) -> None:
         total += self.terms.to(accumulates_in(self.terms.dtype)).square().sum((0, 1))
 
-    def grouped(self, num_examples: int) -> Self:
-        return type(self)(_grouped(self.terms, num_examples))
+    def unflattened(self, num_examples: int) -> Self:
+        return type(self)(_unflattened(self.terms, num_examples))
 
     def _squares(self) -> Tensor:
         """Sum the squares over examples, ``[*shape]``."""
@@ -420,7 +420,7 @@ def join(uses: Sequence[PerExampleGrads]) -> PerExampleGrads:
 def _add_rows_of_examples(
     total: Tensor, example: Tensor, row: Tensor, values: Tensor, *, by: Groups, num_examples: int
 ) -> None:
-    """Add values ``[U, D]`` in rows ``[U]`` of a table, by groups of its entries."""
+    """Add values ``[U, D]`` of examples ``[U]`` in rows ``[U]`` of a table, by groups of the table's entries."""
     if by == "row":
         counts = torch.bincount(example, minlength=num_examples).tolist()
         for rows, sums in zip(row.split(counts), values.sum(1).to(total.dtype).split(counts), strict=True):
@@ -437,7 +437,7 @@ def _add(total: Tensor, operation: Callable[..., Tensor], factor: Tensor) -> Non
         total += operation()
 
 
-def _grouped(factor: Tensor, num_examples: int) -> Tensor:
+def _unflattened(factor: Tensor, num_examples: int) -> Tensor:
     """``[N * M, T, ...]`` as ``[N, M * T, ...]``."""
     return factor.reshape(num_examples, factor.shape[0] // num_examples * factor.shape[1], *factor.shape[2:])
 

@@ -2,9 +2,9 @@
 
 Nothing is guessed from shapes. The model runs on two examples, the loss of each is back-propagated alone, and the rows
 of a call where the output gradient is not zero are the example's rows. A parameter without a rule, or whose rows cannot
-be assigned to examples, takes the generic path: the smallest enclosing module that keeps the example axis runs once
-more for each example. Without such a module it takes a loop over the whole model. If the first batch holds one example,
-the model runs on that one, and the plan serves batches of one.
+be assigned to examples, takes the generic path: the smallest enclosing module that keeps the example axis, its host,
+runs once more for each example. Without a host it takes a loop over the whole model. If the first batch holds one
+example, the model runs on that one, and the plan serves batches of one.
 """
 
 from __future__ import annotations
@@ -32,6 +32,15 @@ LAYERS: tuple[Layer, ...] = (
     Linear(), QuantizedLinear(), Conv1D(), Embedding(), LayerNorm(), Convolution(), Factor(), OnePlusFactor(), Scale()
 )  # fmt: skip
 """The rules, first match first. A new kind of layer is one more entry."""
+
+# Modules of torch that have their examples on the second axis unless they are made with batch_first.
+_SECOND_AXIS = (
+    nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.Transformer
+)  # fmt: skip
+_HOOKED = (
+    "a hook on it (register_hook) may change the gradient of each example; without the hook, its layer's rule computes "
+    "the gradient"
+)
 
 
 @dataclass(frozen=True)
@@ -133,15 +142,6 @@ def survey(
         observation.copy(planner.rewritten)
         plan = _Planner(model, owners, observation, distrusted, num_examples).plan()
     return plan.with_loop(hooked)
-
-
-_BATCH_FIRST = (
-    nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.Transformer
-)  # fmt: skip
-_HOOKED = (
-    "a hook on it (register_hook) may change the gradient of each example; without the hook, its layer's rule computes "
-    "the gradient"
-)
 
 
 class _Planner:
@@ -311,7 +311,7 @@ class _Planner:
             return f"{path or 'the model'} writes into its input, which others may hold"
         reason = "no module below the whole model keeps its examples apart"
         around = [self._modules[at] for at in upwards(path) if at]
-        of_torch = next((one for one in reversed(around) if isinstance(one, _BATCH_FIRST)), None)
+        of_torch = next((one for one in reversed(around) if isinstance(one, _SECOND_AXIS)), None)
         second = [one for one in around if self._has_examples_second(one)]
         has, ways = "also returns its last state, whose examples are", []
         if of_torch is not None and not _is_batch_first(of_torch):

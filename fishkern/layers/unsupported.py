@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from fishkern.names import listed
+
 
 class UnsupportedModuleError(RuntimeError):
     """The per-example gradients of a module cannot be computed exactly. The message says how to exclude it."""
@@ -21,9 +23,7 @@ def leave_out(keys: Iterable[str], *, by_autograd: bool = True) -> str:
     Returns:
         A sentence for an error message.
     """
-    names = sorted(keys)
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    way = f"Leave {shown} out with parameters=lambda name, parameter: ..."
+    way = f"Leave {listed(sorted(keys))} out with parameters=lambda name, parameter: ..."
     return f"{way}, or use fishkern.SketchedFisher, which supports any layer." if by_autograd else way
 
 

@@ -36,8 +36,8 @@ class Uses:
         num_examples: ``N`` of the batch.
 
     Attributes:
-        unsettled: Canonical names whose gradients of the last backward pass are held back, because whose rows they are
-            is not known.
+        unsettled: Canonical names whose gradients of the last backward pass are held back, since nothing says whose
+            rows they are.
     """
 
     def __init__(self, sites: Sequence[Site], sink: Sink, *, squares: bool, num_examples: int) -> None:

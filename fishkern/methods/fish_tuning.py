@@ -53,7 +53,7 @@ def fish_tuning(
     pool: Pool = "adapter",
     max_examples: int | None = 128,
     likelihood: Likelihood | Callable[[nn.Module, Any], Tensor] | Drawn | None = None,
-    heads: Iterable[str] = hosts.HEADS,
+    heads: str | Iterable[str] = hosts.HEADS,
     rank_gates: bool = False,
     allow_zeros: bool = False,
     seed: int = 42,
@@ -87,7 +87,7 @@ def fish_tuning(
             ``density`` and ``trainable`` cover the head as well.
         max_examples: How many examples to look at; 128 in the paper.
         likelihood: See :func:`fishkern.estimate`.
-        heads: Names of the modules that are the head.
+        heads: Names of the modules that are the head, or one name.
         rank_gates: Whether UniPELT's gates are ranked with the rest; by default they are trained whole, as the head is,
             and paid for by ``match``. A reconstruction: the paper does not say.
         allow_zeros: Go on although half of the adapter or more scores exactly zero; with ``pool="model"``, although
@@ -112,7 +112,7 @@ def fish_tuning(
     """
     one_of(order, ORDERS, "order")
     one_of(pool, POOLS, "pool")
-    seed, heads = integer(seed, "seed"), tuple(heads)
+    seed, heads = integer(seed, "seed"), (heads,) if isinstance(heads, str) else tuple(heads)
     if reason := hosts.sharded(model) or hosts.lost_prefix(model):
         raise UnsupportedModuleError(f"{reason}.")
     parts = _parts(model, pool, heads, rank_gates=rank_gates)
@@ -257,7 +257,7 @@ def _refuse_zeros(statistics: Statistics, model: nn.Module, names: Iterable[str]
 
 
 def _adapter_entries(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Leave out what is trained beside the adapter, and what an adapter of an embedding has for each token."""
+    """List the adapter's own parameters, but for those that an adapter of an embedding has for each token."""
     model = hosts.unwrap(model)
     prefix = getattr(getattr(model, "base_model", None), "prefix", None)  # PEFT's word for its own parameters
     own = set(adapters.adapter_parameters(model))

@@ -107,9 +107,8 @@ def check_apart(out: Tensor, other: Tensor, names: str) -> None:
     first, second = out.data_ptr(), other.data_ptr()
     axes = _axes(out) if first <= second else _axes(other)
     gap = abs(second - first) // out.element_size()
-    if not first or gap > sum(
-        (length - 1) * stride for stride, length in axes
-    ):  # no memory, or one ends before the other
+    extent = sum((length - 1) * stride for stride, length in axes)
+    if not first or gap > extent:  # no memory, or one ends before the other begins
         return
     if _axes(out) != _axes(other) or _reaches(gap, axes):
         raise ValueError(f"{names} must not overlap, got two views of the same memory: pass one of them its own.")

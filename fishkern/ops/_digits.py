@@ -32,9 +32,9 @@ def around_nth_largest(walk: Walk, n: int, dtype: torch.dtype, *, bits: int) -> 
     """Find the smallest and the largest value that share their leading bits with the ``n``-th largest.
 
     Args:
-        walk: As there; called once for every 16 of ``bits``.
-        n: As there.
-        dtype: As there.
+        walk: As for :func:`nth_largest`; called once for every 16 of ``bits``.
+        n: As for :func:`nth_largest`.
+        dtype: As for :func:`nth_largest`.
         bits: A multiple of 16. Sign, exponent and 7 bits of the mantissa are the first 16 of a float32.
 
     Returns:

@@ -40,10 +40,10 @@ def tiles(O: int, I: int, device: torch.device) -> Iterator[tuple[slice, slice]]
 
 
 def spans(size: int, longest: int) -> Iterator[slice]:
-    """Cut ``range(size)`` into equal parts, but for the last.
+    """Cut ``range(size)`` into parts of equal length, of which the last may be shorter.
 
     Args:
-        size: Any number but zero.
+        size: At least 1.
         longest: About how long a part may be.
 
     Yields:

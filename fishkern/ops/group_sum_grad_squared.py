@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fishkern.arguments import one_of
 from fishkern.backend import Backend, choose
 from fishkern.ops._arguments import accumulator, check_linear
 from fishkern.ops._tiles import TILE_ENTRIES, TILE_ENTRIES_ON_GPU, spans, tiles
@@ -84,8 +85,7 @@ def group_sum_grad_squared(
             ascend from 0 to ``S``, or entries of ``out`` share a place.
         BackendUnavailableError: Triton was named, and cannot run.
     """
-    if by not in get_args(Group):
-        raise ValueError(f"by must be one of {get_args(Group)}, got {by!r}.")
+    one_of(by, get_args(Group), "by")
     check_linear(activations, output_grads, offsets)
     results = () if out is None else (_accumulator(out, activations, output_grads, by),)
     run = choose(group_sum_grad_squared_torch, backend, activations, output_grads, *results)

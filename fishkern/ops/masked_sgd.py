@@ -42,9 +42,9 @@ def masked_sgd_(
     takes these steps in the order of torch.optim's loop, so that with every entry selected it equals that bit for bit.
 
     Args:
-        params: As in :func:`fishkern.ops.masked_adamw_`, and so are the arguments not named here.
-        grads: See there.
-        indices: See there.
+        params: As in :func:`fishkern.ops.masked_adamw_`.
+        grads: As there.
+        indices: As there.
         momentum_buffer: ``b``, ``[K]``, float32 where there is a ``master``, else of the parameters' dtype. Changed in
             place. ``None`` where ``momentum`` is 0.
         steps: ``[P]``, float32: which update this is for each parameter, counted from 1.
@@ -54,8 +54,8 @@ def masked_sgd_(
         weight_decay: Decay, added to the gradient.
         nesterov: Look ahead by ``momentum b``.
         maximize: Go up the gradient.
-        master: ``[K]``, float32.
-        starts: ``[K]``, float32.
+        master: ``[K]``, float32, as there.
+        starts: ``[K]``, float32, as there.
         scale: Zero-dimensional tensor that the gradients are multiplied by.
         backend: ``None`` for the ambient choice, see :mod:`fishkern.backend`.
 

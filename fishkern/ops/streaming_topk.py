@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fishkern.arguments import integer, one_of
 from fishkern.backend import Backend, BackendUnavailableError, choose
 from fishkern.files import AnyTensor, StoredTensor
 from fishkern.ops._candidates import Candidates
@@ -21,8 +21,8 @@ __all__ = ["NaNScoreError", "Order", "streaming_topk", "streaming_topk_torch", "
 Order = Literal["largest", "smallest"]
 ORDERS = ("largest", "smallest")
 
-# Up to this many scores, or this share of all, are sampled for the bracket.
-_SMALLEST_SAMPLE, _LARGEST_SAMPLE, _SAMPLED_SHARE = 2**16, 2**22, 2**-10
+# How many scores are sampled for the bracket: this share of all, but at least and at most so many.
+_SAMPLED_SHARE, _SMALLEST_SAMPLE, _LARGEST_SAMPLE = 2**-10, 2**16, 2**22
 # Standard errors between the sample's estimate and either end of the bracket.
 _DEVIATIONS = 6.0
 # If a sample leaves more scores than this undecided, one extra pass narrows the bracket first by counting.
@@ -83,12 +83,12 @@ def topk_with_threshold(
         beyond the bracket of a sample.
 
     Raises:
-        ValueError: ``k`` or ``order`` is none of the above.
-        BackendUnavailableError: Triton was named, and a block is in a file.
+        TypeError: As there.
+        ValueError: As there.
+        BackendUnavailableError: As there.
     """
-    blocks, k = list(blocks), operator.index(k)
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
+    blocks, k = list(blocks), integer(k, "k")
+    one_of(order, ORDERS, "order")
     scores = Scores(blocks)
     if not 0 <= k <= scores.total:
         raise ValueError(f"k must be from 0 to the number of scores, {scores.total}; got {k}.")
@@ -129,7 +129,7 @@ def _topk(scores: Scores, k: int, largest: bool) -> tuple[list[Tensor], float | 
     if k == 0:
         return _assembled(scores, iter(()), [0] * len(scores.blocks)), None
     low, high, inside = _bracket(scores, k, largest)
-    if high < math.inf and inside > _MOST_INSIDE:  # scores alike lie together, so that a sample says little
+    if high < math.inf and inside > _MOST_INSIDE:  # similar scores are neighbours, so a sample says little
         low, high = _counted(scores, k, largest, bits=8 * scores.dtype.itemsize - 16)
     candidates = _collect(scores, k, low, high, largest=largest)
     if candidates is None:  # the sample was not like the scores
@@ -167,7 +167,7 @@ def _bracket(scores: Scores, k: int, largest: bool) -> tuple[float, float, float
 
 
 def _ranked(rows: Tensor, share: float) -> tuple[Tensor, int, int]:
-    """Sort a sample; find two ranks in it between which the score lies that ends this share of all scores."""
+    """Sort a sample, and find two of its ranks between which the score at this share of all scores should be."""
     # kernels/streaming_topk.py has the same once more, since kernels import nothing of fishkern:
     # tests/kernels/test_streaming_topk.py holds the two together.
     values = rows[~rows.isnan()].sort(descending=True).values

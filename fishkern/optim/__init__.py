@@ -1,4 +1,4 @@
-"""From a selection to an optimizer that touches only what was selected."""
+"""From a selection to an optimizer that moves the selected entries only."""
 
 from fishkern.optim.base import MaskedOptimizer, Reselected
 from fishkern.optim.masked_adamw import MaskedAdamW

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from fishkern.optim.release import ReleasedGrads, dense, to_release
 from fishkern.optim.selected import Selected
 from fishkern.optim.state_dict import loaded
 from fishkern.selection import Entries, Selection, check_start
+from fishkern.warning import warn_caller
 
 
 class Reselected(NamedTuple):
@@ -175,7 +175,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Name what is kept for each selected entry with the options of this group."""
+        """Name the numbers that are kept for each selected entry with the options of this group."""
 
     @abstractmethod
     def _update_(self, bucket: Bucket, operands: Operands, group: dict[str, Any], scale: Tensor | None) -> None:
@@ -367,7 +367,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def _kind_of(self, parameter: Tensor, selected: Selected) -> _Kind:
         requested = self._settings["fused"]
-        as_rows = selected.entries.ranges is not None  # also of every row; what is selected whole is not
+        as_rows = selected.entries.ranges is not None  # ranges of every row, too; a parameter selected whole has none
         in_place = selected.indices is None and parameter.is_contiguous()
         return _Kind(
             dtype=parameter.dtype,
@@ -378,7 +378,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         )
 
     def _is_fused(self, bucket: Bucket) -> bool:
-        """Tell whether torch's fused update steps a bucket: one step count is for all entries of a tensor there."""
+        """Tell whether torch's fused update steps a bucket. It has one step count for a tensor, hence no starts."""
         demands_kernel = backend.current() == "triton" and self._settings["fused"] is None
         return bucket.fused and bucket.starts is None and not demands_kernel
 
@@ -399,7 +399,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if name not in self.selection:
             return Selected(Entries.all(parameter.shape), None)
         selected = self._memo.get(name)
-        if selected is None or not selected.reaches(parameter, with_master=self._has_master(parameter.dtype)):
+        if selected is None or not selected.fits(parameter, with_master=self._has_master(parameter.dtype)):
             selected = self._memo[name] = self._reached(self.selection.entries(name), parameter)
         return selected
 
@@ -423,11 +423,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if self._released is None or not self._released.grads or self.max_grad_norm is not None or self._warned:
             return
         self._warned = True
-        warnings.warn(
+        warn_caller(
             f"the gradients of {self._released.count} parameters are released during backward, so that "
             "clip_grad_norm_ does not see them: clip with max_grad_norm= (math.inf for no clipping), or keep the "
-            "gradients with release_grads=False.",
-            stacklevel=7,  # the caller of step, past torch's wrappers
+            "gradients with release_grads=False."
         )
 
     def _check_released(self) -> None:

@@ -160,7 +160,7 @@ class Bucket:
     def operands(self, grads: Sequence[Tensor | None]) -> Operands:
         """Take each range of rows for a parameter of its own, all of which is selected.
 
-        The compact state does not notice: the entries of the ranges follow on each other as those of parameters do.
+        The compact state stays as it is: the entries of ranges follow one another in it as those of parameters do.
 
         Args:
             grads: The gradient of each parameter, of its shape or ``[K_i]``; or ``None``.
@@ -224,5 +224,5 @@ def _on(device: torch.device, places: slice | Tensor) -> slice | Tensor:
 
 
 def _repeated(times: Sequence[int]) -> Tensor:
-    """Give each number from 0 on as often as is said: ``[2, 1]`` is ``[0, 0, 1]``."""
+    """Repeat each number from 0 on so many times: ``[2, 1]`` gives ``[0, 0, 1]``."""
     return torch.arange(len(times)).repeat_interleave(torch.tensor(times))

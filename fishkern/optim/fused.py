@@ -47,7 +47,8 @@ def step_fused(bucket: Bucket, grads: Sequence[Tensor | None], scale: Tensor | N
         operands = _operands(bucket, numbers, grads, scale)
         update(operands, first=first)
         if bucket.master is None:
-            # Torch's fused update does not, so a graph that it has overtaken would go unnoticed.
+            # Torch's fused update does not count its writes: a later backward through weights that have changed since
+            # would raise no error.
             torch.autograd.graph.increment_version([bucket.params[i] for i in numbers])
         else:
             for i, weight in zip(numbers, operands.weights, strict=True):

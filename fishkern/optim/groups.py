@@ -44,6 +44,8 @@ def named_groups(parameters: Parameters, selection: Selection) -> list[Group]:
         _refuse_stored(key for key in stored_weights(hosts.unwrap(parameters)) if key in selection)
         groups = [{"params": _of_model(parameters, selection)}]
     else:
+        if not isinstance(parameters, Iterable):
+            raise TypeError(_nameless(parameters))
         groups = list(parameters)
         if not groups or not isinstance(groups[0], dict):
             groups = [{"params": groups}]
@@ -111,8 +113,8 @@ def settle(groups: Sequence[Group], selection: Selection, outside: Outside) -> l
             raise ValueError(f"{name} is {parameter.dtype}, and only floating parameters are trained.")
         if hasattr(parameter, "device_mesh"):
             raise ValueError(f"{name} is sharded over processes (a DTensor), which masked optimizers do not support.")
-    kept = {name for name, _ in trained} | {name for name, _ in all_named(groups) if name in selection}
-    return [{**group, "params": [(n, p) for n, p in group["params"] if n in kept]} for group in groups]
+    handled = {name for name, _ in trained} | {name for name, _ in all_named(groups) if name in selection}
+    return [{**group, "params": [(n, p) for n, p in group["params"] if n in handled]} for group in groups]
 
 
 def _refuse_stored(names: Iterable[str]) -> None:
@@ -135,8 +137,12 @@ def _of_model(model: nn.Module, selection: Selection) -> list[Named]:
 def _named(entries: Iterable[Named]) -> Iterator[Named]:
     for entry in entries:
         if not isinstance(entry, tuple) or len(entry) != 2 or not isinstance(entry[1], Tensor):
-            raise TypeError(
-                "a masked optimizer identifies parameters by their names: pass the model, model.named_parameters(), or "
-                f"groups of (name, parameter) pairs; got {type(entry).__name__}."
-            )
+            raise TypeError(_nameless(entry))
         yield entry
+
+
+def _nameless(given: object) -> str:
+    return (
+        "a masked optimizer identifies parameters by their names: pass the model, model.named_parameters(), or groups "
+        f"of (name, parameter) pairs; got {type(given).__name__}."
+    )

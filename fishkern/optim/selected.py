@@ -39,7 +39,7 @@ class Selected(NamedTuple):
         needed = _needs_indices(entries, parameter, with_master)
         return cls(entries, entries.indices().to(parameter.device) if needed else None)
 
-    def reaches(self, parameter: Tensor, *, with_master: bool) -> bool:
+    def fits(self, parameter: Tensor, *, with_master: bool) -> bool:
         """Tell whether a parameter still has the dtype, device and layout that this was made for.
 
         Args:

@@ -42,8 +42,6 @@ def loaded(
         raise ValueError(f"the state has {len(saved_groups)} groups, the optimizer {len(groups)}.")
     keys: dict[str, Any] = {}
     for group in saved_groups:
-        if "param_names" not in group:
-            raise ValueError("the state holds no names of parameters: it is not that of a masked optimizer.")
         keys |= zip(group["param_names"], group["params"], strict=True)
     own = {name: p for group in groups for name, p in zip(group["param_names"], group["params"], strict=True)}
     if differing := keys.keys() ^ own.keys():
@@ -97,7 +95,7 @@ def _options(number: int, own: Mapping[str, Any], saved: Mapping[str, Any]) -> d
 
 
 def _of_a_kind(own: object, saved: object) -> bool:
-    """Tell whether a saved option can stand where one stands: a number, a flag, as many betas."""
+    """Tell whether a saved option is of the same kind as the optimizer's: a number, a flag, as many betas."""
     if isinstance(own, list | tuple):
         fits = isinstance(saved, list | tuple) and len(own) == len(saved)
         return fits and all(_of_a_kind(0.0, beta) and 0 <= beta < 1 for beta in saved)

@@ -1,4 +1,4 @@
-"""The delta of trained values: what a selection holds after training, small enough to keep one for each task."""
+"""The delta of trained values: the selected entries after training, small enough to keep one for each task."""
 
 from __future__ import annotations
 

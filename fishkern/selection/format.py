@@ -102,7 +102,7 @@ def load_entries(path: str | os.PathLike[str]) -> tuple[dict[str, Entries], dict
 
 
 def form_of(entries: Entries) -> tuple[Form, Tensor | None]:
-    """Say how a file holds what is selected of one parameter.
+    """Choose how a file stores the selected entries of one parameter.
 
     Args:
         entries: The selected entries.
@@ -144,7 +144,7 @@ def checked_entry(name: str, shape: object, form: object) -> tuple[torch.Size, F
     Args:
         name: The parameter's name.
         shape: Its shape.
-        form: How what is selected of it is held.
+        form: How its selected entries are stored.
 
     Returns:
         Shape and form.
@@ -163,12 +163,12 @@ def checked_entry(name: str, shape: object, form: object) -> tuple[torch.Size, F
 
 
 def read_entries(name: str, shape: torch.Size, form: Form, tensor: StoredTensor | None) -> Entries:
-    """Read what is selected of one parameter.
+    """Read the selected entries of one parameter.
 
     Args:
         name: The parameter's name.
         shape: Its shape.
-        form: How it is held, as :func:`checked_entry` has let it pass.
+        form: How they are stored, as checked by :func:`checked_entry`.
         tensor: Its indices ``[K]``, or its bits; ``None`` for the other forms.
 
     Returns:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor
-from fishkern.selection.ranking import TopK, by_position, num_non_zero, topk, warn_of_zeros
+from fishkern.selection.ranking import TopK, num_non_zero, position_decides, topk, warn_of_zeros
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class GlobalTopK(TopK):
         indices, threshold = topk(scores, k, self.order, backend)
         if threshold == 0:
             non_zero = num_non_zero(scores.values())
-            if by_position(self.order, k, non_zero, available):
+            if position_decides(self.order, k, non_zero, available):
                 count = non_zero if self.order == "largest" else available - non_zero
                 warn_of_zeros(self.order, f"k={k:,}", "the pool", count)
         return indices

@@ -68,7 +68,7 @@ class PerRowTopK(Rule):
             if any(by_position for _, by_position in parts):
                 zeros.append(name)
         if zeros:
-            where = f"some rows of {len(zeros)} of {len(scores)} parameters, such as {zeros[0]},"
+            where = f"some rows of {len(zeros)} of {len(scores)} parameters (such as {zeros[0]})"
             warn_of_zeros(self.order, f"k={self.k:,}", where)
         return selected
 
@@ -88,6 +88,7 @@ class PerRowTopK(Rule):
             room = self.k - better.sum(1, keepdim=True)
             better |= equal & (equal.cumsum(1) <= room)
             non_zero = rows.count_nonzero(1)
-            too_many = non_zero < self.k if largest else (threshold[:, 0] == 0) & (width - non_zero > self.k)
-            yield better.view(-1).nonzero().view(-1) + first, bool(too_many.any())
+            among_largest = (non_zero < self.k) & (self.k < width)
+            tied = among_largest if largest else (threshold[:, 0] == 0) & (width - non_zero > self.k)
+            yield better.view(-1).nonzero().view(-1) + first, bool(tied.any())
             first += len(piece)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor
-from fishkern.selection.ranking import TopK, by_position, num_non_zero, topk, warn_of_zeros
+from fishkern.selection.ranking import TopK, num_non_zero, position_decides, topk, warn_of_zeros
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class PerTensorTopK(TopK):
             k = self.budget_of(score.numel())
             indices, threshold = topk({name: score}, k, self.order, backend)
             selected |= indices
-            if threshold == 0 and by_position(self.order, k, num_non_zero([score]), score.numel()):
+            if threshold == 0 and position_decides(self.order, k, num_non_zero([score]), score.numel()):
                 zeros.append(name)
         if zeros:
             budget = f"density={self.density}" if self.k is None else f"k={self.k:,}"
-            warn_of_zeros(self.order, budget, f"{len(zeros)} of {len(scores)} parameters, such as {zeros[0]},")
+            warn_of_zeros(self.order, budget, f"{len(zeros)} of {len(scores)} parameters (such as {zeros[0]})")
         return selected

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from fishkern.backend import Backend
 from fishkern.files import AnyTensor, pieces
 from fishkern.ops.streaming_topk import ORDERS, NaNScoreError, Order, topk_with_threshold
 from fishkern.selection.budgeted import Budgeted
+from fishkern.warning import warn_caller
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def num_non_zero(scores: Iterable[AnyTensor]) -> int:
     return sum(int(piece.count_nonzero()) for score in scores for piece in pieces(score))
 
 
-def by_position(order: Order, k: int, non_zero: int, total: int) -> bool:
+def position_decides(order: Order, k: int, non_zero: int, total: int) -> bool:
     """Tell whether some zeros were selected and others not, where the last selected score is zero.
 
     Args:
@@ -121,11 +121,11 @@ def by_position(order: Order, k: int, non_zero: int, total: int) -> bool:
     Returns:
         Whether only their position decided.
     """
-    return k > non_zero if order == "largest" else k < total - non_zero
+    return non_zero < k < total if order == "largest" else k < total - non_zero
 
 
 def warn_of_zeros(order: Order, budget: str, where: str, count: int | None = None) -> None:
-    """Warn, for the caller of :func:`fishkern.select`, that zeros were selected by their position.
+    """Warn that zeros were selected by their position.
 
     Args:
         order: Which scores come first: among the largest the zeros are last, among the smallest first.
@@ -146,4 +146,4 @@ def warn_of_zeros(order: Order, budget: str, where: str, count: int | None = Non
             "selected by their position alone. More data tells them apart; entries that no data reaches can be left "
             "out (never=)."
         )
-    warnings.warn(text, stacklevel=4)  # past choose() and select()
+    warn_caller(text)

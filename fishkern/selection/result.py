@@ -77,7 +77,7 @@ class Selection(Frozen):
 
     @classmethod
     def from_entries(cls, entries: Mapping[str, Entries], *, provenance: Mapping[str, Any] | None = None) -> Selection:
-        """Make a selection of what is selected of each parameter.
+        """Make a selection from the selected entries of each parameter.
 
         Args:
             entries: For each name of the pool, in the model's order.
@@ -155,7 +155,7 @@ class Selection(Frozen):
         return json.loads(self._provenance)
 
     def entries(self, name: str) -> Entries:
-        """Give what is selected of one parameter, as it is kept: a list, or ranges of rows or columns.
+        """Return the selected entries of one parameter: all, a list, or ranges of rows or columns.
 
         Args:
             name: A name of the pool.

@@ -22,6 +22,8 @@ Reads = Literal["squares", "examples", "positions", "factors", "sums", "batches"
 State = Any
 """A nest (tuples, lists, dicts) of tensors, each a sum over examples; or a single one. See :meth:`Estimator.init`."""
 
+# Attributes of an earlier design, which :attr:`Estimator.reads` has replaced: without an error, a subclass that still
+# defines one would be read otherwise than it means.
 _REPLACED = {
     "adds_squares": "say reads = 'squares' where update_ asks for squares alone",
     "per_example": "say reads = 'sums' or 'batches' where the gradient of an objective as a whole will do",

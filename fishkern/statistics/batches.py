@@ -83,9 +83,8 @@ class Examples:
         """Names of the entries that are cut by rows, and of those that stay whole."""
         cut: list[str] = []
         whole: list[str] = []
-        self._each((), self.content, lambda place, _: (cut if place in self.by_rows else whole).append(
-            _name(place, self.content)
-        ))  # fmt: skip
+        for place in self._entry_places((), self.content):
+            (cut if place in self.by_rows else whole).append(_name(place, self.content))
         return cut, whole
 
     @property
@@ -130,9 +129,20 @@ class Examples:
                 "tensor, or give batches of one."
             ) from error
 
+    def _is_leaf(self, place: Place, value: Any) -> bool:
+        return place in self.by_rows or not (_is_structure(value) or place in self.entered)
+
+    def _entry_places(self, place: Place, value: Any) -> Iterator[Place]:
+        """Walk through the entries that are cut or passed whole."""
+        if self._is_leaf(place, value):
+            yield place
+            return
+        for key, item in _items(value):
+            yield from self._entry_places((*place, key), item)
+
     def _each(self, place: Place, value: Any, change: Callable[[Place, Any], Any]) -> Any:
         """Rebuild the structure with changed leaves."""
-        if place in self.by_rows or not (_is_structure(value) or place in self.entered):
+        if self._is_leaf(place, value):
             return change(place, value)
         return _rebuilt(value, {key: self._each((*place, key), item, change) for key, item in _items(value)})
 

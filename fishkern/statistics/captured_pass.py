@@ -22,8 +22,8 @@ from fishkern.statistics.batches import Examples
 from fishkern.statistics.planning import Answer, Planner
 from fishkern.statistics.states import States
 
-Places = Mapping[str, Collection[int]]
-"""For each parameter, the indices of some objectives of a batch."""
+Objectives = Mapping[str, Collection[int]]
+"""For each parameter, the numbers of some objectives of a batch, counted from 0."""
 
 
 class CapturedPass:
@@ -78,7 +78,7 @@ class CapturedPass:
             self._loop(batch, withheld, only=withheld)
             planner.note_looped(withheld, batch)
 
-    def _capture(self, plan: Plan, batch: Examples, only: Places | None = None) -> dict[str, set[int]]:
+    def _capture(self, plan: Plan, batch: Examples, only: Objectives | None = None) -> dict[str, set[int]]:
         """Add one batch by a plan.
 
         Args:
@@ -90,10 +90,10 @@ class CapturedPass:
             The parameters whose gradients were held back, with the objectives that are still to be added.
         """
         strays = Strays(plan.sites, plan.idle)
-        place = 0  # index of the objective that is being back-propagated; the loop below moves it on for add
+        number = 0  # of the objective that is being back-propagated; the loop below moves it on for add
 
         def add(key: str, grads: PerExampleGrads) -> None:
-            if key not in strays.reasons and (only is None or place in only[key]):
+            if key not in strays.reasons and (only is None or number in only[key]):
                 self._states.add(key, grads)
 
         looped = {key: self._parameters[key] for key in plan.loop}
@@ -104,14 +104,14 @@ class CapturedPass:
             with only_trainable(looped.values()), capturing as capture:
                 with capture.forward(batch.num_examples, self._planner.counted(batch)), strays.watched():
                     answer = self._answer(batch)
-                for place, (objective, last) in enumerate(with_last(self._estimator.objectives(answer, batch.places))):
+                for number, (objective, last) in enumerate(with_last(self._estimator.objectives(answer, batch.places))):
                     if objective is None:
                         continue
                     self._note(objective, batch)
                     capture.backward(objective, retain_graph=not last)
                     for key in capture.unsettled - strays.reasons.keys():
-                        if only is None or place in only[key]:
-                            withheld[key].add(place)
+                        if only is None or number in only[key]:
+                            withheld[key].add(number)
                     self._planner.distrusted |= capture.distrusted
                 # The looped parameters require a gradient in this pass as well: one that gets none is reached by no
                 # example of the batch, and needs no loop.
@@ -123,14 +123,14 @@ class CapturedPass:
             self._loop(batch, reached, only)
         return withheld
 
-    def _loop(self, batch: Examples, keys: Iterable[str], only: Places | None) -> None:
+    def _loop(self, batch: Examples, keys: Iterable[str], only: Objectives | None) -> None:
         """Run each example alone, by ordinary autograd, for some parameters and all or some of the objectives."""
         self._planner.refuse_whole(keys)
         parameters = {key: self._parameters[key] for key in keys}
         with only_trainable(parameters.values()):
             for one in batch.singly():
                 objectives = self._estimator.objectives(self._answer(one), one.places)
-                for place, (objective, last) in enumerate(with_last(objectives)):
+                for number, (objective, last) in enumerate(with_last(objectives)):
                     if objective is None:
                         continue
                     self._note(objective, one)
@@ -139,7 +139,7 @@ class CapturedPass:
                         grad = take_grad(parameter)
                         if grad is None and is_wrapped(parameter):
                             raise without_gradient(key, parameter)
-                        if grad is not None and (only is None or place in only[key]):
+                        if grad is not None and (only is None or number in only[key]):
                             self._states.add(key, DenseGrads(grad[None]))
 
     def _note(self, objective: Tensor, batch: Examples) -> None:

@@ -98,14 +98,20 @@ def check_loss(
 
 
 def check_names(statistics: Mapping[str, Tensor]) -> None:
-    """Refuse statistics of groups of parameters.
+    """Refuse statistics that are not of parameters.
 
     Args:
         statistics: The statistics to verify.
 
     Raises:
+        TypeError: They are not a mapping, such as the path of a file.
         ValueError: They are statistics of groups.
     """
+    if not isinstance(statistics, Mapping):
+        raise TypeError(
+            f"statistics must be fishkern.Statistics or a mapping from names to tensors, got {statistics!r:.80}: load "
+            "a file with fishkern.Statistics.load(path)."
+        )
     if isinstance(statistics, Statistics) and "groups" in statistics.provenance["definition"]:
         raise ValueError(
             "verify compares parameter by parameter, and these statistics are of groups of parameters: verify "

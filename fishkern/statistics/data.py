@@ -70,14 +70,16 @@ class Data:
 
 
 def demand_several(batches: Any) -> None:
-    """Refuse a single batch instead of an iterable of batches.
+    """Refuse anything but an iterable of batches, such as a single batch.
 
     Args:
         batches: The argument of the caller.
 
     Raises:
-        TypeError: It is a mapping or a tensor.
+        TypeError: It is a mapping or a tensor, or cannot be iterated over.
     """
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise TypeError(f"batches must be an iterable of batches, such as a DataLoader, got {batches!r:.80}.")
     if isinstance(batches, Mapping | Tensor):
         raise TypeError(
             f"batches is one batch (a {type(batches).__name__}): expected an iterable of batches, such as a "

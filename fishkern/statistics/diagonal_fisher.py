@@ -12,8 +12,8 @@ from fishkern.arguments import integer
 from fishkern.backend import Backend
 from fishkern.layers import PerExampleGrads
 from fishkern.statistics.base import Estimator, ParameterInfo, Reads, State, losses_of
-from fishkern.statistics.draws import uniform
 from fishkern.statistics.predictive import Predictive
+from fishkern.statistics.streams import uniform
 
 _FISHER_TYPES = ("empirical", "mc", "type-2")
 _UNITS = ("example", "position", "batch")

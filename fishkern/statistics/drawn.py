@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fishkern.arguments import integer
 from fishkern.statistics.batches import Batch, Examples
-from fishkern.statistics.draws import stream
+from fishkern.statistics.streams import stream
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 

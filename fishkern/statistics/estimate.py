@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from fishkern import backend as backends
 from fishkern import hosts
+from fishkern.arguments import integer
 from fishkern.backend import Backend
 from fishkern.layers import (
     UnsupportedModuleError,
@@ -104,7 +105,7 @@ def estimate(
         The mean over examples. Its coverage says which path computed each parameter.
 
     Raises:
-        TypeError: A batch is neither a mapping nor a pair.
+        TypeError: A batch is neither a mapping nor a pair, or an argument is of another type than described.
         ValueError: There are no data, no trainable parameters or no labels; a loss is not finite or is not the model's
             own; the examples of a batch interact; or an entry of a batch cannot be assigned to examples.
         UnsupportedModuleError: The gradients of a module cannot be exact; the message says how to avoid it.
@@ -327,7 +328,7 @@ def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) ->
             f"{type(model).__name__} cannot be estimated as it is dispatched: {reason}. Load it onto one device, "
             "without device_map='auto'."
         )
-    if max_examples is not None and max_examples < 1:
+    if max_examples is not None and integer(max_examples, "max_examples") < 1:
         raise ValueError(f"max_examples must be at least 1, got {max_examples}.")
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.track_running_stats:
@@ -341,7 +342,7 @@ def _requested(model: nn.Module, which: Requested) -> dict[str, Tensor]:
     named = scored_tensors(model)
     requested = {name: named[name] for name in requested_names(named, which)}
     if not requested:
-        why = "none of them requires a gradient" if which is None else "the predicate took none of them"
+        why = "none of them requires a gradient" if which is None else "parameters= chooses none of them"
         raise ValueError(
             f"{type(model).__name__} has {len(named)} parameters, and {why}. Pass parameters='all', "
             "patterns of names or a predicate."
@@ -371,9 +372,9 @@ def _refuse_without_gradient(
     if lost := sorted(key for key in without if estimator.reads in ("sums", "batches") or key not in stored):
         dtypes = sorted({str(without[key].dtype).removeprefix("torch.") for key in lost})
         raise UnsupportedModuleError(
-            f"{lost} are stored as {', '.join(dtypes)}, so autograd gives them no gradient; only DiagonalFisher with "
-            "unit='example' or 'position' supports such a weight, if it belongs to a quantised linear (a module with "
-            "in_features, out_features and one stored weight). Leave them out with parameters=."
+            f"{lost} are stored as {', '.join(dtypes)}, so autograd gives them no gradient. Such a weight is supported "
+            "in a quantised linear (a module with in_features, out_features and one stored weight), by statistics of "
+            "single examples or positions. Leave them out with parameters=."
         )
 
 

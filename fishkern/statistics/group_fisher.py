@@ -28,7 +28,9 @@ class GroupFisher(Estimator):
         F[group] = 1/N sum_n sum_{p in group} ( d loss_n / d theta[p] )^2
 
     They equal the sums of :class:`DiagonalFisher` over the groups, and need memory for the groups only: squares are
-    reduced as they are computed (:func:`fishkern.ops.group_sum_grad_squared`).
+    reduced as they are computed (:func:`fishkern.ops.group_sum_grad_squared`). The keys of the result are parameter
+    names; by layer or function they are names of groups, and ``provenance["definition"]["groups"]`` lists the
+    parameters of each.
 
     Args:
         by: Which entries make up a group.
@@ -45,9 +47,6 @@ class GroupFisher(Estimator):
         mc_samples: As for :class:`DiagonalFisher`.
         seed: As for :class:`DiagonalFisher`.
         max_label_passes: As for :class:`DiagonalFisher`.
-
-    The keys of the result are parameter names; by layer or function they are names of groups, and
-    ``provenance["definition"]["groups"]`` lists the parameters of each.
 
     Raises:
         ValueError: An argument is not among the values above.

@@ -35,6 +35,7 @@ class Independence:
 
     Attributes:
         precision: As given.
+        pending: Whether no two examples have been compared yet.
         note: A difference that was accepted, with its reason; ``None`` if there is none.
     """
 
@@ -50,15 +51,10 @@ class Independence:
         self._answer = answer
         self._by_labels = by_labels
         self.precision = precision
-        self._pending = True
+        self.pending = True
         self._together: list[float] = []
         self._alone: list[float] = []
         self.note: str | None = None
-
-    @property
-    def pending(self) -> bool:
-        """Whether no two examples have been compared yet."""
-        return self._pending
 
     def note_together(self, answer: Predictive | Tensor) -> None:
         """Note the losses of two examples in one batch; only those of the first run are kept.
@@ -87,7 +83,7 @@ class Independence:
                 batch.
         """
         alone = self._alone if len(self._alone) == 2 else self._run_alone(two)
-        self._pending = False
+        self.pending = False
         together = self._together
         # the pass itself refuses losses that are not finite, and names the example
         if all(map(math.isfinite, together)) and not self._equal(together, alone):
@@ -110,7 +106,7 @@ class Independence:
             )
         n = _farthest(together, alone)
         differs = (
-            f"the loss of example {two.places[n]} is {together[n]:.6g} beside another example and {alone[n]:.6g} alone"
+            f"the loss of example {two.places[n]} is {together[n]:.6g} with another example and {alone[n]:.6g} alone"
         )
         if _is_divided(together, alone):
             raise ValueError(

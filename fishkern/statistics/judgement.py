@@ -15,7 +15,7 @@ from fishkern.statistics.coverage import Covered
 from fishkern.statistics.verification import SLACK, Compared
 
 # The error of a squared gradient by rounding alone, relative to the parameter's largest.
-ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
 # Batch noise above this is too large to be rounding: the examples of a batch interact.
 _NOISE = {torch.float64: 1e-3, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
 # A gradient below so many units of rounding of the model's largest is zero but for rounding (a key's bias). Fewer in 16
@@ -65,10 +65,10 @@ def judged(
     top = max(map(largest, truth.values()))
     compared = []
     for name, parameter in parameters.items():
-        dtype = _lowest({parameter.dtype, *dtypes})
+        dtype = _coarsest({parameter.dtype, *dtypes})
         own = statistics[name]
         off, moved = error(own, truth[name]), noise.errors[name]
-        limit, most = ROUNDING[dtype], _NOISE[dtype]
+        limit, most = TOLERANCE[dtype], _NOISE[dtype]
         tiny = (_ZERO[dtype] * torch.finfo(dtype).eps) ** 2 * top
         sizes = largest(truth[name]), largest(own), noise.largest[name]
         vanishes = top > 0 and all(size <= tiny for size in sizes)  # False for NaN
@@ -145,6 +145,6 @@ def _rounding_of_a_file(values: Tensor) -> float:
     return 0.0
 
 
-def _lowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+def _coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """Name the coarsest of the dtypes that arithmetic is done in."""
-    return max((dtype for dtype in dtypes if dtype in ROUNDING), key=lambda dtype: torch.finfo(dtype).eps)
+    return max((dtype for dtype in dtypes if dtype in TOLERANCE), key=lambda dtype: torch.finfo(dtype).eps)

@@ -71,7 +71,7 @@ class CausalLM(Likelihood):
         logits = _logits(model, batch)
         if isinstance(batch, Mapping) and "shift_labels" in batch:
             return _by_position(logits, batch["shift_labels"], self.reduction)
-        labels = as_tensor(_labels(batch, "causal language modelling"))
+        labels = _labels(batch, "causal language modelling")
         virtual = logits.shape[1] - labels.shape[1] if logits.ndim == 3 and labels.ndim == 2 else 0
         if virtual and not (virtual > 0 and hosts.base_model(model) is not model):
             raise ValueError(
@@ -123,7 +123,7 @@ class TokenClassification(Likelihood):
 
     def _run(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = _logits(model, batch)
-        return logits, as_tensor(_labels(batch, "token classification"))
+        return logits, _labels(batch, "token classification")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Seq2SeqLM(Likelihood):
     """The decoder's tokens; the model shifts them itself."""
 
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
-        labels = as_tensor(_labels(batch, "sequence-to-sequence modelling"))
+        labels = _labels(batch, "sequence-to-sequence modelling")
         # the model makes the decoder's inputs from the labels
         more = {"labels": labels if labels.is_floating_point() else labels.long()}
         logits = _logits(model, batch, **(more if hosts.accepts(model, "labels") else {}))
@@ -173,7 +173,8 @@ class QuestionAnswering(Likelihood):
         logits = torch.stack(logits_of(outputs, model, ("start_logits", "end_logits")), dim=1)  # [N, 2, T]
         if "start_positions" not in batch or "end_positions" not in batch:
             raise ValueError("question answering needs 'start_positions' and 'end_positions' in every batch.")
-        labels = torch.stack([batch["start_positions"].flatten(), batch["end_positions"].flatten()], dim=1)
+        ends = [as_tensor(batch[key]).flatten().to(logits.device) for key in ("start_positions", "end_positions")]
+        labels = torch.stack(ends, dim=1)
         outside = (labels < 0) | (labels >= logits.shape[-1])
         if outside.any():
             raise ValueError(
@@ -226,7 +227,7 @@ def recognise_likelihood(model: nn.Module, batch: Batch) -> Likelihood:
     Raises:
         ValueError: The class name and config are not known.
     """
-    task = hosts.task(model, _optional_labels(batch))
+    task = task_of(model, batch)
     if task is None:
         known = ", ".join(f"fishkern.{kind.__name__}()" for kind in _BY_TASK.values())
         raise ValueError(
@@ -237,10 +238,23 @@ def recognise_likelihood(model: nn.Module, batch: Batch) -> Likelihood:
     return _BY_TASK[task]()
 
 
+def task_of(model: nn.Module, batch: Batch) -> hosts.Task | None:
+    """Recognise the task of a transformers model, by a batch's labels where its config leaves it open.
+
+    Args:
+        model: The model.
+        batch: A batch. Its labels are read only if the class of the model is known: those of a detector are mappings.
+
+    Returns:
+        The task, or ``None``.
+    """
+    return None if hosts.task(model) is None else hosts.task(model, _optional_labels(batch))
+
+
 def _logits(model: nn.Module, batch: Batch, **more: Tensor) -> Tensor:
     (logits,) = logits_of(call(model, batch, without=("labels", "shift_labels"), **more), model)
     labels = _optional_labels(batch)
-    N = len(labels) if getattr(labels, "shape", ()) else len(logits)  # without labels nothing to compare with
+    N = len(labels) if labels is not None and labels.ndim else len(logits)  # without labels nothing to compare with
     if len(logits) != N:
         raise ValueError(
             f"{type(model).__name__} returned logits of shape {tuple(logits.shape)} for {N} examples: the first axis "
@@ -280,7 +294,8 @@ def _class_axis(logits: Tensor, labels: Tensor) -> Literal[-1, 1]:
 
 
 def _optional_labels(batch: Batch) -> Tensor | None:
-    return batch.get("labels") if isinstance(batch, Mapping) else batch[1]
+    labels = batch.get("labels") if isinstance(batch, Mapping) else batch[1]
+    return None if labels is None else as_tensor(labels)
 
 
 def _labels(batch: Batch, task: str) -> Tensor:

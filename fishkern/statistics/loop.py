@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fishkern import hosts
 from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.autograd import backward, check_finite, take_grad, with_last
@@ -17,7 +16,7 @@ from fishkern.statistics.batches import Batch, Examples
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.labels import UnknownLabelError
-from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
+from fishkern.statistics.likelihood import Likelihood, recognise_likelihood, task_of
 from fishkern.statistics.outputs import own_loss
 from fishkern.statistics.precision import Precision
 from fishkern.statistics.predictive import Predictive
@@ -122,8 +121,7 @@ class Loop:
         empirical = isinstance(self.estimator, DiagonalFisher) and self.estimator.fisher_type == "empirical"
         if self._likelihood is not None or not empirical:
             return None
-        labels = row.get("labels") if isinstance(row, Mapping) else row[1]
-        numbers = hosts.task(self._model, labels) in ("regression", "multi-label")
+        numbers = task_of(self._model, row) in ("regression", "multi-label")
         loss = own_loss(self._model, row, numbers=numbers)
         return None if loss is None else loss[None]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics.batches import Batch
+from fishkern.statistics.labels import as_tensor
 
 _LABELS = ("labels", "start_positions", "end_positions")
 _OWN_FUNCTION = "pass likelihood= as a function (model, batch) -> losses [N]"
@@ -88,8 +90,11 @@ def own_loss(model: nn.Module, example: Batch, *, numbers: bool) -> Tensor | Non
         A scalar, or ``None`` if it returns none, or takes no labels.
     """
     arguments = example if isinstance(example, Mapping) else {"labels": example[1]}
+    device = next(model.parameters()).device
     labels = {
-        key: _as_torch_takes(arguments[key], numbers=numbers) for key in _LABELS if arguments.get(key) is not None
+        key: _as_torch_takes(arguments[key], device, numbers=numbers)
+        for key in _LABELS
+        if arguments.get(key) is not None
     }
     if not labels or not all(hosts.accepts(model, key) for key in labels):
         return None
@@ -122,8 +127,12 @@ def _described(outputs: Any) -> str:
     return f"{type(outputs).__name__}"
 
 
-def _as_torch_takes(labels: Any, *, numbers: bool) -> Any:
-    """Convert integer labels to the dtype of torch's losses: int64 for classes, floating for target values."""
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+def _as_torch_takes(labels: Any, device: torch.device, *, numbers: bool) -> Any:
+    """Convert labels to what torch's losses take: a tensor, int64 for classes, floating for target values."""
+    try:
+        labels = as_tensor(labels).to(device)
+    except TypeError:  # not numbers, such as the mappings that a detector takes
+        return labels
+    if labels.is_floating_point() or labels.is_complex():
         return labels
     return labels.float() if numbers else labels.long()

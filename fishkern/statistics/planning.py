@@ -173,12 +173,12 @@ class Planner:
     def _make_plan(self, few: Examples) -> Plan:
         """Survey two examples, or the one of a batch of one, and compare them with ordinary autograd."""
         compares = few.num_examples > 1 and self._independence.pending
-        place = 0  # index of the first objective that is not None: type-2 skips positions without a label
+        number = 0  # of the first objective that is not None: type-2 skips positions without a label
 
         def losses() -> Tensor:
-            nonlocal place
+            nonlocal number
             answer = self._answer(few)
-            place, objective = first(self._estimator.objectives(answer, few.places))
+            number, objective = first(self._estimator.objectives(answer, few.places))
             check_finite(objective, few.places)
             if compares:
                 self._independence.note_together(answer)
@@ -195,35 +195,35 @@ class Planner:
                 num_examples=few.num_examples,
             )
         self.refuse_stored(key for key, (path, _) in plan.paths.items() if path != "fused")
-        reasons = self._disagreements(plan, few, place) if self._check else {}
+        reasons = self._disagreements(plan, few, number) if self._check else {}
         if compares:
-            with only_trainable(self._reached().values()):
+            with only_trainable(self._differentiable().values()):
                 self._independence.settle(few)
         plan = plan.with_loop({**reasons, **self._strayed})
         self._announce(plan)
         return plan
 
-    def _disagreements(self, plan: Plan, few: Examples, place: int) -> dict[str, str]:
-        """Compare with ordinary autograd by the objective ``place``, and say why each parameter that differs does."""
+    def _disagreements(self, plan: Plan, few: Examples, number: int) -> dict[str, str]:
+        """Compare with ordinary autograd by one objective, and say for each parameter that differs why."""
 
         def objective(batch: Examples) -> Tensor:
             answer = self._answer(batch)
             if batch.num_examples < few.num_examples and self._independence.pending:
                 self._independence.note_alone(answer)
-            objective = next(islice(self._estimator.objectives(answer, batch.places), place, None))
+            objective = next(islice(self._estimator.objectives(answer, batch.places), number, None))
             # an example alone may lack the position of this objective, which then adds nothing
             return torch.zeros(batch.num_examples) if objective is None else objective
 
-        reached = [key for key in self._reached() if key not in plan.loop]
+        captured = [key for key in self._differentiable() if key not in plan.loop]
         if self._estimator.has_of_gradient:
             # Lend the states of the pass while they are zero: a second set would double the memory of the pass.
-            states = self._states.of_the_same_kind(self._estimator, reached) if self.begun else self._states
+            states = self._states.of_the_same_kind(self._estimator, captured) if self.begun else self._states
             try:
-                return self._compared(plan, few, objective, self._estimator, states=states, keys=reached)
+                return self._compared(plan, few, objective, self._estimator, states=states, keys=captured)
             finally:
                 states.zero_()
         reasons = {}
-        for keys in self._in_groups(reached):
+        for keys in self._in_groups(captured):
             states = self._states.of_the_same_kind(DiagonalFisher(), keys)
             reasons |= self._compared(plan.only(keys), few, objective, DiagonalFisher(), states=states, keys=keys)
         return reasons
@@ -289,7 +289,7 @@ class Planner:
             remaining -= size
         return [group for group in groups if group]
 
-    def _reached(self) -> dict[str, nn.Parameter]:
+    def _differentiable(self) -> dict[str, nn.Parameter]:
         """List the parameters with a gradient of autograd: all except the stored weights of quantised linears."""
         return {key: parameter for key, parameter in self._parameters.items() if key not in self._stored}
 

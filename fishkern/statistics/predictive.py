@@ -124,7 +124,9 @@ class Categorical(Predictive):
 
     def label_losses(self) -> Iterator[Tensor | None]:
         counted = self._counted
-        weight = 1 / counted.sum(1) if self.mean else torch.ones_like(counted[:, 0], dtype=self.logits.dtype)
+        weight = torch.ones_like(counted[:, 0], dtype=self.logits.dtype)
+        if self.mean:
+            weight = weight / counted.sum(1)  # in the logits' dtype: one over integers would be float32
         # at least one, so that examples without any label give NaN, which the pass refuses
         positions = counted.any(0).nonzero().flatten().tolist() or [0]
         for position in range(self.logits.shape[1]):

@@ -33,7 +33,7 @@ def disagreements(
     states: States,
     estimator: Estimator,
     objective: Objective,
-    two: Examples,
+    few: Examples,
     *,
     reused: Collection[str],
     half: bool,
@@ -48,7 +48,7 @@ def disagreements(
         states: States to which the captured gradients of the two examples have been added; changed.
         estimator: The estimator of the states; it defines ``of_gradient``.
         objective: Gives the losses ``[N]`` of a batch.
-        two: The two examples, or the one of a batch of one.
+        few: The two examples, or the one of a batch of one.
         reused: Parameters whose gradient arrives in several parts, so it is read only after backward.
         half: Whether any part of the model computes in 16 bits.
 
@@ -59,7 +59,7 @@ def disagreements(
         UnsupportedModuleError: Autograd gives a parameter no gradient, and the capture does.
     """
     comparison = _Comparison(states, estimator, half)
-    _back_propagate_alone(parameters, comparison.take, objective, two, reused=reused, half=half)
+    _back_propagate_alone(parameters, comparison.take, objective, few, reused=reused, half=half)
     # A parameter without any gradient of autograd must have captured none. A weight in a tensor subclass may get none,
     # although it does have one: its capture is all there is.
     captured = {
@@ -68,7 +68,7 @@ def disagreements(
         if key not in comparison.grad_squares and not is_wrapped(one) and any(bool(s.any()) for s in sums(states[key]))
     }
     if captured:
-        _refuse_without_gradient(captured, objective, two)
+        _refuse_without_gradient(captured, objective, few)
     compared = {**captured, **{key: one for key, one in parameters.items() if key in comparison.grad_squares}}
     reasons = {}
     for key, parameter in compared.items():
@@ -142,7 +142,7 @@ def _back_propagate_alone(
     parameters: Mapping[str, nn.Parameter],
     take: Callable[[str, Tensor], None],
     objective: Objective,
-    two: Examples,
+    few: Examples,
     *,
     reused: Collection[str],
     half: bool,
@@ -168,21 +168,21 @@ def _back_propagate_alone(
         ]
         try:
             if half:
-                for loss, last in with_last(iter(objective(two))):
+                for loss, last in with_last(iter(objective(few))):
                     finish(loss, retain_graph=not last)
             else:
-                for one in two.singly():
+                for one in few.singly():
                     finish(objective(one)[0])
         finally:
             for handle in handles:
                 handle.remove()
 
 
-def _refuse_without_gradient(parameters: Mapping[str, nn.Parameter], objective: Objective, two: Examples) -> None:
+def _refuse_without_gradient(parameters: Mapping[str, nn.Parameter], objective: Objective, few: Examples) -> None:
     """Refuse parameters with a captured gradient only, unless autograd gives one for both examples together."""
     with only_trainable(parameters.values()):
         # together, because a module may choose by the batch (an expert), and an example alone may not reach it
-        backward(objective(two).sum())
+        backward(objective(few).sum())
         cut = sorted(key for key, parameter in parameters.items() if take_grad(parameter) is None)
     if cut:
         raise UnsupportedModuleError(

@@ -144,7 +144,7 @@ class Verification:
             A heading.
         """
         if shown < len(self.compared):
-            return f"the {shown} largest errors of {len(self.compared)}, beside what is allowed"
+            return f"the {shown} largest errors of {len(self.compared)}, with the errors that are allowed"
         return f"all {shown} errors, the largest first"
 
     @property

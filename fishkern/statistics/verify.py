@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
+from fishkern.arguments import integer
 from fishkern.layers import UnsupportedModuleError, is_wrapped, scored_tensors, stored_weights
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples, Reader, Shared
@@ -22,7 +23,7 @@ from fishkern.statistics.data import demand_several
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.estimate import estimate, reader_for
-from fishkern.statistics.judgement import ROUNDING, Noise, error, judged, largest, overlap
+from fishkern.statistics.judgement import TOLERANCE, Noise, error, judged, largest, overlap
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.likelihood_argument import checked_likelihood
 from fishkern.statistics.loop import Loop
@@ -92,11 +93,8 @@ def verify(
     examples = sum(batch.num_examples for batch in data)
     estimate_seconds = None
     if statistics is None:
-        contents = [batch.content for batch in data]
         options = {"estimator": estimator, "likelihood": likelihood, "parameters": parameters, "shared": shared}
-        start = _clock(model)
-        statistics = estimate(model, contents, progress=progress is True, **options)
-        estimate_seconds = _clock(model) - start
+        statistics, estimate_seconds = _estimated(model, data, progress=progress is True, **options)
     elif isinstance(statistics, Statistics):
         check_kind(statistics, estimator, examples)
     check_names(statistics)
@@ -136,10 +134,18 @@ def verify(
     )
 
 
+def _estimated(model: nn.Module, data: Sequence[Examples], **options: Any) -> tuple[Statistics, float]:
+    """Estimate the statistics to verify, and time it."""
+    contents = [batch.content for batch in data]
+    start = _clock(model)
+    statistics = estimate(model, contents, **options)
+    return statistics, _clock(model) - start
+
+
 def _comparable(model: nn.Module, named: Mapping[str, Tensor], included: Collection[str]) -> dict[str, Tensor]:
     """List the parameters, of those in the statistics, to which autograd gives a gradient."""
     stored = {name for name in stored_weights(model).keys() & named.keys() if not is_wrapped(named[name])}
-    comparable = {name: named[name] for name in included if name not in stored and named[name].dtype in ROUNDING}
+    comparable = {name: named[name] for name in included if name not in stored and named[name].dtype in TOLERANCE}
     _demand_any(comparable, included, model)
     return comparable
 
@@ -191,7 +197,7 @@ def _read(batches: Iterable[Any], max_examples: int | None, reader: Reader) -> l
     """Read all batches into memory, up to ``max_examples``."""
     demand_several(batches)
     data: list[Examples] = []
-    remaining, place = max_examples, 0
+    remaining, place = None if max_examples is None else integer(max_examples, "max_examples"), 0
     for number, raw in enumerate(batches):
         if remaining is not None and remaining <= 0:
             break

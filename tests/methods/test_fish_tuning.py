@@ -165,6 +165,14 @@ def test_budgets_and_seeds_of_any_library(budget):
         fish_tuning(model, [], **dict.fromkeys(budget, "3"))
 
 
+def test_a_head_may_be_given_by_one_name():
+    model = lora(classifier())
+    one, several = (fish_tuning(model, batches(), k=10, heads=heads) for heads in ("classifier", ["classifier"]))
+    assert one == several
+    assert all("classifier" in name for name in one.whole)
+    assert len(one.whole) == 2
+
+
 def test_fish_mask_over_the_model_pays_for_its_head():
     model = classifier()
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -267,8 +275,9 @@ class TestUnseenTokens:
         )
         with pytest.raises(ValueError, match=message):
             fish_tuning(model, batches(), density=0.1, pool="model")
-        with pytest.warns(UserWarning, match="selected by their position alone"):
+        with pytest.warns(UserWarning, match="selected by their position alone") as warned:
             fish_tuning(model, batches(), density=0.1, pool="model", allow_zeros=True)
+        assert {warning.filename for warning in warned} == {__file__}
 
     def test_an_embedding_that_is_trained_beside_an_adapter_does_not_count(self):
         model = lora(classifier(vocab_size=self.VOCABULARY), modules_to_save=["word_embeddings", "classifier"])

@@ -439,6 +439,30 @@ def test_a_network_that_vmap_runs_on_each_example_or_position(axis, beside):
     assert found["generic"] == {f"1.{name}" for name, _ in model[1].named_parameters()}
 
 
+class WithoutEntries(nn.Module):
+    """Returns a tensor ``[N, 0]`` as well, as of features that are switched off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        return torch.tanh(x @ self.matrix), x.new_zeros(len(x), 0)
+
+
+class TakesFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = WithoutEntries(), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.outer(self.inner(x)[0])
+
+
+def test_an_output_without_entries():
+    assert assert_exact(TakesFirst(), 6)["generic"] == {"inner.matrix"}
+
+
 @pytest.mark.filterwarnings("ignore:.*slow exact path")
 def test_a_whole_model_written_for_one_example():
     assert len(assert_exact(Mapped(), 6)["loop"]) == 4

@@ -152,6 +152,7 @@ REFUSED = {
     "names that it lacks": (lambda m: m.head, {}, ValueError, "2 of 2 names are not in the model"),
     "other shapes": (lambda m: [("adapter.weight", m.head.weight)], {}, ValueError, "adapter.weight is .* here and"),
     "no names": (lambda m: m.parameters(), {}, TypeError, "identifies parameters by their names.* got Parameter"),
+    "another thing": (adapter, {}, TypeError, "identifies parameters by their names.* got Selection"),
     "one parameter twice": (twice, {}, ValueError, "adapter.weight and other are one parameter"),
     "one name twice": (one_name, {}, ValueError, "two parameters are named adapter.weight"),
     "selected but frozen": (frozen, {}, ValueError, r"selected entries have requires_grad=False \(adapter.weight\)"),

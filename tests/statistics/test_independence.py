@@ -59,7 +59,7 @@ def towers(N: int = 4) -> dict:
 def test_examples_that_see_each_other(losses, estimator, check):
     """These once gave zeros, exactly and everywhere, and were verified as right."""
     model = Towers()
-    with pytest.raises(ValueError, match="beside another example and .* alone: the examples of a batch see each other"):
+    with pytest.raises(ValueError, match="with another example and .* alone: the examples of a batch see each other"):
         fk.estimate(model, [towers()], estimator, likelihood=losses, check=check)
     with pytest.raises(ValueError, match="see each other"):
         fk.verify(model, [towers()], likelihood=losses)
@@ -238,7 +238,7 @@ class ChoosingMoe(nn.Module):
 @pytest.mark.filterwarnings("ignore:.*slow exact path")
 def test_a_module_that_chooses_is_named_and_goes_on():
     model = nn.Sequential(ChoosingMoe())
-    with pytest.warns(UserWarning, match="beside another example and .* alone: '0' .ChoosingMoe. chooses experts"):
+    with pytest.warns(UserWarning, match="with another example and .* alone: '0' .ChoosingMoe. chooses experts"):
         found = fk.estimate(model, [labelled(torch.float32)], likelihood=fk.Classification())
     assert "ChoosingMoe" in found.provenance["runs"][0]["note"]
     with pytest.raises(ValueError, match="divided by the batch"):  # which no choice explains

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fishkern as fk
 from fishkern import hosts
+from fishkern.statistics import Categorical
 from tests.support import zoo
 from tests.support.exactness import LIMIT
 from tests.support.oracle import row, worst_error
@@ -84,6 +85,17 @@ def test_narrow_labels_of_a_transformers_model(dtype):
         fk.estimate(specimen.model, [batch])["classifier.bias"]
     )
     assert fk.verify(specimen.model, [narrow]).ok
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.tolist, torch.Tensor.numpy, list], ids=["list", "array", "tensors"])
+@pytest.mark.parametrize("likelihood", [None, fk.Classification()], ids=["recognised", "named"])
+def test_labels_of_a_transformers_model_in_a_list_or_an_array(convert, likelihood):
+    specimen = zoo.bert_classifier()
+    batch = specimen.batch()
+    other = {**batch, "labels": convert(batch["labels"])}
+    ours, theirs = (fk.estimate(specimen.model, [one], likelihood=likelihood) for one in (other, batch))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert fk.verify(specimen.model, [other], likelihood=likelihood).ok
 
 
 def test_narrow_labels_of_language_models():
@@ -418,6 +430,17 @@ def test_classes_on_the_axis_of_torch_are_told_from_those_of_transformers():
     assert_equals_the_loop(ClassesFirst(), pictures, fk.TokenClassification(), by_position_first)
 
 
+def test_weights_of_labels_have_the_precision_of_the_logits():
+    """The squared gradients of all labels add up to the expectation: ``(diag(p) - p p^T) / T^2`` for each position."""
+    logits = inputs(N, L, C).requires_grad_()
+    squares = torch.zeros_like(logits[..., 0])
+    for loss in Categorical(logits, torch.zeros(N, L, dtype=torch.long), mean=True).label_losses():
+        (grad,) = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
+        squares += grad[..., 1].square()
+    p = logits.detach().softmax(-1)[..., 1]
+    torch.testing.assert_close(squares, p * (1 - p) / L**2, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("fisher_type", ["empirical", "mc", "type-2"])
 def test_every_kind_of_fisher_is_the_same_wherever_the_classes_are(fisher_type):
     batch, likelihood = (inputs(N, L, 4), POSITIONS), fk.TokenClassification()
@@ -604,7 +627,8 @@ def test_answers_in_a_tuple():
     batch |= {"start_positions": torch.tensor([0, 1, 2, 0, 1]), "end_positions": torch.tensor([6, 1, 2, 2, 2])}
     expected = fk.estimate(model, [batch])
     model.config.return_dict = False
-    found = fk.estimate(model, [{**batch, "start_positions": batch["start_positions"].int()}])
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for starts in (batch["start_positions"].int(), batch["start_positions"].tolist()):
+        found = fk.estimate(model, [{**batch, "start_positions": starts}])
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
     with pytest.raises(ValueError, match="the answer of example 0 of the batch lies outside"):
         fk.estimate(model, [row({**batch, "end_positions": torch.tensor([9] * 5)}, 0)])

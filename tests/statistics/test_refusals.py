@@ -63,6 +63,7 @@ def test_a_seed_of_another_library():
 NO_BATCH = {
     "a batch instead of batches": ({"input_ids": torch.ones(2, 3)}, ["one batch (a dict)", "Pass [batch]"]),
     "a tensor instead of batches": (torch.ones(2, 3), ["one batch (a Tensor)", "Pass [batch]"]),
+    "no batches": (None, ["batches must be an iterable of batches, such as a DataLoader, got None"]),
     "a pair instead of batches": (pair(), ["batch 0 is a Tensor", "One batch alone is passed as [batch]"]),
     "a tensor": ([torch.ones(2, 3)], ["batch 0 is a Tensor", "mapping", "pair"]),
     "nothing": ([pair(), None], ["batch 1 is a NoneType"]),
@@ -152,7 +153,7 @@ def test_a_loss_that_is_not_finite_is_named(kind, value):
 def test_nothing_to_estimate():
     with refused(ValueError, "2 parameters", "none of them requires a gradient", "'all'"):
         fk.estimate(linear().requires_grad_(False), [pair()])
-    with refused(ValueError, "2 parameters", "the predicate took none"):
+    with refused(ValueError, "2 parameters", "parameters= chooses none"):
         classify([pair()], parameters=lambda name, parameter: "lora" in name)
     with refused(ValueError, "0 parameters"):
         fk.estimate(nn.Tanh(), [pair()])
@@ -382,6 +383,7 @@ ARGUMENTS = {
     "estimator: a class": (TypeError, lambda: classify([pair()], fk.DiagonalFisher), ["DiagonalFisher()"]),
     "estimator: a word": (TypeError, lambda: classify([pair()], "empirical"), ["estimator", "'empirical'"]),
     "max_examples": (ValueError, lambda: classify([pair()], max_examples=0), ["max_examples", "at least 1, got 0"]),
+    "a fraction": (TypeError, lambda: classify([pair()], max_examples=6.0), ["max_examples must be an integer"]),
     "unit": (ValueError, lambda: fk.DiagonalFisher(unit="token"), ["'example', 'position', 'batch'", "'token'"]),
     "fisher_type": (ValueError, lambda: fk.DiagonalFisher("true"), ["'empirical', 'mc', 'type-2'", "'true'"]),
     "mc_samples": (ValueError, lambda: fk.DiagonalFisher(mc_samples=0), ["mc_samples", "at least 1, got 0"]),

@@ -231,6 +231,8 @@ def test_what_cannot_be_compared_is_refused(bert):
         fk.verify(model, batches, changed(fk.estimate(model, batches), "classifier.bias", lambda value: value[:2]))
     with pytest.raises(ValueError, match="nothing to verify"):
         fk.verify(model, batches, {})
+    with pytest.raises(TypeError, match="got 'fisher.safetensors': load a file with fishkern.Statistics.load"):
+        fk.verify(model, batches, "fisher.safetensors")
 
 
 class Quantised(nn.Module):
@@ -454,7 +456,7 @@ def test_the_report_in_words(bert):
     model, batches = bert
     found = fk.verify(model, batches)
     shown = str(found).splitlines()
-    assert shown[0] == f"the 12 largest errors of {len(found.compared)}, beside what is allowed"
+    assert shown[0] == f"the 12 largest errors of {len(found.compared)}, with the errors that are allowed"
     assert shown[2].startswith(found.worst_first[0].name)
     assert shown[14] == f"{len(found.compared)} parameters compared with a loop over 9 examples"
     assert repr(found) == f"Verification(it holds: {len(found.compared)} parameters, 9 examples)"
