@@ -161,8 +161,7 @@ class _Pool:
             return -math.inf, math.inf
         rows = []
         for launch in self.launches:
-            sampled = max(1, _SAMPLED_CHUNKS * launch.chunks // self.chunks)
-            numbers = torch.arange(min(sampled, launch.chunks), device=self.device) * launch.chunks // sampled
+            numbers = self._sampled_chunks(launch)
             out = torch.empty(len(numbers), _SAMPLED_SCORES, device=self.device)
             device.sample_kernel[(len(numbers),)](
                 launch.table, numbers, out, launch.table.shape[1], **launch.constants, COUNT=_SAMPLED_SCORES
@@ -173,6 +172,11 @@ class _Pool:
             values[low].item() if low < len(values) else -math.inf,
             values[high].item() if high >= 0 else math.inf,
         )
+
+    def _sampled_chunks(self, launch: _Launch) -> Tensor:
+        """Return the numbers of the chunks to sample, evenly spread over a launch: all of them where there are few."""
+        count = min(max(1, _SAMPLED_CHUNKS * launch.chunks // self.chunks), launch.chunks)
+        return torch.arange(count, device=self.device) * launch.chunks // count
 
     def _bisect(self, k: int) -> float:
         """Find the ``k``-th largest value by counting, one bit of its key for each pass."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from importlib import import_module
+from itertools import pairwise
 
 import pytest
 import torch
@@ -42,6 +43,33 @@ def test_kernel_takes_one_launch_for_each_dtype():
     # Of each launch: its first chunks, and where these are among the chunks of all blocks.
     assert [launch.table[[0, 3]].tolist() for launch in pool.launches] == [[[0, 2], [0, 5]], [[0, 1], [2, 3]]]
     assert all(launch.constants["LARGEST"] is False for launch in pool.launches)
+
+
+@pytest.mark.parametrize("most", [1, 7, 20, 8192])
+def test_the_sample_is_spread_over_all_chunks(most: int, monkeypatch: pytest.MonkeyPatch):
+    """Also where there are fewer than could be sampled: then each of them is, once."""
+    monkeypatch.setattr(kernels, "_SAMPLED_CHUNKS", most)
+    full, half = (torch.zeros(n * kernels._CHUNK, dtype=dtype) for n, dtype in ((16, torch.float32), (4, torch.half)))
+    pool = kernels._Pool([full.to(DEVICE), half.to(DEVICE)], largest=True)
+    for launch in pool.launches:
+        numbers = [*pool._sampled_chunks(launch).tolist(), launch.chunks]
+        gaps = [after - before for before, after in pairwise(numbers)]
+        assert numbers[0] == 0
+        assert 1 <= min(gaps) <= max(gaps) <= min(gaps) + 1
+        assert len(gaps) == min(max(1, most * launch.chunks // pool.chunks), launch.chunks)
+
+
+def test_scores_of_any_scale_are_read_once(monkeypatch: pytest.MonkeyPatch):
+    """Blocks of other scales than the first one are in the sample: else the bracket misses, and 32 passes bisect."""
+    passes = []
+    read = kernels._Pool._pass
+    monkeypatch.setattr(kernels._Pool, "_pass", lambda pool, *ends: passes.append(ends) or read(pool, *ends))
+    generator = torch.Generator().manual_seed(0)
+    blocks = [torch.rand(4 * kernels._CHUNK, generator=generator).to(DEVICE) * 10.0**-n for n in (2, 1, 0, 1, 2)]
+    indices = kernels.streaming_topk(blocks, 3000)
+    order = torch.cat(blocks).sort(descending=True, stable=True).indices[:3000].sort().values
+    assert torch.equal(torch.cat([own + n * len(blocks[0]) for n, own in enumerate(indices)]).long(), order)
+    assert len(passes) == 1
 
 
 def test_ties_are_taken_from_chunks_with_a_quota_alone():
