@@ -56,6 +56,8 @@ class Adapting:
             first, dash, last = part.strip().partition("-")
             if not first.isdecimal() or (dash and not last.isdecimal()):
                 raise ValueError(f"--layers is like 0-4 or 0,2,5, got {self.layers!r}.")
+            if dash and int(last) < int(first):  # an empty list would mean all layers to PEFT
+                raise ValueError(f"--layers {self.layers} counts down: write {last}-{first}.")
             numbers += range(int(first), int(last or first) + 1)
         return numbers
 
