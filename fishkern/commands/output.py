@@ -58,7 +58,8 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.ended, _ = self.seconds, self._running.pop(what)
+            self.ended[what] = self.seconds[what]
+            del self._running[what]
 
 
 class _Paper(Console):
