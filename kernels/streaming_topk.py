@@ -30,13 +30,13 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 _SAMPLED_CHUNKS, _SAMPLED_SCORES = 8192, 256
 # Standard errors between the sample's estimate and either end of the bracket.
 _DEVIATIONS = 6.0
-# Room for this share of all scores between the ends of the bracket; all of them where there are few.
-_ROOM_SHARE, _SMALLEST_ROOM = 128, 2**16
+# Room for one in so many scores between the ends of the bracket, and at least for so many.
+_SCORES_FOR_A_PLACE, _SMALLEST_ROOM = 128, 2**16
 
 
 @dataclass(frozen=True)
-class _Launch:
-    """The tensors of one dtype.
+class _OneDtype:
+    """The tensors of one dtype, which one launch of a kernel covers.
 
     Attributes:
         table: ``[4, tensors]``, int64: number of its first chunk in this launch, address, size, place of that chunk
@@ -73,10 +73,10 @@ class _Pool:
         self.chunks_of = [cdiv(flat.numel(), _CHUNK) for flat in flats]
         self.chunks = sum(self.chunks_of)
         self.total = sum(flat.numel() for flat in flats)
-        self.room = min(self.total, max(_SMALLEST_ROOM, self.total // _ROOM_SHARE))
+        self.room = min(self.total, max(_SMALLEST_ROOM, self.total // _SCORES_FOR_A_PLACE))
         self.launches = list(self._launches(largest))
 
-    def _launches(self, largest: bool) -> Iterator[_Launch]:
+    def _launches(self, largest: bool) -> Iterator[_OneDtype]:
         places = [0, *accumulate(self.chunks_of)]
         for dtype in dict.fromkeys(flat.dtype for flat in self.flats):
             numbers = [n for n, flat in enumerate(self.flats) if flat.dtype == dtype and flat.numel()]
@@ -91,7 +91,7 @@ class _Pool:
             ]
             aligned = all(address % 16 == 0 for address in rows[1])
             constants = {"DTYPE": _DTYPES[dtype], "ALIGNED": aligned, "LARGEST": largest, "CHUNK": _CHUNK}
-            yield _Launch(torch.tensor(rows, device=self.device), sum(chunks), constants | _OPTIONS)
+            yield _OneDtype(torch.tensor(rows, device=self.device), sum(chunks), constants | _OPTIONS)
 
     def select(self, k: int) -> Tensor:
         """Return the bits of the ``k`` first scores, ``[chunks, CHUNK / 32]``."""
@@ -173,7 +173,7 @@ class _Pool:
             values[high].item() if high >= 0 else math.inf,
         )
 
-    def _sampled_chunks(self, launch: _Launch) -> Tensor:
+    def _sampled_chunks(self, launch: _OneDtype) -> Tensor:
         """Return the numbers of the chunks to sample, evenly spread over a launch: all of them where there are few."""
         count = min(max(1, _SAMPLED_CHUNKS * launch.chunks // self.chunks), launch.chunks)
         return torch.arange(count, device=self.device) * launch.chunks // count
@@ -198,9 +198,9 @@ class _Counts:
 
 
 def _ranked(rows: Tensor, share: float) -> tuple[Tensor, int, int]:
-    """Sort a sample; find two ranks in it between which the score lies that ends this share of all scores."""
-    # The reference's, in fishkern/ops/streaming_topk.py, once more, since kernels import nothing of fishkern:
-    # tests/kernels/test_streaming_topk.py holds the two together.
+    """Sort a sample, and find two ranks in it around the last score of this share of all, counted from the largest."""
+    # A copy of the function in fishkern/ops/streaming_topk.py, since kernels import nothing of fishkern:
+    # tests/kernels/test_streaming_topk.py compares the two.
     values = rows[~rows.isnan()].sort(descending=True).values
     if len(values) == 0:
         return values, 0, -1
@@ -220,11 +220,11 @@ def _first(slots: Tensor, values: Tensor, count: int) -> Tensor:
 
 def _popcount(words: Tensor) -> Tensor:
     """Count the bits of int32 words."""
-    words = words - (words >> 1 & 0x55555555)
-    words = (words & 0x33333333) + (words >> 2 & 0x33333333)
-    words = words + (words >> 4) & 0x0F0F0F0F
+    words = words - ((words >> 1) & 0x55555555)
+    words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F
     words = words + (words >> 8)
-    return words + (words >> 16) & 0x3F
+    return (words + (words >> 16)) & 0x3F
 
 
 def _key(value: float) -> int:
@@ -234,5 +234,6 @@ def _key(value: float) -> int:
 
 
 def _value(key: int) -> float:
+    """Map a key back to its float32."""
     bits = torch.tensor(key if key >= 0 else key ^ 0x7FFFFFFF, dtype=torch.int32)
     return bits.view(torch.float32).item()

@@ -28,9 +28,9 @@ def test_kernel_takes_blocks_at_any_address(first: int, dtype: torch.dtype):
     assert (9000 * dtype.itemsize) % 16 == 0
     (launch,) = kernels._Pool(blocks, largest=True).launches
     assert launch.constants["ALIGNED"] is (first * dtype.itemsize % 16 == 0)
-    found = kernels.streaming_topk(blocks, 500)
+    indices = kernels.streaming_topk(blocks, 500)
     order = torch.cat(blocks).sort(descending=True, stable=True).indices[:500].sort().values
-    assert torch.equal(torch.cat([found[0], found[1] + 9000]).long(), order)
+    assert torch.equal(torch.cat([indices[0], indices[1] + 9000]).long(), order)
 
 
 def test_kernel_takes_one_launch_for_each_dtype():
@@ -79,8 +79,8 @@ def test_ties_are_taken_from_chunks_with_a_quota_alone():
     bits = torch.zeros(3, kernels._CHUNK // 32, dtype=torch.int32, device=DEVICE)
     ties = torch.tensor([3, 0, kernels._CHUNK], dtype=torch.int32, device=DEVICE)
     pool._take_ties(bits, ties, 5, 0.0)
-    found, counts = pool.emit(bits, torch.int32)
-    assert found.tolist() == [0, 1, 2, 2 * kernels._CHUNK, 2 * kernels._CHUNK + 1]
+    indices, counts = pool.emit(bits, torch.int32)
+    assert indices.tolist() == [0, 1, 2, 2 * kernels._CHUNK, 2 * kernels._CHUNK + 1]
     assert counts == [5]
 
 
