@@ -15,7 +15,7 @@ STUDIES = {
     "failures": ("benchmarks.studies.failures", "known failures of rivals, reproduced, and fishkern on the same"),
     "glue": ("benchmarks.studies.glue", "FISH-Tuning and its controls on GLUE, on any machine"),
     "demonstration": (
-        "benchmarks.cases.end_to_end",
+        "benchmarks.cases.demonstration",
         "a whole LLaMA: Fisher, selection, sparse training, delta, verify",
     ),
 }
