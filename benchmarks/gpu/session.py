@@ -31,7 +31,7 @@ ORDER = (
 )  # fmt: skip
 TESTED_IN = 60.0
 
-Key = tuple[str, str]
+Key = tuple[str, str]  # case and part
 
 
 class RefusedError(ValueError):

@@ -46,8 +46,8 @@ def covariance_diagonal(model, losses, data, batch_size, ignore_unknown=True) ->
     generator = TorchHooksJacobianBackend(model=model, function=losses, layer_collection=layers)
     loader = DataLoader(TensorDataset(*data), batch_size=batch_size)
     flat = PMatDiag(generator=generator, examples=loader).get_diag() * len(data[0])  # a mean over examples
-    found, start = {}, 0
+    squares, start = {}, 0
     for name, parameter in layers.named_parameters(layers.get_layerid_module_maps(model)[0]):
-        found[name] = flat[start : start + parameter.numel()].view(parameter.shape)
+        squares[name] = flat[start : start + parameter.numel()].view(parameter.shape)
         start += parameter.numel()
-    return found
+    return squares
