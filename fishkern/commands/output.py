@@ -58,7 +58,7 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.ended[what] = self.seconds[what]
+            self.ended = {**self.ended, what: self.seconds[what]}
             del self._running[what]
 
 
