@@ -96,22 +96,23 @@ class _Pool:
     def select(self, k: int) -> Tensor:
         """Return the bits of the ``k`` first scores, ``[chunks, CHUNK / 32]``."""
         low, high = self._bracket(k)
-        counts, bits, slots, values = self._pass(low, high)
-        above, at_high, at_low, nan, inside = counts.sums
+        read = self._pass(low, high)
+        above, at_high, at_low, nan, inside = read.sums
         if nan:
             raise ArithmeticError("a score is NaN")
         if above > k or above + at_high + inside + at_low < k or inside > self.room:
             low = high = self._bisect(k)  # the sample was not like the scores
-            counts, bits, slots, values = self._pass(low, high)
-            above, at_high, at_low, _, inside = counts.sums
-        need = k - above
-        self._take_ties(bits, counts.of_chunks[1], min(need, at_high), high)
+            read = self._pass(low, high)
+            above, at_high, at_low, _, inside = read.sums
+        # Largest first: those above the bracket are selected already, then its upper end, inside, its lower end.
+        bits, need = read.bits, k - above
+        self._take_ties(bits, read.counts[1], min(need, at_high), high)
         need -= min(need, at_high)
-        largest = _first(slots[:inside], values[:inside], min(need, inside))
+        largest = _first(read.slots[:inside], read.values[:inside], min(need, inside))
         ones = (1 << (largest % 32)).to(torch.int32)  # no slot comes twice, so that adding sets the bits
         bits.view(-1).index_add_(0, largest // 32, ones)
         need -= len(largest)
-        self._take_ties(bits, counts.of_chunks[2], need, low)
+        self._take_ties(bits, read.counts[2], need, low)
         return bits
 
     def emit(self, bits: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[int]]:
@@ -127,7 +128,7 @@ class _Pool:
         device.emit_kernel[(self.chunks,)](bits, ends - counts, offsets, out, CHUNK=_CHUNK, **_OPTIONS)
         return out, (before[last] - before[last - chunks_of]).tolist()
 
-    def _pass(self, low: float, high: float) -> tuple[_Counts, Tensor, Tensor, Tensor]:
+    def _pass(self, low: float, high: float) -> _Pass:
         bits = torch.empty(self.chunks, _CHUNK // 32, dtype=torch.int32, device=self.device)
         counts = torch.zeros(4, self.chunks, dtype=torch.int32, device=self.device)
         inside = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -143,7 +144,7 @@ class _Pool:
                 **launch.constants,
             )  # fmt: skip
         sums = torch.cat([counts.sum(1, dtype=torch.int64), inside]).tolist()
-        return _Counts(counts, sums), bits, slots, values
+        return _Pass(counts, sums, bits, slots, values)
 
     def _take_ties(self, bits: Tensor, ties: Tensor, take: int, end: float) -> None:
         """Set the bits of the first ``take`` scores that equal an end of the bracket."""
@@ -184,17 +185,28 @@ class _Pool:
         while low < high:
             middle = (low + high + 1) // 2
             value = _value(middle)
-            above, at_value, *_ = self._pass(value, value)[0].sums
+            above, at_value, *_ = self._pass(value, value).sums
             low, high = (middle, high) if above + at_value >= k else (low, middle - 1)
         return _value(low)
 
 
 @dataclass(frozen=True)
-class _Counts:
-    """How many scores are above the bracket, at its upper end, at its lower end, NaN; and, in all, inside."""
+class _Pass:
+    """The result of reading every score once.
 
-    of_chunks: Tensor
+    Attributes:
+        counts: ``[4, chunks]``, int32: how many are above the bracket, at its upper end, at its lower end, NaN.
+        sums: The same of all chunks together; and, last, how many are inside the bracket.
+        bits: ``[chunks, CHUNK / 32]``, int32: set for those above the bracket.
+        slots: ``[room]``, int64: of those inside, their places if all chunks have ``CHUNK`` scores; in no fixed order.
+        values: ``[room]``, float32: their values, in the same order.
+    """
+
+    counts: Tensor
     sums: list[int]
+    bits: Tensor
+    slots: Tensor
+    values: Tensor
 
 
 def _ranked(rows: Tensor, share: float) -> tuple[Tensor, int, int]:
