@@ -109,6 +109,8 @@ def _case(name: str, module: str, tree: Path, rounds: int, only: str) -> Iterato
             return
         if not ours:
             yield f"{name}: has no compared(), which names its runs, or this tree has none of them."
+        elif not any(only in what for what in ours):
+            yield f"{name}: no run has {only!r} in its name; there are {'; '.join(ours)}."
         if missing := [what for what in ours if what not in theirs]:
             yield f"{name}: the other revision cannot run {'; '.join(missing)}."
         selected = {what: providers for what, providers in ours.items() if only in what and what in theirs}
