@@ -15,7 +15,7 @@ STUDIES = {
     "failures": ("benchmarks.studies.failures", "known failures of rivals, reproduced, and fishkern on the same"),
     "glue": ("benchmarks.studies.glue", "FISH-Tuning and its controls on GLUE, on any machine"),
     "demonstration": (
-        "benchmarks.cases.end_to_end",
+        "benchmarks.cases.demonstration",
         "a whole LLaMA: Fisher, selection, sparse training, delta, verify",
     ),
 }
@@ -58,21 +58,19 @@ def _parser() -> argparse.ArgumentParser:
         epilog="benchmarks/README.md says what each measures.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="test what speed cases measure, then measure and record it")
+    run = commands.add_parser("run", help="test the library, then measure and record")
     run.add_argument("cases", nargs="*", metavar="CASE", help="benchmarks/cases/CASE.py (default: all)")
     run.add_argument("--replace", action="store_true", help="drop this machine's earlier records of these cases")
-    compare = commands.add_parser("compare", help="another revision and this tree, in turns; nothing is recorded")
-    compare.add_argument("ref", metavar="REF", help="of git, such as main or a tag")
+    compare = commands.add_parser("compare", help="measure another revision and this tree, and record nothing")
+    compare.add_argument("ref", metavar="REF", help="a revision of git, such as main or a tag")
     compare.add_argument("cases", nargs="*", metavar="CASE", help="benchmarks/cases/CASE.py (default: all)")
     compare.add_argument("--rounds", type=int, default=7, metavar="N", help="default: %(default)s")
-    compare.add_argument("--only", default="", metavar="TEXT", help="what has TEXT in its name")
+    compare.add_argument("--only", default="", metavar="TEXT", help="only runs with TEXT in their names")
     plot = commands.add_parser("plot", help="draw records")
     plot.add_argument("names", nargs="*", metavar="NAME", help="of a file of records (default: all)")
     gpu = commands.add_parser("gpu", help="run the kernels' tests, then measure what is not recorded yet")
     gpu.add_argument("--only", nargs="+", default=[], metavar="PART", help="cases, CASE/PART, or CASE/tests")
-    gpu.add_argument(
-        "--seconds", type=float, default=520, help="what the whole call may take, by its plan (default: %(default)s)"
-    )
+    gpu.add_argument("--seconds", type=float, default=520, help="time limit of the whole call (default: %(default)s)")
     gpu.add_argument("--tested", action="store_true", help="leave the tests out; the records say so")
     gpu.add_argument(
         "--patience", type=float, default=4, metavar="N",

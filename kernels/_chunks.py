@@ -1,4 +1,4 @@
-"""Packed examples, cut into chunks of positions that a kernel multiplies at a time."""
+"""Packed examples, cut into chunks: the positions that a kernel multiplies at a time."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from ._hardware import to_gpu
 
 
 def chunk_table(offsets: Tensor, positions: int, parts: int, BLOCK_T: int, to: torch.device) -> tuple[Tensor, Tensor]:
-    """Cut packed examples into chunks, and the chunks into parts of about equal work between examples.
+    """Cut packed examples into chunks, and group the chunks of whole examples into parts of about equal work.
 
-    It is computed where the offsets lie and nothing is read back, so that nobody waits for the device.
+    It is computed on the device of the offsets and nothing is read back, so the host never waits for the device.
 
     Args:
         offsets: ``[N + 1]``.
-        positions: Where they end.
+        positions: Positions of all examples together.
         parts: Into how many parts.
         BLOCK_T: Longest chunk.
         to: Device of the kernel.
 
     Returns:
-        ``[C, 2]``: position of each chunk, and how many positions its example has from there on; rows behind the last
-        chunk mean nothing. ``[parts + 1]``: the chunk at which each part begins. Both int32.
+        ``[C, 2]``: position of each chunk, and how many positions its example has from there on; rows after the last
+        chunk have no meaning. ``[parts + 1]``: the chunk at which each part begins. Both int32.
 
     Raises:
-        ValueError: The positions pass what int32 counts.
-        RuntimeError: The offsets lie on the CPU, and a CUDA graph is being captured.
+        ValueError: There are more positions than int32 can count.
+        RuntimeError: The offsets are on the CPU, and a CUDA graph is being captured.
     """
     if positions >= 2**31:
         raise ValueError(f"the kernel takes up to 2**31 - 1 packed positions, got {positions}: split the call.")
@@ -37,11 +37,11 @@ def chunk_table(offsets: Tensor, positions: int, parts: int, BLOCK_T: int, to: t
     most = positions // BLOCK_T + len(lengths) + 1  # the kernel reads one row ahead
     chunk = torch.arange(most, device=offsets.device)
     example = torch.searchsorted(firsts, chunk, right=True).sub_(1).clamp_(max=len(lengths) - 1)
-    done = (chunk - firsts[example]) * BLOCK_T
-    rows = torch.stack([offsets[example] + done, lengths[example] - done], dim=1)
+    before = (chunk - firsts[example]) * BLOCK_T  # positions of the example in earlier chunks
+    rows = torch.stack([offsets[example] + before, lengths[example] - before], dim=1)
     even = torch.arange(parts + 1, device=offsets.device) * firsts[-1] // parts
-    cuts = firsts[torch.searchsorted(firsts, even)]
+    cuts = firsts[torch.searchsorted(firsts, even)]  # even cuts, moved to where the next example begins
     table = torch.cat([rows.flatten(), cuts]).to(torch.int32)
-    if table.device != to:  # else there is no copy
+    if table.device != to:  # else nothing is copied, also while a CUDA graph is captured
         table = to_gpu(table, to, "pad the examples to one length [N, T, I], or call this outside of the graph.")
     return table[: 2 * most], table[2 * most :]

@@ -71,7 +71,7 @@ def load_weight(param_ptrs, master_ptr, offs, mask):
     stored = tl.load(param_ptrs, mask=mask, other=0.0)
     weight = stored.to(tl.float32)
     if master_ptr is not None:
-        weight = followed(tl.load(master_ptr + offs, mask=mask, other=0.0), stored)
+        weight = master_or_stored(tl.load(master_ptr + offs, mask=mask, other=0.0), stored)
     return weight
 
 
@@ -84,18 +84,18 @@ def store_weight(weight, param_ptrs, master_ptr, offs, mask):
 
 
 @triton.jit
-def followed(master, stored):
-    """Give the master's value, or the stored one where it is not the master rounded, bit for bit."""
+def master_or_stored(master, stored):
+    """Return the master, or the stored weight where it is not the master rounded: something else has changed it."""
     weight = stored.to(tl.float32)
     rounded = master.to(stored.dtype).to(tl.float32)
-    own = rounded.to(tl.int32, bitcast=True) == weight.to(tl.int32, bitcast=True)  # else 0 would pass for -0
+    own = rounded.to(tl.int32, bitcast=True) == weight.to(tl.int32, bitcast=True)  # as floats 0 would equal -0
     return tl.where(own, master, weight)
 
 
 def tables(
     params: Sequence[Tensor], grads: Sequence[Tensor | None], indices: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Make the table, the blocks, and one tensor of each kind to tell their dtypes.
+    """Make the table, the blocks, and one tensor of each kind, from which the kernel takes the dtypes.
 
     They are cached by value, so a step with the same addresses as one before copies nothing to the device.
 
@@ -115,7 +115,7 @@ def tables(
     for param, grad, listed in zip(params, grads, indices, strict=True):
         count = param.numel() if listed is None else len(listed)
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (param, grad, listed)]
-        is_gathered = grad is not None and grad.numel() == count
+        is_gathered = grad is not None and grad.numel() == count  # with all selected, both forms are the same
         rows.append((*addresses, count, first, block, int(is_gathered)))  # in the order of the columns
         counts.append(0 if grad is None else count)
         first += count
@@ -127,18 +127,18 @@ def tables(
     return _table(tuple(rows), device), _blocks(tuple(counts), device), [params[0], one_grad, one_index]
 
 
-@lru_cache(maxsize=64)  # each backward pass may put gradients elsewhere, but the allocator comes back to few places
+@lru_cache(maxsize=64)  # each backward pass may put gradients elsewhere, but the allocator reuses few addresses
 def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    return _moved(torch.tensor(rows, dtype=torch.int64), device)
+    return _to_device(torch.tensor(rows, dtype=torch.int64), device)
 
 
 @lru_cache(maxsize=64)
 def _blocks(counts: tuple[int, ...], device: torch.device) -> Tensor:
     sizes = torch.tensor([triton.cdiv(count, BLOCK) for count in counts])
-    return _moved(torch.arange(len(counts), dtype=torch.int32).repeat_interleave(sizes), device)
+    return _to_device(torch.arange(len(counts), dtype=torch.int32).repeat_interleave(sizes), device)
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return to_gpu(
         tensor,
         device,
@@ -147,7 +147,7 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def as_tensor(number: float | Tensor, device: torch.device) -> Tensor:
-    """Give a zero-dimensional float32 tensor on the device, without waiting for it."""
+    """Return a zero-dimensional float32 tensor on the device, without waiting for the device."""
     if isinstance(number, Tensor):
         return number.to(device, torch.float32, non_blocking=True)
     return torch.full((), number, dtype=torch.float32, device=device)

@@ -1,8 +1,10 @@
 """Sums of squares from the Gram matrices of the positions of short examples.
 
-The gradients of short examples have few multiplications for each entry, so that squaring the entries takes the time.
-One kernel writes a Gram matrix for each example, another multiplies it with the features of each group. Which calls are
-computed so is an estimate by the number of operations, not measured on a GPU yet.
+The squared norm of row ``o`` of an example's gradient ``g^T x`` is ``g_o^T (x x^T) g_o``, where ``g_o`` ``[T]`` is one
+output feature over the positions: for few positions ``T`` that is cheaper than to square every entry of the row. One
+kernel writes the Gram matrix ``x x^T`` of each example, another multiplies it with the features of each group; for
+columns x and g change places. Which calls are computed so is an estimate by the number of operations, not measured on a
+GPU yet.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from ._sum_grad_squared_configs import MOST_PARTS, WORKSPACE
 
 # Matrix units take 16 positions at least; with more than 64, a Gram matrix and its products leave the registers.
 FEWEST_POSITIONS, MOST_POSITIONS = 16, 64
-# What a multiplication costs here, in those of a gradient: Gram matrices are float32, so that most matrix units do not
-# multiply them, but no entry of a gradient is squared.
+# Cost of a multiplication here, in multiplications of the other path: Gram matrices are float32, which most matrix
+# units do not multiply; on the other hand no entry of a gradient is squared.
 MULTIPLICATION = 4
 # By positions: features that a program multiplies at a time, and warps. With more features or fewer warps Triton spills
 # accumulators.
@@ -34,7 +36,7 @@ def takes_grams(problem: Problem) -> bool:
         problem: The call.
 
     Returns:
-        Whether its examples are of one length, few positions for the size of the layer, and their Gram matrices fit the
+        Whether its examples have one length, which is short for the size of the layer, and their Gram matrices fit the
         workspace.
     """
     T = _block_of(problem.T)
@@ -56,7 +58,7 @@ def launches_by_grams(summed: Tensor, grouped: Tensor, problem: Problem, on: Har
         on: The device to prepare for.
 
     Returns:
-        The launches, and what they write: ``[lines, groups]``, to be added up.
+        The launches, and the sums that they write: ``[lines, groups]``, still to be added up.
     """
     N, T, F = summed.shape
     groups = grouped.shape[-1]

@@ -23,7 +23,7 @@ def group_sum_grad_squared_kernel(
     ROWS: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr, GROUP_O: tl.constexpr,
 ):  # fmt: skip
-    """Sum the squares of each tile over its columns (ROWS), or over its rows, once its examples are added up."""
+    """Sum the squares of each tile over its columns (ROWS) or its rows, after those of its examples are added up."""
     row, column = _tile(tl.program_id(0), O, I, BLOCK_O, BLOCK_I, GROUP_O)
     part = tl.program_id(1)
     total, _ = _sum_squares(
@@ -31,7 +31,7 @@ def group_sum_grad_squared_kernel(
         stride_xn, stride_xt, stride_xi, stride_gn, stride_gt, stride_go,
         PACKED, False, TMA, PRECISION, UPCAST, BLOCK_O, BLOCK_I, BLOCK_T,
     )  # fmt: skip
-    # What is outside of [O, I] is zero: the inputs were loaded as zeros there.
+    # Entries of the tile outside of [O, I] are zero, since the inputs were loaded as zeros there.
     if ROWS:
         groups = O
         offs = row + tl.arange(0, BLOCK_O)
@@ -52,7 +52,7 @@ def gram_kernel(
     stride_n, stride_t, stride_f,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Multiply the positions of one example with each other; what is behind its end is zero."""
+    """Multiply the positions of one example with each other; rows and columns after its end are zero."""
     n = tl.program_id(0)
     gram = tl.zeros((BLOCK_T, BLOCK_T), dtype=tl.float32)
     for column in range(0, F, BLOCK_F):
@@ -92,7 +92,7 @@ def group_by_grams_kernel(
         gram = tl.where(used[:, None] & used[None, :], gram, 0.0)
         product = tl.dot(gram, chunk, input_precision=PRECISION)
         sums = tl.sum(product * chunk, 0)
-        total += tl.where(sums < 0, 0.0, sums)  # a sum of squares, which rounding alone brings below zero
+        total += tl.where(sums < 0, 0.0, sums)  # a sum of squares: only rounding brings it below zero
         n += 1
     offs = column + tl.arange(0, BLOCK_F)
     tl.store(out + part.to(tl.int64) * groups + offs, total, mask=offs < groups)

@@ -30,9 +30,9 @@ H100 = Hardware("sm_90", 132, 232_448)
 MI300 = Hardware("gfx942", 304, 65_536)
 INTERPRETER = Hardware("interpreter", 1, 232_448)
 
-# AMD's with matrix units as the tables for gfx942 have them, and their shared memory.
+# Bytes of shared memory of AMD's GPUs that have the matrix units of gfx942, whose tables they take.
 _AMD_SHARED = {"gfx90a": 65_536, "gfx942": MI300.shared, "gfx950": 163_840}
-# NVIDIA's from here on (A100) copy to shared memory in the background and multiply bfloat16.
+# Oldest compute capability (A100) that copies to shared memory in the background and multiplies bfloat16.
 _OLDEST = 8, 0
 
 

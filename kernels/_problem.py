@@ -1,4 +1,4 @@
-"""A call of an operation on weight gradients, as far as the code that runs depends on it."""
+"""A call of an operation on weight gradients without its tensors: everything that the choice of code depends on."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Bytes that one load brings, and that the addresses of such loads are multiples of.
+# Bytes of the widest load of a thread, and the alignment that it needs; TMA needs the same.
 VECTOR = 16
-# Of descriptors: the most entries of an axis, which those of packed examples count to, and bytes of a stride.
+# Limits of TMA descriptors: entries of an axis (those of packed examples have an axis of 2**30), bytes of a stride.
 _LONGEST_AXIS, _LARGEST_STRIDE = 2**30, 2**40
 
 
 class Layout(NamedTuple):
-    """Addresses of the entries of a tensor, relative to the first one."""
+    """Addresses of the entries of a tensor, relative to the first one.
+
+    Args:
+        shape: Of the tensor.
+        strides: In entries.
+        itemsize: Bytes of an entry.
+        aligned: Whether the address of the first entry is a multiple of 16 bytes.
+    """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -30,7 +37,7 @@ class Layout(NamedTuple):
 
     @property
     def fits_tma(self) -> bool:
-        """Whether the copy engine takes blocks of it: rows without gaps, no stride of zero, nothing too large."""
+        """Whether TMA can load blocks of it: rows without gaps, no stride of zero, nothing too large."""
         *outer, (columns, stride) = zip(self.shape, self.strides, strict=True)
         strides = [stride * self.itemsize for length, stride in outer if length > 1]
         return (
@@ -72,15 +79,15 @@ class Block(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One call, as far as the code that runs depends on it.
+    """Everything about one call that the choice of code depends on: plans are cached by it.
 
     Args:
         x: Activations, ``[N, T, I]`` or packed ``[S, I]``.
         g: Output gradients, ``[N, T, O]`` or packed ``[S, O]``.
         dtype: Of both.
         N: Number of examples.
-        results: Tensors ``[O, I]`` that a program writes its tiles to: the squares, and the mean gradient where it is
-            requested; none where tiles are summed up first.
+        results: Tensors ``[O, I]`` that a program writes its tiles to: the squares, and the sum of the gradients where
+            it is requested; none where a program sums its tiles over rows or columns.
         add: Whether the squares are added to values that are there.
         allow_tf32: Whether float32 may be rounded to tf32.
     """
@@ -125,7 +132,7 @@ class Problem(NamedTuple):
 
     @property
     def mean(self) -> bool:
-        """Whether the mean gradient is requested."""
+        """Whether the sum of the gradients is requested, which is the mean gradient times ``N``."""
         return len(self.results) == 2
 
     @property
@@ -135,7 +142,7 @@ class Problem(NamedTuple):
 
 
 def input_blocks(problem: Problem, BLOCK_O: int, BLOCK_I: int, BLOCK_T: int) -> dict[str, Block]:
-    """Describe the blocks of both inputs that the copy engine brings, by their names in the kernels."""
+    """Describe the TMA blocks of both inputs, by their names in the kernels."""
     positions = [BLOCK_T] if problem.packed else [1, BLOCK_T]
     return {
         "x": Block.of_layout(problem.x, [*positions, BLOCK_I]),

@@ -6,7 +6,7 @@ One program takes one chunk of ``CHUNK`` scores. In all kernels::
                         address, size, place of that chunk among those of all dtypes
     place               number of a chunk among all of them: results of chunks are in this order
     bits_ptr            [chunks, CHUNK / 32], int32: one bit for each score, set for those selected
-    low, high           ends of the bracket; values are negated unless LARGEST, so that the largest come first
+    low, high           ends of the bracket; values are negated unless LARGEST, so the kernels select the largest only
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def sample_kernel(
     num_tensors,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
+    """Copy the first scores of some chunks."""
     number = tl.load(numbers_ptr + tl.program_id(0))
     address, first, left, _ = _find_chunk(table_ptr, num_tensors, number, CHUNK)
     values, exists = _load_scores(address, first, left, DTYPE, ALIGNED, LARGEST, COUNT)
@@ -68,6 +69,7 @@ def select_kernel(
     low, high,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """Select the scores above the bracket, count those at its ends, and collect those inside."""
     address, first, left, place = _find_chunk(table_ptr, num_tensors, tl.program_id(0).to(tl.int64), CHUNK)
     values, exists = _load_scores(address, first, left, DTYPE, ALIGNED, LARGEST, CHUNK)
     above = exists & (values > high)
@@ -82,6 +84,7 @@ def select_kernel(
     tl.store(counts_ptr + 3 * num_chunks + place, tl.sum((exists & (values != values)).to(tl.int32)))
     count = tl.sum(inside.to(tl.int32))
     if count > 0:
+        # Which chunk comes first depends on scheduling: the host sorts the collected scores by their slots.
         ranks = tl.cumsum(inside.to(tl.int32), 0) - 1 + tl.atomic_add(inside_ptr, count.to(tl.int64))
         fits = inside & (ranks < room)
         tl.store(slots_ptr + ranks, place * CHUNK + tl.arange(0, CHUNK), mask=fits)
@@ -95,6 +98,7 @@ def take_ties_kernel(
     end,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """Select the first scores of each chunk that equal an end of the bracket, as many as its quota."""
     address, first, left, place = _find_chunk(table_ptr, num_tensors, tl.program_id(0).to(tl.int64), CHUNK)
     quota = tl.load(quotas_ptr + place)
     if quota > 0:  # checked before the scores are read: mostly few chunks have one
@@ -112,6 +116,7 @@ def emit_kernel(
     offsets_ptr, out_ptr,  # [chunks], where it begins in its tensor; indices
     CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """Write the indices of the scores whose bits are set."""
     place = tl.program_id(0).to(tl.int64)
     words = tl.load(bits_ptr + place * (CHUNK // 32) + tl.arange(0, CHUNK // 32))
     selected = tl.reshape((words[:, None] >> tl.arange(0, 32)[None, :]) & 1, (CHUNK,))

@@ -3,11 +3,11 @@
 The tiles were chosen by registers, spills and shared memory of offline compilations, which
 ``tests/kernels/resources.json`` records; they are not measured on a GPU yet. ``python -m benchmarks tune`` does that.
 
-Two float32 tiles, the gradient and the total, live in registers: 128 x 256 of them take all 255 of 8 warps, and spill
-a little after each example, not within one. That is only so where blocks come and go through TMA, whose addresses cost
-no registers. The mean gradient is a third tile, so that it takes 128 x 128, or 128 x 64 for float32 on sm_80, where
-Triton 3.6 spills accumulators of more. Blocks that are loaded entry by entry pass through registers, which leaves room
-for 128 x 64.
+Two float32 tiles, the gradient and the total, live in registers: with tiles of 128 x 256 the threads of 8 warps need
+all of their 255, and spill a little after each example, not within one. That holds only where blocks come and go
+through TMA, whose addresses cost no registers. The sum of the gradients, if requested, is a third tile: then tiles are
+128 x 128, or 128 x 64 for float32 on sm_80, where Triton 3.6 spills accumulators of larger ones. Blocks that are loaded
+entry by entry pass through registers, which leaves room for 128 x 64.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ class Config:
 
     @cached_property
     def constants(self) -> dict[str, int]:
-        """What the kernel is compiled with."""
+        """Constants of the kernel."""
         return {name: value for name, value in asdict(self).items() if name.isupper()}
 
     @cached_property
     def options(self) -> dict[str, int]:
-        """What the compiler is told; whether it fuses by default depends on the version of Triton."""
+        """Options of the compiler; whether it fuses by default depends on the version of Triton."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-# How blocks are loaded: by the copy engine, as vectors of 16 bytes, or entry by entry where pitches are odd.
+# How blocks are loaded: by TMA, as vectors of 16 bytes, or entry by entry where strides are no multiples of 16 bytes.
 Loads = Literal["tma", "vectors", "elements"]
 
 # (bytes of an input's entry, how it is loaded) -> tiles, from the widest and longest on.
@@ -148,11 +148,11 @@ TABLES: dict[str, dict[tuple[int, Loads], tuple[Config, ...]]] = {
     },
 }  # fmt: skip
 
-# Columns of the widest tiles that three of fit the registers, where it is not 128: by family and bytes of an entry.
+# Columns of the widest tile of which three fit the registers, where that is not 128: by family and bytes of an entry.
 WIDEST_WITH_MEAN = {("sm_80", 4): 64}
 
-# Chunks in flight where sums over rows leave no registers for as many as in the table, by family, bytes of an entry,
-# loads and columns of a tile: with three, Triton 3.7 spills an accumulator in the loop.
+# Chunks in flight where a program sums rows and has no registers for as many as in the table, by family, bytes of an
+# entry, loads and columns of a tile: with three, Triton 3.7 spills an accumulator in the loop.
 STAGES_BY_ROW: dict[tuple[str, int, Loads, int], int] = {("sm_90", 4, "vectors", 16): 2}
 
 FEW = {"interpreter": Config(32, 64, 1, 4, 1, 2)}
@@ -162,7 +162,7 @@ SUM_PARTS = Config(16, 128, 1, 4, 1, 1)
 
 @cache
 def takes_tma(hardware: Hardware) -> bool:
-    """Tell whether there are tables for blocks that the copy engine brings.
+    """Tell whether there are tables for blocks that TMA loads.
 
     Args:
         hardware: Where it will run.
@@ -189,7 +189,7 @@ def loads(problem: Problem, hardware: Hardware) -> Loads:
 
 
 def by_row(config: Config, problem: Problem, hardware: Hardware) -> Config:
-    """Adapt tiles to a program that sums them over their columns.
+    """Adapt tiles to a program that sums each over its columns, one sum for each row.
 
     Args:
         config: The tiles.
@@ -210,7 +210,7 @@ def few_positions(problem: Problem) -> bool:
         problem: The call.
 
     Returns:
-        Whether the examples are too short for them; never where tiles are summed up, since squaring rules the time.
+        Whether the examples are too short for them; never for sums over groups, whose time is that of squaring.
     """
     return bool(problem.results) and not problem.packed and problem.T <= FEW_POSITIONS
 
@@ -232,8 +232,8 @@ def tiles(problem: Problem, hardware: Hardware) -> tuple[Config, int]:
 def _from_table(problem: Problem, hardware: Hardware) -> Config:
     table = TABLES[hardware.family][problem.itemsize, loads(problem, hardware)]
     widths = sorted({config.BLOCK_I for config in table})
-    # Tiles wider than 128 find registers only where results are written by TMA or summed up first, and pay only where
-    # every processor gets two of them.
+    # Tiles wider than 128 fit the registers only where results are written by TMA or summed over rows or columns, and
+    # pay off only where every processor gets two of them.
     wide = not problem.mean and all(result.fits_tma for result in problem.results)
     num_wide = cdiv(problem.O, 128) * cdiv(problem.I, 256)
     if widths[-1] > 128 and (not wide or num_wide < 2 * hardware.processors):
@@ -246,7 +246,7 @@ def _from_table(problem: Problem, hardware: Hardware) -> Config:
 
 
 def widest_with_mean(hardware: Hardware, itemsize: int) -> int:
-    """Say how wide tiles may be where the mean gradient is requested.
+    """Say how wide tiles may be where the sum of the gradients is requested.
 
     Args:
         hardware: Where it will run.
@@ -259,15 +259,16 @@ def widest_with_mean(hardware: Hardware, itemsize: int) -> int:
 
 
 def _padding(problem: Problem, block: int) -> float:
-    """Which share of the multiplied positions is padding; packed examples end anywhere in their last chunk."""
+    """Estimate the share of padding in the multiplied positions; packed examples end anywhere in their last chunk."""
     length = problem.positions / problem.N
     padded = length + block / 2 if problem.packed else cdiv(problem.T, block) * block
     return 1 - length / padded
 
 
 def _parts(problem: Problem, hardware: Hardware, config: Config) -> int:
-    # Where tiles are few, more programs run at once, at the price of partial results. One example on one tile counts 1,
-    # and so does a partial tile, written and read again; sums over one cost nothing. No example is split.
+    # Where tiles are few, parts let more programs run at once, at the price of partial results. One example on one tile
+    # costs 1, and so does writing a partial tile and reading it again; the partial sums of groups cost nothing. No
+    # example is split.
     N, O, I = problem.N, problem.O, problem.I
     num_tiles = cdiv(O, config.BLOCK_O) * cdiv(I, config.BLOCK_I)
     slots = hardware.processors * (8 // config.num_warps)

@@ -6,7 +6,10 @@ gradient leaves the registers, no atomics are needed, and the order of every sum
     x, g                activations [N, T, I] and output gradients [N, T, O]; [S, I] and [S, O] when PACKED
     out, grad_out       [parts, O, I], float32: sum of the squares and sum of the gradients of each part of the examples
     ADD                 whether to add to the values in out (ADD_MEAN: in grad_out), or to overwrite them
-    MEAN                whether grad_out is requested
+    MEAN                whether grad_out is requested: the sum of the gradients, N times the mean gradient
+
+N and parts change from call to call, so kernels are not specialised for them (``do_not_specialize``), which would
+compile again. ``n * 0`` and the like are zeros of the type that a loop needs: a constant would change its type there.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ def _tile(pid, O, I, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, GROUP_O: tl.c
 
 @triton.jit
 def _first_example(part, parts, N):
+    """First example of a part, so that parts differ by one example at most; for ``part = parts`` it is N."""
     return (part.to(tl.int64) * N // parts).to(tl.int32)
 
 
@@ -91,7 +95,7 @@ def _sum_squares(
     All chunks of all examples pass through one loop, so that the loads of the next are under way while one is squared.
 
     Returns:
-        Both sums; the second is zero without MEAN.
+        Both sums; the second is zero without MEAN, and takes no registers.
     """
     n = _first_example(part, parts, N)
     t = n * 0
@@ -177,7 +181,7 @@ def few_positions_kernel(
     T: tl.constexpr, ADD: tl.constexpr, MEAN: tl.constexpr, ADD_MEAN: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, GROUP_O: tl.constexpr,
 ):  # fmt: skip
-    """Without matrix units, which would be fed zeros: outer products of T positions, in float32."""
+    """Add up outer products of T positions in float32: matrix units would multiply mostly zeros."""
     row, column = _tile(tl.program_id(0), O, I, BLOCK_O, BLOCK_I, GROUP_O)
     part = tl.program_id(1)
     n = _first_example(part, parts, N)
@@ -228,5 +232,5 @@ def sum_parts_kernel(
     total = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
     for _ in range(parts):
         total += tl.load(ptrs, mask=mask, other=0.0)
-        ptrs += tl.full((), 1, tl.int64) * O * I
+        ptrs += tl.full((), 1, tl.int64) * O * I  # in int64: O * I may pass 2**31
     _store_tile(out, total, row * 0, row, column, O, I, 0, stride_oo, stride_oi, ADD, False, BLOCK_O, BLOCK_I)

@@ -2,8 +2,8 @@
 
 Short examples are computed from Gram matrices (:mod:`fishkern.kernels._group_by_grams`). For others the kernel goes
 through the examples as that of :mod:`fishkern.kernels.sum_grad_squared` does, with the same tiles; instead of writing a
-tile, a program sums it over its columns or its rows. A last kernel adds up the sums of all tiles and parts in their
-order, and for the whole tensor once more those of its rows.
+tile, a program sums it over its columns or its rows and writes a line of sums. A last kernel adds up the lines of all
+tiles and parts in their order, and for the whole tensor once more those of its rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ._launch import Launch
 from ._problem import Block, Layout, Problem, input_arguments, input_blocks
 from ._sum_grad_squared_configs import PLANS, Config, by_row, loads, tiles
 
-# Lines and groups that one program adds up at a time; for a single group, many lines.
+# Lines (a sum for each group) and groups that one program adds up at a time; for a single group, many lines.
 _LINES, _GROUPS, _LINES_OF_ONE = 16, 128, 1024
 _SUM_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
@@ -77,7 +77,7 @@ class Operands(NamedTuple):
 
     @property
     def problem(self) -> Problem:
-        """All that the choice of the code depends on, but for the groups."""
+        """Everything that the choice of code depends on, except the groups."""
         N = self.x.shape[0] if self.offsets is None else len(self.offsets) - 1
         return Problem(Layout.of(self.x), Layout.of(self.g), self.x.dtype, N, (), self.add, self.allow_tf32)
 
@@ -116,27 +116,27 @@ def launches(operands: Operands, on: Hardware, config: Config | None = None) -> 
 
 def _launches_by_tiles(operands: Operands, on: Hardware, config: Config | None) -> tuple[list[Launch], Tensor]:
     x, g, offsets, out = operands.x, operands.g, operands.offsets, operands.out
-    cut = plan(operands.problem, on, config, rows=operands.rows)
-    sums = torch.empty(cut.lines, cut.groups, dtype=torch.float32, device=out.device)
+    planned = plan(operands.problem, on, config, rows=operands.rows)
+    sums = torch.empty(planned.lines, planned.groups, dtype=torch.float32, device=out.device)
     pointers = {"x": x, "g": g, "out": sums, "chunks": None, "cuts": None}
-    for name, block in cut.blocks.items():
+    for name, block in planned.blocks.items():
         pointers[name] = block.of(pointers[name])
     if offsets is not None:
-        table = chunk_table(offsets, x.shape[0], cut.parts, cut.config.BLOCK_T, x.device)
+        table = chunk_table(offsets, x.shape[0], planned.parts, planned.config.BLOCK_T, x.device)
         pointers["chunks"], pointers["cuts"] = table
     kernel = device.group_sum_grad_squared_kernel
-    return [Launch(kernel, cut.grid, pointers | cut.arguments, cut.config.options)], sums
+    return [Launch(kernel, planned.grid, pointers | planned.arguments, planned.config.options)], sums
 
 
 class Plan(NamedTuple):
-    """What is the same for all calls of one problem.
+    """Everything that all calls of one problem share.
 
     Args:
         config: The tiles.
         parts: Into how many parts the examples are split.
         groups: Rows or columns of a gradient.
         lines: Sums that the first kernel writes for each of them.
-        blocks: Tensors that the copy engine brings, by the kernel's name for them.
+        blocks: TMA blocks of the inputs that are loaded so, by the kernel's names.
         grid: Number of programs on each axis.
         arguments: Of the kernel, all but the tensors.
     """

@@ -30,13 +30,13 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 _SAMPLED_CHUNKS, _SAMPLED_SCORES = 8192, 256
 # Standard errors between the sample's estimate and either end of the bracket.
 _DEVIATIONS = 6.0
-# Room for this share of all scores between the ends of the bracket; all of them where there are few.
-_ROOM_SHARE, _SMALLEST_ROOM = 128, 2**16
+# Room for one in so many scores between the ends of the bracket, and at least for so many.
+_SCORES_FOR_A_PLACE, _SMALLEST_ROOM = 128, 2**16
 
 
 @dataclass(frozen=True)
-class _Launch:
-    """The tensors of one dtype.
+class _OneDtype:
+    """The tensors of one dtype, which one launch of a kernel covers.
 
     Attributes:
         table: ``[4, tensors]``, int64: number of its first chunk in this launch, address, size, place of that chunk
@@ -73,10 +73,10 @@ class _Pool:
         self.chunks_of = [cdiv(flat.numel(), _CHUNK) for flat in flats]
         self.chunks = sum(self.chunks_of)
         self.total = sum(flat.numel() for flat in flats)
-        self.room = min(self.total, max(_SMALLEST_ROOM, self.total // _ROOM_SHARE))
+        self.room = min(self.total, max(_SMALLEST_ROOM, self.total // _SCORES_FOR_A_PLACE))
         self.launches = list(self._launches(largest))
 
-    def _launches(self, largest: bool) -> Iterator[_Launch]:
+    def _launches(self, largest: bool) -> Iterator[_OneDtype]:
         places = [0, *accumulate(self.chunks_of)]
         for dtype in dict.fromkeys(flat.dtype for flat in self.flats):
             numbers = [n for n, flat in enumerate(self.flats) if flat.dtype == dtype and flat.numel()]
@@ -91,27 +91,28 @@ class _Pool:
             ]
             aligned = all(address % 16 == 0 for address in rows[1])
             constants = {"DTYPE": _DTYPES[dtype], "ALIGNED": aligned, "LARGEST": largest, "CHUNK": _CHUNK}
-            yield _Launch(torch.tensor(rows, device=self.device), sum(chunks), constants | _OPTIONS)
+            yield _OneDtype(torch.tensor(rows, device=self.device), sum(chunks), constants | _OPTIONS)
 
     def select(self, k: int) -> Tensor:
         """Return the bits of the ``k`` first scores, ``[chunks, CHUNK / 32]``."""
         low, high = self._bracket(k)
-        counts, bits, slots, values = self._pass(low, high)
-        above, at_high, at_low, nan, inside = counts.sums
+        read = self._pass(low, high)
+        above, at_high, at_low, nan, inside = read.sums
         if nan:
             raise ArithmeticError("a score is NaN")
         if above > k or above + at_high + inside + at_low < k or inside > self.room:
             low = high = self._bisect(k)  # the sample was not like the scores
-            counts, bits, slots, values = self._pass(low, high)
-            above, at_high, at_low, _, inside = counts.sums
-        need = k - above
-        self._take_ties(bits, counts.of_chunks[1], min(need, at_high), high)
+            read = self._pass(low, high)
+            above, at_high, at_low, _, inside = read.sums
+        # Largest first: those above the bracket are selected already, then its upper end, inside, its lower end.
+        bits, need = read.bits, k - above
+        self._take_ties(bits, read.counts[1], min(need, at_high), high)
         need -= min(need, at_high)
-        largest = _first(slots[:inside], values[:inside], min(need, inside))
+        largest = _first(read.slots[:inside], read.values[:inside], min(need, inside))
         ones = (1 << (largest % 32)).to(torch.int32)  # no slot comes twice, so that adding sets the bits
         bits.view(-1).index_add_(0, largest // 32, ones)
         need -= len(largest)
-        self._take_ties(bits, counts.of_chunks[2], need, low)
+        self._take_ties(bits, read.counts[2], need, low)
         return bits
 
     def emit(self, bits: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[int]]:
@@ -127,7 +128,7 @@ class _Pool:
         device.emit_kernel[(self.chunks,)](bits, ends - counts, offsets, out, CHUNK=_CHUNK, **_OPTIONS)
         return out, (before[last] - before[last - chunks_of]).tolist()
 
-    def _pass(self, low: float, high: float) -> tuple[_Counts, Tensor, Tensor, Tensor]:
+    def _pass(self, low: float, high: float) -> _Pass:
         bits = torch.empty(self.chunks, _CHUNK // 32, dtype=torch.int32, device=self.device)
         counts = torch.zeros(4, self.chunks, dtype=torch.int32, device=self.device)
         inside = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -143,7 +144,7 @@ class _Pool:
                 **launch.constants,
             )  # fmt: skip
         sums = torch.cat([counts.sum(1, dtype=torch.int64), inside]).tolist()
-        return _Counts(counts, sums), bits, slots, values
+        return _Pass(counts, sums, bits, slots, values)
 
     def _take_ties(self, bits: Tensor, ties: Tensor, take: int, end: float) -> None:
         """Set the bits of the first ``take`` scores that equal an end of the bracket."""
@@ -161,8 +162,7 @@ class _Pool:
             return -math.inf, math.inf
         rows = []
         for launch in self.launches:
-            sampled = max(1, _SAMPLED_CHUNKS * launch.chunks // self.chunks)
-            numbers = torch.arange(min(sampled, launch.chunks), device=self.device) * launch.chunks // sampled
+            numbers = self._sampled_chunks(launch)
             out = torch.empty(len(numbers), _SAMPLED_SCORES, device=self.device)
             device.sample_kernel[(len(numbers),)](
                 launch.table, numbers, out, launch.table.shape[1], **launch.constants, COUNT=_SAMPLED_SCORES
@@ -174,29 +174,45 @@ class _Pool:
             values[high].item() if high >= 0 else math.inf,
         )
 
+    def _sampled_chunks(self, launch: _OneDtype) -> Tensor:
+        """Return the numbers of the chunks to sample, evenly spread over a launch: all of them where there are few."""
+        count = min(max(1, _SAMPLED_CHUNKS * launch.chunks // self.chunks), launch.chunks)
+        return torch.arange(count, device=self.device) * launch.chunks // count
+
     def _bisect(self, k: int) -> float:
         """Find the ``k``-th largest value by counting, one bit of its key for each pass."""
         low, high = _key(-math.inf), _key(math.inf)
         while low < high:
             middle = (low + high + 1) // 2
             value = _value(middle)
-            above, at_value, *_ = self._pass(value, value)[0].sums
+            above, at_value, *_ = self._pass(value, value).sums
             low, high = (middle, high) if above + at_value >= k else (low, middle - 1)
         return _value(low)
 
 
 @dataclass(frozen=True)
-class _Counts:
-    """How many scores are above the bracket, at its upper end, at its lower end, NaN; and, in all, inside."""
+class _Pass:
+    """The result of reading every score once.
 
-    of_chunks: Tensor
+    Attributes:
+        counts: ``[4, chunks]``, int32: how many are above the bracket, at its upper end, at its lower end, NaN.
+        sums: The same of all chunks together; and, last, how many are inside the bracket.
+        bits: ``[chunks, CHUNK / 32]``, int32: set for those above the bracket.
+        slots: ``[room]``, int64: of those inside, their places if all chunks have ``CHUNK`` scores; in no fixed order.
+        values: ``[room]``, float32: their values, in the same order.
+    """
+
+    counts: Tensor
     sums: list[int]
+    bits: Tensor
+    slots: Tensor
+    values: Tensor
 
 
 def _ranked(rows: Tensor, share: float) -> tuple[Tensor, int, int]:
-    """Sort a sample; find two ranks in it between which the score lies that ends this share of all scores."""
-    # The reference's, in fishkern/ops/streaming_topk.py, once more, since kernels import nothing of fishkern:
-    # tests/kernels/test_streaming_topk.py holds the two together.
+    """Sort a sample, and find two ranks in it around the last score of this share of all, counted from the largest."""
+    # A copy of the function in fishkern/ops/streaming_topk.py, since kernels import nothing of fishkern:
+    # tests/kernels/test_streaming_topk.py compares the two.
     values = rows[~rows.isnan()].sort(descending=True).values
     if len(values) == 0:
         return values, 0, -1
@@ -216,11 +232,11 @@ def _first(slots: Tensor, values: Tensor, count: int) -> Tensor:
 
 def _popcount(words: Tensor) -> Tensor:
     """Count the bits of int32 words."""
-    words = words - (words >> 1 & 0x55555555)
-    words = (words & 0x33333333) + (words >> 2 & 0x33333333)
-    words = words + (words >> 4) & 0x0F0F0F0F
+    words = words - ((words >> 1) & 0x55555555)
+    words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F
     words = words + (words >> 8)
-    return words + (words >> 16) & 0x3F
+    return (words + (words >> 16)) & 0x3F
 
 
 def _key(value: float) -> int:
@@ -230,5 +246,6 @@ def _key(value: float) -> int:
 
 
 def _value(key: int) -> float:
+    """Map a key back to its float32."""
     bits = torch.tensor(key if key >= 0 else key ^ 0x7FFFFFFF, dtype=torch.int32)
     return bits.view(torch.float32).item()

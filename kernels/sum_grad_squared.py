@@ -71,12 +71,12 @@ class Operands(NamedTuple):
 
     @property
     def results(self) -> list[Tensor]:
-        """The squares, and the mean gradient where it is requested."""
+        """The squares, and the sum of the gradients where it is requested."""
         return [self.out] if self.grad_out is None else [self.out, self.grad_out]
 
     @property
     def problem(self) -> Problem:
-        """All that the choice of the code depends on."""
+        """Everything that the choice of code depends on."""
         N = self.x.shape[0] if self.offsets is None else len(self.offsets) - 1
         results = tuple(Layout.of(result) for result in self.results)
         return Problem(Layout.of(self.x), Layout.of(self.g), self.x.dtype, N, results, self.add, self.allow_tf32)
@@ -103,34 +103,35 @@ def launches(operands: Operands, on: Hardware, config: Config | None = None) -> 
     """
     operands = operands.long_side_first()
     x, g, offsets, results = operands.x, operands.g, operands.offsets, operands.results
-    cut = plan(operands.problem, on, config)
+    planned = plan(operands.problem, on, config)
     targets = results
-    if cut.parts > 1:
-        targets = [result.new_empty(cut.parts, *result.shape) for result in results]
+    if planned.parts > 1:
+        targets = [result.new_empty(planned.parts, *result.shape) for result in results]
     pointers = {"x": x, "g": g, "out": targets[0], "grad_out": targets[1] if len(targets) == 2 else None}
-    for name, block in cut.blocks.items():
+    for name, block in planned.blocks.items():
         pointers[name] = block.of(pointers[name])
-    if not cut.few:
+    if not planned.few:
         table = (None, None)
         if offsets is not None:
-            table = chunk_table(offsets, x.shape[0], cut.parts, cut.config.BLOCK_T, x.device)
+            table = chunk_table(offsets, x.shape[0], planned.parts, planned.config.BLOCK_T, x.device)
         pointers["chunks"], pointers["cuts"] = table
-    kernel = device.few_positions_kernel if cut.few else device.sum_grad_squared_kernel
-    prepared = [Launch(kernel, cut.grid, pointers | cut.arguments, cut.config.options)]
-    if cut.parts > 1:
-        adds = (operands.add, True)[: len(results)]
-        prepared += [_sum_parts(*of_result) for of_result in zip(targets, results, adds, strict=True)]
+    kernel = device.few_positions_kernel if planned.few else device.sum_grad_squared_kernel
+    prepared = [Launch(kernel, planned.grid, pointers | planned.arguments, planned.config.options)]
+    if planned.parts > 1:
+        prepared.append(_sum_parts(targets[0], results[0], add=operands.add))
+        if len(results) == 2:
+            prepared.append(_sum_parts(targets[1], results[1], add=True))  # grad_out is the caller's
     return prepared
 
 
 class Plan(NamedTuple):
-    """What is the same for all calls of one problem.
+    """Everything that all calls of one problem share.
 
     Args:
         config: The tiles.
         parts: Into how many parts the examples are split.
         few: Whether the kernel for few positions takes it.
-        blocks: Tensors that the copy engine brings or writes, by the kernel's name for them.
+        blocks: TMA blocks of the tensors that are loaded or stored so, by the kernel's names.
         grid: Number of programs on each axis.
         arguments: Of the kernel, all but the tensors.
     """
@@ -170,7 +171,7 @@ def plan(problem: Problem, on: Hardware, config: Config | None = None) -> Plan:
         **input_arguments(problem, parts), **config.constants,
         "stride_op": total.strides[0], "stride_oo": total.strides[1], "stride_oi": total.strides[2],
         "stride_mp": mean.strides[0], "stride_mo": mean.strides[1], "stride_mi": mean.strides[2],
-        "MEAN": problem.mean, "ADD": problem.add and parts == 1, "ADD_MEAN": parts == 1,
+        "MEAN": problem.mean, "ADD": problem.add and parts == 1, "ADD_MEAN": parts == 1,  # partial results are new
     }  # fmt: skip
     if few:
         del arguments["BLOCK_T"]
@@ -184,14 +185,14 @@ def plan(problem: Problem, on: Hardware, config: Config | None = None) -> Plan:
 
 
 def _targets(problem: Problem, parts: int) -> list[Layout]:
-    """Where the kernel writes, ``[parts, O, I]``: the results themselves, or partial ones."""
+    """Lay out what the kernel writes, ``[parts, O, I]``: the results themselves, or partial ones."""
     O, I = problem.O, problem.I
     if parts > 1:
         return [Layout((parts, O, I), (O * I, I, 1), 4, True) for _ in problem.results]
     return [Layout((1, *result.shape), (0, *result.strides), 4, result.aligned) for result in problem.results]
 
 
-def _sum_parts(parts: Tensor, result: Tensor, add: bool) -> Launch:
+def _sum_parts(parts: Tensor, result: Tensor, *, add: bool) -> Launch:
     O, I = result.shape
     arguments = {
         "values": parts, "out": result, "parts": len(parts), "O": O, "I": I,

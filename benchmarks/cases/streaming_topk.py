@@ -80,7 +80,7 @@ def description(case: TopK, provider: str, quantity: str, where: str) -> Record:
 def test_in_memory(case, benchmark, record):
     scores, free = case.scores(), available_memory()
     left_out = {
-        name: f"needs {needed * case.n / GIB:.0f} GiB of memory beside the scores"
+        name: f"needs {needed * case.n / GIB:.0f} GiB of memory besides the scores"
         for name, needed in BYTES_PER_SCORE.items()
         if needed * case.n > free
     }

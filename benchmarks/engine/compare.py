@@ -62,12 +62,12 @@ def compare(ref: str, names: list[str], *, rounds: int, only: str = "", package:
 
 
 def make(case: str, what: str, provider: str) -> Run:
-    """Make the function that is timed, in the process that times it."""
+    """Make the function that is timed; called in the process that times it."""
     return _compared(case)[what][provider]()
 
 
 def names(case: str) -> dict[str, list[str]]:
-    """The runs of a case, and the providers of each."""
+    """The runs of a case, and the providers of each; called in a process of each revision."""
     return {what: list(providers) for what, providers in _compared(case).items()}
 
 
@@ -109,6 +109,8 @@ def _case(name: str, module: str, tree: Path, rounds: int, only: str) -> Iterato
             return
         if not ours:
             yield f"{name}: has no compared(), which names its runs, or this tree has none of them."
+        elif not any(only in what for what in ours):
+            yield f"{name}: no run has {only!r} in its name; there are {'; '.join(ours)}."
         if missing := [what for what in ours if what not in theirs]:
             yield f"{name}: the other revision cannot run {'; '.join(missing)}."
         selected = {what: providers for what, providers in ours.items() if only in what and what in theirs}
@@ -155,7 +157,7 @@ def _peak(name: str, run: tuple[str, str, str], tree: Path) -> str:
 
 
 def verdict(ratios: list[float]) -> str:
-    """Whether this tree's times over the other's, one from each round, all lie on one side of 1."""
+    """Whether this tree's times over the other's, one from each round, are all on one side of 1."""
     if len(ratios) < 3:
         return "too few rounds to tell"
     return "slower" if min(ratios) > 1 else "faster" if max(ratios) < 1 else "within the noise"

@@ -1,4 +1,4 @@
-"""``python -m benchmarks plot``: a picture beside each file of records, drawn from nothing else."""
+"""``python -m benchmarks plot``: a picture next to each file of records, drawn from nothing else."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.engine import ROOT
 
-GIB = 2**30
+GIB = 2**30  # not from memory.py, which imports torch
 # Seconds that a killed process gets: a driver that hangs may never let it go.
 ENDS_IN = 15.0
 # With these the C library returns freed memory to the system at once.
@@ -143,7 +143,7 @@ def in_short(error: Exception) -> str:
 
 
 def serve(pipe: str, limit_gib: str) -> None:
-    """Answer requests until nobody asks any more.
+    """Answer requests until the pipe is closed.
 
     Args:
         pipe: Number of the pipe's descriptor.

@@ -1,9 +1,9 @@
 """Two changes of the kernel of ``sum_grad_squared`` that wait for a device to show their effect.
 
 ``SINGLE``: where an example is one chunk, its gradient is a product of its own, instead of an accumulator that is
-carried through the loop, tested, squared and zeroed. ``REDUCE``: the copy engine adds a tile to the result, instead of
-loading it, waiting, and storing the sum. Still one addition to each entry in a launch: equal calls give equal
-bits. Dense examples, rows of whole 16 bytes, no mean gradient, no parts.
+carried through the loop, tested, squared and zeroed. ``REDUCE``: TMA adds a tile to the result, instead of loading it,
+waiting, and storing the sum. Still one addition to each entry in a launch: equal calls give equal bits. Dense
+examples, rows of whole 16 bytes, no mean gradient, no parts.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ ORDER = (
 )  # fmt: skip
 TESTED_IN = 60.0
 
-Key = tuple[str, str]
+Key = tuple[str, str]  # case and part
 
 
 class RefusedError(ValueError):
@@ -80,7 +80,7 @@ def run(
         raise RefusedError("there is no git here: name the revision with --revision TEXT.")
     print(f"{origin['machine']}: " + ", ".join(f"{key} {value}" for key, value in origin.items() if key != "machine"))
     requested = selected(modules, device, set(only), skip_tests=skip_tests)
-    folders = dict.fromkeys((results / origin["machine"], RESULTS / origin["machine"]))
+    folders = dict.fromkeys(folder.resolve() / origin["machine"] for folder in (results, RESULTS))
     records = [r for folder in folders for r in recorded(folder) if r.get("sources") == origin["sources"]]
     done = {_key(record) for record in records if not record.get("red")}
     left = {key: part for key, part in requested.items() if key not in done}

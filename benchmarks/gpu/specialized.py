@@ -1,9 +1,9 @@
-"""A warp-specialised form of the kernel of ``sum_grad_squared``, in Gluon, not taken before a device has shown it.
+"""A warp-specialised form of the kernel of ``sum_grad_squared``, in Gluon; unused until a device shows that it pays.
 
-A program for each multiprocessor goes from tile to tile. One warp brings the chunks by the copy engine, also those of
-the next tile while this one is written; two groups of four warps each multiply the upper and the lower half of a tile,
-and one squares its gradient while the matrix units work for the other. Dense bfloat16 examples whose length is a
-multiple of ``BLOCK_T``, rows of whole 16 bytes, the result added to.
+A program for each multiprocessor goes from tile to tile. One warp loads the chunks by TMA, also those of the next tile
+while this one is written; two groups of four warps each multiply the upper and the lower half of a tile, and one
+squares its gradient while the matrix units work for the other. Dense bfloat16 examples whose length is a multiple of
+``BLOCK_T``, rows of whole 16 bytes, the result added to.
 """
 
 from __future__ import annotations

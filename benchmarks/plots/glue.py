@@ -10,12 +10,12 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.plots import style
+from benchmarks.studies.glue.log import CHOOSING_SEED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CHOOSING_SEED = 1000  # as in benchmarks/glue/log.py
 Runs = list[dict[str, Any]]
 
 

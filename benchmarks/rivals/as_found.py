@@ -20,14 +20,19 @@ def as_found(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for owner, attributes, *wanted in [*modules, *parameters]:
-            vars(owner).clear()
-            vars(owner).update(attributes)
-            for requires_grad in wanted:
-                owner.requires_grad_(requires_grad)
-                owner.grad = None
+        for module, attributes in modules:
+            _restore(module, attributes)
+        for parameter, attributes, requires_grad in parameters:
+            _restore(parameter, attributes)
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
 
 
 def _copy(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Hooks, children and parameters are dictionaries that change in place."""
+    """Copy attributes, and those that are dictionaries too: hooks, children and parameters change in place."""
     return {name: value.copy() if isinstance(value, dict) else value for name, value in attributes.items()}
+
+
+def _restore(owner: nn.Module | nn.Parameter, attributes: dict[str, Any]) -> None:
+    vars(owner).clear()
+    vars(owner).update(attributes)

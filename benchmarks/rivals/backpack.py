@@ -10,7 +10,9 @@ from benchmarks.rivals.opacus import with_positions
 SETTINGS = "SumGradSquared on linears and embeddings, no padding index, position ids for each example, opt_einsum there"
 
 
-def backpack(model: nn.Module, batches: Batches, own_positions: bool = True, whole: bool = False) -> dict[str, Tensor]:
+def backpack(
+    model: nn.Module, batches: Batches, *, own_positions: bool = True, whole: bool = False
+) -> dict[str, Tensor]:
     """The library's attribute ``sum_grad_squared`` of every parameter that has one after a backward pass.
 
     Args:

@@ -16,7 +16,7 @@ def per_layer_bmm(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     handles = []
     inputs: dict[nn.Module, Tensor] = {}
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval().requires_grad_(False)
     try:
         for name, module in model.named_modules():
@@ -39,6 +39,6 @@ def per_layer_bmm(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-        for parameter in wanted:
+        for parameter in trained:
             parameter.requires_grad_(True)
     return total

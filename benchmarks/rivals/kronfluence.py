@@ -35,10 +35,10 @@ def kronfluence(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
         size = len(batches[0]["input_ids"])
         analyzer.fit_all_factors("diagonal", rows, per_device_batch_size=size, factor_args=arguments)
         matrices = analyzer.load_lambda_matrices("diagonal")["lambda_matrix"]
-    found = {}
+    squares = {}
     for name, matrix in matrices.items():
         inputs = model.get_submodule(name).in_features
-        found[f"{name}.weight"] = matrix[:, :inputs]
+        squares[f"{name}.weight"] = matrix[:, :inputs]
         if matrix.shape[1] > inputs:
-            found[f"{name}.bias"] = matrix[:, inputs]
-    return found
+            squares[f"{name}.bias"] = matrix[:, inputs]
+    return squares

@@ -10,7 +10,7 @@ from benchmarks.rivals.loops import Batches
 SETTINGS = "PMatDiag over a loss for each example, from embedded tokens, unknown layers ignored"
 
 
-def nngeometry(model: nn.Module, batches: Batches, ignore_unknown: bool = True) -> dict[str, Tensor]:
+def nngeometry(model: nn.Module, batches: Batches, *, ignore_unknown: bool = True) -> dict[str, Tensor]:
     """The diagonal of the covariance of per-example losses' gradients.
 
     It differentiates by the model's input, which must therefore be embedded already: embeddings are not covered.
@@ -32,10 +32,11 @@ def nngeometry(model: nn.Module, batches: Batches, ignore_unknown: bool = True) 
         tokens = nn.functional.cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none")
         return tokens.mean(1, keepdim=True)
 
-    return covariance_diagonal(model.eval(), losses, (inputs, labels), len(batches[0]["labels"]), ignore_unknown)
+    data, size = (inputs, labels), len(batches[0]["labels"])
+    return covariance_diagonal(model.eval(), losses, data, size, ignore_unknown=ignore_unknown)
 
 
-def covariance_diagonal(model, losses, data, batch_size, ignore_unknown=True) -> dict[str, Tensor]:
+def covariance_diagonal(model, losses, data, batch_size, *, ignore_unknown=True) -> dict[str, Tensor]:
     """Call the library, and name the pieces of its flat result."""
     from nngeometry.backend import TorchHooksJacobianBackend
     from nngeometry.layercollection import LayerCollection
@@ -46,8 +47,8 @@ def covariance_diagonal(model, losses, data, batch_size, ignore_unknown=True) ->
     generator = TorchHooksJacobianBackend(model=model, function=losses, layer_collection=layers)
     loader = DataLoader(TensorDataset(*data), batch_size=batch_size)
     flat = PMatDiag(generator=generator, examples=loader).get_diag() * len(data[0])  # a mean over examples
-    found, start = {}, 0
+    squares, start = {}, 0
     for name, parameter in layers.named_parameters(layers.get_layerid_module_maps(model)[0]):
-        found[name] = flat[start : start + parameter.numel()].view(parameter.shape)
+        squares[name] = flat[start : start + parameter.numel()].view(parameter.shape)
         start += parameter.numel()
-    return found
+    return squares

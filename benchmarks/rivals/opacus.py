@@ -9,7 +9,7 @@ from benchmarks.rivals.loops import Batches
 SETTINGS = "GradSampleHooks, training mode without dropout, position ids for each example, squared in place"
 
 
-def opacus(model: nn.Module, batches: Batches, own_positions: bool = True) -> dict[str, Tensor]:
+def opacus(model: nn.Module, batches: Batches, *, own_positions: bool = True) -> dict[str, Tensor]:
     """The squares of ``grad_sample``; the model's mean loss over the batch is scaled by the library.
 
     Args:

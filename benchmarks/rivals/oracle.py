@@ -40,10 +40,10 @@ def float64_loop(
     return total
 
 
-def coverage(model: nn.Module, found: Mapping[str, Tensor]) -> dict[str, Any]:
+def coverage(model: nn.Module, squares: Mapping[str, Tensor]) -> dict[str, Any]:
     """Which share of the parameters' entries was computed, and the kinds of modules that were missed."""
     parameters = dict(model.named_parameters())
-    missed = parameters.keys() - found.keys()
+    missed = parameters.keys() - squares.keys()
     entries = sum(parameter.numel() for parameter in parameters.values())
     return {
         "entries": round(1 - sum(parameters[name].numel() for name in missed) / entries, 6),
@@ -52,12 +52,12 @@ def coverage(model: nn.Module, found: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def largest_error(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Any]:
-    """``|found - truth| / |truth|`` of the parameter where it is largest, and how many of them are wrong."""
+def largest_error(squares: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Any]:
+    """``|squares - truth| / |truth|`` of the parameter where it is largest, and which parameters are wrong."""
     floor = NO_GRADIENT * max(values.norm().item() for values in truth.values())
     errors = {
         name: ((values.double() - truth[name]).norm() / max(truth[name].norm().item(), floor)).item()
-        for name, values in found.items()
+        for name, values in squares.items()
         if name in truth
     }
     worst = max(errors, key=errors.get)

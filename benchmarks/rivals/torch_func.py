@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from benchmarks.rivals.loops import Batches
 
 
-def vmap_grad(model: nn.Module, batches: Batches, keep_mask: bool = False) -> dict[str, Tensor]:
+def vmap_grad(model: nn.Module, batches: Batches, *, keep_mask: bool = False) -> dict[str, Tensor]:
     """``torch.func``: the gradients of a whole batch at once, ``[N, *shape]`` for every parameter.
 
     Args:

@@ -1,4 +1,4 @@
-"""UniPELT: LoRA, a prefix and a bottleneck in one layer, each behind a gate (Mao et al., 2022, arXiv:2110.07577)."""
+"""UniPELT: LoRA, a prefix and a bottleneck in one layer, each with a gate (Mao et al., 2022, arXiv:2110.07577)."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def estimate(
     ] = None,
     draws: Annotated[
         int | None,
-        Option(min=1, metavar="N", help="Approximate it by a sketch instead: this many random signs of each example."),
+        Option(min=1, metavar="N", help="Approximate the Fisher by a sketch instead, with N draws of random signs."),
     ] = None,
     reduction: Annotated[
         str, Option(metavar="HOW", help="Loss of an example: mean over its tokens, or sum (of its whole text).")

@@ -58,11 +58,12 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.ended, _ = self.seconds, self._running.pop(what)
+            self.ended = {**self.ended, what: self.seconds[what]}
+            del self._running[what]
 
 
-class _Paper(Console):
-    """Prints control characters of a file as text, and raises when nobody reads the output any more."""
+class _ResultConsole(Console):
+    """Prints control characters of a file as text, and raises when the reader of the output has closed it."""
 
     def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
@@ -79,10 +80,10 @@ def console() -> Console:
     Returns:
         A console on standard output; if that is no terminal, wide enough for every table.
     """
-    paper = _Paper(highlight=False, soft_wrap=True, markup=False)
-    if not paper.is_terminal:
-        paper.width = 160
-    return paper
+    results = _ResultConsole(highlight=False, soft_wrap=True, markup=False)
+    if not results.is_terminal:
+        results.width = 160
+    return results
 
 
 def note(text: str) -> None:

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishkern.commands.output import Report
 from fishkern.commands.resuming import Checkpoint, State
 from fishkern.integrations.examples import Encoder, Example
 from fishkern.layers import gradient_kept
 from fishkern.optim import MaskedOptimizer
 from fishkern.selection.start import named_tensors
-
-Report = Callable[[int, int | None], None]
 
 
 @dataclass
@@ -75,12 +74,12 @@ class Loop:
         """The number of examples trained on so far, over all epochs."""
         return len(self._epoch.losses) * len(self._examples) + self._epoch.taken * self._batch_size
 
-    def run(self, checkpoint: Checkpoint, described: Callable[[], State], report: Report) -> list[float]:
-        """Train to the end, from where the checkpoint is.
+    def run(self, checkpoint: Checkpoint, more: Callable[[], State], report: Report) -> list[float]:
+        """Train to the end, from the state of the checkpoint.
 
         Args:
             checkpoint: Keeps the state.
-            described: Gives what else goes into the checkpoint.
+            more: Gives the rest of a checkpoint's state, which is not of the training.
             report: Called with the examples seen so far, and all that will be seen.
 
         Returns:
@@ -91,7 +90,7 @@ class Loop:
         """
 
         def state() -> State:
-            return {**described(), **self._state()}
+            return {**more(), **self._state()}
 
         self._model.train()
         with _drawing(self._seed, self._device):

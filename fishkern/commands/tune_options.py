@@ -35,7 +35,13 @@ class Adapting:
     ] = None
     size: Annotated[
         int | None,
-        Option(min=1, metavar="N", help="Rank, width or length; by default 8, 48, 30.", rich_help_panel=_ADAPTER),
+        Option(
+            min=1,
+            metavar="N",
+            help=f"Rank of lora and dora (default {ADAPTERS['lora'].size}), width of bottleneck "
+            f"({ADAPTERS['bottleneck'].size}), length of prefix ({ADAPTERS['prefix'].size}).",
+            rich_help_panel=_ADAPTER,
+        ),
     ] = None
     layers: Annotated[
         str, Option(metavar="RANGE", help="Layers to adapt: 0-4 or 0,2,5; by default all.", rich_help_panel=_ADAPTER)
@@ -56,6 +62,8 @@ class Adapting:
             first, dash, last = part.strip().partition("-")
             if not first.isdecimal() or (dash and not last.isdecimal()):
                 raise ValueError(f"--layers is like 0-4 or 0,2,5, got {self.layers!r}.")
+            if dash and int(last) < int(first):  # an empty list would mean all layers to PEFT
+                raise ValueError(f"--layers {self.layers} counts down: write {last}-{first}.")
             numbers += range(int(first), int(last or first) + 1)
         return numbers
 

@@ -156,7 +156,7 @@ class Tuning:
         begun = 0 if self.checkpoint.state is None else int(self.checkpoint.state["seen"])
         with _saying_how_to_resume():
             with self.stopwatch.adding("training"), progress("training", "examples", begun) as report:
-                losses = loop.run(self.checkpoint, self._kept, report)
+                losses = loop.run(self.checkpoint, self._state, report)
             return {"loss": losses, "before": self.before, "after": self._measured("after")}
 
     def save(self, selection: fk.Selection, outcome: dict[str, Any]) -> tuple[dict[str, Any], Path]:
@@ -213,8 +213,8 @@ class Tuning:
             with progress(f"measuring {when}", "examples") as report:
                 return evaluate(self.model, self.prepared.encoder, self.held_out, self.batch_size, report)
 
-    def _kept(self) -> State:
-        """Give what the checkpoint holds in addition to the state of the training."""
+    def _state(self) -> State:
+        """Return the part of a checkpoint's state that is not of the training."""
         return {"data": self.digest, "seconds": self.stopwatch.seconds, "before": self.before}
 
     def _report(self, selection: fk.Selection, outcome: dict[str, Any]) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Models, adapters, data and Trainers of Hugging Face: only this room and the commands import its libraries."""
+"""Models, adapters, data and Trainers of Hugging Face; otherwise only the commands and the demo import its packages."""

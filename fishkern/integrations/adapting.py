@@ -25,7 +25,7 @@ class Request:
         config: The model's config.
         task: What the model is trained for.
         layers: Numbers of the layers to adapt; ``None`` for all.
-        size: Rank, width or length; 0 for an adapter without.
+        size: Rank, width or length; 0 for an adapter that has no size.
     """
 
     config: Any
@@ -40,7 +40,7 @@ class Kind:
 
     Attributes:
         recipe: Makes PEFT's config, or an :class:`fishkern.adapters.Adapter`.
-        size: Rank, width or length if none is requested; ``None`` for an adapter without.
+        size: Rank, width or length if none is requested; ``None`` for an adapter that has no size.
         saved_as: The name of its folder or file.
     """
 
@@ -157,7 +157,7 @@ def _ia3(request: Request) -> Any:
 
 
 def _of_task(task: str) -> dict[str, Any]:
-    """Let PEFT train the head; it has no type for images, so that their head is named."""
+    """Let PEFT train the head; it has no task type for images, so their head is named."""
     heads = {"modules_to_save": ["classifier"]} if task == "image-classification" else {}
     return {"task_type": TASKS[task].peft_type, **heads}
 

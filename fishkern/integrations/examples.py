@@ -91,6 +91,7 @@ class Encoder:
             if self.processor.eos_token_id is not None:
                 answer = [*answer, self.processor.eos_token_id]
             ids = (prompt + answer)[: self.max_length]
+            self._check_ids(ids)
             example = {"input_ids": ids, "attention_mask": [1] * len(ids)}
             labels = ([-100] * len(prompt) + answer)[: self.max_length]
         if all(label == -100 for label in labels[1:]):

@@ -1,4 +1,4 @@
-"""Folders on this machine and ids on the hub: which one a name is, whether the hub answers, and silence from both."""
+"""Folders on this machine and ids on the hub: which one a name is, whether the hub answers, how to load quietly."""
 
 from __future__ import annotations
 

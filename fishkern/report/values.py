@@ -116,7 +116,9 @@ def held_values(values: Delta | Mapping[str, Tensor], start: Mapping[str, Tensor
         if start is not None:
             if name not in start or start[name].shape != shape:
                 has = f"as {tuple(start[name].shape)}" if name in start else "not at all"
-                raise ValueError(f"the delta holds {name} {tuple(shape)}, and the start has it {has}: it is another's.")
+                raise ValueError(
+                    f"the delta holds {name} {tuple(shape)}, and the start has it {has}: it is another run's start."
+                )
             before = start[name].flatten()[values.selection.indices(name).long()]
         parts[name] = _held(shape.numel(), trained, before)
     return Values(parts)

@@ -49,7 +49,7 @@ class Statistics(Held[Tensor]):
         counted = "example" if unit == "position" else unit  # squares of positions are summed over each example
         parts = [
             " ".join(str(definition[key]) for key in ("estimator", "fisher_type") if key in definition),
-            _counted(len(self), "parameter"),
+            _counted(len(self), "group" if "groups" in definition else "parameter"),
             _counted(self.total, "coordinate"),
             f"mean over {_counted(self.count, counted)}",
         ]

@@ -62,6 +62,12 @@ def test_runs_that_the_other_revision_lacks_are_named(plant, tmp_path, monkeypat
     assert "naps: the other revision cannot run nap." in capsys.readouterr().out
 
 
+def test_a_text_that_no_run_has_is_said(plant, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert compare("HEAD", [], rounds=1, only="walk", package=plant(naps=CASE)) == 0
+    assert "naps: no run has 'walk' in its name; there are nap." in capsys.readouterr().out
+
+
 def test_an_interrupt_leaves_no_worktree(plant, tmp_path):
     package = plant(naps=CASE.replace("0.02", "60"))
     code = f"from benchmarks.engine.compare import compare; compare('HEAD', [], rounds=3, package='{package}')"

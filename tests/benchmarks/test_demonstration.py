@@ -8,11 +8,11 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from benchmarks.cases import end_to_end
-from benchmarks.cases.end_to_end import SHAPES, table
+from benchmarks.cases import demonstration
+from benchmarks.cases.demonstration import SHAPES, table
 from benchmarks.engine.memory import GIB
 from benchmarks.engine.process import ProcessError
-from benchmarks.subjects import end_to_end as subject
+from benchmarks.subjects import demonstration as subject
 
 STAGES = [
     "build", "estimate one batch", "estimate", "select", "save the statistics", "select from the file", "verify",
@@ -31,13 +31,13 @@ def run(tmp_path, monkeypatch, capsys):
 
     def here(arm, setting, folder, lines) -> None:
         ran.append(arm)
-        end_to_end.run_arm(arm, setting, folder, lines)
+        demonstration.run_arm(arm, setting, folder, lines)
 
-    monkeypatch.setattr(end_to_end, "in_process_of_its_own", here)
+    monkeypatch.setattr(demonstration, "in_process_of_its_own", here)
 
     def command(*options: str) -> tuple[list[dict], str, list[str]]:
         ran.clear()
-        status = end_to_end.main([*TINY, "--results", str(tmp_path / "results"), *options])
+        status = demonstration.main([*TINY, "--results", str(tmp_path / "results"), *options])
         files = list((tmp_path / "results").glob("*/demonstration.jsonl"))
         records = [json.loads(line) for path in files for line in path.read_text().splitlines()]
         assert status == (0 if records else 1)
@@ -85,8 +85,8 @@ def test_a_rival_may_fail_and_says_how(run, monkeypatch):
         with stages.measured("estimate"):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 29 GiB.\nand more")
 
-    monkeypatch.setitem(end_to_end.ARMS, "opacus", fails)
-    monkeypatch.setitem(end_to_end.ARMS, "opacus_single", fails)
+    monkeypatch.setitem(demonstration.ARMS, "opacus", fails)
+    monkeypatch.setitem(demonstration.ARMS, "opacus_single", fails)
     records, out, ran = run("--arms", "opacus", "opacus_single")
     assert ran == ["opacus", "opacus_single"]  # one example at a time is tried where a batch is too much
     assert {record["left out"] for record in records} == {
@@ -97,7 +97,7 @@ def test_a_rival_may_fail_and_says_how(run, monkeypatch):
 
 @pytest.mark.parametrize("what", ["verify", "apply_delta"])
 def test_nothing_is_recorded_of_ours_when_it_does_not_hold(run, monkeypatch, what):
-    fk = end_to_end.fk
+    fk = demonstration.fk
     if what == "verify":
         honest = fk.estimate
         monkeypatch.setattr(fk, "estimate", lambda *args, **how: _scaled(honest(*args, **how)))
@@ -110,7 +110,7 @@ def test_nothing_is_recorded_of_ours_when_it_does_not_hold(run, monkeypatch, wha
 def _scaled(statistics):
     more = {name: 1.01 * values for name, values in statistics.items()}
     origin = {"count": statistics.count, "provenance": statistics.provenance, "coverage": statistics.coverage}
-    return end_to_end.fk.Statistics(more, **origin)
+    return demonstration.fk.Statistics(more, **origin)
 
 
 @pytest.mark.parametrize(
@@ -123,9 +123,9 @@ def _scaled(statistics):
 )
 def test_what_does_not_fit_is_refused(options, free, message, monkeypatch, tmp_path):
     monkeypatch.setattr(subject, "available_memory", lambda: free)
-    requested = end_to_end._parser().parse_args(["--device", "cpu", *options])
-    with pytest.raises(end_to_end.RefusedError, match=message):
-        end_to_end.plan(requested, tmp_path)
+    requested = demonstration._parser().parse_args(["--device", "cpu", *options])
+    with pytest.raises(demonstration.RefusedError, match=message):
+        demonstration.plan(requested, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -140,23 +140,23 @@ def test_the_largest_shape_that_fits_a_gpu(device_gib, host_gib, shape, accumula
     monkeypatch.setattr(type(SHAPES["tiny"]), "sizes", lambda shape: sizes[shape])
     monkeypatch.setattr(subject, "available_memory", lambda: host_gib * GIB)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (device_gib * GIB, 80 * GIB))
-    requested = end_to_end._parser().parse_args(["--device", "cuda", "--tokens", "128"])
-    setting = end_to_end.plan(requested, tmp_path)
+    requested = demonstration._parser().parse_args(["--device", "cuda", "--tokens", "128"])
+    setting = demonstration.plan(requested, tmp_path)
     assert (setting.shape, setting.accumulate_on, setting.dtype) == (shape, accumulate_on, "bfloat16")
     assert setting.save == (shape != "llama-3.1-8b")
 
 
 def test_sources_without_git_must_be_named(monkeypatch):
-    monkeypatch.setattr(end_to_end, "origin", lambda revision: {"commit": revision or "", "dirty": None})
+    monkeypatch.setattr(demonstration, "origin", lambda revision: {"commit": revision or "", "dirty": None})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(end_to_end.RefusedError, match="--revision TEXT"):
-        end_to_end._origin(end_to_end._parser().parse_args([]))
+    with pytest.raises(demonstration.RefusedError, match="--revision TEXT"):
+        demonstration._origin(demonstration._parser().parse_args([]))
 
 
 def test_verified_parameters():
-    layers = [end_to_end.sampled(f"model.layers.{n}.mlp.up_proj.weight", 32) for n in (0, 1, 16, 31)]
+    layers = [demonstration.sampled(f"model.layers.{n}.mlp.up_proj.weight", 32) for n in (0, 1, 16, 31)]
     assert layers == [True, False, True, True]
-    assert end_to_end.sampled("lm_head.weight", 32)
+    assert demonstration.sampled("lm_head.weight", 32)
 
 
 def test_an_interrupted_or_killed_arm(run, monkeypatch):
@@ -167,7 +167,7 @@ def test_an_interrupted_or_killed_arm(run, monkeypatch):
             pass
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(end_to_end.ARMS, "one_by_one", interrupted)
+    monkeypatch.setitem(demonstration.ARMS, "one_by_one", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run("--arms", "one_by_one")
 
@@ -175,7 +175,7 @@ def test_an_interrupted_or_killed_arm(run, monkeypatch):
         lines.write_text(json.dumps({"arm": arm, "stage": "build", "seconds": 1.0, "peak_mib": 1.0}) + "\n")
         raise ProcessError("its process ended: SIGKILL")
 
-    monkeypatch.setattr(end_to_end, "in_process_of_its_own", killed)
+    monkeypatch.setattr(demonstration, "in_process_of_its_own", killed)
     records, out, _ = run("--arms", "dense_adamw")
     assert [record["stage"] for record in records] == ["build", "ended"]
     assert "its process ended: SIGKILL" in out
@@ -183,16 +183,16 @@ def test_an_interrupted_or_killed_arm(run, monkeypatch):
 
 @pytest.mark.slow
 def test_in_a_process_of_its_own(tmp_path):
-    setting = end_to_end.plan(end_to_end._parser().parse_args(TINY), tmp_path)
+    setting = demonstration.plan(demonstration._parser().parse_args(TINY), tmp_path)
     lines = tmp_path / "lines"
-    end_to_end.in_process_of_its_own("one_by_one", setting, tmp_path, lines)
+    demonstration.in_process_of_its_own("one_by_one", setting, tmp_path, lines)
     stages = [json.loads(line)["stage"] for line in lines.read_text().splitlines()]
     assert stages == ["build", "first call", "estimate"]
 
 
 def test_committed_records_have_a_table():
     """Those of an earlier layout of this file, too."""
-    path = end_to_end.RESULTS / "cpu-2-cores" / "demonstration.jsonl"
+    path = demonstration.RESULTS / "cpu-2-cores" / "demonstration.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     text = "\n".join(table(records))
     assert f"{records[0]['weights']:,} weights" in text

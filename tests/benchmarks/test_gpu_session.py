@@ -153,6 +153,16 @@ def test_what_is_recorded_is_not_measured_again(session, tmp_path):
     assert session.records().keys() == {("op", "tests")}
 
 
+def test_a_folder_named_in_two_ways_is_read_once(session, tmp_path, monkeypatch, capfd):
+    session.plant(op='parts = lambda d: [Part("a", good)]')
+    assert session.run() == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(gpu_session, "RESULTS", tmp_path / "elsewhere" / ".." / "results")
+    capfd.readouterr()
+    assert session.run() == 0
+    assert capfd.readouterr().out.count("op/a ") == 1
+
+
 def test_begins_nothing_that_does_not_fit(session, capfd):
     session.plant(op='parts = lambda d: [Part("short", good, 5), Part("long", good, 500), Part("short too", good, 1)]')
     assert session.run(seconds=100) == 3

@@ -111,7 +111,7 @@ def test_shapes_are_what_they_are_called():
     assert [round(sum(shape.sizes()) / 1e6) for shape in (LLAMA_104M, LLAMA_32M, LLAMA_21M)] == [104, 32, 21]
 
 
-def test_every_rival_stands_in_the_extra():
+def test_every_rival_is_in_the_extra():
     """``pip install fishkern[rivals]`` brings all packages of the comparison, and nothing else brings them."""
     import tomllib
     from pathlib import Path

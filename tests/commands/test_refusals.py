@@ -97,15 +97,19 @@ def test_labels_out_of_range(capsys, folder, tmp_path, models, label):
     assert "the model knows" in line
 
 
-def test_another_models_tokenizer(capsys, folder, tmp_path, models, rows):
+@pytest.mark.parametrize("columns", [{"text": "the sea word59"}, {"text": "the sea", "target": "word59"}], ids=list)
+def test_another_models_tokenizer(capsys, folder, tmp_path, models, columns):
     """Its tokens are beyond the embedding."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(models / "llama")
     tokenizer.add_tokens([f"word{n}" for n in range(60)])
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "a.txt").write_text("the sea word59\n")
-    line = estimate(capsys, folder, models / "llama", tmp_path / "a.txt", "--tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "a.jsonl").write_text(json.dumps(columns))
+    named = [word for role in columns for word in (f"--{role}", role)]
+    line = estimate(
+        capsys, folder, models / "llama", tmp_path / "a.jsonl", "--tokenizer", tmp_path / "tokenizer", *named
+    )
     assert "--tokenizer" in line
     assert "41" in line
 

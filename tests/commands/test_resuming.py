@@ -227,3 +227,14 @@ def test_the_seconds_before_an_interrupt_count():
     with second.adding("training"):
         time.sleep(0.02)
     assert second.seconds["training"] >= held["training"] + 0.02
+
+
+def test_a_part_inside_another_counts_in_both_once(monkeypatch):
+    from fishkern.commands.output import Stopwatch
+
+    clock = iter([0.0, 1.0, 3.0, 6.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    stopwatch = Stopwatch()
+    with stopwatch.adding("training"), stopwatch.adding("measuring"):
+        pass
+    assert stopwatch.ended == {"measuring": 2.0, "training": 6.0}

@@ -195,7 +195,7 @@ def test_a_start_is_shown(capsys, trained, tmp_path):
 def test_another_models_start_is_refused(capsys, trained, tmp_path, saved):
     other = torch.nn.Sequential(torch.nn.Linear(9, 25, bias=False))
     fk.selection.save_start(other, fk.Selection({"0.weight": (25, 9)}, {}), tmp_path / "other")
-    assert "it is another's" in refused(capsys, "show", trained, tmp_path / "other.safetensors")
+    assert "it is another run's start" in refused(capsys, "show", trained, tmp_path / "other.safetensors")
     assert "holds statistics" in refused(capsys, "show", trained, saved)
     assert "--plot" in refused(capsys, "show", trained, "--plot", tmp_path / "a.png")
     assert "--density" in refused(capsys, "show", trained, "--density", 0.1)

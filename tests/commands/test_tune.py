@@ -110,6 +110,7 @@ def test_the_adapter_of_another_run_does_not_stay_beside(capsys, arguments, tmp_
         (["--adapter", "lore"], "--adapter is one of lora, dora"),
         (["--adapter", "ia3", "--size", 3], "ia3 has no size"),
         (["--layers", "1-x"], "--layers is like 0-4 or 0,2,5, got '1-x'"),
+        (["--layers", "0,4-1"], "--layers 0,4-1 counts down: write 1-4."),
         (["--k", 0], "--k 0 selects nothing"),
         (["--k", 10**9], "asks for 1,000,000,000 entries"),
         (["--k", 5, "--density", 0.5], "give one of --density, --k and --trainable, got k, density"),

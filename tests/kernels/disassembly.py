@@ -1,4 +1,4 @@
-"""Reads compiled code: what a thread takes, and what stands on the way round the loop that multiplies."""
+"""Reads compiled code: what a thread takes, and the instructions on the way round the loop that multiplies."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def loop_spills(code: str, syntax: Syntax) -> dict[str, int]:
     kind = next((kind for kind in syntax.multiply if re.search(kind, code)), None)
     if kind is None:
         return {}
-    # A loop that is pipelined has copies of its body before and behind it, which lie on no way round.
+    # A loop that is pipelined has copies of its body before and after it, which are on no way round.
     products = [block.count(kind) for block in blocks]
     ways = {start: way for start in range(len(blocks)) if products[start] and (way := _round(start, blocks, after))}
     if not ways:
@@ -154,15 +154,15 @@ def _moved(line: str) -> range:
 
 def _round(start: int, blocks: list[Block], after: list[list[int]]) -> list[int] | None:
     """The blocks on the shortest way, in lines, from one block back to itself."""
-    found: set[int] = set()
+    visited: set[int] = set()
     waiting = [(0, start, [])]
     while waiting:
         length, number, way = heappop(waiting)
         if number == start and way:
             return way
-        if number in found:
+        if number in visited:
             continue
-        found.add(number)
+        visited.add(number)
         for place in after[number]:
             heappush(waiting, (length + len(blocks[number].lines), place, [*way, number]))
     return None

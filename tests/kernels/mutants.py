@@ -40,7 +40,7 @@ TESTS = {
     "masked_sgd": (["tests/ops/test_masked_sgd.py"], "not torch"),
 }
 
-# What goes wrong -> the file, what stands there, and what is planted.
+# What goes wrong -> the file, its text, and the text that is planted instead.
 Planted = dict[str, tuple[str, str, str]]
 SUM_GRAD_SQUARED: Planted = {
     "squared before the sum over positions": (DEVICE, "last = remaining <= BLOCK_T\n", "last = remaining > 0\n"),
@@ -81,7 +81,7 @@ GROUP_SUM_GRAD_SQUARED: Planted = {
         "range(0, lines, BLOCK_LINES)",
         "range(0, BLOCK_LINES, BLOCK_LINES)",
     ),
-    "lines behind the last added": (GROUP_DEVICE, "(offs_l < lines - first)", "(offs_l <= lines - first)"),
+    "lines after the last added": (GROUP_DEVICE, "(offs_l < lines - first)", "(offs_l <= lines - first)"),
     "groups not told apart by the programs": (
         GROUP_DEVICE,
         "tl.program_id(0) * BLOCK_GROUPS +",
@@ -123,7 +123,7 @@ STREAMING_TOPK: Planted = {
         "left, tl.load(table_ptr + 3 * num_tensors + low) + inside",
         "left, number",
     ),
-    "behind the end of a tensor": (TOPK_DEVICE, "exists = offs < left", "exists = offs <= left"),
+    "scores after the end of a tensor": (TOPK_DEVICE, "exists = offs < left", "exists = offs <= left"),
     "NaN not refused": (TOPK, "        if nan:\n            raise", "        if False:\n            raise"),
     "smallest not negated": (
         TOPK_DEVICE,
@@ -184,14 +184,14 @@ def survivors(names: list[str]) -> list[str]:
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         for operation, mutants in MUTANTS.items():
-            wanted = {name: mutant for name, mutant in mutants.items() if operation in names or name in names}
-            if wanted and (failure := _failure(copy, operation)):
+            requested = {name: mutant for name, mutant in mutants.items() if operation in names or name in names}
+            if requested and (failure := _failure(copy, operation)):
                 raise RuntimeError(f"the tests fail without a mutant, repair that first:\n{failure}")
-            for name, (file, right, wrong) in wanted.items():
+            for name, (file, right, wrong) in requested.items():
                 source = (copy / file).read_text()
                 if source.count(right) != 1:
                     raise RuntimeError(
-                        f"{name}: {right!r} stands {source.count(right)} times in {file}; adapt the mutant"
+                        f"{name}: {right!r} is {source.count(right)} times in {file}, not once: adapt the mutant"
                     )
                 (copy / file).write_text(source.replace(right, wrong))
                 failure = _failure(copy, operation)
@@ -202,8 +202,8 @@ def survivors(names: list[str]) -> list[str]:
 
 
 def _failure(copy: Path, operation: str) -> str | None:
-    tests, chosen = TESTS[operation]
-    options = ["-q", "-x", "-p", "no:cacheprovider", *tests, "-k", chosen]
+    tests, expression = TESTS[operation]
+    options = ["-q", "-x", "-p", "no:cacheprovider", *tests, "-k", expression]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", *options]
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)

@@ -57,7 +57,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", t
 
 @dataclass(frozen=True)
 class Case:
-    """One call of the operation, as far as the compiled code depends on it."""
+    """Everything about a call of the operation that the compiled code depends on."""
 
     on: Hardware
     dtype: torch.dtype
@@ -202,16 +202,16 @@ def others(every: bool) -> Iterator[tuple[str, Launch]]:
 
 def launched(run: Callable[[], object]) -> Launch:
     """What a launcher launches, once; nothing is run, so that results are whatever they were."""
-    found = []
+    prepared = []
 
     def record(kernel: JITFunction, *given: object, grid: tuple[int, ...], warmup: bool, **named: object) -> None:
         arguments = dict(zip(kernel.arg_names, given, strict=False)) | named
         options = {name: arguments.pop(name) for name in named.keys() - set(kernel.arg_names)}
-        found.append(Launch(kernel, grid, arguments, options))
+        prepared.append(Launch(kernel, grid, arguments, options))
 
     with patch.object(JITFunction, "run", record):
         run()
-    (launch,) = found
+    (launch,) = prepared
     return launch
 
 
@@ -267,8 +267,8 @@ def calls(on: Hardware) -> Iterator[Launch]:
 
 def main(command: str, which: str = "some") -> None:
     if command == "calls":
-        found = [compile_launch(launch, TARGETS[on.family]) for on in (A100, H100, MI300) for launch in calls(on)]
-        print(json.dumps({"triton": triton.__version__, "compiled": len(found)}))
+        compiled = [compile_launch(launch, TARGETS[on.family]) for on in (A100, H100, MI300) for launch in calls(on)]
+        print(json.dumps({"triton": triton.__version__, "compiled": len(compiled)}))
         return
     if command == "relatives":
         compiled = {
@@ -279,8 +279,8 @@ def main(command: str, which: str = "some") -> None:
         print(json.dumps({name: kernel.metadata.shared for name, kernel in compiled.items()}))
         return
     every = command == "record" or which == "all"
-    chosen = planted() if command == "planted" else cases(every)
-    taken = {str(case): resources(compile_launch(case.launch(), TARGETS[case.on.family])) for case in chosen}
+    selected = planted() if command == "planted" else cases(every)
+    taken = {str(case): resources(compile_launch(case.launch(), TARGETS[case.on.family])) for case in selected}
     if command in ("compile", "planted"):
         print(json.dumps({"triton": triton.__version__, "taken": taken}))
         return

@@ -65,8 +65,8 @@ def check(version: str, taken: dict[str, dict[str, int]]) -> None:
         few = any(word.startswith("T=") for word in rest)
         # Matrix units would round float32 to tf32; AMD's multiply it exactly.
         float32 = dtype == "fp32" or rest[-1] == "groups"  # Gram matrices are
-        wanted = not few and not streams and (not float32 or "tf32" in rest or family == "gfx942")
-        if (values["matrix"] > 0) is not wanted:
+        uses_matrix_units = not few and not streams and (not float32 or "tf32" in rest or family == "gfx942")
+        if (values["matrix"] > 0) is not uses_matrix_units:
             wrong.append(f"{case}: {values['matrix']} matrix instructions")
         if (values["double"] > 0) is not (rest[0] == "adamw"):  # its bias corrections
             wrong.append(f"{case}: {values['double']} instructions of float64")

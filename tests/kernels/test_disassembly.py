@@ -1,4 +1,4 @@
-"""What is read off compiled code is what stands there."""
+"""Spills are counted where they are: on the way round the loop, of accumulators or not."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ HMMA = "HMMA.16816.F32.BF16 R24, R132.reuse, R142, R24"
     ],
 )
 def test_of_the_way_round_that_ends_no_example(multiply, spill, spills, accumulators):
-    """Whatever multiplies; the squares and what lies before and behind the loop are not on the way."""
-    found = loop_spills(NVIDIA.format(multiply=multiply, spill=spill), SASS)
-    assert found == {"loop_spills": spills, "accumulator_spills": accumulators}
+    """Whatever multiplies; the squares, and the code before and after the loop, are not on the way."""
+    counts = loop_spills(NVIDIA.format(multiply=multiply, spill=spill), SASS)
+    assert counts == {"loop_spills": spills, "accumulator_spills": accumulators}
 
 
 @pytest.mark.parametrize("spill, spills", [("s_nop 0", 0), ("scratch_load_dwordx4 v[4:7], off, off", 1)])
 def test_of_amd_every_spill_counts(spill, spills):
-    found = loop_spills(AMD.format(spill=spill), GCN)
-    assert found == {"loop_spills": spills, "accumulator_spills": spills}
+    counts = loop_spills(AMD.format(spill=spill), GCN)
+    assert counts == {"loop_spills": spills, "accumulator_spills": spills}
 
 
 def test_without_a_loop_there_is_nothing_to_say():

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 
 def test_every_operation_with_a_kernel_has_mutants():
-    """And what they change stands in its file once."""
+    """And the text that each changes is in its file once."""
     kernels = {path.stem for path in (mutants.ROOT / "kernels").glob("[!_]*.py")}
     assert mutants.MUTANTS.keys() == mutants.TESTS.keys() == kernels
     assert all(len(planted) >= 5 for planted in mutants.MUTANTS.values())

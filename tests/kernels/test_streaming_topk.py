@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from importlib import import_module
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,9 +28,9 @@ def test_kernel_takes_blocks_at_any_address(first: int, dtype: torch.dtype):
     assert (9000 * dtype.itemsize) % 16 == 0
     (launch,) = kernels._Pool(blocks, largest=True).launches
     assert launch.constants["ALIGNED"] is (first * dtype.itemsize % 16 == 0)
-    found = kernels.streaming_topk(blocks, 500)
+    indices = kernels.streaming_topk(blocks, 500)
     order = torch.cat(blocks).sort(descending=True, stable=True).indices[:500].sort().values
-    assert torch.equal(torch.cat([found[0], found[1] + 9000]).long(), order)
+    assert torch.equal(torch.cat([indices[0], indices[1] + 9000]).long(), order)
 
 
 def test_kernel_takes_one_launch_for_each_dtype():
@@ -44,6 +45,33 @@ def test_kernel_takes_one_launch_for_each_dtype():
     assert all(launch.constants["LARGEST"] is False for launch in pool.launches)
 
 
+@pytest.mark.parametrize("most", [1, 7, 20, 8192])
+def test_the_sample_is_spread_over_all_chunks(most: int, monkeypatch: pytest.MonkeyPatch):
+    """Also where there are fewer than could be sampled: then each of them is, once."""
+    monkeypatch.setattr(kernels, "_SAMPLED_CHUNKS", most)
+    full, half = (torch.zeros(n * kernels._CHUNK, dtype=dtype) for n, dtype in ((16, torch.float32), (4, torch.half)))
+    pool = kernels._Pool([full.to(DEVICE), half.to(DEVICE)], largest=True)
+    for launch in pool.launches:
+        numbers = [*pool._sampled_chunks(launch).tolist(), launch.chunks]
+        gaps = [after - before for before, after in pairwise(numbers)]
+        assert numbers[0] == 0
+        assert 1 <= min(gaps) <= max(gaps) <= min(gaps) + 1
+        assert len(gaps) == min(max(1, most * launch.chunks // pool.chunks), launch.chunks)
+
+
+def test_scores_of_any_scale_are_read_once(monkeypatch: pytest.MonkeyPatch):
+    """Blocks of other scales than the first one are in the sample: else the bracket misses, and 32 passes bisect."""
+    passes = []
+    read = kernels._Pool._pass
+    monkeypatch.setattr(kernels._Pool, "_pass", lambda pool, *ends: passes.append(ends) or read(pool, *ends))
+    generator = torch.Generator().manual_seed(0)
+    blocks = [torch.rand(4 * kernels._CHUNK, generator=generator).to(DEVICE) * 10.0**-n for n in (2, 1, 0, 1, 2)]
+    indices = kernels.streaming_topk(blocks, 3000)
+    order = torch.cat(blocks).sort(descending=True, stable=True).indices[:3000].sort().values
+    assert torch.equal(torch.cat([own + n * len(blocks[0]) for n, own in enumerate(indices)]).long(), order)
+    assert len(passes) == 1
+
+
 def test_ties_are_taken_from_chunks_with_a_quota_alone():
     """The first ones in the order of the chunks, none of a chunk whose quota is zero."""
     scores = torch.zeros(3 * kernels._CHUNK, device=DEVICE)
@@ -51,8 +79,8 @@ def test_ties_are_taken_from_chunks_with_a_quota_alone():
     bits = torch.zeros(3, kernels._CHUNK // 32, dtype=torch.int32, device=DEVICE)
     ties = torch.tensor([3, 0, kernels._CHUNK], dtype=torch.int32, device=DEVICE)
     pool._take_ties(bits, ties, 5, 0.0)
-    found, counts = pool.emit(bits, torch.int32)
-    assert found.tolist() == [0, 1, 2, 2 * kernels._CHUNK, 2 * kernels._CHUNK + 1]
+    indices, counts = pool.emit(bits, torch.int32)
+    assert indices.tolist() == [0, 1, 2, 2 * kernels._CHUNK, 2 * kernels._CHUNK + 1]
     assert counts == [5]
 
 

@@ -120,7 +120,7 @@ def test_addresses_past_int32(tmp_path):
 
 
 def test_loads():
-    """The copy engine brings what it can, where there is one; else come vectors of 16 bytes, or single entries."""
+    """TMA loads what it can, where there is one; else vectors of 16 bytes are loaded, or single entries."""
     x, g = torch.empty(4, 64, 4096, dtype=torch.bfloat16), torch.empty(4, 64, 2048, dtype=torch.bfloat16)
     odd = torch.empty(4, 64, 4097, dtype=torch.bfloat16)
     expected = {
@@ -185,9 +185,9 @@ def test_tiles_with_the_mean_gradient(on: Hardware, itemsize: int, loads: str, w
 )
 def test_whose_tables_a_device_takes(family, properties, monkeypatch):
     """The nearest below its own, as far as its shared memory goes."""
-    found = SimpleNamespace(multi_processor_count=100, **properties)
+    described = SimpleNamespace(multi_processor_count=100, **properties)
     monkeypatch.setattr(torch.version, "hip", "7.0" if "gcnArchName" in properties else None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: described)
     shared = properties.get("shared_memory_per_block_optin", 163_840)
     assert hardware.__wrapped__(torch.device("cuda", 0)) == Hardware(family, 100, shared)
 

@@ -99,6 +99,7 @@ def test_groups_of_parameters_are_sums_over_them_and_say_which(by):
         assert groups[group].shape == ()
         torch.testing.assert_close(groups[group].double(), expected, rtol=1e-5, atol=0.0)
     assert groups.coverage == diagonal.coverage  # in the size of the parameters
+    assert f"{len(groups)} group{'s' * (len(groups) > 1)}, " in repr(groups)
     if by == "layer":
         assert {"model.layers.0", "model.layers.1", "model.embed_tokens.weight", "model.norm.weight"} == groups.keys()
 

@@ -71,5 +71,3 @@ class MeanGradient(fk.Estimator):
 
 
 OWN = {"factors": SquaredFactors(), "norm": GradientNorm(), "signed": MeanGradient()}
-LINEAR = "model.layers.*.weight"  # of a LLaMA, without its norms
-NORMS = "*norm.weight"

@@ -256,6 +256,6 @@ def _small() -> None:
     masked_adamw.CASES.update({name: replace(case, model="lora") for name, case in masked_adamw.CASES.items()})
     roofs.COPIED, roofs.SIDE = 2**16, 64
     timing.FLUSHED_BYTES, timing.SECONDS = 8, 0.0
-    # The planned times are those of a device with 16 cores beside it.
+    # The planned times are those of a device in a machine of 16 cores.
     limits.Clock.limit = lambda self, planned: 3600.0
     limits.Clock.left = lambda self: 3600.0

@@ -41,7 +41,7 @@ from benchmarks.engine.process import Process, ProcessError, in_short
 from benchmarks.engine.records import Record, Records, read
 from benchmarks.engine.stages import Stages
 from benchmarks.rivals.providers import PASSES
-from benchmarks.subjects.end_to_end import SHAPES, RefusedError, Setting, plan
+from benchmarks.subjects.demonstration import SHAPES, RefusedError, Setting, plan
 
 # Examples, tokens, examples of the rivals: a run of a few minutes.
 SIZES = {"cuda": (128, 128, 16), "cpu": (32, 64, 8)}
@@ -220,7 +220,7 @@ def run_arm(arm: str, setting: Setting, folder: Path, lines: Path) -> None:
 
 def in_process_of_its_own(arm: str, setting: Setting, folder: Path, lines: Path) -> None:
     with Process() as process:
-        process.call("benchmarks.cases.end_to_end:run_arm", arm, setting, folder, lines)
+        process.call("benchmarks.cases.demonstration:run_arm", arm, setting, folder, lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
