@@ -13,7 +13,7 @@ from fishkern.hosts.wrappers import base_model
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module, *, checkpointing: bool = True) -> Iterator[None]:
     """Switch every module to evaluation mode, but keep activation checkpointing where it is on.
 
     transformers checkpoints a layer only if the layer's own ``training`` is true. A checkpointed layer therefore keeps
@@ -21,12 +21,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: A module. Its modes are restored on exit, also after an exception.
+        checkpointing: Whether activation checkpointing stays on; if not, every module evaluates.
 
     Yields:
         Nothing.
     """
     modes = {module: module.training for module in model.modules()}
-    checkpointed = [module for module in modes if modes[module] and checkpoints_itself(module)]
+    checkpointed = [module for module in modes if checkpointing and modes[module] and checkpoints_itself(module)]
     functions = {module: module.__dict__.get("_gradient_checkpointing_func") for module in checkpointed}
     try:
         for module in modes:

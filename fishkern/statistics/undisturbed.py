@@ -43,25 +43,11 @@ def undisturbed(
         What the caller needs to run it.
     """
     with ExitStack() as stack:
+        stack.enter_context(hosts.evaluation_mode(model, checkpointing=checkpointing))
         if checkpointing:
-            stack.enter_context(hosts.evaluation_mode(model))
             stack.enter_context(hosts.connected_inputs(model))
-        else:
-            stack.enter_context(_evaluation_of_every_module(model))
         stack.enter_context(gradient_kept(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.enable_grad())
         restore = stack.enter_context(as_found(model))
         yield Entered(restore, stack.enter_context(Connection(model, parameters)))
-
-
-@contextmanager
-def _evaluation_of_every_module(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
