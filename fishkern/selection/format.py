@@ -155,7 +155,7 @@ def checked_entry(name: str, shape: object, form: object) -> tuple[torch.Size, F
     ranges = isinstance(form, dict) and len(form) == 1 and form.keys() <= RANGES.keys()
     if not ranges and form not in FORMS:
         shown = in_brief(repr(form), 40)
-        raise ValueError(f"{in_brief(name, 80)} is held as {shown}, which is none of {', '.join([*FORMS, *RANGES])}")
+        raise ValueError(f"{in_brief(name, 80)} is stored as {shown}, which is none of {', '.join([*FORMS, *RANGES])}")
     try:
         return checked_shape(shape), form
     except ValueError as error:

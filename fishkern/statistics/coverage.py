@@ -65,12 +65,12 @@ def check_coverage(
     included = {parameter: name for name in names for parameter in groups.get(name, (name,))}
     for parameter in included:
         if parameter not in coverage:
-            raise ValueError(f"{parameter} is held, but coverage says nothing of it.")
+            raise ValueError(f"{parameter} has a statistic, but coverage does not list it.")
         if coverage[parameter].path == "left out":
-            raise ValueError(f"{parameter} is held, but coverage says it was left out.")
+            raise ValueError(f"{parameter} has a statistic, but coverage says it was left out.")
     for parameter, covered in coverage.items():
         if covered.path != "left out" and parameter not in included:
-            raise ValueError(f"coverage says {covered.path} of {parameter}, which is not held.")
+            raise ValueError(f"coverage says {covered.path} for {parameter}, which has no statistic.")
 
 
 def merged_coverage(a: Mapping[str, Covered], b: Mapping[str, Covered]) -> dict[str, Covered]:

@@ -39,8 +39,8 @@ Part = TypeVar("Part")
 class Held(Mapping[str, Part]):
     """A frozen, read-only mapping from names to what was estimated for them, with count, provenance and coverage.
 
-    A subclass defines its :attr:`FORMAT`, and what the part of a name is. Names are those of parameters, or of groups
-    of parameters that ``provenance["definition"]["groups"]`` lists.
+    A subclass defines its :attr:`FORMAT`, and what it returns for a name: a tensor, or something made of it. Names are
+    those of parameters, or of groups of parameters that ``provenance["definition"]["groups"]`` lists.
 
     Args:
         tensors: The tensors by name; not copied if they are float32 already. Wrappers are removed from the names.
@@ -102,7 +102,7 @@ class Held(Mapping[str, Part]):
 
     @abstractmethod
     def __getitem__(self, name: str) -> Part:
-        """Return the part of one name."""
+        """Return what was estimated for one name."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

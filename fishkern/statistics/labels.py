@@ -148,7 +148,7 @@ def yes_or_no_like(labels: Any, logits: Tensor) -> Tensor:
     inside = (labels >= 0) & (labels <= 1)
     if not inside.all():
         where, label = _first(labels, ~inside)
-        raise UnknownLabelError(where, f"has the label {label!r}; yes-or-no labels lie between 0 and 1.")
+        raise UnknownLabelError(where, f"has the label {label!r}; yes-or-no labels are between 0 and 1.")
     return labels
 
 

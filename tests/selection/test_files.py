@@ -155,8 +155,11 @@ HELD = {"dense": [[16, 5], "bits"], "sparse": [[1000], "indices"]}
             "holds no valid selection: sparse is said to be bits of",
         ),
         (dict(provenance="3"), "has a damaged header: provenance is an object"),
-        (dict(pool=json.dumps(POOL | HELD | {"none": [[3, 4], "indexes"]})), r"damaged header: none is held as 'ind"),
-        (dict(pool=json.dumps(POOL | HELD | {"none": [[3, 4], None]})), "damaged header: none is held as None, which"),
+        (dict(pool=json.dumps(POOL | HELD | {"none": [[3, 4], "indexes"]})), r"damaged header: none is stored as 'ind"),
+        (
+            dict(pool=json.dumps(POOL | HELD | {"none": [[3, 4], None]})),
+            "damaged header: none is stored as None, which",
+        ),
         (dict(pool=json.dumps(POOL | HELD | {"none": [[-5, 3], "none"]})), r"shape of none: \[-5, 3\] is the"),
         (dict(pool=json.dumps(POOL | HELD | {"all": [[-5, -3], "whole"]})), r"shape of all: \[-5, -3\] is the"),
     ],

@@ -63,7 +63,7 @@ def damaged(path: Path, **metadata: str | None) -> None:
         (dict(provenance="{oops"), "has a damaged header"),
         (dict(provenance="[1]"), "holds no valid statistics: provenance is "),
         (dict(coverage='{"z": 3}'), "has a damaged header"),
-        (dict(coverage='{"z": ["fused", 10]}'), "holds no valid statistics: a is held, but coverage says nothing"),
+        (dict(coverage='{"z": ["fused", 10]}'), "holds no valid statistics: a has a statistic, but coverage does not"),
         (dict(count=None), "has a damaged header: 'count' is missing"),
         (dict(count="many"), "has a damaged header"),
         (dict(count="0"), "holds no valid statistics: count must be at least 1"),

@@ -84,12 +84,16 @@ def test_frozen():
         (TypeError, dict(provenance={"definition": {"device": torch.device("cpu")}}), "must be JSON: .*device"),
         (TypeError, dict(provenance={"runs": [{"loss": float("nan")}]}), "must be JSON"),
         (TypeError, dict(provenance={"runs": ["a"]}), r"provenance is .*, got {} and \['a'\]"),
-        (ValueError, dict(coverage={"v": Covered("left out", 2)}), "w is held, but coverage says nothing of it"),
-        (ValueError, dict(coverage={"w": Covered("left out", 2)}), "w is held, but coverage says it was left out"),
+        (ValueError, dict(coverage={"v": Covered("left out", 2)}), "w has a statistic, but coverage does not list it"),
+        (
+            ValueError,
+            dict(coverage={"w": Covered("left out", 2)}),
+            "w has a statistic, but coverage says it was left out",
+        ),
         (
             ValueError,
             dict(coverage={"w": Covered("loop", 2), "v": Covered("fused", 2)}),
-            "coverage says fused of v, which is not held",
+            "coverage says fused for v, which has no statistic",
         ),
     ],
 )
