@@ -125,6 +125,7 @@ def _reaches(gap: int, axes: list[tuple[int, int]]) -> bool:
     if not axes:
         return gap == 0
     (stride, length), *rest = axes
+    # the smaller axes bridge less than one stride, in either direction: only the two nearest steps can do
     steps = gap // stride
     return any(abs(step) < length and _reaches(gap - step * stride, rest) for step in (steps, steps + 1))
 

@@ -49,6 +49,7 @@ def around_nth_largest(walk: Walk, n: int, dtype: torch.dtype, *, bits: int) -> 
         place = int(torch.searchsorted(reached, n))
         n -= int(reached[place - 1]) if place else 0
         digit = 2**_DIGIT - 1 - place
+        # keys are signed, and the histogram of the first digit begins at the most negative one
         prefix = digit - 2 ** (_DIGIT - 1) if prefix is None else prefix * 2**_DIGIT + digit
     first = prefix << (width - bits)
     low, high = _value(first, dtype), _value(first + (1 << (width - bits)) - 1, dtype)
@@ -67,6 +68,7 @@ def _keys(values: Tensor) -> Tensor:
     """Map floats to integers of the same order, and both zeros to one."""
     integer = torch.int64 if values.dtype == torch.float64 else torch.int32
     bits = (values + 0.0).view(integer)
+    # of two negative floats the one with the larger bits is smaller: all bits but the sign are flipped
     return bits ^ (bits >> (8 * integer.itemsize - 1) & torch.iinfo(integer).max)
 
 

@@ -177,6 +177,7 @@ def _ranked(rows: Tensor, share: float) -> tuple[Tensor, int, int]:
     above = (rows > values[min(int(rank), len(values) - 1)]).sum(1).double()
     # Neighbours may resemble each other: then whole rows differ by more than independent draws would.
     variance = max(len(rows) * above.var().item() if len(rows) > 1 else 0.0, len(values) * share * (1 - share))
+    # The second term is for a small share: so few counts above have a longer tail than a normal distribution.
     margin = _DEVIATIONS * math.sqrt(variance) + _DEVIATIONS**2
     return values, math.ceil(rank + margin), min(math.floor(rank - margin), len(values) - 1)
 

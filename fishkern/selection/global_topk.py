@@ -40,7 +40,7 @@ class GlobalTopK(TopK):
         available = sum(score.numel() for score in scores.values())
         k = self.budget_of_pool(total, available)
         indices, threshold = topk(scores, k, self.order, backend)
-        if threshold == 0:
+        if threshold == 0:  # ties at any other score are no sign that the data do not rank
             non_zero = num_non_zero(scores.values())
             if position_decides(self.order, k, non_zero, available):
                 count = non_zero if self.order == "largest" else available - non_zero
