@@ -161,7 +161,7 @@ class Held(Mapping[str, Part]):
         """Give every parameter another name, for example that of the same parameter inside a PEFT model.
 
         Args:
-            fn: From the old name to the new one; called for the names left out as well.
+            fn: From the old name to the new one; called for the names left out, of groups and in groups as well.
 
         Returns:
             A new result with the same tensors, not copied.
@@ -169,10 +169,16 @@ class Held(Mapping[str, Part]):
         Raises:
             ValueError: Two names become one.
         """
+        provenance = self.provenance
+        if groups := provenance["definition"].get("groups"):  # these name the entries and the coverage
+            provenance["definition"]["groups"] = {
+                without_wrappers(fn(group)): [without_wrappers(fn(name)) for name in names]
+                for group, names in groups.items()
+            }
         return type(self)(
             renamed(self._entries, fn),
             count=self.count,
-            provenance=self.provenance,
+            provenance=provenance,
             coverage=renamed(self._coverage, fn),
         )
 

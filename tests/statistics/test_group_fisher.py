@@ -104,6 +104,18 @@ def test_groups_of_parameters_are_sums_over_them_and_say_which(by):
         assert {"model.layers.0", "model.layers.1", "model.embed_tokens.weight", "model.norm.weight"} == groups.keys()
 
 
+@pytest.mark.parametrize("by", BY[3:])
+def test_renamed_groups_list_their_parameters_by_the_new_names(by, tmp_path):
+    specimen = zoo.llama()
+    groups = fk.estimate(specimen.model, [specimen.batch()], fk.GroupFisher(by=by))
+    renamed = groups.rename(lambda name: f"base_model.model.{name}")
+    members = renamed.provenance["definition"]["groups"]
+    assert members.keys() == renamed.keys()
+    assert {name for names in members.values() for name in names} == set(renamed.coverage)
+    assert fk.Statistics.load(renamed.save(tmp_path / "groups")) == renamed
+    assert renamed.rename(lambda name: name.removeprefix("base_model.model.")) == groups
+
+
 def test_a_conv1d_has_its_rows_where_it_stores_them():
     specimen = zoo.gpt2()
     statistics = fk.estimate(specimen.model, [specimen.batch(3)], fk.GroupFisher(by="row"))
