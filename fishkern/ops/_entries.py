@@ -35,6 +35,7 @@ def check_entries(
     grads: Sequence[Tensor | None],
     indices: Sequence[Tensor | None],
     steps: Tensor,
+    *,
     state: Mapping[str, Tensor | None],
     master: Tensor | None,
     starts: Tensor | None,

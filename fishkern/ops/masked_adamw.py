@@ -75,7 +75,9 @@ def masked_adamw_(
         BackendUnavailableError: Triton was named, and cannot run.
     """
     state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    flat_params, flat_grads, indices = check_entries(params, grads, indices, steps, state, master, starts)
+    flat_params, flat_grads, indices = check_entries(
+        params, grads, indices, steps, state=state, master=master, starts=starts
+    )
     if not params:
         return
     run = choose(masked_adamw_torch_, backend, params[0], exp_avg)

@@ -69,7 +69,9 @@ def masked_sgd_(
             f"{'no buffer' if momentum_buffer is None else 'a buffer'}."
         )
     state = {"momentum_buffer": momentum_buffer}
-    flat_params, flat_grads, indices = check_entries(params, grads, indices, steps, state, master, starts)
+    flat_params, flat_grads, indices = check_entries(
+        params, grads, indices, steps, state=state, master=master, starts=starts
+    )
     if not params:
         return
     run = choose(masked_sgd_torch_, backend, params[0], *filter(lambda tensor: tensor is not None, [momentum_buffer]))
