@@ -30,7 +30,7 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 _SAMPLED_CHUNKS, _SAMPLED_SCORES = 8192, 256
 # Standard errors between the sample's estimate and either end of the bracket.
 _DEVIATIONS = 6.0
-# Room for one in so many scores between the ends of the bracket, and at least for so many.
+# Room for the scores inside the bracket: one place for each so many scores of the call, and at least so many places.
 _SCORES_FOR_A_PLACE, _SMALLEST_ROOM = 128, 2**16
 
 

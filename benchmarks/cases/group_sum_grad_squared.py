@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.cases.sum_grad_squared import DTYPES, GATE, Case
 from benchmarks.gpu import Part, Record
-from benchmarks.gpu.timing import compare
+from benchmarks.gpu.timing import time_providers
 from fishkern.ops import group_sum_grad_squared, sum_grad_squared
 
 TESTS = {"gpu": ["tests/ops/test_group_sum_grad_squared.py", "tests/kernels/test_group_sum_grad_squared.py"]}
@@ -69,7 +69,7 @@ def _measure(case: GroupCase, device: torch.device) -> Iterator[Record]:
         "cublas_dw": lambda: flat_g.mT @ flat_x,
     }
     truth = group_sum_grad_squared(x.double(), g.double(), by=case.by, offsets=offsets, backend="torch")
-    for provider, figures in compare(providers, ours="fishkern", device=device).items():
+    for provider, figures in time_providers(providers, ours="fishkern", device=device).items():
         record = {"provider": provider, "case": asdict(case), "dtype": case.dtype, "flops": case.flops(), **figures}
         if provider != "cublas_dw":
             record["bytes"] = case.bytes()

@@ -17,7 +17,7 @@ from torch import nn
 import fishkern as fk
 from benchmarks.engine.turns import Run, seconds_of
 from benchmarks.gpu import Part, Record, too_large
-from benchmarks.gpu.timing import compare
+from benchmarks.gpu.timing import time_providers
 from benchmarks.rivals.providers import MASKED, runs
 from benchmarks.subjects.masks import MODELS, MaskedStep
 
@@ -57,7 +57,7 @@ def _measure(case: MaskedStep, device: torch.device) -> Iterator[Record]:
     for rival in [name for name in PROVIDERS if name != "fishkern"]:
         steps.clear()
         timed = {name: partial(step, name) for name in ("fishkern", rival)}
-        for provider, figures in compare(timed, ours="fishkern", device=device, flush=False).items():
+        for provider, figures in time_providers(timed, ours="fishkern", device=device, flush=False).items():
             if "failed" not in figures:
                 figures["host_ms"] = _host_ms(timed[provider])
             described = {"provider": provider, "against": rival, "case": case.fields, "dtype": case.dtype}

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from benchmarks.gpu import Part, Record
-from benchmarks.gpu.timing import compare
+from benchmarks.gpu.timing import time_providers
 
 TESTS: dict[str, list[str]] = {"gpu": []}
 COPIED = 4 * 2**30  # bytes
@@ -24,12 +24,12 @@ def parts(device: torch.device) -> list[Part]:
 def _copy(device: torch.device) -> Iterator[Record]:
     source = torch.randint(0, 127, (COPIED,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    figures = compare({"torch": lambda: target.copy_(source)}, ours="torch", device=device, flush=False)
+    figures = time_providers({"torch": lambda: target.copy_(source)}, ours="torch", device=device, flush=False)
     yield {"provider": "torch", "bytes": 2 * COPIED, **figures["torch"]}
 
 
 def _gemm(device: torch.device, name: str) -> Iterator[Record]:
     """For float32 without tf32."""
     a, b = (torch.randn(SIDE, SIDE, device=device).to(DTYPES[name]) for _ in range(2))
-    figures = compare({"torch": lambda: a @ b}, ours="torch", device=device, flush=False)
+    figures = time_providers({"torch": lambda: a @ b}, ours="torch", device=device, flush=False)
     yield {"provider": "torch", "dtype": name, "flops": 2 * SIDE**3, **figures["torch"]}

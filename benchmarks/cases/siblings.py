@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from benchmarks.gpu import Part, Record
-from benchmarks.gpu.timing import compare
+from benchmarks.gpu.timing import time_providers
 from fishkern.layers.grads import EmbeddingGrads, PositionGrads
 
 TESTS = {"gpu": ["tests/ops/test_embedding_sum_grad_squared.py", "tests/laws/test_layers.py"]}
@@ -77,5 +77,5 @@ def parts(device: torch.device) -> list[Part]:
 
 def _measure(case: Case, device: torch.device) -> Iterator[Record]:
     work, moved = case.work(device)
-    figures = compare({"torch": work}, ours="torch", device=device)
+    figures = time_providers({"torch": work}, ours="torch", device=device)
     yield {"provider": "torch", "case": asdict(case), "dtype": "bfloat16", "bytes": moved, **figures["torch"]}

@@ -27,7 +27,7 @@ from benchmarks.engine.memory import GIB, MIB, available_memory, peak_mib, round
 from benchmarks.engine.process import in_process
 from benchmarks.engine.turns import spread
 from benchmarks.gpu import Part, Record, too_large
-from benchmarks.gpu.timing import compare
+from benchmarks.gpu.timing import time_providers
 from benchmarks.rivals.providers import TOPK, runs
 from benchmarks.rivals.topk import fishkern
 from benchmarks.subjects.scores import TopK, drop_from_cache, read_once
@@ -209,7 +209,7 @@ def _measure(case: TopK, device: torch.device, distribution: str = "") -> Iterat
         "one_read": lambda: [block.sum() for block in scores],
         "cat_topk": lambda: torch.cat(scores).topk(k).indices,
     }
-    figures = compare(rivals, ours="fishkern", device=device, flush=False)
+    figures = time_providers(rivals, ours="fishkern", device=device, flush=False)
     check(scores, k)
     yield from _records({**asdict(case), "distribution": distribution}, figures)
 
@@ -224,7 +224,7 @@ def _half(case: TopK, device: torch.device) -> Iterator[Record]:
     def moved() -> list[Tensor]:
         return streaming_topk([block.to(device) for block in scores], case.k, backend="triton")
 
-    figures = compare({"fishkern": ours, "moved": moved}, ours="fishkern", device=device, flush=False)
+    figures = time_providers({"fishkern": ours, "moved": moved}, ours="fishkern", device=device, flush=False)
     demand_equal(ours(), moved())
     yield from _records(asdict(case), figures)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import Part, Record
-from benchmarks.gpu.timing import compare
+from benchmarks.gpu.timing import time_providers
 from benchmarks.rivals.layers import bmm_squares, einsum_squares, vmap_squares
 from fishkern.ops import sum_grad_squared
 
@@ -140,7 +140,7 @@ def _measure(case: Case, device: torch.device) -> Iterator[Record]:
     options = {"offsets": offsets, "out": out, "allow_tf32": case.allow_tf32}
     if case.mean:
         options["grad_out"] = torch.zeros_like(out)
-    figures = compare(
+    figures = time_providers(
         {
             "fishkern": partial(sum_grad_squared, x, g, backend="triton", **options),
             "torch": partial(sum_grad_squared, x, g, backend="torch", **options),
@@ -207,7 +207,9 @@ def _experts(device: torch.device) -> Iterator[Record]:
             sum_grad_squared(x, g, offsets=offsets, out=out, backend=backend)
 
     tokens = int(counts.sum())
-    figures = compare({name: partial(run, kind) for name, kind in BACKENDS.items()}, ours="fishkern", device=device)
+    figures = time_providers(
+        {name: partial(run, kind) for name, kind in BACKENDS.items()}, ours="fishkern", device=device
+    )
     for provider, measured in figures.items():
         case = {"experts": EXPERTS, "tokens": tokens, "O": 1408, "I": 2048}
         amount = {"flops": 2 * tokens * 2048 * 1408, "bytes": tokens * (2048 + 1408) * 2 + 8 * total.numel()}
@@ -228,7 +230,9 @@ def _all_lora(device: torch.device, rank: int) -> Iterator[Record]:
             sum_grad_squared(x, g, out=out, backend=backend)
 
     moved = sum(x.nbytes + g.nbytes for x, g in calls) + sum(2 * out.nbytes for out in outs)
-    figures = compare({name: partial(run, kind) for name, kind in BACKENDS.items()}, ours="fishkern", device=device)
+    figures = time_providers(
+        {name: partial(run, kind) for name, kind in BACKENDS.items()}, ours="fishkern", device=device
+    )
     for provider, measured in figures.items():
         case = {"tensors": len(calls), "rank": rank, "N": N, "T": T}
         yield {"provider": provider, "case": case, "dtype": "bfloat16", "bytes": moved, **measured}

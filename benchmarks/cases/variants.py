@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.cases.sum_grad_squared import GATE, Case, error_of
 from benchmarks.engine.turns import Run
 from benchmarks.gpu import Part, Record
-from benchmarks.gpu.timing import compare
+from benchmarks.gpu.timing import time_providers
 
 TESTS: dict[str, list[str]] = {"gpu": []}  # users run none of these kernels
 CASES = {
@@ -61,7 +61,7 @@ def _measure(
 
     providers = {name: checked(name, run) for name, run in ways(case, x, g, out).items()}
     providers["cublas_dw"] = lambda: g.view(-1, case.O).mT @ x.view(-1, case.I)
-    for provider, figures in compare(providers, ours="cublas_dw", device=device).items():
+    for provider, figures in time_providers(providers, ours="cublas_dw", device=device).items():
         error = {"error": f"{errors[provider]:.1e}"} if provider in errors else {}
         yield {
             "provider": provider, "case": asdict(case), "dtype": case.dtype, "flops": case.flops(), **error, **figures,

@@ -25,7 +25,7 @@ from benchmarks.engine.memory import activations_mib, peak_mib, rounded, weights
 from benchmarks.engine.process import in_process
 from benchmarks.engine.turns import in_turns, seconds_of, spread
 from benchmarks.gpu import Part, Record
-from benchmarks.gpu.timing import compare
+from benchmarks.gpu.timing import time_providers
 from benchmarks.rivals import Batches
 from benchmarks.rivals.providers import PASSES, runs
 from benchmarks.subjects.transformers import TINYLLAMA, Workload, small_llama
@@ -132,11 +132,11 @@ def measure(case: Workload, device: torch.device) -> Iterator[Record]:
     counts = {name: min(FEWER.get(name, case.batches), case.batches) for name in on_gpu}
     timed = {name: partial(run, batches[: counts[name]]) for name, run in on_gpu.items()}
     alone = {ALONE: timed.pop(ALONE)} if ALONE in timed else {}
-    figures = compare(timed, ours="fishkern", device=device, flush=False)
+    figures = time_providers(timed, ours="fishkern", device=device, flush=False)
     accumulators = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     error = disagreement(model, batches[:1])
     if alone:
-        figures |= compare(alone, ours="fishkern", device=device, flush=False)
+        figures |= time_providers(alone, ours="fishkern", device=device, flush=False)
     for provider, measured in figures.items():
         if "ms" in measured:
             measured["ms"] = {key: value / counts[provider] for key, value in measured["ms"].items()}

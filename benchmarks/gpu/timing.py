@@ -17,7 +17,9 @@ ROUNDS = (5, 50)
 FLUSHED_BYTES = 512 * 2**20
 
 
-def compare(providers: Mapping[str, Run], *, ours: str, device: torch.device, flush: bool = True) -> dict[str, dict]:
+def time_providers(
+    providers: Mapping[str, Run], *, ours: str, device: torch.device, flush: bool = True
+) -> dict[str, dict]:
     """Time providers in turns: a device that slows down slows all of them.
 
     A rival that fails is left out and says why; ours must not fail.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.engine.origin import gpu_state, origin
 from benchmarks.gpu.device_tests import on_device
-from benchmarks.gpu.timing import compare
+from benchmarks.gpu.timing import time_providers
 
 # Positions of an example, of which there are 4096 together, and widths [O, I]: large, few tiles, LoRA's slim ones.
 LENGTHS = (16, 128, 512)
@@ -113,7 +113,7 @@ def time_configs(x: Tensor, g: Tensor, configs: list, device: torch.device) -> l
         str(number): launches(Operands(x, g, None, out), hardware(device), config)[0].run
         for number, config in enumerate(configs)
     }
-    figures = compare(runs, ours="", device=device)
+    figures = time_providers(runs, ours="", device=device)
     return [
         {**asdict(config), "ms": figures[str(number)]["ms"]["median"]}
         for number, config in enumerate(configs)

@@ -56,13 +56,13 @@ def test_a_rival_may_fail_and_fishkern_may_not(monkeypatch):
     def fails() -> None:
         raise RuntimeError("out of memory\nand a long trace")
 
-    figures = timing.compare({"ours": list, "theirs": fails}, ours="ours", device=CPU)
+    figures = timing.time_providers({"ours": list, "theirs": fails}, ours="ours", device=CPU)
     assert figures["theirs"] == {"failed": "RuntimeError: out of memory"}
     assert figures["ours"].keys() == {"ms", "rounds", "cold_l2", "peak_mib"}
     assert figures["ours"]["ms"]["min"] <= figures["ours"]["ms"]["median"] <= figures["ours"]["ms"]["max"]
     assert figures["ours"]["rounds"] == timing.ROUNDS[1]
     with pytest.raises(RuntimeError, match="out of memory"):
-        timing.compare({"ours": fails, "theirs": list}, ours="ours", device=CPU)
+        timing.time_providers({"ours": fails, "theirs": list}, ours="ours", device=CPU)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to measure")
@@ -89,7 +89,7 @@ def test_tiles_to_tune_fit():
 def device(monkeypatch):
     """A device of 1 GB, on which everything is run once and takes a millisecond."""
     for module in (masked_adamw, siblings, streaming_topk, sum_grad_squared, whole_pass):
-        monkeypatch.setattr(module, "compare", run_once)
+        monkeypatch.setattr(module, "time_providers", run_once)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10**9))
     return CPU
 
@@ -178,11 +178,11 @@ def test_a_graph_is_captured_last(monkeypatch):
     pytest.importorskip("triton")
     compared = []
 
-    def compare(providers: dict, **options) -> dict[str, dict]:
+    def time_providers(providers: dict, **options) -> dict[str, dict]:
         compared.append(list(providers))
         return {name: {"ms": {"median": 1.0, "min": 1.0, "max": 1.0}} for name in providers}
 
-    monkeypatch.setattr(whole_pass, "compare", compare)
+    monkeypatch.setattr(whole_pass, "time_providers", time_providers)
     monkeypatch.setattr(whole_pass, "disagreement", lambda model, batches: compared.append("ours") or 0.0)
     records = list(whole_pass.measure(TINY, CPU))
     assert len(compared) == 3
@@ -296,7 +296,7 @@ def test_groups_in_small(name, monkeypatch):
         results.update({provider: run() for provider, run in providers.items()})
         return {provider: {"ms": {}} for provider in providers}
 
-    monkeypatch.setattr(group_sum_grad_squared, "compare", called_once)
+    monkeypatch.setattr(group_sum_grad_squared, "time_providers", called_once)
     records = {record["provider"]: record for record in group_sum_grad_squared._measure(case, CPU)}
     assert float(records["fishkern"]["error"]) < 1e-6
     assert records["fishkern"]["bytes"] == 5 * 6 * (24 + 20) * 4 + 8 * results["fishkern"].numel()

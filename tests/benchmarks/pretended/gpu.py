@@ -38,6 +38,7 @@ VALUES: dict[str, object] = {
 VALUE_TESTS = {
     "tests/kernels/test_streaming_topk.py": (
         "test_kernel_takes_blocks_at_any_address",
+        "test_scores_of_any_scale_are_read_once",
         "test_ties_are_taken_from_chunks_with_a_quota_alone",
     ),
     "tests/kernels/test_sum_grad_squared.py": ("test_bits_repeat_at_the_size_of_a_layer",),
