@@ -57,6 +57,31 @@ def activations_mib(model: nn.Module, batch: Mapping[str, Tensor]) -> float:
             parameter.requires_grad_(True)
 
 
+def kept_mib(model: nn.Module, batch: Mapping[str, Tensor]) -> float:
+    """The peak of one pass that keeps the activations of a training step, without a model of gradients.
+
+    The weights of the layers require gradients, so that autograd keeps the inputs of every linear, and each gradient is
+    dropped as soon as it arrives. Embeddings and head, whose gradients would be the largest by far, are frozen.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    handles = [embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())]
+    frozen = {*embeddings.parameters(), *head.parameters()}
+    for parameter in trainable:
+        if parameter in frozen:
+            parameter.requires_grad_(False)
+        else:
+            drop = parameter.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None))
+            handles.append(drop)
+    try:
+        return peak_mib(lambda: model(**batch, use_cache=False).loss.backward())
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
 def rounded(figures: Mapping[str, object]) -> dict[str, object]:
     """Figures in MiB as a record has them, to a tenth."""
     return {name: round(value, 1) if isinstance(value, float) else value for name, value in figures.items()}
