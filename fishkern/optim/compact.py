@@ -63,6 +63,7 @@ class Bucket:
         self.steps = torch.zeros(len(params), device=self.device)
         self.starts: Tensor | None = None
         self._cut: dict[int, dict[str, list[Tensor]]] = {}
+        self._param_views: dict[int, tuple[int, list[Tensor]]] = {}  # with the address that they are views of
         self._updates = [0] * len(params)  # the steps on the host, where reading them does not wait for the device
         parts = {name: flat.split(self._sizes) for name, flat in self.flat.items()}
         self._views: list[dict[str, Tensor]] = [
@@ -140,6 +141,22 @@ class Bucket:
             Whether its entries have no momentum yet.
         """
         return self._updates[i] == 1
+
+    def param_views(self, i: int) -> list[Tensor]:
+        """Cut a parameter into its ranges of rows, or into all of it, for a fused update.
+
+        Args:
+            i: Which parameter, contiguous.
+
+        Returns:
+            ``[n]`` for each range; views of its present memory, made anew only where that has moved.
+        """
+        address = self.params[i].data_ptr()
+        known = self._param_views.get(i)
+        # the views hold their memory, so that nothing else can come to have this address meanwhile
+        if known is None or known[0] != address:
+            known = self._param_views[i] = address, self.selected[i].views(self.params[i])
+        return known[1]
 
     def views(self, i: int) -> dict[str, list[Tensor]]:
         """Cut the state of one parameter as a fused update takes it: by ranges, or in one piece where it has a master.

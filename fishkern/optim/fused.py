@@ -62,7 +62,7 @@ def _operands(
     for i in numbers:
         param, selected, views = bucket.params[i], bucket.selected[i], bucket.views(i)
         if bucket.master is None:
-            operands.weights.extend(selected.views(param))
+            operands.weights.extend(bucket.param_views(i))
             operands.grads.extend(selected.views(grads[i].to(param.dtype)))
         else:  # a master is compact, so its ranges are one piece
             operands.weights.append(followed(views["master"][0], selected.gather(param)))

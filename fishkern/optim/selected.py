@@ -83,6 +83,9 @@ class Selected(NamedTuple):
         flat = tensor.detach().contiguous().view(-1)
         if flat.numel() == self.entries.count:
             return list(flat.split_with_sizes([stop - start for start, stop in self.entries.spans]))
+        if len(self.entries.spans) == 1:
+            ((start, stop),) = self.entries.spans
+            return [flat[start:stop]]
         sizes, end = [], 0
         for start, stop in self.entries.spans:
             sizes += [start - end, stop - start]
