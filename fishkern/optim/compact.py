@@ -98,7 +98,10 @@ class Bucket:
             state: ``optimizer.state[parameter]``; empty before the first step.
         """
         views = self._views[i]
-        if all(state.get(name) is view for name, view in views.items()):
+        for name, view in views.items():
+            if state.get(name) is not view:
+                break
+        else:  # as after every step but the first; a generator would take twice as long
             return
         for name, view in views.items():
             if name in ENTRIES:

@@ -80,14 +80,15 @@ class Selected(NamedTuple):
         Returns:
             ``[n]`` for each range; views, where the tensor is contiguous.
         """
+        spans = self.entries.spans
+        if len(spans) == 1 and tensor.is_contiguous() and tensor.numel() != self.entries.count:
+            ((start, stop),) = spans  # the usual case, in one call: every call costs the host
+            return [tensor.detach().as_strided((stop - start,), (1,), tensor.storage_offset() + start)]
         flat = tensor.detach().contiguous().view(-1)
         if flat.numel() == self.entries.count:
-            return list(flat.split_with_sizes([stop - start for start, stop in self.entries.spans]))
-        if len(self.entries.spans) == 1:
-            ((start, stop),) = self.entries.spans
-            return [flat[start:stop]]
+            return list(flat.split_with_sizes([stop - start for start, stop in spans]))
         sizes, end = [], 0
-        for start, stop in self.entries.spans:
+        for start, stop in spans:
             sizes += [start - end, stop - start]
             end = stop
         return list(flat.split_with_sizes([*sizes, flat.numel() - end])[1::2])  # one call, faster than as many slices

@@ -180,7 +180,9 @@ def test_control_c_in_a_process_of_its_own(capsys, arguments, tmp_path):
     arguments = [*arguments, "--epochs", 60, "--save-every", 0.1]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert command(capsys, *arguments, "--out", whole)[0] == 0
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from fishkern.cli import main; main()"
+    # a process whose parents a shell has started in the background would ignore the signal
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listening}; import sys; sys.path.insert(0, {str(ROOT)!r}); from fishkern.cli import main; main()"
     line = [sys.executable, "-c", code, *map(str, arguments), "--out", str(stopped)]
     # one thread, as in this process, so that the singular values have the same bits
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
