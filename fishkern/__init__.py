@@ -1,6 +1,7 @@
 """Exact per-example Fisher information of PyTorch models, and the fine-tuning methods that stand on it."""
 
 from fishkern.backend import BackendUnavailableError, use_backend, why_not_triton
+from fishkern.initialization import AdapterInit, ModuleInit
 from fishkern.layers import UnsupportedModuleError
 from fishkern.methods import fish_tuning
 from fishkern.names import canonical_name
@@ -46,6 +47,7 @@ from fishkern.statistics import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterInit",
     "BackendUnavailableError",
     "CausalLM",
     "Classification",
@@ -62,6 +64,7 @@ __all__ = [
     "MaskedLM",
     "MaskedOptimizer",
     "MaskedSGD",
+    "ModuleInit",
     "MultiLabel",
     "ParameterInfo",
     "PerRowTopK",
