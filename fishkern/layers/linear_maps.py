@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.layers.linear import Conv1D, weight_shape
-from fishkern.layers.quantized import gradient_kept, has_gradient_dtype, own_weights, scored_tensors, stored_weight
+from fishkern.layers.quantized import (
+    gradient_kept,
+    has_gradient_dtype,
+    is_wrapped,
+    own_weights,
+    scored_tensors,
+    stored_weight,
+)
 from fishkern.layers.survey import LAYERS
 from fishkern.layers.unsupported import UnsupportedModuleError
 from fishkern.names import without_wrappers
@@ -102,7 +109,7 @@ def _dequantized(linear: LinearMap) -> Tensor:
     O, I = linear.shape
     module = linear.module
     with gradient_kept(module):
-        for dtype in _dtypes(module):
+        for dtype in _dtypes(linear):
             try:
                 zero = _applied(module, torch.zeros(1, I, dtype=dtype, device=linear.weight.device))
             except RuntimeError:  # the dtype of the input must be that of scales, which no attribute names in common
@@ -125,7 +132,8 @@ def _applied(module: nn.Module, rows: Tensor) -> Tensor:
         return module.forward(rows.requires_grad_()).detach()
 
 
-def _dtypes(module: nn.Module) -> list[torch.dtype]:
-    """List the dtypes that a module may compute in, that of its own floating tensors first."""
-    own = [tensor.dtype for tensor in (*module.parameters(), *module.buffers()) if has_gradient_dtype(tensor)]
+def _dtypes(linear: LinearMap) -> list[torch.dtype]:
+    """List the dtypes that a quantised linear may compute in, that of its scales or bias first."""
+    tensors = (*linear.module.parameters(), *linear.module.buffers())
+    own = [one.dtype for one in tensors if has_gradient_dtype(one) and (one is not linear.weight or is_wrapped(one))]
     return list(dict.fromkeys([*own, torch.float32, torch.bfloat16, torch.float16]))
