@@ -64,6 +64,7 @@ class DirectionEnergy(Estimator):
     """
 
     reads: ClassVar[Reads] = "factors"
+    by_default: ClassVar[Literal["trainable", "linear"]] = "linear"
     basis: Literal["svd", "power"] = "svd"
     positions: Positions = "attended"
     importance: Literal["kronecker", "exact"] | None = None

@@ -94,8 +94,8 @@ def estimate(
         likelihood: The loss of an example. ``None``: recognised from a transformers model. A :class:`Likelihood`. Or a
             function ``(model, batch) -> losses [N]``, which gives the empirical Fisher only; as :class:`Drawn` where
             it draws random numbers.
-        parameters: ``None``: every parameter with ``requires_grad``; for a statistic of activations and output
-            gradients the weights of linear maps among them. ``"all"``: every parameter, also those stored as
+        parameters: ``None``: every parameter with ``requires_grad``; for :class:`DirectionEnergy` the weights of linear
+            maps among them. ``"all"``: every parameter, also those stored as
             integers, float8 or in packed form by a quantised linear, whose key is ``<module>.weight`` and whose shape
             is ``[O, I]``. Patterns of canonical names. Or a predicate of canonical name and parameter (for a stored
             weight: the tensor that stores it).
@@ -123,7 +123,7 @@ def estimate(
     model = hosts.unwrap(model)
     _refuse(model, estimator, max_examples)
     maps = linear_maps(model) if estimator.reads == "factors" else {}
-    requested = _requested(model, parameters, maps if estimator.reads == "factors" else None)
+    requested = _requested(model, parameters, estimator, maps)
     infos = _infos(model, requested, estimator, accumulate_on, maps)
     groups = _passes(estimator, requested, batches)
     ranks = Ranks()
@@ -155,7 +155,7 @@ def estimate(
             "definition": {**estimator.definition, "likelihood": description},
             "runs": [_described(model, requested, estimator, passed, ranks, likelihood, check=check)],
         },
-        coverage=_coverage(model, requested, paths, parameters, maps if estimator.reads == "factors" else None),
+        coverage=_coverage(model, requested, paths, parameters, estimator, maps),
     )
 
 
@@ -425,19 +425,20 @@ def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) ->
             )
 
 
-def _requested(model: nn.Module, which: Requested, maps: Mapping[str, LinearMap] | None) -> dict[str, Tensor]:
-    """Choose the parameters; by default, where factors are read, the weights of linear maps alone."""
+def _requested(
+    model: nn.Module, which: Requested, estimator: Estimator, maps: Mapping[str, LinearMap]
+) -> dict[str, Tensor]:
     named = scored_tensors(model)
     requested = {name: named[name] for name in requested_names(named, which)}
-    if maps is not None:
-        without = [name for name in requested if name not in maps]
-        if which is not None and without:
-            raise UnsupportedModuleError(without_factors(without))
+    linear = which is None and estimator.by_default == "linear"
+    if linear:
         requested = {name: one for name, one in requested.items() if name in maps}
+    if estimator.reads == "factors" and (without := [name for name in requested if name not in maps]):
+        raise UnsupportedModuleError(without_factors(without))
     if not requested:
         why = "parameters= chooses none of them"
         if which is None:
-            what = "none of them" if maps is None else "no weight of a linear map among them"
+            what = "no weight of a linear map among them" if linear else "none of them"
             why = f"{what} requires a gradient"
         raise ValueError(
             f"{type(model).__name__} has {len(named)} parameters, and {why}. Pass parameters='all', "
@@ -479,14 +480,15 @@ def _coverage(
     requested: Mapping[str, Tensor],
     paths: Mapping[str, tuple[str, str]],
     which: Requested,
-    maps: Mapping[str, LinearMap] | None,
+    estimator: Estimator,
+    maps: Mapping[str, LinearMap],
 ) -> dict[str, Covered]:
     excluded_by = "requires_grad is False" if which is None else "the parameters argument"
     stored = stored_weights(model)
     coverage = {}
     for key, parameter in scored_tensors(model).items():
         path, reason = paths[key] if key in requested else ("left out", excluded_by)
-        if key not in requested and which is None and maps is not None and key not in maps:
+        if key not in requested and which is None and estimator.by_default == "linear" and key not in maps:
             reason = "not the weight of a linear map, so it has no activations and output gradients"
         storage, module = stored.get(key, (key, None))
         numel = parameter.numel() if module is None else weight_shape(module).numel()
