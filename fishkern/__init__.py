@@ -1,8 +1,19 @@
 """Exact per-example Fisher information of PyTorch models, and the fine-tuning methods that stand on it."""
 
 from fishkern.backend import BackendUnavailableError, use_backend, why_not_triton
+from fishkern.initialization import (
+    AdapterInit,
+    DirectionInit,
+    InverseImportance,
+    ModuleInit,
+    ProportionalImportance,
+    RankRule,
+    UniformRank,
+    allocate_ranks,
+    initialize,
+)
 from fishkern.layers import UnsupportedModuleError
-from fishkern.methods import fish_tuning
+from fishkern.methods import ShallowSearch, farss, filet, fish_tuning
 from fishkern.names import canonical_name
 from fishkern.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
 from fishkern.selection import (
@@ -48,6 +59,7 @@ from fishkern.statistics import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterInit",
     "BackendUnavailableError",
     "CausalLM",
     "Classification",
@@ -56,37 +68,48 @@ __all__ = [
     "Delta",
     "DiagonalFisher",
     "DirectionEnergy",
+    "DirectionInit",
     "Drawn",
     "Energies",
     "Estimator",
     "GlobalTopK",
     "GroupFisher",
+    "InverseImportance",
     "Likelihood",
     "MaskedAdamW",
     "MaskedLM",
     "MaskedOptimizer",
     "MaskedSGD",
+    "ModuleInit",
     "MultiLabel",
     "ParameterInfo",
     "PerRowTopK",
     "PerTensorTopK",
+    "ProportionalImportance",
     "QuestionAnswering",
     "Random",
+    "RankRule",
     "Regression",
     "Rows",
     "Rule",
     "Selection",
     "Seq2SeqLM",
+    "ShallowSearch",
     "SketchedFisher",
     "Statistics",
     "TokenClassification",
+    "UniformRank",
     "UnsupportedModuleError",
     "Verification",
+    "allocate_ranks",
     "apply_delta",
     "canonical_name",
     "delta",
     "estimate",
+    "farss",
+    "filet",
     "fish_tuning",
+    "initialize",
     "merge",
     "select",
     "use_backend",
