@@ -19,6 +19,7 @@ from fishkern.layers.groups import Groups, group_shape, group_squares
 from fishkern.layers.hooks import Arrival, Hooks
 from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear, weight_shape
+from fishkern.layers.linear_maps import LinearMap, linear_maps
 from fishkern.layers.quantized import (
     gradient_kept,
     has_gradient_dtype,
@@ -53,6 +54,7 @@ __all__ = [
     "LayerNorm",
     "Layout",
     "Linear",
+    "LinearMap",
     "OnePlusFactor",
     "OuterProductGrads",
     "PerExampleGrads",
@@ -74,6 +76,7 @@ __all__ = [
     "is_wrapped",
     "join",
     "leave_out",
+    "linear_maps",
     "own_parameters",
     "scored_tensors",
     "stored_weights",

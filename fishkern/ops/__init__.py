@@ -4,6 +4,7 @@ from fishkern.ops.embedding_sum_grad_squared import embedding_rows, embedding_su
 from fishkern.ops.group_sum_grad_squared import group_sum_grad_squared
 from fishkern.ops.masked_adamw import masked_adamw_
 from fishkern.ops.masked_sgd import masked_sgd_
+from fishkern.ops.project_sum_squared import project_sum_squared
 from fishkern.ops.streaming_topk import streaming_topk
 from fishkern.ops.sum_grad_squared import sum_grad_squared
 from fishkern.ops.sum_position_grad_squared import sum_position_grad_squared
@@ -14,6 +15,7 @@ __all__ = [
     "group_sum_grad_squared",
     "masked_adamw_",
     "masked_sgd_",
+    "project_sum_squared",
     "streaming_topk",
     "sum_grad_squared",
     "sum_position_grad_squared",

@@ -7,23 +7,20 @@ the values it was made for, and the values themselves can be saved with it.
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
+from fishkern.digests import agree, digest
 from fishkern.files import Format, StoredTensor, in_brief, open_tensors, save_tensors
 from fishkern.names import fitted
 from fishkern.selection.entries import Entries
 from fishkern.selection.result import Selection
 
 FORMAT = Format("fishkern.start", version=1, saved_by="fishkern.selection.save_start")
-
-# An SVD that another number of threads computes, or a cast to bfloat16, moves the digest less; another seed moves it by
-# about the norm of the parameter.
-_TOLERANCE = 1e-2
 
 
 def bound_to_start(selection: Selection, model: nn.Module) -> Selection:
@@ -44,9 +41,9 @@ def bound_to_start(selection: Selection, model: nn.Module) -> Selection:
     named = named_tensors(model)
     entries = {name: selection.entries(name) for name in selection.names}
     start = {
-        "start": {name: _digest(named[name]) for name in entries},
+        "start": {name: digest(named[name]) for name in entries},
         "start_unselected": {
-            name: _digest(_unselected(named[name], selected))
+            name: digest(_unselected(named[name], selected))
             for name, selected in entries.items()
             if not selected.is_all
         },
@@ -74,13 +71,13 @@ def check_start(
     for name, (norm, signed) in digests.items():
         if name not in named:
             continue
-        digest = _digest(named[name])
-        if not _agree(digest, (norm, signed)):
+        found = digest(named[name])
+        if not agree(found, (norm, signed)):
             if trained and _was_trained(selection, named):
                 return
             raise ValueError(
-                f"the selection was made for another start: {name} had norm {norm:.6g} and has {digest[0]:.6g} (sums "
-                f"under random signs {signed:.6g} and {digest[1]:.6g}). Load the start that was saved with it "
+                f"the selection was made for another start: {name} had norm {norm:.6g} and has {found[0]:.6g} (sums "
+                f"under random signs {signed:.6g} and {found[1]:.6g}). Load the start that was saved with it "
                 "(fishkern.selection.load_start), or select anew."
             )
 
@@ -89,16 +86,12 @@ def _was_trained(selection: Selection, named: Mapping[str, Tensor]) -> bool:
     """Tell whether only selected entries have moved from the start, some of them in a parameter that has others."""
     # A parameter that is selected whole has no other entries to compare: a head alone that differs is another start.
     recorded = selection.provenance.get("start_unselected", {})
-    digests = {name: digest for name, digest in recorded.items() if name in named and name in selection}
-    others = {name: _digest(_unselected(named[name], selection.entries(name))) for name in digests}
-    unmoved = all(_agree(others[name], digest) for name, digest in digests.items())
+    digests = {name: value for name, value in recorded.items() if name in named and name in selection}
+    others = {name: digest(_unselected(named[name], selection.entries(name))) for name in digests}
+    unmoved = all(agree(others[name], digest) for name, digest in digests.items())
     conclusive = any(norm > 0 for norm, _ in digests.values())  # zeros are the same in every start
     start = selection.provenance["start"]
-    return unmoved and conclusive and any(not _agree(_digest(named[name]), start[name]) for name in digests)
-
-
-def _agree(digest: Sequence[float], recorded: Sequence[float]) -> bool:
-    return max(abs(digest[0] - recorded[0]), abs(digest[1] - recorded[1])) <= _TOLERANCE * recorded[0]
+    return unmoved and conclusive and any(not agree(digest(named[name]), start[name]) for name in digests)
 
 
 def _unselected(tensor: Tensor, entries: Entries) -> Tensor:
@@ -185,10 +178,3 @@ def named_tensors(model: nn.Module | Iterable[tuple[str, Tensor]], known: Contai
     named = list(model)
     names = fitted([name for name, _ in named], known)
     return {name: tensor for name, (_, tensor) in zip(names, named, strict=True)}
-
-
-@torch.no_grad()
-def _digest(tensor: Tensor) -> list[float]:
-    values = tensor.detach().double().cpu().flatten()
-    signs = torch.randint(0, 2, values.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return [values.norm().item(), (values @ signs.double()).item()]

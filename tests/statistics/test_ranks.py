@@ -110,6 +110,7 @@ for name, found in together.items():
 report["selected"] = [[s.count, *(s.indices("0.weight").tolist())] for s in selections]
 report["bits"] = sum(value.double().sum().item() for value in together["exact"].values())
 (folder / f"{rank}.json").write_text(json.dumps(report))
+dist.destroy_process_group()  # its threads, still running as the interpreter exits, would now and then abort it
 """
 
 

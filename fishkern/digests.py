@@ -1,0 +1,40 @@
+"""Short digests of tensors, by which files recognise the values that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# An SVD that another number of threads computes, or a cast to bfloat16, moves the digest less; other values move it by
+# about the norm of the tensor.
+_TOLERANCE = 1e-2
+
+
+@torch.no_grad()
+def digest(tensor: Tensor) -> tuple[float, float]:
+    """Compute the digest of a tensor: its norm, and its sum under fixed random signs.
+
+    Args:
+        tensor: Any floating tensor.
+
+    Returns:
+        Both, computed in float64 on the CPU.
+    """
+    values = tensor.detach().double().cpu().flatten()
+    signs = torch.randint(0, 2, values.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return values.norm().item(), (values @ signs.double()).item()
+
+
+def agree(found: Sequence[float], recorded: Sequence[float]) -> bool:
+    """Tell whether two digests are of the same values, up to rounding to 16 bits.
+
+    Args:
+        found: A digest.
+        recorded: The digest to compare with.
+
+    Returns:
+        Whether they differ by at most 1 % of the recorded norm.
+    """
+    return max(abs(found[0] - recorded[0]), abs(found[1] - recorded[1])) <= _TOLERANCE * recorded[0]
