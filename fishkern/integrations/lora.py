@@ -289,18 +289,18 @@ def _check_weights(model: nn.Module, maps: dict[str, LinearMap], config: LoraCon
 
 @contextmanager
 def _undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Take PEFT's layers out again, and let require a gradient what did, after an exception."""
-    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    """Take out again what PEFT has put into a model, after an exception."""
+    children = {module: dict(module._modules) for module in model.modules()}
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         yield
     except BaseException:
-        for path, module in list(model.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                parent, _, name = path.rpartition(".")
-                setattr(model.get_submodule(parent), name, module.get_base_layer())
-        for name, parameter in model.named_parameters():
-            if name in required:
-                parameter.requires_grad_(required[name])
+        for module, own in children.items():
+            module._modules.clear()
+            module._modules.update(own)
+        for parameter, requires_grad in required.items():
+            parameter.requires_grad_(requires_grad)
+        vars(model).pop("peft_config", None)
         raise
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fishkern.layers.base import Call, Layer, is_patched, positions
+from fishkern.layers.base import Call, Layer, positions, runs
 from fishkern.layers.grads import OuterProductGrads, PerExampleGrads
 
 _CLOSE = 2.0**-6  # of the largest entry: a file may hold initial values that were rounded to bfloat16
@@ -151,8 +151,7 @@ class Twins(Layer):
     """  # noqa: D205
 
     def covers(self, module: nn.Module) -> frozenset[str]:
-        twin = isinstance(module, TwinA | TwinB) and not is_patched(module)
-        return frozenset({"weight"}) if twin else frozenset()
+        return frozenset({"weight"}) if runs(module, TwinA) or runs(module, TwinB) else frozenset()
 
     def per_example_grads(
         self, call: Call, output_grads: Tensor, names: frozenset[str]
