@@ -117,8 +117,9 @@ def attach_init(
         PEFT's model around ``model``.
 
     Raises:
-        ValueError: The start was made for another model or other weights; the model has adapters or is wrapped; an
-            option concerns what the start decides, or a module is not a linear one of PEFT's. With
+        TypeError: ``init`` is no start.
+        ValueError: The start was made for another model or other weights; the model has adapters, is wrapped or
+            sharded; an option concerns what the start decides; or a module is not a linear one of PEFT's. With
             ``residual="weights"``: a weight is quantised or shared, or there is a dropout, which would drop a part of
             the model's own weights. The model is then as it was.
     """
@@ -215,8 +216,9 @@ class InitCallback(TrainerCallback):
         """Check that the model has this start.
 
         Raises:
-            ValueError: It has none, or another.
+            ValueError: It has none, or another, or is sharded.
         """
+        _check_whole(kwargs["model"])
         layers = dict(_started_layers(hosts.unwrap(kwargs["model"])))
         if layers.keys() != set(self._init):
             raise ValueError(
@@ -260,6 +262,7 @@ def _checked_maps(model: nn.Module, init: AdapterInit) -> dict[str, LinearMap]:
     """Check that the start fits the model, and give the linear maps that it is for."""
     if hosts.unwrap(model) is not model:
         raise ValueError(f"attach the start before the model is wrapped in {type(model).__name__}.")
+    _check_whole(model)
     if adapted := [path for path, one in model.named_modules() if isinstance(one, BaseTunerLayer)]:
         raise ValueError(
             f"the model already has an adapter (at {listed(adapted)}): attach the start to the model without it."
@@ -269,6 +272,15 @@ def _checked_maps(model: nn.Module, init: AdapterInit) -> dict[str, LinearMap]:
     if other := [path for path in init if maps[path].weight.ndim != 2 and not maps[path].stored]:
         raise ValueError(f"only linear modules can have a start, and {listed(other)} are convolutions.")
     return {path: maps[path] for path in init}
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Refuse a model in parts: the trained half and the initial values are saved as one tensor."""
+    if reason := hosts.sharded(model):
+        raise ValueError(
+            f"{reason.partition('. ')[0]}, and a LoRA with a start is saved as a whole: train it with the whole model "
+            "in each process, under DistributedDataParallel."
+        )
 
 
 def _check_weights(model: nn.Module, maps: dict[str, LinearMap], config: LoraConfig) -> None:
