@@ -29,10 +29,12 @@ from fishkern.layers.quantized import (
     stored_weights,
 )
 from fishkern.layers.reentrant import Connection
+from fishkern.layers.rules import LAYERS
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.strays import Strays
-from fishkern.layers.survey import LAYERS, Plan, survey
+from fishkern.layers.survey import Plan, survey
+from fishkern.layers.twins import ResidualA, ResidualB, TwinA, TwinB, Twins
 from fishkern.layers.unsupported import UnsupportedModuleError, leave_out, without_gradient
 from fishkern.layers.watch import watch
 
@@ -61,11 +63,16 @@ __all__ = [
     "Plan",
     "PositionGrads",
     "QuantizedLinear",
+    "ResidualA",
+    "ResidualB",
     "Scale",
     "Site",
     "Strays",
     "SummedGrads",
     "TiedRows",
+    "TwinA",
+    "TwinB",
+    "Twins",
     "UnsupportedModuleError",
     "as_found",
     "gradient_kept",
