@@ -384,6 +384,7 @@ def test_nothing_is_warned_of(tmp_path, family):
     original, init = copy.deepcopy(model), start_of(model)
     folder = plain_lora(attach_init(model, init), tmp_path)
     peft.PeftModel.from_pretrained(original, folder)
+    peft.get_peft_model(made(family)[0], lora_config(init, model=made(family)[0]))
 
 
 def test_a_twin_is_read_in_the_dtype_of_the_trained_half():
