@@ -1,6 +1,15 @@
 """Exact per-example Fisher information of PyTorch models, and the fine-tuning methods that stand on it."""
 
 from fishkern.backend import BackendUnavailableError, use_backend, why_not_triton
+from fishkern.initialization import (
+    AdapterInit,
+    InverseImportance,
+    ModuleInit,
+    ProportionalImportance,
+    RankRule,
+    UniformRank,
+    allocate_ranks,
+)
 from fishkern.layers import UnsupportedModuleError
 from fishkern.methods import fish_tuning
 from fishkern.names import canonical_name
@@ -46,6 +55,7 @@ from fishkern.statistics import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterInit",
     "BackendUnavailableError",
     "CausalLM",
     "Classification",
@@ -57,17 +67,21 @@ __all__ = [
     "Estimator",
     "GlobalTopK",
     "GroupFisher",
+    "InverseImportance",
     "Likelihood",
     "MaskedAdamW",
     "MaskedLM",
     "MaskedOptimizer",
     "MaskedSGD",
+    "ModuleInit",
     "MultiLabel",
     "ParameterInfo",
     "PerRowTopK",
     "PerTensorTopK",
+    "ProportionalImportance",
     "QuestionAnswering",
     "Random",
+    "RankRule",
     "Regression",
     "Rows",
     "Rule",
@@ -76,8 +90,10 @@ __all__ = [
     "SketchedFisher",
     "Statistics",
     "TokenClassification",
+    "UniformRank",
     "UnsupportedModuleError",
     "Verification",
+    "allocate_ranks",
     "apply_delta",
     "canonical_name",
     "delta",

@@ -99,6 +99,21 @@ def write_adapter(path: Path) -> Path:
     return adapters.save(model, adapter, path)
 
 
+def adapter_init() -> fk.AdapterInit:
+    modules = {
+        path: fk.ModuleInit(torch.ones(rank, width), torch.ones(height, rank), 2.0, torch.arange(rank))
+        for path, (rank, height, width) in {"0": (4, 50, 40), "1": (2, 3, 50)}.items()
+    }
+    return fk.AdapterInit(modules, digests={"0": (1.5, -0.5), "1": (2.5, 1.0)}, provenance={"rule": {"name": "Mine"}})
+
+
+def load_adapter_init(path: Path) -> None:
+    init = fk.AdapterInit.load(path)
+    repr(init)
+    for module in init.values():
+        module.delta()
+
+
 def write_start(path: Path) -> Path:
     return save_start(small_model(), selection(), path)
 
@@ -135,6 +150,7 @@ LOADERS = {
     "selection": Loader(load_selection, lambda path: selection().save(path)),
     "delta": Loader(load_delta, lambda path: fk.delta(small_model(), selection()).save(path)),
     "start": Loader(lambda path: load_start(small_model(), path), write_start),
+    "adapter init": Loader(load_adapter_init, lambda path: adapter_init().save(path)),
     "adapter": Loader(load_adapter, write_adapter),
     "MaskedAdamW": Loader(load_optimizer(fk.MaskedAdamW), write_optimizer(fk.MaskedAdamW)),
     "MaskedSGD": Loader(load_optimizer(fk.MaskedSGD), write_optimizer(fk.MaskedSGD)),

@@ -1,0 +1,20 @@
+"""From energies to the start of an adapter: how many directions of each matrix, which, and how large."""
+
+from fishkern.initialization.init import AdapterInit, ModuleInit
+from fishkern.initialization.ranks import (
+    InverseImportance,
+    ProportionalImportance,
+    RankRule,
+    UniformRank,
+    allocate_ranks,
+)
+
+__all__ = [
+    "AdapterInit",
+    "InverseImportance",
+    "ModuleInit",
+    "ProportionalImportance",
+    "RankRule",
+    "UniformRank",
+    "allocate_ranks",
+]
