@@ -1,0 +1,172 @@
+"""Starts of low-rank adapters at equal budgets: FARSS, FILet, what PEFT has, and controls that know less.
+
+    python -m benchmarks starts --data FOLDER [--task minilm-sst2 ...] [--model FOLDER] [--encoder FOLDER]
+
+Two questions. *stories-sst2* and *stories-cola*: a small LLaMA learns sentences; how much of the stories that it knew
+does each start cost? Forgetting is measured against the untrained model, on texts that it draws itself. *minilm-sst2*
+and *minilm-cola*: MiniLM learns a classifier; does the start help? *statistics*: how much of what a start chooses is
+the data's, and how much chance?
+
+Every arm trains as many parameters, in the same order of the same rows, and chooses its learning rate among the same
+ones on a seed and on rows of its own. Then it runs with the same seeds, each of which also draws the examples that an
+informed start looks at. The seconds of a run include the start; on a CPU they are those of the process (user and
+system). Each run is one line in the results and written when it ends; an interrupted comparison goes on where it
+stopped, the most important runs first. The figures are of small models, with few rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from benchmarks.engine import RESULTS
+from benchmarks.engine.origin import machine
+from benchmarks.studies.glue.data import encoder_name, packaged_encoder
+from benchmarks.studies.starts import statistic
+from benchmarks.studies.starts.arms import ARMS, arms_of
+from benchmarks.studies.starts.limit import Limit, say
+from benchmarks.studies.starts.log import CHOOSING_SEED, Log, Step, plan
+from benchmarks.studies.starts.run import run
+from benchmarks.studies.starts.setting import SETTINGS, Setting
+from benchmarks.studies.starts.tasks import Task, task_of
+
+STATISTICS = "statistics"
+STATISTICS_OF = ("stories-sst2", "minilm-sst2")
+LEFT = 3  # exit status where runs are left
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make the runs that are missing, and print a table for each task."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if given.list:
+        for name, arm in ARMS.items():
+            print(f"{name:16} {arm.says}")
+        return 0
+    if given.data is None:
+        parser.error("--data is needed: the folder of GLUE, which holds sst2/train.parquet etc.")
+    models = {"llama": given.model or given.data.parent / "models" / "stories260K"}
+    models["encoder"] = (lambda: given.encoder) if given.encoder else packaged_encoder
+    limit = Limit(given.seconds)
+    path = given.results / machine()["machine"] / "starts.jsonl"
+    failed: list[str] = []
+    logs: list[tuple[Log, list[str]]] = []
+    for name in given.task:
+        if name == STATISTICS:
+            if not given.dry_run:
+                measure_statistics(path, given.data, limit, models)
+            continue
+        setting = SETTINGS[name]
+        arms = [arm for arm in arms_of(name) if not given.arms or arm in given.arms]
+        if given.dry_run:
+            failed += rehearse(task_of(shortened(setting), given.data, **models), arms)
+            continue
+        folder = models["llama"] if setting.stories else models["encoder"]()
+        log = Log(path, setting, encoder_name(folder))
+        failed += complete(
+            log, arms, given.seeds, limit, lambda setting=setting: task_of(setting, given.data, **models)
+        )
+        logs.append((log, arms))
+    for log, arms in logs:
+        print(f"{log.table(arms, given.seeds)}\n")
+    for line in failed:
+        print(line, file=sys.stderr)
+    if failed:
+        return 1
+    return LEFT if limit.reached else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks starts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    tasks = [*SETTINGS, STATISTICS]
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="GLUE: holds sst2/train.parquet etc.")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="stories260K; by default in ../models of the data")
+    parser.add_argument("--encoder", type=Path, metavar="FOLDER", help="a BERT; by default the packaged MiniLM")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument(
+        "--task", nargs="+", choices=tasks, default=tasks, metavar="TASK", help=f"of {', '.join(tasks)}"
+    )
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help="only these; --list says what is")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="N",
+        help=f"begin no run that may end later; exit status {LEFT} if some are left",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="one step of each arm, of which nothing is recorded")
+    parser.add_argument("--list", action="store_true", help="say what each arm is, and end")
+    return parser
+
+
+def measure_statistics(path: Path, data: Path, limit: Limit, models: dict) -> None:
+    """Measure what is missing of the statistics, and print their tables."""
+    for name in STATISTICS_OF:
+        task = task_of(SETTINGS[name], data, **models)
+        log = statistic.log_of(path, task, encoder_name(task.folder))
+        statistic.complete(task, log, limit)
+        print(f"{name}, statistics\n{statistic.table(log)}\n")
+
+
+def complete(log: Log, arms: list[str], seeds: int, limit: Limit, load) -> list[str]:
+    """Make the runs of a task that are missing, in the order of their importance.
+
+    Args:
+        log: Where they are.
+        arms: In their order.
+        seeds: How many, besides the one that chooses.
+        limit: Of time.
+        load: Makes the task, if a run is missing.
+
+    Returns:
+        A line for each arm that failed. The rest of such an arm is left out, and nothing of it is recorded.
+    """
+    failed: dict[str, str] = {}
+    task: Task | None = None
+    for step in plan(arms, log.setting.rates, seeds):
+        if step.arm in failed or log.find(step):
+            continue
+        if not limit.allows():
+            break
+        task = task or load()
+        lr = step.lr or log.best_rate(step.arm)
+        say(f"{log.setting.task}: {step.arm}, lr {lr:g}, seed {step.seed}")
+        try:
+            with limit.timed():
+                measured = run(step.arm, lr, step.seed, task, choosing=step.seed == CHOOSING_SEED)
+        except Exception as error:  # one arm that cannot run leaves the others
+            failed[step.arm] = f"{log.setting.task}: {step.arm} fails: {type(error).__name__}: {error}"
+            say(failed[step.arm])
+            continue
+        log.append(Step(step.arm, lr, step.seed), measured)
+    return list(failed.values())
+
+
+def shortened(setting: Setting) -> Setting:
+    """The same with a few rows, for a rehearsal."""
+    few = 2 * setting.batch_size
+    return replace(setting, examples=few, choosing=few, scored=few, statistic=few, stories=min(few, setting.stories))
+
+
+def rehearse(task: Task, arms: list[str]) -> list[str]:
+    """Take one step of each arm, and record nothing.
+
+    Returns:
+        A line for each arm that failed.
+    """
+    failed = []
+    for arm in arms:
+        try:
+            measured = run(arm, max(task.setting.rates), 0, task, choosing=False, steps=1)
+        except Exception as error:  # the others are tried, too
+            failed.append(f"{task.setting.task}: {arm} fails: {type(error).__name__}: {error}")
+            continue
+        say(
+            f"{task.setting.task}: {arm}: start {measured['starting']:.2f} s, all {measured['seconds']:.2f} s, "
+            f"{measured['trained']:,} trained, error at step 0 {measured['step_0_error']:.1e}"
+        )
+    return failed
