@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from benchmarks.engine import RESULTS
@@ -65,9 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         folder = models["llama"] if setting.stories else models["encoder"]()
         log = Log(path, setting, encoder_name(folder))
-        failed += complete(
-            log, arms, given.seeds, limit, lambda setting=setting: task_of(setting, given.data, **models)
-        )
+        failed += complete(log, arms, given.seeds, limit, partial(task_of, setting, given.data, **models))
         logs.append((log, arms))
     for log, arms in logs:
         print(f"{log.table(arms, given.seeds)}\n")
@@ -87,16 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="stories260K; by default in ../models of the data")
     parser.add_argument("--encoder", type=Path, metavar="FOLDER", help="a BERT; by default the packaged MiniLM")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument(
-        "--task", nargs="+", choices=tasks, default=tasks, metavar="TASK", help=f"of {', '.join(tasks)}"
-    )
+    parser.add_argument("--task", nargs="+", choices=tasks, default=tasks, metavar="TASK", help="any of %(choices)s")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help="only these; --list says what is")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--seconds",
         type=float,
         metavar="N",
-        help=f"begin no run that may end later; exit status {LEFT} if some are left",
+        help=f"begin no run that may end later; status {LEFT} if some are left",
     )
     parser.add_argument("--dry-run", action="store_true", help="one step of each arm, of which nothing is recorded")
     parser.add_argument("--list", action="store_true", help="say what each arm is, and end")

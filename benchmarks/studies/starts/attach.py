@@ -13,7 +13,7 @@ from benchmarks.studies.starts.tasks import Task
 
 
 class Factors(NamedTuple):
-    """The start of one module: ``scaling * B A`` is what the adapter adds; a ``fishkern.ModuleInit`` has the same parts.
+    """The start of one module: the adapter adds ``scaling * B A``. A ``fishkern.ModuleInit`` has the same parts.
 
     Attributes:
         A: ``[R, I]``.

@@ -1,9 +1,9 @@
 """How much of what a start chooses is the data's: the same statistic on other examples, and other statistics on these.
 
 For sets of 16, 64 and 256 training rows, in disjoint pairs: the overlap of the directions that FARSS and FILet choose
-between the two sets of a pair (*halves*), between Kronecker and exact energies of one set (*kinds*), and between energies
-with and without the positions of padding (*padding*). Ranks follow importances, so these are compared by Spearman's
-correlation over the matrices. An overlap is the mean over matrices of chosen by both / chosen.
+between the two sets of a pair (*halves*), between Kronecker and exact energies of one set (*kinds*), and between
+energies with and without the positions of padding (*padding*). Ranks follow importances, so these are compared by
+Spearman's correlation over the matrices. An overlap is the mean over matrices of chosen by both / chosen.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PAIRS = 3
 
 
 class Choice(NamedTuple):
-    """Which directions of a matrix are chosen: by energies times squared singular values or not, largest or smallest."""
+    """Which directions of a matrix are chosen: by energies, or by these times squared singular values."""
 
     weighted: bool
     largest: bool
