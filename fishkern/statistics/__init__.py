@@ -3,7 +3,9 @@
 from fishkern.statistics.base import Constant, Estimator, ParameterInfo
 from fishkern.statistics.coverage import Covered
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
+from fishkern.statistics.direction_energy import DirectionEnergy
 from fishkern.statistics.drawn import Drawn, Draws
+from fishkern.statistics.energies import Energies, MatrixEnergies
 from fishkern.statistics.estimate import estimate
 from fishkern.statistics.group_fisher import GroupFisher
 from fishkern.statistics.held import Held
@@ -34,14 +36,17 @@ __all__ = [
     "Constant",
     "Covered",
     "DiagonalFisher",
+    "DirectionEnergy",
     "Drawn",
     "Draws",
+    "Energies",
     "Estimator",
     "Gaussian",
     "GroupFisher",
     "Held",
     "Likelihood",
     "MaskedLM",
+    "MatrixEnergies",
     "MultiLabel",
     "ParameterInfo",
     "Predictive",

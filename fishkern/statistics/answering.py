@@ -99,6 +99,11 @@ class Answering:
         return _compare_with_own_loss(self._model, self._likelihood, answer, example.copied(), named=self._named)
 
     @property
+    def likelihood(self) -> Likelihood | LossFunction | Drawn | None:
+        """The likelihood; ``None`` if it is still to be recognised."""
+        return self._likelihood
+
+    @property
     def description(self) -> str:
         """The likelihood, for the provenance."""
         return described(self._likelihood)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fishkern.layers import Connection, DenseGrads, is_wrapped, without_gradient
 from fishkern.statistics.autograd import backward, check_finite, only_trainable, take_grad, with_last
@@ -29,6 +30,7 @@ class AutogradPass:
     Attributes:
         paths: Path and reason for each parameter.
         connected: Whether a loss depends on these parameters.
+        loss: Sum of all losses.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class AutogradPass:
         self._settled = not of_examples
         self.paths = dict.fromkeys(parameters, ("sketch" if of_examples else "batch", ""))
         self.connected = False
+        self.loss: Tensor | float = 0.0
 
     def run(self, batch: Examples) -> None:
         """Add one batch.
@@ -69,6 +72,7 @@ class AutogradPass:
             for objective, last in with_last(self._estimator.objectives(answer, batch.places)):
                 check_finite(objective, batch.places)
                 self.connected |= objective.requires_grad
+                self.loss = self.loss + objective.detach().sum(dtype=torch.float64)  # read once, at the end
                 backward(objective.sum(), retain_graph=not last)
                 for key, parameter in self._parameters.items():
                     if (grad := take_grad(parameter)) is not None:

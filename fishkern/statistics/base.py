@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fishkern.backend import Backend
-from fishkern.layers import DenseGrads, PerExampleGrads
+from fishkern.layers import DenseGrads, LinearMap, PerExampleGrads
 from fishkern.statistics.coverage import Covered
 from fishkern.statistics.held import Held
 from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.result import Statistics
 
 Reads = Literal["squares", "examples", "positions", "factors", "sums", "batches"]
+Positions = Literal["attended", "labelled", "all"]
 State = Any
 """A nest (tuples, lists, dicts) of tensors, each a sum over examples; or a single one. See :meth:`Estimator.init`."""
 
@@ -40,6 +41,8 @@ class ParameterInfo:
         shape: Shape of its gradients: the parameter's, or ``[O, I]`` for a stored weight.
         dtype: The dtype of its sums: float64 for a float64 parameter, else float32.
         device: The device of its state.
+        linear: For an estimator that reads factors: the linear map whose weight it is.
+        kept: For the estimator: what it computes once of the parameter, such as a basis, by names of its own.
     """
 
     name: str
@@ -47,6 +50,8 @@ class ParameterInfo:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    linear: LinearMap | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +81,12 @@ class Estimator(ABC):
             positions count (:class:`fishkern.layers.OuterProductGrads`). A parameter without positions, or without
             factors, is refused by name. ``"sums"``: one gradient of a weighted sum of the examples' losses, as ordinary
             autograd gives it. ``"batches"``: one gradient of the loss of a batch as a whole.
+        positions: Which positions count in factors (``grads.counted``): those that ``attention_mask`` marks
+            (``"attended"``, the default), those whose output the loss is of (``"labelled"``), or ``"all"``.
     """
 
     reads: ClassVar[Reads] = "examples"
+    positions: Positions = "attended"
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -106,6 +114,17 @@ class Estimator(ABC):
     def settings(self) -> dict[str, Any]:
         """Settings that may differ between statistics that merge, as plain values."""
         return {}
+
+    def passes(self, names: Sequence[str]) -> list[list[str]]:
+        """Split the parameters into groups, for each of which there is a pass over all data, to bound the memory.
+
+        Args:
+            names: Canonical names of all requested parameters, in the model's order.
+
+        Returns:
+            Groups, by default one. The data must then be the same in every pass.
+        """
+        return [list(names)]
 
     def objectives(self, answer: Predictive | Tensor, examples: range) -> Iterator[Tensor | None]:
         """Give the values to back-propagate for a batch.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from fishkern.layers import (
@@ -38,6 +39,7 @@ class CapturedPass:
 
     Attributes:
         connected: Whether a loss depends on these parameters.
+        loss: Sum of the losses of all captured examples.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class CapturedPass:
         self._states = states
         self._planner = planner
         self.connected = False
+        self.loss: Tensor | float = 0.0
 
     @property
     def paths(self) -> Mapping[str, tuple[str, str]]:
@@ -108,6 +111,7 @@ class CapturedPass:
                     if objective is None:
                         continue
                     self._note(objective, batch)
+                    self.loss = self.loss + objective.detach().sum(dtype=torch.float64)  # read once, at the end
                     capture.backward(objective, retain_graph=not last)
                     for key in capture.withheld - strays.reasons.keys():
                         if only is None or number in only[key]:

@@ -92,23 +92,34 @@ class Progress:
 
     Args:
         report: ``True`` for a line; or a function of the number of examples done and of the total, if known.
-        total: Number of examples, if known.
+        total: Number of examples of a pass, if known.
+        number: Number of the pass, from 0.
+        passes: Number of passes over the data.
     """
 
-    def __init__(self, report: bool | Callable[[int, int | None], None], total: int | None) -> None:
+    def __init__(
+        self,
+        report: bool | Callable[[int, int | None], None],
+        total: int | None,
+        number: int = 0,
+        passes: int = 1,
+    ) -> None:
         self._report = report
         self._total = total
+        self._number, self._passes = number, passes
         self._start = self._shown = time.monotonic()
 
     def __call__(self, done: int) -> None:
         if callable(self._report):
-            self._report(done, self._total)
+            before = 0 if self._total is None else self._number * self._total
+            self._report(before + done, None if self._total is None else self._passes * self._total)
         elif self._report and time.monotonic() - self._shown > 0.2:
             self._shown = time.monotonic()
             rate = done / (self._shown - self._start)
             of_total = f"/{self._total}" if self._total else ""
             remaining = f", {(self._total - done) / rate:.0f} s left" if self._total else ""
-            sys.stderr.write(f"\restimating: {done}{of_total} examples, {rate:.1f}/s{remaining}\033[K")
+            which = f" (pass {self._number + 1} of {self._passes})" if self._passes > 1 else ""
+            sys.stderr.write(f"\restimating{which}: {done}{of_total} examples, {rate:.1f}/s{remaining}\033[K")
             sys.stderr.flush()
 
     def close(self) -> None:

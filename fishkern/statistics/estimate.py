@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,11 @@ from fishkern import hosts
 from fishkern.arguments import integer
 from fishkern.backend import Backend
 from fishkern.layers import (
+    LinearMap,
     UnsupportedModuleError,
     has_gradient_dtype,
     is_wrapped,
+    linear_maps,
     scored_tensors,
     stored_weights,
     weight_shape,
@@ -39,14 +42,17 @@ from fishkern.statistics.independence import Independence
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.likelihood_argument import OWN_TOKENS
 from fishkern.statistics.planning import Planner
+from fishkern.statistics.positions import counted_positions
 from fishkern.statistics.precision import Precision
 from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.randomness import OwnRandomness
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.shards import Ranks
-from fishkern.statistics.states import States
+from fishkern.statistics.states import States, without_factors
 from fishkern.statistics.undisturbed import Entered, undisturbed
 from fishkern.warning import warn_caller
+
+_SAME_LOSS = 1e-3  # by which sums of losses over the same examples may differ, in other batches and in 16 bits
 
 
 def estimate(
@@ -88,7 +94,8 @@ def estimate(
         likelihood: The loss of an example. ``None``: recognised from a transformers model. A :class:`Likelihood`. Or a
             function ``(model, batch) -> losses [N]``, which gives the empirical Fisher only; as :class:`Drawn` where
             it draws random numbers.
-        parameters: ``None``: every parameter with ``requires_grad``. ``"all"``: every parameter, also those stored as
+        parameters: ``None``: every parameter with ``requires_grad``; for a statistic of activations and output
+            gradients the weights of linear maps among them. ``"all"``: every parameter, also those stored as
             integers, float8 or in packed form by a quantised linear, whose key is ``<module>.weight`` and whose shape
             is ``[O, I]``. Patterns of canonical names. Or a predicate of canonical name and parameter (for a stored
             weight: the tensor that stores it).
@@ -115,42 +122,64 @@ def estimate(
     estimator = DiagonalFisher() if estimator is None else estimator
     model = hosts.unwrap(model)
     _refuse(model, estimator, max_examples)
-    requested = _requested(model, parameters)
-    infos = _infos(model, requested, estimator, accumulate_on)
-    states = States(infos, estimator, backends.current() if backend is None else backend)
+    maps = linear_maps(model) if estimator.reads == "factors" else {}
+    requested = _requested(model, parameters, maps if estimator.reads == "factors" else None)
+    infos = _infos(model, requested, estimator, accumulate_on, maps)
+    groups = _passes(estimator, requested, batches)
     ranks = Ranks()
     ranks.demand_equal({key: tuple(info.shape) for key, info in infos.items()}, "the parameters to estimate")
     device = next(iter(requested.values())).device
     reader = reader_for(likelihood, shared)
-    data = Data(batches, reader, device, max_examples, ranks)
-    report = Progress(progress if ranks.rank == 0 else False, data.total)
     answering = Answering(model, likelihood)
-    run = _Run(model, requested, estimator, states, answering)
-    with ranks.failing_together(), undisturbed(model, requested.values()) as entered:
-        units = run.over(data, entered, check=check, report=report, device=device)
-    report.close()
-    counts = _Counts(*(sum(each) for each in zip(*ranks.gathered((units, data.examples, data.batches)), strict=True)))
-    _demand_gradients(run, counts, ranks)
-    results = _results(states, infos, estimator, ranks, counts.units)
+    results: dict[str, Any] = {}
+    coverage: dict[str, tuple[str, str]] = {}
+    passed: list[_Passed] = []
+    for number, names in enumerate(groups):
+        part = {name: requested[name] for name in names}
+        # those of this group alone: what is kept of their parameters is freed with them
+        part_infos = {name: infos.pop(name) for name in names}
+        states = States(part_infos, estimator, backends.current() if backend is None else backend)
+        data = Data(batches, reader, device, max_examples, ranks)
+        report = Progress(progress if ranks.rank == 0 else False, data.total, number, len(groups))
+        run = _Run(model, part, estimator, states, answering)
+        with ranks.failing_together(), undisturbed(model, part.values()) as entered:
+            units = run.over(data, entered, first=number == 0, check=check, report=report, device=device)
+        report.close()
+        all_counts = ranks.gathered((units, data.examples, data.batches))
+        counts = _Counts(*(sum(each) for each in zip(*all_counts, strict=True)))
+        _demand_gradients(run, counts, ranks)
+        results |= _results(states, part_infos, estimator, ranks, counts.units)
+        coverage |= slowest_paths(ranks.gathered(run.paths))
+        passed.append(_Passed(counts, float(run.loss), run.note))
+    _demand_same_data(passed, ranks)
+    _note_zeros(results)
     description = f"{answering.description}{_note_own_tokens(reader)}"
     return estimator.collect(
         model,
         results,
-        count=counts.units,
+        count=passed[0].counts.units,
         provenance={
             "definition": {**estimator.definition, "likelihood": description},
-            "runs": [_described(run, counts, ranks, likelihood, check=check)],
+            "runs": [_described(model, requested, estimator, passed, ranks, likelihood, check=check)],
         },
-        coverage=_coverage(model, requested, slowest_paths(ranks.gathered(run.paths)), parameters),
+        coverage=_coverage(model, requested, coverage, parameters, maps if estimator.reads == "factors" else None),
     )
 
 
 class _Counts(NamedTuple):
-    """What all ranks together have added up."""
+    """What all ranks together have added up in a pass."""
 
     units: int
     examples: int
     batches: int
+
+
+class _Passed(NamedTuple):
+    """What is remembered of a pass: its counts, the sum of this rank's losses, and a remark for the provenance."""
+
+    counts: _Counts
+    loss: float
+    note: str | None
 
 
 @dataclass
@@ -166,6 +195,7 @@ class _Run:
         paths: Path and reason for each parameter, once the pass has ended.
         connected: Whether a loss depended on these parameters.
         note: A remark for the provenance about how examples of a batch interact.
+        loss: Sum of all losses on this rank, by which several passes are compared.
     """
 
     model: nn.Module
@@ -176,8 +206,11 @@ class _Run:
     paths: Mapping[str, tuple[str, str]] | None = None
     connected: bool = False
     note: str | None = None
+    loss: Tensor | float = 0.0
 
-    def over(self, data: Data, entered: Entered, *, check: bool, report: Progress, device: torch.device) -> int:
+    def over(
+        self, data: Data, entered: Entered, *, first: bool, check: bool, report: Progress, device: torch.device
+    ) -> int:
         """Add every batch, and return the number of units."""
         answer_parts = answering_parts(self.answering)
 
@@ -192,12 +225,13 @@ class _Run:
         units = 0
         for batch in data:
             with randomness.drawing():  # the model's draws, not those of the data, come from the pass's own stream
-                if data.batches == 1:
+                if data.batches == 1 and first:
                     self.answering.prepare(batch)
                 one_pass.run(batch)
             units += self.estimator.units(batch.num_examples)
             report(data.examples)
         self.paths, self.connected, self.note = one_pass.paths, one_pass.connected, independence.note
+        self.loss = one_pass.loss
         return units
 
     def _pass(
@@ -207,7 +241,14 @@ class _Run:
         connection = entered.connection
         if self.estimator.reads in ("sums", "batches"):
             return AutogradPass(*common, independence=independence, connection=connection)
-        planner = Planner(self.model, *common, check=check, independence=independence, connection=connection)
+        planner = Planner(
+            self.model,
+            *common,
+            counted=partial(counted_positions, self.model, self.estimator, self.answering),
+            check=check,
+            independence=independence,
+            connection=connection,
+        )
         return CapturedPass(*common, planner)
 
 
@@ -226,8 +267,40 @@ def reader_for(likelihood: Likelihood | LossFunction | Drawn | None, shared: Sha
     return Reader(shared, only_pairs=not by_function, dropped=() if by_function else ("num_items_in_batch",))
 
 
+def _passes(estimator: Estimator, requested: Mapping[str, Tensor], batches: Iterable[Any]) -> list[list[str]]:
+    """Split the parameters into passes over the data, and refuse data that can be read only once for several."""
+    groups = estimator.passes(tuple(requested))
+    if sorted(name for names in groups for name in names) != sorted(requested):
+        raise ValueError(f"{type(estimator).__name__}.passes must give every requested parameter once, got {groups}.")
+    if len(groups) > 1 and iter(batches) is batches:
+        raise ValueError(
+            f"{type(estimator).__name__} takes {len(groups)} passes over the data, and batches is an iterator, which can "
+            "be read once: give a DataLoader or a list, or estimate all layers in one pass."
+        )
+    return groups
+
+
+def _demand_same_data(passed: Sequence[_Passed], ranks: Ranks) -> None:
+    """Refuse several passes that have seen different examples, as a loader that shuffles gives them."""
+    if len(passed) == 1:
+        return
+    losses = [sum(ranks.gathered(one.loss)) for one in passed]
+    examples = [one.counts.examples for one in passed]
+    for number, (count, loss) in enumerate(zip(examples, losses, strict=True), 1):
+        if count != examples[0] or not abs(loss - losses[0]) <= _SAME_LOSS * max(abs(loss), abs(losses[0])):
+            raise ValueError(
+                f"pass {number} of {len(passed)} saw other data than the first: {count} examples with a mean loss of "
+                f"{loss / count:.6g}, after {examples[0]} with {losses[0] / examples[0]:.6g}. Give the same data in every "
+                "pass, such as a DataLoader without shuffle, or estimate all layers in one pass."
+            )
+
+
 def _infos(
-    model: nn.Module, requested: Mapping[str, Tensor], estimator: Estimator, accumulate_on: str | torch.device | None
+    model: nn.Module,
+    requested: Mapping[str, Tensor],
+    estimator: Estimator,
+    accumulate_on: str | torch.device | None,
+    maps: Mapping[str, LinearMap],
 ) -> dict[str, ParameterInfo]:
     """Describe each parameter to its state; refuse parameters that have no gradient."""
     if reason := hosts.merged_adapter(model, requested):
@@ -242,6 +315,7 @@ def _infos(
             # the gradient of a stored weight is float32, whatever it is stored in
             accumulates_in(one.dtype) if has_gradient_dtype(one) else torch.float32,
             torch.device(accumulate_on or one.device),
+            maps.get(key),
         )
         for key, one in requested.items()
     }
@@ -262,9 +336,12 @@ def _results(
                 f"the statistic of {key} is not finite although every loss is: its gradients overflow in "
                 f"{info.value.dtype}. Run the model in float32 or bfloat16."
             )
+    return results
+
+
+def _note_zeros(results: Mapping[str, Any]) -> None:
     if not any(bool(leaf.any()) for leaf in tree_leaves(results) if isinstance(leaf, Tensor)):
         warn_caller("every entry is exactly zero: no parameter moves this loss.")
-    return results
 
 
 def _demand_gradients(run: _Run, counts: _Counts, ranks: Ranks) -> None:
@@ -280,20 +357,29 @@ def _demand_gradients(run: _Run, counts: _Counts, ranks: Ranks) -> None:
 
 
 def _described(
-    run: _Run, counts: _Counts, ranks: Ranks, likelihood: Likelihood | LossFunction | Drawn | None, *, check: bool
+    model: nn.Module,
+    requested: Mapping[str, Tensor],
+    estimator: Estimator,
+    passed: Sequence[_Passed],
+    ranks: Ranks,
+    likelihood: Likelihood | LossFunction | Drawn | None,
+    *,
+    check: bool,
 ) -> dict[str, Any]:
-    """Describe a pass for the provenance."""
+    """Describe the passes for the provenance."""
+    counts, note = passed[0].counts, passed[0].note
     return {
-        "model": type(run.model).__name__,
-        "dtype": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in run.requested.values()}),
+        "model": type(model).__name__,
+        "dtype": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in requested.values()}),
         "examples": counts.examples,
         "batches": counts.batches,
+        **({"passes": len(passed)} if len(passed) > 1 else {}),
         **({"ranks": ranks.count} if ranks.count > 1 else {}),
-        "checked": None if run.estimator.reads in ("sums", "batches") else check,
+        "checked": None if estimator.reads in ("sums", "batches") else check,
         "torch": torch.__version__,
-        **run.estimator.settings,
+        **estimator.settings,
         **({"draws_seed": likelihood.seed} if isinstance(likelihood, Drawn) else {}),
-        **({"note": run.note} if run.note else {}),
+        **({"note": note} if note else {}),
     }
 
 
@@ -338,11 +424,20 @@ def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) ->
             )
 
 
-def _requested(model: nn.Module, which: Requested) -> dict[str, Tensor]:
+def _requested(model: nn.Module, which: Requested, maps: Mapping[str, LinearMap] | None) -> dict[str, Tensor]:
+    """Choose the parameters; by default, where factors are read, the weights of linear maps alone."""
     named = scored_tensors(model)
     requested = {name: named[name] for name in requested_names(named, which)}
+    if maps is not None:
+        without = [name for name in requested if name not in maps]
+        if which is not None and without:
+            raise UnsupportedModuleError(without_factors(without))
+        requested = {name: one for name, one in requested.items() if name in maps}
     if not requested:
-        why = "none of them requires a gradient" if which is None else "parameters= chooses none of them"
+        why = "parameters= chooses none of them"
+        if which is None:
+            what = "none of them" if maps is None else "no weight of a linear map among them"
+            why = f"{what} requires a gradient"
         raise ValueError(
             f"{type(model).__name__} has {len(named)} parameters, and {why}. Pass parameters='all', "
             "patterns of names or a predicate."
@@ -383,12 +478,15 @@ def _coverage(
     requested: Mapping[str, Tensor],
     paths: Mapping[str, tuple[str, str]],
     which: Requested,
+    maps: Mapping[str, LinearMap] | None,
 ) -> dict[str, Covered]:
     excluded_by = "requires_grad is False" if which is None else "the parameters argument"
     stored = stored_weights(model)
     coverage = {}
     for key, parameter in scored_tensors(model).items():
         path, reason = paths[key] if key in requested else ("left out", excluded_by)
+        if key not in requested and which is None and maps is not None and key not in maps:
+            reason = "not the weight of a linear map, so it has no activations and output gradients"
         storage, module = stored.get(key, (key, None))
         numel = parameter.numel() if module is None else weight_shape(module).numel()
         coverage[key] = Covered(path, numel, reason)

@@ -39,14 +39,19 @@ Part = TypeVar("Part")
 class Held(Mapping[str, Part]):
     """A frozen, read-only mapping from names to what was estimated for them, with count, provenance and coverage.
 
-    A subclass defines its :attr:`FORMAT`, and what it returns for a name: a tensor, or something made of it. Names are
-    those of parameters, or of groups of parameters that ``provenance["definition"]["groups"]`` lists.
+    A subclass defines its :attr:`FORMAT`, and what it returns for a name: a tensor, or something made of several, whose
+    entries :meth:`name_of` assigns to names. Names are those of parameters, or of groups of parameters that
+    ``provenance["definition"]["groups"]`` lists.
 
     Args:
-        tensors: The tensors by name; not copied if they are float32 already. Wrappers are removed from the names.
+        tensors: The tensors by entry, float32 (or what :attr:`KEEPS` adds); others are converted. Wrappers are removed
+            from the names.
         count: Number of units that the tensors are the mean of, at least 1.
         provenance: ``{"definition": {...}, "runs": [{...}, ...]}``, JSON.
         coverage: One :class:`Covered` for every parameter of the model; empty if unknown.
+
+    Attributes:
+        KEEPS: Dtypes that tensors keep; all of one result have the widest of them. float32 and float64 are possible.
 
     Raises:
         TypeError: An entry is not a floating tensor, ``count`` is not an integer, or ``provenance`` is not JSON.
@@ -55,6 +60,7 @@ class Held(Mapping[str, Part]):
     """
 
     FORMAT: ClassVar[Format]
+    KEEPS: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
 
     def __init__(
         self,
@@ -67,13 +73,32 @@ class Held(Mapping[str, Part]):
         count = operator.index(count)
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}.")
-        entries = {name: _float32(name, tensor) for name, tensor in renamed(tensors, without_wrappers).items()}
+        dtype = self._dtype_of(tensors)
+        tensors = renamed(tensors, lambda entry: self._renamed_entry(entry, without_wrappers))
+        entries = {entry: _floating(entry, tensor, dtype) for entry, tensor in tensors.items()}
+        names: dict[str, list[str]] = {}
+        for entry in entries:
+            names.setdefault(self.name_of(entry), []).append(entry)
         coverage = renamed(coverage or {}, without_wrappers)
         text = _provenance_text(provenance or {})
-        check_coverage(entries, coverage, json.loads(text)["definition"].get("groups", {}))
+        check_coverage(names, coverage, json.loads(text)["definition"].get("groups", {}))
         # vars() passes the lock of __setattr__. The provenance is kept as text: nobody can change it, and a file stores
         # exactly this.
-        vars(self).update(_entries=entries, _count=count, _provenance=text, _coverage=coverage)
+        vars(self).update(
+            _entries=entries, _names=names, _dtype=dtype, _count=count, _provenance=text, _coverage=coverage
+        )
+
+    @staticmethod
+    def name_of(entry: str) -> str:
+        """Say which name an entry belongs to.
+
+        Args:
+            entry: An entry of a file.
+
+        Returns:
+            By default the entry itself: one tensor for each name.
+        """
+        return entry
 
     @property
     def count(self) -> int:
@@ -92,12 +117,12 @@ class Held(Mapping[str, Part]):
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
-        """The shape of each tensor, without reading it."""
-        return MappingProxyType({name: entry.shape for name, entry in self._entries.items()})
+        """The shape of each tensor by entry, without reading it."""
+        return MappingProxyType({entry: tensor.shape for entry, tensor in self._entries.items()})
 
     @property
     def blocks(self) -> Mapping[str, AnyTensor]:
-        """The tensors without reading them: in memory, or on disk, with the dtype there."""
+        """The tensors by entry without reading them: in memory, or on disk, with the dtype there."""
         return MappingProxyType(self._entries)
 
     @abstractmethod
@@ -105,13 +130,13 @@ class Held(Mapping[str, Part]):
         """Return what was estimated for one name."""
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries  # Mapping's own would read the tensor
+        return name in self._names  # Mapping's own would read the tensor
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, type(self)):
@@ -134,28 +159,32 @@ class Held(Mapping[str, Part]):
     def __delattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"{type(self).__name__} are frozen: {name} cannot be deleted.")
 
-    def pieces(self, name: str, numel: int = PIECE) -> Iterator[Tensor]:
+    def pieces(self, entry: str, numel: int = PIECE) -> Iterator[Tensor]:
         """Iterate over one tensor in flat pieces; from disk, with one piece in memory at a time.
 
         Args:
-            name: Its name.
+            entry: Its entry, which is its name where names have one tensor each.
             numel: Coordinates per piece.
 
         Yields:
-            ``[numel]`` (the last one shorter), float32, in row-major order.
+            ``[numel]`` (the last one shorter), float32 (or what :attr:`KEEPS` adds), in row-major order.
         """
-        for piece in pieces(self._entries[name], numel):
-            yield piece.float()
+        for piece in pieces(self._entries[entry], numel):
+            yield piece.to(self._dtype)
 
-    def _read(self, name: str) -> Tensor:
-        """Return one tensor, or raise with the reason why there is none."""
+    def _entries_of(self, name: str) -> list[str]:
+        """List the entries of a name, or raise with the reason why there is none."""
         try:
-            entry = self._entries[name]
+            return self._names[name]
         except KeyError:
             covered = self._coverage.get(name)  # here it can only be left out
             left_out = f"{name} was left out: {covered.reason or 'no reason given'}" if covered else ""
             raise KeyError(left_out or f"{name}{near(name, self)}") from None
-        return entry.read(torch.float32) if isinstance(entry, StoredTensor) else entry
+
+    def _read(self, entry: str) -> Tensor:
+        """Return one tensor."""
+        tensor = self._entries[entry]
+        return tensor.read(self._dtype) if isinstance(tensor, StoredTensor) else tensor
 
     def rename(self, fn: Callable[[str], str]) -> Self:
         """Give every parameter another name, for example that of the same parameter inside a PEFT model.
@@ -176,7 +205,7 @@ class Held(Mapping[str, Part]):
                 for group, names in groups.items()
             }
         return type(self)(
-            renamed(self._entries, fn),
+            renamed(self._entries, lambda entry: self._renamed_entry(entry, fn)),
             count=self.count,
             provenance=provenance,
             coverage=renamed(self._coverage, fn),
@@ -192,12 +221,12 @@ class Held(Mapping[str, Part]):
             definition: That of the mean.
 
         Returns:
-            mean[name] = sum_s shares_s * s[name] / sum_s shares_s, in float64, on the first one's device; ``count`` is
-            the sum, ``runs`` are concatenated.
+            mean[entry] = sum_s shares_s * s[entry] / sum_s shares_s, in float64, on the first one's device; ``count``
+            is the sum, ``runs`` are concatenated.
         """
         tensors = {}
         for name, shape in parts[0].shapes.items():
-            tensors[name] = torch.empty(shape, dtype=torch.float32, device=parts[0].blocks[name].device)
+            tensors[name] = torch.empty(shape, dtype=parts[0]._dtype, device=parts[0].blocks[name].device)
             remaining = tensors[name].view(-1)
             # piece by piece, because float64 copies of whole tensors would take twice the memory of the result
             for aligned in zip(*(part.pieces(name) for part in parts), strict=True):
@@ -216,7 +245,7 @@ class Held(Mapping[str, Part]):
         self,
         path: str | os.PathLike[str],
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         max_shard_size: str | int | None = "5GB",
     ) -> Path:
         """Save as ``.safetensors``, with count, provenance and coverage in the header.
@@ -228,9 +257,10 @@ class Held(Mapping[str, Part]):
 
         Args:
             path: ``name.safetensors`` (or ``name``; the suffix is added). Its folder must exist.
-            dtype: float32, or to halve the size ``torch.bfloat16`` (3 digits, full range) or ``torch.float16`` (4
-                digits from 6e-5 to 65504, zero below 6e-8, where most entries of a Fisher are: it is refused if it
-                would turn a non-zero entry into zero). Loading gives float32 again.
+            dtype: ``None`` for that of the tensors, which is float32 (or what :attr:`KEEPS` adds). To halve the size
+                ``torch.bfloat16`` (3 digits, full range) or ``torch.float16`` (4 digits from 6e-5 to 65504, zero below
+                6e-8, where most entries of a Fisher are: it is refused if it would turn a non-zero entry into zero).
+                Loading gives float32 again.
             max_shard_size: Largest file in bytes, or as ``"5GB"``, ``"500MiB"``; ``None`` for one file.
 
         Returns:
@@ -242,7 +272,8 @@ class Held(Mapping[str, Part]):
             ValueError: ``dtype`` or ``max_shard_size`` is none of the above, or an entry overflows ``dtype`` or becomes
                 zero in float16; the message names the entry.
         """
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        dtype = self._dtype if dtype is None else dtype
+        if dtype not in (*self.KEEPS, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}.")
         coverage = {name: [covered.path, covered.numel, covered.reason] for name, covered in self._coverage.items()}
         metadata = {
@@ -256,6 +287,17 @@ class Held(Mapping[str, Part]):
         )
 
     @classmethod
+    def _dtype_of(cls, tensors: Mapping[str, AnyTensor]) -> torch.dtype:
+        """Choose the dtype of all tensors of a result: float64 if it keeps that and any has it, else float32."""
+        doubles = any(isinstance(one, AnyTensor) and one.dtype == torch.float64 for one in tensors.values())
+        return torch.float64 if doubles and torch.float64 in cls.KEEPS else torch.float32
+
+    @classmethod
+    def _renamed_entry(cls, entry: str, fn: Callable[[str], str]) -> str:
+        """Give the name in an entry another name."""
+        return fn(entry)
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str], *, lazy: bool = False) -> Self:
         """Load a result that :meth:`save` wrote.
 
@@ -264,7 +306,7 @@ class Held(Mapping[str, Part]):
             lazy: Read each tensor from disk whenever it is accessed, and keep none in memory.
 
         Returns:
-            The result, float32 on the CPU, in the order of the save.
+            The result, float32 (or what :attr:`KEEPS` adds) on the CPU, in the order of the save.
 
         Raises:
             FileNotFoundError: There is no such file, or a shard is missing.
@@ -282,7 +324,8 @@ class Held(Mapping[str, Part]):
                 raise ValueError(f"{path} holds {shown} as {stored_as}, its header says {said}: save it again.")
         tensors: Mapping[str, AnyTensor] = stored
         if not lazy:
-            tensors = {name: tensor.read(torch.float32) for name, tensor in stored.items()}
+            kept = cls._dtype_of(stored)
+            tensors = {name: tensor.read(kept) for name, tensor in stored.items()}
         with parsing(f"{path} holds no valid statistics"):
             return cls(tensors, count=count, provenance=provenance, coverage=coverage)
 
@@ -293,16 +336,16 @@ def _covered(path: object, numel: object, reason: object = "") -> Covered:
     return Covered(path, numel, reason)
 
 
-def _float32(name: str, tensor: AnyTensor) -> AnyTensor:
+def _floating(entry: str, tensor: AnyTensor, dtype: torch.dtype) -> AnyTensor:
     if isinstance(tensor, StoredTensor):
         return tensor
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"statistics are floating tensors, {name} is {what}.")
-    single = tensor.detach().to(torch.float32)
-    if tensor.dtype == torch.float64:
-        check_cast(name, tensor, single)
-    return single
+        raise TypeError(f"statistics are floating tensors, {entry} is {what}.")
+    converted = tensor.detach().to(dtype)
+    if tensor.dtype == torch.float64 and dtype != torch.float64:
+        check_cast(entry, tensor, converted)
+    return converted
 
 
 def _provenance_text(provenance: Mapping[str, Any]) -> str:

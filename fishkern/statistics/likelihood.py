@@ -63,6 +63,23 @@ class Likelihood(ABC):
         """
         return self
 
+    def labelled(self, batch: Batch) -> Tensor:
+        """Say at which positions the output of the model has a label.
+
+        Args:
+            batch: As for :meth:`predictive`.
+
+        Returns:
+            ``[N, T]``, bool.
+
+        Raises:
+            ValueError: It is not a likelihood of one label for each position of the input.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no labels of positions, which positions='labelled' counts: count those that "
+            "attention_mask marks, positions='attended', or positions='all'."
+        )
+
 
 class CausalLM(Likelihood):
     """Next-token prediction: the logits at ``t`` predict the label at ``t + 1``."""
@@ -83,6 +100,12 @@ class CausalLM(Likelihood):
         # cutting its logits off would copy all others.
         labels = nn.functional.pad(labels, (virtual, 1), value=-100)[:, 1:] if labels.ndim == 2 else labels
         return _by_position(logits, labels, self.reduction)
+
+    def labelled(self, batch: Batch) -> Tensor:
+        if isinstance(batch, Mapping) and "shift_labels" in batch:
+            return as_tensor(batch["shift_labels"]) != -100
+        labels = _labels(batch, "causal language modelling")
+        return nn.functional.pad(labels, (0, 1), value=-100)[:, 1:] != -100
 
 
 @dataclass(frozen=True)
@@ -120,6 +143,9 @@ class TokenClassification(Likelihood):
         if axis is None:
             axis = -1 if hosts.task(model) is not None else _class_axis(logits, labels)
         return _by_position(logits.movedim(axis, -1), labels, self.reduction)
+
+    def labelled(self, batch: Batch) -> Tensor:
+        return _labels(batch, "token classification").flatten(1) != -100
 
     def _run(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = _logits(model, batch)

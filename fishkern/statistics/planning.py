@@ -26,7 +26,6 @@ from fishkern.statistics.batches import Examples
 from fishkern.statistics.coverage import slowest_paths
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.independence import Independence
-from fishkern.statistics.positions import counted_positions
 from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.self_check import disagreements
 from fishkern.statistics.states import States, without_factors
@@ -47,6 +46,8 @@ class Planner:
         answer: Runs the model on a batch.
         estimator: The recipe.
         states: The states that the pass adds to; zero until its first batch is added.
+        counted: Says which positions of a batch count, ``[N, T]``, or ``None``
+            (:func:`fishkern.statistics.positions.counted_positions`).
         check: Compare with ordinary autograd on two examples.
         independence: Checks that the loss of an example is its own.
         connection: Lets gradients reach segments under reentrant checkpointing.
@@ -65,10 +66,12 @@ class Planner:
         estimator: Estimator,
         states: States,
         *,
+        counted: Callable[[Examples], Tensor | None],
         check: bool,
         independence: Independence,
         connection: Connection,
     ) -> None:
+        self.counted = counted
         self._model = model
         self._parameters = parameters
         self._answer = answer
@@ -100,17 +103,6 @@ class Planner:
         if lone not in self._plans:
             self._plans[lone] = self._make_plan(batch.take(0, min(2, batch.num_examples)))
         return self._plans[lone]
-
-    def counted(self, batch: Examples) -> Tensor | None:
-        """Say which positions of a batch count, as :func:`counted_positions` does.
-
-        Args:
-            batch: The batch.
-
-        Returns:
-            ``[N, T]``, bool, or ``None``.
-        """
-        return counted_positions(self._model, self._estimator, batch)
 
     def forget(self) -> None:
         """Discard the plans, so that the next batch is surveyed again."""

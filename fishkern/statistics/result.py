@@ -41,7 +41,8 @@ class Statistics(Held[Tensor]):
         return sum(shape.numel() for shape in self.shapes.values())
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._read(name)
+        (entry,) = self._entries_of(name)
+        return self._read(entry)
 
     def __repr__(self) -> str:
         definition = self.provenance["definition"]

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fishkern as fk
+from fishkern.statistics import Held
 from tests.support import zoo
 from tests.support.exactness import LIMIT
 from tests.support.oracle import worst_error
@@ -33,6 +34,8 @@ ESTIMATORS = {
     "tensors": fk.GroupFisher(by="tensor", fisher_type="type-2"),
     "layers": fk.GroupFisher(by="layer"),
     "words": fk.GroupFisher(by=lambda name: "norms" if "norm" in name else "others"),
+    "directions": fk.DirectionEnergy(importance="kronecker"),
+    "power": fk.DirectionEnergy(basis="power", importance="exact", layers_per_pass=1),
     **OWN,
 }
 DRAWING = {"mc", "batch-mc", "sketched", "columns"}
@@ -71,15 +74,18 @@ def next_token_losses(model: nn.Module, batch: dict) -> torch.Tensor:
     return nll.sum(1) / (batch["labels"][:, 1:] >= 0).sum(1)
 
 
-def estimated(kind: str, model: nn.Module, batches: list, **options) -> fk.Statistics:
-    """Factors are asked of linear weights alone; all other estimators serve every parameter."""
-    linear = None if kind != "factors" else lambda name, one: one.ndim == 2 and ".layers." in name
-    return fk.estimate(model, batches, ESTIMATORS[kind], parameters=linear, **options)
+def estimated(kind: str, model: nn.Module, batches: list, **options) -> Held:
+    return fk.estimate(model, batches, ESTIMATORS[kind], **options)
+
+
+def tensors_of(result) -> dict:
+    """Every tensor of a result, by entry: one for each name, or the several parts of energies."""
+    return dict(result.blocks) if isinstance(result, Held) else result
 
 
 def assert_same(actual, expected, factor: float = 1.0) -> None:
-    truth = {name: factor * value.double() for name, value in expected.items()}
-    error, name = worst_error(actual, truth, torch.float32)
+    truth = {entry: factor * value.double() for entry, value in tensors_of(expected).items()}
+    error, name = worst_error(tensors_of(actual), truth, torch.float32)
     assert error < LIMIT[torch.float32], f"{name}: relative error {error:.1e}"
 
 
@@ -128,7 +134,10 @@ def test_statistics_of_parts_merge_into_their_weighted_mean(kind):
     a, b = estimated(kind, model, parts[:2]), estimated(kind, model, parts[2:])
     merged = fk.merge(a, b)
     assert merged.count == a.count + b.count
-    assert_same(merged, {name: (a.count * a[name].double() + b.count * b[name]) / merged.count for name in a})
+    ours, theirs = tensors_of(a), tensors_of(b)
+    assert_same(
+        merged, {name: (a.count * ours[name].double() + b.count * theirs[name]) / merged.count for name in ours}
+    )
     if kind not in DRAWING:
         whole = estimated(kind, model, parts)
         assert whole.count == merged.count
@@ -136,7 +145,7 @@ def test_statistics_of_parts_merge_into_their_weighted_mean(kind):
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["last", "first"])
-@of(*ESTIMATORS.keys() - {"factors"})  # inputs are there without a gradient
+@of(*ESTIMATORS.keys() - {"factors", "directions", "power"})  # inputs are there without a gradient
 def test_examples_without_gradient_change_only_the_count(kind, first):
     """The answer of such an example is empty, and ``sum`` gives it the loss 0."""
     if first and kind in DRAWING:
@@ -155,7 +164,7 @@ def test_examples_without_gradient_change_only_the_count(kind, first):
 def test_saving_and_loading_changes_nothing(kind, tmp_path):
     statistics = estimated(kind, tiny_lm(), [text()])
     statistics.save(tmp_path / "fisher")
-    assert fk.Statistics.load(tmp_path / "fisher") == statistics
+    assert type(statistics).load(tmp_path / "fisher") == statistics
 
 
 @every_estimator
@@ -164,7 +173,7 @@ def test_a_lazily_loaded_file_goes_on_where_it_stopped(kind, tmp_path):
     model, first, second = tiny_lm(), [text(3)], [text(2, seed=1)]
     one, other = estimated(kind, model, first), estimated(kind, model, second)
     path = one.save(tmp_path / "fisher", max_shard_size=1024)
-    on_disk = fk.Statistics.load(path, lazy=True)
+    on_disk = type(one).load(path, lazy=True)
     assert fk.merge(on_disk, other) == fk.merge(one, other)
 
 
