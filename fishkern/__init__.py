@@ -3,15 +3,17 @@
 from fishkern.backend import BackendUnavailableError, use_backend, why_not_triton
 from fishkern.initialization import (
     AdapterInit,
+    DirectionInit,
     InverseImportance,
     ModuleInit,
     ProportionalImportance,
     RankRule,
     UniformRank,
     allocate_ranks,
+    initialize,
 )
 from fishkern.layers import UnsupportedModuleError
-from fishkern.methods import fish_tuning
+from fishkern.methods import ShallowSearch, farss, filet, fish_tuning
 from fishkern.names import canonical_name
 from fishkern.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
 from fishkern.selection import (
@@ -66,6 +68,7 @@ __all__ = [
     "Delta",
     "DiagonalFisher",
     "DirectionEnergy",
+    "DirectionInit",
     "Drawn",
     "Energies",
     "Estimator",
@@ -91,6 +94,7 @@ __all__ = [
     "Rule",
     "Selection",
     "Seq2SeqLM",
+    "ShallowSearch",
     "SketchedFisher",
     "Statistics",
     "TokenClassification",
@@ -102,7 +106,10 @@ __all__ = [
     "canonical_name",
     "delta",
     "estimate",
+    "farss",
+    "filet",
     "fish_tuning",
+    "initialize",
     "merge",
     "select",
     "use_backend",

@@ -1,5 +1,6 @@
 """From energies to the start of an adapter: how many directions of each matrix, which, and how large."""
 
+from fishkern.initialization.directions import DirectionInit, initialize
 from fishkern.initialization.init import AdapterInit, ModuleInit
 from fishkern.initialization.ranks import (
     InverseImportance,
@@ -11,10 +12,12 @@ from fishkern.initialization.ranks import (
 
 __all__ = [
     "AdapterInit",
+    "DirectionInit",
     "InverseImportance",
     "ModuleInit",
     "ProportionalImportance",
     "RankRule",
     "UniformRank",
     "allocate_ranks",
+    "initialize",
 ]

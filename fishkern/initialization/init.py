@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishkern import hosts
+from fishkern.digests import agree, digest
 from fishkern.files import (
     AnyTensor,
     Format,
@@ -24,6 +26,7 @@ from fishkern.files import (
     read_json,
     save_tensors,
 )
+from fishkern.layers import linear_maps
 from fishkern.names import listed, renamed, without_wrappers
 from fishkern.selection.frozen import Frozen
 
@@ -138,7 +141,7 @@ class AdapterInit(Frozen, Mapping[str, ModuleInit]):
             raise ValueError(f"give one digest for each module: modules and digests differ in {listed(differing)}.")
         vars(self).update(
             _modules=modules,
-            _digests={path: _digest(path, digests[path]) for path in modules},
+            _digests={path: _checked_digest(path, digests[path]) for path in modules},
             _provenance=_json(provenance or {}),
         )
 
@@ -194,17 +197,14 @@ class AdapterInit(Frozen, Mapping[str, ModuleInit]):
         Raises:
             ValueError: A module is missing, computes no linear map, or has another shape or other weights.
         """
-        from fishkern.digests import agree, digest
-        from fishkern.layers.linear_maps import linear_maps
-
-        maps = {one.path: one for one in linear_maps(model).values()}
+        maps = {one.path: one for one in linear_maps(hosts.unwrap(model)).values()}
         if missing := [path for path in self if path not in maps]:
             raise ValueError(
                 f"the start of the adapter does not fit the model: {len(missing)} of its {len(self)} modules are no "
                 f"linear maps of it ({listed(missing)}). Take the model that it was made for, without an adapter."
             )
         for path, module in self._modules.items():
-            if tuple(maps[path].shape) != module.shape:
+            if maps[path].shape != module.shape:
                 raise ValueError(
                     f"the start of the adapter does not fit the model: {path} maps {module.shape[1]} to "
                     f"{module.shape[0]} features in it, and {maps[path].shape[1]} to {maps[path].shape[0]} in the "
@@ -261,7 +261,7 @@ class AdapterInit(Frozen, Mapping[str, ModuleInit]):
             if odd := stored.keys() ^ {f"{part}:{name}" for name in said for part in _PARTS}:
                 raise ValueError(f"its header and its tensors disagree on {in_brief(min(odd), 80)}")
             modules = {name: _read_module(name, scaling, stored) for name, (scaling, _) in said.items()}
-            return cls(modules, digests={name: digest for name, (_, digest) in said.items()}, provenance=provenance)
+            return cls(modules, digests={name: pair for name, (_, pair) in said.items()}, provenance=provenance)
 
 
 def _factor(factor: Tensor, name: str) -> Tensor:
@@ -293,10 +293,10 @@ def _canonical(path: str) -> str:
     return without_wrappers(f"{path}.weight").removesuffix(".weight")
 
 
-def _digest(path: str, digest: Sequence[float]) -> tuple[float, float]:
-    norm, signed = (float(number) for number in digest)
+def _checked_digest(path: str, pair: Sequence[float]) -> tuple[float, float]:
+    norm, signed = (float(number) for number in pair)
     if not (math.isfinite(norm) and math.isfinite(signed) and norm >= 0):
-        raise ValueError(f"the digest of {path} is a norm and a sum, got {in_brief(list(digest), 80)}.")
+        raise ValueError(f"the digest of {path} is a norm and a sum, got {in_brief(list(pair), 80)}.")
     return norm, signed
 
 
@@ -310,8 +310,8 @@ def _json(provenance: Mapping[str, Any]) -> str:
 def _checked_entry(name: str, *numbers: object) -> tuple[float, tuple[float, float]]:
     if len(numbers) != 3 or not all(type(number) in (int, float) for number in numbers):
         raise ValueError(f"{in_brief(name, 80)} has three numbers, a scaling and a digest")
-    scaling, *digest = map(float, numbers)
-    return scaling, (digest[0], digest[1])
+    scaling, norm, signed = map(float, numbers)
+    return scaling, (norm, signed)
 
 
 def _read_module(name: str, scaling: float, stored: Mapping[str, StoredTensor]) -> ModuleInit:

@@ -1,5 +1,7 @@
 """Published fine-tuning methods, one file each, composed of the rooms before this one."""
 
+from fishkern.methods.farss import ShallowSearch, farss
+from fishkern.methods.filet import filet
 from fishkern.methods.fish_tuning import fish_tuning
 
-__all__ = ["fish_tuning"]
+__all__ = ["ShallowSearch", "farss", "filet", "fish_tuning"]
