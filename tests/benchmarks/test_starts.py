@@ -19,7 +19,7 @@ from benchmarks.studies.starts.arms import ARMS, CLASSES, FIRST, LANGUAGE
 from benchmarks.studies.starts.attach import Factors, adapters_of, attach, targets_of
 from benchmarks.studies.starts.data import collated, sentences
 from benchmarks.studies.starts.limit import Limit
-from benchmarks.studies.starts.log import CHOOSING_SEED, Log, Step, plan
+from benchmarks.studies.starts.log import CHOOSING_SEED, Log, Step, plan, stages
 from benchmarks.studies.starts.run import run
 from benchmarks.studies.starts.setting import SETTINGS
 
@@ -41,7 +41,7 @@ def classes(shared_data, tmp_path_factory) -> tasks.Task:
     folder = tmp_path_factory.mktemp("bert")
     tokenizer = transformers.AutoTokenizer.from_pretrained(shared_data / "models" / "stories260K")
     config = transformers.BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=6, num_attention_heads=2, intermediate_size=48,
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
         max_position_embeddings=64,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -116,13 +116,15 @@ def test_every_arm_is_searched_alike(arms, seeds):
     """The same rates on the same seed, the same seeds at the chosen one; the first arms are done before the others."""
     assert set(arms) == set(ARMS)
     rates = (1e-3, 1e-2)
-    steps = list(plan(arms, rates, seeds))
+    steps = plan(arms, rates, seeds)
     assert len(steps) == len(set(steps)) == len(arms) * (len(rates) + seeds)
     for arm in arms:
         own = [step for step in steps if step.arm == arm]
         assert own == [*(Step(arm, lr, CHOOSING_SEED) for lr in rates), *(Step(arm, None, n) for n in range(seeds))]
-    first = FIRST * (len(rates) + min(3, seeds))
-    assert {step.arm for step in steps[:first]} == set(arms[:FIRST])
+    first, further, late = stages(arms, rates, seeds)
+    assert [*first, *further, *late] == steps
+    assert {step.arm for step in first} == set(arms[:FIRST])
+    assert {step.seed for step in late} == set(range(3, seeds))
     assert not {"random", "lora", "farss"} - set(arms[:FIRST])  # the baseline and a control are among them
 
 
@@ -170,7 +172,8 @@ def test_what_is_forgotten_is_the_divergence_from_the_untrained_model(language):
     assert measured["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     story_nll = -q.gather(2, stories[:, 1:, None]).mean()
     assert measured["story_nll"] == pytest.approx(float(story_nll), rel=1e-5)
-    rows = [changed(**collated([row], language=True)).loss * (len(row["input_ids"]) - 1) for row in language.scored]
+    with torch.no_grad():
+        rows = [changed(**collated([row], language=True)).loss * (len(row["input_ids"]) - 1) for row in language.scored]
     tokens = sum(len(row["input_ids"]) - 1 for row in language.scored)
     assert measured["nll"] == pytest.approx(float(sum(rows)) / tokens, rel=1e-5)
 
@@ -309,19 +312,26 @@ def test_overlap_and_correlation():
 
 
 def test_statistics_of_disjoint_sets(language, tmp_path):
-    """Four comparisons of each size; what is there is not measured again."""
+    """Four comparisons; what is there is not measured again."""
     log = statistic.log_of(tmp_path / "starts.jsonl", language, "stories260K")
-    statistic.complete(language, log, Limit(None), pairs=1, sizes=(4, 8))
+    statistic.complete(language, log, Limit(None), pairs=1, sizes=(4,))
     records = log.find()
-    assert len(records) == 8
+    assert len(records) == 4
     for record in records:
         assert all(0 <= value <= 1 for value in record["overlap"].values())
         assert 0 < record["chance"] < 0.5
-    padding = [record for record in records if record["comparison"] == "padding"]
-    assert all(record["importance_spearman"] < 1 for record in padding)  # padding is in one of both only
-    statistic.complete(language, log, Limit(-1), pairs=1, sizes=(4, 8))
-    assert len(log.find()) == 8
+    statistic.complete(language, log, Limit(-1), pairs=1, sizes=(4,))
+    assert len(log.find()) == 4
     assert "padding" in statistic.table(log)
+
+
+def test_padding_is_in_some_energies(language):
+    """In those of all positions of what enters a module; a gradient is 0 there, and so is its product."""
+    rows = [{**row, "input_ids": row["input_ids"][:n]} for n, row in zip((4, 9, 15, 16), language.train, strict=False)]
+    attended, every = (statistic.estimated(language.fresh(0), language, rows, at) for at in ("attended", "all"))
+    for name in attended.joint:
+        torch.testing.assert_close(attended.joint[name], every.joint[name], rtol=1e-4, atol=1e-9)
+        assert not torch.allclose(attended.kronecker[name], every.kronecker[name], rtol=1e-2, atol=0)
 
 
 def test_parquet_is_read_without_datasets(tmp_path):
@@ -384,7 +394,6 @@ def test_the_picture_shows_each_seed_and_what_was_chosen():
     assert plot.differences(sst2, "score") == {"farss": pytest.approx([0.01] * 3)}
     assert plot.frontier(sst2, lambda run: run["lr"], lambda run: 1.0) == {"lora": [(1e-3, 1.0), (1e-2, 1.0)]}
     figure = plots.draw("starts", json.loads(json.dumps(records)))
-    figure.draw_without_rendering()
     titles = " | ".join(axes.get_title(loc="left") for axes in figure.axes)
     assert "minilm-sst2: score" in titles
     assert "stories-cola: loss" in titles

@@ -19,8 +19,9 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from functools import partial
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from benchmarks.engine import RESULTS
 from benchmarks.engine.origin import machine
@@ -28,13 +29,14 @@ from benchmarks.studies.glue.data import encoder_name, packaged_encoder
 from benchmarks.studies.starts import statistic
 from benchmarks.studies.starts.arms import ARMS, arms_of
 from benchmarks.studies.starts.limit import Limit, say
-from benchmarks.studies.starts.log import CHOOSING_SEED, Log, Step, plan
+from benchmarks.studies.starts.log import CHOOSING_SEED, Log, stages
 from benchmarks.studies.starts.run import run
 from benchmarks.studies.starts.setting import SETTINGS, Setting
 from benchmarks.studies.starts.tasks import Task, task_of
 
 STATISTICS = "statistics"
 STATISTICS_OF = ("stories-sst2", "minilm-sst2")
+STAGES = 3
 LEFT = 3  # exit status where runs are left
 
 
@@ -52,29 +54,25 @@ def main(arguments: list[str] | None = None) -> int:
     models["encoder"] = (lambda: given.encoder) if given.encoder else packaged_encoder
     limit = Limit(given.seconds)
     path = given.results / machine()["machine"] / "starts.jsonl"
-    failed: list[str] = []
-    logs: list[tuple[Log, list[str]]] = []
-    for name in given.task:
-        if name == STATISTICS:
-            if not given.dry_run:
-                measure_statistics(path, given.data, limit, models)
-            continue
-        setting = SETTINGS[name]
-        arms = [arm for arm in arms_of(name) if not given.arms or arm in given.arms]
-        if given.dry_run:
-            failed += rehearse(task_of(shortened(setting), given.data, **models), arms)
-            continue
-        folder = models["llama"] if setting.stories else models["encoder"]()
-        log = Log(path, setting, encoder_name(folder))
-        failed += complete(log, arms, given.seeds, limit, partial(task_of, setting, given.data, **models))
-        logs.append((log, arms))
-    for log, arms in logs:
-        print(f"{log.table(arms, given.seeds)}\n")
+    parts = [Part(SETTINGS[name], path, given, models) for name in given.task if name != STATISTICS]
+    if given.dry_run:
+        return report([line for part in parts for line in part.rehearse()])
+    for stage in range(STAGES):
+        for part in parts:
+            part.complete(stage, limit)
+        if stage == 0 and STATISTICS in given.task:
+            measure_statistics(path, given.data, limit, models)
+    for part in parts:
+        print(f"{part.log.table(part.arms, given.seeds)}\n")
+    failed = report([line for part in parts for line in part.failed.values()])
+    return failed or (LEFT if limit.reached else 0)
+
+
+def report(failed: list[str]) -> int:
+    """Name the arms that failed, and give the exit status."""
     for line in failed:
         print(line, file=sys.stderr)
-    if failed:
-        return 1
-    return LEFT if limit.reached else 0
+    return 1 if failed else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure_statistics(path: Path, data: Path, limit: Limit, models: dict) -> None:
+def measure_statistics(path: Path, data: Path, limit: Limit, models: dict[str, Any]) -> None:
     """Measure what is missing of the statistics, and print their tables."""
     for name in STATISTICS_OF:
         task = task_of(SETTINGS[name], data, **models)
@@ -109,61 +107,63 @@ def measure_statistics(path: Path, data: Path, limit: Limit, models: dict) -> No
         print(f"{name}, statistics\n{statistic.table(log)}\n")
 
 
-def complete(log: Log, arms: list[str], seeds: int, limit: Limit, load) -> list[str]:
-    """Make the runs of a task that are missing, in the order of their importance.
+class Part:
+    """The comparison of one task.
 
     Args:
-        log: Where they are.
-        arms: In their order.
-        seeds: How many, besides the one that chooses.
-        limit: Of time.
-        load: Makes the task, if a run is missing.
-
-    Returns:
-        A line for each arm that failed. The rest of such an arm is left out, and nothing of it is recorded.
+        setting: Budget and training.
+        path: Of the records.
+        given: The options.
+        models: Where the models are.
     """
-    failed: dict[str, str] = {}
-    task: Task | None = None
-    for step in plan(arms, log.setting.rates, seeds):
-        if step.arm in failed or log.find(step):
-            continue
-        if not limit.allows():
-            break
-        task = task or load()
-        lr = step.lr or log.best_rate(step.arm)
-        say(f"{log.setting.task}: {step.arm}, lr {lr:g}, seed {step.seed}")
-        try:
-            with limit.timed():
-                measured = run(step.arm, lr, step.seed, task, choosing=step.seed == CHOOSING_SEED)
-        except Exception as error:  # one arm that cannot run leaves the others
-            failed[step.arm] = f"{log.setting.task}: {step.arm} fails: {type(error).__name__}: {error}"
-            say(failed[step.arm])
-            continue
-        log.append(Step(step.arm, lr, step.seed), measured)
-    return list(failed.values())
 
+    def __init__(self, setting: Setting, path: Path, given: argparse.Namespace, models: dict[str, Any]) -> None:
+        self._setting, self._data, self._models, self._seeds = setting, given.data, models, given.seeds
+        self.arms = [arm for arm in arms_of(setting.task) if not given.arms or arm in given.arms]
+        folder = models["llama"] if setting.stories else models["encoder"]()
+        self.log = Log(path, setting, encoder_name(folder))
+        self.failed: dict[str, str] = {}  # by arm, why; the rest of it is left out, and nothing is recorded
 
-def shortened(setting: Setting) -> Setting:
-    """The same with a few rows, for a rehearsal."""
-    few = 2 * setting.batch_size
-    return replace(setting, examples=few, choosing=few, scored=few, statistic=few, stories=min(few, setting.stories))
+    @cached_property
+    def _task(self) -> Task:
+        return task_of(self._setting, self._data, **self._models)
 
+    def complete(self, stage: int, limit: Limit) -> None:
+        """Make the runs of a stage that are missing."""
+        for step in stages(self.arms, self._setting.rates, self._seeds)[stage]:
+            if step.arm in self.failed or self.log.find(step):
+                continue
+            if not limit.allows():
+                return
+            lr = step.lr or self.log.best_rate(step.arm)
+            say(f"{self._setting.task}: {step.arm}, lr {lr:g}, seed {step.seed}")
+            try:
+                with limit.timed():
+                    measured = run(step.arm, lr, step.seed, self._task, choosing=step.seed == CHOOSING_SEED)
+            except Exception as error:  # one arm that cannot run leaves the others
+                self.failed[step.arm] = f"{self._setting.task}: {step.arm} fails: {type(error).__name__}: {error}"
+                say(self.failed[step.arm])
+                continue
+            self.log.append(step._replace(lr=lr), measured)
 
-def rehearse(task: Task, arms: list[str]) -> list[str]:
-    """Take one step of each arm, and record nothing.
+    def rehearse(self) -> list[str]:
+        """Take one step of each arm with a few rows, and record nothing.
 
-    Returns:
-        A line for each arm that failed.
-    """
-    failed = []
-    for arm in arms:
-        try:
-            measured = run(arm, max(task.setting.rates), 0, task, choosing=False, steps=1)
-        except Exception as error:  # the others are tried, too
-            failed.append(f"{task.setting.task}: {arm} fails: {type(error).__name__}: {error}")
-            continue
-        say(
-            f"{task.setting.task}: {arm}: start {measured['starting']:.2f} s, all {measured['seconds']:.2f} s, "
-            f"{measured['trained']:,} trained, error at step 0 {measured['step_0_error']:.1e}"
-        )
-    return failed
+        Returns:
+            A line for each arm that failed.
+        """
+        few = 2 * self._setting.batch_size
+        short = dict(examples=few, choosing=few, scored=few, statistic=few, stories=min(few, self._setting.stories))
+        task = task_of(replace(self._setting, **short), self._data, **self._models)
+        failed = []
+        for arm in self.arms:
+            try:
+                measured = run(arm, max(self._setting.rates), 0, task, choosing=False, steps=1)
+            except Exception as error:  # the others are tried, too
+                failed.append(f"{self._setting.task}: {arm} fails: {type(error).__name__}: {error}")
+                continue
+            say(
+                f"{self._setting.task}: {arm}: start {measured['starting']:.2f} s, all {measured['seconds']:.2f} s, "
+                f"{measured['trained']:,} trained, error at step 0 {measured['step_0_error']:.1e}"
+            )
+        return failed

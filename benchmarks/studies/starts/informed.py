@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -32,6 +32,10 @@ class WithinShapes(fk.RankRule):
     rule: fk.RankRule
     shapes: Mapping[str, Hashable]
     dealt: int | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**self.rule.settings, "within": "shapes", "dealt": self.dealt}
 
     def ranks(self, importances: Mapping[str, float], largest: Mapping[str, int]) -> dict[str, int]:
         ranks: dict[str, int] = {}
@@ -66,18 +70,36 @@ def farss(
     average = setting.shallow_rank(1 + max(map(layer_of, modules)))
     rule = fk.UniformRank(int(average)) if ranks == "uniform" else fk.InverseImportance(average, most=int(average) + 1)
     shapes = {f"{path}.weight": tuple(module.weight.shape) for path, module in modules.items()}
-    rule = WithinShapes(rule, shapes, dealt=seed if ranks == "permuted" else None)
     start = fk.farss(
         model,
         task.batches(task.drawn(seed)),
         shallow=setting.shallow,
         rank=setting.deep_rank,
-        ranks=rule,
-        targets=[f"*.{target}.weight" for target in task.targets],
+        ranks=WithinShapes(rule, shapes, dealt=seed if ranks == "permuted" else None),
+        targets=[f"*.{target}" for target in task.targets],
         fisher=fisher,
         max_examples=None,
     )
-    return start
+    return _exchanged(model, task, seed, start) if exchanged else start
+
+
+def _exchanged(model: nn.Module, task: Task, seed: int, start: fk.AdapterInit) -> fk.AdapterInit:
+    """The same ranks, with the largest scores in shallow layers and the smallest in deep ones: a second pass."""
+    names = {f"{path}.weight": path for path in start}
+    energies = fk.estimate(
+        model,
+        task.batches(task.drawn(seed)),
+        fk.DirectionEnergy(),
+        parameters=lambda name, _: name in names,
+    )
+    shallow = {name: layer_of(path) <= task.setting.shallow for name, path in names.items()}
+    rule = fk.DirectionInit(
+        ranks={name: start.ranks[path] for name, path in names.items()},
+        order={name: "largest" if shallow[name] else "smallest" for name in names},
+        score="weighted",
+        magnitude="sigma",
+    )
+    return fk.initialize(model, energies, rule)
 
 
 def filet(
@@ -89,13 +111,11 @@ def filet(
     order: Literal["smallest", "largest"] = "smallest",
 ) -> fk.AdapterInit:
     """The start of FILet, at one rank for all matrices."""
-    rank = task.setting.rank
     return fk.filet(
         model,
         task.batches(task.drawn(seed)),
-        rank=rank,
-        alpha=rank,
-        targets=[f"*.{target}.weight" for target in task.targets],
+        rank=task.setting.rank,
+        targets=[f"*.{target}" for target in task.targets],
         order=order,
         fisher=fisher,
         max_examples=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -24,17 +25,26 @@ class Step(NamedTuple):
     seed: int
 
 
-def plan(arms: Sequence[str], rates: Sequence[float], seeds: int) -> Iterator[Step]:
-    """All runs, the most important first.
+def stages(arms: Sequence[str], rates: Sequence[float], seeds: int) -> list[list[Step]]:
+    """All runs, the most important first. Every arm has the same rates and the same seeds.
 
-    The first arms choose their rates and run with three seeds, one seed after the other. Then each further arm does.
-    The other seeds come last, of all arms. Every arm has the same rates and the same seeds.
+    The first stage is that of the first arms: each chooses its rate, then they run with three seeds, one seed after the
+    other. The second is the same of the further arms, arm by arm. The third has the other seeds of all arms.
     """
     early = min(EARLY_SEEDS, seeds)
-    for group in (arms[:FIRST], *((arm,) for arm in arms[FIRST:])):
+
+    def of(group: Sequence[str]) -> Iterator[Step]:
         yield from (Step(arm, lr, CHOOSING_SEED) for arm in group for lr in rates)
         yield from (Step(arm, None, seed) for seed in range(early) for arm in group)
-    yield from (Step(arm, None, seed) for seed in range(early, seeds) for arm in arms)
+
+    further = [step for arm in arms[FIRST:] for step in of([arm])]
+    late = [Step(arm, None, seed) for seed in range(early, seeds) for arm in arms]
+    return [list(of(arms[:FIRST])), further, late]
+
+
+def plan(arms: Sequence[str], rates: Sequence[float], seeds: int) -> list[Step]:
+    """All runs of all stages in their order."""
+    return list(itertools.chain.from_iterable(stages(arms, rates, seeds)))
 
 
 class Log:
@@ -68,7 +78,7 @@ class Log:
 
     def ran(self, arms: Sequence[str], seeds: int) -> tuple[int, int]:
         """How many of how many runs there are."""
-        steps = list(plan(arms, self.setting.rates, seeds))
+        steps = plan(arms, self.setting.rates, seeds)
         return sum(self.find(step) is not None for step in steps), len(steps)
 
     def table(self, arms: Sequence[str], seeds: int) -> str:

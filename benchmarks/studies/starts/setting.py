@@ -40,7 +40,7 @@ class Setting:
     rank: int = 8
     deep_rank: int = 10
     shallow: int = 1
-    statistic: int = 64
+    statistic: int = 128
     measured: int = 1
     stories: int = 0
     story_tokens: int = 64
@@ -51,8 +51,8 @@ class Setting:
         return (self.rank * layers - self.deep_rank * deep) / (self.shallow + 1)
 
 
-LANGUAGE = dict(examples=4000, rates=(3e-4, 1e-3, 3e-3), measured=4, stories=256)
-CLASSES = dict(rates=(3e-4, 1e-3, 3e-3))
+LANGUAGE = dict(examples=4000, rates=(1e-3, 3e-3, 1e-2, 3e-2), measured=4, stories=256)
+CLASSES = dict(rates=(5e-4, 2e-3, 8e-3))
 SETTINGS = {
     "stories-sst2": Setting("stories-sst2", texts="sst2", **LANGUAGE),
     "stories-cola": Setting("stories-cola", texts="cola", **LANGUAGE),

@@ -74,7 +74,7 @@ def ignored(folder: Path) -> bool:
     """Whether git leaves the folder out; one outside the checkout is."""
     if not folder.resolve().is_relative_to(ROOT):
         return True
-    return subprocess.run(["git", "check-ignore", "-q", str(folder.resolve())], cwd=ROOT).returncode == 0
+    return subprocess.run(["git", "check-ignore", "-q", str(folder.resolve() / "models")], cwd=ROOT).returncode == 0
 
 
 if __name__ == "__main__":
