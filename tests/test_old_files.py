@@ -90,6 +90,13 @@ def test_selections(files, name):
         assert loaded.count == (0 if name == "nothing" else loaded.total)
 
 
+def test_starts_of_adapters(files):
+    loaded, expected = fk.AdapterInit.load(files / "inits" / "adapter_init"), samples.adapter_init()
+    assert loaded == expected
+    assert loaded.provenance == expected.provenance
+    assert loaded.ranks == {"0": 3, "1": 2}
+
+
 def test_a_selection_knows_its_start(files):
     loaded = fk.Selection.load(files / "selections" / "bound")
     check_start(loaded, samples.small())

@@ -2,6 +2,7 @@
 
 from fishkern.initialization.directions import DirectionInit, initialize
 from fishkern.initialization.init import AdapterInit, ModuleInit
+from fishkern.initialization.probe import probe_losses
 from fishkern.initialization.ranks import (
     InverseImportance,
     ProportionalImportance,
@@ -20,4 +21,5 @@ __all__ = [
     "UniformRank",
     "allocate_ranks",
     "initialize",
+    "probe_losses",
 ]

@@ -151,6 +151,11 @@ class AdapterInit(Frozen, Mapping[str, ModuleInit]):
         return {path: module.rank for path, module in self._modules.items()}
 
     @property
+    def alphas(self) -> dict[str, float]:
+        """PEFT's ``lora_alpha`` of each module by its path."""
+        return {path: module.alpha for path, module in self._modules.items()}
+
+    @property
     def digests(self) -> dict[str, tuple[float, float]]:
         """For each path the digest of the matrix that the start was made for."""
         return dict(self._digests)

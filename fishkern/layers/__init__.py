@@ -33,6 +33,7 @@ from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.strays import Strays
 from fishkern.layers.survey import LAYERS, Plan, survey
+from fishkern.layers.twins import ResidualA, ResidualB, TwinA, TwinB, Twins
 from fishkern.layers.unsupported import UnsupportedModuleError, leave_out, without_gradient
 from fishkern.layers.watch import watch
 
@@ -61,11 +62,16 @@ __all__ = [
     "Plan",
     "PositionGrads",
     "QuantizedLinear",
+    "ResidualA",
+    "ResidualB",
     "Scale",
     "Site",
     "Strays",
     "SummedGrads",
     "TiedRows",
+    "TwinA",
+    "TwinB",
+    "Twins",
     "UnsupportedModuleError",
     "as_found",
     "gradient_kept",

@@ -27,9 +27,11 @@ from fishkern.layers.quantized import own_weights
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Idle, Layout, Site
 from fishkern.layers.tap import FrozenCall, leading_shape
+from fishkern.layers.twins import Twins
 
 LAYERS: tuple[Layer, ...] = (
-    Linear(), QuantizedLinear(), Conv1D(), Embedding(), LayerNorm(), Convolution(), Factor(), OnePlusFactor(), Scale()
+    Linear(), QuantizedLinear(), Conv1D(), Twins(), Embedding(), LayerNorm(), Convolution(), Factor(), OnePlusFactor(),
+    Scale(),
 )  # fmt: skip
 """The rules, first match first. A new kind of layer is one more entry."""
 

@@ -10,8 +10,8 @@ from fishkern.ops._arguments import check_linear
 from fishkern.ops._tiles import TILE_ENTRIES, TILE_ENTRIES_ON_GPU, spans
 from fishkern.ops.dtypes import accumulates_in
 
-# Directions of a tile where bases are converted: narrower matrix products are slower on a CPU.
-_FEWEST_DIRECTIONS = 64
+# Directions that are projected on at a time: fewer make slow matrix products on a CPU, more leave fewer positions room.
+_DIRECTIONS = 768
 
 
 def project_sum_squared(
@@ -82,20 +82,18 @@ def project_sum_squared_torch(
 ) -> Tensor:
     """Compute :func:`project_sum_squared` in plain PyTorch, some directions and examples after the other."""
     dtype = accumulates_in(torch.promote_types(activations.dtype, V.dtype))
-    N, T, I = activations.shape
-    O, K = U.shape
+    N, T, _ = activations.shape
+    K = V.shape[1]
     total = torch.zeros(3, K, dtype=dtype, device=V.device)
     if not N * T * K:
         return total
     most = TILE_ENTRIES if V.device.type == "cpu" else TILE_ENTRIES_ON_GPU
-    width = K if V.dtype == dtype else max(_FEWEST_DIRECTIONS, most // max(I + O, 1))
-    for columns in spans(K, width):
-        v, u = V[:, columns].to(dtype), U[:, columns].to(dtype)
-        # Both projections and their products, or copies of the factors, converted or without gaps.
-        positions = max(1, most // max(3 * v.shape[1], I + O))
+    for columns in spans(K, _DIRECTIONS):
+        sums, v, u = total[:, columns], V[:, columns], U[:, columns]
+        positions = max(1, most // (3 * sums.shape[1]))  # room for both projections and their products
         for examples in spans(N, max(1, positions // T)):
-            _add_(total[:, columns], activations[examples], output_grads[examples], v, u,
-                  None if counted is None else counted[examples], positions)  # fmt: skip
+            part = None if counted is None else counted[examples]
+            _add_(sums, activations[examples], output_grads[examples], v, u, part, positions)
     return total
 
 
@@ -103,7 +101,7 @@ def _add_(total: Tensor, x: Tensor, g: Tensor, v: Tensor, u: Tensor, counted: Te
     """Add the sums of some examples; of one that is longer than ``positions``, a part after the other."""
     joint = total.new_zeros(len(x), v.shape[1])
     for part in spans(x.shape[1], positions):
-        h, d = _project(x[:, part], v), _project(g[:, part], u)  # [n, t, K]
+        h, d = _project(x[:, part], v, total.dtype), _project(g[:, part], u, total.dtype)  # [n, t, K]
         joint += (h * d).sum(1)
         if counted is not None:
             # Selected, not multiplied by zero: squares of what is in padded positions may be infinite.
@@ -115,12 +113,16 @@ def _add_(total: Tensor, x: Tensor, g: Tensor, v: Tensor, u: Tensor, counted: Te
     total[2] += joint.square_().sum(0)
 
 
-def _project(factors: Tensor, directions: Tensor) -> Tensor:
-    n, t, _ = factors.shape
-    projections = directions.new_empty(n * t, directions.shape[1])
-    # With a place for the result, which autocast leaves alone.
-    torch.mm(factors.flatten(0, 1).to(directions.dtype), directions, out=projections)
-    return projections.unflatten(0, (n, t))
+def _project(factors: Tensor, directions: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply ``[n, t, F]`` by ``[F, K]``, so many features at a time as there is room for copies in ``dtype``."""
+    n, t, F = factors.shape
+    K = directions.shape[1]
+    projections = torch.zeros(n * t, K, dtype=dtype, device=factors.device)
+    most = TILE_ENTRIES if factors.device.type == "cpu" else TILE_ENTRIES_ON_GPU
+    for features in spans(F, max(1, most // max(n * t, K))) if F else ():
+        part = factors[..., features].flatten(0, 1).to(dtype)
+        projections.addmm_(part, directions[features].to(dtype))
+    return projections.view(n, t, K)
 
 
 def _check_directions(activations: Tensor, output_grads: Tensor, V: Tensor, U: Tensor) -> None:

@@ -35,6 +35,9 @@ class Answering:
         model: In evaluation mode.
         likelihood: The loss of an example; ``None``: recognised from the model and its first batch.
 
+    Attributes:
+        prepared: Whether :meth:`prepare` has run.
+
     Raises:
         TypeError: ``likelihood`` is not a likelihood.
     """
@@ -44,6 +47,7 @@ class Answering:
         self._likelihood = checked_likelihood(likelihood)
         self._named = likelihood is not None
         self._usual = 1
+        self.prepared = False
 
     def prepare(self, batch: Examples) -> None:
         """Recognise the likelihood, and compare the loss of one example with the model's own.
@@ -67,6 +71,7 @@ class Answering:
             raise ValueError(refusal)
         if isinstance(self._likelihood, Likelihood):
             note_labels(self._model, self._likelihood, batch.content)
+        self.prepared = True
 
     def _prepare_on(self, example: Examples) -> str | None:
         """Run an example, and say why its loss cannot be used, or return ``None``."""

@@ -83,10 +83,13 @@ class Estimator(ABC):
             autograd gives it. ``"batches"``: one gradient of the loss of a batch as a whole.
         positions: Which positions count in factors (``grads.counted``): those that ``attention_mask`` marks
             (``"attended"``, the default), those whose output the loss is of (``"labelled"``), or ``"all"``.
+        by_default: Which parameters ``parameters=None`` of ``estimate`` takes: all that require a gradient
+            (``"trainable"``), or of these the weights of linear maps (``"linear"``), which have factors.
     """
 
     reads: ClassVar[Reads] = "examples"
     positions: Positions = "attended"
+    by_default: ClassVar[Literal["trainable", "linear"]] = "trainable"
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -26,6 +26,7 @@ class Data:
         ranks: The ranks that take part.
 
     Attributes:
+        device: The device of the batches.
         examples: Number of examples given so far, on this rank.
         batches: Number of batches given so far, on this rank.
 
@@ -39,7 +40,7 @@ class Data:
         demand_several(batches)
         self._reader = reader
         self._batches = batches
-        self._device = device
+        self.device = device
         self._shard = shard_of(batches, ranks, max_examples)
         self.examples = 0
         self.batches = 0
@@ -63,7 +64,7 @@ class Data:
                 batch = batch.take(0, len(places))
             self.batches += 1
             self.examples += len(places)
-            yield replace(batch.to(self._device), places=places, cut_from=None)
+            yield replace(batch.to(self.device), places=places, cut_from=None)
             # checked here as well, so that no batch beyond the limit is fetched from the user's iterator
             if limit is not None and self._shard.places(self.batches, self.examples, 1).start >= limit:
                 return

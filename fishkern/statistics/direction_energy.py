@@ -17,8 +17,8 @@ from fishkern.digests import digest
 from fishkern.layers import LinearMap, OuterProductGrads
 from fishkern.ops import project_sum_squared
 from fishkern.ops.dtypes import accumulates_in
-from fishkern.statistics.bases import power_directions, svd_directions
 from fishkern.statistics.base import Constant, Estimator, ParameterInfo, Positions, Reads, State
+from fishkern.statistics.bases import power_directions, svd_directions
 from fishkern.statistics.coverage import Covered
 from fishkern.statistics.energies import Energies
 
@@ -64,6 +64,7 @@ class DirectionEnergy(Estimator):
     """
 
     reads: ClassVar[Reads] = "factors"
+    by_default: ClassVar[Literal["trainable", "linear"]] = "linear"
     basis: Literal["svd", "power"] = "svd"
     positions: Positions = "attended"
     importance: Literal["kronecker", "exact"] | None = None
@@ -145,9 +146,13 @@ class DirectionEnergy(Estimator):
         dtype = accumulates_in(basis.U.dtype)
         G = grad.to(dtype).flatten(1)
         G = G.T if linear.transposed else G
-        M = basis.matrix.to(dtype)
-        projected = G if self.basis == "svd" else G @ M.T
-        along = ((projected @ basis.V.to(dtype)) * basis.U.to(dtype)).sum(0)
+        M, V = basis.matrix.to(dtype), basis.V.to(dtype)
+        if self.basis == "power":  # through the smaller side
+            O, I = linear.shape
+            G_V = G @ M.T @ V if O <= I else G @ (M.T @ V)
+        else:
+            G_V = G @ V
+        along = (G_V * basis.U.to(dtype)).sum(0)
         added: dict[str, Tensor | None] = dict.fromkeys(("input", "output", "joint", "positions", "matrix"))
         added["joint"] = along.square()
         if self.basis == "svd":

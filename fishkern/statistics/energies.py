@@ -108,10 +108,9 @@ class Energies(Held[MatrixEnergies]):
 
     Args:
         tensors: Entries ``"<name>/<part>"``: ``input`` and ``output``, ``[K]``, sums over the counted positions of an
-            example, mean over examples; ``joint [K]``; ``positions``, their number, mean over examples; ``matrix [4]``,
+            example, mean over examples; ``joint [K]``; ``positions``, their mean number; ``matrix [4]``, which are
             ``O``, ``I`` and the two numbers of its digest; for singular vectors ``singular_values [K]``; with
-            importance ``importance``, or the two matrices ``grams [2, S, S]`` of the smaller side ``S`` whose product it
-            is.
+            importance ``importance``, or the two matrices of the smaller side whose product it is, ``grams [2, S, S]``.
         count: Number of examples.
         provenance: As for :class:`fishkern.Statistics`.
         coverage: As for :class:`fishkern.Statistics`.
@@ -190,6 +189,4 @@ def _check_parts(name: str, shapes: Mapping[str, torch.Size]) -> None:
         if fits is None:
             fits = K is not None and tuple(shape) == expected[part]
         if not fits:
-            raise ValueError(
-                f"the energies of {name} have the part {part} of shape {tuple(shape)}, which does not fit."
-            )
+            raise ValueError(f"the energies of {name} have {part} of shape {tuple(shape)}, which does not fit.")

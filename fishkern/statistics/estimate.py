@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -94,8 +94,8 @@ def estimate(
         likelihood: The loss of an example. ``None``: recognised from a transformers model. A :class:`Likelihood`. Or a
             function ``(model, batch) -> losses [N]``, which gives the empirical Fisher only; as :class:`Drawn` where
             it draws random numbers.
-        parameters: ``None``: every parameter with ``requires_grad``; for a statistic of activations and output
-            gradients the weights of linear maps among them. ``"all"``: every parameter, also those stored as
+        parameters: ``None``: every parameter with ``requires_grad``; for :class:`DirectionEnergy` the weights of linear
+            maps among them. ``"all"``: every parameter, also those stored as
             integers, float8 or in packed form by a quantised linear, whose key is ``<module>.weight`` and whose shape
             is ``[O, I]``. Patterns of canonical names. Or a predicate of canonical name and parameter (for a stored
             weight: the tensor that stores it).
@@ -123,7 +123,7 @@ def estimate(
     model = hosts.unwrap(model)
     _refuse(model, estimator, max_examples)
     maps = linear_maps(model) if estimator.reads == "factors" else {}
-    requested = _requested(model, parameters, maps if estimator.reads == "factors" else None)
+    requested = _requested(model, parameters, estimator, maps)
     infos = _infos(model, requested, estimator, accumulate_on, maps)
     groups = _passes(estimator, requested, batches)
     ranks = Ranks()
@@ -131,26 +131,19 @@ def estimate(
     device = next(iter(requested.values())).device
     reader = reader_for(likelihood, shared)
     answering = Answering(model, likelihood)
+    backend = backends.current() if backend is None else backend
     results: dict[str, Any] = {}
-    coverage: dict[str, tuple[str, str]] = {}
+    paths: dict[str, tuple[str, str]] = {}
     passed: list[_Passed] = []
     for number, names in enumerate(groups):
-        part = {name: requested[name] for name in names}
-        # those of this group alone: what is kept of their parameters is freed with them
-        part_infos = {name: infos.pop(name) for name in names}
-        states = States(part_infos, estimator, backends.current() if backend is None else backend)
         data = Data(batches, reader, device, max_examples, ranks)
         report = Progress(progress if ranks.rank == 0 else False, data.total, number, len(groups))
-        run = _Run(model, part, estimator, states, answering)
-        with ranks.failing_together(), undisturbed(model, part.values()) as entered:
-            units = run.over(data, entered, first=number == 0, check=check, report=report, device=device)
-        report.close()
-        all_counts = ranks.gathered((units, data.examples, data.batches))
-        counts = _Counts(*(sum(each) for each in zip(*all_counts, strict=True)))
-        _demand_gradients(run, counts, ranks)
-        results |= _results(states, part_infos, estimator, ranks, counts.units)
-        coverage |= slowest_paths(ranks.gathered(run.paths))
-        passed.append(_Passed(counts, float(run.loss), run.note))
+        states = States({name: infos[name] for name in names}, estimator, backend)
+        part = {name: requested[name] for name in names}
+        passed.append(_Pass(model, part, estimator, states, answering).over(data, ranks, check=check, report=report))
+        paths |= slowest_paths(ranks.gathered(passed[-1].paths))
+        results |= _results(states, estimator, ranks, passed[-1].counts.units)
+    results = {name: results[name] for name in requested}
     _demand_same_data(passed, ranks)
     _note_zeros(results)
     description = f"{answering.description}{_note_own_tokens(reader)}"
@@ -162,7 +155,7 @@ def estimate(
             "definition": {**estimator.definition, "likelihood": description},
             "runs": [_described(model, requested, estimator, passed, ranks, likelihood, check=check)],
         },
-        coverage=_coverage(model, requested, coverage, parameters, maps if estimator.reads == "factors" else None),
+        coverage=_coverage(model, requested, paths, parameters, estimator, maps),
     )
 
 
@@ -175,27 +168,31 @@ class _Counts(NamedTuple):
 
 
 class _Passed(NamedTuple):
-    """What is remembered of a pass: its counts, the sum of this rank's losses, and a remark for the provenance."""
+    """What is remembered of a pass.
+
+    Args:
+        counts: Of all ranks together.
+        loss: Sum of this rank's losses.
+        paths: Path and reason for each parameter.
+        note: A remark for the provenance about how examples of a batch interact.
+    """
 
     counts: _Counts
     loss: float
+    paths: Mapping[str, tuple[str, str]]
     note: str | None
 
 
 @dataclass
-class _Run:
+class _Pass:
     """One pass over the data.
 
     Args:
         model: Without running wrappers.
-        requested: The requested parameters, by canonical name.
+        requested: The parameters of this pass, by canonical name.
         estimator: The recipe.
         states: The states that it adds to.
         answering: Runs the model on a batch.
-        paths: Path and reason for each parameter, once the pass has ended.
-        connected: Whether a loss depended on these parameters.
-        note: A remark for the provenance about how examples of a batch interact.
-        loss: Sum of all losses on this rank, by which several passes are compared.
     """
 
     model: nn.Module
@@ -203,15 +200,21 @@ class _Run:
     estimator: Estimator
     states: States
     answering: Answering
-    paths: Mapping[str, tuple[str, str]] | None = None
-    connected: bool = False
-    note: str | None = None
-    loss: Tensor | float = 0.0
 
-    def over(
-        self, data: Data, entered: Entered, *, first: bool, check: bool, report: Progress, device: torch.device
-    ) -> int:
-        """Add every batch, and return the number of units."""
+    def over(self, data: Data, ranks: Ranks, *, check: bool, report: Progress) -> _Passed:
+        """Add every batch, on every rank."""
+        with ranks.failing_together(), undisturbed(self.model, self.requested.values()) as entered:
+            units, one_pass, note = self._run(data, entered, check=check, report=report)
+        report.close()
+        all_counts = ranks.gathered((units, data.examples, data.batches))
+        counts = _Counts(*(sum(each) for each in zip(*all_counts, strict=True)))
+        _demand_gradients(self.requested, one_pass, counts, ranks)
+        return _Passed(counts, float(one_pass.loss), one_pass.paths, note)
+
+    def _run(
+        self, data: Data, entered: Entered, *, check: bool, report: Progress
+    ) -> tuple[int, AutogradPass | CapturedPass, str | None]:
+        """Add this rank's batches; return the number of units, the pass, and a remark for the provenance."""
         answer_parts = answering_parts(self.answering)
 
         def answer(batch: Examples) -> Predictive | Tensor:
@@ -221,18 +224,16 @@ class _Run:
         by_labels = self.estimator.definition.get("fisher_type", "empirical") == "empirical"
         independence = Independence(self.model, answer, Precision(self.model), by_labels=by_labels)
         one_pass = self._pass(answer, entered, independence, check=check)
-        randomness = OwnRandomness(device)
+        randomness = OwnRandomness(data.device)
         units = 0
         for batch in data:
             with randomness.drawing():  # the model's draws, not those of the data, come from the pass's own stream
-                if data.batches == 1 and first:
+                if not self.answering.prepared:
                     self.answering.prepare(batch)
                 one_pass.run(batch)
             units += self.estimator.units(batch.num_examples)
             report(data.examples)
-        self.paths, self.connected, self.note = one_pass.paths, one_pass.connected, independence.note
-        self.loss = one_pass.loss
-        return units
+        return units, one_pass, independence.note
 
     def _pass(
         self, answer: Callable, entered: Entered, independence: Independence, *, check: bool
@@ -272,10 +273,10 @@ def _passes(estimator: Estimator, requested: Mapping[str, Tensor], batches: Iter
     groups = estimator.passes(tuple(requested))
     if sorted(name for names in groups for name in names) != sorted(requested):
         raise ValueError(f"{type(estimator).__name__}.passes must give every requested parameter once, got {groups}.")
-    if len(groups) > 1 and iter(batches) is batches:
+    if len(groups) > 1 and isinstance(batches, Iterator):
         raise ValueError(
-            f"{type(estimator).__name__} takes {len(groups)} passes over the data, and batches is an iterator, which can "
-            "be read once: give a DataLoader or a list, or estimate all layers in one pass."
+            f"{type(estimator).__name__} takes {len(groups)} passes over the data, and batches is an iterator, which "
+            "can be read once: give a DataLoader or a list, or estimate all layers in one pass."
         )
     return groups
 
@@ -290,8 +291,8 @@ def _demand_same_data(passed: Sequence[_Passed], ranks: Ranks) -> None:
         if count != examples[0] or not abs(loss - losses[0]) <= _SAME_LOSS * max(abs(loss), abs(losses[0])):
             raise ValueError(
                 f"pass {number} of {len(passed)} saw other data than the first: {count} examples with a mean loss of "
-                f"{loss / count:.6g}, after {examples[0]} with {losses[0] / examples[0]:.6g}. Give the same data in every "
-                "pass, such as a DataLoader without shuffle, or estimate all layers in one pass."
+                f"{loss / count:.6g}, after {examples[0]} with {losses[0] / examples[0]:.6g}. Give the same data in "
+                "every pass, such as a DataLoader without shuffle, or estimate all layers in one pass."
             )
 
 
@@ -321,12 +322,10 @@ def _infos(
     }
 
 
-def _results(
-    states: States, infos: Mapping[str, ParameterInfo], estimator: Estimator, ranks: Ranks, units: int
-) -> dict[str, Any]:
+def _results(states: States, estimator: Estimator, ranks: Ranks, units: int) -> dict[str, Any]:
     """Reduce each state over the ranks and turn it into the statistic, one at a time."""
     results = {}
-    for key, info in infos.items():
+    for key in states.names:
         state = states.pop(key)  # states are freed one by one as results take their place
         for total in sums(state):
             ranks.sum_(total)
@@ -334,7 +333,7 @@ def _results(
         if not all(bool(leaf.isfinite().all()) for leaf in tree_leaves(results[key]) if isinstance(leaf, Tensor)):
             raise ValueError(
                 f"the statistic of {key} is not finite although every loss is: its gradients overflow in "
-                f"{info.value.dtype}. Run the model in float32 or bfloat16."
+                f"{states.info(key).value.dtype}. Run the model in float32 or bfloat16."
             )
     return results
 
@@ -344,14 +343,16 @@ def _note_zeros(results: Mapping[str, Any]) -> None:
         warn_caller("every entry is exactly zero: no parameter moves this loss.")
 
 
-def _demand_gradients(run: _Run, counts: _Counts, ranks: Ranks) -> None:
+def _demand_gradients(
+    requested: Mapping[str, Tensor], one_pass: AutogradPass | CapturedPass, counts: _Counts, ranks: Ranks
+) -> None:
     """Refuse a result of no examples, or of a loss without a gradient."""
     if not counts.units:
         raise ValueError("the data holds no example: batches was empty (an exhausted iterator, or max_examples=0).")
-    if not any(ranks.gathered(run.connected)):
+    if not any(ranks.gathered(one_pass.connected)):
         raise ValueError(
-            f"the loss depends on none of the {len(run.requested)} requested parameters "
-            f"({', '.join(list(run.requested)[:3])}, ...): it was computed without gradients, or these parameters are "
+            f"the loss depends on none of the {len(requested)} requested parameters "
+            f"({', '.join(list(requested)[:3])}, ...): it was computed without gradients, or these parameters are "
             "not used."
         )
 
@@ -424,19 +425,20 @@ def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) ->
             )
 
 
-def _requested(model: nn.Module, which: Requested, maps: Mapping[str, LinearMap] | None) -> dict[str, Tensor]:
-    """Choose the parameters; by default, where factors are read, the weights of linear maps alone."""
+def _requested(
+    model: nn.Module, which: Requested, estimator: Estimator, maps: Mapping[str, LinearMap]
+) -> dict[str, Tensor]:
     named = scored_tensors(model)
     requested = {name: named[name] for name in requested_names(named, which)}
-    if maps is not None:
-        without = [name for name in requested if name not in maps]
-        if which is not None and without:
-            raise UnsupportedModuleError(without_factors(without))
+    linear = which is None and estimator.by_default == "linear"
+    if linear:
         requested = {name: one for name, one in requested.items() if name in maps}
+    if estimator.reads == "factors" and (without := [name for name in requested if name not in maps]):
+        raise UnsupportedModuleError(without_factors(without))
     if not requested:
         why = "parameters= chooses none of them"
         if which is None:
-            what = "none of them" if maps is None else "no weight of a linear map among them"
+            what = "no weight of a linear map among them" if linear else "none of them"
             why = f"{what} requires a gradient"
         raise ValueError(
             f"{type(model).__name__} has {len(named)} parameters, and {why}. Pass parameters='all', "
@@ -478,14 +480,15 @@ def _coverage(
     requested: Mapping[str, Tensor],
     paths: Mapping[str, tuple[str, str]],
     which: Requested,
-    maps: Mapping[str, LinearMap] | None,
+    estimator: Estimator,
+    maps: Mapping[str, LinearMap],
 ) -> dict[str, Covered]:
     excluded_by = "requires_grad is False" if which is None else "the parameters argument"
     stored = stored_weights(model)
     coverage = {}
     for key, parameter in scored_tensors(model).items():
         path, reason = paths[key] if key in requested else ("left out", excluded_by)
-        if key not in requested and which is None and maps is not None and key not in maps:
+        if key not in requested and which is None and estimator.by_default == "linear" and key not in maps:
             reason = "not the weight of a linear map, so it has no activations and output gradients"
         storage, module = stored.get(key, (key, None))
         numel = parameter.numel() if module is None else weight_shape(module).numel()

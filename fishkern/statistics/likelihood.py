@@ -63,22 +63,16 @@ class Likelihood(ABC):
         """
         return self
 
-    def labelled(self, batch: Batch) -> Tensor:
+    def labelled(self, batch: Batch) -> Tensor | None:
         """Say at which positions the output of the model has a label.
 
         Args:
             batch: As for :meth:`predictive`.
 
         Returns:
-            ``[N, T]``, bool.
-
-        Raises:
-            ValueError: It is not a likelihood of one label for each position of the input.
+            ``[N, T]``, bool; ``None`` if labels do not belong to positions of the input.
         """
-        raise ValueError(
-            f"{type(self).__name__} has no labels of positions, which positions='labelled' counts: count those that "
-            "attention_mask marks, positions='attended', or positions='all'."
-        )
+        return None
 
 
 class CausalLM(Likelihood):

@@ -51,4 +51,10 @@ def _labelled(answering: Answering, batch: Examples) -> Tensor:
             "positions='labelled' needs a likelihood with labels of positions, such as fishkern.CausalLM(), and not a "
             "function: a function does not say which positions its losses are of."
         )
-    return likelihood.labelled(batch.content)
+    labelled = likelihood.labelled(batch.content)
+    if labelled is None:
+        raise ValueError(
+            f"{type(likelihood).__name__} has no labels of positions, which positions='labelled' counts: count those "
+            "that attention_mask marks, positions='attended', or positions='all'."
+        )
+    return labelled

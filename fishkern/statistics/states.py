@@ -45,6 +45,11 @@ class States:
     def __contains__(self, name: str) -> bool:
         return name in self._states
 
+    @property
+    def names(self) -> list[str]:
+        """Canonical names of the parameters that have a state, in order."""
+        return list(self._states)
+
     def info(self, name: str) -> ParameterInfo:
         """Return the parameter that a state belongs to.
 
@@ -109,7 +114,7 @@ class States:
                 total.zero_()
 
     def pop(self, name: str) -> State:
-        """Remove a state, and return it.
+        """Remove a state and what the estimator kept of its parameter, and return the state.
 
         Args:
             name: Canonical name of its parameter.
@@ -117,6 +122,7 @@ class States:
         Returns:
             The state.
         """
+        self._parameters[name].kept.clear()
         return self._states.pop(name)
 
     def _add(self, name: str, device: torch.device, update: Callable[[State], None]) -> None:

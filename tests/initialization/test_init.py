@@ -64,6 +64,7 @@ def test_it_is_a_mapping_from_paths():
     init = made()
     assert list(init) == ["encoder.q", "encoder.v"]
     assert init.ranks == {"encoder.q": 3, "encoder.v": 2}
+    assert init.alphas == {"encoder.q": 6.0, "encoder.v": pytest.approx(0.2)}
     assert init.digests == DIGESTS
     assert init.provenance == {"rule": {"name": "Mine"}}
     assert repr(init) == "AdapterInit(2 modules, ranks 2 to 3, 50 entries)"

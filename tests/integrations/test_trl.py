@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import partial
 
@@ -17,8 +18,11 @@ trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
 
 import datasets  # noqa: E402
 
+from fishkern.integrations.lora import FILE as INIT_FILE  # noqa: E402
+from fishkern.integrations.lora import FOLDER, InitCallback, attach_init  # noqa: E402
 from fishkern.integrations.trainer import FILE, FisherCallback, FisherMixin  # noqa: E402
 from tests.integrations.test_trainer import SHORT, assert_only_the_selection_moved, values  # noqa: E402
+from tests.support.starts import start_of  # noqa: E402
 
 
 def test_sft_moves_the_selection_alone(tmp_path):
@@ -46,6 +50,30 @@ def test_sft_moves_the_selection_alone(tmp_path):
     checkpoint = tmp_path / "checkpoint-4"
     assert fk.Selection.load(checkpoint / FILE) == selection
     assert json.loads((checkpoint / "adapter_config.json").read_text())["init_lora_weights"] == "pissa"
+
+
+def test_sft_trains_a_lora_with_a_start(tmp_path):
+    torch.manual_seed(0)
+    original = zoo.llama(vocab_size=41).model
+    init = start_of(original, lambda n: 3)
+    model = attach_init(copy.deepcopy(original), init, task_type="CAUSAL_LM")
+    options = dict(output_dir=str(tmp_path), save_steps=4, max_length=16, bf16=False)
+    rows = datasets.Dataset.from_dict({"text": ["the sea falls", "rain on old stones", "all night long", "rain"] * 3})
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(**{**SHORT, **options}),
+        train_dataset=rows,
+        processing_class=zoo.tokenizer(),
+        callbacks=[InitCallback(init)],
+    )
+    trainer.train()
+    assert fk.AdapterInit.load(tmp_path / "checkpoint-4" / INIT_FILE) == init
+    batch = zoo.text_batch(3, 7)
+    with torch.no_grad():
+        trained, before = model.eval()(**batch).logits, original.eval()(**batch).logits
+        assert (trained - before).abs().max() > 1e-2
+        loaded = peft.PeftModel.from_pretrained(original, tmp_path / FOLDER).eval()
+        assert (loaded(**batch).logits - trained).abs().max() < 1e-5
 
 
 class FisherSFT(FisherMixin, trl.SFTTrainer): ...

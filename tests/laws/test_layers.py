@@ -74,6 +74,14 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(input) * self.embed_scale
 
 
+def moved(kind: type[nn.Linear], in_features: int, out_features: int) -> nn.Module:
+    """A factor of a LoRA that training has moved from its initial values."""
+    factor = kind(nn.Linear(in_features, out_features, bias=False))
+    with torch.no_grad():
+        factor.weight.add_(torch.randn_like(factor.weight))
+    return factor
+
+
 CASES = {
     layers.Linear: {
         **{
@@ -94,6 +102,14 @@ CASES = {
         "2-D": (partial(Conv1D, 3, 5), numbers(5)),
         "3-D": (partial(Conv1D, 3, 5), numbers(7, 5)),
         "square": (partial(Conv1D, 5, 5), numbers(7, 5)),
+    },
+    layers.Twins: {
+        "A, 2-D": (partial(moved, layers.TwinA, 5, 3), numbers(5)),
+        "A, 3-D": (partial(moved, layers.TwinA, 5, 3), numbers(7, 5)),
+        "A, rank 1": (partial(moved, layers.TwinA, 5, 1), numbers(2, 3, 5)),
+        "B, 2-D": (partial(moved, layers.TwinB, 3, 5), numbers(6)),
+        "B, 3-D": (partial(moved, layers.TwinB, 3, 5), numbers(7, 6)),
+        "B, rank 1": (partial(moved, layers.TwinB, 1, 5), numbers(2, 3, 2)),
     },
     layers.Embedding: {
         "1-D": (partial(nn.Embedding, 5, 3), tokens()),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fishkern as fk
 from tests.support import zoo
 from tests.support.oracle import next_token, squares_one_by_one, worst_error
+from tests.support.starts import start_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -227,3 +228,34 @@ def test_a_model_that_has_repacked_itself_is_refused_by_name():
         pytest.skip("bitsandbytes repacks on processors with AVX512-BF16 only")
     with pytest.raises(fk.UnsupportedModuleError, match="cuts the gradient.*bitsandbytes.*load the model again"):
         fk.estimate(model, [batch])
+
+
+@pytest.mark.parametrize("case", ["bitsandbytes nf4", "bitsandbytes int8", "torchao int8", "hqq"])
+def test_a_lora_with_a_start_leaves_the_output_to_the_bit(case, tmp_path):
+    peft = pytest.importorskip("peft")
+    from fishkern.integrations.lora import attach_init, plain_lora
+
+    def quantised() -> nn.Module:
+        model = llama()
+        {**EXACT, "bitsandbytes int8": bitsandbytes_int8}[case](model)
+        model.is_loaded_in_8bit = "int8" in case  # which PEFT asks
+        return model.train()  # a 4-bit linear would repack itself
+
+    batch, model = zoo.text_batch(4, 7), quantised()
+    init = start_of(model, lambda n: 1 + n % 5)
+    with pytest.raises(ValueError, match="cannot be subtracted from quantised weights"):
+        attach_init(model, init, residual="weights")
+    expected = model(**batch).logits.detach()
+    adapted = attach_init(model, init)
+    output = adapted(**batch)
+    assert torch.equal(output.logits, expected)
+    output.loss.backward()
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    assert all(parameter.grad.abs().max() > 0 for parameter in trained)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    moved = adapted(**batch).logits.detach()
+    assert (moved - expected).abs().max() > 1e-2
+    loaded = peft.PeftModel.from_pretrained(quantised(), plain_lora(adapted, tmp_path)).train()
+    assert (loaded(**batch).logits - moved).abs().max() < 1e-3

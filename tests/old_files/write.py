@@ -2,7 +2,8 @@
 
     python -m tests.old_files.write 0.2
 
-makes the folder ``0.2`` next to this file. Committed samples never change: whoever changes a format adds a folder.
+makes the folder ``0.2`` next to this file. Committed samples never change: whoever changes a format adds a folder. Who
+adds a format adds its samples alone, ``python -m tests.old_files.write 0.1 inits``.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ def write_statistics(folder: Path) -> None:
 def write_selections(folder: Path) -> None:
     for name in samples.SELECTIONS:
         samples.selection(name).save(folder / name, max_shard_size=20 if name == "shards" else None)
+
+
+def write_inits(folder: Path) -> None:
+    samples.adapter_init().save(folder / "adapter_init")
 
 
 def write_values(folder: Path) -> None:
@@ -122,6 +127,7 @@ def interrupted_before(step: int) -> Iterator[None]:
 WRITERS = {
     "statistics": write_statistics,
     "selections": write_selections,
+    "inits": write_inits,
     "values": write_values,
     "optimizers": write_optimizers,
     "trainer": write_trainer,
@@ -130,13 +136,13 @@ WRITERS = {
 }
 
 
-def main(version: str) -> None:
-    """Write every sample below the folder of a version, which must not be there yet."""
+def main(version: str, *names: str) -> None:
+    """Write samples below the folder of a version: all of them, or those named; none may be there yet."""
     torch.set_num_threads(1)
-    (samples.FOLDER / version).mkdir()
-    for name, write in WRITERS.items():
+    (samples.FOLDER / version).mkdir(exist_ok=bool(names))
+    for name in names or WRITERS:
         (samples.FOLDER / version / name).mkdir()
-        write(samples.FOLDER / version / name)
+        WRITERS[name](samples.FOLDER / version / name)
 
 
 if __name__ == "__main__":

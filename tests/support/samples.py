@@ -103,6 +103,17 @@ def later_selection() -> fk.Selection:
     return fk.Selection(POOL, {name: torch.tensor(list(at)) for name, at in indices.items()}, whole=["0.bias"])
 
 
+def adapter_init() -> fk.AdapterInit:
+    """The start of an adapter of the first two modules, with another rank and scaling for each."""
+    modules = {}
+    for path, rank, scaling in (("0", 3, 2.0), ("1", 2, 0.5)):
+        O, I = POOL[f"{path}.weight"]
+        factors = [numbers(f"{path} {part}", shape) for part, shape in (("A", (rank, I)), ("B", (O, rank)))]
+        modules[path] = fk.ModuleInit(*factors, scaling, torch.arange(rank) * 2)
+    provenance = {"rule": {"name": "DirectionInit", "ranks": {"0": 3, "1": 2}}}
+    return fk.AdapterInit(modules, digests={"0": (4.5, -0.125), "1": (2.25, 1.5)}, provenance=provenance)
+
+
 @torch.no_grad()
 def moved(model: nn.Module, by: float = 0.5) -> nn.Module:
     """The same model with its selected entries moved, as training would."""

@@ -1,0 +1,401 @@
+"""Energies of directions, against explicit covariances and explicit gradients of single examples in float64."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+from torch import nn
+
+import fishkern as fk
+from fishkern.layers import linear_maps
+from tests.models.test_quantized import Packed
+from tests.support import oracle, zoo
+
+pytest.importorskip("transformers")
+
+PARTS = ("input", "output", "joint", "singular_values")
+MODELS = {
+    "llama": lambda: zoo.llama(num_key_value_heads=1),
+    "tied": lambda: zoo.llama(tie_word_embeddings=True),
+    "gpt2": zoo.gpt2,
+    "bert": zoo.bert,
+    "vit": zoo.vit,
+}
+
+
+def specimen(kind: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, list[dict]]:
+    one = MODELS[kind]()
+    return one.model.to(dtype).eval(), [cast(one.batch(3), dtype), cast(one.batch(2), dtype)]
+
+
+def cast(batch: dict, dtype: torch.dtype) -> dict:
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+
+
+class Oracle:
+    """What enters each linear map, the gradient at its output, and the gradient of its matrix, for single examples."""
+
+    def __init__(self, model: nn.Module, batches: list[dict], loss: oracle.Loss, counts: str = "attended") -> None:
+        self.loss = loss
+        self.maps = linear_maps(model)
+        self.h, self.d, self.grads = ({name: [] for name in self.maps} for _ in range(3))
+        self.positions = dict.fromkeys(self.maps, 0)
+        self.examples = 0
+        for batch in batches:
+            for n in range(len(next(iter(batch.values())))):
+                self._add(model, {key: value[n : n + 1] for key, value in batch.items()}, counts)
+
+    def _add(self, model: nn.Module, row: dict, counts: str) -> None:
+        self.examples += 1
+        seen: dict[str, tuple] = {}
+        handles = [
+            linear.module.register_forward_hook(
+                lambda module, args, output, name=name: seen.update({name: (args[0], output)}) or output.retain_grad()
+            )
+            for name, linear in self.maps.items()
+        ]
+        model.zero_grad()
+        self.loss(model, row).backward()
+        for handle in handles:
+            handle.remove()
+        for name, (x, y) in seen.items():
+            linear = self.maps[name]
+            if isinstance(linear.module, nn.Conv2d):
+                module = linear.module
+                x = nn.functional.unfold(x, module.kernel_size, stride=module.stride).mT
+                g = y.grad.flatten(2).mT
+            else:
+                x, g = x.reshape(1, -1, x.shape[-1]), y.grad.reshape(1, -1, y.shape[-1])
+            counted = torch.ones(x.shape[1], dtype=torch.bool)
+            if counts != "all" and "attention_mask" in row and x.shape[1] > 1:
+                counted = row["attention_mask"][0].bool()
+            if counts == "labelled":
+                counted = torch.cat([row["labels"][0, 1:] >= 0, torch.tensor([False])])
+            self.h[name].append(x[0][counted].detach())
+            self.d[name].append(g[0][counted])
+            grad = linear.weight.grad.flatten(1)
+            self.grads[name].append((grad.T if linear.transposed else grad).clone())
+            self.positions[name] += int(counted.sum())
+
+    def directions(self, name: str, basis: str) -> tuple[torch.Tensor, torch.Tensor]:
+        M = self.maps[name].matrix().double()
+        if basis == "svd":
+            U, _, Vh = torch.linalg.svd(M, full_matrices=False)
+            return U, Vh.T
+        V = M.T @ M
+        V = V / V.norm(dim=0)
+        U = M @ V
+        return U / U.norm(dim=0), V
+
+    def energies(self, name: str, basis: str) -> dict[str, torch.Tensor]:
+        U, V = self.directions(name, basis)
+        H, D = self.covariances(name)
+        joint = torch.stack([(U * (G.double() @ V)).sum(0).square() for G in self.grads[name]])
+        return {
+            "input": (V * (H @ V)).sum(0),
+            "output": (U * (D @ U)).sum(0),
+            "joint": joint.sum(0) / self.examples,
+        }
+
+    def covariances(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        h, d = (torch.cat(factors[name]).double() for factors in (self.h, self.d))
+        return h.T @ h / len(h), d.T @ d / len(d)
+
+    def importance(self, name: str, kind: str) -> float:
+        M = self.maps[name].matrix().double()
+        if kind == "kronecker":
+            H, D = self.covariances(name)
+            return (torch.trace(D @ M @ H @ M.T) / M.numel()).item()
+        return (sum((G.double() * M).sum().square() for G in self.grads[name]) / self.examples / M.numel()).item()
+
+
+def assert_close(found: torch.Tensor, truth: torch.Tensor, tolerance: float) -> None:
+    assert found.shape == truth.shape
+    assert (found.double() - truth).abs().max() <= tolerance * truth.abs().max()
+
+
+@pytest.mark.parametrize("basis", ["svd", "power"])
+@pytest.mark.parametrize("importance", ["kronecker", "exact"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
+@pytest.mark.parametrize("kind", MODELS)
+def test_they_equal_explicit_covariances_and_gradients(kind, dtype, tolerance, importance, basis):
+    model, batches = specimen(kind, dtype)
+    energies = fk.estimate(model, batches, fk.DirectionEnergy(basis=basis, importance=importance))
+    # the truth is computed in float64, of a float32 model's own weights
+    truths = Oracle(model.double(), [cast(batch, torch.float64) for batch in batches], MODELS[kind]().loss)
+    assert list(energies) == list(truths.maps)
+    for name, found in energies.items():
+        truth = truths.energies(name, basis)
+        for part, value in truth.items():
+            assert_close(getattr(found, part), value, tolerance)
+        assert found.importance == pytest.approx(truths.importance(name, importance), rel=10 * tolerance)
+        assert found.positions == pytest.approx(truths.positions[name] / truths.examples, rel=1e-6)
+        assert found.shape == truths.maps[name].shape
+        if basis == "svd":
+            assert_close(found.singular_values, torch.linalg.svdvals(truths.maps[name].matrix()), tolerance)
+        else:
+            assert found.singular_values is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("positions", ["labelled", "all"])
+def test_other_positions_count_where_they_are_asked_for(kind, positions):
+    model, batches = specimen(kind)
+    for batch in batches:
+        batch["labels"][:, :3] = -100  # a prompt, whose own tokens carry no label
+    energies = fk.estimate(model, batches, fk.DirectionEnergy(positions=positions, importance="kronecker"))
+    truths = Oracle(model, batches, MODELS[kind]().loss, positions)
+    attended = fk.estimate(model, batches, fk.DirectionEnergy())
+    for name, found in energies.items():
+        for part, value in truths.energies(name, "svd").items():
+            assert_close(getattr(found, part), value, 1e-10)
+        assert found.importance == pytest.approx(truths.importance(name, "kronecker"), rel=1e-9)
+        assert found.positions != attended[name].positions
+        torch.testing.assert_close(found.joint, attended[name].joint)
+
+
+def test_masked_tokens_are_the_labelled_positions_of_a_masked_language_model():
+    batch = zoo.masked_batch(4)
+    model = zoo.bert_for("MaskedLM").double()
+    energies = fk.estimate(model, [batch], fk.DirectionEnergy(positions="labelled"))
+    counted = (batch["labels"] >= 0).sum().item() / 4
+    assert {round(one.positions, 6) for one in energies.values()} == {round(counted, 6)}
+
+
+def test_a_loss_without_labels_of_positions_cannot_say_which_are_labelled():
+    model, batches = specimen("vit")
+    with pytest.raises(ValueError, match="Classification has no labels of positions"):
+        fk.estimate(model, batches, fk.DirectionEnergy(positions="labelled"))
+    model, batches = specimen("llama")
+    with pytest.raises(ValueError, match="and not a function"):
+        fk.estimate(
+            model,
+            batches,
+            fk.DirectionEnergy(positions="labelled"),
+            likelihood=lambda model, batch: fk.CausalLM().predictive(model, batch).losses(),
+        )
+
+
+def test_a_loss_scaled_by_c_scales_gradients_and_leaves_inputs():
+    model, batches = specimen("llama")
+
+    def losses(model, batch):
+        return fk.CausalLM().predictive(model, batch).losses()
+
+    plain = fk.estimate(model, batches, fk.DirectionEnergy(importance="exact"), likelihood=losses)
+    scaled = fk.estimate(
+        model, batches, fk.DirectionEnergy(importance="exact"), likelihood=lambda *args: 4 * losses(*args)
+    )
+    for name in plain:
+        assert_close(scaled[name].input, plain[name].input, 1e-12)
+        for part in ("output", "joint"):
+            assert_close(getattr(scaled[name], part), 16 * getattr(plain[name], part), 1e-12)
+        assert scaled[name].importance == pytest.approx(16 * plain[name].importance)
+
+
+@pytest.mark.parametrize("of", ["*.layers.0.*", ["*q_proj.weight", "*up_proj.weight"]])
+def test_importance_is_of_the_matrices_that_it_was_asked_for(of):
+    model, batches = specimen("llama")
+    every = fk.estimate(model, batches, fk.DirectionEnergy(importance="kronecker"))
+    some = fk.estimate(model, batches, fk.DirectionEnergy(importance="kronecker", importance_of=of))
+    asked = {name for name in every if ".layers.0." in name} if isinstance(of, str) else {
+        name for name in every if "q_proj" in name or "up_proj" in name
+    }  # fmt: skip
+    assert {name for name, one in some.items() if one.importance is not None} == asked
+    assert all(some[name].importance == every[name].importance for name in asked)
+    assert not any(f"{name}/grams" in some.blocks for name in every if name not in asked)
+
+
+def test_no_gradient_no_covariance_and_one_call_for_each_matrix_and_batch(monkeypatch):
+    """What is projected is projected by the operation, whose calls are counted."""
+    module = import_module("fishkern.statistics.direction_energy")
+    calls = []
+
+    def counting(activations, output_grads, V, U, **options):
+        calls.append((activations.shape[-1], output_grads.shape[-1]))
+        return real(activations, output_grads, V, U, **options)
+
+    real = module.project_sum_squared
+    monkeypatch.setattr(module, "project_sum_squared", counting)
+    model, batches = specimen("llama")
+    energies = fk.estimate(model, batches, fk.DirectionEnergy(), check=False)
+    assert len(calls) == len(batches) * len(energies)
+    assert sorted(set(calls)) == sorted({(I, O) for O, I in (one.shape for one in energies.values())})
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """The largest tensor that any operation returns while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for one in torch.utils._pytree.tree_leaves(result):
+            if isinstance(one, torch.Tensor):
+                self.numel = max(self.numel, one.numel())
+        return result
+
+
+@pytest.mark.parametrize("basis", ["svd", "power"])
+@pytest.mark.parametrize("shape", [(8, 200), (200, 8)], ids=str)
+def test_no_tensor_is_larger_than_the_matrix(basis, shape):
+    """There is no matrix of the larger side squared: neither a covariance nor FILet's candidates."""
+    O, I = shape
+    model = nn.Sequential(nn.Linear(I, O, bias=False), nn.Linear(O, 3, bias=False))
+    data = [(torch.randn(2, I), torch.tensor([0, 1]))]
+    with Largest() as largest:
+        fk.estimate(
+            model,
+            data,
+            fk.DirectionEnergy(basis=basis, importance="kronecker"),
+            likelihood=fk.Classification(),
+            parameters="0.weight",
+        )
+    assert 0 < largest.numel <= O * I
+
+
+def test_layers_in_passes_give_what_one_pass_gives():
+    model, batches = specimen("llama")
+    whole = fk.estimate(model, batches, fk.DirectionEnergy(importance="exact"))
+    seen = []
+    report = fk.estimate(
+        model,
+        batches,
+        fk.DirectionEnergy(importance="exact", layers_per_pass=1),
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert list(report) == list(whole)
+    assert all(torch.equal(report.blocks[key], value) for key, value in whole.blocks.items())
+    assert report.provenance["runs"][0]["passes"] == 3  # two layers and the head
+    assert report.coverage == whole.coverage
+    assert fk.merge(report, whole).count == 10
+    assert [done for done, _ in seen] == [3, 5] * 3  # a list of batches has no known number of examples
+
+
+def test_bases_of_a_pass_are_freed_before_the_next(monkeypatch):
+    import weakref
+
+    module = import_module("fishkern.statistics.direction_energy")
+    bases, alive = [], []
+
+    def noted(matrix):
+        directions = real(matrix)
+        alive.append(sum(ref() is not None for ref in bases))
+        bases.append(weakref.ref(directions.U))
+        return directions
+
+    real = module.svd_directions
+    monkeypatch.setattr(module, "svd_directions", noted)
+    model, batches = specimen("llama")
+    fk.estimate(model, batches, fk.DirectionEnergy(layers_per_pass=1))
+    assert len(bases) == 15
+    assert max(alive) <= 6  # seven matrices of a layer, of which one is being made
+
+
+def test_data_that_differ_from_pass_to_pass_are_refused():
+    model, _ = specimen("llama")
+    batches = [zoo.text_batch(3), zoo.text_batch(2, seed=1)]
+    estimator = fk.DirectionEnergy(layers_per_pass=1)
+    with pytest.raises(ValueError, match="takes 3 passes over the data, and batches is an iterator"):
+        fk.estimate(model, iter(batches), estimator)
+
+    class Shuffled:
+        turn = -1
+
+        def __iter__(self):
+            self.turn += 1
+            return iter(batches[: 2 - self.turn % 2])
+
+    with pytest.raises(ValueError, match="pass 2 of 3 saw other data than the first: 3 examples"):
+        fk.estimate(model, Shuffled(), estimator)
+
+    class Limited(Shuffled):
+        def __iter__(self):
+            self.turn += 1
+            return iter(batches if self.turn % 2 == 0 else batches[::-1])
+
+    with pytest.raises(ValueError, match="pass 2 of 3 saw other data than the first: 2 examples with a mean loss"):
+        fk.estimate(model, Limited(), estimator, max_examples=2)
+    fk.estimate(model, Limited(), estimator)  # the same examples in another order
+
+
+def test_parameters_without_factors_are_refused_by_name_and_left_out_by_default():
+    model, batches = specimen("tied")
+    for names in ("*norm.weight", "model.embed_tokens.weight", "all"):
+        with pytest.raises(
+            fk.UnsupportedModuleError, match="reads activations and output gradients.*(norm|embed_tokens)"
+        ):
+            fk.estimate(model, batches, fk.DirectionEnergy(), parameters=names)
+    energies = fk.estimate(model, batches, fk.DirectionEnergy())
+    assert "not the weight of a linear map" in energies.coverage["model.embed_tokens.weight"].reason
+    with pytest.raises(KeyError, match="was left out: not the weight of a linear map"):
+        energies["model.norm.weight"]
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.ndim == 1)
+    with pytest.raises(ValueError, match="no weight of a linear map among them requires a gradient"):
+        fk.estimate(model, batches, fk.DirectionEnergy())
+
+
+def test_a_quantised_weight_has_the_energies_of_its_matrix():
+    torch.manual_seed(0)
+    quantised = nn.Sequential(Packed(8, 6), nn.Tanh(), nn.Linear(8, 3)).double()
+    plain = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 3)).double()
+    plain[0].weight.data = quantised[0].dequantize()
+    plain[2].load_state_dict(quantised[2].state_dict())
+    data = [(torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 1]))]
+    options = dict(likelihood=fk.Classification(), parameters=["0.weight"])
+    for estimator in (
+        fk.DirectionEnergy(importance="kronecker"),
+        fk.DirectionEnergy(basis="power", importance="exact"),
+    ):
+        found, truth = (fk.estimate(model, data, estimator, **options)["0.weight"] for model in (quantised, plain))
+        for part in ("input", "output", "joint"):
+            assert_close(getattr(found, part), getattr(truth, part).double(), 1e-5)
+        assert found.importance == pytest.approx(truth.importance, rel=1e-5)
+
+
+def test_a_tampered_capture_is_noticed_by_the_exact_energies(monkeypatch):
+    """The self-check compares the joint energies with those of autograd's gradients."""
+    from fishkern.layers import linear
+
+    real = linear.Linear.per_example_grads
+
+    def doubled(self, call, output_grads, names):
+        return real(self, call, 2 * output_grads, names)
+
+    monkeypatch.setattr(linear.Linear, "per_example_grads", doubled)
+    model, batches = specimen("llama")
+    with pytest.raises(fk.UnsupportedModuleError, match="reads activations and output gradients"):
+        fk.estimate(model, batches, fk.DirectionEnergy())
+
+
+def test_in_bfloat16_sums_are_float32():
+    model, batches = specimen("llama", torch.float32)
+    truth = fk.estimate(model.bfloat16().float(), batches, fk.DirectionEnergy(importance="kronecker"))
+    found = fk.estimate(model.bfloat16(), batches, fk.DirectionEnergy(importance="kronecker"))
+    for name, one in found.items():
+        assert one.joint.dtype == torch.float32
+        assert_close(one.input, truth[name].input.double(), 0.05)
+        assert_close(one.output, truth[name].output.double(), 0.1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"basis": "qr"}, "basis must be one of"),
+        ({"positions": "padding"}, "positions must be one of"),
+        ({"importance": "diagonal"}, "importance must be one of"),
+        ({"layers_per_pass": 0}, "layers_per_pass must be at least 1"),
+        ({"layers_per_pass": 1.5}, "layers_per_pass must be an integer"),
+        ({"importance_of": 3}, "importance_of must be patterns"),
+    ],
+)
+def test_wrong_arguments_are_refused(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        fk.DirectionEnergy(**options)
