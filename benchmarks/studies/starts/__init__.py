@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         for part in parts:
             part.complete(stage, limit)
         if stage == 0 and STATISTICS in given.task:
-            measure_statistics(path, given.data, limit, models)
+            measure_statistics(path, given, limit, models)
     for part in parts:
         print(f"{part.log.table(part.arms, given.seeds)}\n")
     failed = report([line for part in parts for line in part.failed.values()])
@@ -93,16 +93,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"begin no run that may end later; status {LEFT} if some are left",
     )
+    parser.add_argument("--revision", metavar="TEXT", help="name of the sources, where there is no git")
     parser.add_argument("--dry-run", action="store_true", help="one step of each arm, of which nothing is recorded")
     parser.add_argument("--list", action="store_true", help="say what each arm is, and end")
     return parser
 
 
-def measure_statistics(path: Path, data: Path, limit: Limit, models: dict[str, Any]) -> None:
+def measure_statistics(path: Path, given: argparse.Namespace, limit: Limit, models: dict[str, Any]) -> None:
     """Measure what is missing of the statistics, and print their tables."""
     for name in STATISTICS_OF:
-        task = task_of(SETTINGS[name], data, **models)
-        log = statistic.log_of(path, task, encoder_name(task.folder))
+        task = task_of(SETTINGS[name], given.data, **models)
+        log = statistic.log_of(path, task, encoder_name(task.folder), given.revision)
         statistic.complete(task, log, limit)
         print(f"{name}, statistics\n{statistic.table(log)}\n")
 
@@ -121,7 +122,7 @@ class Part:
         self._setting, self._data, self._models, self._seeds = setting, given.data, models, given.seeds
         self.arms = [arm for arm in arms_of(setting.task) if not given.arms or arm in given.arms]
         folder = models["llama"] if setting.stories else models["encoder"]()
-        self.log = Log(path, setting, encoder_name(folder))
+        self.log = Log(path, setting, encoder_name(folder), given.revision)
         self.failed: dict[str, str] = {}  # by arm, why; the rest of it is left out, and nothing is recorded
 
     @cached_property

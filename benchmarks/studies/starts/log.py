@@ -6,9 +6,11 @@ import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.engine.origin import origin
 from benchmarks.engine.records import Record, Records
 from benchmarks.studies.starts.arms import FIRST
 from benchmarks.studies.starts.setting import Setting
@@ -50,9 +52,10 @@ def plan(arms: Sequence[str], rates: Sequence[float], seeds: int) -> list[Step]:
 class Log:
     """The runs of one setting and model; a run that is there is not repeated."""
 
-    def __init__(self, path: Path, setting: Setting, model: str) -> None:
+    def __init__(self, path: Path, setting: Setting, model: str, revision: str | None = None) -> None:
         self.setting = setting
-        self._records = Records(path, study="starts", quantity="run", setting=asdict(setting), model=model)
+        about = {"study": "starts", "quantity": "run", "setting": asdict(setting), "model": model}
+        self._records = Records(path, origin=partial(origin, revision), **about)
 
     def find(self, step: Step) -> Record | None:
         """The record of a run; of one with the chosen rate only if that is chosen."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fishkern as fk
+from benchmarks.engine.origin import origin
 from benchmarks.engine.records import Record, Records
 from benchmarks.studies.glue.scores import correlation
 from benchmarks.studies.glue.scores import ranks as places
@@ -52,9 +54,10 @@ class Estimate(NamedTuple):
     importance: dict[str, dict[str, float]]
 
 
-def log_of(path: Path, task: Task, model: str) -> Records:
+def log_of(path: Path, task: Task, model: str, revision: str | None = None) -> Records:
     """The records of one task's statistic; a measurement that is there is not repeated."""
-    return Records(path, study="starts", quantity="statistic", setting=asdict(task.setting), model=model)
+    about = {"study": "starts", "quantity": "statistic", "setting": asdict(task.setting), "model": model}
+    return Records(path, origin=partial(origin, revision), **about)
 
 
 def complete(task: Task, log: Records, limit: Limit, *, pairs: int = PAIRS, sizes: tuple[int, ...] = SIZES) -> None:
