@@ -79,9 +79,9 @@ def runs_row(axes: list[Axes], runs: Runs) -> None:
     others = [arm for arm in arms if arm != "lora"]
     if setting["stories"]:
         dots(axes[0], finals(runs, "nll"), arms, f"{setting['task']}: loss on sentences, nats")
-        dots(axes[1], finals(runs, "kl"), arms, "forgetting: KL to the untrained model, nats")
+        dots(axes[1], finals(runs, "kl"), arms, "KL to the untrained model, nats")
         lines(axes[2], frontier(runs, lambda run: end(run)["nll"], lambda run: end(run)["kl"]))
-        axes[2].set(title="price of learning: one point for each rate", xlabel="loss", ylabel="KL")
+        axes[2].set(title="KL over loss, a point a rate", xlabel="loss", ylabel="KL")
     else:
         dots(axes[0], finals(runs, "score"), arms, f"{setting['task']}: score")
         dots(axes[1], differences(runs, "score"), others, "score, arm - lora, same seed")
@@ -89,7 +89,8 @@ def runs_row(axes: list[Axes], runs: Runs) -> None:
         lines(axes[2], early_losses(runs))
         axes[2].set(title="training loss, mean over seeds", xlabel=f"part of {setting['epochs']} epoch(s)")
     lines(axes[3], frontier(runs, lambda run: run["lr"], lambda run: -end(run)["choice"]))
-    axes[3].set(title="choosing the rate: the less, the better", xlabel="learning rate", xscale="log")
+    axes[3].set(title="choosing the rate: low is good", xlabel="learning rate")
+    logarithmic(axes[3], setting["rates"], "{:.0e}")
     for panel in axes[2:]:
         panel.title.set_fontsize(9)
         style.plain(panel)
@@ -132,9 +133,10 @@ def statistic_row(axes: list[Axes], records: Runs) -> None:
                 name = f"{comparison}, {fisher}" if comparison == "halves" else comparison
                 points.setdefault(name, []).append((size, mean(values)))
         lines(panel, points)
-        panel.set(ylim=(-0.3 if choice == "ranks" else 0, 1.05), xscale="log", xlabel="examples")
+        panel.set(ylim=(-0.3 if choice == "ranks" else 0, 1.05), xlabel="examples")
+        logarithmic(panel, sorted({record["examples"] for record in records}), "{}")
         if choice == "ranks":
-            title = "importances: Spearman over matrices"
+            title = "importances: Spearman"
         else:
             panel.axhline(records[0]["chance"], color="0.5", linewidth=0.8, linestyle=":")
             title = f"{records[0]['setting']['task']}, {choice}: overlap"
@@ -160,6 +162,15 @@ def dots(axes: Axes, values: dict[str, list[float]], arms: list[str], title: str
     axes.set_xlabel("dot: a seed; bar: their mean", fontsize=style.SMALL)
     axes.set_title(title, fontsize=9, loc="left")
     style.plain(axes)
+
+
+def logarithmic(axes: Axes, values: list[float], form: str) -> None:
+    """Scale the x-axis logarithmically, with a tick at each value."""
+    from matplotlib.ticker import NullLocator
+
+    axes.set_xscale("log")
+    axes.set_xticks(values, [form.format(value) for value in values])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def lines(axes: Axes, points: dict[str, list[tuple[float, float]]]) -> None:

@@ -368,7 +368,7 @@ def test_weights_go_only_where_git_does_not_look(tmp_path, capsys):
 
 
 def drawn(task: str, arm: str, seed: int, lr: float = 1e-3, **figures) -> dict:
-    setting = {"task": task, "stories": 256 if task.startswith("stories") else 0, "epochs": 1}
+    setting = {"task": task, "stories": 256 if task.startswith("stories") else 0, "epochs": 1, "rates": [1e-3, 1e-2]}
     about = {"study": "starts", "quantity": "run", "setting": setting, "model": "small", "arm": arm}
     return {**about, "seed": seed, "lr": lr, **ended(-0.5, **{"nll": 2.0, "score": 0.8, **figures}), **ORIGIN}
 
