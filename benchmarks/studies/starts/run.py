@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from benchmarks.engine.origin import version_of
 from benchmarks.engine.records import Record
 from benchmarks.studies.starts.arms import ARMS
 from benchmarks.studies.starts.tasks import Task
@@ -70,6 +71,7 @@ def run(arm: str, lr: float, seed: int, task: Task, *, choosing: bool, steps: in
         "starting": round(seconds["starting"], 3),
         "seconds": round(seconds["starting"] + seconds["training"], 2),
         "measuring": round(seconds["measuring"], 2),
+        "peft": version_of("peft"),
     }
 
 
