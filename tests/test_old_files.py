@@ -97,6 +97,16 @@ def test_starts_of_adapters(files):
     assert loaded.ranks == {"0": 3, "1": 2}
 
 
+def test_energies(files):
+    loaded, expected = fk.Energies.load(files / "energies" / "energies"), samples.energies()
+    assert loaded == expected
+    assert loaded.basis == "svd"
+    assert loaded["0.weight"].importance == expected["0.weight"].importance
+    assert loaded["1.weight"].importance is None
+    assert loaded["1.weight"].shape == tuple(samples.POOL["1.weight"])
+    assert (loaded["1.weight"].positions, loaded["1.weight"].digest) == (6.5, (4.5, -0.125))
+
+
 def test_a_selection_knows_its_start(files):
     loaded = fk.Selection.load(files / "selections" / "bound")
     check_start(loaded, samples.small())

@@ -55,7 +55,7 @@ _OPTIONS = frozenset(
 _FACTORS = {"twin": (TwinA, TwinB), "weights": (ResidualA, ResidualB)}
 
 
-def lora_config(init: AdapterInit, **options: Any) -> LoraConfig:
+def lora_config(init: AdapterInit, *, model: nn.Module | None = None, **options: Any) -> LoraConfig:
     """Make PEFT's config of a LoRA with the ranks and scalings of a start, on its modules.
 
     With ``peft.get_peft_model`` this is an ordinary LoRA that starts at ``B = 0`` and has its ranks from data;
@@ -63,6 +63,8 @@ def lora_config(init: AdapterInit, **options: Any) -> LoraConfig:
 
     Args:
         init: The start; only its ranks and scalings are used.
+        model: The model to adapt. PEFT's list of targets also takes modules whose path ends in the path of a target;
+            with the model, this is checked, and if there are any, an expression names the targets alone.
         options: Fields of ``LoraConfig`` that do not concern ranks, targets or the start: ``task_type``,
             ``lora_dropout``, ``bias``, ``modules_to_save``, ``trainable_token_indices``, ``use_rslora``,
             ``inference_mode``, ``base_model_name_or_path``, ``revision``.
@@ -71,9 +73,13 @@ def lora_config(init: AdapterInit, **options: Any) -> LoraConfig:
         The config. Alpha follows the rank, so that all modules of one scaling keep it where a loader ignores patterns.
 
     Raises:
+        TypeError: ``init`` is no start.
         ValueError: Another option is given, such as ``use_dora``.
     """
-    return _config(init, 1, options)
+    config = _config(init, 1, options)
+    if model is not None:
+        config.target_modules = targets(init, dict(model.named_modules()))
+    return config
 
 
 def attach_init(
@@ -126,9 +132,9 @@ def attach_init(
     one_of(residual, tuple(_FACTORS), "residual")
     config = _config(init, 1, options)
     maps = _checked_maps(model, init)
+    config.target_modules = targets(init, dict(model.named_modules()))
     if residual == "weights":
         _check_weights(model, maps, config)
-    config.target_modules = targets(init, dict(model.named_modules()))
     config.fan_in_fan_out = any(one.transposed for one in maps.values())
     with _undone_on_error(model):
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)

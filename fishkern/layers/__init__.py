@@ -29,10 +29,11 @@ from fishkern.layers.quantized import (
     stored_weights,
 )
 from fishkern.layers.reentrant import Connection
+from fishkern.layers.rules import LAYERS
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.strays import Strays
-from fishkern.layers.survey import LAYERS, Plan, survey
+from fishkern.layers.survey import Plan, survey
 from fishkern.layers.twins import ResidualA, ResidualB, TwinA, TwinB, Twins
 from fishkern.layers.unsupported import UnsupportedModuleError, leave_out, without_gradient
 from fishkern.layers.watch import watch

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishkern.layers.base import Call
+from fishkern.layers.factored import module_factors
 from fishkern.layers.generic import module_grads
 from fishkern.layers.grads import DenseGrads, OuterProductGrads, PerExampleGrads
 from fishkern.layers.hooks import Arrival, Hooks
 from fishkern.layers.rows import Rows
+from fishkern.layers.rules import factored
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.unsupported import UnsupportedModuleError, leave_out
 from fishkern.layers.uses import Sink, Uses
@@ -32,15 +35,17 @@ class Capture:
         sink: Called with a parameter's canonical name and its per-example gradients, during backward.
         squares: Whether the sink only adds squares. If so, those of a head that shares its weight with an embedding are
             delivered first, and the embedding's addition to them later; otherwise both are delivered as one gradient.
+        factors: Whether the sink reads activations and output gradients, which then also come out of hosts.
 
     Attributes:
         distrusted: Paths of modules whose rows turned out not to be the examples' own.
     """
 
-    def __init__(self, sites: Sequence[Site], sink: Sink, *, squares: bool = True) -> None:
+    def __init__(self, sites: Sequence[Site], sink: Sink, *, squares: bool = True, factors: bool = False) -> None:
         self._sites = sites
         self._sink = sink
         self._squares = squares
+        self._factors = factors
         self._weighing = False
         self._handles: list[Any] = []
         self._hooks = Hooks(
@@ -175,8 +180,21 @@ class Capture:
                 pairs = zip(arrival.saved, site.sliced, strict=True)
                 tensors = [_row(tensor, n) if sliced else tensor for tensor, sliced in pairs]
                 output_grads = [None if grad is None else grad[n : n + 1] for grad in arrival.grads]
+                if self._factors:
+                    self._receive_factors(site, arrival.call.thaw(tensors), output_grads)
+                    continue
                 for name, grad in module_grads(arrival.call.thaw(tensors), output_grads, site.keys).items():
                     self._uses.deliver(site.keys[name], DenseGrads(grad[None]))
+
+    def _receive_factors(self, site: Site, call: Call, output_grads: Sequence[Tensor | None]) -> None:
+        """Deliver the factors of linear maps inside a host, whose call gives the whole gradient of one example."""
+        for name, grads in module_factors(call, output_grads, factored(site)).items():
+            if self._counted is not None:
+                raise UnsupportedModuleError(
+                    f"{site.keys[name]} gets rows that {site.path} picks from the positions, so it is unclear which of "
+                    "them are padding. Give batches without padding, or count positions='all'."
+                )
+            self._sink(site.keys[name], grads)
 
     def _has_the_rows(self, arrival: Arrival) -> bool:
         """Tell whether a call has as many rows as in the survey: their number may depend on the data."""

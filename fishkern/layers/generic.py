@@ -40,13 +40,7 @@ def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mappi
     parameters = {name: registered[name].detach().requires_grad_() for name in names}
 
     def gradients(output: Any) -> dict[str, Tensor]:
-        leaves, _ = tree_flatten(output)
-        outputs = [leaves[place] for place in floating_places(leaves)]
-        pairs = [
-            (output, grad)
-            for output, grad in zip(outputs, output_grads, strict=True)
-            if grad is not None and output.requires_grad
-        ]
+        pairs = host_outputs(output, output_grads)
         if not pairs:
             return {}
         with torch.autocast(call.autocast[0], enabled=False):
@@ -63,6 +57,22 @@ def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mappi
 
     with torch.enable_grad():
         return call.run(parameters, gradients)
+
+
+def host_outputs(output: Any, output_grads: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+    """Pair the floating tensors of a module's output with their gradients.
+
+    Args:
+        output: What the module returned.
+        output_grads: Gradient of the loss by each of its floating tensors, or ``None``.
+
+    Returns:
+        Those that depend on something and have a gradient.
+    """
+    leaves, _ = tree_flatten(output)
+    outputs = [leaves[place] for place in floating_places(leaves)]
+    pairs = zip(outputs, output_grads, strict=True)
+    return [(output, grad) for output, grad in pairs if grad is not None and output.requires_grad]
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from fishkern.layers.quantized import (
     scored_tensors,
     stored_weight,
 )
-from fishkern.layers.survey import LAYERS
+from fishkern.layers.rules import rule_of
 from fishkern.layers.unsupported import UnsupportedModuleError
 from fishkern.names import without_wrappers
 
@@ -86,7 +86,7 @@ def linear_maps(model: nn.Module) -> dict[str, LinearMap]:
     maps: dict[str, LinearMap] = {}
     others: set[str] = set()  # weights that another kind of module uses
     for path, module in model.named_modules():
-        layer = next((layer for layer in LAYERS if layer.covers(module)), None)
+        layer = rule_of(module)
         for own, tensor in own_weights(module).items():
             if (name := names.get(tensor)) is None:
                 continue

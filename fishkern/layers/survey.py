@@ -16,24 +16,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fishkern.layers.base import Call, Layer
-from fishkern.layers.convolution import Convolution
-from fishkern.layers.embedding import Embedding
+from fishkern.layers.base import Call
 from fishkern.layers.generic import has_example_axis, same_rows_alone, tensors_of
-from fishkern.layers.layer_norm import LayerNorm
-from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear
 from fishkern.layers.observe import Observation, Record, observe, upwards
 from fishkern.layers.quantized import own_weights
-from fishkern.layers.scale import Factor, OnePlusFactor, Scale
+from fishkern.layers.rules import LAYERS, factored
 from fishkern.layers.site import Idle, Layout, Site
 from fishkern.layers.tap import FrozenCall, leading_shape
-from fishkern.layers.twins import Twins
-
-LAYERS: tuple[Layer, ...] = (
-    Linear(), QuantizedLinear(), Conv1D(), Twins(), Embedding(), LayerNorm(), Convolution(), Factor(), OnePlusFactor(),
-    Scale(),
-)  # fmt: skip
-"""The rules, first match first. A new kind of layer is one more entry."""
 
 # Modules of torch that have their examples on the second axis unless they are made with batch_first.
 _SECOND_AXIS = (
@@ -75,8 +64,9 @@ class Plan:
         """Parameters all of whose uses give their gradients as activations and output gradients."""
         kinds: dict[str, list[bool]] = defaultdict(list)
         for site in self.sites:
+            inside = factored(site)
             for name, key in site.keys.items():
-                kinds[key].append(site.layer is not None and site.layer.gives_factors(name))
+                kinds[key].append(name in inside)
         return frozenset(key for key, factors in kinds.items() if all(factors) and key not in self.loop)
 
     def with_loop(self, reasons: Mapping[str, str]) -> Plan:

@@ -14,8 +14,8 @@ from fishkern import hosts
 from fishkern.layers.base import Layer
 from fishkern.layers.grads import OuterProductGrads
 from fishkern.layers.hooks import Arrival, Hooks
+from fishkern.layers.rules import LAYERS
 from fishkern.layers.site import Site
-from fishkern.layers.survey import LAYERS
 from fishkern.layers.unsupported import UnsupportedModuleError, leave_out
 from fishkern.names import without_wrappers
 

@@ -104,7 +104,7 @@ def _add_(total: Tensor, x: Tensor, g: Tensor, v: Tensor, u: Tensor, counted: Te
         h, d = _project(x[:, part], v, total.dtype), _project(g[:, part], u, total.dtype)  # [n, t, K]
         joint += (h * d).sum(1)
         if counted is not None:
-            # Selected, not multiplied by zero: squares of what is in padded positions may be infinite.
+            # Before squaring: squares of what is in padded positions may be infinite.
             left_out = ~counted[:, part, None]
             h.masked_fill_(left_out, 0)
             d.masked_fill_(left_out, 0)

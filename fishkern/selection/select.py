@@ -14,7 +14,7 @@ from fishkern.files import AnyTensor, StoredTensor
 from fishkern.names import without_wrappers
 from fishkern.selection.base import Rule, matching
 from fishkern.selection.result import Selection
-from fishkern.statistics import Statistics
+from fishkern.statistics import Held, Statistics
 
 _DIGESTED = 256  # scores of each parameter that the digest covers
 
@@ -110,6 +110,11 @@ def _scores(statistics: Statistics | Mapping[str, AnyTensor]) -> dict[str, AnyTe
     if isinstance(statistics, Statistics):
         _refuse_groups(statistics)
         return dict(statistics.blocks)
+    if isinstance(statistics, Held):
+        raise TypeError(
+            f"select ranks the entries of parameters, and {type(statistics).__name__} are of directions: take "
+            "statistics of entries, such as DiagonalFisher(), or fishkern.initialize for the directions of an adapter."
+        )
     if not callable(getattr(statistics, "items", None)):
         raise TypeError(
             "scores come as statistics or as a mapping from names to tensors, such as dict(model.named_parameters()); "

@@ -12,6 +12,7 @@ from fishkern.statistics.answering import Answering
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.drawn import Drawn, LossFunction
+from fishkern.statistics.held import Held
 from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
 from fishkern.statistics.likelihood_argument import OWN_TOKENS, described
 from fishkern.statistics.result import Statistics
@@ -29,7 +30,10 @@ def check_recipe(estimator: Estimator) -> None:
     """
     if not isinstance(estimator, Estimator):
         raise TypeError(f"estimator must be an Estimator such as DiagonalFisher(), got {estimator!r}.")
-    if estimator.reads in ("positions", "sums", "batches") or estimator.definition.get("unit", "example") != "example":
+    if (
+        estimator.reads in ("positions", "factors", "sums", "batches")
+        or estimator.definition.get("unit", "example") != "example"
+    ):
         raise ValueError(
             f"verify compares with whole gradients of single examples, from which {estimator.definition} cannot be "
             "made: take a recipe of unit='example'."
@@ -104,13 +108,18 @@ def check_names(statistics: Mapping[str, Tensor]) -> None:
         statistics: The statistics to verify.
 
     Raises:
-        TypeError: They are not a mapping, such as the path of a file.
+        TypeError: They are not a mapping, such as the path of a file, or of another kind than Statistics.
         ValueError: They are statistics of groups.
     """
     if not isinstance(statistics, Mapping):
         raise TypeError(
             f"statistics must be fishkern.Statistics or a mapping from names to tensors, got {statistics!r:.80}: load "
             "a file with fishkern.Statistics.load(path)."
+        )
+    if isinstance(statistics, Held) and not isinstance(statistics, Statistics):
+        raise TypeError(
+            f"verify compares one tensor for each parameter, and these are {type(statistics).__name__}, whose exact "
+            "part the self-check of estimate has compared with autograd."
         )
     if isinstance(statistics, Statistics) and "groups" in statistics.provenance["definition"]:
         raise ValueError(

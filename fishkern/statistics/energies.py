@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fishkern.digests import agree
-from fishkern.files import Format, StoredTensor
+from fishkern.files import Format, StoredTensor, in_brief
 from fishkern.statistics.held import Held
 
 _PARTS = ("input", "output", "joint", "singular_values", "positions", "matrix", "importance", "grams")
@@ -80,6 +80,8 @@ class MatrixEnergies:
     def shape(self) -> tuple[int, int]:
         """``(O, I)``: number of features that leave and that enter the module, however the weight is stored."""
         O, I, _, _ = self._read("matrix").tolist()
+        if not (O >= 1 and I >= 1 and O.is_integer() and I.is_integer()):
+            raise ValueError(f"a matrix has at least one row and one column, and these energies say {O} and {I}.")
         return int(O), int(I)
 
     @property
@@ -161,7 +163,7 @@ class Energies(Held[MatrixEnergies]):
         definition = self.provenance["definition"]
         parts = [
             f"{len(self):,} {'matrix' if len(self) == 1 else 'matrices'}",
-            {"svd": "singular vectors", "power": "power basis"}[self.basis],
+            "power basis" if self.basis == "power" else "singular vectors",
             f"mean over {self.count:,} example{'s' * (self.count != 1)}",
         ]
         if definition.get("importance"):
@@ -177,11 +179,13 @@ def _part_of(entry: str) -> str:
 
 def _check_parts(name: str, shapes: Mapping[str, torch.Size]) -> None:
     """Check that the energies of a matrix have their parts, and that these fit together."""
+    name = in_brief(name, 80)
     if unknown := [part for part in shapes if part not in _PARTS]:
-        raise ValueError(f"energies have the parts {', '.join(_PARTS)}; {name} has {', '.join(map(repr, unknown))}.")
+        shown = in_brief(unknown[0], 40)
+        raise ValueError(f"energies have the parts {', '.join(_PARTS)}; those of {name} have {shown}.")
     if missing := [part for part in ("input", "output", "joint", "positions", "matrix") if part not in shapes]:
         raise ValueError(f"the energies of {name} lack {', '.join(missing)}.")
-    (K,) = shapes["input"] if len(shapes["input"]) == 1 else (None,)
+    K = shapes["input"][0] if len(shapes["input"]) == 1 else None
     expected = {"input": (K,), "output": (K,), "joint": (K,), "singular_values": (K,), "positions": (), "matrix": (4,),
                 "importance": ()}  # fmt: skip
     for part, shape in shapes.items():

@@ -231,7 +231,7 @@ class Planner:
         keys: Iterable[str],
     ) -> dict[str, str]:
         """Capture the gradients of some parameters, and compare them with ordinary autograd."""
-        withheld = self._captured_once(plan, few, states.add, squares=estimator.reads == "squares")
+        withheld = self._captured_once(plan, few, states.add, estimator)
         return disagreements(
             {key: self._parameters[key] for key in keys if key not in withheld},
             states,
@@ -243,7 +243,7 @@ class Planner:
         )
 
     def _captured_once(
-        self, plan: Plan, few: Examples, add: Callable[[str, PerExampleGrads], None], *, squares: bool
+        self, plan: Plan, few: Examples, add: Callable[[str, PerExampleGrads], None], estimator: Estimator
     ) -> set[str]:
         """Capture the first objective of two examples by a plan; return the names whose gradients were held back."""
         strays = Strays(plan.sites, plan.idle)
@@ -254,7 +254,8 @@ class Planner:
 
         if not plan.sites:
             return set()
-        with Capture(plan.sites, add_own, squares=squares) as capture:
+        parts = {"squares": estimator.reads == "squares", "factors": estimator.reads == "factors"}
+        with Capture(plan.sites, add_own, **parts) as capture:
             counted = self.counted(few)
             with capture.forward(few.num_examples, counted), strays.watched():
                 answer = self._answer(few)
@@ -291,10 +292,10 @@ class Planner:
     def _announce(self, plan: Plan) -> None:
         """Note the paths of a plan, refuse those that the estimator cannot use, and warn about the loop."""
         self._note_paths(plan.paths)
-        self.refuse_whole(key for key, (path, _) in plan.paths.items() if path != "fused")
-        if self._estimator.reads == "factors":
-            captured = {key for site in plan.sites for key in site.keys.values()}
-            self.refuse_whole(captured - plan.keys_with_factors)
+        if self._estimator.reads == "factors":  # which hosts give too, of the linear maps inside
+            self.refuse_whole(plan.paths.keys() - plan.keys_with_factors)
+        else:
+            self.refuse_whole(key for key, (path, _) in plan.paths.items() if path != "fused")
         slow = {key: reason for key, (path, reason) in plan.paths.items() if path == "loop"}
         new = sorted(slow.keys() - self._announced)
         self._announced |= slow.keys()

@@ -227,6 +227,14 @@ def test_dead_is_relative_to_the_median_of_what_is_alive():
         fk.initialize(model, energies, fk.DirectionInit(3, order="smallest", dead_below=1e-7))
 
 
+def test_where_most_are_zero_the_median_is_that_of_the_others():
+    model = small()
+    energy = {"0.weight": torch.tensor([0.0, 0, 0, 0, 1e-8, 1, 2])}
+    energies = made_energies(model, basis="power", output=energy, input={"0.weight": torch.ones(7)})
+    with pytest.warns(UserWarning, match="5 of 10 chosen directions are dead"):
+        fk.initialize(model, energies, fk.DirectionInit(5, order="smallest", magnitude="uniform"))
+
+
 def test_a_matrix_that_no_example_reaches_starts_from_its_largest_directions():
     model = small()
     energies = made_energies(model, output={"0.weight": torch.zeros(K)})

@@ -151,6 +151,11 @@ def test_importance_zero():
     assert fk.allocate_ranks(importances, fk.ProportionalImportance(6, most=7)) == {"dead": 4, "a": 7, "b": 7}
 
 
+def test_importances_whose_inverse_overflows():
+    importances = {"a": 1e-310, "b": 2e-310, "c": 4e-310}
+    assert fk.allocate_ranks(importances, fk.InverseImportance(7)) == {"a": 12, "b": 6, "c": 3}
+
+
 def test_the_published_formula_where_no_bound_binds():
     """FARSS: r_i = avg N (1 / a_i) / sum_j (1 / a_j), a_i the share of importance; with another rounding."""
     importances = dict(zip(NAMES, np.random.default_rng(0).lognormal(size=14), strict=False))

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 
 import fishkern as fk
 from tests.models.test_quantized import Repacking
@@ -140,6 +140,33 @@ def test_the_plain_lora_is_the_trained_model_on_the_original_weights(tmp_path, f
         assert {config["lora_alpha"] / config["r"]} == {init[path].scaling for path in init}
 
 
+def test_a_failed_write_leaves_the_older_files(tmp_path):
+    model, _ = made()
+    adapted = attach_init(model, start_of(model))
+    plain_lora(adapted, tmp_path)
+    config = (tmp_path / "adapter_config.json").read_bytes()
+    (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter_model.safetensors").mkdir()
+    with pytest.raises(IsADirectoryError, match="names a folder"):
+        plain_lora(adapted, tmp_path, pad=True)
+    assert (tmp_path / "adapter_config.json").read_bytes() == config
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_rows_of_one_batch_may_take_different_adapters():
+    model, batch = made()
+    original = copy.deepcopy(model)
+    adapted = moved(attach_init(model, start_of(model)))
+    adapted.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    mixed = logits(adapted.eval(), {**batch, "adapter_names": ["default", "__base__", "other"]})
+    assert gap(mixed[0], logits(adapted, batch)[0]) < 1e-5
+    assert gap(mixed[1], logits(original, batch)[1]) < 1e-5
+    adapted.set_adapter("other")
+    assert gap(mixed[2], logits(adapted, batch)[2]) < 1e-5
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    assert gap(logits(merged, batch), logits(adapted, batch)) < 1e-5
+
+
 def test_small_changes_survive_a_cast_of_the_plain_lora_to_bfloat16(tmp_path):
     """As servers cast: the factors [A; A0], [B, -B0] themselves would lose what training has added."""
     model, batch = made()
@@ -216,6 +243,10 @@ def test_patterns_hit_their_own_module_only(tmp_path, residual):
         sizes = {path: layer.lora_A["default"].weight.shape[0] for path, layer in layers.items()}
         assert sizes == {path: times * rank for path, rank in init.ranks.items()}
     assert gap(loaded(x), adapted(x)) < 1e-5
+    zero = peft.get_peft_model(copy.deepcopy(original), lora_config(init, model=original))
+    assert {name.split(".lora_A")[0] for name in trained_parameters(zero) if ".lora_A." in name} == {
+        f"base_model.model.{path}" for path in ranks
+    }
 
 
 def test_the_config_alone_gives_an_ordinary_lora_with_these_ranks():
@@ -314,6 +345,22 @@ def test_copies_casts_checkpointing_and_compiling():
     layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
     x = torch.randn(2, 5, layer.in_features)
     assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+
+
+def test_it_trains_under_ddp_and_is_written_from_it(tmp_path):
+    model, batch = made()
+    original, init = copy.deepcopy(model), start_of(model)
+    adapted = attach_init(model, init)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(adapted)
+        wrapped(**batch).loss.backward()
+        assert all(one.grad.abs().max() > 0 for one in trained_parameters(adapted).values())
+        folder = plain_lora(moved(wrapped), tmp_path / "plain")
+    finally:
+        distributed.destroy_process_group()
+    loaded = peft.PeftModel.from_pretrained(original, folder)
+    assert gap(logits(loaded, batch), logits(adapted, batch)) < 1e-5
 
 
 def test_a_twin_is_read_in_the_dtype_of_the_trained_half():

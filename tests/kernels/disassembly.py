@@ -99,7 +99,7 @@ def resources(compiled: Any) -> dict[str, int]:
 
 
 def loop_spills(code: str, syntax: Syntax) -> dict[str, int]:
-    """Count what moves registers to or from memory on the shortest way round the loop that multiplies.
+    """Count what moves registers to or from memory on the shortest way round each loop that multiplies.
 
     The shortest way is that of a chunk with which no example ends, so that the squares are not on it.
 
@@ -126,8 +126,12 @@ def loop_spills(code: str, syntax: Syntax) -> dict[str, int]:
     ways = {start: way for start in range(len(blocks)) if products[start] and (way := _round(start, blocks, after))}
     if not ways:
         return {}
-    way = ways[max(ways, key=lambda start: products[start])]
-    lines = [line for number in way for line in blocks[number].lines]
+    # A kernel may have several loops that multiply as much; those through a block of an earlier one are no others.
+    most, counted = max(products[start] for start in ways), set()
+    for start, way in ways.items():
+        if products[start] == most and counted.isdisjoint(way):
+            counted.update(way)
+    lines = [line for number in sorted(counted) for line in blocks[number].lines]
     spills = [line for line in lines if re.search(syntax.spill, line)]
     moved = spills
     if syntax is SASS:

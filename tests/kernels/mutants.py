@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DEVICE, LAUNCHER = "kernels/_sum_grad_squared_device.py", "kernels/sum_grad_squared.py"
 GRAMS = "kernels/_group_by_grams.py"
 GROUP, GROUP_DEVICE = "kernels/group_sum_grad_squared.py", "kernels/_group_sum_grad_squared_device.py"
+PROJECT, PROJECT_DEVICE = "kernels/project_sum_squared.py", "kernels/_project_sum_squared_device.py"
+PROJECT_CONFIGS = "kernels/_project_sum_squared_configs.py"
 TOPK, TOPK_DEVICE = "kernels/streaming_topk.py", "kernels/_streaming_topk_device.py"
 ADAMW, SGD = "kernels/masked_adamw.py", "kernels/masked_sgd.py"
 ENTRIES, PROBLEM = "kernels/_entries.py", "kernels/_problem.py"
@@ -30,6 +32,10 @@ TESTS = {
     ),
     "group_sum_grad_squared": (
         ["tests/kernels/test_group_sum_grad_squared.py", "tests/ops/test_group_sum_grad_squared.py"],
+        "not torch and not reference and not memory",
+    ),
+    "project_sum_squared": (
+        ["tests/kernels/test_project_sum_squared.py", "tests/ops/test_project_sum_squared.py"],
         "not torch and not reference and not memory",
     ),
     "streaming_topk": (
@@ -111,6 +117,45 @@ GROUP_SUM_GRAD_SQUARED: Planted = {
     ),
     "short examples: strides of the groups": (GRAMS, "**_strides(grouped)", "**_strides(grouped.contiguous())"),
 }
+PROJECT_SUM_SQUARED: Planted = {
+    "squared before the sum over chunks": (
+        PROJECT,
+        "cdiv(N * chunks, beside), chunks == 1",
+        "cdiv(N * chunks, beside), True",
+    ),
+    "sums of the chunks not squared": (PROJECT_DEVICE, "total += joint * joint", "total += joint"),
+    "chunks of a tile mixed": (
+        PROJECT_DEVICE,
+        "(CHUNKS, BLOCK_T, BLOCK_K)), 1)",
+        "(BLOCK_T, CHUNKS, BLOCK_K)), 0)",
+    ),
+    "activations that do not count": (PROJECT_DEVICE, "h = tl.where(counts, h, 0.0)", "h = h * 1.0"),
+    "gradients that do not count": (PROJECT_DEVICE, "d = tl.where(counts, d, 0.0)", "d = d * 1.0"),
+    "axes of the mask exchanged": (
+        PROJECT,
+        '"counted": ("stride_cn", "stride_ct")',
+        '"counted": ("stride_ct", "stride_cn")',
+    ),
+    "mask of positions one too long": (PROJECT_DEVICE, "(t < T))[:, None]", "(t <= T))[:, None]"),
+    "last features skipped": (PROJECT_DEVICE, "PIECES * tl.cdiv(F, BLOCK_F)", "PIECES * (F // BLOCK_F)"),
+    "pieces after the first forgotten": (PROJECT_DEVICE, "range(PIECES * tl.cdiv", "range(tl.cdiv"),
+    "pieces that are all the same": (PROJECT, "rest = rest - pieces[-1]", "rest = rest - 0"),
+    "addresses of examples in int32": (PROJECT_DEVICE, "rows = n.to(tl.int64) * stride_n", "rows = n * stride_n"),
+    "addresses of positions in int32": (PROJECT_DEVICE, "+ t.to(tl.int64) * stride_t", "+ t * stride_t"),
+    "addresses of features in int32": (PROJECT_DEVICE, "offs_r.to(tl.int64) * stride_r", "offs_r * stride_r"),
+    "addresses of directions in int32": (PROJECT_DEVICE, "+ offs_c.to(tl.int64) * stride_c)", "+ offs_c * stride_c)"),
+    "all tiles write the squares of the first": (
+        PROJECT_DEVICE,
+        "squares + tile.to(tl.int64) * 2 * K",
+        "squares + tile.to(tl.int64) * 0 * K",
+    ),
+    "both rows of squares the first": (PROJECT_DEVICE, "* 2 + row) * K", "* 2 + row * 0) * K"),
+    "mask of the result forgotten": (PROJECT_DEVICE, "sums, mask=offs_k < K)", "sums)"),
+    "positions joined that have gaps": (PROJECT_CONFIGS, "stride_n != T * stride_t", "stride_n < T * stride_t"),
+    "all sets of directions into the first": (PROJECT, "u=u, out=part)", "u=u, out=out[:, : part.shape[1]])"),
+    "rounded without permission": (PROJECT_CONFIGS, "if problem.allow_tf32 and", "if"),
+    "transposed directions taken as they are": (PROJECT, "if name in planned.transposed else", "if False else"),
+}
 STREAMING_TOPK: Planted = {
     "wide loads at any address": (TOPK, "aligned = all(address % 16 == 0 for address in rows[1])", "aligned = True"),
     "one tie too few": (TOPK_DEVICE, "(tl.cumsum(equal, 0) <= quota)", "(tl.cumsum(equal, 0) < quota)"),
@@ -162,6 +207,7 @@ MASKED_SGD: Planted = {
 MUTANTS: dict[str, Planted] = {
     "sum_grad_squared": SUM_GRAD_SQUARED,
     "group_sum_grad_squared": GROUP_SUM_GRAD_SQUARED,
+    "project_sum_squared": PROJECT_SUM_SQUARED,
     "streaming_topk": STREAMING_TOPK,
     "masked_adamw": MASKED_ADAMW,
     "masked_sgd": MASKED_SGD,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ import triton
 from fishkern.kernels._group_by_grams import launches_by_grams
 from fishkern.kernels._hardware import A100, H100, MI300, Hardware
 from fishkern.kernels._launch import Launch
+from fishkern.kernels._project_sum_squared_configs import Cut
+from fishkern.kernels._project_sum_squared_configs import configs as projection_configs
 from fishkern.kernels._sum_grad_squared_configs import Config, Loads, configs, widest_with_mean
 from fishkern.kernels.masked_adamw import masked_adamw_
 from fishkern.kernels.masked_sgd import masked_sgd_
@@ -37,6 +39,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fishkern.kernels import group_sum_grad_squared as group
+from fishkern.kernels import project_sum_squared as projections
 from fishkern.kernels import streaming_topk as topk
 from tests.kernels.disassembly import resources
 
@@ -52,7 +55,10 @@ RELATIVES = {
     "sm_100": (H100, GPUTarget("cuda", 100, 32)),
     **{name: (MI300, GPUTarget("hip", name, 64)) for name in ("gfx90a", "gfx950")},
 }
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+NAMES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
+    torch.bool: "i1",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class Case:
         return launches(operands, self.on, self.config)[0]
 
 
-def cases(every: bool) -> Iterator[Case | Recorded]:
+def cases(every: bool) -> Iterator[Case | Projected | Recorded]:
     """All configurations with every option, or the widest of each table with the usual ones."""
     for on in (A100, H100, MI300):
         seen = set()
@@ -123,6 +129,7 @@ def cases(every: bool) -> Iterator[Case | Recorded]:
             yield Case(on, torch.bfloat16, "vectors", T=T)
         for name, launch in (*by_grams(on, every), *others(every)):
             yield Recorded(on, name, launch)
+        yield from projected(on, every)
 
 
 def _widest_with_mean(on: Hardware, itemsize: int, loads: Loads) -> int:
@@ -130,11 +137,12 @@ def _widest_with_mean(on: Hardware, itemsize: int, loads: Loads) -> int:
     return max(width for width in widths if width <= widest_with_mean(on, itemsize))
 
 
-def plain(on: Hardware) -> Iterator[Case | Recorded]:
+def plain(on: Hardware) -> Iterator[Case | Projected | Recorded]:
     """Every configuration of one architecture, without options, and all that streams."""
     yield from (case for case in cases(every=False) if case.on is on)
     for itemsize, loads, config in configs(on):
         yield Case(on, torch.bfloat16 if itemsize == 2 else torch.float32, loads, config)
+    yield from (case for case in projected(on, every=True) if isinstance(case, Projected) and case.T == 512)
 
 
 @dataclass(frozen=True)
@@ -161,6 +169,66 @@ def by_grams(on: Hardware, every: bool) -> Iterator[tuple[str, Launch]]:
             of_positions, of_groups = launches_by_grams(x, g, problem, on)[0]
             yield f"{NAMES[dtype]} grams T{T} positions", of_positions
             yield f"{NAMES[dtype]} grams T{T} groups", of_groups
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Everything about projections on directions that the compiled code depends on."""
+
+    on: Hardware
+    dtype: torch.dtype  # that is multiplied
+    cut: Cut
+    tf32: bool = False
+    half: bool = False  # factors of float16, which float32 directions are multiplied with
+    pieces: int = 1
+    transposed: bool = False
+    T: int = 512
+
+    def __str__(self) -> str:
+        tiles = "x".join(map(str, (self.cut.config.ROWS, self.cut.config.BLOCK_K, self.cut.config.BLOCK_F)))
+        options = {
+            f"{self.pieces} pieces": self.pieces > 1, "transposed": self.transposed, "tf32": self.tf32,
+            "of fp16": self.half,
+        }  # fmt: skip
+        words = [name for name, value in options.items() if value]
+        return " ".join([self.on.family, NAMES[self.dtype], self.cut.loads, tiles, f"projections T{self.T}", *words])
+
+    def launches(self) -> list[Launch]:
+        odd = self.cut.loads == "elements"
+        F, K = 4096 + odd, self.cut.config.BLOCK_K - odd
+        dtype = torch.float16 if self.half else self.dtype
+        x, g = (torch.empty(64, self.T, F, dtype=dtype, device="meta") for _ in range(2))
+        v, u = (torch.empty(self.pieces, F, K, dtype=self.dtype, device="meta") for _ in range(2))
+        if self.transposed:
+            v, u = v.mT.contiguous().mT, u.mT.contiguous().mT
+        counted, out = torch.empty(64, self.T, dtype=torch.bool, device="meta"), torch.empty(3, K, device="meta")
+        return projections.launches(projections.Operands(x, g, v, u, counted, out, self.tf32), self.on, self.cut)
+
+    def launch(self) -> Launch:
+        return self.launches()[0]
+
+
+def projected(on: Hardware, every: bool) -> Iterator[Projected | Recorded]:
+    """Projections by all tiles, for long and short examples, or by the widest; and what adds up their sums."""
+    seen, lines = set(), {}
+    for kind, loads, config in projection_configs(on):
+        widest = (kind, loads) not in seen
+        seen.add((kind, loads))
+        usual = widest and loads != "elements" and (kind == "16 bits" or on is H100)
+        dtype = torch.bfloat16 if kind == "16 bits" else torch.float32
+        for T in (512, 16) if every else (512,) if usual else ():
+            of_columns = kind == "tf32" and loads == "tma"  # as the launcher brings them
+            cut = Cut(loads, min(T, config.ROWS), config)
+            case = Projected(on, dtype, cut, tf32=kind == "tf32", transposed=of_columns, T=T)
+            yield case
+            lines[T] = case.launches()[1]
+            if every and widest and kind == "16 bits":
+                yield replace(case, pieces=3)
+                yield replace(case, transposed=True)
+            if every and widest and kind == "float32" and on is not MI300:
+                yield replace(case, half=True)
+    for T, launch in lines.items():
+        yield Recorded(on, f"fp32 lines T{T}", launch)
 
 
 def others(every: bool) -> Iterator[tuple[str, Launch]]:

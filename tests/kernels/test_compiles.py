@@ -30,7 +30,7 @@ SPILLED = {"sm_80": 96, "sm_90": 96, "gfx942": 0}
 # accumulator, that is, none may move a register that a product is added to.
 LOOP_SPILLS = 8
 # Kernels that stream, for which matrix units have no work; bytes that a thread may spill, once in its short life.
-STREAMING = ("topk", "adamw", "sgd")
+STREAMING = ("topk", "adamw", "sgd", "lines")
 STREAMING_SPILLED = 16
 # Chips that take the tables of another, with the shared memory that they have.
 RELATIVES = {

@@ -64,6 +64,15 @@ def test_of_the_way_round_that_ends_no_example(multiply, spill, spills, accumula
     assert counts == {"loop_spills": spills, "accumulator_spills": accumulators}
 
 
+def test_of_every_loop_that_multiplies_as_much():
+    """A kernel that projects two factors has two."""
+    one = NVIDIA.format(multiply=HGMMA, spill="LDL R152, [R1]").partition("        /*00b0*/")[0]
+    other = NVIDIA.format(multiply=HGMMA, spill="STL [R1], R24").replace(".L_x_", ".L_x_1")
+    assert loop_spills(one + other, SASS) == {"loop_spills": 2, "accumulator_spills": 1}
+    smaller = other.replace(HGMMA, "NOP")
+    assert loop_spills(one + smaller, SASS) == {"loop_spills": 1, "accumulator_spills": 0}
+
+
 @pytest.mark.parametrize("spill, spills", [("s_nop 0", 0), ("scratch_load_dwordx4 v[4:7], off, off", 1)])
 def test_of_amd_every_spill_counts(spill, spills):
     counts = loop_spills(AMD.format(spill=spill), GCN)

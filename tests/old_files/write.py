@@ -45,6 +45,10 @@ def write_inits(folder: Path) -> None:
     samples.adapter_init().save(folder / "adapter_init")
 
 
+def write_energies(folder: Path) -> None:
+    samples.energies().save(folder / "energies")
+
+
 def write_values(folder: Path) -> None:
     """Deltas, starts and an adapter."""
     for name, dtype in samples.DELTAS.items():
@@ -128,6 +132,7 @@ WRITERS = {
     "statistics": write_statistics,
     "selections": write_selections,
     "inits": write_inits,
+    "energies": write_energies,
     "values": write_values,
     "optimizers": write_optimizers,
     "trainer": write_trainer,

@@ -399,3 +399,90 @@ def test_in_bfloat16_sums_are_float32():
 def test_wrong_arguments_are_refused(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         fk.DirectionEnergy(**options)
+
+
+class Experts(nn.Module):
+    """A router that sends each position to one of several experts, each a module of two linears."""
+
+    def __init__(self, D: int, count: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(D, count)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, D, bias=False)) for _ in range(count)
+        )
+
+    def forward(self, x):
+        rows = x.flatten(0, 1)
+        weights, chosen = self.router(rows).softmax(-1).max(-1)
+        y = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            places = (chosen == number).nonzero().flatten()
+            if len(places):
+                y.index_add_(0, places, weights[places, None] * expert(rows[places]))
+        return y.view_as(x)
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.block, self.head = nn.Embedding(30, 6), Experts(6, 3), nn.Linear(6, 4)
+
+    def forward(self, x, attention_mask=None):
+        return self.head(self.block(self.embed(x)))
+
+
+def routed_losses(model: nn.Module, batch: tuple) -> torch.Tensor:
+    logits, labels = model(batch[0]), batch[1]
+    return nn.functional.cross_entropy(logits.mT, labels, reduction="none").mean(1)
+
+
+def test_experts_that_are_modules_have_the_energies_of_their_own_rows():
+    torch.manual_seed(3)
+    model = Routed().double()
+    with torch.no_grad():
+        model.embed.weight.mul_(3)
+    x, labels = torch.randint(0, 30, (5, 8)), torch.randint(0, 4, (5, 8))
+    batches = [(x[:3], labels[:3]), (x[3:], labels[3:])]
+    energies = fk.estimate(model, batches, fk.DirectionEnergy(importance="kronecker"), likelihood=routed_losses)
+    experts = [name for name in energies if "experts" in name]
+    assert len(experts) == 6
+    assert {energies.coverage[name].path for name in experts} == {"generic"}
+    rows: dict[str, list] = {}
+    for name, linear in linear_maps(model).items():
+        linear.module.register_forward_hook(
+            lambda module, args, output, name=name: (
+                rows.setdefault(name, []).append((args[0], output)) or output.retain_grad()
+            )
+        )
+    joint = {name: torch.zeros(min(linear.shape), dtype=torch.float64) for name, linear in linear_maps(model).items()}
+    for n in range(5):
+        model.zero_grad()
+        routed_losses(model, (x[n : n + 1], labels[n : n + 1])).sum().backward()
+        for name, linear in linear_maps(model).items():
+            if linear.weight.grad is not None:
+                U, _, Vh = torch.linalg.svd(linear.matrix(), full_matrices=False)
+                joint[name] += (U * (linear.weight.grad @ Vh.T)).sum(0).square() / 5
+    for name, found in energies.items():
+        h = torch.cat([one.detach().reshape(-1, one.shape[-1]) for one, _ in rows[name]])
+        d = torch.cat([one.grad.reshape(-1, one.shape[-1]) for _, one in rows[name]])
+        U, _, Vh = torch.linalg.svd(linear_maps(model)[name].matrix(), full_matrices=False)
+        assert found.positions * 5 == pytest.approx(len(h))
+        assert_close(found.input, (h @ Vh.T).square().mean(0), 1e-10)
+        assert_close(found.output, (d @ U).square().mean(0), 1e-10)
+        assert_close(found.joint, joint[name], 1e-10)
+
+
+def test_padding_among_the_rows_of_an_expert_is_refused_by_name():
+    torch.manual_seed(3)
+    model = Routed()
+    batch = {"x": torch.randint(0, 30, (4, 8)), "labels": torch.randint(0, 4, (4, 8))}
+    batch["attention_mask"] = torch.ones(4, 8, dtype=torch.long)
+    batch["attention_mask"][1:, 5:] = 0
+
+    def losses(model, batch):
+        nll = nn.functional.cross_entropy(model(batch["x"]).mT, batch["labels"], reduction="none")
+        return (nll * batch["attention_mask"]).sum(1)
+
+    with pytest.raises(fk.UnsupportedModuleError, match=r"block.experts.* gets rows that block picks"):
+        fk.estimate(model, [batch], fk.DirectionEnergy(), likelihood=losses)
+    assert fk.estimate(model, [batch], fk.DirectionEnergy(positions="all"), likelihood=losses).count == 4

@@ -114,6 +114,29 @@ def load_adapter_init(path: Path) -> None:
         module.delta()
 
 
+def energies() -> fk.Energies:
+    tensors = {}
+    for name, (height, width) in {"0.weight": (50, 40), "1.weight": (3, 50)}.items():
+        K = min(height, width)
+        tensors |= {f"{name}/{part}": torch.ones(K) for part in ("input", "output", "joint", "singular_values")}
+        tensors[f"{name}/positions"] = torch.tensor(6.5)
+        tensors[f"{name}/matrix"] = torch.tensor([height, width, 1.5, -0.5])
+        tensors[f"{name}/grams"] = torch.ones(2, K, K)
+    coverage = {name: Covered("fused", 3) for name in ("0.weight", "1.weight")}
+    return fk.Energies(tensors, count=3, provenance={"runs": [{"seed": 0}]}, coverage=coverage)
+
+
+def load_energies(lazy: bool) -> Callable[[Path], None]:
+    def load(path: Path) -> None:
+        loaded = fk.Energies.load(path, lazy=lazy)
+        repr(loaded)
+        for one in loaded.values():
+            repr(one)
+            _ = one.input, one.output, one.joint, one.singular_values, one.importance, one.digest
+
+    return load
+
+
 def write_start(path: Path) -> Path:
     return save_start(small_model(), selection(), path)
 
@@ -150,6 +173,8 @@ LOADERS = {
     "selection": Loader(load_selection, lambda path: selection().save(path)),
     "delta": Loader(load_delta, lambda path: fk.delta(small_model(), selection()).save(path)),
     "start": Loader(lambda path: load_start(small_model(), path), write_start),
+    "energies": Loader(load_energies(lazy=False), lambda path: energies().save(path)),
+    "lazy energies": Loader(load_energies(lazy=True), lambda path: energies().save(path, max_shard_size=1000)),
     "adapter init": Loader(load_adapter_init, lambda path: adapter_init().save(path)),
     "adapter": Loader(load_adapter, write_adapter),
     "MaskedAdamW": Loader(load_optimizer(fk.MaskedAdamW), write_optimizer(fk.MaskedAdamW)),

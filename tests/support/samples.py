@@ -114,6 +114,22 @@ def adapter_init() -> fk.AdapterInit:
     return fk.AdapterInit(modules, digests={"0": (4.5, -0.125), "1": (2.25, 1.5)}, provenance=provenance)
 
 
+def energies() -> fk.Energies:
+    """Energies of two matrices along singular vectors, one with the importance of a pass without it merged in."""
+    tensors: dict[str, Tensor] = {}
+    for name, importance in (("0.weight", True), ("1.weight", False)):
+        O, I = POOL[name]
+        K = min(O, I)
+        for part in ("input", "output", "joint", "singular_values"):
+            tensors[f"{name}/{part}"] = numbers(f"{name} {part}", (K,)).abs()
+        tensors[f"{name}/positions"] = torch.tensor(6.5)
+        tensors[f"{name}/matrix"] = torch.tensor([O, I, 4.5, -0.125])
+        if importance:
+            tensors[f"{name}/grams"] = numbers(f"{name} grams", (2, K, K))
+    definition = {"estimator": "DirectionEnergy", "unit": "example", "basis": "svd", "importance": "kronecker"}
+    return fk.Energies(tensors, count=3, provenance={"definition": definition, "runs": [{"model": "Small"}]})
+
+
 @torch.no_grad()
 def moved(model: nn.Module, by: float = 0.5) -> nn.Module:
     """The same model with its selected entries moved, as training would."""

@@ -1,0 +1,51 @@
+"""The layer rules in order, and which of them give the gradients of a site as activations and output gradients."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fishkern.layers.base import Layer
+from fishkern.layers.convolution import Convolution
+from fishkern.layers.embedding import Embedding
+from fishkern.layers.layer_norm import LayerNorm
+from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear
+from fishkern.layers.scale import Factor, OnePlusFactor, Scale
+from fishkern.layers.site import Site
+from fishkern.layers.twins import Twins
+
+LAYERS: tuple[Layer, ...] = (
+    Linear(), QuantizedLinear(), Conv1D(), Twins(), Embedding(), LayerNorm(), Convolution(), Factor(), OnePlusFactor(),
+    Scale(),
+)  # fmt: skip
+"""The rules, first match first. A new kind of layer is one more entry."""
+
+
+def rule_of(module: nn.Module) -> Layer | None:
+    """Find the rule of a module.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The first rule that covers some of its parameters, if any.
+    """
+    return next((layer for layer in LAYERS if layer.covers(module)), None)
+
+
+def factored(site: Site) -> dict[str, tuple[nn.Module, Layer]]:
+    """List the weights of a site whose gradients come as activations and output gradients.
+
+    Args:
+        site: A site: a linear map, or a host with linear maps in it.
+
+    Returns:
+        Module and rule of each weight, by its name in the site's module.
+    """
+    found = {}
+    for name in site.keys:
+        path, _, own = name.rpartition(".")
+        module = site.module if site.layer is not None else site.module.get_submodule(path)
+        layer = site.layer if site.layer is not None else rule_of(module)
+        if layer is not None and own in layer.covers(module) and layer.gives_factors(own):
+            found[name] = module, layer
+    return found
