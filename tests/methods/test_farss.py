@@ -110,6 +110,24 @@ def test_by_default_all_linear_weights_in_the_layers():
     assert all(".encoder.layer." in path for path in init)
 
 
+def test_a_model_of_two_stacks_counts_layers_in_each():
+    init = farss(zoo.t5().model, batches(zoo.answer_batch), shallow=0, positions="all")
+    assert {path.split(".")[0] for path in init} == {"encoder", "decoder"}
+    for path, facts in init.provenance["modules"].items():
+        assert facts["order"] == ("smallest" if ".block.0." in path else "largest")
+
+
+@pytest.mark.gpu
+def test_the_same_on_a_gpu():
+    model = llama().double()
+    here = farss(model)
+    there = farss(model.cuda())
+    assert there.ranks == here.ranks
+    for path, start in here.items():
+        assert torch.equal(there[path].chosen, start.chosen)
+        torch.testing.assert_close(there[path].delta(), start.delta(), rtol=1e-5, atol=1e-6)
+
+
 def test_a_rank_that_some_matrices_do_not_have():
     with pytest.warns(UserWarning, match="rank=20 is more than 4 of 28 matrices have components"):
         init = farss(llama(), rank=20)
@@ -128,21 +146,29 @@ def test_max_examples_and_frozen_weights():
 class Experts(nn.Module):
     """Experts as modules of their own, mixed by a router that never takes the last."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, routed: bool) -> None:
         super().__init__()
         self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
         self.router = nn.Linear(6, 2)
+        self.routed = routed
 
     def forward(self, x: Tensor) -> Tensor:
         share = torch.cat([self.router(x).softmax(-1), torch.zeros_like(x[..., :1])], -1)
-        return x + sum(share[..., e : e + 1] * expert(x).tanh() for e, expert in enumerate(self.experts))
+        if not self.routed:  # every expert sees every position
+            return x + sum(share[..., e : e + 1] * expert(x).tanh() for e, expert in enumerate(self.experts))
+        rows, share = x.flatten(0, 1), share.flatten(0, 1)
+        y = torch.zeros_like(rows)
+        for e, expert in enumerate(self.experts):
+            places = (share.argmax(-1) == e).nonzero()[:, 0]
+            y = y.index_add(0, places, share[places, e : e + 1] * expert(rows[places]).tanh())
+        return x + y.view_as(x)
 
 
 class Mixture(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, *, routed: bool) -> None:
         super().__init__()
         self.embedding = nn.Embedding(11, 6)
-        self.layers = nn.ModuleList(Experts() for _ in range(2))
+        self.layers = nn.ModuleList(Experts(routed=routed) for _ in range(2))
         self.head = nn.Linear(6, 11)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -152,9 +178,11 @@ class Mixture(nn.Module):
         return self.head(x)
 
 
-def test_an_expert_that_no_example_reaches():
+@pytest.mark.filterwarnings("ignore:.*slower path", "ignore:.*generic")
+@pytest.mark.parametrize("routed", [False, True])
+def test_an_expert_that_no_example_reaches(routed):
     torch.manual_seed(0)
-    model, data = Mixture(), [(torch.randint(11, (4, 8)), torch.randint(11, (4, 8))) for _ in range(3)]
+    model, data = Mixture(routed=routed), [(torch.randint(11, (4, 8)), torch.randint(11, (4, 8))) for _ in range(3)]
     ranks = fk.InverseImportance(average=2, most=5)
     with pytest.warns(UserWarning, match=r"no example reaches 2 of 8 modules \(layers.0.experts.2, layers.1.experts.2"):
         init = fk.farss(model, data, shallow=0, rank=2, ranks=ranks, likelihood=fk.TokenClassification(class_axis=-1))

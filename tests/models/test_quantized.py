@@ -384,6 +384,23 @@ class Blocks(Mixing):
         return torch.einsum("nthi,hoi->ntho", x.unflatten(-1, (2, -1)), self.weight).flatten(2)
 
 
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_start_is_made_of_the_matrix_that_the_module_multiplies_by(kind):
+    model, batches = net(kind), [batch()]
+    paths = {path: module for path, module in model.named_modules() if isinstance(module, kind)}
+    names = [f"{path}.weight" for path in paths]
+    wanted = lambda name, _: name in names  # noqa: E731
+    energies = fk.estimate(model, batches, fk.DirectionEnergy(), likelihood=losses, parameters=wanted)
+    init = fk.initialize(model, energies, fk.DirectionInit(2))
+    assert list(init) == list(paths)
+    for path, module in paths.items():
+        U, sigma, Vh = torch.linalg.svd(module.dequantize().detach())
+        chosen = init[path].chosen
+        expected = U[:, chosen] * sigma[chosen] @ Vh[chosen]
+        torch.testing.assert_close(init[path].delta().double(), expected, rtol=1e-3, atol=1e-3)
+    init.check(model)
+
+
 @pytest.mark.parametrize("kind", [Mixing, Blocks])
 def test_an_ordinary_weight_of_another_shape_is_not_a_packed_one(kind):
     model, batches = nn.Sequential(kind(), nn.Linear(4, 3).double()), [batch()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -40,6 +42,19 @@ def test_equals_the_loop(stories, sentences, dtype):
     assert paths(statistics).keys() == {"fused"}
     assert statistics.count == 12
     assert statistics.total == 260_032
+
+
+def test_starts_in_16_bits_choose_as_in_float32(stories, sentences):
+    """Directions and projections in bfloat16 are exact enough; their sums are float32."""
+    model = copy.deepcopy(stories.model).float()
+    full, half = (fk.filet(one, sentences, rank=8) for one in (model, copy.deepcopy(model).bfloat16()))
+    shared = [len(set(full[path].chosen.tolist()) & set(half[path].chosen.tolist())) for path in full]
+    assert sum(shared) >= 0.95 * 8 * len(full)
+    ranks = fk.InverseImportance(average=8, most=16)
+    full, half = (fk.farss(one, sentences, shallow=1, rank=16, ranks=ranks).ranks for one in (model, model.bfloat16()))
+    assert sum(full.values()) == sum(half.values()) == 8 * 14 + 16 * 21
+    assert all(abs(full[path] - half[path]) <= 1 for path in full)
+    assert min(full.values()) < 8
 
 
 def test_survives_a_file(stories, sentences, tmp_path):
