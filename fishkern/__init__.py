@@ -13,7 +13,7 @@ from fishkern.initialization import (
     initialize,
 )
 from fishkern.layers import UnsupportedModuleError
-from fishkern.methods import ShallowSearch, farss, filet, fish_tuning
+from fishkern.methods import ShallowSearch, farss, filet, fish_tuning, pissa
 from fishkern.names import canonical_name
 from fishkern.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
 from fishkern.selection import (
@@ -111,6 +111,7 @@ __all__ = [
     "fish_tuning",
     "initialize",
     "merge",
+    "pissa",
     "select",
     "use_backend",
     "verify",

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from fishkern.commands.demo import demo
 from fishkern.commands.doctor import doctor
 from fishkern.commands.estimate import estimate
+from fishkern.commands.init import init
+from fishkern.commands.ranks import ranks
 from fishkern.commands.select import select
 from fishkern.commands.show import show
 from fishkern.commands.tune import tune
@@ -17,6 +19,8 @@ COMMANDS: dict[Callable[..., int | None], str] = {
     verify: "fishkern verify ./my-adapter --data ./squad --samples 32 --json report.json",
     select: "fishkern select fisher.safetensors --density 0.005 --rule global --out selection.safetensors",
     show: "fishkern show fisher.safetensors --plot fisher.png",
+    ranks: "fishkern ranks Qwen/Qwen3-0.6B --data corpus.jsonl --average 16 --out ranks.json",
+    init: "fishkern init Qwen/Qwen3-0.6B --data corpus.jsonl --method filet --rank 32 --out adapter",
     tune: "fishkern tune bert-base-cased --data ./cola --task sequence-classification --eval-split validation",
     doctor: "fishkern doctor",
     demo: "fishkern demo --seconds 10",

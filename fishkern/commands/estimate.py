@@ -13,7 +13,7 @@ from typer import Option
 import fishkern as fk
 from fishkern.commands.options import Json, Workload, with_options
 from fishkern.commands.output import checked_path, console, next_command, progress, rows_in_words, size_on_disk
-from fishkern.commands.workload import Prepared, checked_device, fitting, likelihood_of, predicate, prepare
+from fishkern.commands.workload import Prepared, checked_device, fitting, likelihood_of, predicate, prepare, with_origin
 
 
 @with_options
@@ -83,7 +83,7 @@ def estimate(
     with progress("estimating", "examples") as report:
         statistics, batch_size = fitting(run, work.batch_size, prepared.device, total)
     seconds = time.perf_counter() - start
-    statistics = _with_origin(statistics, {**prepared.described, "batch_size": batch_size, "from": work.model})
+    statistics = with_origin(statistics, {**prepared.described, "batch_size": batch_size, "from": work.model})
     path = statistics.save(target)
     result = _result(statistics, path, prepared, {"batch_size": batch_size, "seconds": round(seconds, 3)})
     if json_:
@@ -105,15 +105,6 @@ def _recipe(
         raise ValueError(f"--fisher-type {fisher_type} takes no pass for each label: leave out --max-label-passes.")
     more = {} if max_label_passes is None else {"max_label_passes": max_label_passes}
     return fk.DiagonalFisher(fisher_type, unit, mc_samples=mc_samples or 1, seed=seed, **more)
-
-
-def _with_origin(statistics: fk.Statistics, origin: dict[str, Any]) -> fk.Statistics:
-    """Add to the provenance where model and examples come from."""
-    provenance = statistics.provenance
-    provenance["runs"][0] |= origin
-    return type(statistics)(
-        dict(statistics), count=statistics.count, provenance=provenance, coverage=statistics.coverage
-    )
 
 
 def _result(statistics: fk.Statistics, path: Path, prepared: Prepared, run: dict[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from typer import Argument, Option
 from fishkern.integrations.tasks import TASKS
 
 _MODEL, _DATA, _RUN = "Model", "Data", "Run"
+_DATA_HELP = "A file (parquet, json, jsonl, csv, tsv, txt), a folder, or an id on the hub."
 
 
 @dataclass(frozen=True)
-class Workload:
+class Inputs:
     """A model and the data that runs through it, as the command line names them."""
 
     model: Annotated[str, Argument(metavar="MODEL", help="Folder of a model or a PEFT adapter, or its id on the hub.")]
@@ -24,7 +25,7 @@ class Workload:
         str,
         Option(
             metavar="DATA",
-            help="A file (parquet, json, jsonl, csv, tsv, txt), a folder, or an id on the hub.",
+            help=_DATA_HELP,
             rich_help_panel=_DATA,
         ),
     ]
@@ -47,10 +48,6 @@ class Workload:
         str, Option(metavar="DTYPE", help="auto (the checkpoint's), float32, bfloat16, float16, float64.",
                     rich_help_panel=_MODEL)
     ] = "auto"  # fmt: skip
-    parameters: Annotated[
-        list[str], Option(metavar="PATTERN", help="Only these parameters, such as '*.q_proj.*'; may be repeated. "
-                          "'*' is all; by default those that are trained.", rich_help_panel=_MODEL)
-    ] = ()  # fmt: skip
     split: Annotated[str, Option(metavar="NAME", help="Part of the data.", rich_help_panel=_DATA)] = "train"
     subset: Annotated[str, Option(metavar="NAME", help="Configuration of data on the hub.", rich_help_panel=_DATA)] = ""
     first: Annotated[
@@ -82,6 +79,46 @@ class Workload:
     ] = 0  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Workload(Inputs):
+    """The same, and which parameters of the model."""
+
+    parameters: Annotated[
+        list[str], Option(metavar="PATTERN", help="Only these parameters, such as '*.q_proj.*'; may be repeated. "
+                          "'*' is all; by default those that are trained.", rich_help_panel=_MODEL)
+    ] = ()  # fmt: skip
+
+
+@dataclass(frozen=True)
+class InputsWithoutData(Inputs):
+    """The same for a command that may do without data."""
+
+    data: Annotated[
+        str,
+        Option(
+            metavar="DATA",
+            help=_DATA_HELP,
+            rich_help_panel=_DATA,
+            show_default="none",
+        ),
+    ] = ""
+
+
+Targets = Annotated[
+    list[str],
+    Option(
+        metavar="PATTERN",
+        help="Only these weights or modules, such as q_proj or '*.layers.0.*'; may be repeated. "
+        "By default every linear weight in the layers.",
+    ),
+]
+Positions = Annotated[
+    str, Option(metavar="WHICH", help="Which positions count: attended, labelled, or all (also padding).")
+]
+LayersPerPass = Annotated[
+    int | None,
+    Option(metavar="N", min=1, help="Read the data once for every N layers, to need less memory.", show_default="all"),
+]
 Json = Annotated[bool, Option("--json", help="Print JSON instead.")]
 
 

@@ -19,7 +19,7 @@ from rich.segment import Segment
 
 from fishkern.files import check_target, files_of
 from fishkern.selection import Selection
-from fishkern.statistics import Statistics
+from fishkern.statistics import Energies, Statistics
 
 Report = Callable[[int, int | None], None]
 
@@ -96,13 +96,14 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def progress(what: str, unit: str, begun: int = 0) -> Iterator[Report]:
+def progress(what: str, unit: str, begun: int = 0, then: str = "") -> Iterator[Report]:
     """Show the progress, the rate and the time left; nothing if standard error is no terminal.
 
     Args:
         what: Such as ``"estimating"``.
         unit: Such as ``"examples"``.
         begun: How many were done before.
+        then: What follows when all are done, of unknown length.
 
     Yields:
         A function of the number done and the total, if known.
@@ -117,6 +118,9 @@ def progress(what: str, unit: str, begun: int = 0) -> Iterator[Report]:
             rate = (done - begun) / max(time.monotonic() - start, 1e-9)
             left = f", {(total - done) / rate:,.0f} s left" if total and rate else ""
             of = f" of {total:,}" if total else ""
+            if then and done == total:
+                bar.update(task, completed=done, total=None, description=f"{done:,} {unit} done, {then}")
+                return
             bar.update(task, completed=done, total=total, description=f"{done:,}{of} {unit}, {rate:,.1f}/s{left}")
 
         yield report
@@ -191,12 +195,15 @@ def checked_report(path: str | os.PathLike[str], option: str, keys: Iterable[str
     return path
 
 
-def checked_path(path: str | os.PathLike[str], kind: type[Statistics | Selection] = Statistics) -> Path:
-    """Check before the work that statistics or a selection can be saved.
+def checked_path(
+    path: str | os.PathLike[str], kind: type[Statistics | Selection | Energies] = Statistics, option: str = "--out"
+) -> Path:
+    """Check before the work that statistics, energies or a selection can be saved.
 
     Args:
         path: The file; a string may end in a slash.
-        kind: Which of the two.
+        kind: Which of them.
+        option: The option that names it.
 
     Returns:
         The path with its suffix.
@@ -207,16 +214,16 @@ def checked_path(path: str | os.PathLike[str], kind: type[Statistics | Selection
         OSError: As in :func:`checked_file`.
     """
     name = f"{kind.__name__.lower()}.safetensors"
-    path = checked_file(path, "--out", name)
+    path = checked_file(path, option, name)
     if re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) and path.suffix != ".safetensors":
         advice = path.with_suffix(".safetensors")
-        raise ValueError(f"the output is a .safetensors file, and {path} names another kind: --out {advice}.")
-    path = checked_file(path.with_name(path.name.removesuffix(".safetensors") + ".safetensors"), "--out", name)
+        raise ValueError(f"the output is a .safetensors file, and {path} names another kind: {option} {advice}.")
+    path = checked_file(path.with_name(path.name.removesuffix(".safetensors") + ".safetensors"), option, name)
     if path.exists():
         try:
-            kind.load(path, **({"lazy": True} if kind is Statistics else {}))
+            kind.load(path, **({} if kind is Selection else {"lazy": True}))
         except ValueError as error:
-            raise FileExistsError(f"{error} It is not overwritten: choose another name with --out.") from None
+            raise FileExistsError(f"{error} It is not overwritten: choose another name with {option}.") from None
     return path
 
 

@@ -14,10 +14,19 @@ from fishkern.commands.options import Json
 from fishkern.commands.output import console, note, progress, rows_in_words
 from fishkern.commands.watching import watched
 from fishkern.files import StoredTensor, format_of, in_brief
-from fishkern.report import Summary, held_values, locate, summarise
-from fishkern.report.tables import comparison_table, selection_table, summary_table, values_table
+from fishkern.initialization import AdapterInit
+from fishkern.report import Summary, held_values, locate, summarise, summarise_energies, summarise_start
+from fishkern.report.tables import (
+    comparison_table,
+    energies_table,
+    ranks_tables,
+    selection_table,
+    start_table,
+    summary_table,
+    values_table,
+)
 from fishkern.selection import Delta, Selection, open_start
-from fishkern.statistics import Statistics
+from fishkern.statistics import Energies, Statistics
 
 DENSITY = 0.005
 
@@ -26,7 +35,7 @@ class Start(dict[str, StoredTensor]):
     """The values of a start by parameter name, on disk."""
 
 
-Content = Statistics | Selection | Delta | Start
+Content = Statistics | Selection | Delta | Start | Energies | AdapterInit
 
 
 @dataclass(frozen=True)
@@ -43,11 +52,15 @@ _KINDS: dict[str, _Kind] = {
     "fishkern.selection": _Kind(Selection, "a selection", Selection.load),
     "fishkern.delta": _Kind(Delta, "a delta", Delta.load),
     "fishkern.start": _Kind(Start, "a start", lambda path: Start(open_start(path))),
+    "fishkern.energies": _Kind(Energies, "energies", lambda path: Energies.load(path, lazy=True)),
+    "fishkern.adapter-init": _Kind(AdapterInit, "the start of an adapter", AdapterInit.load),
 }
 
 
 def show(
-    file: Annotated[Path, Argument(metavar="FILE", help="Statistics, a selection, a delta or a start.")],
+    file: Annotated[
+        Path, Argument(metavar="FILE", help="Statistics, a selection, a delta, a start, energies, an adapter's start.")
+    ],
     other: Annotated[
         Path | None,
         Argument(metavar="OTHER", help="A selection to compare it with, or the start that a delta was trained from."),
@@ -62,7 +75,8 @@ def show(
     """Show the contents of a file: by layer, by type of module, as a picture.
 
     For statistics the Fisher information, for a selection its density, for two selections what they share, for a delta
-    its values and how far they have moved from the start, by default start.safetensors in the same folder.
+    its values and how far they have moved from the start, by default start.safetensors in the same folder. For energies
+    how many directions hold them, and for the start of an adapter its ranks and its size relative to the weights.
     """  # noqa: DOC501 - it is the help text
     if density is not None and not 0 < density <= 1:
         raise ValueError(f"--density is a fraction in (0, 1], got {density:g}.")
@@ -76,6 +90,8 @@ def show(
         raise ValueError(f"--density is for statistics, and {file} holds {_name(content)}: leave it out.")
     if plot is not None and isinstance(content, Delta | Start):
         raise ValueError(f"{_name(content)} is shown in a table: leave out --plot.")
+    if other is not None and isinstance(content, Energies | AdapterInit):
+        raise ValueError(f"only selections and deltas are compared, and {file} holds {_name(content)}: show it alone.")
     if plot is not None and other is not None:
         raise ValueError("two selections are compared in a table: leave out --plot, or show one file.")
     if isinstance(content, Start):
@@ -84,6 +100,10 @@ def show(
         _show_start(content, file, as_json=json_)
     elif isinstance(content, Delta):
         _show_delta(content, file, other, as_json=json_)
+    elif isinstance(content, Energies):
+        _show_energies(content, file, picture, as_json=json_)
+    elif isinstance(content, AdapterInit):
+        _show_init(content, file, picture, as_json=json_)
     elif other is not None:
         _show_comparison(content, _load(other), as_json=json_)
     elif isinstance(content, Statistics):
@@ -95,7 +115,10 @@ def show(
 
 
 def _load(path: Path) -> Content:
-    expected = "statistics, a selection, a delta or a start; made by fishkern estimate / select / tune"
+    expected = (
+        "statistics, a selection, a delta, a start, energies or an adapter's start; made by fishkern estimate / select "
+        "/ tune / ranks / init"
+    )
     if path.is_dir():
         inside = sorted(file.name for file in path.glob("*.safetensors"))
         advice = f"name a file in it, such as {path / inside[0]}" if inside else f"expected {expected}"
@@ -158,11 +181,7 @@ def _show_statistics(
         _print_json({"file": str(file), "count": statistics.count, **statistics.provenance, **summary.to_dict()})
     else:
         console().print(f"{file}: {statistics!r}\n")
-        for run in statistics.provenance["runs"]:
-            for key in ("model", "from", "task", "data", "rows", "dtype"):
-                if key in run:
-                    console().print(f"{key:6} {in_brief(_in_words(key, run[key]), 400)}")
-            console().print()
+        _print_runs(statistics)
         console().print(summary_table(summary))
     if picture is not None:
         from fishkern.report.plots import draw, save
@@ -170,6 +189,14 @@ def _show_statistics(
         model = (statistics.provenance["runs"] or [{}])[0].get("model", "")
         title = f"{model} ({file.name}, mean over {statistics.count:,})".strip()
         save(draw(summary, title=title, quantity="Fisher information", unit="nats² per parameter unit²"), picture)
+
+
+def _print_runs(content: Statistics | Energies) -> None:
+    for run in content.provenance["runs"]:
+        for key in ("model", "from", "task", "data", "rows", "dtype"):
+            if key in run:
+                console().print(f"{key:6} {in_brief(_in_words(key, run[key]), 400)}")
+        console().print()
 
 
 def _note_impossible(summary: Summary, statistics: Statistics) -> None:
@@ -199,6 +226,44 @@ def _show_selection(selection: Selection, file: Path, picture: Path | None, *, a
         from fishkern.report.plots import draw_selection, save
 
         save(draw_selection(parts, title=f"{file.name}: {selection.count:,} of {selection.total:,}"), picture)
+
+
+def _show_energies(energies: Energies, file: Path, picture: Path | None, *, as_json: bool) -> None:
+    with progress("reading", "matrices") as report:
+        summary = summarise_energies(energies, report)
+    if as_json:
+        _print_json({"file": str(file), "count": energies.count, **energies.provenance, **summary.to_dict()})
+    else:
+        console().print(f"{file}: {energies!r}\n")
+        _print_runs(energies)
+        console().print(energies_table(summary))
+    if picture is not None:
+        from fishkern.report.plots import draw_energies, save
+
+        model = (energies.provenance["runs"] or [{}])[0].get("model", "")
+        title = f"{model} ({file.name}, mean over {energies.count:,})".strip()
+        save(draw_energies(summary, title=title), picture)
+
+
+def _show_init(init: AdapterInit, file: Path, picture: Path | None, *, as_json: bool) -> None:
+    parts, ranks = summarise_start(init), {f"{path}.weight": rank for path, rank in init.ranks.items()}
+    if as_json:
+        _print_json({"file": str(file), **init.provenance, **parts.to_dict()})
+    else:
+        console().print(f"{file}: {init!r}\n")
+        origin = {**init.provenance.get("inputs", {}), **{"method": init.provenance.get("method", {}).get("name")}}
+        for key in ("method", "model", "from", "task", "data", "rows"):
+            if origin.get(key) is not None:
+                console().print(f"{key:6} {in_brief(_in_words(key, origin[key]), 400)}")
+        console().print()
+        if parts.whole.least != parts.whole.most:
+            for table in ranks_tables(ranks):
+                console().print(table)
+        console().print(start_table(parts))
+    if picture is not None:
+        from fishkern.report.plots import draw_start, save
+
+        save(draw_start(parts, title=f"{file.name}: {init!r}"), picture)
 
 
 def _show_comparison(one: Content, other: Content, *, as_json: bool) -> None:

@@ -22,6 +22,7 @@ _PHRASES = (
     (r"give exactly one budget of .* and match=, got ([\w, ]+)", r"give one of --density, --k and --trainable, got \1"),
     (r"either k or density", "either --k or --density"),
     (r"\bPass likelihood=", "In Python, pass likelihood="),
+    (r"choose a scaling such as 1 or 2", "choose an --alpha that is a multiple of the rank"),
     (r"\bmax_examples\b", "--samples"),
     (r"\bcheck=False\b", "--no-check"),
 )
@@ -44,6 +45,8 @@ def in_options(message: str) -> str:
     names = "|".join(sorted(_arguments(), key=len, reverse=True))
     # Not in a path or a quotation, nor inside a call such as CausalLM(reduction='mean'), which is a value itself.
     message = re.sub(rf"(?<![\w./'-])(?<!\w\()({names})=('[^']*'|\[[^\]]*\]|[\w.,+-]*[\w])", _option, message)
+    message = re.sub(rf"(?<![\w./'-])({names})=(?=[\s.,;:)]|$)", lambda match: _spelled(match[1]), message)  # no value
+    message = re.sub(r"(?<!\w)(--[a-z-]+)=(?=[\s.,;:)]|$)", r"\1", message)
     message = re.sub(rf"^({names})(?= (must|is) )", lambda match: _spelled(match[1]), message)
     several = "|".join(name for name in _arguments() if "_" in name)
     return re.sub(rf"(?<![\w./'-])({several})\b(?![='])", lambda match: _spelled(match[1]), message)

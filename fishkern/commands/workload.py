@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.commands.options import Workload
+from fishkern.commands.options import Inputs
 from fishkern.commands.output import note, waiting
 from fishkern.integrations import data, hub, models, processors
 from fishkern.integrations.columns import CANDIDATES, Head, choose_columns, read_head, task_of_labels, unused_label
@@ -19,13 +19,14 @@ from fishkern.integrations.data import Rows
 from fishkern.integrations.examples import Encoder, Example, pad_token
 from fishkern.integrations.models import Source
 from fishkern.integrations.tasks import TASKS, task_of_config
-from fishkern.statistics import Likelihood
+from fishkern.statistics import Energies, Likelihood, Statistics
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 BATCH_SIZE = {"cpu": 8}  # a guess, halved while memory does not suffice
 BATCH_SIZE_ELSEWHERE = 32
 
 Result = TypeVar("Result")
+Estimated = TypeVar("Estimated", Statistics, Energies)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Prepared:
         return [self.encoder.collate(self.examples[start : start + size]) for start in starts]
 
 
-def prepare(work: Workload, samples: int) -> Prepared:
+def prepare(work: Inputs, samples: int) -> Prepared:
     """Open the data, load the model, make examples.
 
     Args:
@@ -104,6 +105,51 @@ def prepare(work: Workload, samples: int) -> Prepared:
     return Prepared(model, encoder, examples, _described(work, encoder, rows, len(examples), fresh))
 
 
+def prepare_model(work: Inputs) -> tuple[nn.Module, dict[str, Any]]:
+    """Load the model alone, for a command that needs no data.
+
+    Args:
+        work: The options.
+
+    Returns:
+        The model on its device, and its task, as plain values for the provenance.
+
+    Raises:
+        ValueError: An option does not fit; the message says which.
+        OSError: The model is not on this machine, and the hub does not have it or cannot be asked.
+    """
+    _check_names(work)
+    device = checked_device(work.device or ("cuda" if torch.cuda.is_available() else "cpu"), "--device")
+    with waiting("loading model"), hub.quiet() as warned:
+        source = models.find(work.model, work.base or None)
+        task = _task(work, source)
+        models.check_task(source, task)
+        model, fresh = models.load(source, task, dtype=work.dtype, device=device, seed=work.seed)
+    for text in warned:
+        note(text)
+    return model, {"task": task, **({"random weights": fresh} if fresh else {})}
+
+
+def refuse_adapter(work: Inputs, what: str) -> None:
+    """Refuse an adapter where a model is expected, before anything is loaded.
+
+    Args:
+        work: The options.
+        what: What is done for a model, such as ``"a start is made"``.
+
+    Raises:
+        ValueError: MODEL is an adapter.
+        OSError: The model is not on this machine, and the hub does not have it or cannot be asked.
+    """
+    with waiting("reading config"), hub.quiet():
+        source = models.find(work.model, work.base or None)
+    if source.adapter is not None:
+        raise ValueError(
+            f"{work.model} is an adapter, and {what} for a model without one: name its base, {source.folder}, "
+            "or merge the adapter into it and name the result."
+        )
+
+
 def likelihood_of(reduction: str, task: str) -> Likelihood | None:
     """Turn ``--reduction`` into what ``likelihood=`` takes.
 
@@ -125,6 +171,23 @@ def likelihood_of(reduction: str, task: str) -> Likelihood | None:
     if likelihood is None:
         raise ValueError(f"an example of {task} has one label, and nothing to sum: leave out --reduction.")
     return likelihood(reduction="sum")
+
+
+def with_origin(estimated: Estimated, origin: dict[str, Any]) -> Estimated:
+    """Add to the provenance where model and examples come from.
+
+    Args:
+        estimated: What :func:`fishkern.estimate` returned.
+        origin: Plain values.
+
+    Returns:
+        The same with a longer provenance.
+    """
+    provenance = estimated.provenance
+    provenance["runs"][0] |= origin
+    return type(estimated)(
+        dict(estimated.blocks), count=estimated.count, provenance=provenance, coverage=estimated.coverage
+    )
 
 
 def predicate(patterns: Sequence[str], model: nn.Module) -> Callable[[str, nn.Parameter], bool] | None:
@@ -202,14 +265,14 @@ def checked_device(name: str, option: str) -> str:
     return name
 
 
-def _check_names(work: Workload) -> None:
+def _check_names(work: Inputs) -> None:
     if work.dtype not in DTYPES:
         raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, got {work.dtype!r}.")
     if work.task and work.task not in TASKS:
         raise ValueError(f"--task is one of {', '.join(TASKS)}, got {work.task!r}.")
 
 
-def _task(work: Workload, source: Source) -> str:
+def _task(work: Inputs, source: Source) -> str:
     task = work.task or source.task
     if task is None:
         raise ValueError(f"{work.model} does not say what it is trained for: give --task, one of {', '.join(TASKS)}.")
@@ -218,7 +281,7 @@ def _task(work: Workload, source: Source) -> str:
     return task
 
 
-def _head(work: Workload, source: Source, task: str, columns: Mapping[str, str], rows: Rows) -> Head | None:
+def _head(work: Inputs, source: Source, task: str, columns: Mapping[str, str], rows: Rows) -> Head | None:
     """Read from the data the labels of a head that the checkpoint lacks; ``None`` where it has its own."""
     models.check_task(source, task)
     head = None if task_of_config(source.config) == task else read_head(rows, columns, work.num_labels)
@@ -231,7 +294,7 @@ def _head(work: Workload, source: Source, task: str, columns: Mapping[str, str],
     return head
 
 
-def _processor(source: Source, task: str, work: Workload) -> tuple[Any, int]:
+def _processor(source: Source, task: str, work: Inputs) -> tuple[Any, int]:
     """Load the tokenizer, and say to how many tokens it cuts texts; or the image processor, and 0."""
     if task == "image-classification":
         processor, plain = processors.load_image_processor(source, work.tokenizer or None)
@@ -280,7 +343,7 @@ def _announce_unused_label(task: str, columns: Mapping[str, str], rows: Rows) ->
         )
 
 
-def _described(work: Workload, encoder: Encoder, rows: Rows, count: int, fresh: list[str]) -> dict[str, Any]:
+def _described(work: Inputs, encoder: Encoder, rows: Rows, count: int, fresh: list[str]) -> dict[str, Any]:
     task, max_length = encoder.task, encoder.max_length
     return {
         "data": work.data,

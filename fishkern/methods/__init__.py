@@ -3,5 +3,6 @@
 from fishkern.methods.farss import ShallowSearch, farss
 from fishkern.methods.filet import filet
 from fishkern.methods.fish_tuning import fish_tuning
+from fishkern.methods.pissa import pissa
 
-__all__ = ["ShallowSearch", "farss", "filet", "fish_tuning"]
+__all__ = ["ShallowSearch", "farss", "filet", "fish_tuning", "pissa"]

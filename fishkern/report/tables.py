@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from fishkern.report.cells import cells_of
+from fishkern.report.grouped import Grouped
+from fishkern.report.matrices import SHARE, EnergyPart, EnergySummary, StartPart
 from fishkern.report.summary import Part, Parts, Summary
-from fishkern.report.values import Held, Values
+from fishkern.report.values import Held
 from fishkern.statistics import Verification
 from fishkern.statistics.verification import Compared
 
@@ -53,7 +56,7 @@ def selection_table(parts: Parts) -> Table:
     )  # fmt: skip
 
 
-def values_table(values: Values) -> Table:
+def values_table(values: Grouped[Held]) -> Table:
     """Show how many values there are, how large, and how far they moved: by layer, then by type of module.
 
     Args:
@@ -74,6 +77,79 @@ def values_table(values: Values) -> Table:
         return [*shown, f"{held.infinite:,}"] if whole.infinite else shown
 
     return _by_parts(values, headings, cells)
+
+
+def energies_table(summary: EnergySummary) -> Table:
+    """Show the energies of weight matrices: by layer, then by type of module.
+
+    Args:
+        summary: From :func:`fishkern.report.summarise_energies`.
+
+    Returns:
+        The table.
+    """
+    whole = summary.whole
+    headings = ["matrices", "directions", "mean energy", "mean exact energy", f"{SHARE:.0%} of it in"]
+    headings += ["mean importance"] if whole.mean_importance is not None else []
+    headings += ["without energy"] if whole.unreached else []
+
+    def cells(part: EnergyPart) -> list[str]:
+        shown = [f"{part.matrices:,}", f"{part.directions:,}", f"{part.mean:.1e}", f"{part.mean_exact:.1e}"]
+        shown.append(f"{part.holding / part.directions:.1%}")
+        shown += [f"{part.mean_importance:.1e}"] if whole.mean_importance is not None else []
+        return [*shown, f"{part.unreached:,}"] if whole.unreached else shown
+
+    return _by_parts(summary, headings, cells)
+
+
+def start_table(parts: Grouped[StartPart]) -> Table:
+    """Show the start of an adapter: by layer, then by type of module.
+
+    Args:
+        parts: From :func:`fishkern.report.summarise_start`.
+
+    Returns:
+        The table.
+    """
+    whole = parts.whole
+    headings = ["modules", "ranks", "mean rank", "entries", "start / weight"]
+    headings += ["directions"] if whole.orders else []
+    headings += ["of them dead"] if whole.dead else []
+
+    def cells(part: StartPart) -> list[str]:
+        ranks = f"{part.least}" if part.least == part.most else f"{part.least} to {part.most}"
+        shown = [f"{part.modules:,}", ranks, f"{part.mean_rank:.4g}", f"{part.entries:,}", f"{part.size:.2g}"]
+        shown += [" and ".join(part.orders)] if whole.orders else []
+        return [*shown, f"{part.dead:,}"] if whole.dead else shown
+
+    return _by_parts(parts, headings, cells)
+
+
+def ranks_tables(ranks: Mapping[str, int], width: int = 100) -> list[Table]:
+    """Show the ranks of matrices: a row for each layer, a column for each type of module, and the means of both.
+
+    Args:
+        ranks: By parameter name, in the model's order.
+        width: Characters in a line; columns that do not fit follow in another table.
+
+    Returns:
+        The tables. A cell of several matrices, such as experts, shows their smallest and largest rank.
+    """
+    rows: dict[str, list[int]] = {}
+    columns: dict[str, list[int]] = {}
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name, cell in cells_of(ranks).items():
+        row = cell.layer or cell.module
+        rows.setdefault(row, []).append(ranks[name])
+        columns.setdefault(cell.module, []).append(ranks[name])
+        groups.setdefault((row, cell.module), []).append(ranks[name])
+    texts = [
+        [column.replace(".", ".\n"), *(_span(groups.get((row, column))) for row in rows), f"{_mean(own):.1f}"]
+        for column, own in columns.items()
+    ]
+    texts.append(["mean", *(f"{_mean(own):.1f}" for own in rows.values()), f"{_mean(list(ranks.values())):.4g}"])
+    first = ["layer", *rows, "mean"]
+    return [_of_columns([first, *some]) for some in _fitting(texts, width - _width(first) - 1)]
 
 
 def comparison_table(one: Parts, other: Parts, shared: Parts) -> Table:
@@ -135,7 +211,7 @@ def verification_table(rows: Sequence[Compared]) -> Table:
     return table
 
 
-def _by_parts(parts: Parts | Values, headings: Sequence[str], cells: Callable[[Any], Sequence[str]]) -> Table:
+def _by_parts(parts: Parts | Grouped[Any], headings: Sequence[str], cells: Callable[[Any], Sequence[str]]) -> Table:
     table = _headed(headings)
     for group in (parts.layers, parts.modules):
         for name, part in group.items():
@@ -150,6 +226,44 @@ def _wide_enough(table: Table) -> Table:
         words = [*str(column.header).split(), *map(str, column.cells)]
         column.min_width = max(map(len, words))
     return table
+
+
+def _fitting(columns: Sequence[Sequence[str]], width: int) -> list[list[Sequence[str]]]:
+    """Put columns into as few tables as their widths allow."""
+    tables: list[list[Sequence[str]]] = [[]]
+    for column in columns:
+        if tables[-1] and sum(map(_width, [*tables[-1], column])) > width:
+            tables.append([])
+        tables[-1].append(column)
+    return tables
+
+
+def _width(column: Sequence[str]) -> int:
+    """Measure a column with its margins and its border."""
+    return max(len(line) for text in column for line in text.split("\n")) + 3
+
+
+def _of_columns(columns: Sequence[Sequence[str]]) -> Table:
+    """Make a table of columns, each a heading, cells, and a mean below a line."""
+    table = Table()
+    for number, (heading, *_) in enumerate(columns):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    *rows, last = zip(*(cells for _, *cells in columns), strict=True)
+    for row in rows:
+        table.add_row(*row)
+    table.add_section()
+    table.add_row(*last)
+    return table
+
+
+def _span(ranks: Sequence[int] | None) -> str:
+    if not ranks:
+        return "-"
+    return f"{ranks[0]}" if min(ranks) == max(ranks) else f"{min(ranks)}-{max(ranks)}"
+
+
+def _mean(ranks: Sequence[int]) -> float:
+    return sum(ranks) / len(ranks)
 
 
 def _headed(headings: Sequence[str]) -> Table:

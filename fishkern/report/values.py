@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fishkern.report.cells import cells_of
+from fishkern.report.grouped import Grouped
 from fishkern.selection import Delta
 
 
@@ -49,51 +48,7 @@ class Held:
             self.largest_move = max(self.largest_move or 0.0, other.largest_move or 0.0)
 
 
-@dataclass
-class Values:
-    """The result of :func:`held_values`.
-
-    Attributes:
-        parameters: Parts by parameter name.
-    """
-
-    parameters: dict[str, Held]
-
-    @property
-    def whole(self) -> Held:
-        """Sum over the model."""
-        return self._grouped(lambda _: "").get("", Held())
-
-    @property
-    def layers(self) -> dict[str, Held]:
-        """Sums by layer, and outside the layers by module."""
-        cells = cells_of(self.parameters)
-        return self._grouped(lambda name: cells[name].layer or cells[name].module)
-
-    @property
-    def modules(self) -> dict[str, Held]:
-        """Sums by type of module."""
-        cells = cells_of(self.parameters)
-        return self._grouped(lambda name: cells[name].module)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to plain values.
-
-        Returns:
-            Dictionaries and numbers, for JSON.
-        """
-        groups = {"layers": self.layers, "modules": self.modules, "parameters": self.parameters}
-        plain = {group: {name: asdict(held) for name, held in parts.items()} for group, parts in groups.items()}
-        return {"whole": asdict(self.whole), **plain}
-
-    def _grouped(self, label: Callable[[str], str]) -> dict[str, Held]:
-        groups: dict[str, Held] = {}
-        for name, held in self.parameters.items():
-            groups.setdefault(label(name), Held()).add(held)
-        return groups
-
-
-def held_values(values: Delta | Mapping[str, Tensor], start: Mapping[str, Tensor] | None = None) -> Values:
+def held_values(values: Delta | Mapping[str, Tensor], start: Mapping[str, Tensor] | None = None) -> Grouped[Held]:
     """Sum up the values of a delta or of a start.
 
     Args:
@@ -107,7 +62,7 @@ def held_values(values: Delta | Mapping[str, Tensor], start: Mapping[str, Tensor
         ValueError: ``start`` lacks a parameter of the delta, or has it with another shape.
     """
     if not isinstance(values, Delta):
-        return Values({name: _held(tensor.numel(), tensor, None) for name, tensor in values.items()})
+        return Grouped(Held, {name: _held(tensor.numel(), tensor, None) for name, tensor in values.items()})
     parts = {}
     for name, shape in values.selection.shapes.items():
         count = values.selection.counts[name]
@@ -121,7 +76,7 @@ def held_values(values: Delta | Mapping[str, Tensor], start: Mapping[str, Tensor
                 )
             before = start[name].flatten()[values.selection.indices(name).long()]
         parts[name] = _held(shape.numel(), trained, before)
-    return Values(parts)
+    return Grouped(Held, parts)
 
 
 def _held(coordinates: int, values: Tensor, before: Tensor | None) -> Held:

@@ -204,7 +204,10 @@ def test_another_models_start_is_refused(capsys, trained, tmp_path, saved):
 def test_a_file_that_is_none_of_ours(capsys, tmp_path):
     from safetensors.torch import save_file
 
-    expected = "expected statistics, a selection, a delta or a start; made by fishkern estimate / select / tune."
+    expected = (
+        "expected statistics, a selection, a delta, a start, energies or an adapter's start; made by fishkern estimate "
+        "/ select / tune / ranks / init."
+    )
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
     line = refused(capsys, "show", tmp_path / "model.safetensors")
     assert "is not a file of fishkern (its header says format=pt)" in line
@@ -319,3 +322,103 @@ def test_who_stops_reading_is_no_failure(saved):
     done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Energies of six matrices 4 x 6 whose directions hold powers of two, the up-projections of layer 1 none."""
+    tensors = {}
+    for n in range(3):
+        for module in ("up", "down"):
+            name = f"layers.{n}.{module}.weight"
+            energy = torch.zeros(4) if (n, module) == (1, "up") else torch.tensor([8.0, 2.0, 4.0, 1.0])
+            tensors |= {f"{name}/{part}": energy * 10 for part in ("input", "joint")}
+            tensors[f"{name}/output"] = torch.full((4,), 10.0)
+            tensors[f"{name}/positions"] = torch.tensor(10.0)
+            tensors[f"{name}/matrix"] = torch.tensor([4.0, 6.0, 1.0, 0.5])
+            tensors[f"{name}/importance"] = torch.tensor(24.0 * (n + 1))
+    definition = {"estimator": "DirectionEnergy", "basis": "svd", "importance": "exact"}
+    runs = [{"model": "LlamaForCausalLM", "data": "glue/sst2"}]
+    return fk.Energies(tensors, count=7, provenance={"definition": definition, "runs": runs}).save(
+        tmp_path / "energies"
+    )
+
+
+def test_energies_are_shown(capsys, measured):
+    status, output, error = command(capsys, "show", measured)
+    assert (status, error) == (0, "")
+    assert "glue/sst2" in output
+    rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in output.splitlines() if "│" in line}
+    assert list(rows) == ["layer 0", "layer 1", "layer 2", "up", "down"]
+    # of 8 + 4 + 2 + 1 three directions hold 14, more than nine tenths
+    assert [cell.strip() for cell in rows["layer 0"]] == ["2", "8", "3.8e+00", "3.8e+01", "75.0%", "1.0e+00", "0"]
+    assert [cell.strip() for cell in rows["up"]] == ["3", "12", "2.5e+00", "2.5e+01", "50.0%", "2.0e+00", "1"]
+
+
+def test_energies_as_json(capsys, measured):
+    found = json.loads(command(capsys, "show", measured, "--json")[1])
+    assert found["count"] == 7
+    assert found["whole"]["matrices"] == 6
+    assert found["whole"]["energy"] == pytest.approx(5 * 15)
+    assert found["counts"] == [1, 2, 4]
+    assert found["shares"]["up"] == pytest.approx([8 / 15, 12 / 15, 1])  # without the matrix that has none
+    assert found["parameters"]["layers.2.down.weight"]["importance"] == pytest.approx(3)
+
+
+@pytest.fixture
+def start_of_adapter(tmp_path):
+    """Starts of four modules 5 x 6, of ranks 1 to 4, on weights of norm 10."""
+    modules = {}
+    for n, rank in enumerate((1, 2, 3, 4)):
+        A, B = torch.eye(6)[:rank], torch.eye(5)[:, :rank]
+        modules[f"layers.{n // 2}.{('up', 'down')[n % 2]}"] = fk.ModuleInit(A, B, 2.0, torch.arange(rank))
+    facts = {path: {"order": "smallest" if "0" in path else "largest", "dead": 1} for path in modules}
+    provenance = {"modules": facts, "method": {"name": "FARSS"}, "inputs": {"from": "my-model", "data": "text.jsonl"}}
+    init = fk.AdapterInit(modules, digests=dict.fromkeys(modules, (10.0, 1.0)), provenance=provenance)
+    return init.save(tmp_path / "adapter_init")
+
+
+def test_the_start_of_an_adapter_is_shown(capsys, start_of_adapter):
+    status, output, error = command(capsys, "show", start_of_adapter)
+    assert (status, error) == (0, "")
+    assert all(words in output for words in ("FARSS", "my-model", "text.jsonl"))
+    ranks, parts = output.split("┏")[1:]
+    grid = {line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]]
+            for line in ranks.splitlines() if "│" in line}  # fmt: skip
+    assert grid == {"layer 0": ["1", "2", "1.5"], "layer 1": ["3", "4", "3.5"], "mean": ["2.0", "3.0", "2.5"]}
+    rows = {line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]]
+            for line in parts.splitlines() if "│" in line}  # fmt: skip
+    # |2 B A| = 2 sqrt(rank): of layer 0 sqrt(4 + 8) on sqrt(200)
+    assert rows["layer 0"] == ["2", "1 to 2", "1.5", "33", "0.24", "smallest", "2"]
+    assert rows["down"] == ["2", "2 to 4", "3", "66", "0.35", "largest and smallest", "2"]
+
+
+def test_the_start_of_an_adapter_as_json(capsys, start_of_adapter):
+    found = json.loads(command(capsys, "show", start_of_adapter, "--json")[1])
+    assert found["method"] == {"name": "FARSS"}
+    assert found["parameters"]["layers.1.down.weight"]["rank"] == 4
+    whole = {"modules": 4, "rank": 10, "least": 1, "most": 4, "entries": 110, "dead": 4}
+    assert {key: found["whole"][key] for key in whole} == whole
+    assert found["whole"]["start"] == pytest.approx(4 * 10)
+
+
+def test_energies_and_starts_are_drawn(capsys, measured, start_of_adapter, tmp_path):
+    pytest.importorskip("matplotlib")
+    for file in (measured, start_of_adapter):
+        assert command(capsys, "show", file, "--plot", tmp_path / "a.png")[0] == 0
+        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_energies_and_starts_stand_alone(capsys, measured, start_of_adapter, saved):
+    for file in (measured, start_of_adapter):
+        assert "show it alone" in refused(capsys, "show", file, measured)
+        assert "--density" in refused(capsys, "show", file, "--density", 0.1)
+    assert "holds energies" in refused(capsys, "show", measured, saved)
+
+
+def test_energies_that_no_data_have(capsys, tmp_path, measured):
+    tensors = {entry: block.read() for entry, block in fk.Energies.load(measured, lazy=True).blocks.items()}
+    tensors["layers.2.up.weight/joint"] = torch.tensor([1.0, torch.nan, 0.0, 0.0])
+    provenance = fk.Energies.load(measured).provenance
+    path = fk.Energies(tensors, count=7, provenance=provenance).save(tmp_path / "nan")
+    assert "the energies of layers.2.up.weight are negative or not finite" in refused(capsys, "show", path)

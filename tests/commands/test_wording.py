@@ -25,6 +25,8 @@ from tests.support.command import ROOT
         ("check=False leaves it out; or pass allow_zeros=True.", "--no-check leaves it out; or pass --allow-zeros."),
         ("expected format=fishkern.statistics. Write one with Statistics.save.",
          "expected format=fishkern.statistics. Statistics are made by fishkern estimate."),
+        ("leave them out with targets=.", "leave them out with --targets."),
+        ("take more examples (max_examples= and the data)", "take more examples (--samples and the data)"),
         ("accumulate_on='cpu' keeps them", "--accumulate-on cpu keeps them"),
     ],
 )  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fishkern as fk
-from fishkern.report import locate, summarise
+from fishkern.report import locate, summarise, summarise_energies, summarise_start
 
 pytest.importorskip("matplotlib")
 
@@ -93,3 +93,49 @@ def test_other_endings_and_missing_folders_are_refused(tmp_path):
         plots.checked_picture(tmp_path / "a.gif")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         plots.checked_picture(tmp_path / "none" / "a.png")
+
+
+def energies(importance: bool = True) -> fk.Energies:
+    """Two layers of two matrices, of which the last has no energy."""
+    tensors = {}
+    for number, name in enumerate(f"layers.{n}.{module}.weight" for n in range(2) for module in ("up", "down")):
+        values = torch.zeros(5) if number == 3 else torch.tensor([16.0, 8.0, 4.0, 2.0, 2.0]) * 10.0**-number
+        tensors |= {f"{name}/input": values, f"{name}/joint": values, f"{name}/output": torch.ones(5)}
+        tensors |= {f"{name}/positions": torch.tensor(1.0), f"{name}/matrix": torch.tensor([5.0, 7.0, 1.0, 1.0])}
+        tensors |= {f"{name}/importance": torch.tensor(35.0 * number)} if importance else {}
+    return fk.Energies(tensors, count=3, provenance={"definition": {"basis": "svd"}})
+
+
+@pytest.mark.parametrize("importance", [False, True])
+def test_energies_by_layer_and_the_directions_that_hold_them(importance):
+    summary = summarise_energies(energies(importance))
+    figure = plots.draw_energies(summary, title="A model")
+    figure.canvas.draw()
+    inside, bar, curves = figure.axes
+    assert labels(inside) == (["layer 0", "layer 1"], ["up", "down"])
+    drawn = inside.collections[0].get_array().flatten()
+    expected = [None, 1.0, 2.0, 3.0] if importance else [32 / 5, 0.32 * 2, 0.032 * 2, None]
+    assert [None if drawn.mask[n] else drawn[n] for n in range(4)] == [
+        None if value is None else pytest.approx(value) for value in expected
+    ]
+    assert bar.get_ylabel() == "mean"
+    by_module = {line.get_label(): list(line.get_ydata()) for line in curves.get_lines()}
+    assert list(curves.get_lines()[0].get_xdata()) == [1, 2, 4, 5]
+    for shares in by_module.values():
+        assert shares == pytest.approx([16 / 32, 24 / 32, 30 / 32, 1])
+    assert set(by_module) == {"up", "down"}
+
+
+def test_ranks_and_sizes_of_a_start():
+    modules = {
+        f"layers.{n}.up": fk.ModuleInit(torch.eye(6)[: n + 1], torch.eye(5)[:, : n + 1], 2.0, torch.arange(n + 1))
+        for n in range(3)
+    }
+    init = fk.AdapterInit(modules, digests=dict.fromkeys(modules, (10.0, 1.0)))
+    figure = plots.draw_start(summarise_start(init), title="start")
+    figure.canvas.draw()
+    ranks, _, sizes, _ = figure.axes
+    assert ranks.collections[0].get_array().flatten().tolist() == [1, 2, 3]
+    assert ranks.collections[0].norm.vmin == 0
+    expected = [0.2 * (n + 1) ** 0.5 for n in range(3)]
+    assert sizes.collections[0].get_array().flatten().tolist() == pytest.approx(expected)
