@@ -34,8 +34,10 @@ def tiles(O: int, I: int, device: torch.device) -> Iterator[tuple[slice, slice]]
     if entries >= O * I and width >= I:
         yield slice(None), slice(None)
         return
-    for columns in spans(I, width):
-        for rows in spans(O, max(1, entries // (min(columns.stop, I) - columns.start))):
+    all_columns = list(spans(I, width))
+    height = max(1, entries // (min(all_columns[0].stop, I) - all_columns[0].start))
+    for columns in all_columns:  # of one height, although the last columns are fewer: their tiles are smaller
+        for rows in spans(O, height):
             yield rows, columns
 
 
