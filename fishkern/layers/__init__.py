@@ -33,7 +33,7 @@ from fishkern.layers.rules import LAYERS
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.strays import Strays
-from fishkern.layers.survey import Plan, survey
+from fishkern.layers.survey import Plan, foresee, served_by_rule, survey
 from fishkern.layers.twins import ResidualA, ResidualB, TwinA, TwinB, Twins
 from fishkern.layers.unsupported import UnsupportedModuleError, leave_out, without_gradient
 from fishkern.layers.watch import watch
@@ -75,6 +75,7 @@ __all__ = [
     "Twins",
     "UnsupportedModuleError",
     "as_found",
+    "foresee",
     "gradient_kept",
     "group_shape",
     "group_squares",
@@ -86,6 +87,7 @@ __all__ = [
     "linear_maps",
     "own_parameters",
     "scored_tensors",
+    "served_by_rule",
     "stored_weights",
     "survey",
     "watch",

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -45,9 +46,11 @@ def is_wrapped(tensor: Tensor) -> bool:
         tensor: Any tensor.
 
     Returns:
-        Whether it is; autograd may give it no gradient even if it requires one.
+        Whether it is; autograd may give it no gradient even if it requires one. torch's tensors without values are not:
+        they stand for ordinary ones.
     """
-    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return own and not isinstance(tensor, FakeTensor)
 
 
 def is_stored(tensor: Tensor) -> bool:

@@ -16,11 +16,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fishkern.layers.base import Call
+from fishkern.layers.base import Call, Layer
 from fishkern.layers.generic import has_example_axis, same_rows_alone, tensors_of
 from fishkern.layers.observe import Observation, Record, observe, upwards
 from fishkern.layers.quantized import own_weights
 from fishkern.layers.rules import LAYERS, factored
+from fishkern.layers.sample import confirmed_on_sample
 from fishkern.layers.site import Idle, Layout, Site
 from fishkern.layers.tap import FrozenCall, leading_shape
 
@@ -120,13 +121,7 @@ def survey(
     Returns:
         The plan.
     """
-    hooked = {key: _HOOKED for parameter, key in keys.items() if parameter._backward_hooks}
-    keys = {parameter: key for parameter, key in keys.items() if key not in hooked}
-    owners: dict[str, dict[str, str]] = {}
-    for path, module in model.named_modules():
-        requested = {name: keys[tensor] for name, tensor in own_weights(module).items() if tensor in keys}
-        if requested and not isinstance(module, nn.ParameterDict | nn.ParameterList):
-            owners[path] = requested
+    hooked, owners = _owners(model, keys)
     observation = observe(model, owners, losses, answered, num_examples)
     planner = _Planner(model, owners, observation, distrusted, num_examples)
     plan = planner.plan()
@@ -134,6 +129,72 @@ def survey(
         observation.copy(planner.rewritten)
         plan = _Planner(model, owners, observation, distrusted, num_examples).plan()
     return plan.with_loop(hooked)
+
+
+def foresee(
+    model: nn.Module,
+    keys: Mapping[Tensor, str],
+    losses: Callable[[], Tensor],
+    *,
+    answered: Callable[[Callable[[], Any]], Any] = lambda run: run(),
+    num_examples: int = 2,
+) -> Plan:
+    """Foresee the plan of a survey from a model without values, whose gradients do not show whose rows they are.
+
+    A rule serves where the sizes of the rows allow it. What a rule needs to see computed is computed by a copy of the
+    module, with random values.
+
+    Args:
+        model: As for :func:`survey`, with tensors without values.
+        keys: As for :func:`survey`.
+        losses: As for :func:`survey`.
+        answered: As for :func:`survey`.
+        num_examples: As for :func:`survey`.
+
+    Returns:
+        The plan. Its loop holds, with the reason, every parameter of which only a run can tell the path.
+    """
+    hooked, owners = _owners(model, keys)
+    observation = observe(model, owners, losses, answered, num_examples)
+    return _Foreseeing(model, owners, observation, (), num_examples).plan().with_loop(hooked)
+
+
+def served_by_rule(model: nn.Module, keys: Mapping[str, Tensor]) -> frozenset[str]:
+    """List the parameters that a rule computes as far as their modules show, before any call.
+
+    Args:
+        model: Any module.
+        keys: Parameters and stored weights by canonical name.
+
+    Returns:
+        Names of those all of whose modules have a rule that needs no call to confirm it.
+    """
+    served: dict[str, list[bool]] = defaultdict(list)
+    _, owners = _owners(model, {parameter: key for key, parameter in keys.items()})
+    modules = dict(model.named_modules())
+    for path, requested in owners.items():
+        rule = next((layer for layer in LAYERS if layer.covers(modules[path])), None)
+        for name, key in requested.items():
+            by_rule = rule is not None and name in rule.covers(modules[path])
+            served[key].append(by_rule and _needs_no_call(rule, modules[path]))
+    return frozenset(key for key, each in served.items() if all(each))
+
+
+def _needs_no_call(layer: Layer, module: nn.Module) -> bool:
+    """Tell whether a rule that covers a module holds without a look at a call."""
+    return type(layer).confirms is Layer.confirms or type(module).forward is nn.Embedding.forward
+
+
+def _owners(model: nn.Module, keys: Mapping[Tensor, str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """List why some parameters take the loop in any case, and the requested others by the paths of their modules."""
+    hooked = {key: _HOOKED for parameter, key in keys.items() if parameter._backward_hooks}
+    keys = {parameter: key for parameter, key in keys.items() if key not in hooked}
+    owners: dict[str, dict[str, str]] = {}
+    for path, module in model.named_modules():
+        requested = {name: keys[tensor] for name, tensor in own_weights(module).items() if tensor in keys}
+        if requested and not isinstance(module, nn.ParameterDict | nn.ParameterList):
+            owners[path] = requested
+    return hooked, owners
 
 
 class _Planner:
@@ -236,11 +297,15 @@ class _Planner:
         remaining = dict(requested)
         for layer in LAYERS:
             names = layer.covers(module) & remaining.keys()
-            if names and (names := layer.confirms(*_last_call(record, entered=layer.reruns), names)):
+            if names and (names := self._confirmed(layer, record, names)):
                 keys = {name: remaining.pop(name) for name in sorted(names)}
                 site = Site(path, module, layer, keys, layout if settled else None, record.block)
                 sites.append(replace(site, picked=picked, rewritten=record.input_rewritten))
         return sites
+
+    def _confirmed(self, layer: Layer, record: Record, names: frozenset[str]) -> frozenset[str]:
+        """Check on the last call of a module which of its parameters a rule computes."""
+        return layer.confirms(*_last_call(record, entered=layer.reruns), names)
 
     def _layout(self, record: Record) -> tuple[Layout | None, bool]:
         """Find the layout that fits every call, and say whether a gradient confirms it."""
@@ -357,6 +422,23 @@ class _Planner:
         sliced = tuple(has_example_axis(tensor, self._num_examples) for tensor in tensors_of(call))
         rewritten = record.input_rewritten
         return Site(path, self._modules[path], None, dict(keys), Layout.BATCHED, sliced=sliced, rewritten=rewritten)
+
+
+class _Foreseeing(_Planner):
+    """Turns the records of a model without values into sites: a layout that fits the sizes is taken to hold."""
+
+    def _layout(self, record: Record) -> tuple[Layout | None, bool]:
+        layout, _ = super()._layout(record)
+        return layout, layout is not None
+
+    def _confirmed(self, layer: Layer, record: Record, names: frozenset[str]) -> frozenset[str]:
+        call, _ = _last_call(record, entered=layer.reruns)
+        if _needs_no_call(layer, call.module):
+            return names
+        return confirmed_on_sample(layer, call, names)
+
+    def _why_no_host(self, path: str) -> str:
+        return "no rule serves its module; whether a module around that keeps the examples apart shows when it runs"
 
 
 def _is_batch_first(module: nn.Module) -> bool:
