@@ -44,6 +44,7 @@ from fishkern.statistics import (
     MaskedLM,
     MultiLabel,
     ParameterInfo,
+    PassPlan,
     QuestionAnswering,
     Regression,
     Seq2SeqLM,
@@ -53,6 +54,7 @@ from fishkern.statistics import (
     Verification,
     estimate,
     merge,
+    plan,
     verify,
 )
 
@@ -83,6 +85,7 @@ __all__ = [
     "ModuleInit",
     "MultiLabel",
     "ParameterInfo",
+    "PassPlan",
     "PerRowTopK",
     "PerTensorTopK",
     "ProportionalImportance",
@@ -112,6 +115,7 @@ __all__ = [
     "initialize",
     "merge",
     "pissa",
+    "plan",
     "select",
     "use_backend",
     "verify",

@@ -21,6 +21,7 @@ from fishkern.statistics.likelihood import (
     TokenClassification,
 )
 from fishkern.statistics.merge import merge
+from fishkern.statistics.plan import PassPlan, plan
 from fishkern.statistics.predictive import Bernoulli, Categorical, Gaussian, Predictive
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.sketched_fisher import SketchedFisher
@@ -49,6 +50,7 @@ __all__ = [
     "MatrixEnergies",
     "MultiLabel",
     "ParameterInfo",
+    "PassPlan",
     "Predictive",
     "QuestionAnswering",
     "Regression",
@@ -59,5 +61,6 @@ __all__ = [
     "Verification",
     "estimate",
     "merge",
+    "plan",
     "verify",
 ]

@@ -113,7 +113,18 @@ class Examples:
         Returns:
             The moved batch.
         """
-        return replace(self, content=_moved(self.content, device))
+        return self.with_tensors(lambda tensor: tensor.detach().to(device, non_blocking=True))
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Examples:
+        """Replace every tensor.
+
+        Args:
+            change: Called with each.
+
+        Returns:
+            The batch of the results.
+        """
+        return replace(self, content=_with_tensors(self.content, change))
 
     def _cut(self, place: Place, leaf: Any, rows: slice) -> Any:
         if place not in self.by_rows:
@@ -456,13 +467,13 @@ def _rebuilt(value: Any, items: Mapping[Any, Any]) -> Any:
     return list(items.values()) if isinstance(value, list) else tuple(items.values())
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().to(device, non_blocking=True)
+        return change(value)
     if isinstance(value, PackedSequence):
-        return value.to(device)
+        return type(value)(*(None if part is None else change(part) for part in value))
     if _is_structure(value) or isinstance(value, list):
-        return _rebuilt(value, {key: _moved(item, device) for key, item in _items(value)})
+        return _rebuilt(value, {key: _with_tensors(item, change) for key, item in _items(value)})
     return value
 
 

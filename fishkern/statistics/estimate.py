@@ -121,10 +121,10 @@ def estimate(
     """
     estimator = DiagonalFisher() if estimator is None else estimator
     model = hosts.unwrap(model)
-    _refuse(model, estimator, max_examples)
+    check_estimable(model, estimator, max_examples)
     maps = linear_maps(model) if estimator.reads == "factors" else {}
-    requested = _requested(model, parameters, estimator, maps)
-    infos = _infos(model, requested, estimator, accumulate_on, maps)
+    requested = requested_tensors(model, parameters, estimator, maps)
+    infos = parameter_infos(model, requested, estimator, accumulate_on, maps)
     groups = _passes(estimator, requested, batches)
     ranks = Ranks()
     ranks.demand_equal({key: tuple(info.shape) for key, info in infos.items()}, "the parameters to estimate")
@@ -296,14 +296,28 @@ def _demand_same_data(passed: Sequence[_Passed], ranks: Ranks) -> None:
             )
 
 
-def _infos(
+def parameter_infos(
     model: nn.Module,
     requested: Mapping[str, Tensor],
     estimator: Estimator,
     accumulate_on: str | torch.device | None,
     maps: Mapping[str, LinearMap],
 ) -> dict[str, ParameterInfo]:
-    """Describe each parameter to its state; refuse parameters that have no gradient."""
+    """Describe each parameter to its state.
+
+    Args:
+        model: Without running wrappers.
+        requested: The requested parameters, by canonical name.
+        estimator: The recipe.
+        accumulate_on: As for :func:`estimate`.
+        maps: The linear maps of the model, if the estimator reads factors.
+
+    Returns:
+        The descriptions by canonical name.
+
+    Raises:
+        UnsupportedModuleError: A parameter has no gradient, or belongs to an adapter that is merged.
+    """
     if reason := hosts.merged_adapter(model, requested):
         raise UnsupportedModuleError(f"{reason}.")
     stored = {key: weight_shape(module) for key, (_, module) in stored_weights(model).items()}
@@ -395,7 +409,24 @@ def _note_own_tokens(reader: Reader) -> str:
     return OWN_TOKENS
 
 
-def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) -> None:
+def check_estimable(
+    model: nn.Module, estimator: Estimator, max_examples: int | None = None, *, on_meta: bool = False
+) -> None:
+    """Refuse what no pass can be made of.
+
+    Args:
+        model: Without running wrappers.
+        estimator: The recipe.
+        max_examples: As for :func:`estimate`.
+        on_meta: Whether all of its parameters may be on the meta device.
+
+    Raises:
+        TypeError: The estimator is something else.
+        ValueError: A parameter has no shape yet, or ``max_examples`` is below 1.
+        RuntimeError: It runs under ``torch.inference_mode()``, or the model was made under it.
+        UnsupportedModuleError: The model is sharded, scripted or dispatched, or its examples have no gradient of their
+            own.
+    """
     if not isinstance(estimator, Estimator):
         raise TypeError(f"estimator must be an Estimator such as DiagonalFisher(), got {estimator!r}.")
     if lazy := [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]:
@@ -410,7 +441,8 @@ def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) ->
         )
     if reason := hosts.sharded(model) or hosts.scripted(model) or hosts.lost_prefix(model):
         raise UnsupportedModuleError(f"{reason}.")
-    if reason := hosts.dispatched(model):
+    whole_on_meta = on_meta and all(parameter.is_meta for parameter in model.parameters())
+    if not whole_on_meta and (reason := hosts.dispatched(model)):
         raise UnsupportedModuleError(
             f"{type(model).__name__} cannot be estimated as it is dispatched: {reason}. Load it onto one device, "
             "without device_map='auto'."
@@ -425,9 +457,24 @@ def _refuse(model: nn.Module, estimator: Estimator, max_examples: int | None) ->
             )
 
 
-def _requested(
+def requested_tensors(
     model: nn.Module, which: Requested, estimator: Estimator, maps: Mapping[str, LinearMap]
 ) -> dict[str, Tensor]:
+    """Choose the parameters of a pass.
+
+    Args:
+        model: Without running wrappers.
+        which: As for :func:`estimate`.
+        estimator: The recipe.
+        maps: The linear maps of the model, if the estimator reads factors.
+
+    Returns:
+        Parameters and stored weights by canonical name, in the model's order.
+
+    Raises:
+        ValueError: There are none.
+        UnsupportedModuleError: The estimator reads factors, which one of them does not have.
+    """
     named = scored_tensors(model)
     requested = {name: named[name] for name in requested_names(named, which)}
     linear = which is None and estimator.by_default == "linear"

@@ -104,6 +104,14 @@ class Planner:
             self._plans[lone] = self._make_plan(batch.take(0, min(2, batch.num_examples)))
         return self._plans[lone]
 
+    def take(self, plan: Plan) -> None:
+        """Take a plan as given, for all batches.
+
+        Args:
+            plan: The plan.
+        """
+        self._plans[False] = plan
+
     def forget(self) -> None:
         """Discard the plans, so that the next batch is surveyed again."""
         self._plans.clear()
@@ -187,7 +195,7 @@ class Planner:
                 num_examples=few.num_examples,
             )
         self.refuse_stored(key for key, (path, _) in plan.paths.items() if path != "fused")
-        reasons = self._disagreements(plan, few, number) if self._check else {}
+        reasons = self.disagreements(plan, few, number) if self._check else {}
         if compares:
             with only_trainable(self._differentiable().values()):
                 self._independence.settle(few)
@@ -195,8 +203,17 @@ class Planner:
         self._announce(plan)
         return plan
 
-    def _disagreements(self, plan: Plan, few: Examples, number: int) -> dict[str, str]:
-        """Compare with ordinary autograd by one objective, and say for each parameter that differs why."""
+    def disagreements(self, plan: Plan, few: Examples, number: int) -> dict[str, str]:
+        """Compare with ordinary autograd by one objective.
+
+        Args:
+            plan: A plan for these examples.
+            few: Two examples, or the one of a batch of one.
+            number: Number of the objective.
+
+        Returns:
+            For each parameter that differs, why.
+        """
 
         def objective(batch: Examples) -> Tensor:
             answer = self._answer(batch)
