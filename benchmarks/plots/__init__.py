@@ -33,6 +33,7 @@ WITHOUT = {
     "training_step": "two numbers",
     "host_time": "six numbers",
     "group_fisher": "a few numbers",
+    "plan": "a few numbers",
     "masked_rows": "six numbers",
 }
 
