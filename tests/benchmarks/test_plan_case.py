@@ -1,0 +1,37 @@
+"""The case of plans: its figures, in small."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("transformers")
+import fishkern as fk
+from benchmarks.cases import plan
+from benchmarks.subjects.transformers import LLAMA_TINY, Workload
+
+SMALL = Workload(LLAMA_TINY, T=7, N=3, batches=3)
+
+pytestmark = pytest.mark.skipif(not hasattr(fk, "plan"), reason="this fishkern has no plan")
+
+
+def test_figures_of_memory_and_planning():
+    planned = {"accumulators_mib", "bases_mib", "activations_mib", "plan_mib", "peak_mib"}
+    figures = plan.memory("DirectionEnergy", SMALL)
+    assert figures.keys() == planned | {"weights_mib", "ratio"}
+    assert figures["ratio"] > 0
+    assert plan.planning("DirectionEnergy", replace(SMALL, device="meta")).keys() == planned | {
+        "planned_weights_mib", "seconds"
+    }  # fmt: skip
+
+
+def test_the_pass_without_projections_captures_the_same():
+    model, data = SMALL.model(), SMALL.data()
+    captured = fk.estimate(model, data, plan.Captured(), check=False)
+    projected = fk.estimate(model, data, fk.DirectionEnergy(), check=False)
+    assert captured.keys() == projected.keys()
+    flops = fk.plan(model, data[0], fk.DirectionEnergy(), check=False).flops
+    without = fk.plan(model, data[0], plan.Captured(), check=False).flops
+    assert without["estimator"] == 0
+    assert without["pass"] == flops["pass"] - flops["estimator"]
