@@ -131,28 +131,24 @@ def prepared(
     bytes_of_one = pieces * (len(V) + len(U)) * dtype.itemsize
     width = max(1, _PREPARED // (bytes_of_one * _WIDEST or 1)) * _WIDEST
     for v, u, part in zip(V.split(width, 1), U.split(width, 1), out.split(width, 1), strict=True):
-        v, u = (_in_order(_pieces(basis, pieces, dtype), columns=columns) for basis in (v, u))
+        v, u = (_pieces(basis, pieces, dtype, columns=columns) for basis in (v, u))
         yield whole._replace(v=v, u=u, out=part)
 
 
-def _pieces(directions: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Write ``[F, K]`` as a sum of ``[count, F, K]``, the largest first."""
-    if count == 1:
-        return directions.to(dtype)[None]
-    rest, pieces = directions.float(), []
-    for _ in range(count):
-        pieces.append(rest.to(dtype))
-        rest = rest - pieces[-1]
-    return torch.stack(pieces)
-
-
-def _in_order(directions: Tensor, *, columns: bool) -> Tensor:
-    """Copy ``[pieces, F, K]`` to aligned addresses, without gaps along its columns or its rows."""
-    directions = directions.mT if columns else directions
-    pieces, rows, length = directions.shape
-    unit = VECTOR // directions.element_size()
-    copy = directions.new_empty(pieces, rows, cdiv(length, unit) * unit)[..., :length].copy_(directions)
-    return copy.mT if columns else copy
+@torch.no_grad()
+def _pieces(directions: Tensor, count: int, dtype: torch.dtype, *, columns: bool) -> Tensor:
+    """Write ``[F, K]`` as a sum of ``[count, F, K]``, the largest first; without gaps in its columns, or its rows."""
+    # Of whole vectors, so that each begins at an aligned address.
+    unit = VECTOR // dtype.itemsize
+    rows, length = directions.mT.shape if columns else directions.shape
+    pieces = directions.new_empty(count, rows, cdiv(length, unit) * unit, dtype=dtype)[..., :length]
+    pieces = pieces.mT if columns else pieces
+    rest = directions
+    for number, piece in enumerate(pieces, start=1):
+        piece.copy_(rest)
+        if number < count:
+            rest = rest.float() - piece
+    return pieces
 
 
 def launches(operands: Operands, on: Hardware, chosen: Cut | None = None) -> list[Launch]:

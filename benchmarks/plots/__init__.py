@@ -23,6 +23,7 @@ PLOTS = {
     "scaling": "time and peak memory as sizes grow, with exponents",
     "demonstration": "the Fisher of all parameters of a LLaMA, and training a few of them",
     "exactness": "overlap of other squares with the exact Fisher, and the noise floor",
+    "starts": "starts of adapters: scores, forgetting, and what the statistic is worth",
     "glue": "scores of FISH-Tuning's arms on GLUE, seed by seed",
 }
 # Records without a picture, and why.

@@ -131,7 +131,9 @@ def initialize(model: nn.Module, energies: Energies, rule: DirectionInit) -> Ada
 
     The directions are computed anew from the weights, one matrix at a time, and nothing is changed in the model. A
     matrix that no example reaches (all of its energies are zero, as those of an expert that was never chosen) starts
-    from its largest singular values, which is announced.
+    from its largest singular values (for the power basis from its longest columns), which is announced.
+
+    Cost: one eigenproblem of the smaller side of each matrix, in float64.
 
     Args:
         model: The model that the energies were estimated on, with the same weights.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -66,33 +66,36 @@ def probe_losses(
     model = hosts.unwrap(model)
     adapted = _adapted(model, init)
     reader = reader_for(likelihood, shared)
-    answering = Answering(model, likelihood)
+    answering, prepared = Answering(model, likelihood), False
     device = next(model.parameters()).device
 
     def read(batches: Iterable[Any]) -> Iterator[Examples]:
         return iter(Data(batches, reader, device, None, Ranks()))
 
     def losses(batch: Examples) -> Tensor:
+        nonlocal prepared
         entered.restore()
+        if not prepared:
+            with torch.enable_grad():
+                answering.prepare(batch)
+            prepared = True
         answer = answering(batch)
         losses = answer.losses() if isinstance(answer, Predictive) else answer
         if not losses.isfinite().all():
             raise ValueError(f"a loss is not finite after training with lr={lr:g}: take a lower one.")
         return losses
 
-    with undisturbed(model, [], checkpointing=False) as entered, OwnRandomness(device).drawing():
-        first = next(read(train), None)
-        if first is None:
-            raise ValueError("there are no batches to train the probe on.")
-        answering.prepare(first)
-        with _attached(adapted):
-            optimizer = torch.optim.Adam([factor for one in adapted for factor in (one.A, one.B)], lr=lr)
-            for batch in _repeated(lambda: read(train), steps):
-                optimizer.zero_grad()
-                losses(batch).mean().backward()
-                optimizer.step()
-            with torch.no_grad():
-                return {name: _mean(map(losses, read(batches)), name) for name, batches in evaluate.items()}
+    with ExitStack() as stack:
+        entered = stack.enter_context(undisturbed(model, [], checkpointing=False))
+        stack.enter_context(OwnRandomness(device).drawing())
+        stack.enter_context(_attached(adapted))
+        optimizer = torch.optim.Adam([factor for one in adapted for factor in (one.A, one.B)], lr=lr)
+        for batch in _repeated(lambda: read(train), steps):
+            optimizer.zero_grad()
+            losses(batch).mean().backward()
+            optimizer.step()
+        with torch.no_grad():
+            return {name: _mean(map(losses, read(batches)), name) for name, batches in evaluate.items()}
 
 
 class _Adapted(NamedTuple):

@@ -64,7 +64,8 @@ def lora_config(init: AdapterInit, *, model: nn.Module | None = None, **options:
     Args:
         init: The start; only its ranks and scalings are used.
         model: The model to adapt. PEFT's list of targets also takes modules whose path ends in the path of a target;
-            with the model, this is checked, and if there are any, an expression names the targets alone.
+            with the model, this is checked, and if there are any, an expression names the targets alone. It also tells
+            whether weights are stored transposed (``fan_in_fan_out``), of which PEFT warns otherwise.
         options: Fields of ``LoraConfig`` that do not concern ranks, targets or the start: ``task_type``,
             ``lora_dropout``, ``bias``, ``modules_to_save``, ``trainable_token_indices``, ``use_rslora``,
             ``inference_mode``, ``base_model_name_or_path``, ``revision``.
@@ -78,7 +79,7 @@ def lora_config(init: AdapterInit, *, model: nn.Module | None = None, **options:
     """
     config = _config(init, 1, options)
     if model is not None:
-        config.target_modules = targets(init, dict(model.named_modules()))
+        _fit(config, init, model)
     return config
 
 
@@ -92,15 +93,15 @@ def attach_init(
 ) -> PeftModel:
     """Put a LoRA with a start into a model, whose output stays what it was.
 
-    Trained are PEFT's ``lora_A.default.weight`` and ``lora_B.default.weight``, and nothing else requires a gradient.
-    Both have a gradient from the first step on. By default the frozen weights are left alone, and each module computes
-    ``W x + scaling (B A - B0 A0) x`` in a form that is exactly 0 before the first step, in any dtype, under autocast
-    and on quantised weights.
+    Trained are PEFT's ``lora_A.default.weight`` and ``lora_B.default.weight``, and nothing else of the adapter requires
+    a gradient. Both have one from the first step on. By default the frozen weights are left alone, and each module
+    computes ``W x + scaling (B A - B0 A0) x``, whose second part is exactly 0 before the first step, in any dtype,
+    under autocast and on quantised weights.
 
     With ``residual="weights"`` the start is subtracted from the frozen weight instead, as the published methods do:
     ``W - scaling B0 A0`` in the dtype of ``W``. It costs nothing in a step, but rounds the weights: the output is the
-    model's own up to 1e-5 in float32, and up to several 1e-2 of the largest logit in bfloat16. And ``disable_adapter``
-    and ``unload`` then give the model without its start, not the model.
+    model's own up to 2e-6 of the largest logit in float32, and up to 2 % of it in bfloat16, on a LLaMA of 260 thousand
+    parameters. And ``disable_adapter`` and ``unload`` then give the model without its start, not the model.
 
     What ``save_pretrained`` writes is an ordinary LoRA of twice the rank for the model as it was, with the start in its
     second half, so that no loader can forget it. To train on from there, attach the same start to the model and load
@@ -132,16 +133,17 @@ def attach_init(
     one_of(residual, tuple(_FACTORS), "residual")
     config = _config(init, 1, options)
     maps = _checked_maps(model, init)
-    config.target_modules = targets(init, dict(model.named_modules()))
     if residual == "weights":
         _check_weights(model, maps, config)
-    config.fan_in_fan_out = any(one.transposed for one in maps.values())
+    _fit(config, init, model)
     with _undone_on_error(model):
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
-        for path, layer in _lora_layers(peft_model, init).items():
+        layers = _lora_layers(peft_model, init)
+        for path, layer in layers.items():
             _start(layer, init[path], residual)
-            if residual == "weights":
-                _subtract(maps[path], layer, init[path].scaling)
+    if residual == "weights":
+        for path, layer in layers.items():
+            _subtract(maps[path], layer, init[path].scaling)
     # What is saved has twice the rank, and is described by the config.
     saved = _config(init, 2, options)
     config.r, config.lora_alpha = saved.r, saved.lora_alpha
@@ -262,6 +264,12 @@ def _config(init: AdapterInit, times: int, options: dict[str, Any]) -> LoraConfi
     ranks = {path: times * rank for path, rank in init.ranks.items()}
     scalings = {path: one.scaling for path, one in init.items()}
     return LoraConfig(**options, **peft_patterns(ranks, scaling=scalings, rslora=bool(options.get("use_rslora"))))
+
+
+def _fit(config: LoraConfig, init: AdapterInit, model: nn.Module) -> None:
+    """Let a config name the modules of one model alone, and say whether it stores them transposed."""
+    config.target_modules = targets(init, dict(model.named_modules()))
+    config.fan_in_fan_out = any(one.transposed for one in linear_maps(model).values() if one.path in init)
 
 
 def _checked_maps(model: nn.Module, init: AdapterInit) -> dict[str, LinearMap]:

@@ -110,6 +110,9 @@ def farss(
     A matrix that no example reaches gets the median importance of the others, and starts from its largest singular
     values, with a warning.
 
+    Cost: a pass of :class:`fishkern.DirectionEnergy`, and once more its eigenproblem of each matrix. A search adds both
+    the eigenproblems and the steps of training for each candidate.
+
     Args:
         model: A model without an adapter. Nothing is changed in it.
         batches: What a ``DataLoader`` over the task's data yields, see :func:`fishkern.estimate`.
@@ -193,7 +196,7 @@ def _candidates(shallow: int | str, search: ShallowSearch | None, layers: Mappin
     if (shallow == "search") != (search is not None):
         raise ValueError(
             "shallow='search' takes search=ShallowSearch(task=..., retention=...), and a number takes none; got "
-            f"shallow={shallow!r} and search={search!r:.60}."
+            f"shallow={shallow!r} and search={'None' if search is None else type(search).__name__}."
         )
     if search is None:
         given = [integer(shallow, "shallow")]

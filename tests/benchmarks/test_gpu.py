@@ -13,6 +13,7 @@ from benchmarks import __main__ as command
 from benchmarks.cases import (
     group_sum_grad_squared,
     masked_adamw,
+    project_sum_squared,
     roofs,
     siblings,
     streaming_topk,
@@ -302,6 +303,38 @@ def test_groups_in_small(name, monkeypatch):
     assert records["fishkern"]["bytes"] == 5 * 6 * (24 + 20) * 4 + 8 * results["fishkern"].numel()
     for provider in ("torch", "unreduced"):
         torch.testing.assert_close(results[provider], results["fishkern"], rtol=1e-5, atol=1e-5)
+
+
+@ON_A_CPU
+@pytest.mark.parametrize("name", ["gate 8x512", "vit 64x197", "q 16x512 float32 directions"])
+def test_projections_in_small(name, monkeypatch):
+    """Every provider of them runs and gives the same sums; ours has its error in the record."""
+    pytest.importorskip("triton")
+    case = replace(project_sum_squared.CASES[name], O=24, I=20, N=5, T=6, dtype="float32", directions="float32")
+    results = {}
+
+    def called_once(providers, *, ours, device):
+        results.update({provider: run() for provider, run in providers.items()})
+        return {provider: {"ms": {}} for provider in providers}
+
+    monkeypatch.setattr(project_sum_squared, "time_providers", called_once)
+    records = {record["provider"]: record for record in project_sum_squared._measure(case, CPU)}
+    assert float(records["fishkern"]["error"]) < 1e-6
+    assert records["fishkern"]["flops"] == 2 * 5 * 6 * 20 * (24 + 20)
+    assert records["fishkern"]["bytes"] == 4 * (5 * 6 * (24 + 20) + 20 * (24 + 20) + 3 * 20)
+    for provider in ("torch", "plain", "covariances"):
+        expected = results["fishkern"][: records[provider]["rows"]]
+        torch.testing.assert_close(results[provider], expected, rtol=1e-5, atol=1e-5)
+
+
+@ON_A_CPU
+@pytest.mark.parametrize("case", project_sum_squared.ON_CPU, ids=str)
+def test_projections_of_several_batches_in_small(case):
+    """What is timed on a CPU is the same."""
+    small = replace(case, O=24, I=20, N=3, T=6, padding=0.3)
+    ours, plain, covariances = (run(*small.inputs(CPU)) for run in project_sum_squared.PROVIDERS.values())
+    torch.testing.assert_close(plain, ours, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(covariances, ours[:2], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", siblings.CASES)

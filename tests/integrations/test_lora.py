@@ -363,6 +363,30 @@ def test_it_trains_under_ddp_and_is_written_from_it(tmp_path):
     assert gap(logits(loaded, batch), logits(adapted, batch)) < 1e-5
 
 
+def test_initial_values_that_were_rounded_are_loaded_as_they_were(tmp_path):
+    """A half that was cast, saved and loaded into a wider one is still beside its own initial values."""
+    model, batch = made()
+    original, init = copy.deepcopy(model), start_of(model)
+    adapted = attach_init(model, init)
+    for parameter in trained_parameters(adapted).values():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    adapted.save_pretrained(tmp_path)
+    resumed = attach_init(copy.deepcopy(original), init)
+    resumed.load_adapter(tmp_path, "default", is_trainable=True)
+    assert {one.dtype for one in trained_parameters(resumed).values()} == {torch.float32}
+    assert torch.equal(logits(resumed, batch), logits(original, batch))
+
+
+@pytest.mark.filterwarnings("error::UserWarning")  # PEFT itself calls what transformers deprecates
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_warned_of(tmp_path, family):
+    model, _ = made(family)
+    original, init = copy.deepcopy(model), start_of(model)
+    folder = plain_lora(attach_init(model, init), tmp_path)
+    peft.PeftModel.from_pretrained(original, folder)
+    peft.get_peft_model(made(family)[0], lora_config(init, model=made(family)[0]))
+
+
 def test_a_twin_is_read_in_the_dtype_of_the_trained_half():
     """TRL casts what requires a gradient on quantised models, and nothing else."""
     model, batch = made(dtype=torch.bfloat16)
@@ -399,11 +423,12 @@ def refused(match: str, model: nn.Module | None = None, init: fk.AdapterInit | N
     model = made()[0] if model is None else model
     init = start_of(model) if init is None else init
     before = {name: (one.clone(), one.requires_grad) for name, one in model.named_parameters()}
-    modules = list(model.modules())
+    modules, attributes = list(model.modules()), vars(model).keys() - {"_modules"}
     with pytest.raises(ValueError, match=match) as error:
         attach_init(model, init, **options)
     assert "\n" not in str(error.value)
     assert list(model.modules()) == modules
+    assert vars(model).keys() - {"_modules"} == attributes
     assert before.keys() == dict(model.named_parameters()).keys()
     for name, one in model.named_parameters():
         assert torch.equal(one, before[name][0]), name

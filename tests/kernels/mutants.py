@@ -139,7 +139,7 @@ PROJECT_SUM_SQUARED: Planted = {
     "mask of positions one too long": (PROJECT_DEVICE, "(t < T))[:, None]", "(t <= T))[:, None]"),
     "last features skipped": (PROJECT_DEVICE, "PIECES * tl.cdiv(F, BLOCK_F)", "PIECES * (F // BLOCK_F)"),
     "pieces after the first forgotten": (PROJECT_DEVICE, "range(PIECES * tl.cdiv", "range(tl.cdiv"),
-    "pieces that are all the same": (PROJECT, "rest = rest - pieces[-1]", "rest = rest - 0"),
+    "pieces that are all the same": (PROJECT, "rest = rest.float() - piece", "rest = rest.float()"),
     "addresses of examples in int32": (PROJECT_DEVICE, "rows = n.to(tl.int64) * stride_n", "rows = n * stride_n"),
     "addresses of positions in int32": (PROJECT_DEVICE, "+ t.to(tl.int64) * stride_t", "+ t * stride_t"),
     "addresses of features in int32": (PROJECT_DEVICE, "offs_r.to(tl.int64) * stride_r", "offs_r * stride_r"),

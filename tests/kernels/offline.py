@@ -318,6 +318,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
 
 def calls(on: Hardware) -> Iterator[Launch]:
     """All that the benchmark's calls launch: splits, swapped sides, results that are overwritten."""
+    from benchmarks.cases import project_sum_squared
     from benchmarks.cases.sum_grad_squared import CASES, DTYPES, lognormal_offsets
 
     for case in CASES.values():
@@ -331,6 +332,16 @@ def calls(on: Hardware) -> Iterator[Launch]:
         mean = torch.empty_like(out) if case.mean else None
         for add in (True, False):
             yield from launches(Operands(x, g, offsets, out, mean, add=add, allow_tf32=case.allow_tf32), on)
+    for case in project_sum_squared.CASES.values():
+        dtype, of_directions = DTYPES[case.dtype], DTYPES[case.directions]
+        x, g = (torch.empty(case.N, case.T, side, dtype=dtype, device="meta") for side in (case.I, case.O))
+        V, U = (torch.empty(side, case.K, dtype=of_directions, device="meta") for side in (case.I, case.O))
+        counted, out = (
+            torch.empty(case.N, case.T, dtype=torch.bool, device="meta"),
+            torch.empty(3, case.K, device="meta"),
+        )
+        for operands in projections.prepared(x, g, V, U, counted, out, allow_tf32=case.allow_tf32, on=on):
+            yield from projections.launches(operands, on)
 
 
 def main(command: str, which: str = "some") -> None:

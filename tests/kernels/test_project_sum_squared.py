@@ -88,6 +88,13 @@ def test_directions_of_another_dtype(of_factors, of_directions, transposed):
     check(x, g, V, U, counted=make(5, 20) > 0)
 
 
+def test_directions_that_require_gradients():
+    """Nothing is recorded where they are prepared."""
+    x, g, V, U = inputs(2, 3, 4, 5, 6, torch.bfloat16, torch.float32)
+    check(x.requires_grad_(), g, V.requires_grad_(), U)
+    assert not kernels.project_sum_squared(x, g, V, U).requires_grad
+
+
 def test_prepared_a_part_at_a_time(monkeypatch):
     """Directions that are converted have bounded room."""
     x, g, V, U = inputs(3, 8, 8, 16, 300, torch.bfloat16, torch.float32)
@@ -100,13 +107,17 @@ def test_prepared_a_part_at_a_time(monkeypatch):
     check(x, g, V, U)
 
 
+@pytest.mark.parametrize("columns", [True, False])
 @pytest.mark.parametrize("dtype, count", [(torch.float32, 3), (torch.float16, 2)])
-def test_pieces_add_up(dtype, count):
+def test_pieces_add_up(dtype, count, columns):
     """To the directions themselves, of any size: 8 bits of the mantissa in each."""
     directions = (make(40, 30) * 10.0 ** torch.randint(-6, 4, (40, 30), device=DEVICE)).to(dtype)
-    pieces = kernels._pieces(directions, count, torch.bfloat16)
-    assert pieces.dtype is torch.bfloat16
-    assert torch.equal(pieces.double().sum(0), directions.double())
+    before = directions.clone()
+    pieces = kernels._pieces(directions, count, torch.bfloat16, columns=columns)
+    assert (pieces.dtype, pieces.shape) == (torch.bfloat16, (count, 40, 30))
+    assert pieces.stride()[1:] == ((1, 40) if columns else (32, 1))
+    assert torch.equal(pieces.double().sum(0), before.double())
+    assert torch.equal(directions, before)
 
 
 def test_what_is_prepared():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fishkern as fk
+from fishkern.initialization import probe_losses
 from fishkern.methods.farss import _standardised
 from tests.support import zoo
 from tests.support.energies import covariances
@@ -225,8 +226,6 @@ def test_the_search_takes_the_best_of_its_table():
 
 def test_a_probe_trains_as_an_adapter_of_peft_does():
     peft = pytest.importorskip("peft")
-    from fishkern.initialization import probe_losses
-
     model, data = llama(num_hidden_layers=2).double().eval(), batches()
     init = farss(model, data, shallow=0)
     found = probe_losses(model, init, data, {"task": data[:1]}, steps=5, lr=1e-2)
@@ -276,8 +275,17 @@ def test_a_search_that_cannot_be():
         farss(model, shallow="search")
     with pytest.raises(ValueError, match="shallow='search' takes search=ShallowSearch"):
         farss(model, shallow=1, search=search)
-    with pytest.raises(ValueError, match="ended after 0 of 2 steps|there are no batches to train the probe on"):
+    with pytest.raises(
+        ValueError,
+        match="to train the probe on ended after 0 of 2 steps and cannot be read again: pass a list or",
+    ):
         farss(model, iter(batches()), shallow="search", search=search)
+    with pytest.raises(
+        ValueError, match="ended after 3 of 5 steps and cannot be read again: pass a list or a DataLoader"
+    ):
+        probe_losses(model, farss(model), iter(batches()), {}, steps=5, lr=1e-3)
+    with pytest.raises(ValueError, match="a loss is not finite after training with lr=1e\\+30: take a lower one"):
+        probe_losses(model, farss(model), batches(), {"task": batches()}, steps=1, lr=1e30)
     with pytest.raises(ValueError, match="there are no batches to measure the loss of the retention on"):
         farss(model, shallow="search", search=fk.ShallowSearch(batches(), []))
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):

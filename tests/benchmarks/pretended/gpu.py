@@ -225,6 +225,7 @@ def _small() -> None:
     from benchmarks.cases import (
         group_sum_grad_squared,
         masked_adamw,
+        project_sum_squared,
         roofs,
         siblings,
         smoke,
@@ -241,7 +242,8 @@ def _small() -> None:
         wide = {name: size if size <= 64 else 256 + size % 8 for name, size in (("O", case.O), ("I", case.I))}
         return replace(case, **wide, N=min(case.N, 3), T=min(case.T, 128))
 
-    for cases in (sum_grad_squared.CASES, group_sum_grad_squared.CASES, smoke.LAYERS, variants.CASES):
+    layers = sum_grad_squared, group_sum_grad_squared, project_sum_squared
+    for cases in (*(module.CASES for module in layers), smoke.LAYERS, variants.CASES):
         cases.update({name: shorter(case) for name, case in cases.items()})
     sum_grad_squared.EXPERTS, sum_grad_squared.LORA_LAYERS = 3, 1
 

@@ -1,0 +1,170 @@
+"""Starts of low-rank adapters at equal budgets: FARSS, FILet, what PEFT has, and controls that know less.
+
+    python -m benchmarks starts --data FOLDER [--task minilm-sst2 ...] [--model FOLDER] [--encoder FOLDER]
+
+Two questions. *stories-sst2* and *stories-cola*: a small LLaMA learns sentences; how much of the stories that it knew
+does each start cost? Forgetting is measured against the untrained model, on texts that it draws itself. *minilm-sst2*
+and *minilm-cola*: MiniLM learns a classifier; does the start help? *statistics*: how much of what a start chooses is
+the data's, and how much chance?
+
+Every arm trains as many parameters, in the same order of the same rows, and chooses its learning rate among the same
+ones on a seed and on rows of its own. Then it runs with the same seeds, each of which also draws the examples that an
+informed start looks at. The seconds of a run include the start; on a CPU they are those of the process (user and
+system). Each run is one line in the results and written when it ends; an interrupted comparison goes on where it
+stopped, the most important runs first. The figures are of small models, with few rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engine import RESULTS
+from benchmarks.engine.origin import machine
+from benchmarks.studies.glue.data import encoder_name, packaged_encoder
+from benchmarks.studies.starts import statistic
+from benchmarks.studies.starts.arms import ARMS, arms_of
+from benchmarks.studies.starts.limit import Limit, say
+from benchmarks.studies.starts.log import CHOOSING_SEED, Log, stages
+from benchmarks.studies.starts.run import run
+from benchmarks.studies.starts.setting import SETTINGS, Setting
+from benchmarks.studies.starts.tasks import Task, task_of
+
+STATISTICS = "statistics"
+STATISTICS_OF = ("stories-sst2", "minilm-sst2")
+STAGES = 3
+LEFT = 3  # exit status where runs are left
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make the runs that are missing, and print a table for each task."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if given.list:
+        for name, arm in ARMS.items():
+            print(f"{name:16} {arm.says}")
+        return 0
+    if given.data is None:
+        parser.error("--data is needed: the folder of GLUE, which holds sst2/train.parquet etc.")
+    models = {"llama": given.model or given.data.parent / "models" / "stories260K"}
+    models["encoder"] = (lambda: given.encoder) if given.encoder else packaged_encoder
+    limit = Limit(given.seconds)
+    path = given.results / machine()["machine"] / "starts.jsonl"
+    parts = [Part(SETTINGS[name], path, given, models) for name in given.task if name != STATISTICS]
+    if given.dry_run:
+        return report([line for part in parts for line in part.rehearse()])
+    for stage in range(STAGES):
+        for part in parts:
+            part.complete(stage, limit)
+        if stage == 0 and STATISTICS in given.task:
+            measure_statistics(path, given, limit, models)
+    for part in parts:
+        print(f"{part.log.table(part.arms, given.seeds)}\n")
+    failed = report([line for part in parts for line in part.failed.values()])
+    return failed or (LEFT if limit.reached else 0)
+
+
+def report(failed: list[str]) -> int:
+    """Name the arms that failed, and give the exit status."""
+    for line in failed:
+        print(line, file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks starts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    tasks = [*SETTINGS, STATISTICS]
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="GLUE: holds sst2/train.parquet etc.")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="stories260K; by default in ../models of the data")
+    parser.add_argument("--encoder", type=Path, metavar="FOLDER", help="a BERT; by default the packaged MiniLM")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--task", nargs="+", choices=tasks, default=tasks, metavar="TASK", help="any of %(choices)s")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help="only these; --list says what is")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="N",
+        help=f"begin no run that may end later; status {LEFT} if some are left",
+    )
+    parser.add_argument("--revision", metavar="TEXT", help="name of the sources, where there is no git")
+    parser.add_argument("--dry-run", action="store_true", help="one step of each arm, of which nothing is recorded")
+    parser.add_argument("--list", action="store_true", help="say what each arm is, and end")
+    return parser
+
+
+def measure_statistics(path: Path, given: argparse.Namespace, limit: Limit, models: dict[str, Any]) -> None:
+    """Measure what is missing of the statistics, and print their tables."""
+    for name in STATISTICS_OF:
+        task = task_of(SETTINGS[name], given.data, **models)
+        log = statistic.log_of(path, task, encoder_name(task.folder), given.revision)
+        statistic.complete(task, log, limit)
+        print(f"{name}, statistics\n{statistic.table(log)}\n")
+
+
+class Part:
+    """The comparison of one task.
+
+    Args:
+        setting: Budget and training.
+        path: Of the records.
+        given: The options.
+        models: Where the models are.
+    """
+
+    def __init__(self, setting: Setting, path: Path, given: argparse.Namespace, models: dict[str, Any]) -> None:
+        self._setting, self._data, self._models, self._seeds = setting, given.data, models, given.seeds
+        self.arms = [arm for arm in arms_of(setting.task) if not given.arms or arm in given.arms]
+        folder = models["llama"] if setting.stories else models["encoder"]()
+        self.log = Log(path, setting, encoder_name(folder), given.revision)
+        self.failed: dict[str, str] = {}  # by arm, why; the rest of it is left out, and nothing is recorded
+
+    @cached_property
+    def _task(self) -> Task:
+        return task_of(self._setting, self._data, **self._models)
+
+    def complete(self, stage: int, limit: Limit) -> None:
+        """Make the runs of a stage that are missing."""
+        for step in stages(self.arms, self._setting.rates, self._seeds)[stage]:
+            if step.arm in self.failed or self.log.find(step):
+                continue
+            if not limit.allows():
+                return
+            lr = step.lr or self.log.best_rate(step.arm)
+            say(f"{self._setting.task}: {step.arm}, lr {lr:g}, seed {step.seed}")
+            try:
+                with limit.timed():
+                    measured = run(step.arm, lr, step.seed, self._task, choosing=step.seed == CHOOSING_SEED)
+            except Exception as error:  # one arm that cannot run leaves the others
+                self.failed[step.arm] = f"{self._setting.task}: {step.arm} fails: {type(error).__name__}: {error}"
+                say(self.failed[step.arm])
+                continue
+            self.log.append(step._replace(lr=lr), measured)
+
+    def rehearse(self) -> list[str]:
+        """Take one step of each arm with a few rows, and record nothing.
+
+        Returns:
+            A line for each arm that failed.
+        """
+        few = 2 * self._setting.batch_size
+        short = dict(examples=few, choosing=few, scored=few, statistic=few, stories=min(few, self._setting.stories))
+        task = task_of(replace(self._setting, **short), self._data, **self._models)
+        failed = []
+        for arm in self.arms:
+            try:
+                measured = run(arm, max(self._setting.rates), 0, task, choosing=False, steps=1)
+            except Exception as error:  # the others are tried, too
+                failed.append(f"{self._setting.task}: {arm} fails: {type(error).__name__}: {error}")
+                continue
+            say(
+                f"{self._setting.task}: {arm}: start {measured['starting']:.2f} s, all {measured['seconds']:.2f} s, "
+                f"{measured['trained']:,} trained, error at step 0 {measured['step_0_error']:.1e}"
+            )
+        return failed

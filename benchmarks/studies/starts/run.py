@@ -1,0 +1,111 @@
+"""One run: start an adapter by one arm, train it, measure it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from benchmarks.engine.origin import version_of
+from benchmarks.engine.records import Record
+from benchmarks.studies.starts.arms import ARMS
+from benchmarks.studies.starts.tasks import Task
+
+WINDOW = 25  # steps that a training loss is the mean of
+
+
+def run(arm: str, lr: float, seed: int, task: Task, *, choosing: bool, steps: int | None = None) -> Record:
+    """Train one arm once.
+
+    Args:
+        arm: Its name.
+        lr: Learning rate of the first step; it falls linearly to 0.
+        seed: Of the examples that the start looks at, of what is drawn, and of the order of training.
+        task: Model and data.
+        choosing: Whether the rows on which rates are chosen are measured, or those that the figures come from.
+        steps: Stop after so many.
+    """
+    seconds = Stopwatch(task.device)
+    model = task.fresh(seed)
+    probe = task.probe()
+    with torch.no_grad():
+        before = model(**probe).logits
+    torch.manual_seed(seed)
+    with seconds("starting"):
+        model = ARMS[arm].make(model, task, seed)
+    model.eval()
+    with torch.no_grad():
+        error = (model(**probe).logits - before).abs().max().item()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rows = task.steps(seed)[:steps]
+    ends = {round(len(rows) * (n + 1) / task.setting.measured) for n in range(task.setting.measured)}
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(rows))
+    losses: list[float] = []
+    curve: list[Record] = []
+    torch.manual_seed(seed)  # the dropout is the same for all arms, whatever a start drew
+    model.train()
+    for step, batch in enumerate(map(task.batch, rows), start=1):
+        with seconds("training"):
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+        if step in ends:
+            with seconds("measuring"), random_state_kept():
+                measured = task.measure(model, choosing=choosing)
+            curve.append({"step": step, **{name: _finite(value) for name, value in measured.items()}})
+            model.train()
+    return {
+        "curve": curve,
+        "losses": [_finite(sum(part) / len(part)) for part in windows(losses, WINDOW)],
+        "base": task.base,
+        "trained": sum(parameter.numel() for parameter in trained),
+        "step_0_error": error,
+        "logits": before.abs().max().item(),
+        "starting": round(seconds["starting"], 3),
+        "seconds": round(seconds["starting"] + seconds["training"], 2),
+        "measuring": round(seconds["measuring"], 2),
+        "peft": version_of("peft"),
+    }
+
+
+def windows(values: list[float], size: int) -> Iterator[list[float]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
+
+
+def _finite(value: float) -> float | None:
+    """A number, or None, which JSON has, for what is none."""
+    return value if math.isfinite(value) else None
+
+
+class Stopwatch(dict[str, float]):
+    """Seconds by name: of the process on a CPU, which other work does not stretch; of the clock on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(starting=0.0, training=0.0, measuring=0.0)
+        self._gpu = device.type == "cuda"
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self[name] += self._now() - start
+
+    def _now(self) -> float:
+        if self._gpu:
+            torch.cuda.synchronize()
+        clock: Callable[[], float] = time.perf_counter if self._gpu else time.process_time
+        return clock()
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    with torch.random.fork_rng():
+        yield
