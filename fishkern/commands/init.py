@@ -192,7 +192,7 @@ def _from_data(
         bounds = {name: arguments.pop(name) for name in ("least", "most") if name in arguments}
         average = arguments.pop("average", min(AVERAGE, arguments["rank"]))
         arguments["ranks"] = fk.InverseImportance(average, **bounds)
-    arguments = {**arguments, "max_examples": None}  # all that are prepared
+    arguments["max_examples"] = len(prepared.examples)  # all of them; so their number is known to the progress
     arguments.pop("samples", None)
 
     def run(size: int) -> tuple[fk.AdapterInit, int]:

@@ -89,6 +89,7 @@ def ranks(
             prepared.batches(size),
             estimator,
             parameters=lambda name, parameter: name in names,
+            max_examples=len(prepared.examples),  # all of them; so their number is known to the progress
             progress=report,
         ), size
 
