@@ -192,3 +192,18 @@ def test_the_share_that_is_done_is_shown(capsys, tmp_path, models, rows, monkeyp
     )
     assert command(capsys, "ranks", models / "llama", "--data", rows / "text.jsonl", *arguments)[0] == 0
     assert told == [(4, 12), (6, 12), (10, 12), (12, 12)]
+
+
+@pytest.mark.parametrize("verb", ["ranks", "init"])
+def test_experts_in_one_tensor_are_pointed_out(capsys, tmp_path, rows, verb):
+    from tests.support import zoo
+
+    zoo.mixtral().model.save_pretrained(tmp_path / "model")
+    zoo.tokenizer().save_pretrained(tmp_path / "model")
+    method = ("--method", "pissa", "--rank", 2) if verb == "init" else ("--data", rows / "text.jsonl", "--average", 2)
+    arguments = (verb, tmp_path / "model", *method, "--out", tmp_path / "out")
+    capsys.readouterr()
+    status, _, error = command(capsys, *arguments)
+    assert status == 0
+    assert "4 weights in the layers are no matrices and left out" in error
+    assert "model.layers.0.mlp.experts.gate_up_proj" in error
