@@ -86,7 +86,7 @@ def _project(
 ):  # fmt: skip
     """Project a tile of one factor: the products with all pieces, summed."""
     projections = tl.zeros((CHUNKS * BLOCK_T, BLOCK_K), dtype=tl.float32)
-    feature = F * 0
+    feature = first * 0  # of the type that the loop needs: a constant would change its type there
     piece = feature
     for _ in range(PIECES * tl.cdiv(F, BLOCK_F)):
         rows = _load_rows(

@@ -16,7 +16,14 @@ from typer import Option
 import fishkern as fk
 from fishkern.commands.options import InputsWithoutData, Json, with_options
 from fishkern.commands.output import console, next_command, progress, rows_in_words, waiting
-from fishkern.commands.workload import Prepared, fitting, prepare, prepare_model, refuse_adapter
+from fishkern.commands.workload import (
+    Prepared,
+    fitting,
+    note_what_is_not_linear,
+    prepare,
+    prepare_model,
+    refuse_adapter,
+)
 from fishkern.files import format_of
 from fishkern.integrations.tasks import TASKS
 
@@ -143,6 +150,8 @@ def init(
         made, batch_size = _from_data(prepared, work.batch_size, method, {**given, **arguments})
         model, described = prepared.model, {**prepared.described, "batch_size": batch_size}
     seconds = time.perf_counter() - start
+    if not targets:
+        note_what_is_not_linear(model)
     described = {"model": type(model).__name__, "from": work.model, **described}
     made = fk.AdapterInit(made, digests=made.digests, provenance={**made.provenance, "inputs": described})
     with waiting("writing"):
@@ -192,7 +201,7 @@ def _from_data(
         bounds = {name: arguments.pop(name) for name in ("least", "most") if name in arguments}
         average = arguments.pop("average", min(AVERAGE, arguments["rank"]))
         arguments["ranks"] = fk.InverseImportance(average, **bounds)
-    arguments = {**arguments, "max_examples": None}  # all that are prepared
+    arguments["max_examples"] = len(prepared.examples)  # all of them; so their number is known to the progress
     arguments.pop("samples", None)
 
     def run(size: int) -> tuple[fk.AdapterInit, int]:

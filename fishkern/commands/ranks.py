@@ -23,7 +23,7 @@ from fishkern.commands.output import (
     rows_in_words,
     size_on_disk,
 )
-from fishkern.commands.workload import fitting, prepare, refuse_adapter, with_origin
+from fishkern.commands.workload import fitting, note_what_is_not_linear, prepare, refuse_adapter, with_origin
 from fishkern.files import atomic_write
 from fishkern.initialization.targets import linear_weights, targeted
 from fishkern.integrations.lora_patterns import axolotl_yaml, peft_patterns, targets
@@ -81,6 +81,8 @@ def ranks(
     kept = checked_path(energies, fk.Energies, "--energies") if energies else None
     refuse_adapter(work, "ranks are dealt out")
     prepared = prepare(work, samples)
+    if not targets:
+        note_what_is_not_linear(prepared.model)
     names = _targeted(prepared.model, targets)
 
     def run(size: int) -> tuple[fk.Energies, int]:
@@ -89,6 +91,7 @@ def ranks(
             prepared.batches(size),
             estimator,
             parameters=lambda name, parameter: name in names,
+            max_examples=len(prepared.examples),  # all of them; so their number is known to the progress
             progress=report,
         ), size
 

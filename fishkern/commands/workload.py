@@ -19,6 +19,7 @@ from fishkern.integrations.data import Rows
 from fishkern.integrations.examples import Encoder, Example, pad_token
 from fishkern.integrations.models import Source
 from fishkern.integrations.tasks import TASKS, task_of_config
+from fishkern.names import listed
 from fishkern.statistics import Energies, Likelihood, Statistics
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -147,6 +148,21 @@ def refuse_adapter(work: Inputs, what: str) -> None:
         raise ValueError(
             f"{work.model} is an adapter, and {what} for a model without one: name its base, {source.folder}, "
             "or merge the adapter into it and name the result."
+        )
+
+
+def note_what_is_not_linear(model: nn.Module) -> None:
+    """Point out weights in the layers that get no LoRA by default, because each is a stack of matrices.
+
+    Args:
+        model: The model.
+    """
+    layers = hosts.layer_of(model)
+    stacked = [name for name, one in hosts.named_parameters(model).items() if one.ndim > 2 and layers.get(name)]
+    if stacked:
+        note(
+            f"{len(stacked)} weights in the layers are no matrices and left out, such as experts in one tensor "
+            f"({listed(stacked)}); PEFT adapts these by target_parameters"
         )
 
 

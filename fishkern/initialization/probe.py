@@ -18,9 +18,9 @@ from fishkern.statistics import Likelihood
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.batches import Examples, Shared
 from fishkern.statistics.data import Data
-from fishkern.statistics.estimate import reader_for
 from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.randomness import OwnRandomness
+from fishkern.statistics.request import reader_for
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.undisturbed import undisturbed
 

@@ -117,11 +117,14 @@ def _project(factors: Tensor, directions: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply ``[n, t, F]`` by ``[F, K]``, so many features at a time as there is room for copies in ``dtype``."""
     n, t, F = factors.shape
     K = directions.shape[1]
-    projections = torch.zeros(n * t, K, dtype=dtype, device=factors.device)
+    if F == 0:
+        return torch.zeros(n, t, K, dtype=dtype, device=factors.device)
+    projections = torch.empty(n * t, K, dtype=dtype, device=factors.device)
     most = TILE_ENTRIES if factors.device.type == "cpu" else TILE_ENTRIES_ON_GPU
-    for features in spans(F, max(1, most // max(n * t, K))) if F else ():
+    for features in spans(F, max(1, most // max(n * t, K))):
         part = factors[..., features].flatten(0, 1).to(dtype)
-        projections.addmm_(part, directions[features].to(dtype))
+        # In place, which autocast leaves alone; what is there before the first is not read.
+        torch.addmm(projections, part, directions[features].to(dtype), beta=int(features.start > 0), out=projections)
     return projections.view(n, t, K)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -144,7 +145,7 @@ def ranks_tables(ranks: Mapping[str, int], width: int = 100) -> list[Table]:
         columns.setdefault(cell.module, []).append(ranks[name])
         groups.setdefault((row, cell.module), []).append(ranks[name])
     texts = [
-        [column.replace(".", ".\n"), *(_span(groups.get((row, column))) for row in rows), f"{_mean(own):.1f}"]
+        [_in_lines(column), *(_span(groups.get((row, column))) for row in rows), f"{_mean(own):.1f}"]
         for column, own in columns.items()
     ]
     texts.append(["mean", *(f"{_mean(own):.1f}" for own in rows.values()), f"{_mean(list(ranks.values())):.4g}"])
@@ -226,6 +227,11 @@ def _wide_enough(table: Table) -> Table:
         words = [*str(column.header).split(), *map(str, column.cells)]
         column.min_width = max(map(len, words))
     return table
+
+
+def _in_lines(label: str) -> str:
+    """Break a long label after dots, and before the words of a name such as SelfAttention."""
+    return re.sub(r"(?<=\.)(?=.)|(?<=[a-z])(?=[A-Z])", "\n", label)
 
 
 def _fitting(columns: Sequence[Sequence[str]], width: int) -> list[list[Sequence[str]]]:

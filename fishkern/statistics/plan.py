@@ -20,9 +20,9 @@ from fishkern.statistics.batches import Examples, Shared
 from fishkern.statistics.choosing import Requested
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
-from fishkern.statistics.estimate import check_estimable, parameter_infos, reader_for, requested_tensors
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.rehearsal import ONLY_A_RUN, Rehearsal
+from fishkern.statistics.request import check_estimable, parameter_infos, reader_for, requested_tensors
 from fishkern.statistics.valueless import Valueless, device_of
 
 

@@ -22,11 +22,12 @@ from fishkern.statistics.coverage import Covered
 from fishkern.statistics.data import demand_several
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
-from fishkern.statistics.estimate import estimate, reader_for
+from fishkern.statistics.estimate import estimate
 from fishkern.statistics.judgement import TOLERANCE, Noise, error, judged, largest, overlap
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.likelihood_argument import checked_likelihood
 from fishkern.statistics.loop import Loop
+from fishkern.statistics.request import reader_for
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.verification import Verification
 

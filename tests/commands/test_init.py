@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import contextmanager
 from importlib import import_module
 
 import pytest
@@ -231,3 +232,32 @@ def test_progress_goes_on_when_all_examples_are_done(capsys, monkeypatch):
         report(1, 2)
         report(2, 2)
     assert "2 examples done, computing directions" in capsys.readouterr().err
+
+
+def test_the_share_that_is_done_is_shown(capsys, tmp_path, models, rows, monkeypatch):
+    """Of the examples of all passes over the data."""
+    told = []
+
+    @contextmanager
+    def progress(what, unit, **options):
+        yield lambda *done: told.append(done)
+
+    monkeypatch.setattr(import_module("fishkern.commands.init"), "progress", progress)
+    arguments = (
+        "--method",
+        "farss",
+        "--shallow",
+        0,
+        "--rank",
+        2,
+        "--layers-per-pass",
+        1,
+        "--samples",
+        6,
+        "--batch-size",
+        4,
+        "--out",
+        tmp_path / "out",
+    )
+    assert command(capsys, "init", models / "llama", "--data", rows / "text.jsonl", *arguments)[0] == 0
+    assert told == [(4, 12), (6, 12), (10, 12), (12, 12)]

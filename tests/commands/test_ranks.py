@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
+from importlib import import_module
 
 import pytest
 
@@ -165,3 +167,43 @@ def test_another_file_is_not_overwritten(capsys, tmp_path, models, rows, format,
         capsys, "ranks", models / "llama", *arguments
     )
     assert path.read_text() == content
+
+
+def test_the_share_that_is_done_is_shown(capsys, tmp_path, models, rows, monkeypatch):
+    """Of the examples of all passes over the data."""
+    told = []
+
+    @contextmanager
+    def progress(what, unit, **options):
+        yield lambda *done: told.append(done)
+
+    monkeypatch.setattr(import_module("fishkern.commands.ranks"), "progress", progress)
+    arguments = (
+        "--average",
+        2,
+        "--layers-per-pass",
+        1,
+        "--samples",
+        6,
+        "--batch-size",
+        4,
+        "--out",
+        tmp_path / "out.json",
+    )
+    assert command(capsys, "ranks", models / "llama", "--data", rows / "text.jsonl", *arguments)[0] == 0
+    assert told == [(4, 12), (6, 12), (10, 12), (12, 12)]
+
+
+@pytest.mark.parametrize("verb", ["ranks", "init"])
+def test_experts_in_one_tensor_are_pointed_out(capsys, tmp_path, rows, verb):
+    from tests.support import zoo
+
+    zoo.mixtral().model.save_pretrained(tmp_path / "model")
+    zoo.tokenizer().save_pretrained(tmp_path / "model")
+    method = ("--method", "pissa", "--rank", 2) if verb == "init" else ("--data", rows / "text.jsonl", "--average", 2)
+    arguments = (verb, tmp_path / "model", *method, "--out", tmp_path / "out")
+    capsys.readouterr()
+    status, _, error = command(capsys, *arguments)
+    assert status == 0
+    assert "4 weights in the layers are no matrices and left out" in error
+    assert "model.layers.0.mlp.experts.gate_up_proj" in error

@@ -1,0 +1,232 @@
+"""What a pass is asked for: the model and its parameters, described to the estimator, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fishkern import hosts
+from fishkern.arguments import integer
+from fishkern.layers import (
+    LinearMap,
+    UnsupportedModuleError,
+    has_gradient_dtype,
+    is_wrapped,
+    scored_tensors,
+    stored_weights,
+    weight_shape,
+)
+from fishkern.ops.dtypes import accumulates_in
+from fishkern.statistics.base import Estimator, ParameterInfo
+from fishkern.statistics.batches import Reader, Shared
+from fishkern.statistics.choosing import Requested, requested_names
+from fishkern.statistics.coverage import Covered
+from fishkern.statistics.drawn import Drawn, LossFunction
+from fishkern.statistics.likelihood import Likelihood
+from fishkern.statistics.states import without_factors
+
+
+def check_estimable(
+    model: nn.Module, estimator: Estimator, max_examples: int | None = None, *, on_meta: bool = False
+) -> None:
+    """Refuse what no pass can be made of.
+
+    Args:
+        model: Without running wrappers.
+        estimator: The recipe.
+        max_examples: As for :func:`estimate`.
+        on_meta: Whether all of its parameters may be on the meta device.
+
+    Raises:
+        TypeError: The estimator is something else.
+        ValueError: A parameter has no shape yet, or ``max_examples`` is below 1.
+        RuntimeError: It runs under ``torch.inference_mode()``, or the model was made under it.
+        UnsupportedModuleError: The model is sharded, scripted or dispatched, or its examples have no gradient of their
+            own.
+    """
+    if not isinstance(estimator, Estimator):
+        raise TypeError(f"estimator must be an Estimator such as DiagonalFisher(), got {estimator!r}.")
+    if lazy := [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]:
+        raise ValueError(
+            f"{lazy[0]!r} of {type(model).__name__} has no shape yet, since its module is a lazy one: run the model "
+            "once on a batch before estimating."
+        )
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise RuntimeError(
+            "estimate takes gradients, which torch.inference_mode() rules out, also for parameters made under it: call "
+            "it, and load the model, outside (torch.no_grad() does no harm)."
+        )
+    if reason := hosts.sharded(model) or hosts.scripted(model) or hosts.lost_prefix(model):
+        raise UnsupportedModuleError(f"{reason}.")
+    whole_on_meta = on_meta and all(parameter.is_meta for parameter in model.parameters())
+    if not whole_on_meta and (reason := hosts.dispatched(model)):
+        raise UnsupportedModuleError(
+            f"{type(model).__name__} cannot be estimated as it is dispatched: {reason}. Load it onto one device, "
+            "without device_map='auto'."
+        )
+    if max_examples is not None and integer(max_examples, "max_examples") < 1:
+        raise ValueError(f"max_examples must be at least 1, got {max_examples}.")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.track_running_stats:
+            raise UnsupportedModuleError(
+                f"{name!r} ({type(module).__name__}) keeps no running statistics, so it normalises each example by the "
+                "others of its batch, and no example has a gradient of its own."
+            )
+
+
+def requested_tensors(
+    model: nn.Module, which: Requested, estimator: Estimator, maps: Mapping[str, LinearMap]
+) -> dict[str, Tensor]:
+    """Choose the parameters of a pass.
+
+    Args:
+        model: Without running wrappers.
+        which: As for :func:`estimate`.
+        estimator: The recipe.
+        maps: The linear maps of the model, if the estimator reads factors.
+
+    Returns:
+        Parameters and stored weights by canonical name, in the model's order.
+
+    Raises:
+        ValueError: There are none.
+        UnsupportedModuleError: The estimator reads factors, which one of them does not have.
+    """
+    named = scored_tensors(model)
+    requested = {name: named[name] for name in requested_names(named, which)}
+    linear = which is None and estimator.by_default == "linear"
+    if linear:
+        requested = {name: one for name, one in requested.items() if name in maps}
+    if estimator.reads == "factors" and (without := [name for name in requested if name not in maps]):
+        raise UnsupportedModuleError(without_factors(without))
+    if not requested:
+        why = "parameters= chooses none of them"
+        if which is None:
+            what = "no weight of a linear map among them" if linear else "none of them"
+            why = f"{what} requires a gradient"
+        raise ValueError(
+            f"{type(model).__name__} has {len(named)} parameters, and {why}. Pass parameters='all', "
+            "patterns of names or a predicate."
+        )
+    return requested
+
+
+def parameter_infos(
+    model: nn.Module,
+    requested: Mapping[str, Tensor],
+    estimator: Estimator,
+    accumulate_on: str | torch.device | None,
+    maps: Mapping[str, LinearMap],
+) -> dict[str, ParameterInfo]:
+    """Describe each parameter to its state.
+
+    Args:
+        model: Without running wrappers.
+        requested: The requested parameters, by canonical name.
+        estimator: The recipe.
+        accumulate_on: As for :func:`estimate`.
+        maps: The linear maps of the model, if the estimator reads factors.
+
+    Returns:
+        The descriptions by canonical name.
+
+    Raises:
+        UnsupportedModuleError: A parameter has no gradient, or belongs to an adapter that is merged.
+    """
+    if reason := hosts.merged_adapter(model, requested):
+        raise UnsupportedModuleError(f"{reason}.")
+    stored = {key: weight_shape(module) for key, (_, module) in stored_weights(model).items()}
+    _refuse_without_gradient(stored, requested, estimator)
+    return {
+        key: ParameterInfo(
+            key,
+            one,
+            stored.get(key, one.shape),
+            # the gradient of a stored weight is float32, whatever it is stored in
+            accumulates_in(one.dtype) if has_gradient_dtype(one) else torch.float32,
+            torch.device(accumulate_on or one.device),
+            maps.get(key),
+        )
+        for key, one in requested.items()
+    }
+
+
+def _refuse_without_gradient(
+    stored: Mapping[str, torch.Size], requested: Mapping[str, Tensor], estimator: Estimator
+) -> None:
+    """Refuse parameters without a gradient, except in a quantised linear whose gradients are captured."""
+    without = {
+        key: parameter
+        for key, parameter in requested.items()
+        if not has_gradient_dtype(parameter) or (key in stored and not is_wrapped(parameter))
+    }
+    if numbers := sorted(key for key, parameter in without.items() if parameter.is_complex()):
+        raise UnsupportedModuleError(
+            f"{numbers} are complex, and a Fisher of complex parameters is not defined here: leave them out with "
+            "parameters=, or hold real and imaginary part as two real parameters."
+        )
+    if sparse := sorted(key for key, parameter in requested.items() if parameter.layout is not torch.strided):
+        raise UnsupportedModuleError(
+            f"{sparse} are kept in a sparse layout ({requested[sparse[0]].layout}), and statistics are dense: leave "
+            "them out with parameters=, or hold a dense parameter and multiply it by its mask."
+        )
+    if lost := sorted(key for key in without if estimator.reads in ("sums", "batches") or key not in stored):
+        dtypes = sorted({str(without[key].dtype).removeprefix("torch.") for key in lost})
+        raise UnsupportedModuleError(
+            f"{lost} are stored as {', '.join(dtypes)}, so autograd gives them no gradient. Such a weight is supported "
+            "in a quantised linear (a module with in_features, out_features and one stored weight), by statistics of "
+            "single examples or positions. Leave them out with parameters=."
+        )
+
+
+def coverage_of(
+    model: nn.Module,
+    requested: Mapping[str, Tensor],
+    paths: Mapping[str, tuple[str, str]],
+    which: Requested,
+    estimator: Estimator,
+    maps: Mapping[str, LinearMap],
+) -> dict[str, Covered]:
+    """Say how each parameter of a model was computed, or by whose word it was left out.
+
+    Args:
+        model: Without running wrappers.
+        requested: The requested parameters, by canonical name.
+        paths: Path and reason for each of them.
+        which: As for :func:`fishkern.estimate`.
+        estimator: The recipe.
+        maps: The model's linear maps; empty if the estimator reads no factors.
+
+    Returns:
+        By canonical name, of all parameters.
+    """
+    excluded_by = "requires_grad is False" if which is None else "the parameters argument"
+    stored = stored_weights(model)
+    coverage = {}
+    for key, parameter in scored_tensors(model).items():
+        path, reason = paths[key] if key in requested else ("left out", excluded_by)
+        if key not in requested and which is None and estimator.by_default == "linear" and key not in maps:
+            reason = "not the weight of a linear map, so it has no activations and output gradients"
+        storage, module = stored.get(key, (key, None))
+        numel = parameter.numel() if module is None else weight_shape(module).numel()
+        coverage[key] = Covered(path, numel, reason)
+        if storage != key:
+            coverage[storage] = Covered("left out", 0, f"stored for {key}")
+    return coverage
+
+
+def reader_for(likelihood: Likelihood | LossFunction | Drawn | None, shared: Shared) -> Reader:
+    """Make the reader of batches that a likelihood needs.
+
+    Args:
+        likelihood: As for :func:`estimate`.
+        shared: As for :func:`estimate`.
+
+    Returns:
+        The reader. A loss function gets the whole batch. A model does not get the number of the batch's items, because
+        it would divide the loss of each example by it.
+    """
+    by_function = not (likelihood is None or isinstance(likelihood, Likelihood))
+    return Reader(shared, only_pairs=not by_function, dropped=() if by_function else ("num_items_in_batch",))
