@@ -73,8 +73,8 @@ TABLES: dict[str, dict[tuple[Multiplies, Loads], tuple[Config, ...]]] = {
         ("tf32", "tma"): (Config(128, 128, 32, 8, 4), Config(128, 64, 32, 8, 4), Config(128, 16, 32, 4, 4)),
         ("tf32", "vectors"): (Config(128, 128, 32, 8, 3), Config(128, 64, 32, 8, 3), Config(128, 16, 32, 4, 3)),
         ("tf32", "elements"): (Config(128, 64, 32, 8, 3), Config(128, 16, 32, 8, 3)),
-        ("float32", "vectors"): (Config(128, 128, 32, 8, 3), Config(128, 64, 32, 8, 3), Config(128, 16, 32, 4, 3)),
-        ("float32", "elements"): (Config(128, 64, 32, 8, 3), Config(128, 16, 32, 8, 3)),
+        ("float32", "vectors"): (Config(128, 128, 16, 8, 4), Config(128, 64, 32, 8, 3), Config(128, 16, 32, 4, 3)),
+        ("float32", "elements"): (Config(128, 64, 16, 8, 3), Config(128, 16, 32, 8, 3)),
     },
     "sm_80": {
         ("16 bits", "vectors"): (Config(128, 128, 32, 8, 4), Config(128, 64, 32, 8, 4), Config(128, 16, 64, 4, 4)),

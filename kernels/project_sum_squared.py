@@ -167,7 +167,7 @@ def launches(operands: Operands, on: Hardware, chosen: Cut | None = None) -> lis
     squares, joints = (out.new_empty(shape) for shape in (planned.squares, planned.joints))
     pointers = {"x": x, "g": g, "v": v, "u": u, "counted": counted, "squares": squares, "joints": joints}
     for name, block in planned.blocks.items():
-        pointers[name] = block.of(pointers[name].mT if name in planned.transposed else pointers[name])
+        pointers[name] = block.of(pointers[name])
     options = planned.config.options
     kernel = Launch(device.project_sum_squared_kernel, planned.grid, pointers | planned.arguments, options)
     K = out.shape[1]
@@ -186,8 +186,7 @@ class Plan(NamedTuple):
         config: The tiles.
         squares: Shape of the sums of squares that the kernel writes.
         joints: Shape of the joint sums.
-        blocks: TMA blocks of the inputs, by the kernel's names; none where they are loaded otherwise.
-        transposed: Those whose blocks are of the transpose.
+        blocks: TMA blocks of the inputs, or of transposed directions, by the kernel's names; none without TMA.
         grid: Number of programs.
         arguments: Of the kernel, all but the tensors.
     """
@@ -196,7 +195,6 @@ class Plan(NamedTuple):
     squares: tuple[int, int, int]
     joints: tuple[int, int]
     blocks: dict[str, Block]
-    transposed: tuple[str, ...]
     grid: tuple[int]
     arguments: dict[str, Any]
 
@@ -233,7 +231,7 @@ def plan(problem: Problem, on: Hardware, chosen: Cut | None = None) -> Plan:
         "CHUNKS": beside, "BLOCK_T": BLOCK_T,
     }  # fmt: skip
     joints = (num_tiles if whole else N * chunks, K)
-    return Plan(config, (num_tiles, 2, K), joints, blocks, turned, (num_tiles * cdiv(K, config.BLOCK_K),), arguments)
+    return Plan(config, (num_tiles, 2, K), joints, blocks, (num_tiles * cdiv(K, config.BLOCK_K),), arguments)
 
 
 def _blocks(problem: Problem, config: Config) -> dict[str, Block]:

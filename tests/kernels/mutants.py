@@ -154,7 +154,7 @@ PROJECT_SUM_SQUARED: Planted = {
     "positions joined that have gaps": (PROJECT_CONFIGS, "stride_n != T * stride_t", "stride_n < T * stride_t"),
     "all sets of directions into the first": (PROJECT, "u=u, out=part)", "u=u, out=out[:, : part.shape[1]])"),
     "rounded without permission": (PROJECT_CONFIGS, "if problem.allow_tf32 and", "if"),
-    "transposed directions taken as they are": (PROJECT, "if name in planned.transposed else", "if False else"),
+    "transposed directions taken as they are": (PROJECT, '"TRANSPOSED_U": "u" in turned', '"TRANSPOSED_U": False'),
 }
 STREAMING_TOPK: Planted = {
     "wide loads at any address": (TOPK, "aligned = all(address % 16 == 0 for address in rows[1])", "aligned = True"),
