@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 # An SVD that another number of threads computes, or a cast to bfloat16, moves the digest less; other values move it by
 # about the norm of the tensor.
 _TOLERANCE = 1e-2
+_PIECE = 2**20  # entries in float64 at a time
 
 
 @torch.no_grad()
@@ -22,9 +24,14 @@ def digest(tensor: Tensor) -> tuple[float, float]:
     Returns:
         Both, computed in float64 on the CPU.
     """
-    values = tensor.detach().double().cpu().flatten()
-    signs = torch.randint(0, 2, values.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return values.norm().item(), (values @ signs.double()).item()
+    generator = torch.Generator().manual_seed(0)
+    squares = signed = 0.0
+    for piece in tensor.detach().flatten().split(_PIECE):
+        values = piece.double().cpu()
+        signs = torch.randint(0, 2, values.shape, generator=generator) * 2 - 1
+        squares += values.square().sum().item()
+        signed += (values @ signs.double()).item()
+    return math.sqrt(squares), signed
 
 
 def agree(found: Sequence[float], recorded: Sequence[float]) -> bool:

@@ -1,0 +1,27 @@
+"""Digests of tensors: what they are, and which differences they notice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fishkern import digests
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (1000, 1100)], ids=["one piece", "several pieces"])
+def test_a_digest_is_the_norm_and_a_sum_under_signs(shape, monkeypatch):
+    values = torch.randn(shape)
+    signs = torch.randint(0, 2, (values.numel(),), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = values.double().norm().item(), (values.double().flatten() @ signs.double()).item()
+    assert digests.digest(values) == pytest.approx(expected, rel=1e-12)
+    monkeypatch.setattr(digests, "_PIECE", 5)  # signs go on from piece to piece, as files of older versions have them
+    assert digests.digest(values) == pytest.approx(expected, rel=1e-12)
+
+
+def test_rounding_agrees_and_other_values_do_not():
+    values = torch.randn(64, 48)
+    recorded = digests.digest(values)
+    assert digests.agree(digests.digest(values.bfloat16()), recorded)
+    assert not digests.agree(digests.digest(values.flip(0)), recorded)
+    assert not digests.agree(digests.digest(1.02 * values), recorded)
+    assert digests.agree(digests.digest(torch.zeros(3)), digests.digest(torch.zeros(5)))
