@@ -10,6 +10,7 @@ from torch import Tensor
 # An SVD that another number of threads computes, or a cast to bfloat16, moves the digest less; other values move it by
 # about the norm of the tensor.
 _TOLERANCE = 1e-2
+_PIECE = 2**22  # entries at a time, so that the copy in float64 of a large matrix takes no memory
 
 
 @torch.no_grad()
@@ -22,9 +23,13 @@ def digest(tensor: Tensor) -> tuple[float, float]:
     Returns:
         Both, computed in float64 on the CPU.
     """
-    values = tensor.detach().double().cpu().flatten()
-    signs = torch.randint(0, 2, values.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return values.norm().item(), (values @ signs.double()).item()
+    generator = torch.Generator().manual_seed(0)
+    squares = signed = torch.zeros((), dtype=torch.float64)
+    for piece in tensor.detach().flatten().split(_PIECE):
+        values = piece.to("cpu", torch.float64)
+        signs = torch.randint(0, 2, values.shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1)
+        squares, signed = squares + values.square().sum(), signed + values @ signs
+    return squares.sqrt().item(), signed.item()
 
 
 def agree(found: Sequence[float], recorded: Sequence[float]) -> bool:
