@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from numbers import Real
@@ -64,15 +65,51 @@ def fraction_of(value: Any, name: str = "density") -> float:
         ValueError: It is outside (0, 1].
         TypeError: It is not a number.
     """
-    try:
-        fraction = float(value) if isinstance(value, Real | Tensor) else None
-    except (RuntimeError, ValueError):  # of a tensor with several entries
-        fraction = None
-    if fraction is None:
-        raise TypeError(f"{name} must be a number, got {value!r}.")
+    fraction = number(value, name)
     if not 0 < fraction <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1, got {fraction}.")
     return fraction
+
+
+def number(value: Any, name: str) -> float:
+    """Convert a number of any library to a plain ``float``.
+
+    Args:
+        value: Also of numpy, or a tensor.
+        name: Of the argument, for the message.
+
+    Returns:
+        The same number.
+
+    Raises:
+        TypeError: It is not a number.
+    """
+    try:
+        plain = float(value) if isinstance(value, Real | Tensor) else None
+    except (RuntimeError, ValueError):  # of a tensor with several entries
+        plain = None
+    if plain is None:
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    return plain
+
+
+def positive(value: Any, name: str) -> float:
+    """Check a positive number and convert it to a plain ``float``.
+
+    Args:
+        value: A number of any library.
+        name: Of the argument, for the message.
+
+    Returns:
+        The same number.
+
+    Raises:
+        ValueError: It is not finite, or not above 0.
+        TypeError: It is not a number.
+    """
+    if not (math.isfinite(plain := number(value, name)) and plain > 0):
+        raise ValueError(f"{name} must be a positive number, got {plain:g}.")
+    return plain
 
 
 def one_of(value: Value, allowed: Sequence[Value], name: str) -> Value:

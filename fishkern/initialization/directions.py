@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.arguments import integer, one_of
+from fishkern.arguments import integer, number, one_of, positive
 from fishkern.digests import agree, digest
 from fishkern.initialization.init import AdapterInit, ModuleInit
 from fishkern.initialization.targets import given_by_name, targeted
@@ -68,7 +67,7 @@ class DirectionInit:
         targets: Patterns of the weights that get an adapter.
 
     Raises:
-        TypeError: A rank is not an integer.
+        TypeError: A rank is not an integer, or another argument is of another type than described.
         ValueError: A rank is below 1, or another argument is none of the above.
     """
 
@@ -96,18 +95,21 @@ class DirectionInit:
         one_of(self.magnitude, MAGNITUDES, "magnitude")
         one_of(self.dead, DEAD, "dead")
         for name in ("floor", "size", "scaling"):
-            if not (math.isfinite(value := float(getattr(self, name))) and value > 0):
-                raise ValueError(f"{name} must be a positive number, got {value:g}.")
-            vars(self)[name] = value
+            vars(self)[name] = positive(getattr(self, name), name)
         for name in ("distinct", "dead_below"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= float(value) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {value}.")
-        vars(self).update(
-            ranks=_plain(self.ranks, int),
-            order=_plain(self.order, str),
-            targets=(self.targets,) if isinstance(self.targets, str) else tuple(self.targets),
-        )
+            if name == "distinct" and self.distinct is None:
+                continue
+            value = number(getattr(self, name), name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {value:g}.")
+            vars(self)[name] = value
+        targets = (self.targets,) if isinstance(self.targets, str) else self.targets
+        targets = tuple(targets) if isinstance(targets, Iterable) else (targets,)
+        if not all(isinstance(one, str) for one in targets):
+            raise TypeError(f"targets must be patterns of names such as '*.q_proj', got {self.targets!r}.")
+        if not targets:
+            raise ValueError("targets= is empty: give a pattern of the weights that get an adapter, or '*' for all.")
+        vars(self).update(ranks=_plain(self.ranks, int), order=_plain(self.order, str), targets=targets)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -297,13 +299,13 @@ def _distinct(basis: Directions | PowerBasis, candidates: Tensor, rank: int, mos
         block_U, block_V = _columns(basis, block)
         if U is None:
             U, V = (torch.empty(len(vectors), rank).to(vectors) for vectors in (block_U, block_V))
-        for place, number in enumerate(block.tolist()):
+        for place, candidate in enumerate(block.tolist()):
             u, v, count = block_U[:, place], block_V[:, place], len(taken)
             alike = ((U[:, :count].T @ u).abs() > most) & ((V[:, :count].T @ v).abs() > most)
             if alike.any():
                 continue
             U[:, count], V[:, count] = u, v
-            taken.append(number)
+            taken.append(candidate)
             if len(taken) == rank:
                 return torch.tensor(taken)
     return torch.tensor(taken, dtype=torch.int64)

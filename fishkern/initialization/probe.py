@@ -108,10 +108,10 @@ class _Adapted(NamedTuple):
     scaling: float
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        """Add what the adapter has learnt to the module's output; one product, so that equal parts cancel."""
+        """Add what the adapter has learnt to the module's output: ``(B - B0) A + B0 (A - A0)``, at first exactly 0."""
         x = next(iter((*args, *kwargs.values()))).to(self.A.dtype)
         A0, B0 = self.start
-        added = F.linear(F.linear(x, torch.cat([self.A, A0])), torch.cat([self.B, -B0], dim=1))
+        added = F.linear(F.linear(x, torch.cat([self.A, self.A - A0])), torch.cat([self.B - B0, B0], dim=1))
         return output + (self.scaling * added).to(output.dtype)
 
 

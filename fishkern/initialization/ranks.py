@@ -121,7 +121,7 @@ class _Shared(RankRule):
             raise ValueError(
                 f"average={self.average:g} of {len(importances)} matrices is {total:,} ranks, and they can have "
                 f"{sum(most.values()):,} together, because of most={self.most} and of their sizes: take an average of "
-                f"at most {sum(most.values()) / len(importances):g}."
+                f"at most {Fraction(sum(most.values()), len(importances))}."
             )
         return _rounded(_shares(self.weights(importances), least, most, total), total)
 
@@ -189,7 +189,7 @@ def allocate_ranks(
         The rank of each matrix, in the order of ``importances``.
 
     Raises:
-        TypeError: ``rule`` is not a rule, or an importance is not a number.
+        TypeError: ``rule`` is not a rule, or ``importances`` are not numbers by name.
         ValueError: There is no matrix; an importance is negative or not finite, or all are zero; ``largest`` has a name
             that ``importances`` lacks; the budget is not a whole number of ranks; or the bounds do not allow it.
     """
@@ -210,6 +210,8 @@ def allocate_ranks(
 
 def _checked(importances: Mapping[str, float]) -> dict[str, float]:
     values: dict[str, float] = {}
+    if not isinstance(importances, Mapping):
+        raise TypeError(f"importances are a mapping from names to numbers, got {type(importances).__name__}.")
     if not importances:
         raise ValueError("there are no importances to allocate ranks by, the mapping is empty.")
     if missing := [name for name, value in importances.items() if value is None]:

@@ -23,7 +23,7 @@ from fishkern.layers.hooks import Arrival, Hooks
 from fishkern.layers.rows import Rows
 from fishkern.layers.rules import factored
 from fishkern.layers.site import Layout, Site
-from fishkern.layers.unsupported import UnsupportedModuleError, leave_out
+from fishkern.layers.unsupported import UnsupportedModuleError
 from fishkern.layers.uses import Sink, Uses
 
 
@@ -133,10 +133,12 @@ class Capture:
         if self._weighing:
             return
         site, grads = arrival.site, arrival.grads
-        if site.layout is None:  # no gradient arrived here in the survey, so nothing is known of the rows
+        if not site.settled:  # no gradient but zeros arrived here in the survey, so nobody knows whose rows these are
             if any(grad is not None and bool(grad.any()) for grad in grads):
                 self._uses.withhold(site)
-            return
+                return
+            if not self._factors:
+                return  # zeros add nothing, except to what is counted of the activations
         lengths = {_rows(grad) for grad in grads if grad is not None}
         if site.layout is Layout.BATCHED and lengths == {1} and self._num_examples > 1:
             # one row for all examples: a plan for batches of one cannot tell that from one row for each
@@ -168,8 +170,9 @@ class Capture:
             return grads
         if grads.num_positions != self._counted.shape[1]:
             raise UnsupportedModuleError(
-                f"{key} runs at {grads.num_positions} positions, and the batch's attention_mask has "
-                f"{self._counted.shape[1]}, so it is unclear which positions count. {leave_out([key])}"
+                f"{key} runs at {grads.num_positions} positions, and attention_mask or labels say of "
+                f"{self._counted.shape[1]} which count. Give batches without padding, count positions='all', or leave "
+                "the parameter out with parameters=."
             )
         return replace(grads, counted=self._counted)
 

@@ -30,14 +30,18 @@ def module_factors(
         Without weights that the example does not reach.
     """
     calls: dict[nn.Module, list[tuple[Call, Tensor]]] = defaultdict(list)
+    recomputing = False
 
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         # the gradient at the output is that of zeros which are added to it; the graph through it stays whole
         zeros = torch.zeros_like(output, requires_grad=True)
-        calls[module].append((replace(call, module=module, args=args, kwargs=kwargs), zeros))
+        if not recomputing:  # a checkpointed segment runs once more in backward, and its calls are noted already
+            calls[module].append((replace(call, module=module, args=args, kwargs=kwargs), zeros))
         return output + zeros
 
     def back_propagated(output: Any) -> list[Tensor | None]:
+        nonlocal recomputing
+        recomputing = True
         pairs = host_outputs(output, output_grads)
         zeros = [added for noted in calls.values() for _, added in noted]
         if not pairs or not zeros:

@@ -29,23 +29,26 @@ class Site:
         module: The module.
         layer: Its rule; ``None`` for the generic path, which runs the module once more for each example.
         keys: Canonical names of the requested parameters, by their names in the module.
-        layout: Whose rows they are; ``None`` if that is not known, because no gradient arrived there.
+        layout: Whose rows they are.
         block: For ``FLATTENED``: the enclosing module whose input ``[N, T, ...]`` says ``T``.
         sliced: For the generic path: which tensors of a call have the example axis.
         picked: Whether the rows are picked from the positions of the examples (a pooler's first token, an expert's
             tokens). Their number may then depend on the data, so whose rows they are is checked on every batch.
         rewritten: Whether the model writes into an input of the module while or after it runs, so a copy is kept.
+        settled: Whether a gradient has confirmed the layout. Where none but zeros arrived, it is what the sizes of the
+            rows allow.
     """
 
     path: str
     module: nn.Module
     layer: Layer | None
     keys: Mapping[str, str]
-    layout: Layout | None
+    layout: Layout
     block: nn.Module | None = None
     sliced: tuple[bool, ...] = ()
     picked: bool = False
     rewritten: bool = False
+    settled: bool = True
 
     @property
     def reads_input(self) -> bool:

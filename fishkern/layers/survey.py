@@ -299,7 +299,7 @@ class _Planner:
             names = layer.covers(module) & remaining.keys()
             if names and (names := self._confirmed(layer, record, names)):
                 keys = {name: remaining.pop(name) for name in sorted(names)}
-                site = Site(path, module, layer, keys, layout if settled else None, record.block)
+                site = Site(path, module, layer, keys, layout, record.block, settled=settled)
                 sites.append(replace(site, picked=picked, rewritten=record.input_rewritten))
         return sites
 

@@ -102,7 +102,7 @@ class Uses:
             grads: Of one use; on the generic path, of one example at a time.
         """
         sites = self._by_key[key]
-        if len(sites) > 1 and any(site.layout is None or site.picked for site in sites):
+        if len(sites) > 1 and any(site.picked or not site.settled for site in sites):
             self._received[key].append(grads)  # until backward ends: if a later part is held back, all must be
             return
         expected = sum(self._calls[site] for site in sites)

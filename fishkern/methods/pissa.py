@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.arguments import integer
+from fishkern.arguments import integer, positive
 from fishkern.digests import digest
 from fishkern.initialization import AdapterInit, ModuleInit
 from fishkern.initialization.targets import linear_weights, targeted
@@ -45,12 +45,14 @@ def pissa(
         The start of each module.
 
     Raises:
-        TypeError: ``rank`` is not an integer.
-        ValueError: ``rank`` is below 1 or above what a weight has, or a pattern matches nothing.
+        TypeError: ``rank`` is not an integer, or ``scaling`` is not a number.
+        ValueError: ``rank`` is below 1 or above what a weight has, ``scaling`` is not positive, or a pattern matches
+            nothing.
         UnsupportedModuleError: The model has an adapter already.
     """
     if integer(rank, "rank") < 1:
         raise ValueError(f"rank must be at least 1, got {rank}.")
+    scaling = positive(scaling, "scaling")
     layers = linear_weights(model)
     names = list(layers) if targets is None else targeted(layers, targets)
     maps = linear_maps(hosts.unwrap(model))

@@ -88,11 +88,11 @@ class Examples:
         return cut, whole
 
     @property
-    def attended(self) -> Tensor | None:
-        """The positions that its attention mask marks, ``[N, T]``, bool; ``None`` if it has no mask of this shape."""
-        mask = self.content.get("attention_mask") if isinstance(self.content, Mapping) else None
-        fits = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == self.num_examples
-        return mask != 0 if fits else None
+    def inputs(self) -> Mapping[str, Any]:
+        """Its named entries: those of a mapping, or of a pair's inputs if these are one; else none."""
+        content = self.content
+        first = content if isinstance(content, Mapping) else next(iter(content), None)
+        return first if isinstance(first, Mapping) else {}
 
     def copied(self) -> Batch:
         """Copy the content for one run.

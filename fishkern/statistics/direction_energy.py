@@ -15,6 +15,7 @@ from fishkern.arguments import integer, one_of
 from fishkern.backend import Backend
 from fishkern.digests import digest
 from fishkern.layers import LinearMap, OuterProductGrads
+from fishkern.names import listed
 from fishkern.ops import project_sum_squared
 from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics.base import Constant, Estimator, ParameterInfo, Positions, Reads, State
@@ -44,7 +45,8 @@ class DirectionEnergy(Estimator):
     a parameter without activations and output gradients that is asked for is refused by name.
 
     Cost: the projections take ``2 K (O + I)`` FLOPs at each position, where a forward pass takes ``2 O I``. Memory:
-    the basis of each matrix, ``K (O + I)`` entries in the weight's dtype.
+    the basis of each matrix, ``K (O + I)`` entries in the weight's dtype, so that directions of a 16-bit weight are
+    rounded to 16 bits.
 
     Args:
         basis: ``"svd"`` for the singular vectors, ``K = min(O, I)``; ``"power"`` for FILet's ``K = I`` candidates, one
@@ -54,7 +56,7 @@ class DirectionEnergy(Estimator):
             has one for each example. ``joint`` has the whole gradient in any case.
         importance: Also a number for each whole matrix: ``"kronecker"``, ``<E[d d^T], M E[h h^T] M^T> / (O I)``, which
             is FARSS's, from two Gram matrices of the smaller side; ``"exact"``, ``mean_n <grad_n, M>^2 / (O I)``.
-        importance_of: Names or patterns of the weights to take the importance of.
+        importance_of: Names or patterns of the weights to take the importance of; each must match one.
         layers_per_pass: Read the data once for every so many transformer layers, so that only their bases are in
             memory; ``None`` for one pass. The data must be the same each time.
 
@@ -96,6 +98,9 @@ class DirectionEnergy(Estimator):
         }
 
     def passes(self, names: Sequence[str]) -> list[list[str]]:
+        for pattern in self.importance_of if self.importance else ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"importance_of={pattern!r} matches none of {len(names)} weights ({listed(names)}).")
         if self.layers_per_pass is None:
             return [list(names)]
         layers = hosts.layer_of(names)
@@ -209,7 +214,7 @@ def _basis(parameter: ParameterInfo, kind: str) -> _Basis:
             U, V, values = svd_directions(M)
         else:
             (U, V, _), values = power_directions(M), None
-        # 16-bit directions choose as float32 ones do, and multiply faster
+        # 16-bit directions multiply faster, and move an energy by less than a hundredth
         parameter.kept[kind] = _Basis(U.to(M.dtype), V.to(M.dtype), M, values)
     return parameter.kept[kind]
 

@@ -25,23 +25,49 @@ def counted_positions(model: nn.Module, estimator: Estimator, answering: Answeri
         ``[N, T]``, bool; ``None`` where all count or nobody asks.
 
     Raises:
-        UnsupportedModuleError: The model has an encoder and a decoder, and one mask is not that of both.
-        ValueError: The loss has no labels of positions.
+        UnsupportedModuleError: The model has an encoder and a decoder, and there is padding in one of them.
+        ValueError: ``attention_mask`` is not of the shape of the positions, or the loss has no labels of positions.
     """
     if estimator.reads != "factors" or estimator.positions == "all":
         return None
     if estimator.positions == "labelled":
-        counted, what = _labelled(answering, batch), "labels say which positions count in the decoder alone"
+        counted, source = _labelled(answering, batch), "labels say which positions count in the decoder alone"
     else:
-        counted, what = batch.attended, "attention_mask says which positions count in the encoder alone"
+        counted, source = _attended(batch), "attention_mask says which positions count in the encoder alone"
+    two = getattr(getattr(hosts.base_model(model), "config", None), "is_encoder_decoder", False)
     if counted is None or bool(counted.all()):
-        return None
-    if getattr(getattr(hosts.base_model(model), "config", None), "is_encoder_decoder", False):
+        counted, source = None, _decoder_padding(batch) if two else None
+    if two and source:
         raise UnsupportedModuleError(
-            f"{type(model).__name__} has an encoder and a decoder, and {what}: {type(estimator).__name__} reads "
+            f"{type(model).__name__} has an encoder and a decoder, and {source}: {type(estimator).__name__} reads "
             "activations, which are not zero at padding. Give it batches without padding, or count positions='all'."
         )
     return counted
+
+
+def _attended(batch: Examples) -> Tensor | None:
+    """Read the attention mask of a batch, if it has one."""
+    mask = batch.inputs.get("attention_mask")
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] not in (1, batch.num_examples):
+        found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"positions='attended' counts what an attention_mask [N, T] marks, and this one is {found}: give such a "
+            "tensor, or count positions='labelled' or positions='all'."
+        )
+    return (mask != 0).expand(batch.num_examples, -1)
+
+
+def _decoder_padding(batch: Examples) -> str | None:
+    """Say where a batch has padding for the decoder, whose inputs are made of the labels if they are not given."""
+    mask, labels = batch.inputs.get("decoder_attention_mask"), batch.inputs.get("labels")
+    if isinstance(mask, Tensor) and not bool(mask.all()):
+        return "decoder_attention_mask says which positions count in the decoder alone"
+    made_of_labels = isinstance(labels, Tensor) and labels.ndim == 2 and "decoder_input_ids" not in batch.inputs
+    if mask is None and made_of_labels and bool((labels == -100).any()):
+        return "labels of -100 are padding in the decoder alone"
+    return None
 
 
 def _labelled(answering: Answering, batch: Examples) -> Tensor:

@@ -367,6 +367,11 @@ def test_directions_that_are_nearly_equal():
         ({"size": -1}, ValueError, "size must be a positive number, got -1"),
         ({"distinct": 1.5}, ValueError, "distinct must be between 0 and 1, got 1.5"),
         ({"dead_below": -1}, ValueError, "dead_below must be between 0 and 1, got -1"),
+        ({"dead_below": None}, TypeError, "dead_below must be a number, got None"),
+        ({"distinct": "0.9"}, TypeError, "distinct must be a number, got '0.9'"),
+        ({"floor": "small"}, TypeError, "floor must be a number, got 'small'"),
+        ({"targets": 3}, TypeError, "targets must be patterns of names such as"),
+        ({"targets": ()}, ValueError, "targets= is empty"),
     ],
 )
 def test_what_is_no_recipe(options, error, match):

@@ -41,7 +41,7 @@ def shares_by_bisection(importances: dict[str, float], rule: fk.RankRule) -> lis
     weights = 1 / values if isinstance(rule, fk.InverseImportance) else values
     weights = weights / weights.max()
     total = rule.average * len(values)
-    low, high = -50.0, 80.0  # exponents of 2
+    low, high = -50.0, 100.0  # exponents of 2: importances differ by up to 1e24, times a rank
     for _ in range(200):
         middle = (low + high) / 2
         if np.clip(2**middle * weights, rule.least, rule.most).sum() < total:
@@ -206,6 +206,8 @@ def test_what_is_no_number_and_no_rule():
         fk.allocate_ranks({"a": "high"}, fk.UniformRank(4))
     with pytest.raises(TypeError, match="rule must be a rule for ranks such as UniformRank"):
         fk.allocate_ranks({"a": 1.0}, 16)
+    with pytest.raises(TypeError, match="importances are a mapping from names to numbers, got list"):
+        fk.allocate_ranks([1.0, 2.0], fk.UniformRank(4))
     numbers = {"a": torch.tensor(1.0), "b": np.float32(3)}
     assert fk.allocate_ranks(numbers, fk.InverseImportance(6)) == {"a": 9, "b": 3}
 
@@ -234,6 +236,8 @@ def test_sizes_that_do_not_allow_the_budget():
     with pytest.raises(ValueError, match=message):
         fk.allocate_ranks(importances, fk.InverseImportance(10), largest=sizes)
     assert fk.allocate_ranks(importances, fk.InverseImportance(6), largest=sizes) == sizes
+    with pytest.raises(ValueError, match="take an average of at most 13/2"):
+        fk.allocate_ranks(importances, fk.InverseImportance(10), largest={"a": 4, "b": 9})
     with pytest.raises(ValueError, match=r"least=5 is more than 1 of 2 matrices can have \(a \(4\)\)"):
         fk.allocate_ranks(importances, fk.InverseImportance(6, least=5), largest=sizes)
     with pytest.raises(ValueError, match="largest= has c, and importances have no such name"):

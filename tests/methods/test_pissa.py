@@ -53,6 +53,8 @@ def test_what_is_refused():
         fk.pissa(model, rank=0)
     with pytest.raises(ValueError, match=r"rank 100 of model.layers.0.* exceeds the smaller side of its"):
         fk.pissa(model, rank=100)
+    with pytest.raises(ValueError, match="scaling must be a positive number, got 0"):
+        fk.pissa(model, rank=1, scaling=0)
     with pytest.raises(ValueError, match="targets='nothing' matches none"):
         fk.pissa(model, targets="nothing")
     with torch.no_grad():

@@ -7,6 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fishkern as fk
 from fishkern.layers import linear_maps
@@ -227,6 +228,52 @@ def test_no_gradient_no_covariance_and_one_call_for_each_matrix_and_batch(monkey
     assert sorted(set(calls)) == sorted({(I, O) for O, I in (one.shape for one in energies.values())})
 
 
+def test_a_pattern_of_importance_that_matches_nothing_is_refused():
+    model, batches = specimen("llama")
+    with pytest.raises(ValueError, match=r"importance_of='\*.layer.0.\*' matches none of 15 weights"):
+        fk.estimate(model, batches, fk.DirectionEnergy(importance="exact", importance_of=["*", "*.layer.0.*"]))
+
+
+def test_a_mask_that_does_not_say_which_positions_count_is_refused():
+    model, (batch, _) = specimen("llama")
+    causal = torch.ones(7, 7).tril().bool() & batch["attention_mask"].bool()[:, None, None]
+    with pytest.raises(ValueError, match=r"attention_mask \[N, T\] marks, and this one is \[\d, 1, 7, 7\]"):
+        fk.estimate(model, [{**batch, "attention_mask": causal}], fk.DirectionEnergy())
+    whole = {**batch, "attention_mask": causal}
+    assert fk.estimate(model, [whole], fk.DirectionEnergy(positions="all"))["lm_head.weight"].positions == 7
+
+
+def test_the_mask_beside_the_inputs_of_a_pair_counts_as_that_of_a_mapping():
+    model, (batch, _) = specimen("llama")
+
+    def losses(model, batch):
+        inputs, labels = batch if isinstance(batch, tuple) else (batch, batch["labels"])
+        return fk.CausalLM().predictive(model, {**inputs, "labels": labels}).losses()
+
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    paired = fk.estimate(model, [(inputs, batch["labels"])], fk.DirectionEnergy(), likelihood=losses)
+    mapped = fk.estimate(model, [batch], fk.DirectionEnergy(), likelihood=losses)
+    assert all(torch.equal(paired.blocks[entry], value) for entry, value in mapped.blocks.items())
+
+
+def test_padding_of_a_decoder_is_refused_as_that_of_an_encoder():
+    one = zoo.t5()
+    model, batch = one.model.eval(), one.batch(3)
+    names, labels = "*SelfAttention.q.weight", batch["labels"]
+    assert (labels == -100).any()
+    with pytest.raises(fk.UnsupportedModuleError, match="attention_mask says which positions count in the encoder"):
+        fk.estimate(model, [{**batch, "labels": labels.clamp_min(3)}], fk.DirectionEnergy(), parameters=names)
+    del batch["attention_mask"]
+    with pytest.raises(fk.UnsupportedModuleError, match="labels of -100 are padding in the decoder alone"):
+        fk.estimate(model, [batch], fk.DirectionEnergy(), parameters=names)
+    marked = {**batch, "decoder_attention_mask": (labels != -100).long()}
+    with pytest.raises(fk.UnsupportedModuleError, match="decoder_attention_mask says which positions count"):
+        fk.estimate(model, [marked], fk.DirectionEnergy(), parameters=names)
+    batch["labels"] = labels.clamp_min(3)
+    energies = fk.estimate(model, [batch], fk.DirectionEnergy(), parameters=names)
+    assert {"encoder" in name: one.positions for name, one in energies.items()} == {True: 7, False: 5}
+
+
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):
     """The largest tensor that any operation returns while it is on."""
 
@@ -401,8 +448,47 @@ def test_wrong_arguments_are_refused(options, message):
         fk.DirectionEnergy(**options)
 
 
+class Gated(nn.Module):
+    """A branch that is switched off, and gets a gradient of zeros, where the first token is a small number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.branch, self.head = nn.Embedding(30, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        h = self.embed(x)
+        on = (x[:, :1, None] >= 15).to(h)
+        return self.head(h + on * torch.tanh(self.branch(h)))
+
+
+def test_positions_count_where_the_gradient_is_zero_whatever_batch_comes_first():
+    torch.manual_seed(0)
+    model = Gated().double()
+    off = (torch.randint(0, 15, (2, 8)), torch.randint(0, 4, (2, 8)))
+    on = (torch.randint(15, 30, (3, 8)), torch.randint(0, 4, (3, 8)))
+    name = "branch.weight"
+    for batches in ([off, on], [on, off], [off]):
+        found = fk.estimate(model, batches, fk.DirectionEnergy(), likelihood=routed_losses)[name]
+        U, _, Vh = torch.linalg.svd(model.branch.weight.detach(), full_matrices=False)
+        tokens, count = torch.cat([x for x, _ in batches]), sum(len(x) for x, _ in batches)
+        assert found.positions == 8
+        assert_close(found.input, (model.embed(tokens).detach() @ Vh.T).square().mean((0, 1)), 1e-12)
+        squares = torch.zeros(6, dtype=torch.float64)
+        for batch in batches:
+            h = model.embed(batch[0]).detach()
+            y = model.branch(h).detach().requires_grad_()
+            logits = model.head(h + (batch[0][:, :1, None] >= 15) * torch.tanh(y))
+            losses = nn.functional.cross_entropy(logits.mT, batch[1], reduction="none").mean(1)
+            (d,) = torch.autograd.grad(losses.sum(), y)
+            squares += (d @ U).square().sum((0, 1)) / (8 * count)
+        assert (found.output - squares).abs().max() <= 1e-12 * squares.max()
+        assert bool(squares.any()) == (len(batches) > 1)
+
+
 class Experts(nn.Module):
     """A router that sends each position to one of several experts, each a module of two linears."""
+
+    checkpointed = False
 
     def __init__(self, D: int, count: int) -> None:
         super().__init__()
@@ -418,7 +504,9 @@ class Experts(nn.Module):
         for number, expert in enumerate(self.experts):
             places = (chosen == number).nonzero().flatten()
             if len(places):
-                y.index_add_(0, places, weights[places, None] * expert(rows[places]))
+                picked = rows[places]
+                added = checkpoint(expert, picked, use_reentrant=False) if self.checkpointed else expert(picked)
+                y.index_add_(0, places, weights[places, None] * added)
         return y.view_as(x)
 
 
@@ -470,6 +558,17 @@ def test_experts_that_are_modules_have_the_energies_of_their_own_rows():
         assert_close(found.input, (h @ Vh.T).square().mean(0), 1e-10)
         assert_close(found.output, (d @ U).square().mean(0), 1e-10)
         assert_close(found.joint, joint[name], 1e-10)
+
+
+def test_experts_that_recompute_their_activations_have_the_same_energies():
+    torch.manual_seed(3)
+    model = Routed().double()
+    batch = (torch.randint(0, 30, (3, 8)), torch.randint(0, 4, (3, 8)))
+    plain = fk.estimate(model, [batch], fk.DirectionEnergy(), likelihood=routed_losses)
+    model.block.checkpointed = True
+    found = fk.estimate(model, [batch], fk.DirectionEnergy(), likelihood=routed_losses)
+    assert found.blocks.keys() == plain.blocks.keys()
+    assert all(torch.equal(found.blocks[entry], value) for entry, value in plain.blocks.items())
 
 
 def test_padding_among_the_rows_of_an_expert_is_refused_by_name():
