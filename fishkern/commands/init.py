@@ -70,6 +70,14 @@ class Method:
         str | None, Option(metavar="SIZE", help="filet: how large a direction starts: energy, sigma, uniform.",
                            rich_help_panel=_METHOD, show_default="energy")
     ] = None  # fmt: skip
+    floor: Annotated[
+        float | None, Option(metavar="X", help="filet: smallest size of a direction under --magnitude energy.",
+                             rich_help_panel=_METHOD, show_default="1e-08")
+    ] = None  # fmt: skip
+    size: Annotated[
+        float | None, Option(metavar="X", help="filet: norm of a start under --magnitude uniform, as a share of the "
+                             "weight's.", rich_help_panel=_METHOD, show_default="0.01")
+    ] = None  # fmt: skip
     fisher: Annotated[
         str | None, Option(metavar="WHICH", help="farss, filet: kronecker, or joint (gradients of single examples).",
                            rich_help_panel=_METHOD, show_default="kronecker")
@@ -99,7 +107,7 @@ class Method:
 _SHARED = {"fisher", "positions", "dead", "samples", "layers_per_pass"}
 _OPTIONS = {
     "farss": {"shallow", "average", "least", "most", *_SHARED},
-    "filet": {"basis", "order", "magnitude", *_SHARED},
+    "filet": {"basis", "order", "magnitude", "floor", "size", *_SHARED},
     "pissa": set(),
 }
 
@@ -163,8 +171,8 @@ def init(
     _show(result, made)
     next_command("fishkern", "show", folder / _FILES[0])
     console().print("or in Python:")
-    for line in _in_python(model, described, folder / _FILES[0]):
-        console().print(f"  {line}")
+    for line in _in_python(model, described, folder / _FILES[0], work.dtype):
+        print(f"  {line}")  # whole, however narrow the terminal is, so that it can be pasted
 
 
 def _check(work: InputsWithoutData, method: str, options: Method) -> None:
@@ -303,14 +311,18 @@ def _size(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
-def _in_python(model: nn.Module, described: dict[str, Any], path: Path) -> list[str]:
+def _in_python(model: nn.Module, described: dict[str, Any], path: Path, dtype: str) -> list[str]:
     """Write the lines that train the model from the start."""
     task = TASKS[described["task"]]
-    labels = f", num_labels={model.config.num_labels}" if "label" in described.get("columns", {}) else ""
-    base = f"{task.auto_class}.from_pretrained({described['from']!r}{labels})"
+    options = f", num_labels={model.config.num_labels}" if "label" in described.get("columns", {}) else ""
+    options += f", dtype={dtype!r}" if dtype != "auto" else ""
     kind = f", task_type={task.peft_type!r}" if task.peft_type else ""
     return [
+        "import fishkern as fk",
+        f"from transformers import {task.auto_class}, Trainer",
+        "from fishkern.integrations.lora import InitCallback, attach_init",
         f"init = fk.AdapterInit.load({str(path)!r})",
-        f"model = attach_init({base}, init{kind})  # of fishkern.integrations.lora; the model stays what it was",
+        f"model = {task.auto_class}.from_pretrained({described['from']!r}{options})",
+        f"model = attach_init(model, init{kind})  # its output stays what it was",
         "Trainer(model, ..., callbacks=[InitCallback(init)]).train()  # the trained LoRA: plain_lora in output_dir",
     ]

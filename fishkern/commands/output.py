@@ -169,13 +169,17 @@ def checked_file(path: str | os.PathLike[str], option: str, name: str) -> Path:
     return path
 
 
-def checked_report(path: str | os.PathLike[str], option: str, keys: Iterable[str]) -> Path:
+def checked_report(
+    path: str | os.PathLike[str], option: str, keys: Iterable[str], *, name: str = "report.json", what: str = "report"
+) -> Path:
     """Check before the work that a report can be written, and replaces nothing but an older report.
 
     Args:
         path: The file.
         option: The option that names it.
         keys: The keys of a report.
+        name: What a file in a folder might be called, for the message.
+        what: What the file holds, for the message.
 
     Returns:
         The path.
@@ -184,14 +188,14 @@ def checked_report(path: str | os.PathLike[str], option: str, keys: Iterable[str
         FileExistsError: It holds something else.
         OSError: As in :func:`checked_file`.
     """
-    path = checked_file(path, option, "report.json")
+    path = checked_file(path, option, name)
     if path.is_file() and path.stat().st_size:
         try:
             content = json.loads(path.read_bytes()) if path.stat().st_size < _LARGEST_REPORT else None
         except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict) or not content.keys() >= set(keys):
-            raise FileExistsError(f"{path} holds no report and is not overwritten: choose another name with {option}.")
+            raise FileExistsError(f"{path} holds no {what} and is not overwritten: choose another name with {option}.")
     return path
 
 

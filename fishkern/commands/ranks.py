@@ -166,7 +166,7 @@ def _checked_out(out: str, format_: str) -> Path:
         raise ValueError(f"--format is one of {', '.join(FORMATS)}, got {format_!r}.")
     out = out or FORMATS[format_]
     if format_ == "peft":
-        return checked_report(out, "--out", _FIELDS)
+        return checked_report(out, "--out", _FIELDS, name=FORMATS[format_], what="ranks of fishkern")
     path = checked_file(out, "--out", FORMATS[format_])
     if path.exists() and path.stat().st_size:
         with path.open("rb") as file:

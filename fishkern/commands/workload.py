@@ -348,7 +348,7 @@ def _announce_rows(passed_over: int, count: int, samples: int) -> None:
     if passed_over:
         note(f"{passed_over:,} rows passed over: nothing in them to learn from")
     if count < samples:
-        note(f"the data has {count:,} examples, fewer than the {samples:,} requested")
+        note(f"the data has {count:,} example{'s' if count != 1 else ''}, fewer than the {samples:,} requested")
 
 
 def _announce_unused_label(task: str, columns: Mapping[str, str], rows: Rows) -> None:

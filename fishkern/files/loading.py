@@ -121,7 +121,8 @@ def _existing(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     if path.is_file() and path != index:
         single = path
     if not single.is_file() and not index.is_file():
-        message = in_brief(f"nothing to load at {path}: no {single.name}, no {index.name}.")
+        inside = ": it is a folder, and one of its files is expected" if path.is_dir() else ""
+        message = in_brief(f"nothing to load at {path}{inside or f': no {single.name}, no {index.name}'}.")
         raise FileNotFoundError(errno.ENOENT, message)
     return single, index
 

@@ -13,7 +13,7 @@ from fishkern import hosts
 from fishkern.arguments import integer, number, one_of, positive
 from fishkern.digests import agree, digest
 from fishkern.initialization.init import AdapterInit, ModuleInit
-from fishkern.initialization.targets import given_by_name, targeted
+from fishkern.initialization.targets import check_rank, given_by_name, targeted
 from fishkern.layers import LinearMap, linear_maps
 from fishkern.names import listed
 from fishkern.selection.base import Patterns
@@ -352,8 +352,7 @@ def _check_weights(linear: LinearMap, found: tuple[float, float], energies: Matr
 
 def _check_rank(name: str, rank: int, order: Order, energies: MatrixEnergies, count: int) -> None:
     O, I = energies.shape
-    if rank > min(O, I):
-        raise ValueError(f"rank {rank} of {name} exceeds the smaller side of its {O} x {I} matrix, {min(O, I)}.")
+    check_rank(name, rank, (O, I))
     positions = round(energies.positions * count)
     if order == "smallest" and 0 < positions < rank < min(O, I):
         raise ValueError(

@@ -89,6 +89,24 @@ def given_by_name(value: Value | Mapping[str, Value], names: Iterable[str], argu
     return by_name
 
 
+def check_rank(name: str, rank: int, shape: tuple[int, int]) -> None:
+    """Refuse a rank that no adapter of a matrix can use.
+
+    Args:
+        name: The weight's name, for the message.
+        rank: Of its adapter.
+        shape: ``(O, I)`` of the matrix.
+
+    Raises:
+        ValueError: The rank exceeds the smaller side.
+    """
+    if rank > min(shape):
+        raise ValueError(
+            f"rank {rank} of {name} exceeds the smaller side of its {shape[0]} x {shape[1]} matrix: take a rank of at "
+            f"most {min(shape)}, or leave the matrix out with targets=."
+        )
+
+
 def linear_weights(model: nn.Module) -> dict[str, hosts.Layer]:
     """List the weights of linear maps inside the transformer layers of a model.
 

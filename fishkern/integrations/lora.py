@@ -215,9 +215,13 @@ class InitCallback(TrainerCallback):
     Args:
         init: The start that was attached.
         folder: Where the plain LoRA goes, in the Trainer's ``output_dir``; ``None`` writes none.
+
+    Raises:
+        TypeError: ``init`` is no start.
     """
 
     def __init__(self, init: AdapterInit, *, folder: str | None = FOLDER) -> None:
+        _check_init(init)
         self._init, self._folder = init, folder
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -252,10 +256,14 @@ class InitCallback(TrainerCallback):
             plain_lora(kwargs["model"], Path(args.output_dir) / self._folder)
 
 
-def _config(init: AdapterInit, times: int, options: dict[str, Any]) -> LoraConfig:
-    """Make the config of a LoRA with some times the ranks of a start, and its scalings."""
+def _check_init(init: object) -> None:
     if not isinstance(init, AdapterInit):
         raise TypeError(f"init must be an AdapterInit, such as fk.initialize gives, got {type(init).__name__}.")
+
+
+def _config(init: AdapterInit, times: int, options: dict[str, Any]) -> LoraConfig:
+    """Make the config of a LoRA with some times the ranks of a start, and its scalings."""
+    _check_init(init)
     if odd := sorted(options.keys() - _OPTIONS):
         raise ValueError(
             f"a LoRA with a start takes no {listed(odd)}: its modules, ranks and values are those of the start, and "

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fishkern import hosts
 from fishkern.backend import Backend
 from fishkern.initialization import AdapterInit, DirectionInit, initialize
-from fishkern.initialization.targets import linear_weights, targeted
+from fishkern.initialization.targets import check_rank, linear_weights, targeted
+from fishkern.layers import linear_maps
 from fishkern.names import listed
 from fishkern.selection.base import Patterns
 from fishkern.statistics import DirectionEnergy, Drawn, Energies, Likelihood, estimate
@@ -109,6 +110,9 @@ def filet(
     )
     layers = linear_weights(model)
     names = _published(model, layers) if targets is None else targeted(layers, targets)
+    maps = linear_maps(hosts.unwrap(model))
+    for name in names:  # before the data are read
+        check_rank(name, rank, maps[name].shape)
     wanted = frozenset(names)
     energies = estimate(
         model,

@@ -11,7 +11,7 @@ from fishkern import hosts
 from fishkern.arguments import integer, positive
 from fishkern.digests import digest
 from fishkern.initialization import AdapterInit, ModuleInit
-from fishkern.initialization.targets import linear_weights, targeted
+from fishkern.initialization.targets import check_rank, linear_weights, targeted
 from fishkern.layers import linear_maps
 from fishkern.selection.base import Patterns
 from fishkern.statistics.bases import svd_directions
@@ -56,9 +56,8 @@ def pissa(
     layers = linear_weights(model)
     names = list(layers) if targets is None else targeted(layers, targets)
     maps = linear_maps(hosts.unwrap(model))
-    if small := [name for name in names if min(maps[name].shape) < rank]:
-        O, I = maps[small[0]].shape
-        raise ValueError(f"rank {rank} of {small[0]} exceeds the smaller side of its {O} x {I} matrix, {min(O, I)}.")
+    for name in names:
+        check_rank(name, rank, maps[name].shape)
     starts: dict[str, ModuleInit] = {}
     digests: dict[str, tuple[float, float]] = {}
     for number, name in enumerate(names, start=1):

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -101,7 +100,6 @@ def test_attaching_subtracts_what_the_adapter_adds(language):
         assert layers[path].r["default"] == len(A)
         residual = before[path] - scaling * B.double() @ A.double()
         torch.testing.assert_close(layers[path].base_layer.weight.double(), residual, rtol=1e-5, atol=1e-5)
-        computed = nn.functional.linear(torch.eye(A.shape[1]), layers[path].base_layer.weight)
         with torch.no_grad():
             computed = layers[path](torch.eye(A.shape[1]))
         torch.testing.assert_close(computed.T.double(), before[path], rtol=1e-5, atol=1e-5)
@@ -212,7 +210,7 @@ def pretend(monkeypatch, interrupted_after: int | None = None) -> list[Step]:
 
 
 def ended(choice: float, **figures) -> dict:
-    figures = {"kl": 0.1, "story_nll": 1.2, **figures, "choice": choice}
+    figures = {"nll": 1.0, "kl": 0.1, "story_nll": 1.2, **figures, "choice": choice}
     record = {"curve": [{"step": 1, **figures}], "losses": [0.7, 0.5], "base": None, "trained": 10, "logits": 1.0}
     return {**record, "step_0_error": 0.0, "starting": 0.1, "seconds": 1.0, "measuring": 0.1}
 
@@ -253,8 +251,16 @@ def test_training_that_diverged_is_recorded_and_not_chosen(tmp_path):
     log.append(Step("lora", small, CHOOSING_SEED), ended(0.1))
     assert log.best_rate("lora") is None  # not all rates ran
     for lr in larger:
-        log.append(Step("lora", lr, CHOOSING_SEED), {**ended(0.0), "curve": [{"step": 1, "choice": None}]})
+        log.append(Step("lora", lr, CHOOSING_SEED), {**ended(0.0), "curve": [{"step": 1, "choice": None, "nll": None}]})
     assert log.best_rate("lora") == small
+
+
+def test_of_equal_scores_the_loss_decides(tmp_path):
+    """Matthews' correlation is 0 for every classifier that always answers the same."""
+    log = Log(tmp_path / "starts.jsonl", SETTINGS["minilm-cola"], "MiniLM")
+    for lr, nll in zip(log.setting.rates, (0.62, 0.61, 0.63), strict=True):
+        log.append(Step("lora", lr, CHOOSING_SEED), ended(0.0, nll=nll))
+    assert log.best_rate("lora") == log.setting.rates[1]
 
 
 def test_an_arm_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):

@@ -49,8 +49,21 @@ METHODS = {
         dict(shallow=0, rank=3, ranks=fk.InverseImportance(2, most=5), fisher="joint"),
     ),
     "filet": (
-        ("--rank", 2, "--order", "largest", "--magnitude", "uniform", "--targets", "o_proj", "--alpha", 4),
-        dict(rank=2, order="largest", magnitude="uniform", targets="o_proj", scaling=2.0),
+        (
+            "--rank",
+            2,
+            "--order",
+            "largest",
+            "--magnitude",
+            "uniform",
+            "--size",
+            0.1,
+            "--targets",
+            "o_proj",
+            "--alpha",
+            4,
+        ),
+        dict(rank=2, order="largest", magnitude="uniform", size=0.1, targets="o_proj", scaling=2.0),
     ),
 }
 
@@ -107,21 +120,21 @@ def test_peft_loads_the_plain_lora_and_it_changes_nothing(capsys, tmp_path, mode
 
 def test_what_it_says_can_be_pasted(capsys, tmp_path, models, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status, output, _ = command(capsys, "init", models / "llama", "--method", "pissa", "--rank", 2, "--out", "start")
+    monkeypatch.setenv("COLUMNS", "60")  # no line is broken for a narrow terminal
+    arguments = ("--method", "pissa", "--rank", 2, "--dtype", "bfloat16", "--out", "start")
+    status, output, _ = command(capsys, "init", models / "llama", *arguments)
     assert status == 0
     assert "14 modules, rank 2" in output
     assert "Next:  fishkern show start/adapter_init.safetensors" in output
-    import transformers
-
-    from fishkern.integrations.lora import attach_init
-
-    first, second, third = output.partition("or in Python:\n")[2].splitlines()
-    scope = {"fk": fk, "attach_init": attach_init, "AutoModelForCausalLM": transformers.AutoModelForCausalLM}
-    exec(f"{first.strip()}\n{second.strip()}", scope)
+    *lines, last = (line.strip() for line in output.partition("or in Python:\n")[2].splitlines())
+    scope = {}
+    exec("\n".join(lines), scope)
     assert scope["model"].num_parameters(only_trainable=True) == sum(
         one.A.numel() + one.B.numel() for one in scope["init"].values()
     )
-    assert "InitCallback(init)" in third
+    assert "InitCallback(init)" in last
+    assert scope["model"].dtype == torch.bfloat16
+    assert all(name in scope for name in ("Trainer", "InitCallback"))
 
 
 def test_the_named_part_of_the_data_is_read(capsys, tmp_path, models, rows):

@@ -167,6 +167,7 @@ def test_another_file_is_not_overwritten(capsys, tmp_path, models, rows, format,
         capsys, "ranks", models / "llama", *arguments
     )
     assert path.read_text() == content
+    assert f"such as {tmp_path}/ranks." in refused(capsys, "ranks", models / "llama", *arguments[:-1], tmp_path)
 
 
 def test_the_share_that_is_done_is_shown(capsys, tmp_path, models, rows, monkeypatch):

@@ -452,6 +452,8 @@ def test_refusals():
     refused("would drop a part", residual="weights", lora_dropout=0.1)
     with pytest.raises(TypeError, match="init must be an AdapterInit"):
         attach_init(made()[0], {})
+    with pytest.raises(TypeError, match="init must be an AdapterInit"):
+        InitCallback("adapter_init.safetensors")
     with pytest.raises(ValueError, match="has no adapter with a start"):
         plain_lora(adapted, "nowhere")
 

@@ -68,7 +68,10 @@ class Log:
         self._records.append({"arm": step.arm, "lr": step.lr, "seed": step.seed, **measured})
 
     def best_rate(self, arm: str) -> float | None:
-        """The rate that was best where rates are chosen, the smallest of equally good ones; None before all ran."""
+        """The rate that was best where rates are chosen; None before all ran.
+
+        Of equal scores, such as those of classifiers that always answer the same, the one of least loss wins.
+        """
         tried = [self.find(Step(arm, lr, CHOOSING_SEED)) for lr in sorted(self.setting.rates)]
         if None in tried:
             return None
@@ -112,9 +115,10 @@ def end(record: Record) -> Record:
     return {name: float("nan") if value is None else value for name, value in record["curve"][-1].items()}
 
 
-def _choice(record: Record) -> float:
-    value = record["curve"][-1]["choice"]
-    return float("-inf") if value is None else value
+def _choice(record: Record) -> tuple[float, float]:
+    last = record["curve"][-1]
+    values = last["choice"], None if last["nll"] is None else -last["nll"]
+    return tuple(float("-inf") if value is None else value for value in values)
 
 
 def spread(values: Sequence[float]) -> str:

@@ -164,7 +164,7 @@ def table(log: Records) -> str:
         + f"{'ranks':>8}"
     ]
     keys = dict.fromkeys((record["examples"], record["comparison"], record["fisher"]) for record in records)
-    for key in sorted(keys, key=str):
+    for key in sorted(keys, key=lambda key: (key[0], *map(str, key[1:]))):
         of_key = [r for r in records if (r["examples"], r["comparison"], r["fisher"]) == key]
         means = "".join(f"{statistics.mean(r['overlap'][name] for r in of_key):16.2f}" for name in CHOICES)
         ranks = statistics.mean(r["importance_spearman"] for r in of_key)
