@@ -1,4 +1,4 @@
-"""Every figure in the README is in a committed record."""
+"""Every figure in the README, and in the comparison of starts, is in a committed record."""
 
 from __future__ import annotations
 
@@ -248,3 +248,45 @@ def test_what_is_said_of_fish_tuning():
     """A mean difference beyond its standard deviation is a difference; that of the others is not."""
     beyond = {arm: abs(mean(better_than(arm))) > stdev(better_than(arm)) for arm in scores() if arm != "fish"}
     assert beyond == {"original": True, "random": False, "reverse": False, "magnitude": False}
+
+
+STARTS = (
+    (ROOT / "docs" / "starts.md").read_text(encoding="utf-8").split("## What a start is worth")[1].split("\n## ")[0]
+)
+ARMS = {
+    "LoRA, `B = 0`": "lora",
+    "PiSSA": "pissa",
+    "FARSS": "farss",
+    "FARSS, exact": "farss-exact",
+    "FILet": "filet",
+    "random directions, sizes and ranks of FARSS": "random",
+    "FARSS with its orders exchanged": "reversed",
+}
+START_COLUMNS = [("minilm-sst2", "score", 100, 1)] + [
+    (f"stories-{texts}", key, 1, digits) for texts in ("sst2", "cola") for key, digits in (("nll", 3), ("kl", 2))
+]
+
+
+@pytest.mark.parametrize("row", [line.strip("| ").split(" | ") for line in STARTS.splitlines() if "±" in line])
+def test_starts_of_adapters(row):
+    """Three seeds of each arm, at the rate that it has chosen."""
+    arm = ARMS[row[0]]
+    runs = [r for r in records("starts") if r["quantity"] == "run" and r["arm"] == arm and r["seed"] < 3]
+    for cell, (task, key, scale, digits) in zip(row[1:], START_COLUMNS, strict=True):
+        values = [scale * r["curve"][-1][key] for r in runs if r["setting"]["task"] == task]
+        assert cell == (f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}" if len(values) == 3 else "-")
+
+
+def test_what_is_said_of_the_choice_of_starts():
+    of_256 = [r for r in records("starts") if r["quantity"] == "statistic" and r["examples"] == 256]
+    of_minilm = [r for r in of_256 if r["setting"]["task"] == "minilm-sst2"]
+    shares = []
+    for choice in ("farss, deep", "filet"):
+        for comparison, fisher in (
+            ("halves", "kronecker"), ("halves", "joint"), ("kinds", None), ("padding", "kronecker")
+        ):  # fmt: skip
+            found = [r for r in of_minilm if (r["comparison"], r["fisher"]) == (comparison, fisher)]
+            assert len(found) == 3
+            shares.append(f"{100 * mean(r['overlap'][choice] for r in found):.0f} %")
+    said = STARTS.split("What the data choose")[1]
+    assert re.findall(r"\d+ %", said) == shares
