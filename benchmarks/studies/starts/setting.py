@@ -57,5 +57,6 @@ SETTINGS = {
     "stories-sst2": Setting("stories-sst2", texts="sst2", **LANGUAGE),
     "stories-cola": Setting("stories-cola", texts="cola", **LANGUAGE),
     "minilm-sst2": Setting("minilm-sst2", texts="sst2", **CLASSES),
-    "minilm-cola": Setting("minilm-cola", texts="cola", **CLASSES),
+    # after one epoch every arm answers the same to all rows
+    "minilm-cola": Setting("minilm-cola", texts="cola", epochs=4, **CLASSES),
 }
