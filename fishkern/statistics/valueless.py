@@ -130,20 +130,22 @@ class Valueless(TorchDispatchMode):
         originals = [dict(register) for register in registers]
         tensors = {tensor for register in registers for tensor in register.values() if tensor is not None}
         likes = {tensor: self._of(tensor) for tensor in tensors}
-        # recurrent modules list their weights a second time
-        lists = {module: module._flat_weights for module in model.modules() if isinstance(module, nn.RNNBase)}
+        # a module may keep what it computes, and recurrent ones list their weights a second time
+        attributes = {module: dict(vars(module)) for module in model.modules()}
         try:
             for register in registers:
                 register.update({name: likes[tensor] for name, tensor in register.items() if tensor is not None})
-            for module, weights in lists.items():
-                module._flat_weights = [likes.get(weight, weight) for weight in weights]
+            for module in attributes:
+                if isinstance(module, nn.RNNBase):
+                    module._flat_weights = [likes.get(weight, weight) for weight in module._flat_weights]
             yield
         finally:
             for register, original in zip(registers, originals, strict=True):
                 register.clear()
                 register.update(original)
-            for module, weights in lists.items():
-                module._flat_weights = weights
+            for module, values in attributes.items():
+                vars(module).clear()
+                vars(module).update(values)
 
     def input_like(self, tensor: Tensor, device: torch.device) -> Tensor:
         """Make what stands for a tensor of a batch.

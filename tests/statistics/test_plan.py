@@ -242,6 +242,28 @@ def test_weights_that_a_module_lists_twice_come_back():
     assert all(one is other for one, other in zip(net[0]._flat_weights, listed, strict=True))
 
 
+class Caches(nn.Module):
+    """Computes positions once, and keeps them and its last input."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.positions = nn.Linear(4, 3), None
+
+    def forward(self, x):
+        if self.positions is None:
+            self.positions = torch.arange(4.0) * self.linear.bias.detach().sum()
+        self.last = x
+        return self.linear(x + self.positions)
+
+
+def test_what_a_module_keeps_of_the_rehearsal_is_gone():
+    net, batch = Caches(), (torch.randn(5, 4), torch.randint(3, (5,)))
+    fk.plan(net, batch, likelihood=fk.Classification(), parameters="linear.weight")
+    assert net.positions is None
+    assert not hasattr(net, "last")
+    net(batch[0]).sum().backward()
+
+
 class Picks(nn.Module):
     """Goes on with the positive features alone."""
 
