@@ -75,7 +75,9 @@ def next_token_losses(model: nn.Module, batch: dict) -> torch.Tensor:
 
 
 def estimated(kind: str, model: nn.Module, batches: list, **options) -> Held:
-    return fk.estimate(model, batches, ESTIMATORS[kind], **options)
+    """Factors are asked of linear weights alone; all other estimators take their own parameters."""
+    linear = None if kind != "factors" else lambda name, one: one.ndim == 2 and ".layers." in name
+    return fk.estimate(model, batches, ESTIMATORS[kind], parameters=linear, **options)
 
 
 def tensors_of(result) -> dict:
