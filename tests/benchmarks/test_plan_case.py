@@ -20,7 +20,8 @@ def test_figures_of_memory_and_planning():
     planned = {"accumulators_mib", "bases_mib", "activations_mib", "plan_mib", "peak_mib"}
     figures = plan.memory("DirectionEnergy", SMALL)
     assert figures.keys() == planned | {"weights_mib", "ratio"}
-    assert figures["ratio"] > 0
+    # so small a pass may fit into memory that the process has already
+    assert figures["ratio"] == pytest.approx(figures["peak_mib"] / figures["plan_mib"], abs=0.2)
     assert plan.planning("DirectionEnergy", replace(SMALL, device="meta")).keys() == planned | {
         "planned_weights_mib", "seconds"
     }  # fmt: skip
