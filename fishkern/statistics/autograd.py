@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from fishkern.ops.dtypes import accumulates_in
+
 Value = TypeVar("Value")
 
 
@@ -73,6 +75,18 @@ def check_finite(objective: Tensor, examples: range) -> None:
             f"{f', and {len(bad) - 1} more of the batch' if len(bad) > 1 else ''}: a row without a label, a fully "
             "masked row, or an overflow gives that. Drop such examples or correct their labels."
         )
+
+
+def summed(objective: Tensor) -> Tensor:
+    """Add up the losses of a batch, to compare the data of several passes.
+
+    Args:
+        objective: ``[N]``.
+
+    Returns:
+        The sum on the objective's device, float32 (float64 for a float64 objective). Nothing waits for it.
+    """
+    return objective.detach().sum(dtype=accumulates_in(objective.dtype))
 
 
 def first(values: Iterator[Value | None]) -> tuple[int, Value]:

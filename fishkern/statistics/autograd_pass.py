@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from fishkern.layers import Connection, DenseGrads, is_wrapped, without_gradient
-from fishkern.statistics.autograd import backward, check_finite, only_trainable, take_grad, with_last
+from fishkern.statistics.autograd import backward, check_finite, only_trainable, summed, take_grad, with_last
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.independence import Independence
@@ -72,7 +71,7 @@ class AutogradPass:
             for objective, last in with_last(self._estimator.objectives(answer, batch.places)):
                 check_finite(objective, batch.places)
                 self.connected |= objective.requires_grad
-                self.loss = self.loss + objective.detach().sum(dtype=torch.float64)  # read once, at the end
+                self.loss = self.loss + summed(objective)  # read once, at the end
                 backward(objective.sum(), retain_graph=not last)
                 for key, parameter in self._parameters.items():
                     if (grad := take_grad(parameter)) is not None:

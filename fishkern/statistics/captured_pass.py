@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from fishkern.layers import (
@@ -17,7 +16,7 @@ from fishkern.layers import (
     is_wrapped,
     without_gradient,
 )
-from fishkern.statistics.autograd import backward, check_finite, only_trainable, take_grad, with_last
+from fishkern.statistics.autograd import backward, check_finite, only_trainable, summed, take_grad, with_last
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.planning import Answer, Planner
@@ -112,7 +111,7 @@ class CapturedPass:
                     if objective is None:
                         continue
                     self._note(objective, batch)
-                    self.loss = self.loss + objective.detach().sum(dtype=torch.float64)  # read once, at the end
+                    self.loss = self.loss + summed(objective)  # read once, at the end
                     capture.backward(objective, retain_graph=not last)
                     for key in capture.withheld - strays.reasons.keys():
                         if only is None or number in only[key]:

@@ -50,7 +50,8 @@ from fishkern.statistics.states import States
 from fishkern.statistics.undisturbed import Entered, undisturbed
 from fishkern.warning import warn_caller
 
-_SAME_LOSS = 1e-3  # by which sums of losses over the same examples may differ, in other batches and in 16 bits
+# By which sums of losses over the same examples may differ, in another order and in other batches.
+_SAME_LOSS, _SAME_LOSS_16_BIT = 1e-5, 1e-3
 
 
 def estimate(
@@ -173,12 +174,14 @@ class _Passed(NamedTuple):
         loss: Sum of this rank's losses.
         paths: Path and reason for each parameter.
         note: A remark for the provenance about how examples of a batch interact.
+        half: Whether a part of the model computes in 16 bits.
     """
 
     counts: _Counts
     loss: float
     paths: Mapping[str, tuple[str, str]]
     note: str | None
+    half: bool
 
 
 @dataclass
@@ -202,17 +205,18 @@ class _Pass:
     def over(self, data: Data, ranks: Ranks, *, check: bool, report: Progress) -> _Passed:
         """Add every batch, on every rank."""
         with ranks.failing_together(), undisturbed(self.model, self.requested.values()) as entered:
-            units, one_pass, note = self._run(data, entered, check=check, report=report)
+            units, one_pass, independence = self._run(data, entered, check=check, report=report)
         report.close()
         all_counts = ranks.gathered((units, data.examples, data.batches))
         counts = _Counts(*(sum(each) for each in zip(*all_counts, strict=True)))
         _demand_gradients(self.requested, one_pass, counts, ranks)
-        return _Passed(counts, float(one_pass.loss), one_pass.paths, note)
+        half = independence.precision.half
+        return _Passed(counts, float(one_pass.loss), one_pass.paths, independence.note, half)
 
     def _run(
         self, data: Data, entered: Entered, *, check: bool, report: Progress
-    ) -> tuple[int, AutogradPass | CapturedPass, str | None]:
-        """Add this rank's batches; return the number of units, the pass, and a remark for the provenance."""
+    ) -> tuple[int, AutogradPass | CapturedPass, Independence]:
+        """Add this rank's batches; return the number of units, the pass, and what is known of its precision."""
         answer_parts = answering_parts(self.answering)
 
         def answer(batch: Examples) -> Predictive | Tensor:
@@ -231,7 +235,7 @@ class _Pass:
                 one_pass.run(batch)
             units += self.estimator.units(batch.num_examples)
             report(data.examples)
-        return units, one_pass, independence.note
+        return units, one_pass, independence
 
     def _pass(
         self, answer: Callable, entered: Entered, independence: Independence, *, check: bool
@@ -270,8 +274,9 @@ def _demand_same_data(passed: Sequence[_Passed], ranks: Ranks) -> None:
         return
     losses = [sum(ranks.gathered(one.loss)) for one in passed]
     examples = [one.counts.examples for one in passed]
+    tolerance = _SAME_LOSS_16_BIT if any(one.half for one in passed) else _SAME_LOSS
     for number, (count, loss) in enumerate(zip(examples, losses, strict=True), 1):
-        if count != examples[0] or not abs(loss - losses[0]) <= _SAME_LOSS * max(abs(loss), abs(losses[0])):
+        if count != examples[0] or not abs(loss - losses[0]) <= tolerance * max(abs(loss), abs(losses[0])):
             raise ValueError(
                 f"pass {number} of {len(passed)} saw other data than the first: {count} examples with a mean loss of "
                 f"{loss / count:.6g}, after {examples[0]} with {losses[0] / examples[0]:.6g}. Give the same data in "

@@ -372,6 +372,19 @@ def test_data_that_differ_from_pass_to_pass_are_refused():
         fk.estimate(model, Limited(), estimator, max_examples=2)
     fk.estimate(model, Limited(), estimator)  # the same examples in another order
 
+    class Nudged(Shuffled):
+        """One token of one example differs in the second pass, so that the mean loss moves by less than 1e-3."""
+
+        def __iter__(self):
+            self.turn += 1
+            ids = batches[0]["input_ids"].clone()
+            ids[0, 3] = (ids[0, 3] + self.turn % 2) % 40
+            labels = batches[0]["labels"]
+            return iter([{**batches[0], "input_ids": ids, "labels": labels}])
+
+    with pytest.raises(ValueError, match="pass 2 of 3 saw other data than the first: 3 examples with a mean loss"):
+        fk.estimate(model, Nudged(), estimator)
+
 
 def test_parameters_without_factors_are_refused_by_name_and_left_out_by_default():
     model, batches = specimen("tied")
