@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.plots import style
 from benchmarks.rivals.providers import BLACK, GREY, ORANGE, OURS, VERMILION
-from benchmarks.studies.starts.log import CHOOSING_SEED, end
+from benchmarks.studies.comparing.runs import CHOOSING_SEED, end
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,12 +13,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("pyarrow")
 import fishkern as fk
 from benchmarks.studies import starts
+from benchmarks.studies.comparing.limit import Limit
+from benchmarks.studies.comparing.runs import CHOOSING_SEED, FIRST, Step, plan, stages
 from benchmarks.studies.starts import controls, informed, statistic, tasks, weights
-from benchmarks.studies.starts.arms import ARMS, CLASSES, FIRST, LANGUAGE
+from benchmarks.studies.starts.arms import ARMS, CLASSES, LANGUAGE
 from benchmarks.studies.starts.attach import Factors, adapters_of, attach, targets_of
 from benchmarks.studies.starts.data import collated, sentences
-from benchmarks.studies.starts.limit import Limit
-from benchmarks.studies.starts.log import CHOOSING_SEED, Log, Step, plan, stages
+from benchmarks.studies.starts.log import StartsLog
 from benchmarks.studies.starts.run import run
 from benchmarks.studies.starts.setting import SETTINGS
 
@@ -246,7 +247,7 @@ def test_each_arm_keeps_the_rate_that_was_best_for_it(tmp_path, monkeypatch):
 
 
 def test_training_that_diverged_is_recorded_and_not_chosen(tmp_path):
-    log = Log(tmp_path / "starts.jsonl", SETTINGS["minilm-sst2"], "MiniLM")
+    log = StartsLog(tmp_path / "starts.jsonl", "starts", SETTINGS["minilm-sst2"], "MiniLM")
     small, *larger = log.setting.rates
     log.append(Step("lora", small, CHOOSING_SEED), ended(0.1))
     assert log.best_rate("lora") is None  # not all rates ran
@@ -257,7 +258,7 @@ def test_training_that_diverged_is_recorded_and_not_chosen(tmp_path):
 
 def test_of_equal_scores_the_loss_decides(tmp_path):
     """Matthews' correlation is 0 for every classifier that always answers the same."""
-    log = Log(tmp_path / "starts.jsonl", SETTINGS["minilm-cola"], "MiniLM")
+    log = StartsLog(tmp_path / "starts.jsonl", "starts", SETTINGS["minilm-cola"], "MiniLM")
     for lr, nll in zip(log.setting.rates, (0.62, 0.61, 0.63), strict=True):
         log.append(Step("lora", lr, CHOOSING_SEED), ended(0.0, nll=nll))
     assert log.best_rate("lora") == log.setting.rates[1]

@@ -26,18 +26,20 @@ from typing import Any
 
 from benchmarks.engine import RESULTS
 from benchmarks.engine.origin import machine
+from benchmarks.engine.records import Record
+from benchmarks.studies.comparing.limit import Limit, say
+from benchmarks.studies.comparing.part import Part
+from benchmarks.studies.comparing.runs import STAGES
 from benchmarks.studies.glue.data import encoder_name, packaged_encoder
 from benchmarks.studies.starts import statistic
 from benchmarks.studies.starts.arms import ARMS, arms_of
-from benchmarks.studies.starts.limit import Limit, say
-from benchmarks.studies.starts.log import CHOOSING_SEED, Log, stages
+from benchmarks.studies.starts.log import StartsLog
 from benchmarks.studies.starts.run import run
 from benchmarks.studies.starts.setting import SETTINGS, Setting
 from benchmarks.studies.starts.tasks import Task, task_of
 
 STATISTICS = "statistics"
 STATISTICS_OF = ("stories-sst2", "minilm-sst2")
-STAGES = 3
 LEFT = 3  # exit status where runs are left
 
 
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     models["encoder"] = (lambda: given.encoder) if given.encoder else packaged_encoder
     limit = Limit(given.seconds)
     path = given.results / machine()["machine"] / "starts.jsonl"
-    parts = [Part(SETTINGS[name], path, given, models) for name in given.task if name != STATISTICS]
+    parts = [StartsPart(SETTINGS[name], path, given, models) for name in given.task if name != STATISTICS]
     if given.dry_run:
         return report([line for part in parts for line in part.rehearse()])
     for stage in range(STAGES):
@@ -109,7 +111,7 @@ def measure_statistics(path: Path, given: argparse.Namespace, limit: Limit, mode
         print(f"{name}, statistics\n{statistic.table(log)}\n")
 
 
-class Part:
+class StartsPart(Part):
     """The comparison of one task.
 
     Args:
@@ -120,33 +122,18 @@ class Part:
     """
 
     def __init__(self, setting: Setting, path: Path, given: argparse.Namespace, models: dict[str, Any]) -> None:
-        self._setting, self._data, self._models, self._seeds = setting, given.data, models, given.seeds
-        self.arms = [arm for arm in arms_of(setting.task) if not given.arms or arm in given.arms]
+        self._setting, self._data, self._models = setting, given.data, models
+        arms = [arm for arm in arms_of(setting.task) if not given.arms or arm in given.arms]
         folder = models["llama"] if setting.stories else models["encoder"]()
-        self.log = Log(path, setting, encoder_name(folder), given.revision)
-        self.failed: dict[str, str] = {}  # by arm, why; the rest of it is left out, and nothing is recorded
+        log = StartsLog(path, "starts", setting, encoder_name(folder), given.revision)
+        super().__init__(setting.task, arms, given.seeds, log, self._make)
 
     @cached_property
     def _task(self) -> Task:
         return task_of(self._setting, self._data, **self._models)
 
-    def complete(self, stage: int, limit: Limit) -> None:
-        """Make the runs of a stage that are missing."""
-        for step in stages(self.arms, self._setting.rates, self._seeds)[stage]:
-            if step.arm in self.failed or self.log.find(step):
-                continue
-            if not limit.allows():
-                return
-            lr = step.lr or self.log.best_rate(step.arm)
-            say(f"{self._setting.task}: {step.arm}, lr {lr:g}, seed {step.seed}")
-            try:
-                with limit.timed():
-                    measured = run(step.arm, lr, step.seed, self._task, choosing=step.seed == CHOOSING_SEED)
-            except Exception as error:  # one arm that cannot run leaves the others
-                self.failed[step.arm] = f"{self._setting.task}: {step.arm} fails: {type(error).__name__}: {error}"
-                say(self.failed[step.arm])
-                continue
-            self.log.append(step._replace(lr=lr), measured)
+    def _make(self, arm: str, lr: float, seed: int, choosing: bool) -> Record:
+        return run(arm, lr, seed, self._task, choosing=choosing)
 
     def rehearse(self) -> list[str]:
         """Take one step of each arm with a few rows, and record nothing.

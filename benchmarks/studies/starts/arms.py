@@ -11,7 +11,6 @@ from benchmarks.studies.starts import controls, informed, peft_starts, published
 from benchmarks.studies.starts.attach import attach, layer_of, targets_of
 from benchmarks.studies.starts.tasks import Task
 
-FIRST = 6  # arms that run before all others
 PADDED_BATCH = {"farss": 2, "filet": 8}  # rows in a batch of the published code
 PUBLISHED_ROWS = {"farss": 16, "filet": 320}
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from benchmarks.engine.origin import version_of
 from benchmarks.engine.records import Record
+from benchmarks.studies.comparing.stopwatch import Stopwatch
 from benchmarks.studies.starts.arms import ARMS
 from benchmarks.studies.starts.tasks import Task
 
@@ -28,7 +28,7 @@ def run(arm: str, lr: float, seed: int, task: Task, *, choosing: bool, steps: in
         choosing: Whether the rows on which rates are chosen are measured, or those that the figures come from.
         steps: Stop after so many.
     """
-    seconds = Stopwatch(task.device)
+    seconds = Stopwatch(task.device, "starting", "training", "measuring")
     model = task.fresh(seed)
     probe = task.probe()
     with torch.no_grad():
@@ -83,26 +83,6 @@ def windows(values: list[float], size: int) -> Iterator[list[float]]:
 def _finite(value: float) -> float | None:
     """A number, or None, which JSON has, for what is none."""
     return value if math.isfinite(value) else None
-
-
-class Stopwatch(dict[str, float]):
-    """Seconds by name: of the process on a CPU, which other work does not stretch; of the clock on a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(starting=0.0, training=0.0, measuring=0.0)
-        self._gpu = device.type == "cuda"
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self[name] += self._now() - start
-
-    def _now(self) -> float:
-        if self._gpu:
-            torch.cuda.synchronize()
-        clock: Callable[[], float] = time.perf_counter if self._gpu else time.process_time
-        return clock()
 
 
 @contextmanager

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 import fishkern as fk
 from benchmarks.engine.origin import origin
 from benchmarks.engine.records import Record, Records
+from benchmarks.studies.comparing.limit import Limit, say
 from benchmarks.studies.glue.scores import correlation
 from benchmarks.studies.glue.scores import ranks as places
 from benchmarks.studies.starts.attach import targets_of
-from benchmarks.studies.starts.limit import Limit, say
 from benchmarks.studies.starts.tasks import Task
 
 SIZES = (16, 64, 256)
