@@ -27,6 +27,8 @@ def integer(value: Any, name: str) -> int:
         TypeError: It is not an integer.
     """
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return int(operator.index(value))
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}.") from None

@@ -27,6 +27,7 @@ def test_fractions_of_any_library_become_plain(half):
     ("error", "read", "says"),
     [
         (TypeError, lambda: integer(2.0, "seed"), r"seed must be an integer, got 2\.0"),
+        (TypeError, lambda: integer(True, "seed"), "seed must be an integer, got True"),
         (TypeError, lambda: count_of("3"), "k must be an integer, got '3'"),
         (ValueError, lambda: count_of(-1, "n"), "n must be at least 0, got -1"),
         (TypeError, lambda: fraction_of(torch.rand(2)), r"density must be a number, got tensor"),

@@ -29,6 +29,7 @@ from fishkern.selection import Delta, Selection, open_start
 from fishkern.statistics import Energies, Statistics
 
 DENSITY = 0.005
+_TEXT = (".json", ".yaml", ".yml", ".txt", ".md", ".csv")
 
 
 class Start(dict[str, StoredTensor]):
@@ -123,6 +124,8 @@ def _load(path: Path) -> Content:
         inside = sorted(file.name for file in path.glob("*.safetensors"))
         advice = f"name a file in it, such as {path / inside[0]}" if inside else f"expected {expected}"
         raise IsADirectoryError(f"{path} is a folder: {advice}.")
+    if path.is_file() and path.suffix in _TEXT and not path.name.endswith(".index.json"):
+        raise ValueError(f"{path} is a text, which any editor shows: expected {expected}.")
     try:
         kind = format_of(path)
     except ValueError as error:

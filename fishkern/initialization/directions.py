@@ -30,7 +30,7 @@ DEAD = ("keep", "skip")
 
 # Singular values below this part of the largest are rounding. Where they are the size of the start, both factors would
 # be zero there, and get no gradients.
-_VANISHES = 1e-7
+VANISHES = 1e-7
 _BLOCK = 64  # candidates whose columns are formed at a time
 
 
@@ -276,7 +276,7 @@ def _usable(basis: Directions | PowerBasis, sigma: Tensor | None, rule: Directio
     if sigma is None:  # a column of zeros has no power direction
         return basis.U.any(dim=0).cpu()
     if rule.magnitude == "sigma":
-        return sigma > _VANISHES * sigma.max()
+        return sigma > VANISHES * sigma.max()
     return torch.ones_like(sigma, dtype=torch.bool)
 
 

@@ -11,12 +11,11 @@ from fishkern import hosts
 from fishkern.arguments import integer, positive
 from fishkern.digests import digest
 from fishkern.initialization import AdapterInit, ModuleInit
+from fishkern.initialization.directions import VANISHES
 from fishkern.initialization.targets import check_rank, linear_weights, targeted
 from fishkern.layers import linear_maps
 from fishkern.selection.base import Patterns
 from fishkern.statistics.bases import svd_directions
-
-_VANISHES = 1e-7  # part of the largest singular value below which one is rounding: its factors would be zero
 
 
 def pissa(
@@ -73,8 +72,8 @@ def pissa(
 
 def _start(name: str, matrix: Tensor, rank: int, scaling: float) -> ModuleInit:
     U, V, sigma = svd_directions(matrix)
-    if sigma[rank - 1] <= _VANISHES * sigma[0]:
-        count = int((sigma > _VANISHES * sigma[0]).sum())
+    if sigma[rank - 1] <= VANISHES * sigma[0]:
+        count = int((sigma > VANISHES * sigma[0]).sum())
         raise ValueError(
             f"{name}: rank {rank} was asked for, and only {count} of its singular values do not vanish: lower the rank "
             "or leave the matrix out with targets=."

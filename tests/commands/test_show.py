@@ -422,3 +422,11 @@ def test_energies_that_no_data_have(capsys, tmp_path, measured):
     provenance = fk.Energies.load(measured).provenance
     path = fk.Energies(tensors, count=7, provenance=provenance).save(tmp_path / "nan")
     assert "the energies of layers.2.up.weight are negative or not finite" in refused(capsys, "show", path)
+
+
+@pytest.mark.parametrize("name", ["ranks.json", "ranks.yaml"])
+def test_a_text_is_not_called_damaged(capsys, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    status, output, error = command(capsys, "show", tmp_path / name)
+    assert (status, output) == (2, "")
+    assert f"{name} is a text, which any editor shows: expected statistics, a selection" in " ".join(error.split())
