@@ -129,8 +129,10 @@ def cases(every: bool) -> Iterator[Case | Projected | Recorded]:
             yield Case(on, torch.bfloat16, "tma", Config(128, 128, 64, 8, 5), mean=True)
         for T in (1, 2, 3, 4) if every else (4,):
             yield Case(on, torch.bfloat16, "vectors", T=T)
-        for name, launch in (*by_grams(on, every), *others(every)):
+        for name, launch in by_grams(on, every):
             yield Recorded(on, name, launch)
+        if every or on is not A100:  # H100 has the same sources and constants
+            yield from streaming(on, every)
         yield from projected(on, every)
 
 
@@ -142,6 +144,8 @@ def _widest_with_mean(on: Hardware, itemsize: int, loads: Loads) -> int:
 def plain(on: Hardware) -> Iterator[Case | Projected | Recorded]:
     """Every configuration of one architecture, without options, and all that streams."""
     yield from (case for case in cases(every=False) if case.on is on)
+    if on is A100:
+        yield from streaming(on, every=False)
     for itemsize, loads, config in configs(on):
         yield Case(on, torch.bfloat16 if itemsize == 2 else torch.float32, loads, config)
     yield from (case for case in projected(on, every=True) if isinstance(case, Projected) and case.T == 512)
@@ -231,6 +235,12 @@ def projected(on: Hardware, every: bool) -> Iterator[Projected | Recorded]:
                 yield replace(case, half=True)
     for T, launch in lines.items():
         yield Recorded(on, f"fp32 lines T{T}", launch)
+
+
+def streaming(on: Hardware, every: bool) -> Iterator[Recorded]:
+    """Streaming top-k and the masked steps, which are alike on all architectures."""
+    for name, launch in others(every):
+        yield Recorded(on, name, launch)
 
 
 def others(every: bool) -> Iterator[tuple[str, Launch]]:
