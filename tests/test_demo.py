@@ -32,10 +32,14 @@ def few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few_files")
-def test_a_short_demo(tmp_path: Path):
+def test_a_short_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """One demo shows all of it: it takes longer than any of the checks."""
     from typer.testing import CliRunner
 
+    from fishkern.demo import tuning
+
+    monkeypatch.setattr(tuning, "FISHER_EXAMPLES", 16)
+    monkeypatch.setattr(tuning, "MEASURED", 16)
     folder = tmp_path / "made" / "on the way"
     arguments = ["demo", "--seconds", "1", "--examples", "20", "--steps", "6", "--device", "cpu", "--out", str(folder)]
     done = CliRunner().invoke(cli.application(), arguments, catch_exceptions=False)
