@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import fishkern as fk
-from tests.support.command import command, fresh, refused
+from tests.support.command import command, fresh_each, refused
 
 pytest.importorskip("typer")
 
@@ -62,14 +62,12 @@ def test_debug_shows_the_traceback(capsys):
     assert error.startswith("Traceback")
 
 
-@pytest.mark.parametrize("missing", ["typer", "rich"])
-def test_without_the_extra_it_says_what_to_install(missing):
-    done = fresh(["doctor"], without=(missing,))
-    assert done.returncode != 0
-    assert re.fullmatch(r'fishkern: .*pip install "fishkern\[cli\]"\n', done.stderr)
-
-
-def test_without_transformers_a_command_says_what_to_install(tmp_path):
-    done = fresh(["demo", "--out", str(tmp_path)], without=("transformers",))
-    assert done.returncode == 2
-    assert done.stderr == 'fishkern: this needs transformers: pip install "fishkern[hf]"\n'
+def test_without_an_extra_it_says_what_to_install(tmp_path):
+    demo = ["demo", "--out", str(tmp_path)]
+    calls = [(["doctor"], ("typer",)), (["doctor"], ("rich",)), (demo, ("transformers",))]
+    *without_cli, without_transformers = fresh_each(calls)
+    for done in without_cli:
+        assert done.returncode == 1
+        assert re.fullmatch(r'fishkern: .*pip install "fishkern\[cli\]"\n', done.stderr)
+    assert without_transformers.returncode == 2
+    assert without_transformers.stderr == 'fishkern: this needs transformers: pip install "fishkern[hf]"\n'

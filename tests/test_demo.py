@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,20 +19,39 @@ for package in ("transformers", "typer", "rich"):
     pytest.importorskip(package)
 
 
-@pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """The output of a short demo, and the folder that it writes to."""
+@pytest.fixture
+def few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A standard library of forty files: to parse all of them takes longer than the rest."""
+    from fishkern.demo import text
+
+    whole, part = Path(text.sysconfig.get_path("stdlib")), tmp_path / "stdlib"
+    part.mkdir()
+    for path in sorted(whole.glob("*.py"))[:40]:
+        shutil.copy(path, part)
+    monkeypatch.setattr(text, "sysconfig", SimpleNamespace(get_path=lambda name: str(part)))
+
+
+@pytest.mark.usefixtures("few_files")
+def test_a_short_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One demo shows all of it: it takes longer than any of the checks."""
     from typer.testing import CliRunner
 
-    folder = tmp_path_factory.mktemp("demo") / "made" / "on the way"
+    from fishkern.demo import tuning
+
+    monkeypatch.setattr(tuning, "FISHER_EXAMPLES", 16)
+    monkeypatch.setattr(tuning, "MEASURED", 16)
+    folder = tmp_path / "made" / "on the way"
     arguments = ["demo", "--seconds", "1", "--examples", "20", "--steps", "6", "--device", "cpu", "--out", str(folder)]
     done = CliRunner().invoke(cli.application(), arguments, catch_exceptions=False)
     assert done.exit_code == 0
-    return done.output, folder
+    check_the_file_is_there_and_loads(done.output, folder)
+    check_the_table_names_layers_and_modules(done.output, folder)
+    check_the_verification_holds(done.output, folder)
+    check_every_way_trains_as_many_entries_and_learns(done.output, folder)
+    check_the_last_line_says_what_to_try(done.output, folder)
 
 
-def test_the_file_is_there_and_loads(shown):
-    _, folder = shown
+def check_the_file_is_there_and_loads(output: str, folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     assert names - {"fisher.png", "tuning.png"} == {"fisher.safetensors"}
     if find_spec("matplotlib"):
@@ -44,8 +65,7 @@ def test_the_file_is_there_and_loads(shown):
     assert all(value.any() for value in statistics.values())
 
 
-def test_the_table_names_layers_and_modules(shown):
-    output, folder = shown
+def check_the_table_names_layers_and_modules(output: str, folder: Path) -> None:
     statistics = fk.Statistics.load(folder / "fisher.safetensors")
     parts = {line.split("│")[1].strip() for line in output.splitlines() if line.startswith("│")}
     assert {"embed_tokens", "layer 0", "layer 3", "q_proj", "down_proj", "lm_head"} <= parts
@@ -54,15 +74,13 @@ def test_the_table_names_layers_and_modules(shown):
     assert sum(shares) == pytest.approx(200, abs=2)  # by layer, and by type of module
 
 
-def test_the_verification_holds(shown):
-    output, _ = shown
+def check_the_verification_holds(output: str, folder: Path) -> None:
     (error,) = re.findall(r"largest relative error (\S+),", output)
     assert float(error) < 1e-4
     assert "the largest 0.5% of all entries: 100.00% the same" in output
 
 
-def test_every_way_trains_as_many_entries_and_learns(shown):
-    output, _ = shown
+def check_every_way_trains_as_many_entries_and_learns(output: str, folder: Path) -> None:
     rows = {cells[0].strip(): cells[1:] for cells in (line.strip("│").split("│") for line in output.splitlines())
             if cells[0].strip() in ("Fisher", "random", "reverse", "plain LoRA")}  # fmt: skip
     assert len(rows) == 4
@@ -71,11 +89,11 @@ def test_every_way_trains_as_many_entries_and_learns(shown):
     assert all(float(cells[2]) < float(cells[1]) for cells in rows.values())
 
 
-def test_the_last_line_says_what_to_try(shown):
-    output, _ = shown
+def check_the_last_line_says_what_to_try(output: str, folder: Path) -> None:
     assert "fishkern estimate ./your-model --data" in output.rstrip().splitlines()[-1]
 
 
+@pytest.mark.usefixtures("few_files")
 def test_text_is_the_same_every_time():
     from fishkern.demo.text import LONGEST, SHORTEST, read_text
 
@@ -95,6 +113,7 @@ def test_a_file_of_another_kind_is_not_overwritten(capsys, tmp_path):
     assert (tmp_path / "fisher.safetensors").read_text() == "precious"
 
 
+@pytest.mark.usefixtures("few_files")
 def test_an_interrupt_leaves_no_file(capsys, tmp_path, monkeypatch):
     from fishkern.demo import steps
 
@@ -102,7 +121,7 @@ def test_an_interrupt_leaves_no_file(capsys, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(steps, "train", interrupted)
-    status, _, error = command(capsys, "demo", "--out", str(tmp_path), "--examples", "2")
+    status, _, error = command(capsys, "demo", "--out", str(tmp_path / "demo"), "--examples", "2")
     assert status == 130
     assert "interrupted" in error
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("demo/*"))

@@ -18,16 +18,26 @@ pytest.importorskip("setuptools", minversion="77", reason="pyproject.toml asks f
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = (".*", "__pycache__", "*.egg-info", "benchmarks", "build", "carry", "dist", "tests")
 
-# Runs with -S, so that only the folders given here are installed: first ours, then a stand-in for Hugging Face's
-# `kernels`, then the packages that we depend on.
+# Runs with -S, so that only the folders of each way are installed: first ours, then a stand-in for Hugging Face's
+# `kernels`, then the packages that we depend on. Torch and triton are imported once, before it forks for each way.
 PROBE = """
-import importlib.util, json, site, sys
-ours, hugging_face, dependencies = sys.argv[1:]
-site.addsitedir(ours)
-exposed = importlib.util.find_spec("kernels") is not None
-sys.path += [hugging_face, dependencies]
-import kernels, fishkern, fishkern.kernels.sum_grad_squared as kernel
-print(json.dumps([fishkern.__file__, kernel.__file__, kernels.__file__, exposed]))
+import importlib.util, json, os, site, sys
+hugging_face, dependencies, ways = sys.argv[1:]
+sys.path.append(dependencies)
+import torch, triton
+sys.path.remove(dependencies)
+for ours, cwd in json.loads(ways):
+    child = os.fork()
+    if not child:
+        os.chdir(cwd)
+        site.addsitedir(ours)
+        exposed = importlib.util.find_spec("kernels") is not None
+        sys.path += [hugging_face, dependencies]
+        import kernels, fishkern, fishkern.kernels.sum_grad_squared as kernel
+        print(json.dumps([fishkern.__file__, kernel.__file__, kernels.__file__, exposed]))
+        sys.exit()
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"{ours} in {cwd} failed")
 """
 
 
@@ -70,32 +80,30 @@ def test_wheel_ships_the_kernels_and_no_shim(checkout: Path, wheels: dict[str, P
     assert shipped == (package - {"fishkern/kernels/__init__.py"}) | kernels | {"fishkern/py.typed"}
 
 
-@pytest.mark.parametrize("way", ["checkout", "editable", "wheel", "sdist", "checkout over wheel"])
-def test_import(checkout: Path, wheels: dict[str, Path], tmp_path: Path, way: str):
+def test_import(checkout: Path, wheels: dict[str, Path], tmp_path: Path):
     pytest.importorskip("triton")
-    cwd, installed = tmp_path, tmp_path / "installed"
-    if way == "checkout":  # as on PYTHONPATH
-        installed = checkout
-    elif way == "editable":
-        pip("install", "--target", installed, "--editable", checkout, cwd=tmp_path)
-    else:
-        pip("install", "--target", installed, wheels["sdist" if way == "sdist" else "wheel"], cwd=tmp_path)
-    if way == "checkout over wheel":
-        cwd = checkout
-
+    folders = {way: (tmp_path / way).resolve() for way in ("editable", "wheel", "sdist")}
+    pip("install", "--target", folders["editable"], "--editable", checkout, cwd=tmp_path)
+    for way, wheel in wheels.items():  # as pip unpacks it
+        zipfile.ZipFile(wheel).extractall(folders[way])
     hugging_face = tmp_path / "hugging_face"
     (hugging_face / "kernels").mkdir(parents=True)
     (hugging_face / "kernels" / "__init__.py").touch()
-    dependencies = Path(torch.__file__).parents[1]
-    *paths, exposed = json.loads(run("-S", "-c", PROBE, installed, hugging_face, dependencies, cwd=cwd))
-    fishkern, kernel, kernels = (Path(path).resolve() for path in paths)
 
-    assert kernels == hugging_face / "kernels" / "__init__.py"
-    if way in ("wheel", "sdist"):
-        assert fishkern.is_relative_to(installed)
-        assert kernel == installed / "fishkern" / "kernels" / "sum_grad_squared.py"
-    else:
-        assert fishkern.is_relative_to(checkout)
-        assert kernel == checkout / "kernels" / "sum_grad_squared.py"
-    if way in ("editable", "wheel", "sdist"):
-        assert not exposed, "an importable `kernels` of ours, where Hugging Face's belongs"
+    ways = {way: (folder, tmp_path) for way, folder in folders.items()}
+    ways |= {"checkout": (checkout, tmp_path), "checkout over wheel": (folders["wheel"], checkout)}
+    dependencies = Path(torch.__file__).parents[1]
+    listed = json.dumps([list(map(str, way)) for way in ways.values()])
+    printed = run("-S", "-c", PROBE, hugging_face, dependencies, listed, cwd=tmp_path).splitlines()
+    for way, line in zip(ways, printed, strict=True):
+        *paths, exposed = json.loads(line)
+        fishkern, kernel, kernels = (Path(path).resolve() for path in paths)
+        assert kernels == (hugging_face / "kernels" / "__init__.py").resolve(), way
+        if way in ("wheel", "sdist"):
+            assert fishkern.is_relative_to(folders[way]), way
+            assert kernel == folders[way] / "fishkern" / "kernels" / "sum_grad_squared.py", way
+        else:
+            assert fishkern.is_relative_to(checkout), way
+            assert kernel == checkout / "kernels" / "sum_grad_squared.py", way
+        if way in folders:
+            assert not exposed, f"an importable `kernels` of ours, where Hugging Face's belongs, by {way}"

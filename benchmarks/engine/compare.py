@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
@@ -93,10 +94,19 @@ def worktree(ref: str) -> Iterator[Path]:
         shutil.rmtree(tree / "benchmarks", ignore_errors=True)
         yield tree
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         _git("worktree", "unlock", str(tree))  # git locks a tree while it makes it, and leaves it so when interrupted
         _git("worktree", "prune")
         signal.signal(signal.SIGTERM, before)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder that what git has started may still write into for a moment after an interrupt."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def _case(name: str, module: str, tree: Path, rounds: int, only: str) -> Iterator[str]:

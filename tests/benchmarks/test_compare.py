@@ -15,19 +15,36 @@ from benchmarks.engine import ROOT
 from benchmarks.engine.compare import compare, verdict
 from benchmarks.engine.process import Process, ProcessError
 
-# Tells which fishkern it runs on by the folder, and takes its time for it.
+# Tells which fishkern it would import by the folder, and takes its time for it; the older one cannot run "walk".
 CASE = """
 import functools, time
-import fishkern
+from importlib.util import find_spec
+
+TESTS = {"run": ["tests/test_cli.py"]}
+OLD = "fishkern-compare" in find_spec("fishkern").origin
+
+def make(provider):
+    return lambda: time.sleep(0.08 if OLD and provider == "fishkern" else 0.02)
+
+def compared():
+    nap = {name: functools.partial(make, name) for name in ("fishkern", "rival")}
+    return {"nap": nap} if OLD else {"nap": nap, "walk": nap}
+"""
+# Needs no fishkern, so that its processes start at once.
+ONLY_A_WALK = """
+TESTS = {"run": ["tests/test_cli.py"]}
+
+def compared():
+    return {"walk": {"fishkern": lambda: lambda: None}}
+"""
+# So does this one.
+ENDLESS = """
+import time
 
 TESTS = {"run": ["tests/test_cli.py"]}
 
-def make(provider):
-    old = "fishkern-compare" in fishkern.__file__
-    return lambda: time.sleep(0.08 if old and provider == "fishkern" else 0.02)
-
 def compared():
-    return {"nap": {name: functools.partial(make, name) for name in ("fishkern", "rival")}}
+    time.sleep(60)
 """
 
 pytestmark = pytest.mark.skipif(
@@ -42,37 +59,32 @@ def worktrees() -> str:
 
 
 def test_both_revisions_take_turns(plant, tmp_path, monkeypatch, capsys):
-    """The other one's fishkern is that of its own checkout, which is gone afterwards; rivals are the control."""
-    package = plant(naps=CASE)
+    """The other one's fishkern is that of its own checkout, which is gone afterwards; rivals are the control.
+
+    A run that the other revision lacks is named, and so is a text that no run has.
+    """
+    package = plant(naps=CASE, walks=ONLY_A_WALK)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert compare("HEAD", [], rounds=3, package=package) == 0
+    assert compare("HEAD", [], rounds=3, only="nap", package=package) == 0
     assert str(tmp_path) not in worktrees()
     assert not list(tmp_path.glob("fishkern-compare-*"))
-    ours, rival, peak = (line for line in capsys.readouterr().out.splitlines() if line.startswith("naps  "))
+    said = capsys.readouterr().out
+    ours, rival, peak = (line for line in said.splitlines() if line.startswith("naps  "))
     assert ours.endswith("faster")
     assert float(ours.split(" ms ")[2].split()[0]) < 0.9
     assert rival.endswith("control")
     assert " MiB " in peak
-
-
-def test_runs_that_the_other_revision_lacks_are_named(plant, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    more = CASE.replace("return {", "if 'fishkern-compare' in fishkern.__file__:\n        return {}\n    return {")
-    assert compare("HEAD", [], rounds=1, package=plant(naps=more)) == 0
-    assert "naps: the other revision cannot run nap." in capsys.readouterr().out
-
-
-def test_a_text_that_no_run_has_is_said(plant, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert compare("HEAD", [], rounds=1, only="walk", package=plant(naps=CASE)) == 0
-    assert "naps: no run has 'walk' in its name; there are nap." in capsys.readouterr().out
+    assert "naps: the other revision cannot run walk." in said
+    assert "walks: no run has 'nap' in its name; there are walk." in said
 
 
 def test_an_interrupt_leaves_no_worktree(plant, tmp_path):
-    package = plant(naps=CASE.replace("0.02", "60"))
-    code = f"from benchmarks.engine.compare import compare; compare('HEAD', [], rounds=3, package='{package}')"
+    package = plant(naps=ENDLESS)
+    # a process whose parents a shell has started in the background would ignore the signal
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    called = f"from benchmarks.engine.compare import compare; compare('HEAD', [], rounds=3, package='{package}')"
     running = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)},
+        [sys.executable, "-c", f"{listening}; {called}"], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 120

@@ -238,9 +238,9 @@ def test_entries_are_drawn_alike_and_at_random():
 
 @ON_A_CPU
 def test_records_of_top_k(device):
-    """The inputs of each case, all providers, and the comparison of both backends."""
+    """All providers and the comparison of both backends, of scores as they come and of others."""
     pytest.importorskip("triton")
-    for distribution in ("", *streaming_topk.DISTRIBUTIONS):
+    for distribution in ("", "nine values"):
         records = list(streaming_topk._measure(TopK(5000, 0.1, 7), device, distribution))
         assert [record["provider"] for record in records] == ["fishkern", "torch", "one_read", "cat_topk"]
         assert all(record["bytes"] == 20_000 for record in records)

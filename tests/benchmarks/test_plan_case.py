@@ -22,7 +22,7 @@ def test_figures_of_memory_and_planning():
     assert figures.keys() == planned | {"weights_mib", "ratio"}
     # so small a pass may fit into memory that the process has already
     assert figures["ratio"] == pytest.approx(figures["peak_mib"] / figures["plan_mib"], abs=0.2)
-    assert plan.planning("DirectionEnergy", replace(SMALL, device="meta")).keys() == planned | {
+    assert plan.planning("DiagonalFisher", replace(SMALL, device="meta")).keys() == planned | {
         "planned_weights_mib", "seconds"
     }  # fmt: skip
 

@@ -30,10 +30,20 @@ def package(tmp_path, plant):
     def case(name: str, passing: bool = True, goal: str = "True") -> str:
         return CASE.format(tests=str(tmp_path / f"check_{passing}.py"), name=name, goal=goal)
 
-    conftest = "from benchmarks.conftest import *\n"
     return plant(
-        conftest=conftest, good=case("good"), red=case("red", passing=False), missed=case("missed", goal="1 > 2")
+        conftest="from benchmarks.conftest import *\n",
+        good=case("good"),
+        red=case("red", passing=False),
+        missed=case("missed", goal="1 > 2"),
+        broken=case("broken").replace('assert True, "too slow"', "raise KeyboardInterrupt"),
     )
+
+
+def earlier(folder: Path, name: str) -> None:
+    """A record of an earlier run."""
+    path = folder / "results" / machine()["machine"] / f"{name}.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"value": 0}\n')
 
 
 def recorded(folder: Path) -> dict[str, list[dict]]:
@@ -41,42 +51,41 @@ def recorded(folder: Path) -> dict[str, list[dict]]:
     return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in files}
 
 
-def test_red_tests_and_missed_goals(package, tmp_path, capfd):
-    """The case whose tests fail leaves no record, the others go on, and the status tells."""
-    assert command.run([], tmp_path / "results", package=package) == 1
-    assert {name: len(records) for name, records in recorded(tmp_path).items()} == {"good": 1, "missed": 1}
-    (record,) = recorded(tmp_path)["good"]
+def test_red_tests_missed_goals_and_broken_cases(package, tmp_path, capfd):
+    """Cases whose tests fail and interrupted ones leave no record, the others go on, and the status tells."""
+    earlier(tmp_path, "missed")
+    assert command.run(["red", "broken", "missed"], tmp_path / "results", package=package) == 1
+    records = recorded(tmp_path)
+    assert {name: len(lines) for name, lines in records.items()} == {"missed": 2}  # appended
+    record = records["missed"][1]
     assert record.keys() >= {"value", "machine", "torch", "commit", "dirty", "time"}
     table = capfd.readouterr().out
     assert f"not recorded: {tmp_path / 'check_False.py'} fails" in table
+    assert "pytest ended with status 2" in table
     assert "too slow" in table
     assert record["commit"][:7] in table
     assert ("with changes" in table) is record["dirty"]
 
 
-def test_records_are_appended_or_replaced(package, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "why_not", lambda *_: "")
-    path = tmp_path / "results" / machine()["machine"] / "good.jsonl"
-    path.parent.mkdir(parents=True)
-    path.write_text('{"value": 0}\n')
-    for expected, replace in ((2, False), (1, True)):
-        assert command.run(["good"], tmp_path / "results", replace=replace, package=package) == 0
-        assert len(recorded(tmp_path)["good"]) == expected
+@pytest.mark.parametrize("replace, values", [(False, [0, 1]), (True, [1])])
+def test_records_are_appended_or_replaced(package, tmp_path, monkeypatch, replace, values):
+    """And the status is 0, where nothing went wrong; what is measured is given here."""
 
+    def measure(module, results: Path, outcome: command.Outcome, *, replace: bool) -> None:
+        measured = tmp_path / "good.jsonl"
+        measured.write_text('{"value": 1, "commit": "abcdef0123", "dirty": false}\n')
+        command._add(measured, results / machine()["machine"] / "good.jsonl", outcome, replace=replace)
 
-def test_a_broken_case_leaves_nothing(package, tmp_path, monkeypatch, capfd):
-    """An interrupted case has recorded only a part."""
     monkeypatch.setattr(command, "why_not", lambda *_: "")
-    path = tmp_path / package / "good.py"
-    path.write_text(path.read_text().replace('assert True, "too slow"', "raise KeyboardInterrupt"))
-    assert command.run(["good"], tmp_path / "results", package=package) == 1
-    assert not recorded(tmp_path)
-    assert "pytest ended with status 2" in capfd.readouterr().out
+    monkeypatch.setattr(command, "_measure", measure)
+    earlier(tmp_path, "good")
+    assert command.run(["good"], tmp_path / "results", replace=replace, package=package) == 0
+    assert [record["value"] for record in recorded(tmp_path)["good"]] == values
 
 
 def test_an_unknown_case_names_the_known_ones(package, tmp_path, capsys):
     assert command.run(["godo"], tmp_path / "results", package=package) == 2
-    assert capsys.readouterr().err.strip() == "no case is called godo; there are good, missed, red."
+    assert capsys.readouterr().err.strip() == "no case is called godo; there are broken, good, missed, red."
 
 
 def test_every_case_names_tests_that_exist():

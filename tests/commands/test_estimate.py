@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,16 +138,32 @@ def test_a_batch_that_does_not_fit_is_halved(capsys, tmp_path, models, rows, mon
     assert "smaller --batch-size" in error
 
 
-def test_a_command_of_its_own(tmp_path, models, rows):
-    """Only the result is on standard output, without any messages of the libraries."""
+@pytest.fixture
+def of_an_adapter(models, rows, tmp_path) -> list[str]:
     arguments = ["estimate", str(models / "lora"), "--data", str(rows / "table.csv"), "--first", "--samples", "4"]
-    done = fresh([*arguments, "--out", str(tmp_path / "fisher")])
+    return [*arguments, "--out", str(tmp_path / "fisher")]
+
+
+def test_only_the_result_is_on_standard_output(capsys, of_an_adapter, tmp_path):
+    status, output, error = command(capsys, *of_an_adapter)
+    assert (status, error) == (0, "")
+    check_output(output, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_command_of_its_own(of_an_adapter, tmp_path):
+    """Without any messages of the libraries that it imports."""
+    done = fresh(of_an_adapter)
     assert done.returncode == 0, done.stderr
     if find_spec("torchao") is None:  # whose import by PEFT says which of its libraries do not load here
         assert done.stderr == ""
-    assert "fused" in done.stdout
-    assert done.stdout.rstrip().splitlines()[-1].startswith("Next:  fishkern show")
-    assert [path.name for path in tmp_path.iterdir()] == ["fisher.safetensors"]
+    check_output(done.stdout, tmp_path)
+
+
+def check_output(output: str, folder: Path) -> None:
+    assert "fused" in output
+    assert output.rstrip().splitlines()[-1].startswith("Next:  fishkern show")
+    assert [path.name for path in folder.iterdir()] == ["fisher.safetensors"]
 
 
 def test_rows_are_numbers_for_machines(capsys, tmp_path, models, rows):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -37,14 +42,31 @@ def base(shared_data: Path) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def tuned(arguments, tmp_path_factory) -> Path:
+def whole_run(arguments, tmp_path_factory) -> SimpleNamespace:
+    """A run with all that there is: its folder, its output, and how far each wait said that it was."""
     from fishkern import cli
 
+    told: dict[str, list[tuple]] = {}
+
+    @contextmanager
+    def progress(what, unit, begun=0):
+        told[what] = []
+        yield lambda *done: told[what].append(done)
+
     folder = tmp_path_factory.mktemp("tuned") / "lora"
-    with pytest.raises(SystemExit) as exit:
+    with (
+        patch.object(import_module("fishkern.commands.tuning"), "progress", progress),
+        redirect_stdout(io.StringIO()) as output,
+        pytest.raises(SystemExit) as exit,
+    ):
         cli.main([str(argument) for argument in [*arguments, "--eval-split", "validation", "--out", folder]])
     assert not exit.value.code
-    return folder
+    return SimpleNamespace(folder=folder, told=told, output=output.getvalue())
+
+
+@pytest.fixture(scope="module")
+def tuned(whole_run) -> Path:
+    return whole_run.folder
 
 
 def test_it_saves_all_that_it_takes_to_go_on(tuned):
@@ -128,27 +150,14 @@ def test_refusals(capsys, arguments, tmp_path, monkeypatch, options, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_wait_shows_how_far_it_is(capsys, arguments, tmp_path, monkeypatch):
-    from contextlib import contextmanager
-    from importlib import import_module
-
-    told = {}
-
-    @contextmanager
-    def progress(what, unit, begun=0):
-        told[what] = []
-        yield lambda *done: told[what].append(done)
-
-    monkeypatch.setattr(import_module("fishkern.commands.tuning"), "progress", progress)
-    options = ["--eval-split", "validation", "--out", tmp_path / "a"]
-    status, output, error = command(capsys, *arguments, *options)
-    assert status == 0, error
+def test_every_wait_shows_how_far_it_is(whole_run):
+    told = whole_run.told
     assert list(told) == ["selecting", "measuring before", "training", "measuring after"]
     assert told["measuring before"] == told["measuring after"]
     assert told["measuring before"][-1] == (1043, 1043)
-    seconds = json.loads((tmp_path / "a" / "report.json").read_text())["seconds"]
+    seconds = json.loads((whole_run.folder / "report.json").read_text())["seconds"]
     assert all(seconds[part] > 0 for part in ("selecting", "training", "measuring"))
-    took = next(line for line in output.splitlines() if line.startswith("took"))
+    took = next(line for line in whole_run.output.splitlines() if line.startswith("took"))
     assert all(words in took for words in (" s to select, ", " s to train, ", " s to measure"))
 
 

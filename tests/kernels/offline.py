@@ -3,7 +3,7 @@
 It runs in a process of its own, since in that of the tests the kernels may be interpreted::
 
     python -m tests.kernels.offline compile [all]    prints what each case takes, as JSON
-    python -m tests.kernels.offline planted          prints the same of tiles that are far too large
+    python -m tests.kernels.offline planted [all]    prints the same of tiles that are far too large
     python -m tests.kernels.offline relatives        prints the shared memory of chips that take the tables of another
     python -m tests.kernels.offline calls            compiles all launches of the benchmark's calls, prints how many
     python -m tests.kernels.offline record           writes it for this version of Triton into resources.json
@@ -101,34 +101,38 @@ class Case:
 
 
 def cases(every: bool) -> Iterator[Case | Projected | Recorded]:
-    """All configurations with every option, or the widest of each table with the usual ones."""
+    """All configurations with every option, or the widest of each table, with the usual ones where it is the best."""
     for on in (A100, H100, MI300):
         seen = set()
         for itemsize, loads, config in configs(on):
+            best = itemsize not in {size for size, _ in seen}
             widest = (itemsize, loads) not in seen
             seen.add((itemsize, loads))
             if not (every or widest):
                 continue
             dtype = torch.bfloat16 if itemsize == 2 else torch.float32
             yield Case(on, dtype, loads, config)
-            if every or (itemsize == 2 and on is not MI300):
+            if every or (best and itemsize == 2 and on is not MI300):
                 yield Case(on, dtype, loads, config, packed=True)
-            yield Case(on, dtype, loads, config, by="row")
-            if widest and itemsize == 2:
+            if every or best:
+                yield Case(on, dtype, loads, config, by="row")
+            if itemsize == 2 and (best or (every and widest)):
                 yield Case(on, dtype, loads, config, by="column")
             width = _widest_with_mean(on, itemsize, loads)
             if every and width == config.BLOCK_I:
                 yield Case(on, dtype, loads, config, mean=True)
             if every and itemsize == 2:
                 yield Case(on, torch.float16, loads, config)
-            if itemsize == 4 and on is not MI300 and (every or on is H100):
+            if itemsize == 4 and on is not MI300 and (every or (best and on is H100)):
                 yield Case(on, dtype, loads, config, tf32=True)
         if on is H100 and not every:
             yield Case(on, torch.bfloat16, "tma", Config(128, 128, 64, 8, 5), mean=True)
         for T in (1, 2, 3, 4) if every else (4,):
             yield Case(on, torch.bfloat16, "vectors", T=T)
-        for name, launch in (*by_grams(on, every), *others(every)):
+        for name, launch in by_grams(on, every):
             yield Recorded(on, name, launch)
+        if every or on is not A100:  # H100 has the same sources and constants
+            yield from streaming(on, every)
         yield from projected(on, every)
 
 
@@ -140,6 +144,8 @@ def _widest_with_mean(on: Hardware, itemsize: int, loads: Loads) -> int:
 def plain(on: Hardware) -> Iterator[Case | Projected | Recorded]:
     """Every configuration of one architecture, without options, and all that streams."""
     yield from (case for case in cases(every=False) if case.on is on)
+    if on is A100:
+        yield from streaming(on, every=False)
     for itemsize, loads, config in configs(on):
         yield Case(on, torch.bfloat16 if itemsize == 2 else torch.float32, loads, config)
     yield from (case for case in projected(on, every=True) if isinstance(case, Projected) and case.T == 512)
@@ -231,6 +237,12 @@ def projected(on: Hardware, every: bool) -> Iterator[Projected | Recorded]:
         yield Recorded(on, f"fp32 lines T{T}", launch)
 
 
+def streaming(on: Hardware, every: bool) -> Iterator[Recorded]:
+    """Streaming top-k and the masked steps, which are alike on all architectures."""
+    for name, launch in others(every):
+        yield Recorded(on, name, launch)
+
+
 def others(every: bool) -> Iterator[tuple[str, Launch]]:
     """What streaming top-k and the masked steps launch, by dtype and what they were given."""
     # (dtype, whether at addresses of 16 bytes, whether the largest)
@@ -283,15 +295,13 @@ def launched(run: Callable[[], object]) -> Launch:
     return launch
 
 
-def planted() -> Iterator[Case]:
-    """Tiles whose accumulators no register file holds."""
-    for on, dtype, loads, tiles in (
-        (A100, torch.bfloat16, "vectors", (128, 256, 32, 4, 3)),
-        (A100, torch.float32, "vectors", (128, 256, 16, 4, 3)),
-        (H100, torch.bfloat16, "tma", (128, 256, 64, 4, 3)),
-        (MI300, torch.bfloat16, "vectors", (256, 256, 32, 4, 2)),
-    ):
-        yield Case(on, dtype, loads, Config(*tiles))
+def planted(every: bool) -> Iterator[Case]:
+    """Tiles whose accumulators no register file holds: for each architecture, and all that multiply otherwise."""
+    yield Case(A100, torch.bfloat16, "vectors", Config(128, 256, 32, 4, 3))
+    yield Case(H100, torch.bfloat16, "tma", Config(128, 256, 64, 4, 3))
+    yield Case(MI300, torch.bfloat16, "vectors", Config(256, 256, 32, 4, 2))
+    if every:
+        yield Case(A100, torch.float32, "vectors", Config(128, 256, 16, 4, 3))
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
@@ -358,7 +368,7 @@ def main(command: str, which: str = "some") -> None:
         print(json.dumps({name: kernel.metadata.shared for name, kernel in compiled.items()}))
         return
     every = command == "record" or which == "all"
-    selected = planted() if command == "planted" else cases(every)
+    selected = planted(every) if command == "planted" else cases(every)
     taken = {str(case): resources(compile_launch(case.launch(), TARGETS[case.on.family])) for case in selected}
     if command in ("compile", "planted"):
         print(json.dumps({"triton": triton.__version__, "taken": taken}))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from fishkern import BackendUnavailableError
 from fishkern.ops import project_sum_squared, sum_grad_squared
 from fishkern.ops.project_sum_squared import project_sum_squared_torch
 from tests.support.closeness import assert_as_accurate, matrix_steps
+from tests.support.forked import PEAK, forked
 
 MODULE = import_module("fishkern.ops.project_sum_squared")  # the package's attribute of this name is the function
 ON_GPU = torch.cuda.is_available()
@@ -293,35 +291,29 @@ def test_nothing_is_recorded_and_autocast_is_ignored(backend):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(
-    "dtype, T, F, K, most",
-    [("float32", 8192, 64, 1024, 16), ("bfloat16", 64, 150_000, 64, 30)],
-    ids=["positions", "features"],
-)
-def test_memory_is_bounded(dtype, T, F, K, most):
+def test_memory_is_bounded():
     """Projections, and features in float32, of 64 and 73 MiB. In a process of its own, since a peak never falls."""
     code = f"""
-import re, torch
+{PEAK}
 from fishkern.ops import project_sum_squared
 
-def peak():
-    return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
-
 torch.set_num_threads(1)  # each has buffers of its own for matrix products
-small = [torch.ones(shape, dtype=torch.{dtype}) for shape in ((2, 3, 300), (2, 3, 300), (300, 40), (300, 40))]
+dtype = getattr(torch, dtype)
+small = [torch.ones(shape, dtype=dtype) for shape in ((2, 3, 300), (2, 3, 300), (300, 40), (300, 40))]
 project_sum_squared(*small, counted=torch.ones(2, 3, dtype=torch.bool))
-x, g = (torch.ones(1, {T}, {F}, dtype=torch.{dtype}) for _ in range(2))
-V, U = (torch.ones({F}, {K}, dtype=torch.{dtype}) for _ in range(2))
-counted = torch.ones(1, {T}, dtype=torch.bool)
+x, g = (torch.ones(1, T, F, dtype=dtype) for _ in range(2))
+V, U = (torch.ones(F, K, dtype=dtype) for _ in range(2))
+counted = torch.ones(1, T, dtype=torch.bool)
 before = peak()
 project_sum_squared(x, g, V, U, counted=counted)
 print(peak() - before)
 """
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # so that what is freed is not counted
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < most
+    positions = {"dtype": "float32", "T": 8192, "F": 64, "K": 1024}
+    features = {"dtype": "bfloat16", "T": 64, "F": 150_000, "K": 64}
+    freed_is_not_counted = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    of_positions, of_features = forked(code, [positions, features], **freed_is_not_counted)
+    assert float(of_positions.stdout) < 16, of_positions.stderr
+    assert float(of_features.stdout) < 30, of_features.stderr
 
 
 def test_float64_is_not_for_triton():

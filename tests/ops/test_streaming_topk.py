@@ -19,7 +19,7 @@ from fishkern.ops import _arena, _candidates, _scores, streaming_topk
 op = import_module("fishkern.ops.streaming_topk")  # the package has a function of that name
 
 FORMAT = Format("fishkern.test", version=1, saved_by="Test.save")
-N = 40_000
+N = 20_000
 DEVICES = {"torch": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
@@ -142,13 +142,13 @@ def test_many_small_blocks(way: str):
         assert_exact(blocks, k)
 
 
-@pytest.mark.parametrize("k", [1, 32_000, 3_200_000])
-def test_a_hundred_thousand_tensors(k: int):
+@pytest.mark.parametrize(("count", "k"), [(100_000, 32_000), (10_000, 1), (10_000, 320_000)])
+def test_a_hundred_thousand_tensors(count: int, k: int):
     """All of 64 scores, with ties among and within them."""
-    scores = normal(100_000, 64).mul(100).round()
+    scores = normal(count, 64).mul(100).round()
     found = streaming_topk(list(scores.unbind()), k, backend="torch")
     expected = scores.flatten().sort(descending=True, stable=True).indices[:k].sort().values
-    starts = torch.arange(100_000).repeat_interleave(torch.tensor([len(indices) for indices in found])) * 64
+    starts = torch.arange(count).repeat_interleave(torch.tensor([len(indices) for indices in found])) * 64
     assert torch.equal(torch.cat(found) + starts, expected)
 
 
@@ -238,7 +238,7 @@ def test_the_same_over_runs_and_threads(way: str):
     threads = torch.get_num_threads()
     try:
         runs = []
-        for number in range(20):
+        for number in range(8):
             torch.set_num_threads(1 + number % 2)
             runs.append(torch.cat(streaming_topk(blocks, N // 7, backend="torch")))
     finally:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -75,17 +71,15 @@ def test_a_saved_start_comes_back(tmp_path):
 
 def test_another_number_of_threads_passes():
     """The singular vectors that PiSSA starts from need not be the same to the bit."""
-    program = """
-import json, sys, torch
-torch.set_num_threads(int(sys.argv[1]))
-torch.manual_seed(0)
-left, values, right = torch.linalg.svd(torch.randn(96, 64))
-print(json.dumps([left[:, :4].flatten().tolist(), right[:4].flatten().tolist()]))
-"""
-    starts = []
-    for threads in (1, 2):
-        out = subprocess.run([sys.executable, "-c", program, str(threads)], capture_output=True, text=True, check=True)
-        starts.append(nn.ParameterList([torch.tensor(factor) for factor in json.loads(out.stdout)]))
+    threads, starts = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            torch.manual_seed(0)
+            left, _, right = torch.linalg.svd(torch.randn(96, 64))
+            starts.append(nn.ParameterList([left[:, :4].contiguous(), right[:4].contiguous()]))
+    finally:
+        torch.set_num_threads(threads)
     scores = {name: parameter.detach().abs() for name, parameter in starts[0].named_parameters()}
     check_start(bound_to_start(select(scores, GlobalTopK(k=9)), starts[0]), starts[1])
 

@@ -124,7 +124,7 @@ def assert_ours(refusal: Exception) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*slow exact path")
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(runs(), st.booleans())
 def test_any_batch_is_that_of_its_rows_or_refused(run, check):
     kinds, batches, rows, shared = run

@@ -444,7 +444,7 @@ def test_in_bfloat16_sums_are_float32():
         assert one.joint.dtype == torch.float32
         assert_close(one.input, truth[name].input.double(), 0.05)
         assert_close(one.output, truth[name].output.double(), 0.1)
-    often = fk.estimate(model, batches * 40, fk.DirectionEnergy(), check=False)  # 16 bits would lose the last ones
+    often = fk.estimate(model, batches * 12, fk.DirectionEnergy(), check=False)  # 16 bits would lose the last ones
     for name, one in often.items():
         for part in ("input", "output", "joint"):
             torch.testing.assert_close(getattr(one, part), getattr(found[name], part), rtol=1e-4, atol=0)

@@ -35,7 +35,7 @@ def numels(model: nn.Module) -> int:
         ("llama", fk.DiagonalFisher()),
         ("llama", fk.DirectionEnergy("power", importance="kronecker", layers_per_pass=1)),
         ("bert-classifier", fk.SketchedFisher(draws=2)),
-        ("vit", fk.GroupFisher(by="row")),
+        pytest.param("vit", fk.GroupFisher(by="row"), marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
@@ -169,7 +169,7 @@ def test_accumulators_elsewhere_are_left_out():
     assert here.peak_bytes - elsewhere.peak_bytes == pytest.approx(here.accumulator_bytes - largest, abs=64)
 
 
-@pytest.mark.parametrize("family", ["bert-classifier", "mixtral"])
+@pytest.mark.parametrize("family", [pytest.param("bert-classifier", marks=pytest.mark.slow), "mixtral"])
 def test_paths_are_those_of_a_run(family):
     specimen = zoo.FAMILIES[family]()
     batch = specimen.batch()

@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 import fishkern as fk
 from tests.support.own_estimators import OWN
 
-rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
 
 class Rows(Dataset):
@@ -117,25 +116,40 @@ report["bits"] = sum(value.double().sum().item() for value in together["exact"].
 (folder / f"{rank}.json").write_text(json.dumps(report))
 dist.destroy_process_group()  # its threads, still running as the interpreter exits, would now and then abort it
 """
+# The imports take longer than the program, so both ranks are forked from one process after them.
+LAUNCH = """
+import os, signal, sys
+from pathlib import Path
+import accelerate, fishkern, torch
+
+program, folder = sys.argv[1], Path(sys.argv[2])
+other = os.fork()
+rank = 0 if other else 1
+os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}  # which accelerate looks for
+try:
+    exec(program, {"rank": rank, "folder": folder})
+except BaseException:
+    if other:
+        os.kill(other, signal.SIGKILL)
+    raise
+if other:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
+"""
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-c", PROGRAM]
     launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29501"}
-    running = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)},  # which accelerate looks for
-            cwd=Path(__file__).parents[2],
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], "\n".join(errors)
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH, PROGRAM, str(folder)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | launched,
+        cwd=Path(__file__).parents[2],
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fishkern import cli
+from tests.support.forked import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,11 +31,17 @@ def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
 
 def fresh(arguments: list[str], *, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """The command in an interpreter of its own, where some packages are not installed."""
-    code = f"""
+    (done,) = fresh_each([(arguments, without)])
+    return done
+
+
+def fresh_each(calls: list[tuple[list[str], tuple[str, ...]]]) -> list[subprocess.CompletedProcess[str]]:
+    """Several commands like that, each with its missing packages; torch is there in all of them."""
+    code = """
 import sys
-sys.path.insert(0, {str(ROOT)!r})
-sys.modules |= dict.fromkeys({without!r})  # what import takes for a missing package
+sys.modules |= dict.fromkeys(without)  # what import takes for a missing package
 from fishkern.cli import main
-main({arguments!r})
+main(arguments)
 """
-    return subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
+    cases = [{"arguments": arguments, "without": without} for arguments, without in calls]
+    return forked(code, cases, imports="import torch")
