@@ -8,12 +8,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fishkern.steps import Step, in_one_step
+
 # An SVD that another number of threads computes, or a cast to bfloat16, moves the digest less; other values move it by
 # about the norm of the tensor.
 _TOLERANCE = 1e-2
 _PIECE = 2**20  # entries in float64 at a time
 
 
+def _described(tensor: Tensor) -> Step:
+    """Describe a call: the values and signs of a piece, beside two steps from random bits to signs."""
+    return Step((0.0, 0.0), 4 * min(tensor.numel(), _PIECE) * torch.float64.itemsize, 0)
+
+
+@in_one_step(_described)
 @torch.no_grad()
 def digest(tensor: Tensor) -> tuple[float, float]:
     """Compute the digest of a tensor: its norm, and its sum under fixed random signs.

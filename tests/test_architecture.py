@@ -23,8 +23,8 @@ OPS_WITH_KERNEL = [path.stem for path in KERNELS if not path.stem.startswith("_"
 
 # In the order of the data flow: a room imports from itself and from the rooms before it.
 ROOMS = (
-    "backend", "names", "digests", "arguments", "warning", "hosts", "files", "ops", "layers", "statistics", "selection",
-    "initialization", "optim", "freezing", "adapters", "tokens", "integrations", "methods", "report", "__init__",
+    "backend", "names", "steps", "digests", "arguments", "warning", "hosts", "files", "ops", "layers", "statistics",
+    "selection", "initialization", "optim", "freezing", "adapters", "tokens", "integrations", "methods", "report", "__init__",
     "demo cli commands __main__",
 )  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}
