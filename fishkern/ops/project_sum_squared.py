@@ -98,8 +98,9 @@ def _described(
     def projecting(factors: Tensor, directions: Tensor) -> int:
         F = factors.shape[-1]
         f = next(_features(F, rows, k, V.device)).stop if F else 0
-        flat = factors.is_contiguous() and f == F and (t == T or n == 1)  # a view
-        features = 0 if flat and factors.dtype == dtype else rows * f * dtype.itemsize
+        # examples and positions may be one axis without a copy, unless these are a part of several examples' positions
+        viewed = n == 1 or (t == T and factors.stride(0) == T * factors.stride(1))
+        features = 0 if viewed and factors.dtype == dtype else rows * f * dtype.itemsize
         return one + features + copied(directions, dtype, f * k)
 
     sums = n * k * dtype.itemsize
