@@ -8,12 +8,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fishkern.steps import Step, in_one_step
+
 # An SVD that another number of threads computes, or a cast to bfloat16, moves the digest less; other values move it by
 # about the norm of the tensor.
 _TOLERANCE = 1e-2
 _PIECE = 2**20  # entries in float64 at a time
 
 
+def _described(tensor: Tensor) -> Step:
+    """Describe a call: the values and signs of a piece, and one of them once more."""
+    return Step((0.0, 0.0), 3 * min(tensor.numel(), _PIECE) * torch.float64.itemsize, 0)
+
+
+@in_one_step(_described)
 @torch.no_grad()
 def digest(tensor: Tensor) -> tuple[float, float]:
     """Compute the digest of a tensor: its norm, and its sum under fixed random signs.
@@ -28,7 +36,7 @@ def digest(tensor: Tensor) -> tuple[float, float]:
     squares = signed = 0.0
     for piece in tensor.detach().flatten().split(_PIECE):
         values = piece.double().cpu()
-        signs = torch.randint(0, 2, values.shape, generator=generator) * 2 - 1
+        signs = torch.randint(0, 2, values.shape, generator=generator).mul_(2).sub_(1)
         squares += values.square().sum().item()
         signed += (values @ signs.double()).item()
     return math.sqrt(squares), signed

@@ -23,9 +23,9 @@ OPS_WITH_KERNEL = [path.stem for path in KERNELS if not path.stem.startswith("_"
 
 # In the order of the data flow: a room imports from itself and from the rooms before it.
 ROOMS = (
-    "backend", "names", "digests", "arguments", "warning", "hosts", "files", "ops", "layers", "statistics", "selection",
-    "initialization", "optim", "freezing", "adapters", "tokens", "integrations", "methods", "report", "__init__",
-    "demo cli commands __main__",
+    "backend", "names", "steps", "digests", "arguments", "warning", "hosts", "files", "ops", "layers", "statistics",
+    "selection", "initialization", "optim", "freezing", "adapters", "tokens", "integrations", "methods", "report",
+    "__init__", "demo cli commands __main__",
 )  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}
 HUGGING_FACE = {"accelerate", "datasets", "peft", "transformers"}
@@ -158,6 +158,18 @@ print(json.dumps(sorted({name.split(".")[0] for name in sys.modules.keys() - bef
     brought = set(json.loads(python(code)))
     assert "fishkern" in brought
     assert not brought & HEAVY
+
+
+def test_only_a_plan_takes_tensors_without_values():
+    """They are no public part of torch, so nothing else may depend on them."""
+    private = {
+        str(path.relative_to(ROOT))
+        for path in PACKAGE
+        if any(name.startswith(("torch._subclasses", "torch._guards")) for name in imports(path))
+    }
+    assert private == {"fishkern/statistics/rehearsal.py", "fishkern/statistics/valueless.py"}
+    code = "import sys, fishkern; print(*sys.modules)"
+    assert not {"fishkern.statistics.rehearsal", "fishkern.statistics.valueless"} & set(python(code).split())
 
 
 def test_works_without_triton():

@@ -2,7 +2,8 @@
 
 A function is named as ``package.module:function``, and gets plain arguments or dataclasses of :mod:`benchmarks`. With a
 limit of memory a process may take so much above its imports (RLIMIT_DATA, so reserved memory counts; on a GPU a share
-of its memory), and running out of memory really happens.
+of its memory), and running out of memory really happens. A process ends with the one that started it, however that
+ends, also in the middle of a call.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import gc
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -72,7 +75,7 @@ class Process:
         Args:
             function: ``package.module:function``.
             *arguments: Its arguments.
-            seconds: When to give up; the process is of no use afterwards.
+            seconds: When to give up; the process is ended then.
 
         Returns:
             What the function returned.
@@ -104,6 +107,7 @@ class Process:
         try:
             self._pipe.send(request)
             if not self._pipe.poll(seconds):
+                end(self._process)
                 raise TimeoutError(f"stopped after {seconds:.0f} s")
             answer = self._pipe.recv()
         except (EOFError, ConnectionError):
@@ -113,10 +117,10 @@ class Process:
         return answer["value"]
 
 
-def in_process(function: str, *arguments: Any) -> Any:
-    """Call a function in a process of its own that returns freed memory at once."""
+def in_process(function: str, *arguments: Any, seconds: float | None = None) -> Any:
+    """Call a function in a process of its own that returns freed memory at once; give up after so many seconds."""
     with Process(memory=True) as process:
-        return process.call(function, *arguments)
+        return process.call(function, *arguments, seconds=seconds)
 
 
 def end(process: subprocess.Popen) -> None:
@@ -150,6 +154,7 @@ def serve(pipe: str, limit_gib: str) -> None:
         limit_gib: As in :class:`Process`; empty for none.
     """
     os.dup2(2, 1)
+    threading.Thread(target=_end_with_the_other, args=(int(pipe),), daemon=True).start()
     limit = float(limit_gib) if limit_gib else None
     run: Callable[[], object] | None = None
     limited = False
@@ -180,6 +185,14 @@ def serve(pipe: str, limit_gib: str) -> None:
                 run = None
                 answer = {"error": _why(error, limit)}
             requests.send(answer)
+
+
+def _end_with_the_other(pipe: int) -> None:
+    """Wait until the pipe's other end is gone, and kill this process with all that it started."""
+    hang_up = select.poll()
+    hang_up.register(pipe, 0)  # only what is always reported: that it is closed
+    hang_up.poll()
+    os.killpg(0, signal.SIGKILL)  # it leads a session
 
 
 def _named(function: str) -> Callable[..., Any]:

@@ -5,10 +5,12 @@ A case records when all of it has run; an interrupted one leaves nothing.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -59,21 +61,32 @@ def run(names: list[str], results: Path, *, replace: bool = False, package: str 
         return 2
     passed: dict[str, bool] = {}
     outcomes = []
-    for name, module in cases.items():
-        outcome = Outcome(name)
-        outcomes.append(outcome)
-        outcome.refused = why_not(name, module.TESTS["run"], passed)
-        if outcome.refused:
-            print(f"{name}: {outcome.refused}", file=sys.stderr, flush=True)
-            continue
-        print(f"==> {name}: measuring", file=sys.stderr, flush=True)
-        _measure(module, results, outcome, replace=replace)
+    with _ended_by_sigterm():
+        for name, module in cases.items():
+            outcome = Outcome(name)
+            outcomes.append(outcome)
+            outcome.refused = why_not(name, module.TESTS["run"], passed)
+            if outcome.refused:
+                print(f"{name}: {outcome.refused}", file=sys.stderr, flush=True)
+                continue
+            print(f"==> {name}: measuring", file=sys.stderr, flush=True)
+            _measure(module, results, outcome, replace=replace)
     print(f"{'case':16} {'records':>7}  {'commit':24} outcome")
     for outcome in outcomes:
         print(outcome.line())
         for missed in outcome.missed:
             print(f"{'':24}  {missed}")
     return 0 if all(outcome.good for outcome in outcomes) else 1
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Leave by an exception, as at an interrupt, so that subprocess.run ends what it waits for."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def why_not(name: str, tests: list[str], passed: dict[str, bool]) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -50,7 +49,7 @@ def is_wrapped(tensor: Tensor) -> bool:
         they stand for ordinary ones.
     """
     own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    return own and not isinstance(tensor, FakeTensor)
+    return own and not hasattr(tensor, "fake_mode")
 
 
 def is_stored(tensor: Tensor) -> bool:

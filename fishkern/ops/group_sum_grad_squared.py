@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Literal, get_args
 
@@ -12,6 +13,7 @@ from fishkern.arguments import one_of
 from fishkern.backend import Backend, choose
 from fishkern.ops._arguments import accumulator, check_linear
 from fishkern.ops._tiles import TILE_ENTRIES, TILE_ENTRIES_ON_GPU, spans, tiles
+from fishkern.steps import Step, copied, in_one_step
 
 Group = Literal["row", "column", "tensor"]
 
@@ -92,6 +94,63 @@ def group_sum_grad_squared(
     return run(activations, output_grads, by=by, offsets=offsets, out=out, allow_tf32=allow_tf32)
 
 
+def _described(
+    activations: Tensor,
+    output_grads: Tensor,
+    *,
+    by: Group,
+    offsets: Tensor | None = None,
+    out: Tensor | None = None,
+    allow_tf32: bool = False,
+) -> Step:
+    """Describe a call of the reference: that of its examples of one length that take the most memory."""
+    total = _accumulator(out, activations, output_grads, by)
+    lengths = activations.shape[:2] if offsets is None else None
+    counts = {lengths[1]: lengths[0]} if lengths else Counter(offsets.diff().tolist())
+    scratch = flops = 0
+    for T, count in counts.items():
+        N = count if lengths else 1  # packed examples come one by one
+        if not T * N * activations.shape[-1] * output_grads.shape[-1]:
+            continue
+        grams = _grams_cost_less(T, activations.shape[-1], output_grads.shape[-1])
+        describe = _described_by_grams if grams else _described_by_tiles
+        most, multiplied = describe(total, activations, output_grads, N, T, by)
+        scratch, flops = max(scratch, most), flops + 2 * count * multiplied
+    return Step(total, scratch, flops)
+
+
+def _described_by_grams(total: Tensor, x: Tensor, g: Tensor, N: int, T: int, by: Group) -> tuple[int, int]:
+    """Bytes, and multiplications for one example."""
+    dtype, size = total.dtype, total.element_size()
+    I, O = x.shape[-1], g.shape[-1]
+    block, n, width = _room_for_grams(T, I, O, x.device)
+    n = min(n, N)
+    gram = n * block * T * size
+    first, second = (next(spans(F, width)).stop for F in ((O, I) if by == "column" else (I, O)))
+    sums = n * total.numel() * size
+    of_first = copied(x, dtype, n * T * first)
+    if by == "tensor":
+        of_second = gram + copied(x, dtype, n * T * second)
+    else:
+        of_second = copied(x, dtype, n * T * second) + n * (block + 1) * second * size
+    masks = 2 * n * block * T
+    scratch = N * T + max(N * T * g.element_size(), sums + gram + max(of_first, of_second, masks))
+    pairs = sum(min(block, T - start) * (T - start) for start in range(0, T, block))
+    return scratch, pairs * (I + O)
+
+
+def _described_by_tiles(total: Tensor, x: Tensor, g: Tensor, N: int, T: int, by: Group) -> tuple[int, int]:
+    """Bytes, and multiplications for one example."""
+    I, O = x.shape[-1], g.shape[-1]
+    rows, columns = next(tiles(O, I, x.device))
+    o, i = len(range(O)[rows]), len(range(I)[columns])
+    n = max(1, min(N, _ENTRIES_PER_CALL // (o * i)))
+    summed = {"row": o, "column": i, "tensor": 1}[by] * total.element_size()
+    casts = copied(x, total.dtype, n * T * (o + i))
+    return n * o * i * total.element_size() + max(casts, summed), T * I * O
+
+
+@in_one_step(_described)
 @torch.no_grad()
 def group_sum_grad_squared_torch(
     activations: Tensor,
@@ -133,33 +192,46 @@ def _grams_cost_less(T: int, I: int, O: int) -> bool:
 
 
 def _add_by_grams_(total: Tensor, x: Tensor, g: Tensor, by: Group) -> None:
-    T = x.shape[1]
-    # Products and, converted to float32, features: a quarter of a tile, since several of them live at a time.
-    most = (TILE_ENTRIES if x.device.type == "cpu" else TILE_ENTRIES_ON_GPU) // 4
     # With columns for groups, the two factors change places.
     summed, grouped = (g, x) if by == "column" else (x, g)
-    block = min(T, _GRAM_POSITIONS)
-    examples = max(1, most // (T * (block + max(x.shape[2], g.shape[2]))))
-    width = max(16, most // T)  # features of one example that have room, converted to float32
+    block, examples, width = _room_for_grams(*x.shape[1:], g.shape[2], x.device)
     has_grad = torch.linalg.vector_norm(g, ord=1, dim=-1) != 0  # [N, T]; unlike any(), without a copy
     parts = (tensor.split(examples) for tensor in (summed, grouped, has_grad))
     for a, b, used in zip(*parts, strict=True):
         sums = total.new_zeros(len(a), *total.shape)
-        for start in range(0, T, block):
-            gram = _gram(a, start, width, total.dtype)  # [n, block, T - start]
-            gram[..., block:] *= 2  # the pairs the other way round
-            # Activations of padded positions may be so large that their products overflow, and infinity times a
-            # gradient of zero would be NaN.
-            gram.masked_fill_(~(used[:, start : start + block, None] & used[:, None, start:]), 0)
-            if by == "tensor":
-                sums += gram.mul_(_gram(b, start, width, total.dtype)).sum((1, 2))
-                continue
-            for columns in spans(b.shape[2], width):
-                later = b[:, start:, columns].to(total.dtype)
-                product = torch.bmm(gram, later, out=gram.new_empty(*gram.shape[:2], later.shape[2]))
-                sums[:, columns] += product.mul_(later[:, :block]).sum(1)
+        for start in range(0, a.shape[1], block):
+            _add_block_(sums, a, b, used, start, width, by)
         # Each is a sum of squares, which rounding alone can bring below zero.
         total.add_(sums.clamp_(min=0).sum(0))
+
+
+def _room_for_grams(T: int, I: int, O: int, device: torch.device) -> tuple[int, int, int]:
+    """Say how many positions, examples and features to take at a time."""
+    # Products and, converted to float32, features: a quarter of a tile, since several of them live at a time.
+    most = (TILE_ENTRIES if device.type == "cpu" else TILE_ENTRIES_ON_GPU) // 4
+    block = min(T, _GRAM_POSITIONS)
+    examples = max(1, most // (T * (block + max(I, O))))
+    return block, examples, max(16, most // T)  # features of one example that have room, converted to float32
+
+
+def _add_block_(sums: Tensor, a: Tensor, b: Tensor, used: Tensor, start: int, width: int, by: Group) -> None:
+    """Add what a block of positions has with itself and all later ones."""
+    block = min(a.shape[1], _GRAM_POSITIONS)
+    gram = _gram(a, start, width, sums.dtype)  # [n, block, T - start]
+    gram[..., block:] *= 2  # the pairs the other way round
+    # Activations of padded positions may be so large that their products overflow, and infinity times a
+    # gradient of zero would be NaN.
+    gram.masked_fill_(~(used[:, start : start + block, None] & used[:, None, start:]), 0)
+    if by == "tensor":
+        sums += gram.mul_(_gram(b, start, width, sums.dtype)).sum((1, 2))
+        return
+    for columns in spans(b.shape[2], width):
+        _add_columns_(sums[:, columns], gram, b[:, start:, columns].to(sums.dtype))
+
+
+def _add_columns_(sums: Tensor, gram: Tensor, later: Tensor) -> None:
+    product = torch.bmm(gram, later, out=gram.new_empty(*gram.shape[:2], later.shape[2]))
+    sums += product.mul_(later[:, : gram.shape[1]]).sum(1)
 
 
 def _gram(features: Tensor, start: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -167,9 +239,12 @@ def _gram(features: Tensor, start: int, width: int, dtype: torch.dtype) -> Tenso
     N, T, F = features.shape
     gram = torch.zeros(N, min(_GRAM_POSITIONS, T - start), T - start, dtype=dtype, device=features.device)
     for columns in spans(F, width):
-        later = features[:, start:, columns].to(dtype)
-        gram.baddbmm_(later[:, :_GRAM_POSITIONS], later.mT)
+        _add_products_(gram, features[:, start:, columns].to(dtype))
     return gram
+
+
+def _add_products_(gram: Tensor, later: Tensor) -> None:
+    gram.baddbmm_(later[:, :_GRAM_POSITIONS], later.mT)
 
 
 def _add_by_tiles_(total: Tensor, x: Tensor, g: Tensor, by: Group) -> None:

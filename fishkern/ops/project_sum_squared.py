@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from fishkern.backend import Backend, choose
 from fishkern.ops._arguments import check_linear
 from fishkern.ops._tiles import TILE_ENTRIES, TILE_ENTRIES_ON_GPU, spans
 from fishkern.ops.dtypes import accumulates_in
+from fishkern.steps import Step, copied, in_one_step
 
 # Directions that are projected on at a time: fewer make slow matrix products on a CPU, more leave fewer positions room.
 _DIRECTIONS = 768
@@ -70,6 +73,44 @@ def project_sum_squared(
     return run(activations, output_grads, V, U, counted=counted, allow_tf32=allow_tf32)
 
 
+def _described(
+    activations: Tensor,
+    output_grads: Tensor,
+    V: Tensor,
+    U: Tensor,
+    *,
+    counted: Tensor | None = None,
+    allow_tf32: bool = False,
+) -> Step:
+    """Describe a call of the reference: its first directions, examples and positions take the most memory."""
+    dtype = accumulates_in(torch.promote_types(activations.dtype, V.dtype))
+    N, T, I = activations.shape
+    O, K = U.shape
+    total = torch.zeros(3, K, dtype=dtype, device=V.device)
+    if not N * T * K:
+        return Step(total, 0, 0)
+    columns, positions = next(_directions(K, V.device))
+    n = next(spans(N, max(1, positions // T))).stop
+    t = next(spans(T, positions)).stop
+    k, rows = columns.stop, n * t
+    one = rows * k * dtype.itemsize  # projections on one side
+
+    def projecting(factors: Tensor, directions: Tensor) -> int:
+        F = factors.shape[-1]
+        f = next(_features(F, rows, k, V.device)).stop if F else 0
+        # examples and positions may be one axis without a copy, unless these are a part of several examples' positions
+        viewed = n == 1 or (t == T and factors.stride(0) == T * factors.stride(1))
+        features = 0 if viewed and factors.dtype == dtype else rows * f * dtype.itemsize
+        return one + features + copied(directions, dtype, f * k)
+
+    sums = n * k * dtype.itemsize
+    masks = 0 if counted is None else 2 * one + rows
+    first, second = projecting(activations, V), one + projecting(output_grads, U)
+    scratch = sums + max(first, second, 3 * one + sums, masks)
+    return Step(total, scratch, 2 * N * T * K * (I + O))
+
+
+@in_one_step(_described)
 @torch.no_grad()
 def project_sum_squared_torch(
     activations: Tensor,
@@ -87,30 +128,51 @@ def project_sum_squared_torch(
     total = torch.zeros(3, K, dtype=dtype, device=V.device)
     if not N * T * K:
         return total
-    most = TILE_ENTRIES if V.device.type == "cpu" else TILE_ENTRIES_ON_GPU
-    for columns in spans(K, _DIRECTIONS):
+    for columns, positions in _directions(K, V.device):
         sums, v, u = total[:, columns], V[:, columns], U[:, columns]
-        positions = max(1, most // (3 * sums.shape[1]))  # room for both projections and their products
         for examples in spans(N, max(1, positions // T)):
             part = None if counted is None else counted[examples]
             _add_(sums, activations[examples], output_grads[examples], v, u, part, positions)
     return total
 
 
+def _directions(K: int, device: torch.device) -> Iterator[tuple[slice, int]]:
+    """Yield some directions after the other, and the number of positions with room for their projections."""
+    for columns in spans(K, _DIRECTIONS):
+        # both projections and their products
+        yield columns, max(1, _most(device) // (3 * (columns.stop - columns.start)))
+
+
+def _features(F: int, rows: int, K: int, device: torch.device) -> Iterator[slice]:
+    """Yield so many features at a time as there is room for in copies of ``rows`` positions and ``K`` directions."""
+    return spans(F, max(1, _most(device) // max(rows, K)))
+
+
+def _most(device: torch.device) -> int:
+    return TILE_ENTRIES if device.type == "cpu" else TILE_ENTRIES_ON_GPU
+
+
 def _add_(total: Tensor, x: Tensor, g: Tensor, v: Tensor, u: Tensor, counted: Tensor | None, positions: int) -> None:
     """Add the sums of some examples; of one that is longer than ``positions``, a part after the other."""
     joint = total.new_zeros(len(x), v.shape[1])
     for part in spans(x.shape[1], positions):
-        h, d = _project(x[:, part], v, total.dtype), _project(g[:, part], u, total.dtype)  # [n, t, K]
-        joint += (h * d).sum(1)
-        if counted is not None:
-            # Before squaring: squares of what is in padded positions may be infinite.
-            left_out = ~counted[:, part, None]
-            h.masked_fill_(left_out, 0)
-            d.masked_fill_(left_out, 0)
-        total[0] += h.square_().sum((0, 1))
-        total[1] += d.square_().sum((0, 1))
+        # projections end with the call, before there are others
+        _add_positions_(total, joint, x[:, part], g[:, part], v, u, None if counted is None else counted[:, part])
     total[2] += joint.square_().sum(0)
+
+
+def _add_positions_(
+    total: Tensor, joint: Tensor, x: Tensor, g: Tensor, v: Tensor, u: Tensor, counted: Tensor | None
+) -> None:
+    h, d = _project(x, v, total.dtype), _project(g, u, total.dtype)  # [n, t, K]
+    joint += (h * d).sum(1)
+    if counted is not None:
+        # Before squaring: squares of what is in padded positions may be infinite.
+        left_out = ~counted[..., None]
+        h.masked_fill_(left_out, 0)
+        d.masked_fill_(left_out, 0)
+    total[0] += h.square_().sum((0, 1))
+    total[1] += d.square_().sum((0, 1))
 
 
 def _project(factors: Tensor, directions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -120,11 +182,16 @@ def _project(factors: Tensor, directions: Tensor, dtype: torch.dtype) -> Tensor:
     if F == 0:
         return torch.zeros(n, t, K, dtype=dtype, device=factors.device)
     projections = torch.empty(n * t, K, dtype=dtype, device=factors.device)
-    most = TILE_ENTRIES if factors.device.type == "cpu" else TILE_ENTRIES_ON_GPU
-    for features in spans(F, max(1, most // max(n * t, K))):
-        part = factors[..., features].flatten(0, 1).to(dtype)
-        # In place, which autocast leaves alone; what is there before the first is not read.
-        torch.addmm(projections, part, directions[features].to(dtype), beta=int(features.start > 0), out=projections)
+    for features in _features(F, n * t, K, factors.device):
+        beta = int(features.start > 0)  # what is there before the first is not read
+        # In place, which autocast leaves alone. No name for the copies: they would be alive beside the next ones.
+        torch.addmm(
+            projections,
+            factors[..., features].to(dtype).flatten(0, 1),
+            directions[features].to(dtype),
+            beta=beta,
+            out=projections,
+        )
     return projections.view(n, t, K)
 
 

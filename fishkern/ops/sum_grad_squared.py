@@ -10,6 +10,7 @@ from torch import Tensor
 from fishkern.backend import Backend, choose
 from fishkern.ops._arguments import accumulator, check_apart, check_linear
 from fishkern.ops._tiles import tiles
+from fishkern.steps import Step, copied, in_one_step
 
 # Up to this size a matrix product costs no more than its call, so that several examples share one call.
 _SMALL_TILE = 2**15
@@ -77,6 +78,38 @@ def sum_grad_squared(
     return run(activations, output_grads, offsets=offsets, out=out, grad_out=grad_out, allow_tf32=allow_tf32)
 
 
+def _described(
+    activations: Tensor,
+    output_grads: Tensor,
+    *,
+    offsets: Tensor | None = None,
+    out: Tensor | None = None,
+    grad_out: Tensor | None = None,
+    allow_tf32: bool = False,
+) -> Step:
+    """Describe a call of the reference: no tile takes more memory than the first."""
+    O, I = output_grads.shape[-1], activations.shape[-1]
+    total = accumulator(out, (O, I), output_grads)
+    dtype, positions = total.dtype, activations[..., 0].numel()
+    lengths = None if offsets is None else offsets.diff().tolist()
+    N, T = activations.shape[:2] if lengths is None else (len(lengths), max(lengths, default=0))
+    rows, columns = next(tiles(O, I, total.device))
+    o, i = len(range(O)[rows]), len(range(I)[columns])
+    single = lengths is None and T == 1
+    if single:
+        n = min(N, _SQUARED_AT_ONCE)
+        scratch = copied(activations, dtype, n * (o + i)) + n * (o + i) * dtype.itemsize
+    elif lengths is None and N > 1 and o * i <= _SMALL_TILE:
+        n = min(N, _EXAMPLES_PER_CALL)
+        scratch = (n + 1) * o * i * dtype.itemsize  # gradients, and the sum of their squares
+        scratch = max(scratch, n * o * i * dtype.itemsize + copied(activations, dtype, n * T * (o + i)))
+    else:
+        scratch = o * i * dtype.itemsize + copied(activations, dtype, T * (o + i))
+    products = 1 + (single and grad_out is not None)
+    return Step(total, scratch, 2 * products * positions * O * I)
+
+
+@in_one_step(_described)
 @torch.no_grad()
 def sum_grad_squared_torch(
     activations: Tensor,

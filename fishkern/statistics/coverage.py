@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 # In the order in which merging prefers the later one: of two runs, the slower path is what the reader should know.
 PATHS = ("batch", "sketch", "fused", "generic", "loop", "left out")
+# In the place of a path, in what is said before a run.
+ONLY_A_RUN = "only a run can tell"
 
 
 @dataclass(frozen=True)

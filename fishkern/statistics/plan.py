@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,15 @@ from fishkern.statistics.answering import Answering
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples, Shared
 from fishkern.statistics.choosing import Requested
+from fishkern.statistics.coverage import ONLY_A_RUN
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.likelihood import Likelihood
-from fishkern.statistics.rehearsal import ONLY_A_RUN, Rehearsal
 from fishkern.statistics.request import check_estimable, parameter_infos, reader_for, requested_tensors
-from fishkern.statistics.valueless import Valueless, device_of
+
+if TYPE_CHECKING:
+    from fishkern.statistics.rehearsal import Rehearsal
+    from fishkern.statistics.valueless import Valueless
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +138,9 @@ def plan(
         UnsupportedModuleError: The gradients of a module cannot be exact; the message says how to avoid it.
         RuntimeError: It runs under ``torch.inference_mode()``.
     """
+    # not at the top: torch's tensors without values are no public part of it
+    from fishkern.statistics.valueless import Valueless, device_of
+
     estimator = DiagonalFisher() if estimator is None else estimator
     model = hosts.unwrap(model)
     check_estimable(model, estimator, on_meta=True)
@@ -147,7 +153,7 @@ def plan(
     if batch is not None:
         examples = reader_for(likelihood, shared)(batch, 0)
         examples = examples.with_tensors(lambda tensor: mode.input_like(tensor, device))
-    elsewhere = accumulate_on is not None and torch.device(accumulate_on).type != first.device.type
+    elsewhere = accumulate_on is not None and not _is(first.device, torch.device(accumulate_on))
     with torch.random.fork_rng([device] if device.type == "cuda" else []), mode.model(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of values, which there are none of
         rehearsals = _rehearsed(mode, model, parameters, estimator, likelihood, examples, check=check)
@@ -165,6 +171,8 @@ def _rehearsed(
     check: bool,
 ) -> list[Rehearsal]:
     """Rehearse each pass over the data, while the results of those before it are alive."""
+    from fishkern.statistics.rehearsal import Rehearsal
+
     maps = linear_maps(model) if estimator.reads == "factors" else {}
     requested = requested_tensors(model, parameters, estimator, maps)
     infos = parameter_infos(model, requested, estimator, None, maps)
@@ -236,6 +244,13 @@ def _unknown(
     if any(parameter.is_meta for parameter in model.parameters()):
         yield "which attention and which kernels another device than a CPU takes, since the model is on the meta device"
     yield "what kernels and libraries take beside their results, and the slack of the allocator"
+
+
+def _is(device: torch.device, named: torch.device) -> bool:
+    """Tell whether a tensor's device is what a user names; an accelerator without a number is the current one."""
+    if device.type != named.type or device.type in ("cpu", "meta"):
+        return device.type == named.type
+    return device.index == (torch.accelerator.current_device_index() if named.index is None else named.index)
 
 
 def _nbytes(tensor: Tensor) -> int:

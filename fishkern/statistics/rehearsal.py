@@ -28,6 +28,7 @@ from fishkern.statistics.autograd_pass import AutogradPass
 from fishkern.statistics.base import Estimator, ParameterInfo, sums
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.captured_pass import CapturedPass
+from fishkern.statistics.coverage import ONLY_A_RUN
 from fishkern.statistics.independence import Independence
 from fishkern.statistics.planning import Answer, Planner
 from fishkern.statistics.positions import counted_positions
@@ -37,7 +38,6 @@ from fishkern.statistics.states import States
 from fishkern.statistics.undisturbed import Entered, undisturbed
 from fishkern.statistics.valueless import Phase, Valueless
 
-ONLY_A_RUN = "only a run can tell"
 _NEEDS_VALUES = (
     DataDependentOutputException,
     DynamicOutputShapeException,

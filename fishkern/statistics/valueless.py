@@ -30,6 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fishkern.steps import Step
+
 _aten = torch.ops.aten
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")
 # The largest number of entries of an integer tensor that keeps its values.
@@ -66,6 +68,7 @@ class Valueless(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._fake.take = self.take  # tensors without values say whom an operation tells what it takes
         self._sizes: dict[int, weakref.ref | None] = {}
         self._said_any: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._asked: set[str] = set()
@@ -107,6 +110,15 @@ class Valueless(TorchDispatchMode):
         """
         self.peak = max(self.peak, self.live + phase.peak - phase.start)
         self.flops += phase.flops
+
+    def take(self, step: Step) -> None:
+        """Count an operation that is taken as one step.
+
+        Args:
+            step: What it takes; its result has been made.
+        """
+        self.peak = max(self.peak, self.live + step.scratch)
+        self.flops += step.flops
 
     def __enter__(self) -> Valueless:
         _LOG.disabled, self._logs = True, _LOG.disabled  # torch logs what does not run, also where that is expected

@@ -23,8 +23,14 @@ def test_figures_of_memory_and_planning():
     # so small a pass may fit into memory that the process has already
     assert figures["ratio"] == pytest.approx(figures["peak_mib"] / figures["plan_mib"], abs=0.2)
     assert plan.planning("DiagonalFisher", replace(SMALL, device="meta")).keys() == planned | {
-        "planned_weights_mib", "seconds"
+        "planned_weights_mib", "seconds", "cpu_seconds"
     }  # fmt: skip
+
+
+def test_times_are_of_the_batches_after_the_first():
+    seconds = plan.of_later_batches(SMALL.model(), SMALL.data(), plan.Captured())
+    assert len(seconds) == SMALL.batches - 1
+    assert min(seconds) > 0
 
 
 def test_the_pass_without_projections_captures_the_same():

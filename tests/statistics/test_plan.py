@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fishkern as fk
+from fishkern.statistics.plan import _is
 from tests.support import own_estimators, zoo
 from tests.support.allocated import peak_allocated
 
@@ -167,6 +168,17 @@ def test_accumulators_elsewhere_are_left_out():
     largest = max(4 * parameter.numel() for parameter in model.parameters())
     assert elsewhere.accumulator_bytes == here.accumulator_bytes
     assert here.peak_bytes - elsewhere.peak_bytes == pytest.approx(here.accumulator_bytes - largest, abs=64)
+
+
+@pytest.mark.parametrize(
+    "device, named, same",
+    [("cuda:0", "cuda:1", False), ("cuda:0", "cuda:0", True), ("cuda:0", "cpu", False), ("cpu", "cpu", True),
+     ("cuda:1", "cuda", True), ("cuda:0", "cuda", False)],
+)  # fmt: skip
+def test_each_gpu_is_a_device_of_its_own(device, named, same, monkeypatch):
+    """Without a number, the current one is meant: here the second."""
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    assert _is(torch.device(device), torch.device(named)) is same
 
 
 @pytest.mark.parametrize("family", [pytest.param("bert-classifier", marks=pytest.mark.slow), "mixtral"])
