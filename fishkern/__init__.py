@@ -1,6 +1,7 @@
 """Exact per-example Fisher information of PyTorch models, and the fine-tuning methods that stand on it."""
 
 from fishkern.backend import BackendUnavailableError, use_backend, why_not_triton
+from fishkern.freezing import FreezeRule, JensenShannon, Slices
 from fishkern.initialization import (
     AdapterInit,
     DirectionInit,
@@ -80,9 +81,11 @@ __all__ = [
     "Estimator",
     "FactoredStatistics",
     "FactoredValues",
+    "FreezeRule",
     "GlobalTopK",
     "GroupFisher",
     "InverseImportance",
+    "JensenShannon",
     "Likelihood",
     "MaskedAdamW",
     "MaskedLM",
@@ -105,6 +108,7 @@ __all__ = [
     "Seq2SeqLM",
     "ShallowSearch",
     "SketchedFisher",
+    "Slices",
     "Statistics",
     "TokenClassification",
     "UniformRank",
