@@ -2,6 +2,7 @@
 
 from fishkern.freezing.drift import JensenShannon, Track
 from fishkern.freezing.readings import Factors, Reading, reading_of
+from fishkern.freezing.reference import ReferenceDrift, ReferenceFactors, ReferenceRule
 from fishkern.freezing.rule import FreezeRule
 from fishkern.freezing.slices import Key, Slices
 
@@ -11,6 +12,9 @@ __all__ = [
     "JensenShannon",
     "Key",
     "Reading",
+    "ReferenceDrift",
+    "ReferenceFactors",
+    "ReferenceRule",
     "Slices",
     "Track",
     "reading_of",
