@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from fishkern.layers.base import Call
 from fishkern.layers.factored import module_factors
 from fishkern.layers.generic import module_grads
-from fishkern.layers.grads import DenseGrads, OuterProductGrads, PerExampleGrads
+from fishkern.layers.grads import (
+    DenseGrads,
+    EmbeddingGrads,
+    OuterProductGrads,
+    PerExampleGrads,
+    PositionGrads,
+    where_counted,
+)
 from fishkern.layers.hooks import Arrival, Hooks
 from fishkern.layers.rows import Rows
 from fishkern.layers.rules import factored
@@ -78,8 +85,8 @@ class Capture:
 
         Args:
             num_examples: ``N`` of the batch.
-            counted: Which positions count, ``[N, T]``, bool; ``None`` for all. Factors with these positions carry it
-                (:class:`fishkern.layers.grads.OuterProductGrads`).
+            counted: Which positions count, ``[N, T]``, bool; ``None`` for all. Gradients that are sums over positions
+                carry it (:class:`fishkern.layers.grads.OuterProductGrads` and others).
 
         Yields:
             Nothing.
@@ -162,19 +169,51 @@ class Capture:
             arrival = arrival._replace(saved=saved)
         for key, grads in arrival.per_example_grads():
             grads = grads.unflattened(N) if site.layout is Layout.FLATTENED else grads
-            self._uses.deliver(key, grads if self._counted is None else self._with_counted(key, grads))
+            self._uses.deliver(
+                key, grads if self._counted is None else self._with_counted(key, grads, arrival.grads[0])
+            )
 
-    def _with_counted(self, key: str, grads: PerExampleGrads) -> PerExampleGrads:
-        """Attach which positions count to a linear map's factors: those of the batch, or the only one of a pooler."""
-        if not isinstance(grads, OuterProductGrads) or grads.num_positions == 1:
+    def _with_counted(self, key: str, grads: PerExampleGrads, output_grads: Tensor) -> PerExampleGrads:
+        """Attach which positions count: those of the batch, or the only one of a pooler."""
+        if not isinstance(grads, OuterProductGrads | EmbeddingGrads | PositionGrads):
             return grads
-        if grads.num_positions != self._counted.shape[1]:
+        T = grads.num_terms() // grads.num_examples
+        if T == 1:
+            return grads
+        if self._counted.shape[1] == T:
+            return replace(grads, counted=self._counted)
+        counted = self._spread(grads, output_grads) if isinstance(grads, PositionGrads) else None
+        if counted is None:
             raise UnsupportedModuleError(
-                f"{key} runs at {grads.num_positions} positions, and attention_mask or labels say of "
+                f"{key} runs at {T} positions, and attention_mask or labels say of "
                 f"{self._counted.shape[1]} which count. Give batches without padding, count positions='all', or leave "
                 "the parameter out with parameters=."
             )
-        return replace(grads, counted=self._counted)
+        return replace(grads, counted=counted)
+
+    def _spread(self, grads: PositionGrads, output_grads: Tensor) -> Tensor | None:
+        """Spread which positions count over the heads at each of them, where a norm runs at every head.
+
+        An axis as long as there are positions may be that of the heads. So terms of positions that do not count must be
+        zero, as they are at padding.
+
+        Args:
+            grads: Terms of a norm, ``[N, T H, D]`` or ``[N, H T, D]``.
+            output_grads: The gradient that they are made of, with these axes apart.
+
+        Returns:
+            ``[N, T H]`` or ``[N, H T]``; ``None`` if there is no such axis.
+        """
+        N, T = self._counted.shape
+        axes = output_grads.shape[1 : output_grads.ndim - grads.terms.ndim + 2]
+        for axis, size in enumerate(axes):
+            if size != T or axes.numel() != grads.terms.shape[1]:
+                continue
+            ones = [T if place == axis else 1 for place in range(len(axes))]
+            counted = self._counted.view(N, *ones).expand(N, *axes).reshape(N, -1)
+            if not bool(where_counted(grads.terms, ~counted).any()):
+                return counted
+        return None
 
     def _receive_generic(self, arrival: Arrival) -> None:
         site = arrival.site

@@ -145,7 +145,7 @@ def plan(
     model = hosts.unwrap(model)
     check_estimable(model, estimator, on_meta=True)
     weight_bytes = sum(map(_nbytes, [*model.parameters(), *model.buffers()]))
-    maps = linear_maps(model) if estimator.reads == "factors" else {}
+    maps = linear_maps(model) if estimator.reads_factors else {}
     first = next(iter(requested_tensors(model, parameters, estimator, maps).values()))
     device = device_of(first)
     mode = Valueless()
@@ -173,7 +173,7 @@ def _rehearsed(
     """Rehearse each pass over the data, while the results of those before it are alive."""
     from fishkern.statistics.rehearsal import Rehearsal
 
-    maps = linear_maps(model) if estimator.reads == "factors" else {}
+    maps = linear_maps(model) if estimator.reads_factors else {}
     requested = requested_tensors(model, parameters, estimator, maps)
     infos = parameter_infos(model, requested, estimator, None, maps)
     answering = Answering(model, likelihood)
