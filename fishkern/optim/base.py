@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -211,7 +211,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._at_start = False
         self._warn_of_clipping()
         work = [
-            (bucket, group, [self._grad_of(parameter) for parameter in bucket.params])
+            (bucket, group, self._grads_of(bucket.params))
             for group, buckets in zip(self.param_groups, self._current_buckets(), strict=True)
             for bucket in buckets
         ]
@@ -222,9 +222,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for bucket, group, grads in work:
             if all(grad is None for grad in grads):
                 continue
-            for i, (parameter, grad) in enumerate(zip(bucket.params, grads, strict=True)):
-                if grad is not None:
-                    bucket.own(i, self.state[parameter])
+            bucket.own(self.state, grads)
             bucket.advance(grads)
             factor = None if scale is None else scale.to(bucket.device)
             if self._is_fused(bucket):
@@ -382,13 +380,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
         demands_kernel = backend.current() == "triton" and self._settings["fused"] is None
         return bucket.fused and bucket.starts is None and not demands_kernel
 
-    def _grad_of(self, parameter: Tensor) -> Tensor | None:
-        if self._released is not None and parameter in self._released.grads:
-            return self._released.grads[parameter]
-        grad = parameter.grad
-        if grad is not None and grad.layout is not torch.strided:
-            dense(next(name for name, other in self._named() if other is parameter), grad)
-        return grad
+    def _grads_of(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        grads = [parameter.grad for parameter in parameters]
+        for parameter, grad in zip(parameters, grads, strict=True):
+            if grad is not None and grad.layout is not torch.strided:
+                dense(next(name for name, other in self._named() if other is parameter), grad)
+        if self._released is None or not self._released.grads:
+            return grads
+        return [self._released.grads.get(p, grad) for p, grad in zip(parameters, grads, strict=True)]
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.param_groups:
