@@ -170,6 +170,15 @@ class Bucket:
         """
         return self._views[i]
 
+    def tensors(self) -> list[Tensor]:
+        """List all memory that is kept here.
+
+        Returns:
+            The compact state and the steps; views of them are in the states of the parameters.
+        """
+        starts = [] if self.starts is None else [self.starts]
+        return [*self.flat.values(), self.steps, *starts, *(s.indices for s in self.selected if s.indices is not None)]
+
     def operands(self, grads: Sequence[Tensor | None]) -> Operands:
         """Take each range of rows for a parameter of its own, all of which is selected.
 
@@ -221,15 +230,30 @@ def carried_over(state: dict[str, Any], old: Entries, new: Selected, param: Tens
         name: new.gather(param).to(tensor.dtype, copy=True) if name == "master" else tensor.new_zeros(count)
         for name, tensor in values.items()
     }
+    step = state["step"].clone()
     if kept < count or "start" in state:
         # The step is the parameter's. An entry that comes in now has done none of its updates: it starts at this one.
         values["start"] = state.get("start", torch.zeros(old.count, device=param.device))
-        moved["start"] = state["step"].to(param.device).repeat(count)
+        moved["start"] = step.to(param.device).repeat(count)
     for before, after in old.moves(new.entries):
         source, target = _on(param.device, before), _on(param.device, after)
         for name, tensor in values.items():
             moved[name][target] = tensor[source]
-    return {"step": state["step"].clone(), **moved, **new.key()}, kept
+    if "start" in moved and bool((moved["start"] == moved["start"][0]).all()):
+        step -= moved.pop("start")[0].to(step.device)  # one age for all again, with which rows are fused
+    return {"step": step, **moved, **new.key()}, kept
+
+
+def apart(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy a parameter's state out of the memory that it shares with others.
+
+    Args:
+        state: ``optimizer.state[parameter]``.
+
+    Returns:
+        The same values in memory of their own, which keeps nobody else's alive.
+    """
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def _on(device: torch.device, places: slice | Tensor) -> slice | Tensor:
