@@ -1,0 +1,1 @@
+"""Statistics over time: what stops training, and when."""
