@@ -1,6 +1,7 @@
 """Exact per-example Fisher information of PyTorch models, and the fine-tuning methods that stand on it."""
 
 from fishkern.backend import BackendUnavailableError, use_backend, why_not_triton
+from fishkern.freezing import Freezer, FreezeRule, Freezing, JensenShannon, Slices
 from fishkern.initialization import (
     AdapterInit,
     DirectionInit,
@@ -13,7 +14,7 @@ from fishkern.initialization import (
     initialize,
 )
 from fishkern.layers import UnsupportedModuleError
-from fishkern.methods import ShallowSearch, farss, filet, fish_tuning, pissa
+from fishkern.methods import ShallowSearch, farss, filet, fish_tuning, fisher_adaptune, pissa
 from fishkern.names import canonical_name
 from fishkern.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
 from fishkern.selection import (
@@ -74,9 +75,13 @@ __all__ = [
     "Drawn",
     "Energies",
     "Estimator",
+    "FreezeRule",
+    "Freezer",
+    "Freezing",
     "GlobalTopK",
     "GroupFisher",
     "InverseImportance",
+    "JensenShannon",
     "Likelihood",
     "MaskedAdamW",
     "MaskedLM",
@@ -99,6 +104,7 @@ __all__ = [
     "Seq2SeqLM",
     "ShallowSearch",
     "SketchedFisher",
+    "Slices",
     "Statistics",
     "TokenClassification",
     "UniformRank",
@@ -112,6 +118,7 @@ __all__ = [
     "farss",
     "filet",
     "fish_tuning",
+    "fisher_adaptune",
     "initialize",
     "merge",
     "pissa",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.names import listed
-from fishkern.statistics import Drawn, Estimator, Likelihood, estimate
+from fishkern.statistics import Drawn, Estimator, Likelihood, OnlineFisher, estimate
 from fishkern.statistics.batches import Shared
 from fishkern.statistics.held import Held
 from fishkern.statistics.shards import Ranks
@@ -102,6 +102,20 @@ class Probe(Source):
                 "a loader that shuffles or augments measures its own draws. Pass a fixed list, such as list(loader)."
             )
         self.digest = digest
+
+
+class Online(Source):
+    """The running mean of the training steps' own squared gradients, with the noise of their batches.
+
+    Args:
+        online: Around the training steps.
+    """
+
+    def __init__(self, online: OnlineFisher) -> None:
+        self._online = online
+
+    def read(self) -> Held:
+        return self._online.statistics
 
 
 class _Digested:
