@@ -107,6 +107,15 @@ def test_energies(files):
     assert (loaded["1.weight"].positions, loaded["1.weight"].digest) == (6.5, (4.5, -0.125))
 
 
+def test_factored_statistics(files):
+    loaded, expected = fk.FactoredStatistics.load(files / "factored" / "factored"), samples.factored()
+    assert loaded == expected
+    assert loaded["0.weight"].shape == (20, 2, 8)
+    assert torch.equal(loaded.factors("1.weight").rows, samples.numbers("1.weight rows", (3,)).abs() / 6.5)
+    assert torch.equal(loaded["0.bias"], expected["0.bias"])
+    assert loaded.factors("0.bias") is None
+
+
 def test_a_selection_knows_its_start(files):
     loaded = fk.Selection.load(files / "selections" / "bound")
     check_start(loaded, samples.small())

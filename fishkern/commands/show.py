@@ -26,7 +26,7 @@ from fishkern.report.tables import (
     values_table,
 )
 from fishkern.selection import Delta, Selection, open_start
-from fishkern.statistics import Energies, Statistics
+from fishkern.statistics import Energies, FactoredStatistics, Statistics
 
 DENSITY = 0.005
 
@@ -35,7 +35,7 @@ class Start(dict[str, StoredTensor]):
     """The values of a start by parameter name, on disk."""
 
 
-Content = Statistics | Selection | Delta | Start | Energies | AdapterInit
+Content = Statistics | FactoredStatistics | Selection | Delta | Start | Energies | AdapterInit
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ class _Kind:
 
 _KINDS: dict[str, _Kind] = {
     "fishkern.statistics": _Kind(Statistics, "statistics", lambda path: Statistics.load(path, lazy=True)),
+    "fishkern.factored-statistics": _Kind(
+        FactoredStatistics, "factored statistics", lambda path: FactoredStatistics.load(path, lazy=True)
+    ),
     "fishkern.selection": _Kind(Selection, "a selection", Selection.load),
     "fishkern.delta": _Kind(Delta, "a delta", Delta.load),
     "fishkern.start": _Kind(Start, "a start", lambda path: Start(open_start(path))),
@@ -86,7 +89,8 @@ def show(
 
         picture = checked_picture(plot)
     content = _load(file)
-    if density is not None and not isinstance(content, Statistics):
+    of_entries = isinstance(content, Statistics | FactoredStatistics)
+    if density is not None and not of_entries:
         raise ValueError(f"--density is for statistics, and {file} holds {_name(content)}: leave it out.")
     if plot is not None and isinstance(content, Delta | Start):
         raise ValueError(f"{_name(content)} is shown in a table: leave out --plot.")
@@ -106,7 +110,7 @@ def show(
         _show_init(content, file, picture, as_json=json_)
     elif other is not None:
         _show_comparison(content, _load(other), as_json=json_)
-    elif isinstance(content, Statistics):
+    elif of_entries:
         _show_statistics(content, file, picture, DENSITY if density is None else density, as_json=json_)
     else:
         _show_selection(content, file, picture, as_json=json_)
@@ -172,10 +176,13 @@ def _start_of(file: Path, other: Path | None) -> Path | None:
 
 
 def _show_statistics(
-    statistics: Statistics, file: Path, picture: Path | None, density: float, *, as_json: bool
+    statistics: Statistics | FactoredStatistics, file: Path, picture: Path | None, density: float, *, as_json: bool
 ) -> None:
     with progress("reading", "entries") as report:
-        summary = summarise(watched(statistics, report, times=2), density)
+        if isinstance(statistics, Statistics):
+            summary = summarise(watched(statistics, report, times=2), density)
+        else:  # whose entries are formed from factors that are soon read
+            summary = summarise(dict(statistics), density, report)
     _note_impossible(summary, statistics)
     if as_json:
         _print_json({"file": str(file), "count": statistics.count, **statistics.provenance, **summary.to_dict()})
@@ -191,7 +198,7 @@ def _show_statistics(
         save(draw(summary, title=title, quantity="Fisher information", unit="nats² per parameter unit²"), picture)
 
 
-def _print_runs(content: Statistics | Energies) -> None:
+def _print_runs(content: Statistics | FactoredStatistics | Energies) -> None:
     for run in content.provenance["runs"]:
         for key in ("model", "from", "task", "data", "rows", "dtype"):
             if key in run:
@@ -199,7 +206,7 @@ def _print_runs(content: Statistics | Energies) -> None:
         console().print()
 
 
-def _note_impossible(summary: Summary, statistics: Statistics) -> None:
+def _note_impossible(summary: Summary, statistics: Statistics | FactoredStatistics) -> None:
     """Point out entries that no Fisher can have."""
     of = f"of {summary.whole.coordinates:,} entries are"
     if infinite := summary.whole.infinite:

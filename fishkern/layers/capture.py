@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fishkern.layers.base import Call
 from fishkern.layers.factored import module_factors
 from fishkern.layers.generic import module_grads
-from fishkern.layers.grads import DenseGrads, OuterProductGrads, PerExampleGrads
+from fishkern.layers.grads import DenseGrads, EmbeddingGrads, OuterProductGrads, PerExampleGrads, PositionGrads
 from fishkern.layers.hooks import Arrival, Hooks
 from fishkern.layers.rows import Rows
 from fishkern.layers.rules import factored
@@ -78,8 +78,8 @@ class Capture:
 
         Args:
             num_examples: ``N`` of the batch.
-            counted: Which positions count, ``[N, T]``, bool; ``None`` for all. Factors with these positions carry it
-                (:class:`fishkern.layers.grads.OuterProductGrads`).
+            counted: Which positions count, ``[N, T]``, bool; ``None`` for all. Gradients that are sums over positions
+                carry it (:class:`fishkern.layers.grads.OuterProductGrads` and others).
 
         Yields:
             Nothing.
@@ -165,12 +165,15 @@ class Capture:
             self._uses.deliver(key, grads if self._counted is None else self._with_counted(key, grads))
 
     def _with_counted(self, key: str, grads: PerExampleGrads) -> PerExampleGrads:
-        """Attach which positions count to a linear map's factors: those of the batch, or the only one of a pooler."""
-        if not isinstance(grads, OuterProductGrads) or grads.num_positions == 1:
+        """Attach which positions count: those of the batch, or the only one of a pooler."""
+        if not isinstance(grads, OuterProductGrads | EmbeddingGrads | PositionGrads):
             return grads
-        if grads.num_positions != self._counted.shape[1]:
+        T = grads.num_terms() // grads.num_examples
+        if T == 1:
+            return grads
+        if self._counted.shape[1] != T:
             raise UnsupportedModuleError(
-                f"{key} runs at {grads.num_positions} positions, and attention_mask or labels say of "
+                f"{key} runs at {T} positions, and attention_mask or labels say of "
                 f"{self._counted.shape[1]} which count. Give batches without padding, count positions='all', or leave "
                 "the parameter out with parameters=."
             )

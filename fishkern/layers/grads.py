@@ -91,10 +91,18 @@ class PerExampleGrads(ABC):
 
     @abstractmethod
     def add_position_squares_(self, total: Tensor) -> None:
-        """Add ``sum_{n,t} grad_{n,t}^2``, the squares of the single positions' terms.
+        """Add ``sum_{n,t} grad_{n,t}^2``, the squares of the single positions' terms, over the positions that count.
 
         Args:
             total: As in :meth:`add_squares_`.
+        """
+
+    @abstractmethod
+    def num_terms(self) -> int | Tensor:
+        """Count the terms whose squares :meth:`add_position_squares_` adds.
+
+        Returns:
+            Number of positions that count, over all examples and all uses; a tensor ``[]`` where a mask says which.
         """
 
 
@@ -123,11 +131,6 @@ class OuterProductGrads(PerExampleGrads):
     def device(self) -> torch.device:
         return self.output_grads.device
 
-    @property
-    def num_positions(self) -> int:
-        """The number of positions of each example, ``T``."""
-        return self.activations.shape[1]
-
     def example(self, n: int) -> Tensor:
         dtype = accumulates_in(self.activations.dtype)
         return (self.output_grads[n].to(dtype).mT @ self.activations[n].to(dtype)).view(self.shape)
@@ -144,8 +147,11 @@ class OuterProductGrads(PerExampleGrads):
         _add(total.view(-1) if total.ndim else total, operation, self.output_grads)
 
     def add_position_squares_(self, total: Tensor) -> None:
-        operation = partial(sum_position_grad_squared, self.activations, self.output_grads)
-        _add(self._as_matrix(total), operation, self.output_grads)
+        g = _where_counted(self.output_grads, self.counted)
+        _add(self._as_matrix(total), partial(sum_position_grad_squared, self.activations, g), g)
+
+    def num_terms(self) -> int | Tensor:
+        return _num_counted(self.output_grads, self.counted)
 
     def unflattened(self, num_examples: int) -> Self:
         x, g = (_unflattened(factor, num_examples) for factor in (self.activations, self.output_grads))
@@ -175,12 +181,8 @@ class OuterProductGrads(PerExampleGrads):
     @classmethod
     def joined(cls, uses: Sequence[Self]) -> Self:
         """Concatenate the positions of several uses of one parameter."""
-        counted = None
-        if any(use.counted is not None for use in uses):
-            each = [use.output_grads.new_ones(use.output_grads.shape[:2], dtype=torch.bool) for use in uses]
-            counted = _cat(one if use.counted is None else use.counted for use, one in zip(uses, each, strict=True))
         activations, grads = _cat(use.activations for use in uses), _cat(use.output_grads for use in uses)
-        return cls(activations, grads, uses[0].shape, counted)
+        return cls(activations, grads, uses[0].shape, _all_counted([(use.output_grads, use.counted) for use in uses]))
 
 
 @dataclass(frozen=True)
@@ -192,12 +194,14 @@ class EmbeddingGrads(PerExampleGrads):
         output_grads: ``[N, T, D]``.
         num_rows: ``V``.
         padding_idx: Row that never gets a gradient.
+        counted: As for :class:`OuterProductGrads`.
     """
 
     indices: Tensor
     output_grads: Tensor
     num_rows: int
     padding_idx: int | None = None
+    counted: Tensor | None = None
 
     @property
     def num_examples(self) -> int:
@@ -222,7 +226,10 @@ class EmbeddingGrads(PerExampleGrads):
 
     def add_position_squares_(self, total: Tensor) -> None:
         positions = self.indices.reshape(-1, 1)  # every position an example of its own
-        self._add_squares(positions, self.output_grads.flatten(0, 1)[:, None], total)
+        self._add_squares(positions, _where_counted(self.output_grads, self.counted).flatten(0, 1)[:, None], total)
+
+    def num_terms(self) -> int | Tensor:
+        return _num_counted(self.output_grads, self.counted)
 
     def unflattened(self, num_examples: int) -> Self:
         indices, g = (_unflattened(factor, num_examples) for factor in (self.indices, self.output_grads))
@@ -235,9 +242,9 @@ class EmbeddingGrads(PerExampleGrads):
     @classmethod
     def joined(cls, uses: Sequence[Self]) -> Self:
         """Concatenate the positions of several uses of one table."""
-        first = uses[0]
+        first, counted = uses[0], _all_counted([(use.output_grads, use.counted) for use in uses])
         indices, grads = _cat(use.indices for use in uses), _cat(use.output_grads for use in uses)
-        return cls(indices, grads, first.num_rows, first.padding_idx)
+        return cls(indices, grads, first.num_rows, first.padding_idx, counted)
 
 
 @dataclass(frozen=True)
@@ -246,9 +253,11 @@ class PositionGrads(PerExampleGrads):
 
     Args:
         terms: ``[N, T, *shape]``.
+        counted: As for :class:`OuterProductGrads`.
     """
 
     terms: Tensor
+    counted: Tensor | None = None
 
     @property
     def num_examples(self) -> int:
@@ -268,7 +277,11 @@ class PositionGrads(PerExampleGrads):
         total += group_sums(self._squares(), by)  # of the parameter's size, which is small
 
     def add_position_squares_(self, total: Tensor) -> None:
-        total += self.terms.to(accumulates_in(self.terms.dtype)).square().sum((0, 1))
+        terms = _where_counted(self.terms, self.counted)
+        total += terms.to(accumulates_in(terms.dtype)).square().sum((0, 1))
+
+    def num_terms(self) -> int | Tensor:
+        return _num_counted(self.terms, self.counted)
 
     def unflattened(self, num_examples: int) -> Self:
         return type(self)(_unflattened(self.terms, num_examples))
@@ -280,7 +293,7 @@ class PositionGrads(PerExampleGrads):
     @classmethod
     def joined(cls, uses: Sequence[Self]) -> Self:
         """Concatenate the positions of several uses of one parameter."""
-        return cls(_cat(use.terms for use in uses))
+        return cls(_cat(use.terms for use in uses), _all_counted([(use.terms, use.counted) for use in uses]))
 
 
 @dataclass(frozen=True)
@@ -311,6 +324,9 @@ class DenseGrads(PerExampleGrads):
 
     def add_position_squares_(self, total: Tensor) -> None:
         raise NotImplementedError("stored per-example gradients are sums over positions, which cannot be separated")
+
+    def num_terms(self) -> int | Tensor:
+        raise NotImplementedError("stored per-example gradients are sums over positions, whose number is not known")
 
 
 @dataclass(frozen=True)
@@ -345,6 +361,9 @@ class SummedGrads(PerExampleGrads):
     def add_position_squares_(self, total: Tensor) -> None:
         for use in self.uses:
             use.add_position_squares_(total)
+
+    def num_terms(self) -> int | Tensor:
+        return sum(use.num_terms() for use in self.uses)
 
 
 @dataclass(frozen=True)
@@ -390,6 +409,9 @@ class TiedRows(PerExampleGrads):
 
     def add_position_squares_(self, total: Tensor) -> None:
         self.embedding.add_position_squares_(total)
+
+    def num_terms(self) -> int | Tensor:
+        return self.embedding.num_terms()
 
     def _added(self) -> tuple[Tensor, Tensor, Tensor]:
         """Compute ``(2 A + E) E`` on the rows of each example: example ``[U]``, row ``[U]``, values ``[U, D]``."""
@@ -440,6 +462,24 @@ def _add(total: Tensor, operation: Callable[..., Tensor], factor: Tensor) -> Non
 def _unflattened(factor: Tensor, num_examples: int) -> Tensor:
     """``[N * M, T, ...]`` as ``[N, M * T, ...]``."""
     return factor.reshape(num_examples, factor.shape[0] // num_examples * factor.shape[1], *factor.shape[2:])
+
+
+def _where_counted(terms: Tensor, counted: Tensor | None) -> Tensor:
+    """Set to zero what does not count, of ``[N, T, ...]``."""
+    return terms if counted is None else terms * counted.view(*counted.shape, *[1] * (terms.ndim - 2))
+
+
+def _num_counted(terms: Tensor, counted: Tensor | None) -> int | Tensor:
+    """Count the positions of ``[N, T, ...]`` that count."""
+    return terms.shape[0] * terms.shape[1] if counted is None else counted.sum()
+
+
+def _all_counted(uses: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | None:
+    """Concatenate which positions count, of terms ``[N, T, ...]``; ``None`` if all do."""
+    if all(counted is None for _, counted in uses):
+        return None
+    ones = (terms.new_ones(terms.shape[:2], dtype=torch.bool) for terms, _ in uses)
+    return _cat(one if counted is None else counted for one, (_, counted) in zip(ones, uses, strict=True))
 
 
 def _cat(tensors: Iterable[Tensor]) -> Tensor:

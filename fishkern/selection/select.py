@@ -14,13 +14,16 @@ from fishkern.files import AnyTensor, StoredTensor
 from fishkern.names import without_wrappers
 from fishkern.selection.base import Rule, matching
 from fishkern.selection.result import Selection
-from fishkern.statistics import Held, Statistics
+from fishkern.statistics import FactoredStatistics, Held, Statistics
 
 _DIGESTED = 256  # scores of each parameter that the digest covers
 
 
 def select(
-    statistics: Statistics | Mapping[str, AnyTensor], rule: Rule, *, backend: Backend | None = None
+    statistics: Statistics | FactoredStatistics | Mapping[str, AnyTensor],
+    rule: Rule,
+    *,
+    backend: Backend | None = None,
 ) -> Selection:
     """Choose coordinates by their scores.
 
@@ -31,7 +34,7 @@ def select(
     Args:
         statistics: What the rule sorts by: statistics, or any mapping from names to floating tensors, in memory or
             :class:`~fishkern.files.StoredTensor`. Every name in it belongs to the pool. Scores of a mapping may be
-            negative; their sign counts.
+            negative; their sign counts. Of factored statistics the score of every entry is formed first, in float32.
         rule: How to choose, for example ``GlobalTopK(density=0.005)``.
         backend: ``None`` for the current default, see :mod:`fishkern.backend`. :class:`PerRowTopK` and :class:`Random`
             have no operation that it would choose.
@@ -65,7 +68,7 @@ def select(
     indices = rule.choose(ranked if rule.streams else _OnAccess(ranked), total, backend)
     _check_indices(f"{type(rule).__name__}.choose", indices, ranked)
     described = {"digest": _digest(statistics, scores)}
-    if isinstance(statistics, Statistics):
+    if isinstance(statistics, Statistics | FactoredStatistics):
         described |= {"count": statistics.count, "definition": statistics.provenance["definition"]}
     k = sum(map(len, indices.values()))
     provenance = {"rule": rule.settings, "k": k, "statistics": described}
@@ -106,10 +109,12 @@ def _check_indices(what: str, indices: object, scores: Mapping[str, AnyTensor]) 
             raise TypeError(f"{what} must give flat indices, a tensor [K] for each name; for {name} it gave {shown}.")
 
 
-def _scores(statistics: Statistics | Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
+def _scores(statistics: Statistics | FactoredStatistics | Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
     if isinstance(statistics, Statistics):
         _refuse_groups(statistics)
         return dict(statistics.blocks)
+    if isinstance(statistics, FactoredStatistics):
+        return dict(statistics)
     if isinstance(statistics, Held):
         raise TypeError(
             f"select ranks the entries of parameters, and {type(statistics).__name__} are of directions: take "
@@ -159,9 +164,9 @@ def _check_score(name: str, score: object) -> None:
         raise TypeError(f"{name} is on the meta device, where scores have no values: load it first.")
 
 
-def _digest(statistics: Statistics | Mapping[str, AnyTensor], scores: Mapping[str, AnyTensor]) -> str:
+def _digest(statistics: Mapping[str, AnyTensor], scores: Mapping[str, AnyTensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    if isinstance(statistics, Statistics):
+    if isinstance(statistics, Statistics | FactoredStatistics):
         digest.update(json.dumps([statistics.count, statistics.provenance], sort_keys=True).encode())
     for name, score in sorted(scores.items()):
         digest.update(json.dumps([name, list(score.shape)]).encode())

@@ -3,10 +3,12 @@
 from fishkern.statistics.base import Constant, Estimator, ParameterInfo
 from fishkern.statistics.coverage import Covered
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
+from fishkern.statistics.diagonal_kronecker import DiagonalKronecker
 from fishkern.statistics.direction_energy import DirectionEnergy
 from fishkern.statistics.drawn import Drawn, Draws
 from fishkern.statistics.energies import Energies, MatrixEnergies
 from fishkern.statistics.estimate import estimate
+from fishkern.statistics.factored import FactoredStatistics, FactoredValues
 from fishkern.statistics.group_fisher import GroupFisher
 from fishkern.statistics.held import Held
 from fishkern.statistics.likelihood import (
@@ -37,11 +39,14 @@ __all__ = [
     "Constant",
     "Covered",
     "DiagonalFisher",
+    "DiagonalKronecker",
     "DirectionEnergy",
     "Drawn",
     "Draws",
     "Energies",
     "Estimator",
+    "FactoredStatistics",
+    "FactoredValues",
     "Gaussian",
     "GroupFisher",
     "Held",

@@ -18,7 +18,7 @@ from fishkern.statistics.held import Held
 from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.result import Statistics
 
-Reads = Literal["squares", "examples", "positions", "factors", "sums", "batches"]
+Reads = Literal["squares", "examples", "positions", "factors", "factors or positions", "sums", "batches"]
 Positions = Literal["attended", "labelled", "all"]
 State = Any
 """A nest (tuples, lists, dicts) of tensors, each a sum over examples; or a single one. See :meth:`Estimator.init`."""
@@ -79,10 +79,13 @@ class Estimator(ABC):
             weight the head's before the embedding's) and may be below zero by rounding. ``"positions"``: the squares of
             each position's term (``add_position_squares_``). ``"factors"``: activations, output gradients and which
             positions count (:class:`fishkern.layers.OuterProductGrads`). A parameter without positions, or without
-            factors, is refused by name. ``"sums"``: one gradient of a weighted sum of the examples' losses, as ordinary
-            autograd gives it. ``"batches"``: one gradient of the loss of a batch as a whole.
-        positions: Which positions count in factors (``grads.counted``): those that ``attention_mask`` marks
-            (``"attended"``, the default), those whose output the loss is of (``"labelled"``), or ``"all"``.
+            factors, is refused by name. ``"factors or positions"``: factors of the weight of a linear map, which
+            ``parameter.linear`` then is, and of every other parameter the squares of each position's term.
+            ``"sums"``: one gradient of a weighted sum of the examples' losses, as ordinary autograd gives it.
+            ``"batches"``: one gradient of the loss of a batch as a whole.
+        positions: Where factors are read, which positions count (``grads.counted``, ``grads.num_terms()``): those that
+            ``attention_mask`` marks (``"attended"``, the default), those whose output the loss is of (``"labelled"``),
+            or ``"all"``.
         by_default: Which parameters ``parameters=None`` of ``estimate`` takes: all that require a gradient
             (``"trainable"``), or of these the weights of linear maps (``"linear"``), which have factors.
     """
@@ -102,6 +105,11 @@ class Estimator(ABC):
                 cls.reads = "examples"
             if "of_gradient" not in defined:
                 cls.of_gradient = Estimator.of_gradient
+
+    @property
+    def reads_factors(self) -> bool:
+        """Whether factors are read, of all parameters or of those that have them."""
+        return self.reads in ("factors", "factors or positions")
 
     @property
     def has_of_gradient(self) -> bool:

@@ -102,8 +102,8 @@ class CapturedPass:
         withheld: dict[str, set[int]] = defaultdict(set)
         reached = set(looped)
         if plan.sites:
-            reads = self._estimator.reads
-            capturing = Capture(plan.sites, add, squares=reads == "squares", factors=reads == "factors")
+            parts = {"squares": self._estimator.reads == "squares", "factors": self._estimator.reads_factors}
+            capturing = Capture(plan.sites, add, **parts)
             with only_trainable(looped.values()), capturing as capture:
                 with capture.forward(batch.num_examples, self._planner.counted(batch)), strays.watched():
                     answer = self._answer(batch)

@@ -30,10 +30,7 @@ def check_recipe(estimator: Estimator) -> None:
     """
     if not isinstance(estimator, Estimator):
         raise TypeError(f"estimator must be an Estimator such as DiagonalFisher(), got {estimator!r}.")
-    if (
-        estimator.reads in ("positions", "factors", "sums", "batches")
-        or estimator.definition.get("unit", "example") != "example"
-    ):
+    if estimator.reads not in ("squares", "examples") or estimator.definition.get("unit", "example") != "example":
         raise ValueError(
             f"verify compares with whole gradients of single examples, from which {estimator.definition} cannot be "
             "made: take a recipe of unit='example'."

@@ -121,7 +121,7 @@ def estimate(
     estimator = DiagonalFisher() if estimator is None else estimator
     model = hosts.unwrap(model)
     check_estimable(model, estimator, max_examples)
-    maps = linear_maps(model) if estimator.reads == "factors" else {}
+    maps = linear_maps(model) if estimator.reads_factors else {}
     requested = requested_tensors(model, parameters, estimator, maps)
     infos = parameter_infos(model, requested, estimator, accumulate_on, maps)
     groups = _passes(estimator, requested, batches)

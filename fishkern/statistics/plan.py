@@ -139,7 +139,7 @@ def plan(
     model = hosts.unwrap(model)
     check_estimable(model, estimator, on_meta=True)
     weight_bytes = sum(map(_nbytes, [*model.parameters(), *model.buffers()]))
-    maps = linear_maps(model) if estimator.reads == "factors" else {}
+    maps = linear_maps(model) if estimator.reads_factors else {}
     first = next(iter(requested_tensors(model, parameters, estimator, maps).values()))
     device = device_of(first)
     mode = Valueless()
@@ -165,7 +165,7 @@ def _rehearsed(
     check: bool,
 ) -> list[Rehearsal]:
     """Rehearse each pass over the data, while the results of those before it are alive."""
-    maps = linear_maps(model) if estimator.reads == "factors" else {}
+    maps = linear_maps(model) if estimator.reads_factors else {}
     requested = requested_tensors(model, parameters, estimator, maps)
     infos = parameter_infos(model, requested, estimator, None, maps)
     answering = Answering(model, likelihood)

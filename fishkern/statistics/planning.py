@@ -163,7 +163,7 @@ class Planner:
             UnsupportedModuleError: There is one, and the estimator needs more than whole gradients.
         """
         without = sorted(keys)
-        if without and self._estimator.reads == "positions":
+        if without and self._estimator.reads in ("positions", "factors or positions"):
             raise UnsupportedModuleError(
                 f"unit='position' needs a rule for positions, and there is none for {without}. {leave_out(without)}"
             )
@@ -271,7 +271,7 @@ class Planner:
 
         if not plan.sites:
             return set()
-        parts = {"squares": estimator.reads == "squares", "factors": estimator.reads == "factors"}
+        parts = {"squares": estimator.reads == "squares", "factors": estimator.reads_factors}
         with Capture(plan.sites, add_own, **parts) as capture:
             counted = self.counted(few)
             with capture.forward(few.num_examples, counted), strays.watched():
@@ -309,10 +309,10 @@ class Planner:
     def _announce(self, plan: Plan) -> None:
         """Note the paths of a plan, refuse those that the estimator cannot use, and warn about the loop."""
         self._note_paths(plan.paths)
-        if self._estimator.reads == "factors":  # which hosts give too, of the linear maps inside
-            self.refuse_whole(plan.paths.keys() - plan.keys_with_factors)
-        else:
-            self.refuse_whole(key for key, (path, _) in plan.paths.items() if path != "fused")
+        # hosts give factors too, of the linear maps inside
+        served = plan.keys_with_factors if self._estimator.reads_factors else frozenset()
+        by_rule = {key for key, (path, _) in plan.paths.items() if path == "fused"}
+        self.refuse_whole(plan.paths.keys() - (served if self._estimator.reads == "factors" else served | by_rule))
         slow = {key: reason for key, (path, reason) in plan.paths.items() if path == "loop"}
         new = sorted(slow.keys() - self._announced)
         self._announced |= slow.keys()

@@ -28,7 +28,7 @@ def counted_positions(model: nn.Module, estimator: Estimator, answering: Answeri
         UnsupportedModuleError: The model has an encoder and a decoder, and there is padding in one of them.
         ValueError: ``attention_mask`` is not of the shape of the positions, or the loss has no labels of positions.
     """
-    if estimator.reads != "factors" or estimator.positions == "all":
+    if not estimator.reads_factors or estimator.positions == "all":
         return None
     if estimator.positions == "labelled":
         counted, source = _labelled(answering, batch), "labels say which positions count in the decoder alone"

@@ -167,7 +167,9 @@ class Rehearsal:
             plan = foresee(self.model, keys, losses, answered=answered, num_examples=few.num_examples)
         for key, (path, reason) in plan.paths.items():
             self.paths[key] = (path, reason) if path == "fused" else (ONLY_A_RUN, reason)
-        if self.estimator.reads in ("positions", "factors"):  # no loop gives them: a run finds another path, or refuses
+        if (
+            self.estimator.reads == "positions" or self.estimator.reads_factors
+        ):  # no loop gives them: a run finds another path, or refuses
             plan = plan.only({key for site in plan.sites for key in site.keys.values()})
         if self.check:
             with self._phase("self-check"):

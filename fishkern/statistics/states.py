@@ -36,7 +36,6 @@ class States:
         self._parameters = parameters
         self._estimator = estimator
         self._backend = backend
-        self._reads_factors = estimator.reads == "factors"
         self._states = {name: _begun(estimator, parameter) for name, parameter in parameters.items()}
 
     def __getitem__(self, name: str) -> State:
@@ -81,11 +80,12 @@ class States:
             grads: Its gradients.
 
         Raises:
-            UnsupportedModuleError: The estimator reads factors, and these gradients have none.
+            UnsupportedModuleError: The estimator reads factors of this parameter, and these gradients have none.
         """
-        if self._reads_factors and not isinstance(grads, OuterProductGrads):
-            raise UnsupportedModuleError(without_factors([name]))
         parameter = self._parameters[name]
+        reads_factors = self._estimator.reads_factors and parameter.linear is not None
+        if reads_factors and not isinstance(grads, OuterProductGrads):
+            raise UnsupportedModuleError(without_factors([name]))
 
         def update(state: State) -> None:
             returned = self._estimator.update_(state, grads, parameter, self._backend)

@@ -344,6 +344,21 @@ def measured(tmp_path):
     )
 
 
+def test_factored_statistics_are_shown_by_their_entries(capsys, tmp_path):
+    tensors = {f"{name}/positions": torch.tensor(2.0) for name in ("layers.0.up.weight", "layers.1.up.weight")}
+    tensors |= {f"layers.{n}.up.weight/rows": torch.full((4,), 2.0 * (n + 1)) for n in range(2)}
+    tensors |= {f"layers.{n}.up.weight/columns": torch.tensor([2.0, 4.0, 6.0]) for n in range(2)}
+    runs = [{"model": "LlamaForCausalLM", "data": "glue/sst2"}]
+    held = fk.FactoredStatistics(tensors, count=7, provenance={"runs": runs})
+    path = held.save(tmp_path / "factored")
+    status, output, error = command(capsys, "show", path)
+    assert (status, error) == (0, "")
+    assert all(word in output for word in ("glue/sst2", "2 matrices by their factors", "layer 1", "mean over 7"))
+    found = json.loads(command(capsys, "show", path, "--json", "--density", 0.25)[1])
+    assert found["parameters"]["layers.1.up.weight"]["sum"] == 4 * 2 * (1 + 2 + 3)
+    assert found["whole"]["selected"] == 6
+
+
 def test_energies_are_shown(capsys, measured):
     status, output, error = command(capsys, "show", measured)
     assert (status, error) == (0, "")

@@ -49,6 +49,10 @@ def write_energies(folder: Path) -> None:
     samples.energies().save(folder / "energies")
 
 
+def write_factored(folder: Path) -> None:
+    samples.factored().save(folder / "factored")
+
+
 def write_values(folder: Path) -> None:
     """Deltas, starts and an adapter."""
     for name, dtype in samples.DELTAS.items():
@@ -133,6 +137,7 @@ WRITERS = {
     "selections": write_selections,
     "inits": write_inits,
     "energies": write_energies,
+    "factored": write_factored,
     "values": write_values,
     "optimizers": write_optimizers,
     "trainer": write_trainer,

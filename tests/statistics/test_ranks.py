@@ -43,6 +43,7 @@ data = Rows(13)
 options = dict(likelihood=fk.Classification())
 OTHERS = {
     "rows": fk.GroupFisher(by="row"),
+    "kronecker": fk.DiagonalKronecker(),
     "directions": fk.DirectionEnergy(importance="kronecker"),
     "several passes": fk.DirectionEnergy(layers_per_pass=1),
 }
@@ -148,6 +149,7 @@ def reports(tmp_path_factory) -> list[dict]:
         "mc",
         "sketched",
         "rows",
+        "kronecker",
         "directions",
         "several passes",
         "factors",

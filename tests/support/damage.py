@@ -137,6 +137,27 @@ def load_energies(lazy: bool) -> Callable[[Path], None]:
     return load
 
 
+def factored() -> fk.FactoredStatistics:
+    tensors = {}
+    for name, parameter in small_model().named_parameters():
+        parts = {"rows": parameter[:, 0], "columns": parameter[0]} if parameter.ndim == 2 else {"values": parameter}
+        tensors |= {f"{name}/{part}": tensor.detach().abs() for part, tensor in parts.items()}
+        tensors[f"{name}/positions"] = torch.tensor(6.5)
+    coverage = {name: Covered("fused", parameter.numel()) for name, parameter in small_model().named_parameters()}
+    return fk.FactoredStatistics(tensors, count=3, provenance={"runs": [{"seed": 0}]}, coverage=coverage)
+
+
+def load_factored(lazy: bool) -> Callable[[Path], None]:
+    def load(path: Path) -> None:
+        loaded = fk.FactoredStatistics.load(path, lazy=lazy)
+        repr(loaded)
+        for name in loaded:
+            loaded.factors(name)
+            loaded[name]
+
+    return load
+
+
 def write_start(path: Path) -> Path:
     return save_start(small_model(), selection(), path)
 
@@ -175,6 +196,10 @@ LOADERS = {
     "start": Loader(lambda path: load_start(small_model(), path), write_start),
     "energies": Loader(load_energies(lazy=False), lambda path: energies().save(path)),
     "lazy energies": Loader(load_energies(lazy=True), lambda path: energies().save(path, max_shard_size=1000)),
+    "factored statistics": Loader(load_factored(lazy=False), lambda path: factored().save(path)),
+    "lazy factored statistics": Loader(
+        load_factored(lazy=True), lambda path: factored().save(path, max_shard_size=1000)
+    ),
     "adapter init": Loader(load_adapter_init, lambda path: adapter_init().save(path)),
     "adapter": Loader(load_adapter, write_adapter),
     "MaskedAdamW": Loader(load_optimizer(fk.MaskedAdamW), write_optimizer(fk.MaskedAdamW)),

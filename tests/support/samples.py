@@ -130,6 +130,21 @@ def energies() -> fk.Energies:
     return fk.Energies(tensors, count=3, provenance={"definition": definition, "runs": [{"model": "Small"}]})
 
 
+def factored() -> fk.FactoredStatistics:
+    """Factors of two weights, one of them that of a convolution, and the values of a bias."""
+    tensors = {
+        "0.weight/rows": numbers("0.weight rows", (20,)).abs(),
+        "0.weight/columns": numbers("0.weight columns", (2, 8)).abs(),
+        "0.bias/values": numbers("0.bias", (20,)).abs(),
+        "1.weight/rows": numbers("1.weight rows", (3,)).abs(),
+        "1.weight/columns": numbers("1.weight columns", (20,)).abs(),
+    }
+    tensors |= {f"{name}/positions": torch.tensor(6.5) for name in ("0.weight", "0.bias", "1.weight")}
+    definition = {"estimator": "DiagonalKronecker", "fisher_type": "empirical", "unit": "position"}
+    runs = [{"model": "Small"}]
+    return fk.FactoredStatistics(tensors, count=3, provenance={"definition": definition, "runs": runs})
+
+
 @torch.no_grad()
 def moved(model: nn.Module, by: float = 0.5) -> nn.Module:
     """The same model with its selected entries moved, as training would."""
