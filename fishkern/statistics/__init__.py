@@ -23,6 +23,7 @@ from fishkern.statistics.likelihood import (
     TokenClassification,
 )
 from fishkern.statistics.merge import merge
+from fishkern.statistics.online import OnlineFisher
 from fishkern.statistics.plan import PassPlan, plan
 from fishkern.statistics.predictive import Bernoulli, Categorical, Gaussian, Predictive
 from fishkern.statistics.result import Statistics
@@ -54,6 +55,7 @@ __all__ = [
     "MaskedLM",
     "MatrixEnergies",
     "MultiLabel",
+    "OnlineFisher",
     "ParameterInfo",
     "PassPlan",
     "Predictive",
