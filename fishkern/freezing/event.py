@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fishkern.freezing.sliced_pool import Key
+from fishkern.freezing.slices import Key
 from fishkern.selection import Selection
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from fishkern.freezing.event import Freezing
 from fishkern.freezing.readings import Reading, reading_of
 from fishkern.freezing.rule import FreezeRule
 from fishkern.freezing.saved import FreezerState, Read
-from fishkern.freezing.sliced_pool import Key, SlicedPool
-from fishkern.freezing.slices import Slices
+from fishkern.freezing.sliced_pool import SlicedPool
+from fishkern.freezing.slices import Key, Slices
 from fishkern.freezing.sources import Source
 from fishkern.freezing.trained import masked, state_bytes, stop
 from fishkern.names import listed
 from fishkern.optim import MaskedOptimizer
 from fishkern.selection import Selection
+from fishkern.selection.base import exactly, matching
 from fishkern.statistics.held import Held
 from fishkern.statistics.shards import Ranks
 
@@ -55,7 +56,7 @@ class Freezer:
 
     Raises:
         TypeError: The optimizer is not a masked one, or a number of steps is not an integer.
-        ValueError: A number of steps is below 1.
+        ValueError: A number of steps is below 1, or a pattern of the rule's ``spare`` matches no name of the pool.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Freezer:
         self.count = self.number = 0
         self.history: list[Read] = []
         self._pool = SlicedPool(slices, self.initial.shapes)
+        self._spared = frozenset(matching(rule.spare, self.initial.names, "spare"))
         self._tracks: dict[Key, Track] = {}
         self._statistic: str | None = None
 
@@ -119,10 +121,12 @@ class Freezer:
         """
         sizes = self._pool.sizes(self.selection)
         known = {key: self._tracks[key] for key in sizes if key in self._tracks}
-        scores = {key: self._drift.score(known[key]) if key in known else 0.0 for key in sizes} if self.history else {}
+        scores = (
+            {key: self._drift.score_of(known[key]) if key in known else 0.0 for key in sizes} if self.history else {}
+        )
         ready = {key: score for key, score in scores.items() if key in known and known[key].readings > 1}
-        frozen = self._rule.choose(ready, {key: sizes[key] for key in ready}, self.initial.total) if ready else ()
-        return self._event(frozenset(frozen), scores, frozenset(scores.keys() - ready.keys()))
+        frozen = self._chosen(ready, sizes) if ready else frozenset()
+        return self._event(frozen, scores, frozenset(scores.keys() - ready.keys()))
 
     def read(self) -> None:
         """Take a reading now, whether it is due or not.
@@ -213,10 +217,15 @@ class Freezer:
             # Zeros say nothing yet: with B = 0 a LoRA's A has no gradient. A track that began with them would be one
             # jump of the largest distance there is.
             if track is not None or not is_zero(reading):
-                tracks[key] = self._drift.follow(None if track is None else _beside(track, reading), reading)
+                tracks[key] = self._drift.follow(track, reading)
         self._tracks = tracks
-        scores = {key: self._drift.score(track) for key, track in tracks.items()}
+        scores = {key: self._drift.score_of(track) for key, track in tracks.items()}
         self.history.append(Read(self.count, self.selection.count, scores))
+
+    def _chosen(self, scores: Mapping[Key, float], sizes: Mapping[Key, int]) -> frozenset[Key]:
+        """Ask the rule, which refuses patterns of ``spare`` that match nothing, as where all that they name waits."""
+        spare = exactly(sorted({name for name, _ in scores if name in self._spared}))
+        return replace(self._rule, spare=spare).choose(scores, sizes, self.initial.total)
 
     def _decide(self) -> Freezing:
         event = self.preview()
@@ -232,7 +241,7 @@ class Freezer:
 
     def _event(self, frozen: frozenset[Key], scores: Mapping[Key, float], waiting: frozenset[Key]) -> Freezing:
         present, number = self.selection, self.number + 1
-        rule = {"name": type(self._rule).__name__, **asdict(self._rule)}
+        rule = {"name": type(self._rule).__name__, **self._rule.settings}
         provenance = {"rule": rule, "event": number, "step": self.count, "initial": self.initial.provenance}
         selection = self._pool.without(present, frozen, provenance) if frozen else present
         before, after = present.counts, selection.counts
@@ -263,7 +272,7 @@ class Freezer:
     @property
     def _settings(self) -> dict[str, str]:
         """What must be the same when training goes on, in words."""
-        settings = {"slices": repr(self._slices), "drift": repr(self._drift)}
+        settings = {"slices": str(self._slices), "drift": str(self._drift)}
         return settings if self._statistic is None else {**settings, "statistic": self._statistic}
 
     def _take_over(self, state: FreezerState) -> None:
@@ -312,12 +321,6 @@ def is_zero(reading: Reading) -> bool:
         Whether it is.
     """
     return not (reading.any() if isinstance(reading, Tensor) else (reading.rows.any() and reading.columns.any()))
-
-
-def _beside(track: Track, reading: Reading) -> Track:
-    """Bring a track that was loaded to the device of the readings."""
-    device = (reading if isinstance(reading, Tensor) else reading.rows).device
-    return track._replace(reference=tuple(part.to(device) for part in track.reference))
 
 
 def _steps(value: Any, name: str) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fishkern.files import Format, in_brief, open_tensors, parsing, read_json, save_tensors
 from fishkern.freezing.drift import Track
-from fishkern.freezing.sliced_pool import Key
+from fishkern.freezing.slices import Key
 from fishkern.selection import Entries, Selection
 from fishkern.selection.format import TENSORS, checked_entry, form_of, read_entries, read_provenance
 

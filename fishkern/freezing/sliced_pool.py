@@ -6,15 +6,13 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from functools import reduce
 from operator import or_
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
-from fishkern.freezing.slices import Slices
+from fishkern.freezing.slices import Key, Slices
 from fishkern.selection import Entries, Selection
 from fishkern.selection.ranges import Ranges
-
-Key: TypeAlias = tuple[str, int]  # canonical name of a parameter, number of the slice
 
 
 class SlicedPool:

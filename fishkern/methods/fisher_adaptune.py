@@ -97,7 +97,7 @@ def fisher_adaptune(
     if compat is not None:
         one_of(compat, ("reference",), "compat")
         _refuse(f"compat={compat!r}, which reads the training batch", probe, estimator, likelihood, shared)
-        rule = FreezeRule(most=1.0, size_aware=False) if rule is None else rule
+        rule = FreezeRule(most=None, size_aware=False) if rule is None else rule
         return PublishedFreezer(ReferenceFactors(model), trained, drift=drift or JensenShannon(), rule=rule, **options)
     options["rule"] = rule or FreezeRule()
     if isinstance(probe, OnlineFisher):

@@ -28,6 +28,9 @@ from tests.freezing.training import (
 )
 
 
+PLAIN = fk.FreezeRule(margin=0.0, most=None, least=0, size_aware=False)  # the threshold alone
+
+
 def test_it_reads_and_decides_when_it_is_due():
     _, freezer, events = trained(12, every=3, read_every=2)
     assert [event.step for event in events] == [3, 6, 9, 12]
@@ -52,7 +55,7 @@ def test_scores_are_those_of_the_drift_and_what_is_low_stops():
     """J <- 0.9 J + 0.1 d and TV <- TV + |J - J before|, of distances from a reference of 0.9 ref + 0.1 reading."""
     model = network()
     optimizer = adamw(model)
-    freezer = freezer_of(model, optimizer, rule=fk.FreezeRule(margin=0.0, most=1.0, size_aware=False))
+    freezer = freezer_of(model, optimizer, rule=PLAIN)
     slices = {name: fk.Slices().of(name, parameter.shape) for name, parameter in model.named_parameters()}
 
     def rows() -> dict[tuple[str, int], Tensor]:
