@@ -2,6 +2,7 @@
 
 from fishkern.ops.embedding_sum_grad_squared import embedding_rows, embedding_sum_grad_squared
 from fishkern.ops.group_sum_grad_squared import group_sum_grad_squared
+from fishkern.ops.log_histogram import log_histogram
 from fishkern.ops.masked_adamw import masked_adamw_
 from fishkern.ops.masked_sgd import masked_sgd_
 from fishkern.ops.project_sum_squared import project_sum_squared
@@ -13,6 +14,7 @@ __all__ = [
     "embedding_rows",
     "embedding_sum_grad_squared",
     "group_sum_grad_squared",
+    "log_histogram",
     "masked_adamw_",
     "masked_sgd_",
     "project_sum_squared",
