@@ -24,8 +24,8 @@ class Freezing:
         selection: What stays in training.
         entries_frozen: How many entries stop.
         state_bytes: Size of the optimizer's state of what stays.
-        stopped: Parameters that this event leaves without an entry in training. Their ``requires_grad`` becomes False,
-            so that a backward pass no longer computes the product that gives their gradient.
+        stopped: Parameters without an entry in training whose ``requires_grad`` becomes False with this event, so that
+            a backward pass no longer computes the product that gives their gradient.
     """
 
     step: int

@@ -20,7 +20,7 @@ from fishkern.freezing.saved import FreezerState, Read
 from fishkern.freezing.sliced_pool import SlicedPool
 from fishkern.freezing.slices import Key, Slices
 from fishkern.freezing.sources import Source
-from fishkern.freezing.trained import masked, state_bytes, stop
+from fishkern.freezing.trained import masked, named, state_bytes
 from fishkern.names import listed
 from fishkern.optim import MaskedOptimizer
 from fishkern.selection import Selection
@@ -244,7 +244,8 @@ class Freezer:
         rule = {"name": type(self._rule).__name__, **self._rule.settings}
         provenance = {"rule": rule, "event": number, "step": self.count, "initial": self.initial.provenance}
         selection = self._pool.without(present, frozen, provenance) if frozen else present
-        before, after = present.counts, selection.counts
+        counts, parameters = selection.counts, named(self._optimizer)
+        unmoved = [name for name, count in counts.items() if not count and name in parameters]
         return Freezing(
             step=self.count,
             number=number,
@@ -253,8 +254,8 @@ class Freezer:
             frozen=frozen,
             selection=selection,
             entries_frozen=present.count - selection.count,
-            state_bytes=state_bytes(self._optimizer, after),
-            stopped=tuple(name for name, count in after.items() if before[name] and not count),
+            state_bytes=state_bytes(self._optimizer, counts),
+            stopped=tuple(name for name in unmoved if frozen and parameters[name].requires_grad),
         )
 
     def _state(self) -> FreezerState:
@@ -282,8 +283,8 @@ class Freezer:
         self._statistic = state.settings.get("statistic", self._statistic)
         if self._source.digest is None:
             self._source.digest = state.digest
-        before, after = state.initial.counts, state.selection.counts
-        stop(self._optimizer, [name for name, count in before.items() if count and not after[name]])
+        if state.selection != state.initial:
+            self._optimizer.reselect(self.selection, freeze=True)  # of which nothing moves, and what stopped stays so
 
     def _demand_fits(self, state: FreezerState) -> None:
         """Refuse the state of another training."""

@@ -79,7 +79,7 @@ class Probe(Source):
                 raises.
         """
         names = frozenset(self._names())
-        batches = _Digested(self._batches) if hasattr(self._batches, "__iter__") else self._batches
+        batches = Digested(self._batches) if hasattr(self._batches, "__iter__") else self._batches
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed whenever it is iterated over
             statistics = estimate(
                 self._model,
@@ -118,10 +118,16 @@ class Online(Source):
         return self._online.statistics
 
 
-class _Digested:
+class Digested:
     """Batches that are digested as they are read; everything else is asked of the loader itself.
 
     ``estimate`` looks at a loader's sampler to see how it shares its data out among ranks.
+
+    Args:
+        batches: The loader, or a list.
+
+    Attributes:
+        digest: Of the batches that were read since the last iteration began.
     """
 
     def __init__(self, batches: Iterable[Any]) -> None:

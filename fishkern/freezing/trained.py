@@ -1,8 +1,8 @@
-"""What a masked optimizer trains: its parameters by name, the size of its state, and how a parameter stops."""
+"""What a masked optimizer trains: its parameters by name, and the size of its state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -63,16 +63,3 @@ def state_bytes(optimizer: MaskedOptimizer, counts: Mapping[str, int]) -> int:
             if key not in ENTRIES and isinstance(value, Tensor) and value.ndim == 1 and len(value) == size:
                 nbytes += counts.get(name, size) * value.element_size()
     return nbytes
-
-
-def stop(optimizer: MaskedOptimizer, names: Iterable[str]) -> None:
-    """Let parameters stop, as an event leaves them: without a gradient, and none is computed.
-
-    Args:
-        optimizer: The optimizer.
-        names: The parameters, of which it moves nothing.
-    """
-    parameters = named(optimizer)
-    for name in names:
-        parameters[name].requires_grad_(False)
-        parameters[name].grad = None

@@ -76,7 +76,7 @@ class FreezingCallback(TrainerCallback):
 
 
 def _saved_in(args: Any, step: int) -> Path:
-    """Find the freezer of the checkpoint that a training resumes from, of which a Trainer tells its callbacks nothing."""
+    """Find the freezer of the checkpoint that a training resumes from; a Trainer does not tell its callbacks."""
     named = args.resume_from_checkpoint
     folders = [Path(named)] if isinstance(named, str) else []
     folders.append(Path(args.output_dir) / f"checkpoint-{step}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fishkern.arguments import one_of
 from fishkern.freezing import Freezer, FreezeRule, JensenShannon, Slices
 from fishkern.freezing.published import PublishedFreezer
-from fishkern.freezing.reference import ReferenceFactors
+from fishkern.freezing.reference import ReferenceDrift, ReferenceFactors, ReferenceRule
 from fishkern.freezing.sources import Online, Probe
 from fishkern.freezing.trained import masked
 from fishkern.optim import MaskedOptimizer
@@ -74,8 +74,8 @@ def fisher_adaptune(
             :class:`fishkern.DiagonalKronecker` where the pool has more than 10^9 entries.
         slices: How parameters are cut; ``None`` for ``Slices()``, four ranges of rows.
         drift: How a slice's change is measured. ``None``: ``JensenShannon()``, with ``reference="factors"`` where
-            the statistic is in factors by default.
-        rule: Which slices stop. ``None``: ``FreezeRule()``, and with ``compat`` one without limits.
+            the statistic is in factors by default; with ``compat`` the published code's.
+        rule: Which slices stop. ``None``: ``FreezeRule()``; with ``compat`` the published code's, without limits.
         likelihood: The loss of an example, as for :func:`fishkern.estimate`.
         shared: As for :func:`fishkern.estimate`.
         compat: ``"reference"`` for what the published code does, its defects included: factors of Linear, Conv2d,
@@ -97,8 +97,8 @@ def fisher_adaptune(
     if compat is not None:
         one_of(compat, ("reference",), "compat")
         _refuse(f"compat={compat!r}, which reads the training batch", probe, estimator, likelihood, shared)
-        rule = FreezeRule(most=None, size_aware=False) if rule is None else rule
-        return PublishedFreezer(ReferenceFactors(model), trained, drift=drift or JensenShannon(), rule=rule, **options)
+        options |= {"drift": drift or ReferenceDrift(), "rule": rule or ReferenceRule()}
+        return PublishedFreezer(ReferenceFactors(model), trained, **options)
     options["rule"] = rule or FreezeRule()
     if isinstance(probe, OnlineFisher):
         _refuse("an OnlineFisher, which has its own", None, estimator, likelihood, shared)

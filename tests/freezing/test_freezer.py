@@ -27,7 +27,6 @@ from tests.freezing.training import (
     values,
 )
 
-
 PLAIN = fk.FreezeRule(margin=0.0, most=None, least=0, size_aware=False)  # the threshold alone
 
 
