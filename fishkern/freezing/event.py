@@ -18,8 +18,8 @@ class Freezing:
         number: The number of the event, from 1.
         scores: The drift's score of each slice in training at that moment, by ``(parameter name, slice number)``;
             empty before the first reading. A slice that has no second reading yet scores 0.
-        waiting: Slices that could not stop, because they have been read less than twice, not counting readings before
-            the first one that is not zero everywhere.
+        waiting: Slices that could not stop, because they have not been read twice, or were not followed yet at the
+            event before this one. A slice is followed from its first reading on that is not zero everywhere.
         frozen: The slices that stop.
         selection: What stays in training.
         entries_frozen: How many entries stop.

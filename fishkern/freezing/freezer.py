@@ -79,6 +79,7 @@ class Freezer:
         self._pool = SlicedPool(slices, self.initial.shapes)
         self._spared = frozenset(matching(rule.spare, self.initial.names, "spare"))
         self._tracks: dict[Key, Track] = {}
+        self._read_before = 1  # readings up to the last event, or the first one
         self._statistic: str | None = None
 
     @property
@@ -124,7 +125,9 @@ class Freezer:
         scores = (
             {key: self._drift.score_of(known[key]) if key in known else 0.0 for key in sizes} if self.history else {}
         )
-        ready = {key: score for key, score in scores.items() if key in known and known[key].readings > 1}
+        # What was zero everywhere at first has been followed for a shorter time, and its score is lower for that alone.
+        enough = max(2, len(self.history) - self._read_before + 1)
+        ready = {key: score for key, score in scores.items() if key in known and known[key].readings >= enough}
         frozen = self._chosen(ready, sizes) if ready else frozenset()
         return self._event(frozen, scores, frozenset(scores.keys() - ready.keys()))
 
@@ -236,7 +239,7 @@ class Freezer:
         Ranks().demand_equal(sorted(event.frozen), "the slices that stop")
         if event.frozen:
             self._optimizer.reselect(event.selection, freeze=True)
-        self.number = event.number
+        self.number, self._read_before = event.number, max(1, len(self.history))
         self._tracks = {key: track for key, track in self._tracks.items() if key not in event.frozen}
 
     def _event(self, frozen: frozenset[Key], scores: Mapping[Key, float], waiting: frozenset[Key]) -> Freezing:
@@ -262,6 +265,7 @@ class Freezer:
         return FreezerState(
             self.count,
             self.number,
+            self._read_before,
             self._source.digest,
             self._settings,
             self.initial,
@@ -279,6 +283,7 @@ class Freezer:
     def _take_over(self, state: FreezerState) -> None:
         self._demand_fits(state)
         self.count, self.number, self.initial = state.count, state.number, state.initial
+        self._read_before = state.read_before
         self.history, self._tracks = list(state.history), dict(state.tracks)
         self._statistic = state.settings.get("statistic", self._statistic)
         if self._source.digest is None:

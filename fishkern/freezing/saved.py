@@ -45,6 +45,7 @@ class FreezerState:
     Attributes:
         count: Steps that were counted.
         number: Events that have happened.
+        read_before: Readings up to the last event, or the first one.
         digest: Of the probe, ``None`` where there is none.
         settings: Slices, drift and statistic in words, which must be the same when training goes on.
         initial: What was trained before the first event.
@@ -55,6 +56,7 @@ class FreezerState:
 
     count: int
     number: int
+    read_before: int
     digest: str | None
     settings: dict[str, str]
     initial: Selection
@@ -88,6 +90,7 @@ class FreezerState:
         header = {
             "count": self.count,
             "number": self.number,
+            "read_before": self.read_before,
             "digest": self.digest,
             "settings": self.settings,
             "pool": pool,
@@ -125,9 +128,9 @@ class FreezerState:
             digest, settings = header["digest"], dict(header["settings"])
             if not isinstance(digest, str | None) or not all(isinstance(said, str) for said in settings.values()):
                 raise ValueError("its digest and its settings are words")
-            count, number = _count(header["count"]), _count(header["number"])
+            counts = [_count(header[key]) for key in ("count", "number", "read_before")]
             initial, selection = selections
-            return cls(count, number, digest, settings, initial, selection, tracks, history)
+            return cls(*counts, digest, settings, initial, selection, tracks, history)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Save as one ``.safetensors`` file, whole or not at all.
