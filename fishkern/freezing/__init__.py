@@ -4,6 +4,7 @@ from fishkern.freezing.drift import JensenShannon, Track
 from fishkern.freezing.event import Freezing
 from fishkern.freezing.freezer import Freezer
 from fishkern.freezing.readings import Factors, Reading, reading_of
+from fishkern.freezing.reference import ReferenceDrift, ReferenceFactors, ReferenceRule
 from fishkern.freezing.rule import FreezeRule
 from fishkern.freezing.slices import Key, Slices
 
@@ -15,6 +16,9 @@ __all__ = [
     "JensenShannon",
     "Key",
     "Reading",
+    "ReferenceDrift",
+    "ReferenceFactors",
+    "ReferenceRule",
     "Slices",
     "Track",
     "reading_of",
