@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,13 +14,16 @@ from torch import Tensor
 
 from fishkern import backend
 from fishkern.arguments import one_of
+from fishkern.names import listed
 from fishkern.optim.clipping import clipped
-from fishkern.optim.compact import Bucket, Operands, carried_over
+from fishkern.optim.compact import Bucket, Operands, apart, carried_over
+from fishkern.optim.cost import bytes_of
+from fishkern.optim.frozen import FROZEN, frozen_in, set_frozen_, to_freeze
 from fishkern.optim.fused import FusedOperands, step_fused
 from fishkern.optim.groups import OUTSIDE, Group, Outside, Parameters, all_named, named_groups, settle
 from fishkern.optim.release import ReleasedGrads, dense, to_release
 from fishkern.optim.selected import Selected
-from fishkern.optim.state_dict import loaded
+from fishkern.optim.state_dict import loaded, loaded_frozen
 from fishkern.selection import Entries, Selection, check_start
 from fishkern.warning import warn_caller
 
@@ -103,6 +106,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     grad_norm: Tensor | None
     """Norm of the gradients of the last step before clipping, zero-dimensional; ``None`` without ``max_grad_norm``."""
     _warned = False
+    _expected: Sequence[tuple[str, Tensor]] = ()  # who got gradients before others were frozen, until the next step
 
     def __init__(
         self,
@@ -210,8 +214,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
             check_start(self.selection, self._named(), trained=True)
         self._at_start = False
         self._warn_of_clipping()
+        self._warn_of_missing()
         work = [
-            (bucket, group, [self._grad_of(parameter) for parameter in bucket.params])
+            (bucket, group, self._grads_of(bucket.params))
             for group, buckets in zip(self.param_groups, self._current_buckets(), strict=True)
             for bucket in buckets
         ]
@@ -222,9 +227,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for bucket, group, grads in work:
             if all(grad is None for grad in grads):
                 continue
-            for i, (parameter, grad) in enumerate(zip(bucket.params, grads, strict=True)):
-                if grad is not None:
-                    bucket.own(i, self.state[parameter])
+            bucket.own(self.state, grads)
             bucket.advance(grads)
             factor = None if scale is None else scale.to(bucket.device)
             if self._is_fused(bucket):
@@ -255,24 +258,32 @@ class MaskedOptimizer(torch.optim.Optimizer):
         (group,) = settle(named_groups([param_group], self.selection), self.selection, self._settings["outside"])
         if not group["params"]:
             group["param_names"] = []  # torch forgets that an empty group has names
+        group.setdefault(FROZEN, [])
         super().add_param_group(group)
         self._buckets: list[list[Bucket]] | None = None
 
-    def reselect(self, selection: Selection) -> Reselected:
+    def reselect(self, selection: Selection, *, freeze: bool = False) -> Reselected:
         """Go on with another selection out of the same pool.
 
-        Entries that stay keep their state; others lose theirs, and their weights stay as they are; entries that are
-        added begin with a state and a step count of their own.
+        Entries that stay keep their state; others lose theirs, memory included, and their weights stay as they are,
+        from this call on; entries that are added begin with a state and a step count of their own.
+
+        With ``freeze`` a parameter of the pool without any selected entry also loses ``requires_grad`` and ``.grad``:
+        its gradient is no longer computed, nor what is only needed for gradients at or below it. It requires a gradient
+        again as soon as something of it is selected, if it was this optimizer that froze it (:attr:`frozen`).
 
         Args:
             selection: What moves from now on.
+            freeze: See above. Without it, what is frozen already stays so.
 
         Returns:
             How many entries of the pool were kept, dropped and added.
 
         Raises:
-            RuntimeError: Released gradients of the old entries wait for a step.
-            ValueError: The pool is another one, or selects from a frozen parameter.
+            RuntimeError: Released gradients of the old entries wait for a step, or ``DistributedDataParallel`` was
+                built without ``find_unused_parameters`` and would wait for the gradients of frozen parameters.
+            ValueError: The pool is another one, the selection selects from a parameter that somebody else froze, or
+                nothing would require a gradient any more.
         """
         if self._released is not None and self._released.grads:
             raise RuntimeError("released gradients wait for a step: call reselect after step() or zero_grad().")
@@ -282,19 +293,39 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 "statistics of the same parameters, or make another optimizer."
             )
         groups = [{"params": list(zip(g["param_names"], g["params"], strict=True))} for g in self.param_groups]
-        settle(groups, selection, "train")  # which only checks: what is outside the pool was settled before
+        settle(groups, selection, "train", frozen=self.frozen)  # which only checks: the rest was settled before
+        if freeze and not selection.count and all(name in selection for name, _ in self._named()):
+            raise ValueError("nothing would be trained any more: keep an entry selected, or stop training.")
+        before = self.frozen
+        set_frozen_(self.param_groups, to_freeze(self._named(), selection, before, freeze=freeze))
+        if set(self.frozen) - set(before):
+            self._expected = [(name, p) for name, p in self._named() if name not in self.frozen and p in self.state]
         kept = 0
-        for name, parameter in all_named(groups):
+        for name, parameter in self._named():
             if name in selection:
                 new = self._reached(selection.entries(name), parameter)
                 moved, stay = carried_over(self.state.pop(parameter, {}), self.selection.entries(name), new, parameter)
                 kept += stay
                 if moved:
                     self.state[parameter] = moved
+            elif parameter in self.state:  # its views would keep the memory of all others
+                self.state[parameter] = apart(self.state[parameter])
         reselected = Reselected(kept, self.selection.count - kept, selection.count - kept)
         self.selection, self._at_start = selection, False
         self._attach()
         return reselected
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Names of the parameters that :meth:`reselect` has frozen: no product computes their gradients any more."""
+        return frozen_in(self.param_groups)
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the state, in bytes: moments, masters, steps and indices; memory that is shared counts once."""
+        own = [value for held in self.state.values() for value in held.values() if isinstance(value, Tensor)]
+        buckets = [bucket for buckets in self._buckets or () for bucket in buckets]
+        return bytes_of([*own, *(tensor for bucket in buckets for tensor in bucket.tensors())])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, for the same selection, by the parameters' names; nothing is cast.
@@ -310,7 +341,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
             state_dict = hook(self, state_dict) or state_dict
         selected = {name: self._selected(name, parameter) for name, parameter in self._named()}
         state, groups = loaded(state_dict, self.param_groups, selected)
+        before = set(self.frozen)
+        set_frozen_(groups, loaded_frozen(state_dict, selected))
         self.__setstate__({"state": state, "param_groups": groups})
+        if set(self.frozen) != before:
+            self._attach()  # what is frozen has no gradient to release
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -323,10 +358,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A view would bring the memory of all others along.
-        state = {
-            parameter: {key: value.clone() if isinstance(value, Tensor) else value for key, value in held.items()}
-            for parameter, held in self.state.items()
-        }
+        state = {parameter: apart(held) for parameter, held in self.state.items()}
         own = {"selection": self.selection, "_settings": self._settings}
         return {**super().__getstate__(), "state": defaultdict(dict, state), **own}
 
@@ -382,13 +414,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
         demands_kernel = backend.current() == "triton" and self._settings["fused"] is None
         return bucket.fused and bucket.starts is None and not demands_kernel
 
-    def _grad_of(self, parameter: Tensor) -> Tensor | None:
-        if self._released is not None and parameter in self._released.grads:
-            return self._released.grads[parameter]
-        grad = parameter.grad
-        if grad is not None and grad.layout is not torch.strided:
-            dense(next(name for name, other in self._named() if other is parameter), grad)
-        return grad
+    def _grads_of(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        grads = [parameter.grad for parameter in parameters]
+        for parameter, grad in zip(parameters, grads, strict=True):
+            if grad is not None and grad.layout is not torch.strided:
+                dense(next(name for name, other in self._named() if other is parameter), grad)
+        if self._released is None or not self._released.grads:
+            return grads
+        return [self._released.grads.get(p, grad) for p, grad in zip(parameters, grads, strict=True)]
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.param_groups:
@@ -428,6 +461,19 @@ class MaskedOptimizer(torch.optim.Optimizer):
             "clip_grad_norm_ does not see them: clip with max_grad_norm= (math.inf for no clipping), or keep the "
             "gradients with release_grads=False."
         )
+
+    def _warn_of_missing(self) -> None:
+        """Say that parameters got no gradient in the first backward pass after others were frozen."""
+        expected, self._expected = self._expected, ()
+        grads = self._grads_of([parameter for _, parameter in expected])
+        lost = [name for (name, _), grad in zip(expected, grads, strict=True) if grad is None]
+        if lost and len(lost) < len(expected):  # else there was no backward pass at all
+            warn_caller(
+                f"{len(lost)} parameters with selected entries got no gradient after others were frozen "
+                f"({listed(lost)}). Reentrant activation checkpointing gives none to a segment whose inputs require "
+                "none: checkpoint with use_reentrant=False, or call model.enable_input_require_grads(). Parameters "
+                "that this batch did not use need nothing."
+            )
 
     def _check_released(self) -> None:
         if self._released is None:

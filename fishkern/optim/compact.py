@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -62,8 +63,7 @@ class Bucket:
         }
         self.steps = torch.zeros(len(params), device=self.device)
         self.starts: Tensor | None = None
-        self._cut: dict[int, dict[str, list[Tensor]]] = {}
-        self._param_views: dict[int, tuple[int, list[Tensor]]] = {}  # with the address that they are views of
+        self.pieces: Any = None  # of a fused update, which keeps there what it has cut
         self._updates = [0] * len(params)  # the steps on the host, where reading them does not wait for the device
         parts = {name: flat.split(self._sizes) for name, flat in self.flat.items()}
         self._views: list[dict[str, Tensor]] = [
@@ -85,24 +85,30 @@ class Bucket:
         Returns:
             Whether all of them have.
         """
-        return all(
-            param.dtype == self.dtype and param.device == self.device and param.is_contiguous() == contiguous
-            for param, contiguous in zip(self.params, self._contiguous, strict=True)
-        )
+        for param, contiguous in zip(self.params, self._contiguous, strict=True):  # all() would take twice as long
+            if param.dtype is not self.dtype or param.device != self.device or param.is_contiguous() is not contiguous:
+                return False
+        return True
 
-    def own(self, i: int, state: dict[str, Any]) -> None:
-        """Replace the values in ``state`` of parameter ``i`` by views of this bucket, which take them over.
+    def own(self, states: Mapping[Tensor, dict[str, Any]], grads: Sequence[Tensor | None]) -> None:
+        """Replace the values in the states of parameters by views of this bucket, which take them over.
 
         Args:
-            i: Which parameter.
-            state: ``optimizer.state[parameter]``; empty before the first step.
+            states: ``optimizer.state``, which makes an empty one where there is none.
+            grads: The gradient of each parameter; one without is left alone.
         """
+        for i, (param, views, grad) in enumerate(zip(self.params, self._views, grads, strict=True)):
+            if grad is None:
+                continue
+            state = states[param]
+            # As after every step but the first. Nothing here is called twice, since all of it costs the host.
+            if len(state) != len(views) or not all(map(is_, views.values(), state.values())):
+                self._take_over(i, state)
+
+    def _take_over(self, i: int, state: dict[str, Any]) -> None:
         views = self._views[i]
-        for name, view in views.items():
-            if state.get(name) is not view:
-                break
-        else:  # as after every step but the first; a generator would take twice as long
-            return
+        if all(state.get(name) is view for name, view in views.items()):
+            return  # with something of the caller's beside them
         for name, view in views.items():
             if name in ENTRIES:
                 continue
@@ -118,7 +124,11 @@ class Bucket:
             views["start"] = self.starts.split(self._sizes)[i]
             views["start"].copy_(state["start"])
         self._updates[i] = int(state["step"]) if "step" in state else 0
-        state.update(views)
+        for name in views:
+            state.pop(name, None)
+        others = {**state}
+        state.clear()
+        state.update({**views, **others})  # in this order, by which the next step knows them
 
     def advance(self, grads: Sequence[Tensor | None]) -> None:
         """Count one more update of the parameters that have a gradient.
@@ -134,48 +144,40 @@ class Bucket:
                 if grad is not None:
                     views["step"].add_(1)
 
-    def is_first(self, i: int) -> bool:
-        """Tell whether the update that :meth:`advance` has counted last is the first of a parameter.
+    def by_age(self, grads: Sequence[Tensor | None]) -> list[tuple[bool, list[int]]]:
+        """Part the parameters that have a gradient by whether the update that :meth:`advance` counted is their first.
+
+        Args:
+            grads: The gradient of each, or ``None``.
+
+        Returns:
+            Whether their entries have no momentum yet, and the numbers of such parameters; no empty part.
+        """
+        parts: tuple[list[int], list[int]] = ([], [])
+        for i, (grad, updates) in enumerate(zip(grads, self._updates, strict=True)):
+            if grad is not None:
+                parts[updates == 1].append(i)
+        return [(first, numbers) for first, numbers in ((True, parts[1]), (False, parts[0])) if numbers]
+
+    def views(self, i: int) -> dict[str, Tensor]:
+        """Give the state of one parameter.
 
         Args:
             i: Which parameter.
 
         Returns:
-            Whether its entries have no momentum yet.
+            By name ``[K_i]`` each, views of :attr:`flat`; and ``"step"``, zero-dimensional.
         """
-        return self._updates[i] == 1
+        return self._views[i]
 
-    def param_views(self, i: int) -> list[Tensor]:
-        """Cut a parameter into its ranges of rows, or into all of it, for a fused update.
-
-        Args:
-            i: Which parameter, contiguous.
+    def tensors(self) -> list[Tensor]:
+        """List all memory that is kept here.
 
         Returns:
-            ``[n]`` for each range; views of its present memory, made anew only where that has moved.
+            The compact state and the steps; views of them are in the states of the parameters.
         """
-        address = self.params[i].data_ptr()
-        known = self._param_views.get(i)
-        # the views hold their memory, so that nothing else can come to have this address meanwhile
-        if known is None or known[0] != address:
-            known = self._param_views[i] = address, self.selected[i].views(self.params[i])
-        return known[1]
-
-    def views(self, i: int) -> dict[str, list[Tensor]]:
-        """Cut the state of one parameter as a fused update takes it: by ranges, or in one piece where it has a master.
-
-        Args:
-            i: Which parameter.
-
-        Returns:
-            By name ``[n]`` each, views of :attr:`flat`; and ``"step"``, zero-dimensional.
-        """
-        if i not in self._cut:
-            views, one = self._views[i], self.selected[i]
-            spans = one.entries.spans if self.master is None else ()
-            self._cut[i] = {name: one.views(views[name]) if spans else [views[name]] for name in self.flat}
-            self._cut[i]["step"] = [views["step"]] * max(1, len(spans))
-        return self._cut[i]
+        starts = [] if self.starts is None else [self.starts]
+        return [*self.flat.values(), self.steps, *starts, *(s.indices for s in self.selected if s.indices is not None)]
 
     def operands(self, grads: Sequence[Tensor | None]) -> Operands:
         """Take each range of rows for a parameter of its own, all of which is selected.
@@ -228,15 +230,30 @@ def carried_over(state: dict[str, Any], old: Entries, new: Selected, param: Tens
         name: new.gather(param).to(tensor.dtype, copy=True) if name == "master" else tensor.new_zeros(count)
         for name, tensor in values.items()
     }
+    step = state["step"].clone()
     if kept < count or "start" in state:
         # The step is the parameter's. An entry that comes in now has done none of its updates: it starts at this one.
         values["start"] = state.get("start", torch.zeros(old.count, device=param.device))
-        moved["start"] = state["step"].to(param.device).repeat(count)
+        moved["start"] = step.to(param.device).repeat(count)
     for before, after in old.moves(new.entries):
         source, target = _on(param.device, before), _on(param.device, after)
         for name, tensor in values.items():
             moved[name][target] = tensor[source]
-    return {"step": state["step"].clone(), **moved, **new.key()}, kept
+    if "start" in moved and bool((moved["start"] == moved["start"][0]).all()):
+        step -= moved.pop("start")[0].to(step.device)  # one age for all again, with which rows are fused
+    return {"step": step, **moved, **new.key()}, kept
+
+
+def apart(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy a parameter's state out of the memory that it shares with others.
+
+    Args:
+        state: ``optimizer.state[parameter]``.
+
+    Returns:
+        The same values in memory of their own, which keeps nobody else's alive.
+    """
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def _on(device: torch.device, places: slice | Tensor) -> slice | Tensor:

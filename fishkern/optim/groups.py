@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
@@ -76,13 +76,16 @@ def all_named(groups: Iterable[Group]) -> list[Named]:
     return [entry for group in groups for entry in group["params"]]
 
 
-def settle(groups: Sequence[Group], selection: Selection, outside: Outside) -> list[Group]:
+def settle(
+    groups: Sequence[Group], selection: Selection, outside: Outside, *, frozen: Collection[str] = ()
+) -> list[Group]:
     """Keep the parameters that the optimizer handles: the pool, and with ``outside="train"`` all other trainable ones.
 
     Args:
         groups: As from :func:`named_groups`.
         selection: What is selected.
         outside: What to do with trainable parameters outside the pool.
+        frozen: Those that the optimizer froze itself, and can train again.
 
     Returns:
         The groups, narrowed.
@@ -103,9 +106,9 @@ def settle(groups: Sequence[Group], selection: Selection, outside: Outside) -> l
             parameter.requires_grad_(False)
     counts = selection.counts
     trained = [(n, p) for n, p in all_named(groups) if counts.get(n)] + (strangers if outside == "train" else [])
-    if frozen := [name for name, parameter in trained if not parameter.requires_grad]:
+    if still := [name for name, parameter in trained if not parameter.requires_grad and name not in frozen]:
         raise ValueError(
-            f"{len(frozen)} parameters with selected entries have requires_grad=False ({listed(frozen)}) and would get "
+            f"{len(still)} parameters with selected entries have requires_grad=False ({listed(still)}) and would get "
             "no gradient: call requires_grad_(True) on them, or select with never=."
         )
     for name, parameter in trained:

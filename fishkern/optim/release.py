@@ -42,7 +42,7 @@ class ReleasedGrads:
         Raises:
             RuntimeError: There are some.
         """
-        if self.grads and _several_processes():
+        if self.grads and several_processes():
             raise RuntimeError(
                 "gradients are released before processes exchange them: make the optimizer with release_grads=False."
             )
@@ -85,7 +85,7 @@ def to_release(
     Returns:
         Those to hand to :class:`ReleasedGrads`.
     """
-    if release is None and _several_processes():
+    if release is None and several_processes():
         release = False
     entries = []
     for name, parameter, selected in moving:
@@ -119,6 +119,11 @@ def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
         handle.remove()
 
 
-def _several_processes() -> bool:
+def several_processes() -> bool:
+    """Tell whether several processes train together.
+
+    Returns:
+        Whether torch's distributed package runs more than one.
+    """
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishkern.names import listed
+from fishkern.optim.frozen import FROZEN, frozen_in
 from fishkern.optim.selected import ENTRIES, Selected
 from fishkern.selection import Entries, Rows
 
@@ -87,11 +89,38 @@ def _options(number: int, own: Mapping[str, Any], saved: Mapping[str, Any]) -> d
             f"group {number} of the state holds other parameters than group {number} of the optimizer: make the "
             "optimizer with the same groups."
         )
-    for key in own.keys() & saved.keys() - {"params", "param_names"}:
+    for key in own.keys() & saved.keys() - {"params", "param_names", FROZEN}:
         if not _of_a_kind(own[key], saved[key]):
             raise ValueError(f"the state is damaged: {key} of group {number} is {saved[key]!r:.60}.")
-    options = {key: copy.deepcopy(value) for key, value in saved.items()}
+    options = {key: copy.deepcopy(value) for key, value in saved.items() if key != FROZEN}
     return {**own, **options, "params": own["params"], "param_names": own["param_names"]}
+
+
+def loaded_frozen(state_dict: Mapping[str, Any], selected: Mapping[str, Selected]) -> frozenset[str]:
+    """Read which parameters the optimizer had frozen when its state was saved.
+
+    Args:
+        state_dict: As :func:`loaded` takes it, and has checked it.
+        selected: Of each name the entries that move.
+
+    Returns:
+        Their names; none for a state from before there was such a thing.
+
+    Raises:
+        ValueError: Something of them is selected here, or they are no parameters of the optimizer.
+    """
+    groups = state_dict["param_groups"]
+    for group in groups:
+        names = group.get(FROZEN, [])
+        if not isinstance(names, list | tuple) or not all(name in group["param_names"] for name in names):
+            raise ValueError("the state is damaged: 'frozen' of a group lists names of its parameters.")
+    frozen = frozen_in(groups)
+    if moving := [name for name in frozen if selected[name].entries.count]:
+        raise ValueError(
+            f"the state is of a training in which {listed(moving)} had stopped, and something of it is selected here: "
+            "make the optimizer with the selection that was in use when the state was saved."
+        )
+    return frozenset(frozen)
 
 
 def _of_a_kind(own: object, saved: object) -> bool:
