@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from fishkern import hosts
 from fishkern.layers import Connection, Plan, Site, UnsupportedModuleError, as_found, gradient_kept, leave_out, survey
+from fishkern.layers.reentrant import segment
 from fishkern.layers.tap import copied, frozen_call
 from fishkern.layers.training import drawn_since, draws, no_rows_in_output, random_states, stand_in_losses
 from fishkern.statistics.batches import Examples, Reader
@@ -65,7 +66,8 @@ class ModelCall:
             What it returns.
         """
         named = dict(self.examples.copied())
-        return model(*(named.pop(name) for name in self.positional), **named)
+        args = [named.pop(name) for name in self.positional]
+        return model(*args, **named)
 
 
 def read_call(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], reader: Reader, number: int) -> ModelCall:
@@ -128,6 +130,11 @@ def plan_in_training(model: nn.Module, requested: Mapping[str, Tensor], call: Mo
     Raises:
         UnsupportedModuleError: A parameter has only the loop, or the model's output tells no examples apart.
     """
+    if segment():
+        raise UnsupportedModuleError(
+            "the model is called inside a reentrant checkpoint, where nothing can be found out about it: pass a batch "
+            "as batch=, by which the capture is planned before, or checkpoint with use_reentrant=False."
+        )
     call = call.few(device)
     with _running(model, requested.values(), device) as (again, connection):
 
@@ -194,6 +201,8 @@ def _running(
         stack.enter_context(hosts.connected_inputs(model))
         stack.enter_context(gradient_kept(model))
         stack.enter_context(torch.enable_grad())
+        # a checkpoint around the whole model must not take what is saved here for its own
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor))
         restore = stack.enter_context(as_found(model))
         stack.callback(_set_random, begun, device)
 
