@@ -45,6 +45,7 @@ from fishkern.statistics import (
     MultiLabel,
     ParameterInfo,
     PassPlan,
+    Prepared,
     QuestionAnswering,
     Regression,
     Seq2SeqLM,
@@ -55,6 +56,7 @@ from fishkern.statistics import (
     estimate,
     merge,
     plan,
+    prepare,
     verify,
 )
 
@@ -88,6 +90,7 @@ __all__ = [
     "PassPlan",
     "PerRowTopK",
     "PerTensorTopK",
+    "Prepared",
     "ProportionalImportance",
     "QuestionAnswering",
     "Random",
@@ -116,6 +119,7 @@ __all__ = [
     "merge",
     "pissa",
     "plan",
+    "prepare",
     "select",
     "use_backend",
     "verify",

@@ -23,6 +23,7 @@ from fishkern.statistics.likelihood import (
 from fishkern.statistics.merge import merge
 from fishkern.statistics.plan import PassPlan, plan
 from fishkern.statistics.predictive import Bernoulli, Categorical, Gaussian, Predictive
+from fishkern.statistics.prepared import Prepared, prepare
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.sketched_fisher import SketchedFisher
 from fishkern.statistics.verification import Compared, Verification
@@ -52,6 +53,7 @@ __all__ = [
     "ParameterInfo",
     "PassPlan",
     "Predictive",
+    "Prepared",
     "QuestionAnswering",
     "Regression",
     "Seq2SeqLM",
@@ -62,5 +64,6 @@ __all__ = [
     "estimate",
     "merge",
     "plan",
+    "prepare",
     "verify",
 ]
