@@ -50,6 +50,7 @@ from fishkern.statistics import (
     OnlineFisher,
     ParameterInfo,
     PassPlan,
+    Prepared,
     QuestionAnswering,
     Regression,
     Seq2SeqLM,
@@ -60,6 +61,7 @@ from fishkern.statistics import (
     estimate,
     merge,
     plan,
+    prepare,
     verify,
 )
 
@@ -101,6 +103,7 @@ __all__ = [
     "PassPlan",
     "PerRowTopK",
     "PerTensorTopK",
+    "Prepared",
     "ProportionalImportance",
     "QuestionAnswering",
     "Random",
@@ -131,6 +134,7 @@ __all__ = [
     "merge",
     "pissa",
     "plan",
+    "prepare",
     "select",
     "use_backend",
     "verify",
