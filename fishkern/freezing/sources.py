@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.names import listed
-from fishkern.statistics import Drawn, Estimator, Likelihood, OnlineFisher, estimate
+from fishkern.statistics import Drawn, Estimator, Likelihood, OnlineFisher, Prepared, estimate, prepare
 from fishkern.statistics.batches import Shared
+from fishkern.statistics.data import demand_several
 from fishkern.statistics.held import Held
 from fishkern.statistics.shards import Ranks
 
@@ -66,6 +67,7 @@ class Probe(Source):
         self._model, self._estimator, self._likelihood, self._names = model, estimator, likelihood, names
         self._batches = list(batches) if isinstance(batches, Iterator) else batches
         self._shared = shared
+        self._prepared: tuple[frozenset[str], Prepared] | None = None
 
     def read(self) -> Held:
         """Read the statistic on the probe.
@@ -74,24 +76,32 @@ class Probe(Source):
             Of every parameter in training.
 
         Raises:
-            TypeError: The probe is not an iterable of batches.
-            ValueError: The probe gives other batches than at the first reading, or what :func:`fishkern.estimate`
-                raises.
+            TypeError: The probe is not an iterable of batches, or the statistic is of another shape.
+            ValueError: The probe gives other batches than at the first reading, or as :func:`fishkern.estimate` raises.
         """
+        demand_several(self._batches)
         names = frozenset(self._names())
-        batches = Digested(self._batches) if hasattr(self._batches, "__iter__") else self._batches
+        batches = Digested(self._batches)
+        options = {
+            "estimator": self._estimator,
+            "likelihood": self._likelihood,
+            "parameters": lambda name, parameter: name in names,
+            "shared": self._shared,
+        }
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed whenever it is iterated over
-            statistics = estimate(
-                self._model,
-                self._batches if isinstance(self._batches, Mapping | Tensor) else batches,  # which are refused
-                self._estimator,
-                likelihood=self._likelihood,
-                parameters=lambda name, parameter: name in names,
-                shared=self._shared,
-            )
+            statistics = estimate(self._model, batches, prepared=self._prepared_for(names, options), **options)
         self._demand_same(batches.digest)
         demand_shapes(statistics, names, self._model)
         return statistics
+
+    def _prepared_for(self, names: frozenset[str], options: dict[str, Any]) -> Prepared | None:
+        """Take the prepared pass of the last reading, or prepare one where what is in training or the model changed."""
+        if self._prepared is not None and self._prepared[0] == names and _fits(self._prepared[1], self._model):
+            return self._prepared[1]
+        first = next(iter(self._batches), None)
+        together = all(Ranks().gathered(first is not None))  # else a rank has no data, which estimate may allow
+        self._prepared = (names, prepare(self._model, first, **options)) if together else None
+        return None if self._prepared is None else self._prepared[1]
 
     def _demand_same(self, own: str) -> None:
         """Compare the batches of all ranks with those of the first reading."""
@@ -143,6 +153,15 @@ class Digested:
             _digest_into(digest, batch)
             self.digest = digest.hexdigest()
             yield batch
+
+
+def _fits(prepared: Prepared, model: nn.Module) -> bool:
+    """Tell whether a model has the structure for which a pass was prepared."""
+    try:
+        prepared.demand_model(hosts.unwrap(model))
+    except ValueError:
+        return False
+    return True
 
 
 def demand_shapes(statistics: Held, names: Collection[str], model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from fishkern.statistics.choosing import Requested
 from fishkern.statistics.coverage import slowest_paths
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.gradient_check import GradientCheck
-from fishkern.statistics.request import check_estimable, coverage_of, parameter_infos, requested_tensors
+from fishkern.statistics.request import Options, coverage_of, request_of
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.running_mean import RunningMean
 from fishkern.statistics.states import States
@@ -103,15 +103,14 @@ class OnlineFisher:
                 "DistributedDataParallel, or one device."
             )
         self._model = hosts.unwrap(model)
-        estimator = DiagonalFisher()
-        check_estimable(self._model, estimator)
         if reason := hosts.lost_prefix(self._model, training=True):
             raise UnsupportedModuleError(f"{reason}.")
-        self._which = parameters
-        self._requested = requested_tensors(self._model, parameters, estimator, {})
-        infos = parameter_infos(self._model, self._requested, estimator, None, {})
+        options = Options(DiagonalFisher(), None, parameters, None, check, backend, shared)
+        self._request = request_of(self._model, options)
+        self._requested = self._request.tensors
         self._device = next(iter(self._requested.values())).device
-        states = States(infos, estimator, backends.current() if backend is None else backend)
+        backend = backends.current() if backend is None else backend
+        states = States(self._request.infos, self._request.estimator, backend)
         if integer(accumulation_steps, "accumulation_steps") < 1:
             raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}.")
         self._mean = RunningMean(states, decay, skips=scaler is not None)
@@ -184,7 +183,7 @@ class OnlineFisher:
             self._mean.corrected(),
             count=self._mean.examples,
             provenance={"definition": self._definition, "runs": [self._described]},
-            coverage=coverage_of(self._model, self._requested, self._paths, self._which, DiagonalFisher(), {}),
+            coverage=coverage_of(self._request, self._paths),
         )
 
     def step(self) -> None:
