@@ -88,7 +88,7 @@ def test_one_batch_is_no_probe():
 
 
 def test_statistics_that_are_not_of_the_parameters_shapes_are_refused():
-    with pytest.raises(TypeError, match=r"another shape than the parameter for .*0.weight.*fishkern.DiagonalFisher\(\)"):
+    with pytest.raises(TypeError, match=r"another shape than the parameter for .*0.weight"):
         probe_of(network(), PROBE, fk.GroupFisher(by="row")).read()
     with pytest.raises(ValueError, match="1 parameters in training are not in the reading"):
         demand_shapes(fk.Statistics({"0.weight": torch.ones(16, 8)}, count=1), ["1.weight"], network())
