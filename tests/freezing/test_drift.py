@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fishkern as fk
@@ -137,6 +137,7 @@ def test_one_entry_of_many_that_moves_is_found():
     assert distance(first, second) > 0
 
 
+@settings(max_examples=20)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 5))
 def test_factors_are_followed_as_their_products_where_one_does_not_move(rows, columns, seed):
     """The mean of products with a common factor is the product of the means."""
@@ -182,9 +183,9 @@ def test_halved_bins_keep_their_counts():
     drift, first = JensenShannon(reference="histogram"), log_normal(2000)
     counts, edges = drift.follow(None, first).reference
     for factor, free in ((10.0, slice(32, 64)), (0.1, slice(0, 32))):
-        coarse, wider = JensenShannon(reference="histogram", decay=1.0).follow(
-            followed(drift, [first]), first * factor
-        ).reference
+        coarse, wider = (
+            JensenShannon(reference="histogram", decay=1.0).follow(followed(drift, [first]), first * factor).reference
+        )
         taken = slice(0, 32) if free.start else slice(32, 64)
         assert torch.equal(coarse[taken], counts.view(32, 2).sum(1))
         assert coarse[free].eq(0).all()

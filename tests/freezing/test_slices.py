@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def test_bounds_are_the_published_ones(size, count):
     rows = Slices(count).of("weight", torch.Size([size, 3]))
     columns = Slices(count, "columns").of("weight", torch.Size([3, size]))
     for slices, axis in ((rows, fk.Rows), (columns, fk.Columns)):
-        assert slices == tuple(axis(pair) for pair in zip(published, published[1:], strict=False))
+        assert slices == tuple(axis(pair) for pair in pairwise(published))
 
 
 def test_columns_are_those_of_the_second_axis():
