@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fishkern as fk
-from tests.freezing import oracle
+from tests.freezing import published_code
 from tests.freezing.test_reference import Watched, back_propagate, net
 from tests.freezing.training import CLASSES, PROBE, adamw, batches, everything, freezer_of, network, train
 from tests.support import zoo
@@ -22,7 +22,7 @@ def test_a_dozen_steps_of_the_published_code_equal_the_oracle(margin, optimizer)
     """Readings of the training batch, the floor, the freeze at step 0, decisions before the update of the same step."""
     model = net()
     watched, shapes = Watched(model), {name: tuple(one.shape) for name, one in model.named_parameters()}
-    published = oracle.Published(shapes, every=4, read_every=2, margin=margin)
+    published = published_code.Published(shapes, every=4, read_every=2, margin=margin)
     selection = everything(model)
     if optimizer == "adamw":
         optimizer = fk.MaskedAdamW(model, selection, lr=1e-2, weight_decay=0.1)
