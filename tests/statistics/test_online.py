@@ -451,6 +451,20 @@ def test_only_the_requested_parameters():
     assert online.statistics.coverage["transformer.wte.weight"].reason == "requires_grad is False"
 
 
+def test_a_parameter_that_is_frozen_meanwhile_is_still_read():
+    found = []
+    for frozen in (False, True):
+        model = reading()
+        with fk.OnlineFisher(model) as online:
+            drawn(1, reading_loss, model).backward()
+            model.first.requires_grad_(not frozen)
+            drawn(2, reading_loss, model).backward()
+        found.append(online.statistics)
+        with online:  # planned and checked again
+            drawn(3, reading_loss, model).backward()
+    assert found[0] == found[1]
+
+
 def test_planned_by_a_batch_when_entered():
     model, batch = gpt2(), zoo.text_batch(4, 6)
     by_first = fk.OnlineFisher(model)
