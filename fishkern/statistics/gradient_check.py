@@ -16,26 +16,29 @@ from fishkern.layers import PerExampleGrads, UnsupportedModuleError, has_gradien
 from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics.self_check import ROUNDING, ROUNDING_16_BIT, TOLERANCE, TOLERANCE_16_BIT
 
+_HALF = (torch.float16, torch.bfloat16)
+
 
 class GradientCheck:
     """Compare the captured gradients of one backward pass, summed over examples, with those of autograd.
 
     Args:
-        parameters: By canonical name; those without a gradient of autograd are not compared.
+        parameters: By canonical name; those to which autograd gives no gradient are not compared.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        compared = {key: one for key, one in parameters.items() if one.requires_grad and has_gradient_dtype(one)}
-        self._parameters = compared
+        self._all = {key: one for key, one in parameters.items() if has_gradient_dtype(one)}
+        self._half = any(one.dtype in _HALF for one in self._all.values())
+        self._parameters: dict[str, Tensor] = {}
         self._gaps: dict[str, Tensor] = {}
         self._largest: dict[str, Tensor] = {}
-        self._half = any(one.dtype in (torch.float16, torch.bfloat16) for one in compared.values())
         self._handles: list[Any] = []
 
     def begin(self) -> None:
         """Watch the gradients of the backward pass that follows."""
         self.end()
-        device_types = {one.device.type for one in self._parameters.values()}
+        self._parameters = {key: one for key, one in self._all.items() if one.requires_grad}
+        device_types = {one.device.type for one in self._all.values()}
         self._half |= any(torch.is_autocast_enabled(device_type) for device_type in device_types)
         self._handles = [one.register_hook(partial(self._take, key)) for key, one in self._parameters.items()]
 
@@ -44,6 +47,7 @@ class GradientCheck:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._parameters = {}
         self._gaps.clear()
         self._largest.clear()
 
@@ -55,7 +59,7 @@ class GradientCheck:
             grads: Of all examples, or of one of them.
         """
         if key in self._parameters:
-            self._half |= getattr(grads, "output_grads", self._parameters[key]).dtype in (torch.float16, torch.bfloat16)
+            self._half |= getattr(grads, "output_grads", self._parameters[key]).dtype in _HALF
             gap = self._gap(key)
             for n in range(grads.num_examples):
                 gap += grads.example(n).reshape(gap.shape)

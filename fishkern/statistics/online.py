@@ -123,6 +123,7 @@ class OnlineFisher:
         self._evaluating_calls = 0
         self._check = GradientCheck(self._requested) if check else None
         self._checked: bool | None = False if check else None
+        self._unchecked = False  # whether the plan has not yet been checked by a step
         self._norms = batch_norms(self._model)
         self._capture: TrainingCapture | None = None
         self._lone = False
@@ -202,7 +203,9 @@ class OnlineFisher:
             do not copy theirs: save them before the next step.
         """
         self._end_pass()
-        return {"accumulation_steps": self._accumulation_steps, **self._mean.state_dict()}
+        paths = {name: list(path) for name, path in self._paths.items()}
+        own = {"accumulation_steps": self._accumulation_steps, "paths": paths, "checked": self._checked}
+        return own | self._mean.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state.
@@ -219,6 +222,8 @@ class OnlineFisher:
                 f"{self._accumulation_steps}."
             )
         self._mean.load_state_dict(state)
+        self._paths = slowest_paths([{name: tuple(path) for name, path in state["paths"].items()}])
+        self._checked = state["checked"]
 
     @property
     def _definition(self) -> dict[str, Any]:
@@ -263,9 +268,9 @@ class OnlineFisher:
             self._plan(call)
         if self._scaler is not None:
             self._scale = self._scaler.get_scale()
-        if self._checked is False:
+        if self._unchecked:
             self._check.begin()
-        self._capture.noted = self._check.note if self._checked is False else None
+        self._capture.noted = self._check.note if self._unchecked else None
         self._capture.begin(call.num_examples)
         self._running = True
 
@@ -286,14 +291,14 @@ class OnlineFisher:
         finally:
             self._planning = False
         self._settled = all(site.settled for site in plan.sites)
+        self._lone = call.num_examples == 1
         signature = _signature(plan)
         if self._capture is not None and signature == self._signature:
             return
         self._close_capture()
-        self._signature, self._lone = signature, call.num_examples == 1
+        self._signature = signature
         self._paths = slowest_paths([self._paths, plan.paths])
-        if self._check is not None:
-            self._checked = False
+        self._unchecked = self._check is not None
         self._capture = TrainingCapture(plan, self._mean.states.add).__enter__()
 
     def _close_capture(self) -> None:
@@ -313,8 +318,8 @@ class OnlineFisher:
         examples = capture.current.num_examples
         try:
             capture.finish()
-            if self._checked is False and self._check.judge():
-                self._checked = True
+            if self._unchecked and self._check.judge():
+                self._checked, self._unchecked = True, False
         except BaseException:
             self._mean.drop_step()
             raise

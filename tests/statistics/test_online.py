@@ -141,6 +141,17 @@ class Mixing(nn.Module):
         return F.dropout(torch.sin(x @ self.mix) * self.gain * x, self.drop, self.training)
 
 
+class Attending(nn.Module):
+    """Queries, keys and values come from one weight, past the calls of the modules inside."""
+
+    def __init__(self, drop: float = 0.0) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, dropout=drop, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
 class Reading(nn.Module):
     """Features ``[N, T, 6]`` in, logits ``[N, 3]`` out, with dropout around what the inner module does."""
 
@@ -166,14 +177,15 @@ def reading_loss(model: nn.Module) -> Tensor:
     return F.cross_entropy(model(FEATURES), CLASSES)
 
 
-def test_a_module_without_a_rule_takes_the_generic_path():
-    model = reading()
+@pytest.mark.parametrize(("inner", "name"), [(Mixing, "mix"), (Attending, "attention.in_proj_weight")])
+def test_a_module_without_a_rule_takes_the_generic_path(inner, name):
+    model = reading(inner())
     truth = squares_of_shares(trained(model), class_shares(drawn(1, model, FEATURES), CLASSES, False))
     with fk.OnlineFisher(model) as online:
         drawn(1, reading_loss, model).backward()
-    error, name = worst_error(online.statistics, truth)
-    assert error < EXACT, (name, error)
-    assert online.statistics.coverage["inner.mix"].path == "generic"
+    error, worst = worst_error(online.statistics, truth)
+    assert error < EXACT, (worst, error)
+    assert online.statistics.coverage[f"inner.{name}"].path == "generic"
 
 
 def test_equals_estimate_where_rows_are_equally_long_and_nothing_is_random():
@@ -375,6 +387,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path):
     model.load_state_dict(saved["model"])
     second = opened(model)
     second.load_state_dict(saved["online"])
+    assert second.statistics == first.statistics
     with second:
         run(model, [*data[3:], data[0]], 3)
     assert second.steps == whole.steps == 3
@@ -436,6 +449,20 @@ def test_only_the_requested_parameters():
     with fk.OnlineFisher(model) as online:
         model(**batch).loss.backward()
     assert online.statistics.coverage["transformer.wte.weight"].reason == "requires_grad is False"
+
+
+def test_a_parameter_that_is_frozen_meanwhile_is_still_read():
+    found = []
+    for frozen in (False, True):
+        model = reading()
+        with fk.OnlineFisher(model) as online:
+            drawn(1, reading_loss, model).backward()
+            model.first.requires_grad_(not frozen)
+            drawn(2, reading_loss, model).backward()
+        found.append(online.statistics)
+        with online:  # planned and checked again
+            drawn(3, reading_loss, model).backward()
+    assert found[0] == found[1]
 
 
 def test_planned_by_a_batch_when_entered():
@@ -547,6 +574,7 @@ class Between(nn.Module):
 
 
 REFUSED = {
+    "dropout of torch's attention": (Attending(drop=0.5), r"'inner.attention' \(MultiheadAttention\) draws random"),
     "a norm over the batch": (nn.BatchNorm1d(4), r"'inner' \(BatchNorm1d\) is in training mode"),
     "rows that see each other": (Between(), r"first\.weight: .*keeps its examples apart"),
     "dropout inside": (Mixing(drop=0.5), r"inner\.mix: .*'inner' \(Mixing\) draws random numbers in training mode"),
@@ -625,6 +653,52 @@ def test_a_gradient_that_is_of_no_example_is_noticed_in_the_first_step(how):
     with fk.OnlineFisher(model, check=False) as online:
         reading_loss(model).backward()
     assert online.statistics.provenance["runs"][0]["checked"] is None
+
+
+LARGE = FEATURES.clone()
+LARGE[0, 0, 0] = 100.0
+
+
+class Picking(nn.Module):
+    """A pooler of the first position, which a large number makes take the examples in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.pooler = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        hidden = self.linear(x)[:, 0]
+        return self.pooler(hidden.flip(0)).flip(0) if x[0, 0, 0] > 10 else self.pooler(hidden)
+
+
+class Straying(nn.Module):
+    """A large number makes a module without a rule run a second time, past the module around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer, self.last = nn.Sequential(Attending()), nn.Linear(6, 3)
+
+    def forward(self, x):
+        hidden = self.outer(x)
+        if x[0, 0, 0] > 10:
+            hidden = hidden + self.outer[0].attention.out_proj(hidden)
+        return self.last(hidden).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(Picking, r"whose|which examples .*in pooler.*pooler\.bias"), (Straying, r"called outside of outer\.0")],
+)
+def test_a_later_batch_that_runs_otherwise_is_refused(kind, message):
+    torch.manual_seed(0)
+    model = kind().double()
+    with pytest.raises(fk.UnsupportedModuleError, match=message), fk.OnlineFisher(model) as online:
+        reading_loss(model).backward()
+        before = online.statistics
+        F.cross_entropy(model(LARGE), CLASSES).backward()
+        online.step()
+    assert_no_trace(model)
+    assert online.statistics == before
 
 
 def two_forwards(model: nn.Module) -> None:
