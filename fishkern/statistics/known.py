@@ -132,21 +132,21 @@ class Known:
             self._seen[lone].clear()
         self.note_seen(lone, few)
 
-    def checked(self, lone: bool, plan: Plan) -> set[str]:
-        """List the parameters that a plan computes in the same way as the earlier one, which autograd has confirmed.
+    def has_checked(self, lone: bool, plan: Plan) -> bool:
+        """Tell whether all that a plan captures was compared with autograd, and is captured in the same way.
 
         Args:
             lone: Whether it is for batches of one.
             plan: A new plan.
 
         Returns:
-            Their canonical names. Where no gradient but zeros had arrived, nothing was compared.
+            Whether it was. Where no gradient but zeros had arrived, nothing was compared.
         """
         before = self._plans.get(lone)
-        if before is None:
-            return set()
+        if before is None or before.unsettled - plan.unsettled:
+            return False
         uses = before.uses
-        return {key for key, each in plan.uses.items() if uses.get(key) == each} - before.unsettled
+        return all(uses.get(key) == each for key, each in plan.uses.items())
 
     def _digest(self, few: Examples) -> bytes | None:
         hashed = blake2b(repr(self._checkpointing).encode(), digest_size=16)

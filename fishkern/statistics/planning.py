@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 
 import torch
@@ -218,11 +218,11 @@ class Planner:
                 num_examples=few.num_examples,
             )
         self.refuse_stored(key for key, (path, _) in plan.paths.items() if path != "fused")
-        known, checked = self._known, set()
+        known, checks = self._known, self._check
         if known is not None:
             plan = plan.with_loop({key: reason for key, reason in known.reasons.items() if key not in plan.loop})
-            checked = known.checked(lone, plan)
-        reasons = self.disagreements(plan, few, number, checked=checked) if self._check else {}
+            checks = checks and not known.has_checked(lone, plan)
+        reasons = self.disagreements(plan, few, number) if checks else {}
         if compares:
             with only_trainable(self._differentiable().values()):
                 self._independence.settle(few)
@@ -232,14 +232,13 @@ class Planner:
         self._announce(plan)
         return plan
 
-    def disagreements(self, plan: Plan, few: Examples, number: int, *, checked: Collection[str] = ()) -> dict[str, str]:
+    def disagreements(self, plan: Plan, few: Examples, number: int) -> dict[str, str]:
         """Compare with ordinary autograd by one objective.
 
         Args:
             plan: A plan for these examples.
             few: Two examples, or the one of a batch of one.
             number: Number of the objective.
-            checked: Parameters that need no comparison.
 
         Returns:
             For each parameter that differs, why.
@@ -253,10 +252,7 @@ class Planner:
             # an example alone may lack the position of this objective, which then adds nothing
             return torch.zeros(batch.num_examples) if objective is None else objective
 
-        captured = [key for key in self._differentiable() if key not in plan.loop and key not in checked]
-        if checked and not captured:
-            return {}
-        plan = plan.only(captured) if checked else plan
+        captured = [key for key in self._differentiable() if key not in plan.loop]
         if self._estimator.has_of_gradient:
             # Lend the states of the pass while they are zero: a second set would double the memory of the pass.
             states = self._states.of_the_same_kind(self._estimator, captured) if self.begun else self._states
