@@ -315,6 +315,6 @@ def test_a_dozen_steps_of_readings_drift_and_rule_equal_the_oracle(margin, stops
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter -= 0.1 * parameter.grad * torch.from_numpy(published.mask(name))
-    # first the embedding and the scale, which no hook knows; with the paper's margin one slice of 78 survives the second
+    # first the embedding and the scale, which no hook knows; with the margin of the paper, one slice of 78 is left then
     assert [count for count in events if count] == stops
     assert len(training) == stay
