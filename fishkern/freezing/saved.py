@@ -114,23 +114,7 @@ class FreezerState:
             ValueError: It is not the state of a freezer, or is damaged.
         """
         with parsing("this is no state of a freezer"):
-            header, tensors = plain["header"], dict(plain["tensors"])
-            if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-                raise ValueError("one of its tensors is none")
-            selections = [
-                _selection(header["pool"], place, tensors, provenance)
-                for place, provenance in enumerate(header["provenance"])
-            ]
-            tracks = dict(_track(entry, tensors) for entry in header["tracks"])
-            history = _history(header["slices"], tensors)
-            if tensors:
-                raise ValueError(f"nothing refers to {in_brief(min(tensors), 80)}")
-            digest, settings = header["digest"], dict(header["settings"])
-            if not isinstance(digest, str | None) or not all(isinstance(said, str) for said in settings.values()):
-                raise ValueError("its digest and its settings are words")
-            counts = [_count(header[key]) for key in ("count", "number", "read_before")]
-            initial, selection = selections
-            return cls(*counts, digest, settings, initial, selection, tracks, history)
+            return cls._parsed(plain)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Save as one ``.safetensors`` file, whole or not at all.
@@ -168,7 +152,27 @@ class FreezerState:
             header = read_json(metadata["freezer"])
         tensors = {name: tensor.read() for name, tensor in stored.items()}
         with parsing(f"{path} holds no valid freezer"):
-            return cls.from_plain({"header": header, "tensors": tensors})
+            return cls._parsed({"header": header, "tensors": tensors})
+
+    @classmethod
+    def _parsed(cls, plain: Mapping[str, Any]) -> FreezerState:
+        header, tensors = plain["header"], dict(plain["tensors"])
+        if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise ValueError("one of its tensors is none")
+        selections = [
+            _selection(header["pool"], place, tensors, provenance)
+            for place, provenance in enumerate(header["provenance"])
+        ]
+        tracks = dict(_track(entry, tensors) for entry in header["tracks"])
+        history = _history(header["slices"], tensors)
+        if tensors:
+            raise ValueError(f"nothing refers to {in_brief(min(tensors), 80)}")
+        digest, settings = header["digest"], dict(header["settings"])
+        if not isinstance(digest, str | None) or not all(isinstance(said, str) for said in settings.values()):
+            raise ValueError("its digest and its settings are words")
+        counts = [_count(header[key]) for key in ("count", "number", "read_before")]
+        initial, selection = selections
+        return cls(*counts, digest, settings, initial, selection, tracks, history)
 
 
 class _Held(NamedTuple):

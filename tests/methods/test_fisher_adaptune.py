@@ -29,9 +29,7 @@ def test_a_dozen_steps_of_the_published_code_equal_the_oracle(margin, optimizer)
     else:
         optimizer = fk.MaskedSGD(model, selection, lr=1e-1, momentum=0.9, weight_decay=0.1)
     rule = None if margin == 1.0 else fk.freezing.ReferenceRule(margin)
-    freezer = fk.fisher_adaptune(
-        model, None, optimizer=optimizer, every=4, read_every=2, rule=rule, compat="reference"
-    )
+    freezer = fk.fisher_adaptune(model, None, optimizer=optimizer, every=4, read_every=2, rule=rule, compat="reference")
     steps = []
     for step in range(13):
         back_propagate(model, step)
