@@ -60,10 +60,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
     nothing in it is cast, and one of other entries is refused.
 
     Ranges of rows (:class:`fishkern.Rows`) of a contiguous parameter are stepped in place, as views of parameter,
-    gradient and state, by torch's own fused update. That of 16-bit weights needs a master, and rows that
-    :meth:`reselect` adds are not fused. All other entries, ranges of columns among them, are gathered by their indices,
-    updated in the order of torch's loop or by a Triton kernel, and scattered. The two ways round differently;
-    ``fused=False`` takes the latter for all, and so does ``use_backend("triton")`` unless ``fused=True``.
+    gradient and state, by torch's own fused update. That of 16-bit weights needs a master, and a parameter to which
+    :meth:`reselect` adds rows is not fused while its entries differ in age. All other entries, ranges of columns among
+    them, are gathered by their indices, updated in the order of torch's loop or by a Triton kernel, and scattered. The
+    two ways round differently; ``fused=False`` takes the latter for all, and so does ``use_backend("triton")`` unless
+    ``fused=True``.
 
     With ``master_weights`` the selected entries of 16-bit parameters are also kept in float32, with state in float32,
     and rounded into the parameter at each step: this is the float32 optimizer, rounded. Without it, updates are applied

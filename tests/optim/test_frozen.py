@@ -150,6 +150,37 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
+@every_optimizer
+@pytest.mark.parametrize("left", [fk.Rows((0, 6)), fk.Rows((6, 9))], ids=["first", "added"])
+def test_rows_are_fused_again_when_all_are_of_one_age(kind, left):
+    """Those that were there first, or those that were added: the other ones are gone."""
+    torch.manual_seed(0)
+    weight, alone = (nn.Parameter(torch.ones(12, 5)) for _ in range(2))
+    grads = [torch.randn(12, 5) for _ in range(7)]
+
+    def of(*rows) -> fk.Selection:
+        return fk.Selection({"weight": (12, 5)}, {}, ranges={"weight": fk.Rows(*rows)})
+
+    def run(optimizer, parameter, some_grads):
+        for grad in some_grads:
+            parameter.grad = grad.clone()
+            optimizer.step()
+
+    optimizer = kind[0]([("weight", weight)], of((0, 6)), **kind[2])
+    run(optimizer, weight, grads[:3])
+    optimizer.reselect(of((0, 9)))
+    run(optimizer, weight, grads[3:5])
+    assert [optimizer._is_fused(bucket) for bucket in optimizer._buckets[0]] == [False]
+    optimizer.reselect(of(*left.bounds))
+    run(optimizer, weight, grads[5:])
+    assert [optimizer._is_fused(bucket) for bucket in optimizer._buckets[0]] == [True]
+    since = 3 if left.bounds[0][0] else 0
+    assert optimizer.state[weight]["step"] == 7 - since
+    run(kind[0]([("weight", alone)], of(*left.bounds), **kind[2]), alone, grads[since:])
+    mask = of(*left.bounds).mask("weight")
+    torch.testing.assert_close(weight[mask], alone[mask])
+
+
 def test_memory_also_goes_where_a_parameter_outside_the_pool_waits_for_a_gradient():
     """Its state was a view of the same memory."""
     model = network()
