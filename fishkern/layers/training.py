@@ -40,11 +40,21 @@ class TrainingPass:
 
     Attributes:
         begun: Whether a gradient has arrived.
+        completed: Whether the backward pass has come to its end, and was not interrupted by an exception.
     """
 
     def __init__(self, num_examples: int) -> None:
         self.num_examples = num_examples
-        self.begun = False
+        self.begun = self.completed = False
+
+    def begin(self) -> None:
+        """Note that a gradient has arrived, and have autograd say when the backward pass is over."""
+        if not self.begun:
+            self.begun = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._complete)
+
+    def _complete(self) -> None:
+        self.completed = True
 
 
 class TrainingCapture(Capture):
@@ -77,7 +87,6 @@ class TrainingCapture(Capture):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._watching.close()
         self.drop()
         super().__exit__(*exception)
 
@@ -103,6 +112,13 @@ class TrainingCapture(Capture):
             UnsupportedModuleError: A module was called as the plan does not foresee, or nothing in the output tells
                 whose the rows are.
         """
+        try:
+            self._check_forward(output)
+        except BaseException:
+            self.drop()
+            raise
+
+    def _check_forward(self, output: Any) -> None:
         self._hooks.forward = False
         self._watching.close()
         if reasons := self._strays.reasons:
@@ -121,6 +137,7 @@ class TrainingCapture(Capture):
         """Forget the latest pass: a gradient that still comes back through it is an error."""
         self.current = None
         self._hooks.active = self._hooks.forward = False
+        self._watching.close()
         self._begin(0, None)
 
     def finish(self) -> None:
@@ -147,7 +164,7 @@ class TrainingCapture(Capture):
             return
         if one is None or one is not self.current:
             raise RuntimeError(f"a gradient came back through a forward pass that is not the latest. {_ONE_AT_A_TIME}")
-        one.begun = True
+        one.begin()
 
     def _receive(self, arrival: Arrival) -> None:
         if self._weighing:

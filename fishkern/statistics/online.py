@@ -315,7 +315,11 @@ class OnlineFisher:
             return
         if in_backward():
             raise RuntimeError("the statistics of a step are read after its backward pass, not inside it.")
-        examples = capture.current.num_examples
+        examples, completed = capture.current.num_examples, capture.current.completed
+        if not completed:
+            capture.drop()
+            self._mean.interrupt()
+            return
         try:
             capture.finish()
             if self._unchecked and self._check.judge():

@@ -29,7 +29,7 @@ class RunningMean:
         decay: As given.
         steps: Number of steps in the mean.
         examples: Number of their examples.
-        skipped: Number of steps that were left out.
+        skipped: Number of steps that were left out: not finite, or interrupted.
         passes: Number of backward passes of the step that is being read.
 
     Raises:
@@ -94,6 +94,21 @@ class RunningMean:
             self.steps += 1
             self.examples += self._pending
         self.drop_step()
+
+    def interrupt(self) -> None:
+        """Leave out a step whose only backward pass was interrupted by an exception, which somebody has caught.
+
+        Raises:
+            RuntimeError: Earlier passes of the same step were read, which cannot be told apart from it.
+        """
+        passes = self.passes
+        self.drop_step()
+        if passes:
+            raise RuntimeError(
+                f"an exception interrupted a backward pass after {passes} other(s) of the same step, so the step "
+                "cannot be read. The mean is that of the steps before; the next backward pass begins a step."
+            )
+        self.skipped += 1
 
     def drop_step(self) -> None:
         """Forget the step that is being read."""

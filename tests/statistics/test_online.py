@@ -359,6 +359,50 @@ def test_infinite_gradients_without_a_scaler_are_refused_and_the_mean_stays():
         assert online.statistics == before
 
 
+def interrupted_backward(model: nn.Module) -> None:
+    """An exception in the middle, as where memory runs out, which the training catches."""
+
+    def fail(grad: Tensor) -> None:
+        raise MemoryError
+
+    handle = model.first.register_forward_hook(lambda module, args, output: output.register_hook(fail) and None)
+    with pytest.raises(MemoryError):
+        reading_loss(model).backward()
+    handle.remove()
+    model.zero_grad()
+
+
+def test_a_backward_pass_that_was_interrupted_is_left_out():
+    model, found = reading(), []
+    for fails in (False, True):
+        with fk.OnlineFisher(model) as online:
+            for seed in (1, 2):
+                drawn(seed, reading_loss, model).backward()
+                if fails:
+                    interrupted_backward(model)
+        found.append(online)
+    plain, interrupted = found
+    assert interrupted.steps == 2
+    assert all(torch.equal(plain.statistics[name], interrupted.statistics[name]) for name in plain.statistics)
+    assert interrupted.statistics.provenance["runs"][0]["skipped_steps"] == 2
+    with fk.OnlineFisher(model, accumulation_steps=2) as online:
+        reading_loss(model).backward()
+        interrupted_backward(model)
+        with pytest.raises(RuntimeError, match="interrupted a backward pass after 1 other"):
+            online.step()
+        assert online.steps == 0
+
+
+def test_a_forward_pass_that_raises_is_no_step():
+    model = reading()
+    with fk.OnlineFisher(model) as online:
+        drawn(1, reading_loss, model).backward()
+        before = online.statistics
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            model(FEATURES[..., :5])
+    assert online.statistics == before
+
+
 def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path):
     """Interrupted in the middle of a step of two backward passes."""
     data = [*batches(3), *batches(2)]
