@@ -71,8 +71,8 @@ class Known:
         if self._segments:
             connection.connect()
 
-    def end(self, independence: Independence, connection: Connection) -> None:
-        """Take over what a pass has found out.
+    def keep(self, independence: Independence, connection: Connection) -> None:
+        """Keep what a pass has found out about its precision, its examples and its segments.
 
         Args:
             independence: Of the pass.

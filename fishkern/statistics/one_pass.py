@@ -113,7 +113,7 @@ class OnePass:
             with OwnRandomness(next(iter(self.requested.values())).device).drawing():
                 self.answering.begin(batch)
                 one_pass.prepare(batch)
-            self._end(independence, entered)
+            self._keep(independence, entered)
         return one_pass.paths
 
     def _run(
@@ -133,7 +133,7 @@ class OnePass:
                 one_pass.run(batch)
             units += self.estimator.units(batch.num_examples)
             report(data.examples)
-        self._end(independence, entered)
+        self._keep(independence, entered)
         return units, one_pass, independence
 
     def _begin(self, entered: Entered) -> tuple[AutogradPass | CapturedPass, Independence]:
@@ -149,9 +149,9 @@ class OnePass:
             self.known.begin(self.model, independence, entered.connection)
         return self._pass(answer, entered, independence), independence
 
-    def _end(self, independence: Independence, entered: Entered) -> None:
+    def _keep(self, independence: Independence, entered: Entered) -> None:
         if self.known is not None:
-            self.known.end(independence, entered.connection)
+            self.known.keep(independence, entered.connection)
 
     def _pass(
         self, answer: Callable[[Examples], Predictive | Tensor], entered: Entered, independence: Independence

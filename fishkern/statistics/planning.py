@@ -114,6 +114,8 @@ class Planner:
             if plan is None:
                 plan = self._make_plan(lone, few)
                 if self._known is not None and is_first:
+                    # at once: the pass may end in an exception, and a plan holds for connected segments alone
+                    self._known.keep(self._independence, self._connection)
                     self._known.learn(lone, few, plan, self.distrusted)
             self._plans[lone] = plan
         return self._plans[lone]

@@ -89,7 +89,7 @@ def facts_of_model(model: nn.Module) -> Facts:
             if buffer is not None:
                 facts["the storage of", f"{name} ({own})"] = f"{_plain(buffer.dtype)} {list(buffer.shape)}"
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
-    on = torch.is_autocast_enabled(device)
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     facts["autocast on", device] = _plain(torch.get_autocast_dtype(device)) if on else "off"
     return facts
 
@@ -177,7 +177,7 @@ def _settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _facts_of_module(path: str, module: nn.Module) -> Facts:
     facts: Facts = {("the module", path): Labelled(module, type(module).__name__)}
-    forward = vars(module).get("forward", type(module).forward)
+    forward = vars(module).get("forward", getattr(type(module), "forward", None))
     facts["the forward method of", path] = Labelled(forward, getattr(forward, "__qualname__", type(forward).__name__))
     hooks = [_called(hook) for kind in _HOOKS for hook in getattr(module, kind, {}).values()]
     if hooks:

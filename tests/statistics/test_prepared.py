@@ -429,7 +429,10 @@ class Checkpointed(nn.Module):
         self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
 
     def forward(self, x):
-        return self.last(torch.utils.checkpoint.checkpoint(self._body, self.first(x), use_reentrant=True))
+        x = self.first(x)
+        if bool((x > 1000).any()):
+            return self.last(self._body(x))
+        return self.last(torch.utils.checkpoint.checkpoint(self._body, x, use_reentrant=True))
 
     def _body(self, x):
         return self.second(x).tanh()
@@ -446,6 +449,24 @@ def test_reentrant_segments_are_connected_from_the_first_batch_on(kind):
         assert len(calls) == 2
     assert reading["second.weight"].any()
     assert reading == fk.estimate(model, batches, ESTIMATORS[kind], **options)
+
+
+def test_segments_of_a_pass_that_failed_are_connected_in_the_next_one():
+    model, labels = Checkpointed(), torch.tensor([0, 1, 2])
+    without, within = (1e5 * torch.ones(3, 4), labels), (torch.randn(3, 4), labels)
+    model.first.weight.data.abs_()
+    options = dict(likelihood=fk.Classification(), parameters="second.*")
+    prepared = fk.prepare(model, without, **options)
+
+    def interrupted():
+        yield within
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fk.estimate(model, interrupted(), prepared=prepared)
+    reading = fk.estimate(model, [within], prepared=prepared)
+    assert reading["second.weight"].any()
+    assert reading == fk.estimate(model, [within], **options)
 
 
 def test_slow_paths_are_announced_once():
@@ -511,6 +532,32 @@ def test_what_the_comparison_with_autograd_could_not_see_is_compared_later():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # what was found out holds on other data as well
         assert fk.estimate(model, [other], prepared=prepared).coverage["down.weight"].path == "loop"
+
+
+class Branching(nn.Module):
+    """The second half runs only on inputs that ask for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.first(x)
+        return y + self.second(x) if bool((x > 100).any()) else y
+
+
+@pytest.mark.filterwarnings("ignore:.*slow exact path")
+def test_data_that_need_another_plan_get_it():
+    """And those seen before get theirs back."""
+    model, labels = Branching(), torch.tensor([0, 1, 2])
+    one, both = (torch.randn(3, 4), labels), (torch.randn(3, 4).index_fill_(1, torch.tensor(2), 200.0), labels)
+    options = dict(likelihood=fk.Classification())
+    prepared = fk.prepare(model, one, **options)
+    for batch in (both, one, both, one):
+        train(model)
+        reading = fk.estimate(model, [batch], prepared=prepared)
+        assert reading == fk.estimate(model, [batch], **options)
+        assert reading["second.weight"].any() == (batch is both)
 
 
 class Meeting(nn.Module):

@@ -113,7 +113,8 @@ failures = {
     "prepared on one": message(lambda: fk.estimate(model, dealt(), prepared=ready if rank else None, **options)),
     "frozen on one": message(frozen_on_one),
     "unprepared": message(lambda: fk.prepare(model, first, likelihood=broken)),
-    "another batch": message(lambda: fk.estimate(model, [first if rank == 0 else (first[0], first[1].int())], prepared=ready)),
+    "another batch": message(lambda: fk.estimate(
+        model, [first if rank == 0 else (first[0], first[1].int())], prepared=ready)),
     "selection": message(lambda: tuned([], other, order="magnitude")),
     "nan": message(lambda: fk.estimate(model, dealt(), likelihood=broken)),
     "parameters": message(lambda: fk.estimate(
