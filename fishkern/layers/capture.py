@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from fishkern.layers.base import Call
 from fishkern.layers.factored import module_factors
 from fishkern.layers.generic import module_grads
-from fishkern.layers.grads import DenseGrads, EmbeddingGrads, OuterProductGrads, PerExampleGrads, PositionGrads
+from fishkern.layers.grads import (
+    DenseGrads,
+    EmbeddingGrads,
+    OuterProductGrads,
+    PerExampleGrads,
+    PositionGrads,
+    where_counted,
+)
 from fishkern.layers.hooks import Arrival, Hooks
 from fishkern.layers.rows import Rows
 from fishkern.layers.rules import factored
@@ -174,22 +181,50 @@ class Capture:
             arrival = arrival._replace(saved=saved)
         for key, grads in arrival.per_example_grads():
             grads = grads.unflattened(N) if site.layout is Layout.FLATTENED else grads
-            self._deliver(key, grads if self._counted is None else self._with_counted(key, grads))
+            counts = self._counted is not None
+            self._deliver(key, self._with_counted(key, grads, arrival.grads[0]) if counts else grads)
 
-    def _with_counted(self, key: str, grads: PerExampleGrads) -> PerExampleGrads:
+    def _with_counted(self, key: str, grads: PerExampleGrads, output_grads: Tensor) -> PerExampleGrads:
         """Attach which positions count: those of the batch, or the only one of a pooler."""
         if not isinstance(grads, OuterProductGrads | EmbeddingGrads | PositionGrads):
             return grads
         T = grads.num_terms() // grads.num_examples
         if T == 1:
             return grads
-        if self._counted.shape[1] != T:
+        if self._counted.shape[1] == T:
+            return replace(grads, counted=self._counted)
+        counted = self._spread(grads, output_grads) if isinstance(grads, PositionGrads) else None
+        if counted is None:
             raise UnsupportedModuleError(
                 f"{key} runs at {T} positions, and attention_mask or labels say of "
                 f"{self._counted.shape[1]} which count. Give batches without padding, count positions='all', or leave "
                 "the parameter out with parameters=."
             )
-        return replace(grads, counted=self._counted)
+        return replace(grads, counted=counted)
+
+    def _spread(self, grads: PositionGrads, output_grads: Tensor) -> Tensor | None:
+        """Spread which positions count over the heads at each of them, where a norm runs at every head.
+
+        An axis as long as there are positions may be that of the heads. So terms of positions that do not count must be
+        zero, as they are at padding.
+
+        Args:
+            grads: Terms of a norm, ``[N, T H, D]`` or ``[N, H T, D]``.
+            output_grads: The gradient that they are made of, with these axes apart.
+
+        Returns:
+            ``[N, T H]`` or ``[N, H T]``; ``None`` if there is no such axis.
+        """
+        N, T = self._counted.shape
+        axes = output_grads.shape[1 : output_grads.ndim - grads.terms.ndim + 2]
+        for axis, size in enumerate(axes):
+            if size != T or axes.numel() != grads.terms.shape[1]:
+                continue
+            ones = [T if place == axis else 1 for place in range(len(axes))]
+            counted = self._counted.view(N, *ones).expand(N, *axes).reshape(N, -1)
+            if not bool(where_counted(grads.terms, ~counted).any()):
+                return counted
+        return None
 
     def _receive_generic(self, arrival: Arrival) -> None:
         site = arrival.site

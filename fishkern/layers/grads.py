@@ -147,7 +147,7 @@ class OuterProductGrads(PerExampleGrads):
         _add(total.view(-1) if total.ndim else total, operation, self.output_grads)
 
     def add_position_squares_(self, total: Tensor) -> None:
-        g = _where_counted(self.output_grads, self.counted)
+        g = where_counted(self.output_grads, self.counted)
         _add(self._as_matrix(total), partial(sum_position_grad_squared, self.activations, g), g)
 
     def num_terms(self) -> int | Tensor:
@@ -226,7 +226,7 @@ class EmbeddingGrads(PerExampleGrads):
 
     def add_position_squares_(self, total: Tensor) -> None:
         positions = self.indices.reshape(-1, 1)  # every position an example of its own
-        self._add_squares(positions, _where_counted(self.output_grads, self.counted).flatten(0, 1)[:, None], total)
+        self._add_squares(positions, where_counted(self.output_grads, self.counted).flatten(0, 1)[:, None], total)
 
     def num_terms(self) -> int | Tensor:
         return _num_counted(self.output_grads, self.counted)
@@ -277,7 +277,7 @@ class PositionGrads(PerExampleGrads):
         total += group_sums(self._squares(), by)  # of the parameter's size, which is small
 
     def add_position_squares_(self, total: Tensor) -> None:
-        terms = _where_counted(self.terms, self.counted)
+        terms = where_counted(self.terms, self.counted)
         total += terms.to(accumulates_in(terms.dtype)).square().sum((0, 1))
 
     def num_terms(self) -> int | Tensor:
@@ -464,8 +464,16 @@ def _unflattened(factor: Tensor, num_examples: int) -> Tensor:
     return factor.reshape(num_examples, factor.shape[0] // num_examples * factor.shape[1], *factor.shape[2:])
 
 
-def _where_counted(terms: Tensor, counted: Tensor | None) -> Tensor:
-    """Set to zero what does not count, of ``[N, T, ...]``."""
+def where_counted(terms: Tensor, counted: Tensor | None) -> Tensor:
+    """Set to zero what does not count.
+
+    Args:
+        terms: ``[N, T, ...]``.
+        counted: ``[N, T]``, bool; ``None`` for all.
+
+    Returns:
+        Of the same shape.
+    """
     return terms if counted is None else terms * counted.view(*counted.shape, *[1] * (terms.ndim - 2))
 
 

@@ -17,6 +17,7 @@ MODELS = {
     "llama": lambda: zoo.llama(num_key_value_heads=1),
     "tied": lambda: zoo.llama(tie_word_embeddings=True),
     "gpt2": zoo.gpt2,
+    "qwen3": zoo.qwen3,  # norms of queries and keys run at every head
     "bert": zoo.bert,
     "bert-classifier": zoo.bert_classifier,
     "vit": zoo.vit,
@@ -84,6 +85,8 @@ class Oracle:
             x = nn.functional.unfold(x, module.kernel_size, stride=module.stride).mT
             output, g = (one.flatten(2).mT for one in (output, g))
         flat = [one.reshape(-1, one.shape[-1]) if one.is_floating_point() else one.flatten() for one in (x, output, g)]
+        if mask is not None:  # of every head at a position
+            mask = mask.repeat_interleave(len(flat[-1]) // len(mask))
         x, output, g = (one if mask is None else one[mask] for one in flat)
         if isinstance(module, nn.Embedding):
             self._sum(module.weight, torch.zeros_like(module.weight).index_add_(0, x, g.square()), len(x))
@@ -214,12 +217,18 @@ def test_what_positions_cannot_be_told_apart_of_is_refused_by_name():
         fk.estimate(model, batches, fk.DiagonalKronecker())
 
 
-def test_padding_where_the_mask_is_not_that_of_the_positions_is_refused():
-    one = zoo.qwen3()  # whose norms of queries run at every head of every position
-    with pytest.raises(fk.UnsupportedModuleError, match=r"norm.weight runs at \d+ positions"):
-        fk.estimate(one.model, [one.batch(3)], fk.DiagonalKronecker())
-    batch = one.batch(1)  # the first row has no padding
-    assert fk.estimate(one.model, [batch], fk.DiagonalKronecker()).factors("lm_head.weight")
+def test_norms_of_heads_are_refused_where_what_does_not_count_has_a_gradient():
+    one = zoo.qwen3()
+    batch = one.batch(3, low=5)
+    batch["labels"][:, :3] = -100
+    with pytest.raises(fk.UnsupportedModuleError, match=r"_norm.weight runs at \d+ positions"):
+        fk.estimate(one.model, [batch], fk.DiagonalKronecker(positions="labelled"))
+
+
+def test_norms_of_heads_count_where_there_are_as_many_heads_as_positions():
+    one = zoo.qwen3()  # of four heads for the queries, and two for the keys
+    model, batch = one.model.double().eval(), one.batch(3, T=4, low=2)
+    assert_equal(fk.estimate(model, [batch], fk.DiagonalKronecker()), Oracle(model, [batch], one.loss))
 
 
 def test_other_units_and_positions_are_refused():
