@@ -15,13 +15,13 @@ from fishkern.arguments import integer
 from fishkern.freezing.drift import JensenShannon, Track
 from fishkern.freezing.event import Freezing
 from fishkern.freezing.readings import Reading, reading_of
+from fishkern.freezing.resuming import demand_fits
 from fishkern.freezing.rule import FreezeRule
 from fishkern.freezing.saved import FreezerState, Read
 from fishkern.freezing.sliced_pool import SlicedPool
 from fishkern.freezing.slices import Key, Slices
 from fishkern.freezing.sources import Source
 from fishkern.freezing.trained import masked, named, state_bytes
-from fishkern.names import listed
 from fishkern.optim import MaskedOptimizer
 from fishkern.selection import Selection
 from fishkern.selection.base import exactly, matching
@@ -281,7 +281,7 @@ class Freezer:
         return settings if self._statistic is None else {**settings, "statistic": self._statistic}
 
     def _take_over(self, state: FreezerState) -> None:
-        self._demand_fits(state)
+        demand_fits(state, self.selection, self._pool.pieces, self._settings, self._source.digest)
         self.count, self.number, self.initial = state.count, state.number, state.initial
         self._read_before = state.read_before
         self.history, self._tracks = list(state.history), dict(state.tracks)
@@ -290,31 +290,6 @@ class Freezer:
             self._source.digest = state.digest
         if state.selection != state.initial:
             self._optimizer.reselect(self.selection, freeze=True)  # of which nothing moves, and what stopped stays so
-
-    def _demand_fits(self, state: FreezerState) -> None:
-        """Refuse the state of another training."""
-        ours, theirs = self.selection.shapes, state.selection.shapes
-        if other := [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]:
-            raise ValueError(
-                f"the state is of other parameters: {len(other)} are not in both pools in one shape, such as "
-                f"{listed(other)}."
-            )
-        for what, said in self._settings.items():
-            if (saved := state.settings.get(what, said)) != said:
-                raise ValueError(f"the state was made with another {what}: {saved}, and this freezer has {said}.")
-        if None not in (state.digest, self._source.digest) and state.digest != self._source.digest:
-            raise ValueError(
-                f"the state was made on another probe ({state.digest[:8]}, and this freezer's is "
-                f"{self._source.digest[:8]}): its references say nothing of this one. Give the same batches."
-            )
-        if state.selection != self.selection:
-            raise ValueError(
-                f"the optimizer trains {self.selection.count:,} entries, and {state.selection.count:,} others were in "
-                "training when the state was saved: make the optimizer on freezer.selection of then "
-                "(fishkern.Freezer.saved_selection(path) reads it)."
-            )
-        if strange := [key for key in state.tracks if key not in self._pool.pieces]:
-            raise ValueError(f"the state is damaged: it follows {strange[0]}, which is no slice of the pool.")
 
 
 def is_zero(reading: Reading) -> bool:
