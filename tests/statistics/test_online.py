@@ -554,15 +554,23 @@ def test_calls_that_are_no_steps_are_not_read():
 
 
 def test_a_compiled_model_runs_eagerly_meanwhile():
-    model = reading()
-    compiled = torch.compile(model, backend="eager")
-    found = []
+    model, found, compiled_calls = reading(), [], []
+
+    def backend(graph, inputs):
+        return lambda *args: compiled_calls.append(1) or graph(*args)
+
+    compiled = torch.compile(model, backend=backend)
+    drawn(1, reading_loss, compiled)
+    assert compiled_calls
+    compiled_calls.clear()
     for one in (model, compiled):
-        drawn(1, reading_loss, one)
         with fk.OnlineFisher(one) as online:
             drawn(1, reading_loss, one).backward()
         found.append(online.statistics)
     assert found[0] == found[1]
+    assert not compiled_calls
+    drawn(1, reading_loss, compiled)
+    assert compiled_calls
 
 
 def test_autocast_to_16_bits():
