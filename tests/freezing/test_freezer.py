@@ -142,6 +142,9 @@ def test_an_event_says_what_is_saved():
     assert (event.entries_kept, event.entries_kept + event.entries_frozen) == (kept, freezer.initial.count)
     moments = [tensor for held in optimizer.state.values() for key, tensor in held.items() if key.startswith("exp")]
     assert event.state_bytes == sum(tensor.nbytes for tensor in moments) == 8 * kept
+    followed = {(name, n) for name, n, *_ in freezer.state_dict()["header"]["tracks"]}
+    assert followed == event.scores.keys() - event.frozen  # no reference of what has stopped
+    freezer.read()  # on what is left, whose products are others
     shown = f"event 1 after 4 steps, {len(event.frozen)} of 6 slices stop, {kept} of 467 entries stay"
     assert shown in repr(event)
 

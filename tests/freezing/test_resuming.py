@@ -44,6 +44,7 @@ def interrupted(path, *, with_file: bool) -> tuple[nn.Module, fk.Freezer, list]:
     optimizer.load_state_dict(state["optimizer"])
     freezer = freezer_of(another, optimizer)
     freezer.load(saved) if with_file else freezer.load_state_dict(state["f"])
+    assert freezer.state_dict()["header"] == state["f"]["header"]
     assert [p.requires_grad for p in another.parameters()] == [p.requires_grad for p in model.parameters()]
     return another, freezer, events + list(train(another, optimizer, freezer, DATA[10:]))
 
@@ -62,6 +63,20 @@ def test_going_on_is_not_stopping(tmp_path, with_file):
     assert ours["header"] == theirs["header"]
     assert_same(ours["tensors"], theirs["tensors"])
     assert resumed.initial == freezer.initial
+
+
+def test_what_had_stopped_has_no_gradient_without_a_saved_optimizer_either():
+    model = network()
+    optimizer = adamw(model)
+    freezer = freezer_of(model, optimizer, slices=fk.Slices(axis="tensor"))
+    events = [event for event in train(model, optimizer, freezer, DATA[:8]) if event]
+    stopped = {name for event in events for name in event.stopped}
+    assert stopped
+    another = network()
+    resumed = freezer_of(another, adamw(another, freezer.selection), slices=fk.Slices(axis="tensor"))
+    resumed.load_state_dict(freezer.state_dict())
+    assert {name for name, parameter in another.named_parameters() if not parameter.requires_grad} == stopped
+    assert set(resumed.optimizer.frozen) == stopped
 
 
 def saved_state(**options) -> dict:
