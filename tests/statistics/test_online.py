@@ -757,6 +757,12 @@ def test_a_later_batch_that_runs_otherwise_is_refused(kind, message):
         online.step()
     assert_no_trace(model)
     assert online.statistics == before
+    with online:  # nothing of that batch is left
+        reading_loss(model).backward()
+    with fk.OnlineFisher(model) as expected:
+        for _ in range(2):
+            reading_loss(model).backward()
+    assert online.statistics == expected.statistics
 
 
 def two_forwards(model: nn.Module) -> None:
