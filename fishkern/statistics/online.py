@@ -21,18 +21,12 @@ from fishkern.statistics.choosing import Requested
 from fishkern.statistics.coverage import slowest_paths
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.gradient_check import GradientCheck
+from fishkern.statistics.model_call import ModelCall, read_batch, read_call
 from fishkern.statistics.request import Options, coverage_of, request_of
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.running_mean import RunningMean
 from fishkern.statistics.states import States
-from fishkern.statistics.training_plan import (
-    ModelCall,
-    batch_norms,
-    plan_in_training,
-    read_batch,
-    read_call,
-    refuse_coupled,
-)
+from fishkern.statistics.training_plan import batch_norms, plan_in_training, refuse_coupled
 
 _DROPPED = ("num_items_in_batch",)  # the Trainer's divisor of the loss, of no example
 

@@ -7,10 +7,8 @@ loss of the outputs depends on the same.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,97 +20,10 @@ from fishkern.layers import Connection, Plan, Site, UnsupportedModuleError, as_f
 from fishkern.layers.reentrant import segment
 from fishkern.layers.tap import copied, frozen_call
 from fishkern.layers.training import drawn_since, draws, no_rows_in_output, random_states, stand_in_losses
-from fishkern.statistics.batches import Examples, Reader
+from fishkern.statistics.model_call import ModelCall
 
 # A module that runs once more for its gradients must return what it returned, up to so many units of rounding.
 _SAME_OUTPUT = 64
-
-
-@dataclass(frozen=True)
-class ModelCall:
-    """The arguments of a call of a model, assigned to examples.
-
-    Args:
-        examples: The arguments by name, cut into examples.
-        positional: Names of those that are passed by position, in order.
-    """
-
-    examples: Examples
-    positional: tuple[str, ...]
-
-    @property
-    def num_examples(self) -> int:
-        """The number of examples, ``N``."""
-        return self.examples.num_examples
-
-    def few(self, device: torch.device) -> ModelCall:
-        """Take the first two examples, or the only one.
-
-        Args:
-            device: Where the tensors are moved to.
-
-        Returns:
-            The smaller call.
-        """
-        return ModelCall(self.examples.take(0, min(2, self.num_examples)).to(device), self.positional)
-
-    def run(self, model: nn.Module) -> Any:
-        """Call a model with copies of the arguments.
-
-        Args:
-            model: The model.
-
-        Returns:
-            What it returns.
-        """
-        named = dict(self.examples.copied())
-        args = [named.pop(name) for name in self.positional]
-        return model(*args, **named)
-
-
-def read_call(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], reader: Reader, number: int) -> ModelCall:
-    """Count the examples of a call of a model.
-
-    Args:
-        model: The model.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        reader: Reads them as it reads the batches of a loader: ``N`` is that of ``input_ids``, ``labels`` or the first.
-        number: Number of the call, for messages.
-
-    Returns:
-        The call.
-    """
-    own = inspect.signature(model.forward).parameters.values()
-    names = [one.name for one in own if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    positional = tuple(names[n] if n < len(names) else f"argument {n}" for n in range(len(args)))
-    content = dict(zip(positional, args, strict=True)) | dict(kwargs)
-    return ModelCall(reader(content, number), positional)
-
-
-def read_batch(model: nn.Module, batch: Any, reader: Reader) -> ModelCall:
-    """Read a batch of a loader as the call that a training step makes of it.
-
-    Args:
-        model: The model.
-        batch: A mapping of keyword arguments, or a pair ``(inputs, labels)``, of which the model gets the inputs.
-        reader: As for :func:`read_call`.
-
-    Returns:
-        The call.
-
-    Raises:
-        TypeError: It is neither.
-    """
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        batch = batch[0]
-    elif not isinstance(batch, Mapping):
-        raise TypeError(
-            f"batch must be a mapping of keyword arguments for the model or a pair (inputs, labels), as a DataLoader "
-            f"yields them, got {type(batch).__name__}."
-        )
-    named = isinstance(batch, Mapping)
-    return read_call(model, () if named else (batch,), dict(batch) if named else {}, reader, 0)
 
 
 def plan_in_training(model: nn.Module, requested: Mapping[str, Tensor], call: ModelCall, device: torch.device) -> Plan:

@@ -91,6 +91,10 @@ def checkpointed(reentrant: bool, **changes) -> nn.Module:
     return model
 
 
+def slow(family: str):
+    return pytest.param(family, marks=pytest.mark.slow)
+
+
 DROPOUT = {
     "llama": {"attention_dropout": 0.2},
     "gpt2": {},  # 0.1 everywhere by default, and so has BERT
@@ -98,7 +102,9 @@ DROPOUT = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "opt", "bert", "bert-classifier", "vit", "mixtral"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "opt", "bert-classifier", "mixtral", *map(slow, ("gemma", "bert", "vit"))]
+)
 def test_equals_a_loop_over_the_shares(family):
     specimen = zoo.FAMILIES[family](**DROPOUT.get(family, {}))
     model, batch = specimen.model.double().train(), specimen.batch(5, 7)
@@ -229,7 +235,7 @@ def test_the_running_mean_over_a_training():
     assert (online.steps, online.statistics.count) == (4, 13)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert-classifier", "opt", "vit"])
+@pytest.mark.parametrize("family", ["gpt2", "bert-classifier", *map(slow, ("opt", "vit"))])
 def test_training_is_the_same_to_the_bit(family):
     """Gradients, weights and random numbers, with clipping, for several steps; also where position rows are shared."""
     specimen = zoo.FAMILIES[family]()
@@ -751,6 +757,12 @@ def test_a_later_batch_that_runs_otherwise_is_refused(kind, message):
         online.step()
     assert_no_trace(model)
     assert online.statistics == before
+    with online:  # nothing of that batch is left
+        reading_loss(model).backward()
+    with fk.OnlineFisher(model) as expected:
+        for _ in range(2):
+            reading_loss(model).backward()
+    assert online.statistics == expected.statistics
 
 
 def two_forwards(model: nn.Module) -> None:
