@@ -23,9 +23,9 @@ def test_frozen_layers_keep_one_of_three_products():
     assert forward >= 2 * SMALL.N * SMALL.T * 4 * sum(O * I for O, I in LLAMA_TINY.linears()[:1])
     for s, figures in saved.items():
         assert figures["flops"]["forward"] == forward
-        assert figures["flops_of_all"] == pytest.approx(freezing.arithmetic(s), rel=0.02)
+        assert figures["flops_ratio"] == pytest.approx(freezing.arithmetic(s), rel=0.02)
         assert figures["skipped_layers"] == s * 4
-        assert figures["activations"] == pytest.approx(1 - s, rel=0.05)
+        assert figures["activations_ratio"] == pytest.approx(1 - s, rel=0.05)
         assert figures["activations_at_best"] == 1 - s
 
 

@@ -259,6 +259,21 @@ def test_restored_weights_stay_restored(kind, select, restore):
 @every_optimizer
 @every_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_have_moved_in_memory_are_stepped(kind, select, dtype):
+    """Those that the model has, not the memory that they had at the step before."""
+    model, twin = tiny(dtype), tiny(dtype)
+    optimizer, other = kind.make(model, select(model)), kind.make(twin, select(twin))
+    for step in range(4):
+        train(model, optimizer, [step])
+        train(twin, other, [step])
+        for p in twin.parameters():
+            p.data = p.data.clone()
+    assert torch.equal(weights(model), weights(twin))
+
+
+@every_optimizer
+@every_form
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_load_continue(kind, select, dtype):
     """Saved, loaded with weights_only and continued equals not stopping."""
     model = tiny(dtype)
