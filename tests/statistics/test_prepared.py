@@ -560,6 +560,31 @@ def test_data_that_need_another_plan_get_it():
         assert reading["second.weight"].any() == (batch is both)
 
 
+class BranchingPast(Branching):
+    def forward(self, x):
+        y = super().forward(x)
+        return y + x.square() @ self.second.weight.T if bool((x > 100).any()) else y
+
+
+@pytest.mark.filterwarnings("ignore:.*slow exact path")
+def test_what_other_data_reach_first_is_compared_with_autograd():
+    model, labels = BranchingPast(), torch.tensor([0, 1, 2])
+    x = torch.randn(3, 4)
+    prepared = fk.prepare(model, (x, labels), likelihood=fk.Classification())
+    train(model)
+    for reach in range(3):
+        with torch.no_grad():
+            model.second.weight.mul_(1e-4)  # large inputs, and yet a loss with a gradient
+            model.first.weight.mul_(1e-2)
+        batch = (x.index_fill(1, torch.tensor(reach), 200.0), labels)
+        reading = fk.estimate(model, [batch], prepared=prepared)
+        truth = torch.zeros_like(model.second.weight)
+        for row, label in zip(*batch, strict=True):
+            loss = F.cross_entropy(model(row[None]), label[None])
+            truth += torch.autograd.grad(loss, model.second.weight)[0].square() / 3
+        torch.testing.assert_close(reading["second.weight"], truth)
+
+
 class Meeting(nn.Module):
     """Examples see each other where an input is large."""
 
