@@ -109,6 +109,17 @@ def test_scores_equal_the_definition(score):
     assert track.readings == 8
 
 
+def test_total_variation_counts_falls_too():
+    """With the last reading as reference, only the first step is a distance: J is .1, .09 and .081 of it."""
+    first, second = log_normal(3000), log_normal(3000) * 1.5
+    track = followed(JensenShannon(decay=0.0), [first, second, second, second])
+    moved = distance(first, second)
+    assert track.smoothed == pytest.approx(0.081 * moved)
+    assert track.variation == pytest.approx((0.1 + 0.01 + 0.009) * moved)
+    assert track.total == pytest.approx((0.1 + 0.09 + 0.081) * moved)
+    assert JensenShannon(score="mean").score_of(track) == track.total / 4
+
+
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("score", ["total-variation", "mean"])
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 1 / 3])
