@@ -148,9 +148,9 @@ def prepare(
     way (a plain attribute, a global) is not noticed. An estimator's settings, such as its seed, are free.
 
     A module of which the first examples show nothing (no gradient but zeros arrives, as at ``A`` of a LoRA with
-    ``B = 0``) is looked at when a gradient arrives. What a later batch contradicts (rows that follow the data) is found
-    out in each pass again. Bases of :class:`fishkern.DirectionEnergy` are functions of the weights, and are computed in
-    each pass.
+    ``B = 0``) is looked at when a gradient arrives, and autograd is then asked once more. What a later batch
+    contradicts (rows that follow the data) is found out in each pass again. Bases of :class:`fishkern.DirectionEnergy`
+    are functions of the weights, and are computed in each pass.
 
     Under an initialised process group every rank prepares its own pass. Cost: that of :func:`fishkern.estimate` before
     its first batch, and for a moment its accumulators.

@@ -632,11 +632,15 @@ def test_a_mean_over_a_batch_of_one_is_read_by_the_batches_of_the_reading():
     def mean(model, batch):
         return F.cross_entropy(model(batch[0]), batch[1])
 
+    def squeezed(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none").squeeze()
+
     one = (batch[0][:1], batch[1][:1])
-    prepared = fk.prepare(model, one, likelihood=mean)
-    assert fk.estimate(model, [one, one], prepared=prepared).count == 2
-    with pytest.raises(ValueError, match="one loss for each example"):
-        fk.estimate(model, [batch], prepared=prepared)
+    for likelihood in (mean, squeezed):
+        prepared = fk.prepare(model, one, likelihood=likelihood)
+        assert fk.estimate(model, [one, one], prepared=prepared).count == 2
+        with pytest.raises(ValueError, match="one loss for each example"):
+            fk.estimate(model, [batch], prepared=prepared)
 
 
 def test_random_losses_of_a_batch_draw_as_in_a_fresh_pass():
