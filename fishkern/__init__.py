@@ -1,7 +1,7 @@
 """Exact per-example Fisher information of PyTorch models, and the fine-tuning methods that stand on it."""
 
 from fishkern.backend import BackendUnavailableError, use_backend, why_not_triton
-from fishkern.freezing import FreezeRule, JensenShannon, Slices
+from fishkern.freezing import Freezer, FreezeRule, Freezing, JensenShannon, Slices
 from fishkern.initialization import (
     AdapterInit,
     DirectionInit,
@@ -14,7 +14,7 @@ from fishkern.initialization import (
     initialize,
 )
 from fishkern.layers import UnsupportedModuleError
-from fishkern.methods import ShallowSearch, farss, filet, fish_tuning, pissa
+from fishkern.methods import ShallowSearch, farss, filet, fish_tuning, fisher_adaptune, pissa
 from fishkern.names import canonical_name
 from fishkern.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
 from fishkern.selection import (
@@ -47,8 +47,10 @@ from fishkern.statistics import (
     Likelihood,
     MaskedLM,
     MultiLabel,
+    OnlineFisher,
     ParameterInfo,
     PassPlan,
+    Prepared,
     QuestionAnswering,
     Regression,
     Seq2SeqLM,
@@ -59,6 +61,7 @@ from fishkern.statistics import (
     estimate,
     merge,
     plan,
+    prepare,
     verify,
 )
 
@@ -82,6 +85,8 @@ __all__ = [
     "FactoredStatistics",
     "FactoredValues",
     "FreezeRule",
+    "Freezer",
+    "Freezing",
     "GlobalTopK",
     "GroupFisher",
     "InverseImportance",
@@ -93,10 +98,12 @@ __all__ = [
     "MaskedSGD",
     "ModuleInit",
     "MultiLabel",
+    "OnlineFisher",
     "ParameterInfo",
     "PassPlan",
     "PerRowTopK",
     "PerTensorTopK",
+    "Prepared",
     "ProportionalImportance",
     "QuestionAnswering",
     "Random",
@@ -122,10 +129,12 @@ __all__ = [
     "farss",
     "filet",
     "fish_tuning",
+    "fisher_adaptune",
     "initialize",
     "merge",
     "pissa",
     "plan",
+    "prepare",
     "select",
     "use_backend",
     "verify",

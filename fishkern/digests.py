@@ -1,7 +1,8 @@
-"""Short digests of tensors, by which files recognise the values that they belong to."""
+"""Short digests of tensors, by which values are recognised: to rounding, or to the bit."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 
@@ -53,3 +54,19 @@ def agree(found: Sequence[float], recorded: Sequence[float]) -> bool:
         Whether they differ by at most 1 % of the recorded norm.
     """
     return max(abs(found[0] - recorded[0]), abs(found[1] - recorded[1])) <= _TOLERANCE * recorded[0]
+
+
+@torch.no_grad()
+def exact_digest(tensor: Tensor) -> bytes:
+    """Compute a digest of a tensor's dtype, shape and bits: any change of a value is another digest.
+
+    Args:
+        tensor: Dense, of any dtype and on any device; it is copied to the CPU.
+
+    Returns:
+        16 bytes.
+    """
+    values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    hashed = hashlib.blake2b(repr((tensor.dtype, tuple(tensor.shape))).encode(), digest_size=16)
+    hashed.update(values.flatten().view(torch.uint8).numpy())
+    return hashed.digest()

@@ -52,7 +52,7 @@ class _OneDtype:
 
 def streaming_topk(blocks: Sequence[Tensor], k: int, *, order: str = "largest") -> list[Tensor]:
     """Launch the kernels; arguments as in :func:`fishkern.ops.streaming_topk`, already checked but for NaN."""
-    flats = [block.detach().reshape(-1) for block in blocks]
+    flats = [block.detach().contiguous().view(-1) for block in blocks]  # reshape(-1) would keep a stride
     dtypes = [torch.int32 if flat.numel() <= 2**31 else torch.int64 for flat in flats]
     if k == 0:
         return [flat.new_empty(0, dtype=dtype) for flat, dtype in zip(flats, dtypes, strict=True)]

@@ -26,3 +26,22 @@ def test_rounding_agrees_and_other_values_do_not():
     assert not digests.agree(digests.digest(values.flip(0)), recorded)
     assert not digests.agree(digests.digest(1.02 * values), recorded)
     assert digests.agree(digests.digest(torch.zeros(3)), digests.digest(torch.zeros(5)))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str
+)
+def test_an_exact_digest_is_that_of_bits_dtype_and_shape(dtype):
+    values = torch.arange(12).view(3, 4).to(dtype)
+    exact = digests.exact_digest(values)
+    assert exact == digests.exact_digest(values.clone()) == digests.exact_digest(values.T.contiguous().T)
+    changed = values.clone()
+    changed[1, 2] = 0
+    others = [changed, values.view(4, 3), values[:2], values.flatten()]
+    others += [values.T.contiguous().view(3, 4), values.view(torch.uint8)] if dtype is not torch.bool else []
+    assert all(digests.exact_digest(other) != exact for other in others)
+
+
+def test_an_exact_digest_of_a_scalar_and_of_nothing():
+    assert digests.exact_digest(torch.tensor(1.0)) != digests.exact_digest(torch.tensor(-1.0))
+    assert digests.exact_digest(torch.zeros(0, 3)) != digests.exact_digest(torch.zeros(3, 0))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fishkern as fk
 from fishkern import adapters
+from fishkern.freezing.saved import FreezerState
 from fishkern.selection import check_start, load_start
 from tests.support import oracle, samples
 from tests.support.command import command
@@ -114,6 +115,13 @@ def test_factored_statistics(files):
     assert torch.equal(loaded.factors("1.weight").rows, samples.numbers("1.weight rows", (3,)).abs() / 6.5)
     assert torch.equal(loaded["0.bias"], expected["0.bias"])
     assert loaded.factors("0.bias") is None
+
+
+def test_a_freezer(files):
+    loaded, expected = FreezerState.load(files / "freezer" / "freezer").to_plain(), samples.freezer_state().to_plain()
+    assert loaded["header"] == expected["header"]
+    assert loaded["tensors"].keys() == expected["tensors"].keys()
+    assert all(torch.equal(tensor, expected["tensors"][name]) for name, tensor in loaded["tensors"].items())
 
 
 def test_a_selection_knows_its_start(files):

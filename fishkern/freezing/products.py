@@ -64,11 +64,11 @@ def products_at(pool: Sequence[Factors], places: Sequence[int]) -> list[float]:
 
 
 class _Products:
-    """Magnitudes of factors, float64 on the CPU, those of the columns ascending."""
+    """Magnitudes of factors, float64 on the CPU; the longer ones are the columns, ascending."""
 
     def __init__(self, factors: Factors) -> None:
-        self.rows = factors.rows.detach().cpu().double().abs()
-        self.columns = factors.columns.detach().cpu().double().abs().sort().values
+        self.rows, columns = (part.detach().cpu().double().abs() for part in sorted(factors, key=len))
+        self.columns = columns.sort().values
 
     @property
     def largest(self) -> Tensor:

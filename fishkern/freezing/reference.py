@@ -22,6 +22,7 @@ from fishkern.freezing.histograms import counts_of, divergence_root, edges_of, s
 from fishkern.freezing.readings import Reading
 from fishkern.freezing.rule import FreezeRule
 from fishkern.freezing.slices import Key
+from fishkern.freezing.sources import Source
 from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics import Statistics
 
@@ -35,7 +36,7 @@ class ReferenceReadings(Statistics):
     KEEPS: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float64)
 
 
-class ReferenceFactors:
+class ReferenceFactors(Source):
     """Factors of the last backward pass of training, as the published code takes them.
 
     Of modules whose class is named exactly Linear, Conv2d, BatchNorm2d or LayerNorm, hooks measure what enters, ``H``
@@ -63,14 +64,9 @@ class ReferenceFactors:
     Args:
         model: What trains; wrappers are removed.
 
-    Attributes:
-        digest: ``None``: no data are fixed.
-
     Raises:
         ValueError: A convolution pads by name (``padding="same"``), which the published code does not.
     """
-
-    digest: str | None = None
 
     def __init__(self, model: nn.Module) -> None:
         self._model = hosts.unwrap(model)

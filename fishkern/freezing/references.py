@@ -86,10 +86,10 @@ class FollowedValues(Follower):
         return (values.clone() if values is reading else values,)
 
     def next(self, kept: Kept, reading: Reading) -> tuple[float, Kept]:
-        (reference,), current = kept, _values(reading)
-        if len(kept) != 1 or reference.shape != current.shape:
+        current = _values(reading)
+        if [part.shape for part in kept] != [current.shape]:
             raise _other(kept, (current,))
-        reference = reference.to(current.device)
+        reference = kept[0].to(current.device)
         distance = distance_between(reference, current, self.bins, self.scale, self.within)
         return distance, (self._moved(reference, current),)
 

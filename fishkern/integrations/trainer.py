@@ -56,11 +56,12 @@ class FisherCallback(TrainerCallback):
 
     It hands ``max_grad_norm`` over to the optimizer, which clips by the norm of the selected entries, whereas the
     Trainer would clip by the norm of whole gradients. It warns of training arguments that have no effect, since the
-    optimizer has its own. It logs the number of trained entries and the norm, and saves the selection in every
-    checkpoint, along with the optimizer's compact state. Works with every Trainer that is built on transformers'.
+    optimizer has its own. It logs the number of trained entries and the norm, and saves the optimizer's selection of
+    that moment in every checkpoint, along with its compact state. Works with every Trainer that is built on
+    transformers'.
 
     Args:
-        selection: The entries that are trained.
+        selection: The entries that are trained when training starts.
     """
 
     def __init__(self, selection: Selection) -> None:
@@ -84,7 +85,7 @@ class FisherCallback(TrainerCallback):
                 f"FisherCallback needs a masked optimizer, and this Trainer has a {type(optimizer).__name__}: pass "
                 "optimizers=(fishkern.MaskedAdamW(model, selection, ...), None)."
             )
-        if optimizer.selection != self._selection:
+        if optimizer is not self._optimizer and optimizer.selection != self._selection:
             raise ValueError("the Trainer's optimizer has another selection than this callback: give both the same.")
         if reason := hosts.lost_prefix(kwargs["model"], training=True):
             raise UnsupportedModuleError(f"{reason}.")
@@ -106,17 +107,18 @@ class FisherCallback(TrainerCallback):
         """Add the number of trained entries, and the norm of their gradient, to ``logs`` and to the state's history."""
         if logs is None or self._optimizer is None or "loss" not in logs:
             return
-        ours: dict[str, Any] = {"trained_entries": self._selection.count}
+        ours: dict[str, Any] = {"trained_entries": self._optimizer.selection.count}
         if self._optimizer.grad_norm is not None:
             ours["grad_norm"] = self._optimizer.grad_norm.item()
         logs |= ours
         state.log_history[-1] |= ours  # written before the callbacks are called
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the selection in the folder of the checkpoint."""
+        """Save the selection in the folder of the checkpoint: the optimizer's, which a freezer may have narrowed."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            self._selection.save(folder / FILE)
+            selection = self._selection if self._optimizer is None else self._optimizer.selection
+            selection.save(folder / FILE)
 
 
 class FisherMixin:

@@ -56,7 +56,12 @@ class Capture:
         self._weighing = False
         self._handles: list[Any] = []
         self._hooks = Hooks(
-            sites, self._receive, on_call=self._note_call, prepare=self._expanded, on_output=self._note_output
+            sites,
+            self._receive,
+            on_call=self._note_call,
+            prepare=self._expanded,
+            on_output=self._note_output,
+            marked=self._mark,
         )
         self._begin(0, None)
         self.distrusted: set[str] = set()
@@ -120,6 +125,13 @@ class Capture:
         self._rows = Rows(num_examples)
         self._uses = Uses(self._sites, self._sink, squares=self._squares, num_examples=num_examples)
 
+    def _mark(self) -> Any:
+        """Say which pass a call belongs to: here there is one at a time."""
+        return None
+
+    def _deliver(self, key: str, grads: PerExampleGrads) -> None:
+        self._uses.deliver(key, grads)
+
     def _note_call(self, site: Site, args: tuple, kwargs: Mapping[str, Any]) -> None:
         self._uses.note_call(site, args, kwargs)
 
@@ -169,9 +181,8 @@ class Capture:
             arrival = arrival._replace(saved=saved)
         for key, grads in arrival.per_example_grads():
             grads = grads.unflattened(N) if site.layout is Layout.FLATTENED else grads
-            self._uses.deliver(
-                key, grads if self._counted is None else self._with_counted(key, grads, arrival.grads[0])
-            )
+            counts = self._counted is not None
+            self._deliver(key, self._with_counted(key, grads, arrival.grads[0]) if counts else grads)
 
     def _with_counted(self, key: str, grads: PerExampleGrads, output_grads: Tensor) -> PerExampleGrads:
         """Attach which positions count: those of the batch, or the only one of a pooler."""
@@ -226,7 +237,7 @@ class Capture:
                     self._receive_factors(site, arrival.call.thaw(tensors), output_grads)
                     continue
                 for name, grad in module_grads(arrival.call.thaw(tensors), output_grads, site.keys).items():
-                    self._uses.deliver(site.keys[name], DenseGrads(grad[None]))
+                    self._deliver(site.keys[name], DenseGrads(grad[None]))
 
     def _receive_factors(self, site: Site, call: Call, output_grads: Sequence[Tensor | None]) -> None:
         """Deliver the factors of linear maps inside a host, whose call gives the whole gradient of one example."""

@@ -29,12 +29,14 @@ class Arrival(NamedTuple):
         call: The call without its tensors.
         saved: The tensors of the call, as its module saw them; empty if the site's rule does not read them.
         grads: Gradient of each floating tensor of the output; ``None`` where none arrived.
+        mark: What ``marked`` of the hooks said when the call was made.
     """
 
     site: Site
     call: FrozenCall
     saved: Sequence[Tensor]
     grads: Sequence[Tensor | None]
+    mark: Any = None
 
     @property
     def thawed(self) -> Call:
@@ -69,6 +71,7 @@ class Hooks:
         prepare: Gives for a site a function that changes the output of a call before it is tapped, or ``None``.
         on_output: Gives for a site a function that is called with the output that the model continues with, or
             ``None``.
+        marked: Called at every call that is reported; what it returns is the mark of the gradients that arrive there.
 
     Attributes:
         active: Whether calls and gradients are reported. If not, the hooks do nothing.
@@ -83,12 +86,14 @@ class Hooks:
         on_call: Callable[[Site, tuple, Mapping[str, Any]], None] | None = None,
         prepare: Callable[[Site], Callable[[Any], Any] | None] = lambda site: None,
         on_output: Callable[[Site], Callable[[Any], None] | None] = lambda site: None,
+        marked: Callable[[], Any] = lambda: None,
     ) -> None:
         self._sites = tuple(sites)
         self._arrived = arrived
         self._on_call = on_call
         self._prepare = prepare
         self._on_output = on_output
+        self._marked = marked
         self._anchor = torch.zeros((), requires_grad=True)
         self._entered: dict[Site, list[tuple[tuple, dict[str, Any]]]] = {}
         self._handles: list[Any] = []
@@ -161,7 +166,12 @@ class Hooks:
             if prepare is not None:
                 output = prepare(output)
             call = frozen_call(module, args, kwargs, keep=site.reads_input)
-            output = tapped(output, self._anchor, lambda saved, grads: self._report(site, call, saved, grads), call)
+            mark = self._marked()
+
+            def receive(saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+                self._report(Arrival(site, call, saved, grads, mark))
+
+            output = tapped(output, self._anchor, receive, call)
             if self.forward and on_output is not None:
                 on_output(output)
             return output
@@ -169,6 +179,6 @@ class Hooks:
         return hook
 
     @torch.no_grad()
-    def _report(self, site: Site, call: FrozenCall, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-        if self.active and not all(grad is None for grad in grads):
-            self._arrived(Arrival(site, call, saved, grads))
+    def _report(self, arrival: Arrival) -> None:
+        if self.active and not all(grad is None for grad in arrival.grads):
+            self._arrived(arrival)

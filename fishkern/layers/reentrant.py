@@ -89,6 +89,16 @@ class Connection:
         for handle in self._handles:
             handle.remove()
 
+    @property
+    def connected(self) -> bool:
+        """Whether the outputs of modules with parameters require a gradient: a run has met segments."""
+        return bool(self._handles)
+
+    def connect(self) -> None:
+        """Let them require one in every run from here on."""
+        if not self._handles:
+            self._handles += [module.register_forward_hook(_require) for module in self._modules]
+
     def answered(self, run: Callable[[], Answer]) -> Answer:
         """Call a function that runs the model; the first time, once more if segments turn out to be cut off.
 
@@ -106,7 +116,7 @@ class Connection:
         with self._watched() as (segments, cut_off):
             answer = run()
         if segments:  # even if none is cut off now: in later runs fewer tensors may require a gradient
-            self._handles += [module.register_forward_hook(_require) for module in self._modules]
+            self.connect()
         if cut_off:
             del answer
             with self._watched() as (_, cut_off):

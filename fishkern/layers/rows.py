@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.tap import rows_and_length
+from fishkern.layers.unsupported import UnsupportedModuleError
 
 _DIGITS = {torch.float16: 5}  # and for all others:
 _DIGITS_OF_OTHERS = 61
@@ -44,6 +45,7 @@ class Rows:
         self._picked: list[tuple[Site, Tensor]] = []
         self._exponents: list[Tensor] = []
         self._weighted: dict[Site, list[Tensor | None]] = {}
+        self._verdicts: dict[Site, bool] = {}
 
     def note_length(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Note ``T`` of a module whose input is ``[N, T, ...]``, for the flattened calls inside it.
@@ -65,11 +67,12 @@ class Rows:
         """
         self._picked.append((site, output))
 
-    def weigh(self, losses: Tensor) -> None:
+    def weigh(self, losses: Tensor, *, training: bool = False) -> None:
         """Back-propagate weighted losses down to the picked rows.
 
         Args:
             losses: ``[N]``; the graph is kept.
+            training: Whether weights require gradients, which must then not be touched.
         """
         picked = [(site, output) for site, output in self._picked if self.are_as_many(site, output)]
         if not picked:
@@ -82,9 +85,34 @@ class Rows:
         while not self._exponents or numbers.any():
             self._exponents.append(numbers % base - base // 2)
             weighted = (self._weights(losses)[-1] * losses).sum()
-            for (site, _), grad in zip(picked, _grads_at(outputs, weighted), strict=True):
+            for (site, _), grad in zip(picked, _grads_at(outputs, weighted, training=training), strict=True):
                 self._weighted[site].append(grad)
             numbers = numbers // base
+
+    @property
+    def any_picked(self) -> bool:
+        """Whether an output with picked rows was noted."""
+        return bool(self._picked)
+
+    def judge(self, losses: Tensor) -> None:
+        """Judge the picked rows by losses that stand in for those whose gradients arrive later.
+
+        Args:
+            losses: ``[N]``, each of what an example has at the model's output; the graph is kept. Weights get no
+                gradient, though they require one.
+
+        Raises:
+            UnsupportedModuleError: A reentrant checkpoint is in between.
+        """
+        picked = [(site, output) for site, output in self._picked if self.are_as_many(site, output)]
+        if not picked:
+            return
+        self.weigh(losses, training=True)
+        grads = _grads_at([output for _, output in picked], losses.sum(), training=True)
+        self._verdicts = {
+            site: grad is not None and self.are_the_examples(site, grad)
+            for (site, _), grad in zip(picked, grads, strict=True)
+        }
 
     def are_the_examples(self, site: Site, grad: Tensor) -> bool:
         """Tell whether the rows of an output gradient come from the losses of the examples, in their order.
@@ -96,6 +124,8 @@ class Rows:
         Returns:
             Whether each row has scaled by the weight of its example in every probe.
         """
+        if site in self._verdicts:
+            return self._verdicts[site]
         probes = self._weighted.get(site, [])
         if not probes or any(weighted is None or weighted.shape != grad.shape for weighted in probes):
             return False
@@ -124,12 +154,17 @@ class Rows:
         return [(2.0**exponents).to(like) for exponents in self._exponents]
 
 
-def _grads_at(outputs: Sequence[Tensor], weighted: Tensor) -> Sequence[Tensor | None]:
+def _grads_at(outputs: Sequence[Tensor], weighted: Tensor, *, training: bool) -> Sequence[Tensor | None]:
     try:
         return torch.autograd.grad(weighted, outputs, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         if "use_reentrant" not in str(error):  # a reentrant checkpoint after the rows supports backward() alone
             raise
+        if training:  # which would also add to the weights' gradients
+            raise UnsupportedModuleError(
+                "rows that are picked from positions go through a reentrant checkpoint, behind which it cannot be "
+                "checked whose they are. Checkpoint with use_reentrant=False."
+            ) from error
     grads: list[Tensor | None] = [None] * len(outputs)
     handles = [output.register_hook(partial(grads.__setitem__, place)) for place, output in enumerate(outputs)]
     try:

@@ -70,6 +70,21 @@ class Plan:
                 kinds[key].append(name in inside)
         return frozenset(key for key, factors in kinds.items() if all(factors) and key not in self.loop)
 
+    @property
+    def uses(self) -> dict[str, frozenset[tuple[Any, ...]]]:
+        """What computes each parameter outside of the loop: of every use the site, but for whether it is settled."""
+        uses: dict[str, set[tuple[Any, ...]]] = defaultdict(set)
+        for site in self.sites:
+            how = (site.path, site.layer, site.layout, site.block, site.sliced, site.picked, site.rewritten)
+            for name, key in site.keys.items():
+                uses[key].add((name, *how))
+        return {key: frozenset(each) for key, each in uses.items()}
+
+    @property
+    def unsettled(self) -> frozenset[str]:
+        """Parameters of sites whose layout no gradient has confirmed."""
+        return frozenset(key for site in self.sites if not site.settled for key in site.keys.values())
+
     def with_loop(self, reasons: Mapping[str, str]) -> Plan:
         """Move parameters to the loop.
 

@@ -3,6 +3,7 @@
 from fishkern.methods.farss import ShallowSearch, farss
 from fishkern.methods.filet import filet
 from fishkern.methods.fish_tuning import fish_tuning
+from fishkern.methods.fisher_adaptune import fisher_adaptune
 from fishkern.methods.pissa import pissa
 
-__all__ = ["ShallowSearch", "farss", "filet", "fish_tuning", "pissa"]
+__all__ = ["ShallowSearch", "farss", "filet", "fish_tuning", "fisher_adaptune", "pissa"]

@@ -23,8 +23,10 @@ from fishkern.statistics.likelihood import (
     TokenClassification,
 )
 from fishkern.statistics.merge import merge
+from fishkern.statistics.online import OnlineFisher
 from fishkern.statistics.plan import PassPlan, plan
 from fishkern.statistics.predictive import Bernoulli, Categorical, Gaussian, Predictive
+from fishkern.statistics.prepared import Prepared, prepare
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.sketched_fisher import SketchedFisher
 from fishkern.statistics.verification import Compared, Verification
@@ -54,9 +56,11 @@ __all__ = [
     "MaskedLM",
     "MatrixEnergies",
     "MultiLabel",
+    "OnlineFisher",
     "ParameterInfo",
     "PassPlan",
     "Predictive",
+    "Prepared",
     "QuestionAnswering",
     "Regression",
     "Seq2SeqLM",
@@ -67,5 +71,6 @@ __all__ = [
     "estimate",
     "merge",
     "plan",
+    "prepare",
     "verify",
 ]

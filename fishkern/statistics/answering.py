@@ -49,6 +49,16 @@ class Answering:
         self._usual = 1
         self.prepared = False
 
+    def begin(self, batch: Examples) -> None:
+        """Begin to read data: :meth:`prepare`, unless that was done on earlier data.
+
+        Args:
+            batch: The first batch of the data.
+        """
+        if not self.prepared:
+            self.prepare(batch)
+        self._usual = batch.num_examples
+
     def prepare(self, batch: Examples) -> None:
         """Recognise the likelihood, and compare the loss of one example with the model's own.
 

@@ -11,6 +11,7 @@ from fishkern.statistics.autograd import backward, check_finite, only_trainable,
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.independence import Independence
+from fishkern.statistics.known import Known
 from fishkern.statistics.planning import Answer
 from fishkern.statistics.states import States
 
@@ -25,6 +26,7 @@ class AutogradPass:
         states: The states that it adds to.
         independence: Checks that the loss of an example is its own; used only for sums over examples.
         connection: Lets gradients reach segments under reentrant checkpointing.
+        known: What earlier passes have found out; ``None`` for nothing, and to keep nothing.
 
     Attributes:
         paths: Path and reason for each parameter.
@@ -41,6 +43,7 @@ class AutogradPass:
         *,
         independence: Independence,
         connection: Connection,
+        known: Known | None = None,
     ) -> None:
         self._parameters = parameters
         self._answer = answer
@@ -48,11 +51,23 @@ class AutogradPass:
         self._states = states
         self._independence = independence
         self._connection = connection
+        self._known = known
         of_examples = estimator.reads == "sums"
         self._settled = not of_examples
         self.paths = dict.fromkeys(parameters, ("sketch" if of_examples else "batch", ""))
         self.connected = False
         self.loss: Tensor | float = 0.0
+
+    def prepare(self, batch: Examples) -> None:
+        """Do what comes before the first batch, and meet the segments under reentrant checkpointing.
+
+        Args:
+            batch: A batch, of which nothing is added.
+        """
+        with only_trainable(self._parameters.values()):
+            self._connection.answered(lambda: self._answer(batch))
+            if not self._settled and batch.num_examples > 1:
+                self._settle(batch.take(0, 2))
 
     def run(self, batch: Examples) -> None:
         """Add one batch.
@@ -80,7 +95,10 @@ class AutogradPass:
                         raise without_gradient(key, parameter)
 
     def _settle(self, two: Examples) -> None:
-        with self._independence.precision.noting():
-            self._independence.note_together(self._answer(two))
-        self._independence.settle(two)
+        if self._known is None or not self._known.has_seen(False, two):
+            with self._independence.precision.noting():
+                self._independence.note_together(self._answer(two))
+            self._independence.settle(two)
+        if self._known is not None:
+            self._known.note_seen(False, two)
         self._settled = True

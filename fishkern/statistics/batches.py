@@ -8,8 +8,6 @@ refused by name.
 
 from __future__ import annotations
 
-import copy
-from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from difflib import get_close_matches
@@ -20,8 +18,23 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-Batch = Mapping[str, Any] | tuple[Any, ...]
-Place = tuple[Any, ...]
+from fishkern.statistics.contents import (
+    Batch,
+    Place,
+    all_places,
+    copied,
+    holds_mappings,
+    is_array,
+    is_single,
+    is_structure,
+    items_of,
+    leading_sizes,
+    leaves_of,
+    name_of,
+    rebuilt,
+    with_tensors,
+)
+
 Shared = str | int | Sequence[str | int] | None
 
 _ONE_ALONE = "(One batch alone is passed as [batch].)"
@@ -84,7 +97,7 @@ class Examples:
         cut: list[str] = []
         whole: list[str] = []
         for place in self._entry_places((), self.content):
-            (cut if place in self.by_rows else whole).append(_name(place, self.content))
+            (cut if place in self.by_rows else whole).append(name_of(place, self.content))
         return cut, whole
 
     @property
@@ -102,7 +115,7 @@ class Examples:
         Returns:
             The copy.
         """
-        return _copied(self.content)
+        return copied(self.content)
 
     def to(self, device: torch.device) -> Examples:
         """Move every tensor to a device, and detach it.
@@ -124,7 +137,7 @@ class Examples:
         Returns:
             The batch of the results.
         """
-        return replace(self, content=_with_tensors(self.content, change))
+        return replace(self, content=with_tensors(self.content, change))
 
     def _cut(self, place: Place, leaf: Any, rows: slice) -> Any:
         if place not in self.by_rows:
@@ -136,26 +149,26 @@ class Examples:
         except (RuntimeError, TypeError) as error:  # a layout that torch does not slice
             kind = type(leaf).__name__ + (f" of layout {leaf.layout}" if isinstance(leaf, Tensor) else "")
             raise ValueError(
-                f"{_name(place, self.content)} of a batch cannot be cut by rows: it is a {kind}. Bring it as a dense "
+                f"{name_of(place, self.content)} of a batch cannot be cut by rows: it is a {kind}. Bring it as a dense "
                 "tensor, or give batches of one."
             ) from error
 
     def _is_leaf(self, place: Place, value: Any) -> bool:
-        return place in self.by_rows or not (_is_structure(value) or place in self.entered)
+        return place in self.by_rows or not (is_structure(value) or place in self.entered)
 
     def _entry_places(self, place: Place, value: Any) -> Iterator[Place]:
         """Walk through the entries that are cut or passed whole."""
         if self._is_leaf(place, value):
             yield place
             return
-        for key, item in _items(value):
+        for key, item in items_of(value):
             yield from self._entry_places((*place, key), item)
 
     def _each(self, place: Place, value: Any, change: Callable[[Place, Any], Any]) -> Any:
         """Rebuild the structure with changed leaves."""
         if self._is_leaf(place, value):
             return change(place, value)
-        return _rebuilt(value, {key: self._each((*place, key), item, change) for key, item in _items(value)})
+        return rebuilt(value, {key: self._each((*place, key), item, change) for key, item in items_of(value)})
 
 
 class Reader:
@@ -203,13 +216,13 @@ class Reader:
             ValueError: It has no examples, or an entry that cannot be assigned to examples.
         """
         content = self._checked_kind(raw, number)
-        for place, leaf in _leaves((), content):
+        for place, leaf in leaves_of((), content):
             if isinstance(leaf, Tensor) and leaf.is_nested and leaf.layout is torch.strided:
                 raise ValueError(
-                    f"{_name(place, content)} of batch {number} is a nested tensor, whose rows have no common shape: "
+                    f"{name_of(place, content)} of batch {number} is a nested tensor, whose rows have no common shape: "
                     "bring a padded tensor, torch.nested.to_padded_tensor(...), or a list of tensors, one for each."
                 )
-        tensors = [leaf for _, leaf in _leaves((), content) if _is_array(leaf) and len(leaf.shape)]
+        tensors = [leaf for _, leaf in leaves_of((), content) if is_array(leaf) and len(leaf.shape)]
         if not tensors:
             raise ValueError(_no_tensor(content, number))
         self._check_shared(content, number)
@@ -232,7 +245,7 @@ class Reader:
             )
         if self._only_pairs and (isinstance(content, Mapping) or len(content) == 2):
             labels = content.get("labels") if isinstance(content, Mapping) else content[1]
-            if isinstance(labels, int | float) or (_is_array(labels) and not len(labels.shape)):
+            if isinstance(labels, int | float) or (is_array(labels) and not len(labels.shape)):
                 raise ValueError(
                     f"batch {number} has a single number as its labels, as an example has that is in no batch: let a "
                     "DataLoader make batches, or give each tensor an example axis, x[None]."
@@ -245,7 +258,7 @@ class Reader:
             )
         if isinstance(content, Mapping) and (dropped := [key for key in self._dropped if key in content]):
             self.withheld.update(dropped)
-            content = _rebuilt(content, {key: value for key, value in content.items() if key not in dropped})
+            content = rebuilt(content, {key: value for key, value in content.items() if key not in dropped})
         return content
 
     def _count(self, content: Batch, number: int) -> tuple[str, int]:
@@ -253,7 +266,7 @@ class Reader:
         for certain in (True, False):
             if (counted := self._counted((), content, certain=certain)) is not None:
                 place, N = counted
-                return _name(place, content), N
+                return name_of(place, content), N
         raise ValueError(
             f"batch {number} does not say how many examples it holds: expected 'input_ids', 'labels' or a first entry "
             "that is a tensor with the example axis first, or a list with one thing for each example."
@@ -262,19 +275,19 @@ class Reader:
     def _counted(self, place: Place, value: Any, *, certain: bool) -> tuple[Place, int] | None:
         if self._is_shared(place):
             return None
-        if _is_structure(value):
-            items = list(_items(value))
+        if is_structure(value):
+            items = list(items_of(value))
             if isinstance(value, Mapping):  # entries whose names imply one row for each example come first
                 first = {"input_ids": 0, "labels": 1}
                 items.sort(key=lambda item: first.get(item[0], 2))
             each = (self._counted((*place, key), item, certain=certain) for key, item in items)
             return next((counted for counted in each if counted is not None), None)
-        if _is_array(value):
+        if is_array(value):
             return (place, value.shape[0]) if len(value.shape) else None
         if not isinstance(value, list):
             return None
-        sizes = _sizes(value)
-        if not sizes or _holds_mappings(value):
+        sizes = leading_sizes(value)
+        if not sizes or holds_mappings(value):
             return place, len(value)
         if certain or (len(set(sizes)) == 1 and sizes[0] != len(value)):
             return None  # either one tensor for each example, or several with all examples in each: not certain
@@ -294,7 +307,7 @@ class Reader:
 
     def _check_shared(self, content: Batch, number: int) -> None:
         """Refuse a pattern that matches nothing in the first batch: a typing error would go unnoticed."""
-        places = [place for place, _ in _all_places((), content)]
+        places = [place for place, _ in all_places((), content)]
         for place in places:
             self._is_shared(place)
         if number == 0 and self._unused:
@@ -318,13 +331,13 @@ class _Decision:
         self.entered: set[Place] = set()
 
     def decide(self, place: Place, value: Any) -> None:
-        if self._shared(place) or _is_single(value):
+        if self._shared(place) or is_single(value):
             return
-        if _is_structure(value):
+        if is_structure(value):
             self._enter(place, value)
         elif isinstance(value, list):
             self._decide_list(place, value)
-        elif not _is_array(value):
+        elif not is_array(value):
             self._refuse(place, f"a {type(value).__name__}, whose parts cannot be assigned to examples")
         elif len(value.shape) and value.shape[0] == self._N:
             self.by_rows.add(place)
@@ -332,16 +345,16 @@ class _Decision:
             self._refuse(place, f"of leading size {value.shape[0]}, so the leading sizes differ")
 
     def _enter(self, place: Place, value: Any) -> None:
-        items = list(_items(value))
-        if isinstance(value, tuple) and len(items) == self._N and all(_is_single(item) for _, item in items) and place:
+        items = list(items_of(value))
+        if isinstance(value, tuple) and len(items) == self._N and all(is_single(item) for _, item in items) and place:
             self._refuse(place, f"a tuple of {self._N} single values: one for each example, or a setting")
         for key, item in items:
             self.decide((*place, key), item)
 
     def _decide_list(self, place: Place, value: list[Any]) -> None:
-        sizes = _sizes(value)
+        sizes = leading_sizes(value)
         one_each = len(value) == self._N
-        all_in_each = bool(sizes) and all(size == self._N for size in sizes) and not _holds_mappings(value)
+        all_in_each = bool(sizes) and all(size == self._N for size in sizes) and not holds_mappings(value)
         if one_each and all_in_each:  # N tensors of N rows each: only an earlier batch of another size can tell
             if place not in self._settled:
                 self._refuse(
@@ -362,7 +375,7 @@ class _Decision:
 
     def _refuse(self, place: Place, what: str) -> None:
         other = another_reading(self._content)
-        raise ValueError(f"{self._batch}, and {_name(place, self._content)} is {what}. {_WAYS_OUT}{other}")
+        raise ValueError(f"{self._batch}, and {name_of(place, self._content)} is {what}. {_WAYS_OUT}{other}")
 
 
 def another_reading(content: Batch) -> str:
@@ -377,109 +390,27 @@ def another_reading(content: Batch) -> str:
     entries = list(content) if isinstance(content, tuple) else list(content.values())
     if isinstance(content, tuple) and all(isinstance(entry, Mapping | tuple | list) for entry in entries):
         parts = [frozenset(entry) if isinstance(entry, Mapping) else len(entry) for entry in entries]
-        singles = [part for entry in entries for _, part in _items(entry) if _is_single(part) or _has_no_axis(part)]
+        singles = [part for entry in entries for _, part in items_of(entry) if is_single(part) or _has_no_axis(part)]
         if len(set(parts)) == 1 and singles:
             return " If it is a list of examples, collate them first (torch.utils.data.default_collate)."
     tuples = [entry for entry in entries if isinstance(entry, tuple)]
-    if any(_is_structure(one) or _is_array(one) for entry in tuples for one in entry):
+    if any(is_structure(one) or is_array(one) for entry in tuples for one in entry):
         return " (A tuple is entered and never cut: one thing for each example makes a list.)"
-    if any(_has_no_axis(leaf) for _, leaf in _leaves((), content)):
+    if any(_has_no_axis(leaf) for _, leaf in leaves_of((), content)):
         return " If it is one example in no batch, let a DataLoader make batches, or give each tensor an axis, x[None]."
     return ""
 
 
 def _has_no_axis(value: Any) -> bool:
-    return _is_array(value) and not len(value.shape)
+    return is_array(value) and not len(value.shape)
 
 
 def _no_tensor(content: Batch, number: int) -> str:
     says = f"batch {number} holds no tensor with an example axis"
-    for place, leaf in _leaves((), content):
-        if not (_is_single(leaf) or _is_array(leaf)):
+    for place, leaf in leaves_of((), content):
+        if not (is_single(leaf) or is_array(leaf)):
             return (
-                f"{says}, and {_name(place, content)} is a {type(leaf).__name__}, which is not looked into: give what "
-                "it holds as a mapping, vars(...), or as tensors."
+                f"{says}, and {name_of(place, content)} is a {type(leaf).__name__}, which is not looked into: give "
+                "what it holds as a mapping, vars(...), or as tensors."
             )
     return f"{says}: let the collator return tensors (return_tensors='pt')."
-
-
-def _is_structure(value: Any) -> bool:
-    return isinstance(value, Mapping | tuple) and not isinstance(value, PackedSequence)
-
-
-def _is_array(value: Any) -> bool:
-    """Recognise a tensor, or an array of numpy and similar libraries."""
-    return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "shape"))
-
-
-def _is_single(value: Any) -> bool:
-    """Recognise a single value, which is the same for every example."""
-    return value is None or isinstance(value, str | bytes | bool | int | float | complex | torch.dtype | torch.device)
-
-
-def _items(value: Any) -> Iterator[tuple[Any, Any]]:
-    return iter(value.items()) if isinstance(value, Mapping) else enumerate(value)
-
-
-def _all_places(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
-    for key, item in _items(value):
-        yield (*place, key), item
-        if _is_structure(item) or isinstance(item, list):
-            yield from _all_places((*place, key), item)
-
-
-def _leaves(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
-    return ((at, item) for at, item in _all_places(place, value) if not (_is_structure(item) or isinstance(item, list)))
-
-
-def _sizes(value: list[Any]) -> list[int | None]:
-    """List the leading sizes of all tensors in a list, at any depth; ``None`` for a tensor without an axis."""
-    return [leaf.shape[0] if len(leaf.shape) else None for _, leaf in _leaves((), value) if _is_array(leaf)]
-
-
-def _holds_mappings(value: list[Any]) -> bool:
-    """Recognise a list of mappings, one for each example, such as the targets of a detector."""
-    return all(isinstance(item, Mapping) for item in value)
-
-
-def _name(place: Place, content: Batch) -> str:
-    """Name an entry of a batch as the user knows it."""
-    if isinstance(content, tuple) and len(content) == 2 and place:
-        place = (("inputs", "labels")[place[0]], *place[1:])
-    return repr(".".join(map(str, place)))
-
-
-def _rebuilt(value: Any, items: Mapping[Any, Any]) -> Any:
-    """Make a container of the same kind with other items."""
-    if isinstance(value, UserDict):
-        new = copy.copy(value)
-        new.data = dict(items)
-        return new
-    if isinstance(value, dict) and value.keys() == items.keys():
-        new = copy.copy(value)  # of its class: a loss function may read entries as attributes, or rely on defaults
-        for key, item in items.items():
-            new[key] = item
-        return new
-    if isinstance(value, Mapping):
-        return dict(items)
-    if hasattr(value, "_fields"):  # a named tuple
-        return type(value)(*items.values())
-    return list(items.values()) if isinstance(value, list) else tuple(items.values())
-
-
-def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, PackedSequence):
-        return type(value)(*(None if part is None else change(part) for part in value))
-    if _is_structure(value) or isinstance(value, list):
-        return _rebuilt(value, {key: _with_tensors(item, change) for key, item in _items(value)})
-    return value
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if _is_structure(value) or isinstance(value, list):
-        return _rebuilt(value, {key: _copied(item) for key, item in _items(value)})
-    return copy.copy(value) if _is_array(value) else value

@@ -62,6 +62,14 @@ class CapturedPass:
         """Path and reason for each parameter."""
         return self._planner.paths
 
+    def prepare(self, batch: Examples) -> None:
+        """Do what comes before the first batch.
+
+        Args:
+            batch: A batch, of which nothing is added.
+        """
+        self._planner.plan_for(batch)
+
     def run(self, batch: Examples) -> None:
         """Add one batch.
 

@@ -30,8 +30,9 @@ def merge(a: Result, b: Result | None = None, *more: Result, weights: Sequence[f
 
     Raises:
         TypeError: An argument is not statistics, or there are fewer than two.
-        ValueError: They differ in definition, names, shapes or sizes of parameters; the message says where. Or
-            ``weights`` are not one number of at least 0 for each, or all 0.
+        ValueError: They differ in definition, names, shapes or sizes of parameters; the message says where. They are
+            running means, whose counts are no weights. Or ``weights`` are not one number of at least 0 for each, or
+            all 0.
     """
     parts = (a, b, *more)
     _check_statistics(parts)
@@ -39,6 +40,11 @@ def merge(a: Result, b: Result | None = None, *more: Result, weights: Sequence[f
         _check_mergeable(a, part)
     shares = _shares(parts, weights)
     definition = a.provenance["definition"]
+    if weights is None and "decay" in definition:
+        raise ValueError(
+            "running means over a training do not merge: each has forgotten its early steps, so their counts are not "
+            "their weights. Pass weights= for a mean of your own, such as equal ones for several ranks."
+        )
     if weights is not None:
         definition["weights"] = [*definition.get("weights", []), list(shares)]  # one list for each such merge
     return type(a).mean(parts, shares, definition)

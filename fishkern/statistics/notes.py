@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -75,6 +75,19 @@ def note_probabilities(likelihood: Likelihood, logits: Tensor) -> None:
             f"the model's outputs look like probabilities (not negative, and 1 in sum), and "
             f"{type(likelihood).__name__} takes logits: leave the softmax out, or pass likelihood= as a function "
             "(model, batch) -> losses [N]."
+        )
+
+
+def note_own_tokens(withheld: Collection[str]) -> None:
+    """Note entries that are withheld from the model, because they would make an example's loss depend on its batch.
+
+    Args:
+        withheld: Their names.
+    """
+    if withheld:
+        warn_caller(
+            f"the batches hold {', '.join(map(repr, sorted(withheld)))}, which the model does not get: the loss of "
+            "an example is that of its own tokens."
         )
 
 

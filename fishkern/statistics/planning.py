@@ -26,6 +26,7 @@ from fishkern.statistics.batches import Examples
 from fishkern.statistics.coverage import slowest_paths
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.independence import Independence
+from fishkern.statistics.known import Known
 from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.self_check import disagreements
 from fishkern.statistics.states import States, without_factors
@@ -51,6 +52,7 @@ class Planner:
         check: Compare with ordinary autograd on two examples.
         independence: Checks that the loss of an example is its own.
         connection: Lets gradients reach segments under reentrant checkpointing.
+        known: What earlier passes have found out; ``None`` for nothing, and to keep nothing.
 
     Attributes:
         paths: The slowest path that each parameter has taken so far, and the reason.
@@ -70,6 +72,7 @@ class Planner:
         check: bool,
         independence: Independence,
         connection: Connection,
+        known: Known | None = None,
     ) -> None:
         self.counted = counted
         self._model = model
@@ -80,14 +83,17 @@ class Planner:
         self._check = check
         self._independence = independence
         self._connection = connection
+        self._known = known
+        self._contradicted = False
+        self._first: dict[bool, range] = {}  # places of the first batch that got a plan of each kind
         self._plans: dict[bool, Plan] = {}  # for batches of one, and for all batches
         self._strayed: dict[str, str] = {}
-        self._announced: set[str] = set()
+        self._announced: set[str] = set() if known is None else known.announced
         stored = stored_weights(model)
         self._stored = {key for key in parameters.keys() & stored.keys() if not is_wrapped(parameters[key])}
         self.paths: dict[str, tuple[str, str]] = {}
         self.begun = False
-        self.distrusted: set[str] = set()
+        self.distrusted: set[str] = set() if known is None else set(known.distrusted)
 
     def plan_for(self, batch: Examples) -> Plan:
         """Return the plan for a batch; if there is none yet, make it from the batch's first two examples.
@@ -101,7 +107,17 @@ class Planner:
         """
         lone = batch.num_examples == 1 and False not in self._plans  # a plan for all batches is the better one
         if lone not in self._plans:
-            self._plans[lone] = self._make_plan(batch.take(0, min(2, batch.num_examples)))
+            few = batch.take(0, min(2, batch.num_examples))
+            # what a later batch contradicts is not kept: it will be contradicted in every pass over the same data
+            is_first = self._first.setdefault(lone, batch.places) == batch.places
+            plan = self._known_plan(lone, few)
+            if plan is None:
+                plan = self._make_plan(lone, few)
+                if self._known is not None and is_first:
+                    # at once: the pass may end in an exception, and a plan holds for connected segments alone
+                    self._known.keep(self._independence, self._connection)
+                    self._known.learn(lone, few, plan, self.distrusted)
+            self._plans[lone] = plan
         return self._plans[lone]
 
     def take(self, plan: Plan) -> None:
@@ -115,6 +131,7 @@ class Planner:
     def forget(self) -> None:
         """Discard the plans, so that the next batch is surveyed again."""
         self._plans.clear()
+        self._contradicted = True
 
     def note_strays(self, strays: Mapping[str, str]) -> None:
         """Move parameters whose module is called from outside its host to the loop, from this batch on.
@@ -170,7 +187,15 @@ class Planner:
         if without and self._estimator.reads == "factors":
             raise UnsupportedModuleError(without_factors(without))
 
-    def _make_plan(self, few: Examples) -> Plan:
+    def _known_plan(self, lone: bool, few: Examples) -> Plan | None:
+        """Take the plan that an earlier pass has made from the same examples, unless this pass has contradicted it."""
+        plan = None if self._known is None or self._contradicted else self._known.plan_for(lone, few)
+        if plan is not None:
+            self._independence.pending &= lone  # two examples were compared when it was made
+            self._announce(plan)
+        return plan
+
+    def _make_plan(self, lone: bool, few: Examples) -> Plan:
         """Survey two examples, or the one of a batch of one, and compare them with ordinary autograd."""
         compares = few.num_examples > 1 and self._independence.pending
         number = 0  # of the first objective that is not None: type-2 skips positions without a label
@@ -195,10 +220,16 @@ class Planner:
                 num_examples=few.num_examples,
             )
         self.refuse_stored(key for key, (path, _) in plan.paths.items() if path != "fused")
-        reasons = self.disagreements(plan, few, number) if self._check else {}
+        known, checks = self._known, self._check
+        if known is not None:
+            plan = plan.with_loop({key: reason for key, reason in known.reasons.items() if key not in plan.loop})
+            checks = checks and not known.has_checked(lone, plan)
+        reasons = self.disagreements(plan, few, number) if checks else {}
         if compares:
             with only_trainable(self._differentiable().values()):
                 self._independence.settle(few)
+        if known is not None:
+            known.reasons |= reasons
         plan = plan.with_loop({**reasons, **self._strayed})
         self._announce(plan)
         return plan
@@ -315,7 +346,7 @@ class Planner:
         self.refuse_whole(plan.paths.keys() - (served if self._estimator.reads == "factors" else served | by_rule))
         slow = {key: reason for key, (path, reason) in plan.paths.items() if path == "loop"}
         new = sorted(slow.keys() - self._announced)
-        self._announced |= slow.keys()
+        self._announced.update(slow)
         if new:
             warn_caller(
                 f"{len(new)} parameter(s) take the slow exact path, one pass over the model for each example: "

@@ -35,6 +35,20 @@ class OwnRandomness:
             self._states = self._current()
             self._set(users)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Draw without moving the pass's own stream on: what comes once before a pass changes no draw of its batches.
+
+        Yields:
+            Nothing.
+        """
+        states = self._states
+        try:
+            with self.drawing():
+                yield
+        finally:
+            self._states = states
+
     def _current(self) -> list[torch.Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]
 

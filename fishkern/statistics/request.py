@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.arguments import integer
+from fishkern.backend import Backend
 from fishkern.layers import (
     LinearMap,
     UnsupportedModuleError,
     has_gradient_dtype,
     is_wrapped,
+    linear_maps,
     scored_tensors,
     stored_weights,
     weight_shape,
@@ -23,9 +26,76 @@ from fishkern.statistics.base import Estimator, ParameterInfo
 from fishkern.statistics.batches import Reader, Shared
 from fishkern.statistics.choosing import Requested, requested_names
 from fishkern.statistics.coverage import Covered
+from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.states import without_factors
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """Arguments of :func:`fishkern.estimate` that say what is asked for, as the caller gave them."""
+
+    estimator: Estimator | None
+    likelihood: Likelihood | LossFunction | Drawn | None
+    parameters: Requested
+    accumulate_on: str | torch.device | None
+    check: bool
+    backend: Backend | None
+    shared: Shared
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What is asked for, of a model.
+
+    Args:
+        model: Without running wrappers.
+        estimator: The recipe.
+        which: As ``parameters`` of :func:`fishkern.estimate`.
+        maps: The linear maps of the model; empty if the estimator reads no factors.
+        tensors: The requested parameters, by canonical name.
+        infos: What their states get to know of them.
+        groups: Names of the parameters of each pass over the data.
+    """
+
+    model: nn.Module
+    estimator: Estimator
+    which: Requested
+    maps: Mapping[str, LinearMap]
+    tensors: Mapping[str, Tensor]
+    infos: Mapping[str, ParameterInfo]
+    groups: list[list[str]]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return next(iter(self.tensors.values())).device
+
+
+def request_of(model: nn.Module, options: Options, max_examples: int | None = None) -> Request:
+    """Work out what is asked for, or refuse it.
+
+    Args:
+        model: Without running wrappers.
+        options: What the caller asks for.
+        max_examples: As for :func:`fishkern.estimate`.
+
+    Returns:
+        The request.
+
+    Raises:
+        ValueError: There are no such parameters, or the estimator does not give each of them one pass.
+    """
+    estimator = DiagonalFisher() if options.estimator is None else options.estimator
+    check_estimable(model, estimator, max_examples)
+    maps = linear_maps(model) if estimator.reads_factors else {}
+    tensors = requested_tensors(model, options.parameters, estimator, maps)
+    infos = parameter_infos(model, tensors, estimator, options.accumulate_on, maps)
+    groups = estimator.passes(tuple(tensors))
+    if sorted(name for names in groups for name in names) != sorted(tensors):
+        raise ValueError(f"{type(estimator).__name__}.passes must give every requested parameter once, got {groups}.")
+    return Request(model, estimator, options.parameters, maps, tensors, infos, groups)
 
 
 def check_estimable(
@@ -181,33 +251,24 @@ def _refuse_without_gradient(
         )
 
 
-def coverage_of(
-    model: nn.Module,
-    requested: Mapping[str, Tensor],
-    paths: Mapping[str, tuple[str, str]],
-    which: Requested,
-    estimator: Estimator,
-    maps: Mapping[str, LinearMap],
-) -> dict[str, Covered]:
+def coverage_of(request: Request, paths: Mapping[str, tuple[str, str]]) -> dict[str, Covered]:
     """Say how each parameter of a model was computed, or by whose word it was left out.
 
     Args:
-        model: Without running wrappers.
-        requested: The requested parameters, by canonical name.
-        paths: Path and reason for each of them.
-        which: As for :func:`fishkern.estimate`.
-        estimator: The recipe.
-        maps: The model's linear maps; empty if the estimator reads no factors.
+        request: What was asked for.
+        paths: Path and reason for each requested parameter.
 
     Returns:
         By canonical name, of all parameters.
     """
+    requested, which = request.tensors, request.which
     excluded_by = "requires_grad is False" if which is None else "the parameters argument"
-    stored = stored_weights(model)
+    by_maps = which is None and request.estimator.by_default == "linear"
+    stored = stored_weights(request.model)
     coverage = {}
-    for key, parameter in scored_tensors(model).items():
+    for key, parameter in scored_tensors(request.model).items():
         path, reason = paths[key] if key in requested else ("left out", excluded_by)
-        if key not in requested and which is None and estimator.by_default == "linear" and key not in maps:
+        if key not in requested and by_maps and key not in request.maps:
             reason = "not the weight of a linear map, so it has no activations and output gradients"
         storage, module = stored.get(key, (key, None))
         numel = parameter.numel() if module is None else weight_shape(module).numel()

@@ -22,10 +22,10 @@ from fishkern.statistics.states import States
 
 Objective = Callable[[Examples], Tensor]
 
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # float64 models have float32 inside (Gemma's norms)
-_TOLERANCE_16_BIT = 0.05  # gradients are rounded to 8 (bfloat16) or 11 bits before autograd's are squared
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # float64 models have float32 inside (Gemma's norms)
+TOLERANCE_16_BIT = 0.05  # gradients are rounded to 8 (bfloat16) or 11 bits before autograd's are squared
 # A gradient below so many units of rounding of the model's largest is zero but for rounding (a key's bias).
-_ROUNDING, _ROUNDING_16_BIT = 64, 6.4
+ROUNDING, ROUNDING_16_BIT = 64, 6.4
 
 
 def disagreements(
@@ -112,7 +112,7 @@ class _Comparison:
 
     def error(self, key: str, parameter: nn.Parameter) -> float | None:
         """Return the relative error of a parameter, or ``None`` if it is within rounding."""
-        tolerance = _TOLERANCE_16_BIT if self.half else _TOLERANCE[parameter.dtype]
+        tolerance = TOLERANCE_16_BIT if self.half else TOLERANCE[parameter.dtype]
         totals = sums(self.states[key])
         scales = self.scales.get(key, [0.0] * len(totals))
         worst = None
@@ -127,7 +127,7 @@ class _Comparison:
     def _rounding(self, key: str, place: int) -> float:
         """Return what a gradient of rounding alone may add, at the scale of the model's largest gradient."""
         info = self.states.info(key)
-        steps = _ROUNDING_16_BIT if self.half else _ROUNDING
+        steps = ROUNDING_16_BIT if self.half else ROUNDING
         eps = torch.finfo(torch.bfloat16 if self.half else info.dtype).eps
         size = steps * eps * max(self.grad_squares.values(), default=0.0) ** 0.5
         grad = torch.full((), size, dtype=info.dtype, device=info.value.device).expand(info.shape)

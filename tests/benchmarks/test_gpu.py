@@ -12,6 +12,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks.cases import (
     group_sum_grad_squared,
+    log_histogram,
     masked_adamw,
     project_sum_squared,
     roofs,
@@ -89,7 +90,7 @@ def test_tiles_to_tune_fit():
 @pytest.fixture
 def device(monkeypatch):
     """A device of 1 GB, on which everything is run once and takes a millisecond."""
-    for module in (masked_adamw, siblings, streaming_topk, sum_grad_squared, whole_pass):
+    for module in (log_histogram, masked_adamw, siblings, streaming_topk, sum_grad_squared, whole_pass):
         monkeypatch.setattr(module, "time_providers", run_once)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10**9))
     return CPU
@@ -282,6 +283,26 @@ def test_a_wrong_selection_is_not_recorded(wrong, monkeypatch):
     monkeypatch.setattr(streaming_topk, "streaming_topk", select)
     with pytest.raises(ValueError, match="selected instead|than the reference|another order"):
         streaming_topk.check(scores, 60)
+
+
+@ON_A_CPU
+@pytest.mark.parametrize("name", log_histogram.CASES)
+def test_histograms_in_small(name, device, monkeypatch):
+    """Every provider runs; nearly all values are inside of the edges, and other counts than the reference's raise."""
+    case = replace(log_histogram.CASES[name], n=3000)
+    ours = log_histogram.log_histogram
+
+    def count(values, edges, *, backend):
+        return ours(values, edges, backend="torch") + (wrong if backend == "triton" else 0)
+
+    monkeypatch.setattr(log_histogram, "log_histogram", count)
+    wrong = 0
+    records = list(log_histogram._measure(case, device))
+    assert [record["provider"] for record in records] == ["fishkern", "torch", "one_read", "histc"]
+    assert ours(*case.inputs(device)).sum() > 0.95 * 3000
+    wrong = 1
+    with pytest.raises(ValueError, match="otherwise than the reference"):
+        list(log_histogram._measure(case, device))
 
 
 @ON_A_CPU

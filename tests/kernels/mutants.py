@@ -21,6 +21,7 @@ GROUP, GROUP_DEVICE = "kernels/group_sum_grad_squared.py", "kernels/_group_sum_g
 PROJECT, PROJECT_DEVICE = "kernels/project_sum_squared.py", "kernels/_project_sum_squared_device.py"
 PROJECT_CONFIGS = "kernels/_project_sum_squared_configs.py"
 TOPK, TOPK_DEVICE = "kernels/streaming_topk.py", "kernels/_streaming_topk_device.py"
+HISTOGRAM = "kernels/log_histogram.py"
 ADAMW, SGD = "kernels/masked_adamw.py", "kernels/masked_sgd.py"
 ENTRIES, PROBLEM = "kernels/_entries.py", "kernels/_problem.py"
 
@@ -42,6 +43,7 @@ TESTS = {
         ["tests/kernels/test_streaming_topk.py", "tests/ops/test_streaming_topk.py"],
         "triton or test_kernel",
     ),
+    "log_histogram": (["tests/ops/test_log_histogram.py"], "triton"),
     "masked_adamw": (["tests/ops/test_masked_adamw.py"], "not torch"),
     "masked_sgd": (["tests/ops/test_masked_sgd.py"], "not torch"),
 }
@@ -177,6 +179,18 @@ STREAMING_TOPK: Planted = {
     ),
     "indices of the second block from the first": (TOPK, "self.device) - firsts) * _CHUNK", "self.device)) * _CHUNK"),
 }
+LOG_HISTOGRAM: Planted = {
+    "values after the end counted": (HISTOGRAM, "tl.where(exists, places, 0)", "places"),
+    "only the first chunk of a program": (HISTOGRAM, "        first += step\n", "        first = size\n"),
+    "upper edges in the bin below": (HISTOGRAM, "tl.where(bounds <= keys,", "tl.where(bounds < keys,"),
+    "negative values below all": (HISTOGRAM, " & 0x7FFFFFFF", ""),
+    "last bin open": (HISTOGRAM, "torch.where(last, logs > edges, logs >= edges)", "logs >= edges"),
+    "what is below all edges in the first bin": (HISTOGRAM, "inside = (places > 0) &", "inside = (places >= 0) &"),
+    "what is above all edges in a bin": (HISTOGRAM, "(places <= bins)", "(places <= bins + 1)"),
+    "a table that is too short": (HISTOGRAM, "steps = (bins + 1).bit_length()", "steps = bins.bit_length()"),
+    "strided values read as neighbours": (HISTOGRAM, "values.contiguous().view(-1)", "values.reshape(-1)"),
+    "logarithm of the bare magnitude": (HISTOGRAM, ".double() + 1e-12)", ".double())"),
+}
 MASKED_ADAMW: Planted = {
     "second moment corrected by the first's beta": (ADAMW, "tl.exp(age * log_beta2)", "tl.exp(age * log_beta1)"),
     "decay without the learning rate": (ADAMW, "(1.0 - lr * weight_decay)", "(1.0 - weight_decay)"),
@@ -209,6 +223,7 @@ MUTANTS: dict[str, Planted] = {
     "group_sum_grad_squared": GROUP_SUM_GRAD_SQUARED,
     "project_sum_squared": PROJECT_SUM_SQUARED,
     "streaming_topk": STREAMING_TOPK,
+    "log_histogram": LOG_HISTOGRAM,
     "masked_adamw": MASKED_ADAMW,
     "masked_sgd": MASKED_SGD,
 }

@@ -30,6 +30,7 @@ from fishkern.kernels._launch import Launch
 from fishkern.kernels._project_sum_squared_configs import Cut
 from fishkern.kernels._project_sum_squared_configs import configs as projection_configs
 from fishkern.kernels._sum_grad_squared_configs import Config, Loads, configs, widest_with_mean
+from fishkern.kernels.log_histogram import log_histogram
 from fishkern.kernels.masked_adamw import masked_adamw_
 from fishkern.kernels.masked_sgd import masked_sgd_
 from fishkern.kernels.sum_grad_squared import Operands, launches
@@ -244,7 +245,7 @@ def streaming(on: Hardware, every: bool) -> Iterator[Recorded]:
 
 
 def others(every: bool) -> Iterator[tuple[str, Launch]]:
-    """What streaming top-k and the masked steps launch, by dtype and what they were given."""
+    """What streaming top-k, histograms and the masked steps launch, by dtype and what they were given."""
     # (dtype, whether at addresses of 16 bytes, whether the largest)
     pools = [(torch.float32, True, True)]
     if every:
@@ -263,6 +264,10 @@ def others(every: bool) -> Iterator[tuple[str, Launch]]:
             yield " ".join([NAMES[dtype], *said, name]), launched(call)
     for dtype in (torch.int32, torch.int64) if every else (torch.int32,):
         yield f"{NAMES[dtype]} topk emit", launched(partial(pool.emit, bits, dtype))
+
+    edges = torch.linspace(-12, 0, 65, dtype=torch.float64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16) if every else (torch.float32,):
+        yield f"{NAMES[dtype]} histogram", launched(partial(log_histogram, torch.zeros(4096, dtype=dtype), edges))
 
     steps, scalars = torch.ones(1), {"lr": 0.1, "weight_decay": 0.1}
     adamw, sgd = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}, {"momentum": 0.9, "nesterov": True}

@@ -53,6 +53,10 @@ def write_factored(folder: Path) -> None:
     samples.factored().save(folder / "factored")
 
 
+def write_freezer(folder: Path) -> None:
+    samples.freezer_state().save(folder / "freezer")
+
+
 def write_values(folder: Path) -> None:
     """Deltas, starts and an adapter."""
     for name, dtype in samples.DELTAS.items():
@@ -138,6 +142,7 @@ WRITERS = {
     "inits": write_inits,
     "energies": write_energies,
     "factored": write_factored,
+    "freezer": write_freezer,
     "values": write_values,
     "optimizers": write_optimizers,
     "trainer": write_trainer,

@@ -174,6 +174,8 @@ def test_strides_shapes_and_gradients(backend: str):
     for k in (0, 1, 300, sum(block.numel() for block in blocks)):
         assert_exact(blocks, k, backend=backend)
     assert_exact([base.T, base[::3, 1:]], 77, "smallest", backend)
+    # one stride for all entries, with which they still are a vector
+    assert_exact([base.view(-1)[::3], base[:, ::2], base.view(-1)[:1].expand(50)], 77, backend=backend)
 
 
 @pytest.mark.parametrize("k", [0, 1, 3, 5])

@@ -87,6 +87,9 @@ together = {
     "accelerate, few": fk.estimate(model, prepared(Rows(3), 4), **options),
     "own parts": fk.estimate(model, iter(DataLoader(torch.utils.data.Subset(data, range(rank, 13, 2)), 4)), **options),
     "one has none": fk.estimate(model, [data[:]] if rank == 0 else [], **options),
+    "prepared": fk.estimate(model, dealt(), prepared=fk.prepare(ddp, next(iter(dealt())), **options)),
+    "prepared, one on other data": fk.estimate(
+        model, dealt(), prepared=fk.prepare(model, data[8:] if rank else next(iter(dealt())), **options)),
 }
 def tuned(batches, of=model, **changes):
     return fk.fish_tuning(of, batches, pool="model", k=7, heads=("2",), **{**options, **changes})
@@ -95,7 +98,22 @@ selections = [tuned(dealt(batch_size=3)), tuned([], order="random")]
 other = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 for parameter in other.parameters():
     parameter.data.mul_(1 + rank).add_(rank * torch.rand_like(parameter))
+first = next(iter(dealt()))
+ready = fk.prepare(model, first, **options)
+
+def frozen_on_one():
+    model[2].requires_grad_(rank == 0)
+    try:
+        fk.estimate(model, dealt(), prepared=ready)
+    finally:
+        model[2].requires_grad_(True)
+
 failures = {
+    "prepared on one": message(lambda: fk.estimate(model, dealt(), prepared=ready if rank else None, **options)),
+    "frozen on one": message(frozen_on_one),
+    "unprepared": message(lambda: fk.prepare(model, first, likelihood=broken)),
+    "another batch": message(lambda: fk.estimate(
+        model, [first if rank == 0 else (first[0], first[1].int())], prepared=ready)),
     "selection": message(lambda: tuned([], other, order="magnitude")),
     "nan": message(lambda: fk.estimate(model, dealt(), likelihood=broken)),
     "parameters": message(lambda: fk.estimate(
@@ -104,6 +122,7 @@ failures = {
     "after all that": message(lambda: fk.estimate(model, dealt(), **options)),
 }
 expected = dict.fromkeys(["ddp", "accelerate", "own parts", "one has none"], "exact")
+expected |= dict.fromkeys(["prepared", "prepared, one on other data"], "exact")
 expected |= {"accelerate, few": "three", "sketched": "exact"}  # with one example in a batch a sketch is exact
 report = {"failures": failures}
 for name, found in together.items():
@@ -173,6 +192,8 @@ def reports(tmp_path_factory) -> list[dict]:
         "accelerate, few",
         "own parts",
         "one has none",
+        "prepared",
+        "prepared, one on other data",
     ],
 )
 def test_two_ranks_give_what_one_gives(reports, case):
@@ -201,6 +222,12 @@ def test_a_failure_ends_all(reports):
     assert "differ in the parameters to estimate" in one["parameters"]
     assert "differ in the parameters to estimate" in other["parameters"]
     assert "would see all of this DataLoader's data" in one["not dealt"]
+    assert all("differ in whether a prepared pass is given" in report["prepared on one"] for report in (one, other))
+    assert one["frozen on one"].startswith("RuntimeError: rank 1 failed with ValueError: this pass was prepared for")
+    assert other["frozen on one"].startswith("ValueError: this pass was prepared for something else: requires_grad of")
+    assert one["unprepared"].startswith("RuntimeError: rank 1 failed with ValueError: ")
+    assert one["another batch"].startswith("RuntimeError: rank 1 failed with ValueError: this pass was prepared for")
+    assert "the entry '1' was a tensor of int64 with 1 axes and is a tensor of int32" in other["another batch"]
     assert one["after all that"] is other["after all that"] is None
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 import fishkern as fk
 from fishkern import adapters
+from fishkern.freezing.saved import FreezerState
 from fishkern.selection import load_start, save_start
 from fishkern.statistics import Covered
 
@@ -185,6 +186,18 @@ def write_optimizer(cls: type) -> Callable[[Path], Path]:
     return write
 
 
+def write_freezer(path: Path) -> Path:
+    from tests.support import samples  # imports this one's neighbours, which need transformers
+
+    return samples.freezer_state().save(path)
+
+
+def load_freezer(path: Path) -> None:
+    state = FreezerState.load(path)
+    repr(state)
+    state.to_plain()
+
+
 LOADERS = {
     "statistics": Loader(lambda path: read_all(path, lazy=False), lambda path: statistics().save(path)),
     "lazy statistics": Loader(lambda path: read_all(path, lazy=True), lambda path: statistics().save(path)),
@@ -202,6 +215,7 @@ LOADERS = {
     ),
     "adapter init": Loader(load_adapter_init, lambda path: adapter_init().save(path)),
     "adapter": Loader(load_adapter, write_adapter),
+    "freezer": Loader(load_freezer, write_freezer),
     "MaskedAdamW": Loader(load_optimizer(fk.MaskedAdamW), write_optimizer(fk.MaskedAdamW)),
     "MaskedSGD": Loader(load_optimizer(fk.MaskedSGD), write_optimizer(fk.MaskedSGD)),
 }

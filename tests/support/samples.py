@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import fishkern as fk
+from fishkern.freezing import Track
+from fishkern.freezing.saved import FreezerState, Read
 from fishkern.statistics import Covered
 from tests.support import zoo
 
@@ -146,6 +148,20 @@ def factored() -> fk.FactoredStatistics:
 
 
 @torch.no_grad()
+def freezer_state() -> FreezerState:
+    """After one event, with a reference of values and one of a histogram."""
+    before = selection()
+    after = before - fk.Selection(POOL, {}, whole=["1.bias"])
+    tracks = {
+        ("0.weight", 1): Track((numbers("0.weight 1", (80,)).abs(),), 0.125, 0.25, 0.375, 2),
+        ("1.weight", 0): Track((numbers("counts", (64,)).double(), numbers("edges", (65,)).double())),
+    }
+    scores = {key: track.variation for key, track in tracks.items()}
+    history = [Read(0, before.count, {**scores, ("1.bias", 0): 0.5}), Read(5, after.count, scores)]
+    settings = {"slices": "Slices()", "drift": "JensenShannon()", "statistic": "{}"}
+    return FreezerState(7, 1, 2, "5" * 32, settings, before, after, tracks, history)
+
+
 def moved(model: nn.Module, by: float = 0.5) -> nn.Module:
     """The same model with its selected entries moved, as training would."""
     for name, parameter in model.named_parameters():

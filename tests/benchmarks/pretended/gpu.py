@@ -29,6 +29,7 @@ VALUES: dict[str, object] = {
     "benchmarks.cases.smoke.disagreement": lambda *values: 0.0,
     "benchmarks.cases.smoke.difference": lambda *values: 0.0,
     "benchmarks.cases.smoke.demand_equal": lambda *values: None,
+    "benchmarks.cases.log_histogram.check": lambda *values: None,
     "benchmarks.cases.streaming_topk.check": lambda *values: None,
     "benchmarks.cases.streaming_topk.demand_equal": lambda *values: None,
     "benchmarks.cases.variants.error_of": lambda *values: 0.0,
@@ -51,6 +52,15 @@ VALUE_TESTS = {
         "test_restored_weights_stay_restored",
     ),
     "tests/models/test_backends.py": ("test_agree",),
+    "tests/ops/test_log_histogram.py": (
+        "test_any_edges_and_values",
+        "test_any_number_of_bins",
+        "test_equals_numpy",
+        "test_half",
+        "test_infinite_edges_count_all_but_nan",
+        "test_order_shape_and_strides_make_no_difference",
+        "test_values_on_the_edges",
+    ),
     "tests/ops/test_masked_adamw.py": (
         "test_master_follows_weights_that_were_restored",
         "test_master_is_float32_rounded",
@@ -224,6 +234,7 @@ def _small() -> None:
     """Sizes that two cores can allocate, off the tiles as the real ones are."""
     from benchmarks.cases import (
         group_sum_grad_squared,
+        log_histogram,
         masked_adamw,
         project_sum_squared,
         roofs,
@@ -255,6 +266,7 @@ def _small() -> None:
     smoke.MODEL = tiny(smoke.MODEL)
     for cases in (streaming_topk.CASES, smoke.SCORES):
         cases.update({name: TopK(10_000, case.density, 7, case.zeros) for name, case in cases.items()})
+    log_histogram.CASES.update({name: replace(case, n=10_000) for name, case in log_histogram.CASES.items()})
     siblings.CASES.update({name: replace(case, N=2, T=3, D=8) for name, case in siblings.CASES.items()})
     masked_adamw.CASES.update({name: replace(case, model="lora") for name, case in masked_adamw.CASES.items()})
     roofs.COPIED, roofs.SIDE = 2**16, 64

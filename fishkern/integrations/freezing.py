@@ -1,0 +1,89 @@
+"""transformers' Trainer with a freezer: it acts after each step of the optimizer, and is in every checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from fishkern.freezing import Freezer, Freezing
+from fishkern.freezing.trained import masked
+
+FILE = "freezer.safetensors"
+
+_log = logging.getLogger(__name__)
+
+
+class FreezingCallback(TrainerCallback):
+    """Calls a freezer after each step of a Trainer's optimizer, and saves it in every checkpoint.
+
+        freezer = fk.fisher_adaptune(model, probe, optimizer=optimizer, every=300, read_every=30)
+        Trainer(model, args, ..., optimizers=(optimizer, None),
+                callbacks=[FisherCallback(selection), FreezingCallback(freezer)])
+
+    A training that resumes needs an optimizer of the entries that were in training when the checkpoint was written,
+    ``fk.Freezer.saved_selection(checkpoint / "freezer.safetensors")``, and a freezer made with it; the rest is restored
+    when training starts.
+
+    Args:
+        freezer: The freezer, of the Trainer's own optimizer.
+
+    Attributes:
+        events: What has been decided in this training.
+    """
+
+    def __init__(self, freezer: Freezer) -> None:
+        self._freezer = freezer
+        self.events: list[Freezing] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check that the freezer acts on this Trainer's optimizer, and restore it where training resumes.
+
+        Raises:
+            TypeError: The Trainer's optimizer is not a masked one.
+            ValueError: It is another one than the freezer's, or the freezer is neither in the checkpoint nor restored
+                already.
+        """
+        if masked(kwargs["optimizer"]) is not self._freezer.optimizer:
+            raise ValueError(
+                "the Trainer has another optimizer than the freezer: pass the one that the freezer was made with, "
+                "optimizers=(optimizer, None)."
+            )
+        if state.global_step and not self._freezer.count:
+            self._freezer.load(_saved_in(args, state.global_step))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count a step of the optimizer, and read and decide where that is due."""
+        event = self._freezer.step()
+        if event is not None:
+            self.events.append(event)
+            _log.info("%s", event)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add the number of entries in training to ``logs`` and to the state's history."""
+        if logs is not None and "loss" in logs:
+            ours = {"trained_entries": self._freezer.selection.count}
+            logs |= ours
+            state.log_history[-1] |= ours  # written before the callbacks are called
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save the freezer in the folder of the checkpoint."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            self._freezer.save(folder / FILE)
+
+
+def _saved_in(args: Any, step: int) -> Path:
+    """Find the freezer of the checkpoint that a training resumes from; a Trainer does not tell its callbacks."""
+    named = args.resume_from_checkpoint
+    folders = [Path(named)] if isinstance(named, str) else []
+    folders.append(Path(args.output_dir) / f"checkpoint-{step}")
+    for folder in folders:
+        if (folder / FILE).is_file():
+            return folder / FILE
+    raise ValueError(
+        f"training resumes at step {step}, and {folders[-1]} has no {FILE}: load that of the checkpoint with "
+        "freezer.load(path) before train()."
+    )

@@ -1,0 +1,178 @@
+"""What a pass has found out about a model, for later passes: its plans, and the data that they are made for.
+
+Only what a pass would find again is kept: what its first batch shows. What later batches contradict (rows that follow
+the data) is found out in each pass anew, so that it adds the same bits as one that knows nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fishkern.digests import exact_digest
+from fishkern.layers import Connection, Plan
+from fishkern.statistics.batches import Examples
+from fishkern.statistics.contents import is_array, is_single, is_structure, items_of
+from fishkern.statistics.independence import Independence
+from fishkern.statistics.structure import Facts, demand_same, facts_of_batch
+
+
+class Known:
+    """What earlier passes over some parameters have found out.
+
+    Args:
+        batch: The batch whose structure first batches must have.
+
+    Attributes:
+        announced: Parameters on the slow path about which a warning was given.
+        reasons: Why the self-check sends parameters through the loop, by canonical name.
+        distrusted: Paths of modules whose row count turned out to depend on the data.
+    """
+
+    def __init__(self, batch: Examples) -> None:
+        self._structure: Facts = facts_of_batch(batch.content)
+        self._plans: dict[bool, Plan] = {}  # for batches of one, and for all batches
+        self._seen: dict[bool, set[bytes]] = {True: set(), False: set()}
+        self._checkpointing: tuple[str, ...] = ()
+        self._segments = False
+        self._dtypes: set[torch.dtype] = set()
+        self._note: str | None = None
+        self.announced: set[str] = set()
+        self.reasons: dict[str, str] = {}
+        self.distrusted: frozenset[str] = frozenset()
+
+    def demand_structure(self, batch: Examples) -> None:
+        """Refuse a first batch of another structure.
+
+        Args:
+            batch: The batch.
+
+        Raises:
+            ValueError: It has other entries, or some of another kind.
+        """
+        demand_same(self._structure, facts_of_batch(batch.content))
+
+    def begin(self, model: nn.Module, independence: Independence, connection: Connection) -> None:
+        """Tell a new pass what it would find out.
+
+        Args:
+            model: In the modes of the pass.
+            independence: Of the pass.
+            connection: Of the pass.
+        """
+        # modules that train in a pass are those with activation checkpointing, under which a survey may differ
+        self._checkpointing = tuple(path for path, module in model.named_modules() if module.training)
+        independence.note = self._note
+        independence.precision.dtypes |= self._dtypes
+        if self._segments:
+            connection.connect()
+
+    def keep(self, independence: Independence, connection: Connection) -> None:
+        """Keep what a pass has found out about its precision, its examples and its segments.
+
+        Args:
+            independence: Of the pass.
+            connection: Of the pass.
+        """
+        self._note = independence.note
+        self._dtypes = set(independence.precision.dtypes)
+        self._segments |= connection.connected
+
+    def has_seen(self, lone: bool, few: Examples) -> bool:
+        """Tell whether these examples were checked before, value for value.
+
+        Args:
+            lone: Whether they are of a batch of one.
+            few: The first examples of a batch.
+
+        Returns:
+            Whether they were. Anything but tensors, arrays and single values is not recognised.
+        """
+        return bool(self._seen[lone]) and self._digest(few) in self._seen[lone]
+
+    def note_seen(self, lone: bool, few: Examples) -> None:
+        """Remember that examples were checked.
+
+        Args:
+            lone: Whether they are of a batch of one.
+            few: The examples.
+        """
+        if (digest := self._digest(few)) is not None:
+            self._seen[lone].add(digest)
+
+    def plan_for(self, lone: bool, few: Examples) -> Plan | None:
+        """Return the plan that was made from these examples.
+
+        Args:
+            lone: Whether it is for batches of one.
+            few: The first examples of a batch.
+
+        Returns:
+            The plan, or ``None`` if they are new.
+        """
+        return self._plans.get(lone) if self.has_seen(lone, few) else None
+
+    def learn(self, lone: bool, few: Examples, plan: Plan, distrusted: Collection[str]) -> None:
+        """Keep a plan. If it differs from the earlier one, that was only for the data from which it was made.
+
+        Args:
+            lone: Whether it is for batches of one.
+            few: The examples it was made from.
+            plan: The plan.
+            distrusted: Paths of modules whose row count turned out to depend on the data.
+        """
+        self.distrusted = frozenset(distrusted)
+        before = self._plans.get(lone)
+        if before is None or _described(before) != _described(plan):
+            self._plans[lone] = plan
+            self._seen[lone].clear()
+        self.note_seen(lone, few)
+
+    def has_checked(self, lone: bool, plan: Plan) -> bool:
+        """Tell whether all that a plan captures was compared with autograd, and is captured in the same way.
+
+        Args:
+            lone: Whether it is for batches of one.
+            plan: A new plan.
+
+        Returns:
+            Whether it was. Where no gradient but zeros had arrived, nothing was compared.
+        """
+        before = self._plans.get(lone)
+        if before is None or before.unsettled - plan.unsettled:
+            return False
+        uses = before.uses
+        return all(uses.get(key) == each for key, each in plan.uses.items())
+
+    def _digest(self, few: Examples) -> bytes | None:
+        hashed = blake2b(repr(self._checkpointing).encode(), digest_size=16)
+        for part in _parts(few.content):
+            if part is None:
+                return None
+            hashed.update(part)
+        return hashed.digest()
+
+
+def _described(plan: Plan) -> tuple[Any, ...]:
+    """Describe all of a plan that decides what is added, and to what rounding."""
+    return plan.uses, plan.unsettled, plan.loop.keys(), plan.reused, set(plan.idle)
+
+
+def _parts(value: Any) -> Iterator[bytes | None]:
+    """Give the bytes of a nest piece by piece; ``None`` where a value has none that say what it is."""
+    if isinstance(value, Tensor):
+        yield exact_digest(value) if type(value) is Tensor and value.layout is torch.strided else None
+    elif is_structure(value) or isinstance(value, list):
+        items = list(items_of(value))
+        yield repr((isinstance(value, Mapping), [key for key, _ in items])).encode()
+        for _, item in items:
+            yield from _parts(item)
+    elif is_array(value):
+        plain = hasattr(value, "tobytes") and getattr(value.dtype, "hasobject", True) is False
+        yield repr((value.dtype, value.shape)).encode() + value.tobytes() if plain else None
+    else:
+        yield repr(value).encode() if is_single(value) else None

@@ -1,0 +1,178 @@
+"""One pass over data: the batches of all ranks, added to the states of some parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from fishkern.statistics.answering import Answering
+from fishkern.statistics.autograd_pass import AutogradPass
+from fishkern.statistics.base import Estimator
+from fishkern.statistics.batches import Examples
+from fishkern.statistics.captured_pass import CapturedPass
+from fishkern.statistics.cutting import answering_parts
+from fishkern.statistics.data import Data, Progress
+from fishkern.statistics.independence import Independence
+from fishkern.statistics.known import Known
+from fishkern.statistics.planning import Planner
+from fishkern.statistics.positions import counted_positions
+from fishkern.statistics.precision import Precision
+from fishkern.statistics.predictive import Predictive
+from fishkern.statistics.randomness import OwnRandomness
+from fishkern.statistics.shards import Ranks
+from fishkern.statistics.states import States
+from fishkern.statistics.undisturbed import Entered, undisturbed
+
+
+class Counts(NamedTuple):
+    """What all ranks together have added up in a pass."""
+
+    units: int
+    examples: int
+    batches: int
+
+
+class Passed(NamedTuple):
+    """What is remembered of a pass.
+
+    Args:
+        counts: Of all ranks together.
+        loss: Sum of this rank's losses.
+        paths: Path and reason for each parameter.
+        note: A remark for the provenance about how examples of a batch interact.
+        half: Whether a part of the model computes in 16 bits.
+    """
+
+    counts: Counts
+    loss: float
+    paths: Mapping[str, tuple[str, str]]
+    note: str | None
+    half: bool
+
+
+@dataclass
+class OnePass:
+    """One pass over the data.
+
+    Args:
+        model: Without running wrappers.
+        requested: The parameters of this pass, by canonical name.
+        estimator: The recipe.
+        states: The states that it adds to.
+        answering: Runs the model on a batch.
+        check: As for :func:`fishkern.estimate`.
+        known: What earlier passes have found out, and this one adds to; ``None`` if no later one will ask.
+    """
+
+    model: nn.Module
+    requested: Mapping[str, Tensor]
+    estimator: Estimator
+    states: States
+    answering: Answering
+    check: bool
+    known: Known | None = None
+
+    def over(self, data: Data, ranks: Ranks, report: Progress) -> Passed:
+        """Add every batch, on every rank.
+
+        Args:
+            data: This rank's batches.
+            ranks: All ranks.
+            report: Is told the number of examples done.
+
+        Returns:
+            What is remembered of it.
+
+        Raises:
+            ValueError: The data holds no example, or the loss depends on none of the parameters.
+        """
+        with ranks.failing_together(), undisturbed(self.model, self.requested.values()) as entered:
+            units, one_pass, independence = self._run(data, entered, report)
+        report.close()
+        all_counts = ranks.gathered((units, data.examples, data.batches))
+        counts = Counts(*(sum(each) for each in zip(*all_counts, strict=True)))
+        _demand_gradients(self.requested, one_pass, counts, ranks)
+        half = independence.precision.half
+        return Passed(counts, float(one_pass.loss), one_pass.paths, independence.note, half)
+
+    def prepare(self, batch: Examples) -> Mapping[str, tuple[str, str]]:
+        """Do what comes before the first batch, and add nothing.
+
+        Args:
+            batch: A batch on the model's device.
+
+        Returns:
+            Path and reason for each parameter.
+        """
+        with undisturbed(self.model, self.requested.values()) as entered:
+            one_pass, independence = self._begin(entered)
+            with OwnRandomness(next(iter(self.requested.values())).device).drawing():
+                self.answering.begin(batch)
+                one_pass.prepare(batch)
+            self._keep(independence, entered)
+        return one_pass.paths
+
+    def _run(
+        self, data: Data, entered: Entered, report: Progress
+    ) -> tuple[int, AutogradPass | CapturedPass, Independence]:
+        """Add this rank's batches; return the number of units, the pass, and what is known of its precision."""
+        one_pass, independence = self._begin(entered)
+        randomness = OwnRandomness(data.device)
+        units = 0
+        for batch in data:
+            if data.batches == 1:
+                if self.known is not None:
+                    self.known.demand_structure(batch)
+                with randomness.aside():
+                    self.answering.begin(batch)
+            with randomness.drawing():  # the model's draws, not those of the data, come from the pass's own stream
+                one_pass.run(batch)
+            units += self.estimator.units(batch.num_examples)
+            report(data.examples)
+        self._keep(independence, entered)
+        return units, one_pass, independence
+
+    def _begin(self, entered: Entered) -> tuple[AutogradPass | CapturedPass, Independence]:
+        answer_parts = answering_parts(self.answering)
+
+        def answer(batch: Examples) -> Predictive | Tensor:
+            entered.restore()
+            return answer_parts(batch)
+
+        by_labels = self.estimator.definition.get("fisher_type", "empirical") == "empirical"
+        independence = Independence(self.model, answer, Precision(self.model), by_labels=by_labels)
+        if self.known is not None:
+            self.known.begin(self.model, independence, entered.connection)
+        return self._pass(answer, entered, independence), independence
+
+    def _keep(self, independence: Independence, entered: Entered) -> None:
+        if self.known is not None:
+            self.known.keep(independence, entered.connection)
+
+    def _pass(
+        self, answer: Callable[[Examples], Predictive | Tensor], entered: Entered, independence: Independence
+    ) -> AutogradPass | CapturedPass:
+        common = (self.requested, answer, self.estimator, self.states)
+        joint = {"independence": independence, "connection": entered.connection, "known": self.known}
+        if self.estimator.reads in ("sums", "batches"):
+            return AutogradPass(*common, **joint)
+        counted = partial(counted_positions, self.model, self.estimator, self.answering)
+        return CapturedPass(*common, Planner(self.model, *common, counted=counted, check=self.check, **joint))
+
+
+def _demand_gradients(
+    requested: Mapping[str, Tensor], one_pass: AutogradPass | CapturedPass, counts: Counts, ranks: Ranks
+) -> None:
+    """Refuse a result of no examples, or of a loss without a gradient."""
+    if not counts.units:
+        raise ValueError("the data holds no example: batches was empty (an exhausted iterator, or max_examples=0).")
+    if not any(ranks.gathered(one_pass.connected)):
+        raise ValueError(
+            f"the loss depends on none of the {len(requested)} requested parameters "
+            f"({', '.join(list(requested)[:3])}, ...): it was computed without gradients, or these parameters are "
+            "not used."
+        )
