@@ -125,11 +125,13 @@ class Published:
         }
         self.active = set(self.cuts)
 
-    def before_update(self, fishers: dict[str, Array]) -> set[Slice]:
+    def before_update(self, fishers: dict[str, Array], survivors: frozenset[Slice] = frozenset()) -> set[Slice]:
         """What comes between ``backward()`` and the optimizer's step; gives what is frozen by it.
 
         Args:
             fishers: Of every parameter that a known module owns, of its shape; all others are zero.
+            survivors: Which of the best, where only one of them stays and rounding decides: slices that are as far away
+                as can be are so to 1e-13.
         """
         read = {
             key: fishers.get(key[0], np.zeros(self.shapes[key[0]]))[slice(*self.cuts[key])].ravel()
@@ -146,7 +148,7 @@ class Published:
                 else:
                     self.followed[key] = Followed(read[key].copy())
         if self.step and self.step % self.every == 0:
-            frozen = self._below()
+            frozen = self._below(survivors)
             self._stop(frozen)
         self.step += 1
         return frozen
@@ -161,12 +163,13 @@ class Published:
                 mask[slice(*self.cuts[key])] = True
         return mask
 
-    def _below(self) -> set[Slice]:
+    def _below(self, survivors: frozenset[Slice] = frozenset()) -> set[Slice]:
         scores = self.scores()
         values = np.array(list(scores.values()))
         threshold = values.mean() + self.margin * values.std()
         kept = {key for key, score in scores.items() if score >= threshold}
-        return set(scores) - (kept or {max(scores, key=lambda key: scores[key])})
+        best = {key for key, score in scores.items() if score >= values.max() - 1e-9}
+        return set(scores) - (kept or {min(best & survivors or best)})
 
     def _stop(self, frozen: set[Slice]) -> None:
         self.active -= frozen

@@ -16,19 +16,13 @@ from tests.freezing.training import CLASSES, PROBE, adamw, batches, everything, 
 from tests.support import zoo
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("margin", [1.0, -0.5], ids=["paper", "mild"])
-def test_a_dozen_steps_of_the_published_code_equal_the_oracle(margin, optimizer):
-    """Readings of the training batch, the floor, the freeze at step 0, decisions before the update of the same step."""
+def test_a_dozen_steps_of_the_published_code_equal_the_oracle():
+    """With AdamW, scores and steps included; tests/freezing/test_published.py has the masks with momentum."""
     model = net()
     watched, shapes = Watched(model), {name: tuple(one.shape) for name, one in model.named_parameters()}
-    published = published_code.Published(shapes, every=4, read_every=2, margin=margin)
-    selection = everything(model)
-    if optimizer == "adamw":
-        optimizer = fk.MaskedAdamW(model, selection, lr=1e-2, weight_decay=0.1)
-    else:
-        optimizer = fk.MaskedSGD(model, selection, lr=1e-1, momentum=0.9, weight_decay=0.1)
-    rule = None if margin == 1.0 else fk.freezing.ReferenceRule(margin)
+    published = published_code.Published(shapes, every=4, read_every=2, margin=-0.5)
+    optimizer = fk.MaskedAdamW(model, everything(model), lr=1e-2, weight_decay=0.1)
+    rule = fk.freezing.ReferenceRule(-0.5)
     freezer = fk.fisher_adaptune(model, None, optimizer=optimizer, every=4, read_every=2, rule=rule, compat="reference")
     steps = []
     for step in range(13):
@@ -50,7 +44,7 @@ def test_a_dozen_steps_of_the_published_code_equal_the_oracle(margin, optimizer)
         else:
             assert not frozen
     assert steps == [0, 4, 8, 12]
-    assert (len(scores) == 1) is (margin == 1.0)  # with the paper's, one slice of 78 survives
+    assert 1 < len(scores) < 70
     freezer.close()
     assert not any(one._forward_hooks for name, one in model.named_modules() if name not in watched.seen)
     assert not optimizer._optimizer_step_pre_hooks
