@@ -35,7 +35,8 @@ def draw(records: Runs) -> Figure:
     runs = style.newest(runs, "setting", "model", "arm", "lr", "seed")
     statistic = [record for record in records if record["quantity"] == "statistic"]
     statistic = style.newest(statistic, "setting", "model", "examples", "pair", "comparison", "fisher")
-    rows = [(runs_row, group) for group in grouped(runs)] + [(statistic_row, group) for group in grouped(statistic)]
+    counted = [group for group in grouped(runs) if arms_of(group)]  # a setting whose rates alone were tried has no row
+    rows = [(runs_row, group) for group in counted] + [(statistic_row, group) for group in grouped(statistic)]
     heights = [1.5 + 0.19 * len(arms_of(group)) if drawn is runs_row else 2.6 for drawn, group in rows]
     figure = style.figure(0.9 + sum(heights), width=13.0, title="Starts of adapters at equal budgets")
     grid = figure.subplots(len(rows), 4, squeeze=False, gridspec_kw={"height_ratios": heights})

@@ -400,9 +400,11 @@ def test_the_picture_shows_each_seed_and_what_was_chosen():
     assert plot.finals(sst2, "score") == {"lora": [0.5, 0.6, 0.7], "farss": pytest.approx([0.51, 0.61, 0.71])}
     assert plot.differences(sst2, "score") == {"farss": pytest.approx([0.01] * 3)}
     assert plot.frontier(sst2, lambda run: run["lr"], lambda run: 1.0) == {"lora": [(1e-3, 1.0), (1e-2, 1.0)]}
+    records.append(drawn("minilm-only-rates", "lora", CHOOSING_SEED))
     figure = plots.draw("starts", json.loads(json.dumps(records)))
     titles = " | ".join(axes.get_title(loc="left") for axes in figure.axes)
     assert "minilm-sst2: score" in titles
+    assert "only-rates" not in titles
     assert "stories-cola: loss" in titles
     assert "farss, deep: overlap" in titles
     arms = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
