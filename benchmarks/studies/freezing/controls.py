@@ -82,12 +82,13 @@ class Control:
 
 def bottom(control: Control) -> Mapping[Key, float]:
     """The layers next to the input, the embeddings first."""
-    layers = hosts.layer_of(control.model)
-    numbers = {name: layer.number for name, layer in layers.items() if layer}
-    names = list(control.parameters)
-    first = min((names.index(name) for name in numbers), default=0)
-    outside = {name: -1 if names.index(name) < first else len(names) for name in names}
-    return {key: float(numbers.get(key[0], outside[key[0]])) for key in control.slices}
+    names = [name for name, _ in control.model.named_parameters()]
+    layers = hosts.layer_of(names)
+    first = min((n for n, name in enumerate(names) if layers[name]), default=0)
+    # embeddings come before the layers, what follows them comes after
+    outside = {name: -1 if n < first else len(names) for n, name in enumerate(names)}
+    numbers = {fk.canonical_name(name): layer.number if (layer := layers[name]) else outside[name] for name in names}
+    return {key: float(numbers[key[0]]) for key in control.slices}
 
 
 def largest(control: Control) -> Mapping[Key, float]:
