@@ -47,9 +47,9 @@ def _print(state: FreezerState, summary: FreezerSummary, file: Path) -> None:
     say = console().print
     say(f"{file}: {_in_words(state)}\n")
     for what, said in state.settings.items():
-        say(f"{in_brief(what, 40):9} {in_brief(said, 400)}")
+        say(f"{in_brief(what, 40):9} {in_brief(_plain(said), 400)}")
     say()
-    first = summary.whole.entries
+    first = max(summary.whole.entries, 1)
     if summary.events:
         rows = [
             (f"{one.step:,}", f"{len(one.slices):,}", f"{one.entries:,}", f"{one.left:,}", f"{one.left / first:.1%}")
@@ -59,6 +59,15 @@ def _print(state: FreezerState, summary: FreezerSummary, file: Path) -> None:
     else:
         say("Nothing has stopped.")
     say(freezing_table(summary))
+
+
+def _plain(said: str) -> str:
+    """Write a definition, which is JSON, as ``fishkern estimate`` does; other words stay."""
+    try:
+        definition = json.loads(said)
+    except (ValueError, RecursionError):
+        return said
+    return ", ".join(f"{key} = {value}" for key, value in definition.items()) if isinstance(definition, dict) else said
 
 
 def _in_words(state: FreezerState) -> str:

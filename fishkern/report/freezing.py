@@ -118,7 +118,8 @@ def summarise_freezer(state: FreezerState) -> FreezerSummary:
     """
     history = state.history
     followed = {key for read in history for key in read.scores}
-    order = {name: place for place, name in enumerate(state.initial.names)}
+    at_first, now = state.initial.counts, state.selection.counts
+    order = {name: place for place, name in enumerate(at_first) if at_first[name]}
     if strange := [name for name, _ in followed if name not in order]:
         raise ValueError(f"the freezer is damaged: it follows {in_brief(min(strange), 80)}, which is not in its pool.")
     keys = sorted(followed, key=lambda key: (order[key[0]], key[1]))
@@ -130,8 +131,7 @@ def summarise_freezer(state: FreezerState) -> FreezerSummary:
             missing = read.scores.keys() - on
             events.append(Stop(read.step, tuple(key for key in keys if key in missing), read.kept - left, left))
     gone = {key for event in events for key in event.slices}
-    at_first, now = state.initial.counts, state.selection.counts
-    parts = {name: FrozenPart(count, now[name]) for name, count in at_first.items() if count}
+    parts = {name: FrozenPart(at_first[name], now[name]) for name in order}
     for key in keys:
         parts[key[0]].add(FrozenPart(slices=1, stopped=int(key in gone)))
     scores = {key: [read.scores.get(key) for read in history] for key in keys}

@@ -137,6 +137,14 @@ def test_a_run_of_one_method_is_not_resumed_by_the_other(capsys, arguments, inte
     assert "method fisher-adaptune" in line
     line = refused(capsys, *arguments, *EVERY, "--most", 0.5, *out)
     assert "holds an unfinished run with most 0.25, not most 0.5" in line
+    path = tmp_path / "out" / UNFINISHED
+    whole = path.read_bytes()
+    held = torch.load(path, weights_only=True)
+    for damage in ({}, {"stopping": {}}, {"stopping": {**held["state"]["stopping"], "freezer": {}}}):
+        state = {key: value for key, value in held["state"].items() if key != "stopping"}
+        torch.save({**held, "state": {**state, **damage}}, path)
+        assert "is not the file of an interrupted tune" in refused(capsys, *arguments, *EVERY, *out)
+    path.write_bytes(whole)
     interrupted.at = None
     status, _, error = command(capsys, *arguments, *EVERY, "--most", 0.25, "--margin", 1, "--slices", 4, *out)
     assert "resuming" in error, "a default that is given is the same"
@@ -186,6 +194,7 @@ def test_a_freezer_is_shown(capsys, frozen, tmp_path):
     report = json.loads((folder / "report.json").read_text())
     assert f"after 12 steps, 4 decisions and 13 readings; {report['left']:,} of {report['trained']:,}" in output
     assert all(words in output for words in ("JensenShannon(", "slices stopped", "layer 1", "of them stopped"))
+    assert "statistic estimator = DiagonalFisher, fisher_type = empirical" in output
     for event in report["events"]:
         assert not event["slices_stopped"] or f" {event['entries_left']:,} " in output
     found = json.loads(command(capsys, "show", folder / FREEZER, "--json")[1])
