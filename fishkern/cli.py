@@ -65,8 +65,9 @@ def application() -> typer.Typer:
     from fishkern.commands import COMMANDS
 
     app.callback(invoke_without_command=True, epilog="Start with:  [bold]fishkern demo --seconds 10[/bold]")(_options)
-    for command, example in COMMANDS.items():
-        app.command(epilog=f"Example:  [bold]{example}[/bold]")(command)
+    for command, examples in COMMANDS.items():
+        lines = [f"Example:  [bold]{example}[/bold]" for example in examples.splitlines()]
+        app.command(epilog="\n\n".join(lines))(command)
     return app
 
 

@@ -18,13 +18,15 @@ COMMANDS: dict[Callable[..., int | None], str] = {
     estimate: "fishkern estimate Qwen/Qwen3-0.6B --data corpus.jsonl --text body --out fisher.safetensors",
     verify: "fishkern verify ./my-adapter --data ./squad --samples 32 --json report.json",
     select: "fishkern select fisher.safetensors --density 0.005 --rule global --out selection.safetensors",
-    show: "fishkern show fisher.safetensors --plot fisher.png",
+    show: "fishkern show fisher.safetensors --plot fisher.png\n"
+    "fishkern show tuned/freezer.safetensors --plot freezer.png",
     ranks: "fishkern ranks Qwen/Qwen3-0.6B --data corpus.jsonl --average 16 --out ranks.json",
     init: "fishkern init Qwen/Qwen3-0.6B --data corpus.jsonl --method filet --rank 32 --out adapter",
-    tune: "fishkern tune bert-base-cased --data ./cola --task sequence-classification --eval-split validation",
+    tune: "fishkern tune bert-base-cased --data ./cola --task sequence-classification --eval-split validation\n"
+    "fishkern tune bert-base-cased --data ./cola --task sequence-classification --method fisher-adaptune",
     doctor: "fishkern doctor",
     demo: "fishkern demo --seconds 10",
 }
-"""Each subcommand, and an example of it. Its parameters are the options, its return value is the exit status."""
+"""Each subcommand, and examples of it, a line each. Its parameters are the options, its result is the exit status."""
 
 __all__ = ["COMMANDS"]

@@ -19,6 +19,8 @@ from fishkern.integrations.examples import Example
 FILE = "unfinished.pt"
 KEYS = ("data", "seconds", "before", "seen", "values", "buffers", "optimizer", "schedule", "generators", "epoch")
 """What the state in the file consists of."""
+STOPPING = "stopping"
+"""And with ``--method fisher-adaptune``."""
 
 ADVICE = "choose another --out, or start over with --restart"
 
@@ -65,7 +67,10 @@ class Checkpoint:
             return checkpoint
         with checkpoint.reading():
             stored = torch.load(checkpoint.path, map_location="cpu", weights_only=True)
-            before, checkpoint.state = dict(stored["settings"]), {key: stored["state"][key] for key in KEYS}
+            # older versions had one method only
+            before, state = {"method": "fish", **stored["settings"]}, stored["state"]
+            keys = KEYS if before["method"] == "fish" else (*KEYS, STOPPING)
+            checkpoint.state = {key: state[key] for key in keys}
         if other := [key for key in {**before, **settings} if before.get(key) != settings.get(key)]:
             was, requested = (", ".join(f"{key} {run.get(key)}" for key in other) for run in (before, settings))
             raise ValueError(

@@ -12,8 +12,10 @@ from typer import Argument, Option
 
 from fishkern.commands.options import Json
 from fishkern.commands.output import console, note, progress, rows_in_words
+from fishkern.commands.show_freezer import show_freezer
 from fishkern.commands.watching import watched
 from fishkern.files import StoredTensor, format_of, in_brief
+from fishkern.freezing.saved import FreezerState
 from fishkern.initialization import AdapterInit
 from fishkern.report import Summary, held_values, locate, summarise, summarise_energies, summarise_start
 from fishkern.report.tables import (
@@ -36,7 +38,7 @@ class Start(dict[str, StoredTensor]):
     """The values of a start by parameter name, on disk."""
 
 
-Content = Statistics | FactoredStatistics | Selection | Delta | Start | Energies | AdapterInit
+Content = Statistics | FactoredStatistics | Selection | Delta | Start | Energies | AdapterInit | FreezerState
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,16 @@ _KINDS: dict[str, _Kind] = {
     "fishkern.start": _Kind(Start, "a start", lambda path: Start(open_start(path))),
     "fishkern.energies": _Kind(Energies, "energies", lambda path: Energies.load(path, lazy=True)),
     "fishkern.adapter-init": _Kind(AdapterInit, "the start of an adapter", AdapterInit.load),
+    "fishkern.freezer": _Kind(FreezerState, "a freezer", FreezerState.load),
 }
 
 
 def show(
     file: Annotated[
-        Path, Argument(metavar="FILE", help="Statistics, a selection, a delta, a start, energies, an adapter's start.")
+        Path,
+        Argument(
+            metavar="FILE", help="Statistics, a selection, a delta, a start, energies, an adapter's start, a freezer."
+        ),
     ],
     other: Annotated[
         Path | None,
@@ -80,7 +86,8 @@ def show(
 
     For statistics the Fisher information, for a selection its density, for two selections what they share, for a delta
     its values and how far they have moved from the start, by default start.safetensors in the same folder. For energies
-    how many directions hold them, and for the start of an adapter its ranks and its size relative to the weights.
+    how many directions hold them, for the start of an adapter its ranks and its size relative to the weights. For a
+    freezer what has stopped training and when, and with --plot the score of every slice by reading.
     """  # noqa: DOC501 - it is the help text
     if density is not None and not 0 < density <= 1:
         raise ValueError(f"--density is a fraction in (0, 1], got {density:g}.")
@@ -95,7 +102,7 @@ def show(
         raise ValueError(f"--density is for statistics, and {file} holds {_name(content)}: leave it out.")
     if plot is not None and isinstance(content, Delta | Start):
         raise ValueError(f"{_name(content)} is shown in a table: leave out --plot.")
-    if other is not None and isinstance(content, Energies | AdapterInit):
+    if other is not None and isinstance(content, Energies | AdapterInit | FreezerState):
         raise ValueError(f"only selections and deltas are compared, and {file} holds {_name(content)}: show it alone.")
     if plot is not None and other is not None:
         raise ValueError("two selections are compared in a table: leave out --plot, or show one file.")
@@ -109,6 +116,8 @@ def show(
         _show_energies(content, file, picture, as_json=json_)
     elif isinstance(content, AdapterInit):
         _show_init(content, file, picture, as_json=json_)
+    elif isinstance(content, FreezerState):
+        show_freezer(content, file, picture, as_json=json_)
     elif other is not None:
         _show_comparison(content, _load(other), as_json=json_)
     elif of_entries:
@@ -121,8 +130,8 @@ def show(
 
 def _load(path: Path) -> Content:
     expected = (
-        "statistics, a selection, a delta, a start, energies or an adapter's start; made by fishkern estimate / select "
-        "/ tune / ranks / init"
+        "statistics, a selection, a delta, a start, energies, an adapter's start or a freezer; made by fishkern "
+        "estimate / select / tune / ranks / init"
     )
     if path.is_dir():
         inside = sorted(file.name for file in path.glob("*.safetensors"))

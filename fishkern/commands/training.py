@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishkern.commands.freezing import Stopping
 from fishkern.commands.output import Report
 from fishkern.commands.resuming import Checkpoint, State
 from fishkern.integrations.examples import Encoder, Example
@@ -48,6 +49,7 @@ class Loop:
         epochs: Number of epochs.
         batch_size: Examples in a step.
         seed: Of the shuffling and of dropout; the global generators are left alone.
+        stopping: Called after each step, where something stops during training.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class Loop:
         epochs: int,
         batch_size: int,
         seed: int,
+        stopping: Stopping | None = None,
     ) -> None:
+        self._stopping = stopping
         self._model, self._optimizer, self._encoder, self._examples = model, optimizer, encoder, examples
         self._epochs, self._batch_size, self._seed = epochs, batch_size, seed
         self._device = next(model.parameters()).device
@@ -129,6 +133,8 @@ class Loop:
         self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad()
+        if self._stopping is not None:
+            self._stopping.step()
         return loss.item()
 
     def _state(self) -> State:
@@ -147,6 +153,8 @@ class Loop:
         _copy_into(named_tensors(self._model), state["values"])
         _copy_into(dict(self._model.named_buffers()), state["buffers"])
         self._optimizer.load_state_dict(state["optimizer"])
+        if self._stopping is not None:
+            self._stopping.resume(state["stopping"])
         self._schedule.load_state_dict(state["schedule"])
         _set_generators(state["generators"], self._device)
         self._epoch = Epoch(**state["epoch"])

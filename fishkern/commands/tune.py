@@ -8,10 +8,12 @@ from typing import Annotated, Any
 
 from typer import Option
 
+from fishkern.commands.freezing import FILE, decisions_table
+from fishkern.commands.freezing_options import Freezing
 from fishkern.commands.options import Json, Workload, with_options
 from fishkern.commands.output import console, next_command, rows_in_words
 from fishkern.commands.resuming import Checkpoint
-from fishkern.commands.tune_options import Adapting, Budget, Settings, Training
+from fishkern.commands.tune_options import METHODS, Adapting, Budget, Settings, Training
 from fishkern.commands.tuning import Tuning
 from fishkern.integrations.tasks import TASKS
 
@@ -21,7 +23,15 @@ def tune(
     work: Workload,
     adapting: Adapting,
     budget: Budget,
+    freezing: Freezing,
     training: Training,
+    method: Annotated[
+        str,
+        Option(
+            metavar="METHOD",
+            help="fish: select entries once, and train these. fisher-adaptune: train all, and stop what has settled.",
+        ),
+    ] = METHODS[0],
     out: Annotated[Path, Option(metavar="DIR", help="Output folder.")] = Path("tuned"),
     samples: Annotated[int, Option(min=1, metavar="N", help="Number of examples to train on.")] = 10_000,
     save_every: Annotated[
@@ -32,11 +42,15 @@ def tune(
 ) -> None:
     """Train the entries of an adapter that carry the most Fisher information, and no others (FISH-Tuning).
 
+    With --method fisher-adaptune the whole adapter and head begin in training, and slices of their matrices stop for
+    good as soon as their Fisher information no longer changes (FisherAdapTune).
+
     The folder gets the adapter with its head, the selection, the start that it was made for (the initial values), the
-    trained values alone (delta.safetensors), and report.json. After an interruption the same command resumes training,
+    trained values alone (delta.safetensors), and report.json; with fisher-adaptune also the freezer
+    (freezer.safetensors), which fishkern show draws. After an interruption the same command resumes training,
     with the same result as without.
     """
-    settings = Settings(work, adapting, budget, training, samples)
+    settings = Settings(work, adapting, method, budget, freezing, training, samples)
     settings.check(out)
     checkpoint = Checkpoint.open(out, settings.plain(), save_every, restart=restart)
     tuning = Tuning.prepare(out, settings, checkpoint)
@@ -47,7 +61,10 @@ def tune(
         print(json.dumps(report, indent=2))
         return
     _show(report, saved, len(tuning.held_out))
-    next_command("fishkern", "show", out / "delta.safetensors")
+    if settings.freezes:
+        next_command("fishkern", "show", out / FILE, "--plot", out / "freezer.png")
+    else:
+        next_command("fishkern", "show", out / "delta.safetensors")
     console().print(f"or in Python:  {_in_python(tuning, saved)}")
 
 
@@ -57,16 +74,28 @@ def _show(report: dict[str, Any], saved: Path, held_out: int) -> None:
         say(f"{key:9} {report[key]}")
     say(f"{'rows':9} {rows_in_words(report['rows'])}")
     share = report["trained"] / report["parameters"]
-    say(f"{'trained':9} {report['trained']:,} of {report['pool']:,} entries of {report['adapter']} and head")
-    say(f"{'':9} ({share:.4%} of the model; {report['order']}, the head whole)")
+    frozen = "events" in report
+    if frozen:
+        say(f"{'trained':9} {report['trained']:,} entries at first, all of {report['adapter']} and head")
+        say(f"{'':9} ({share:.4%} of the model)")
+        kept = report["left"] / report["trained"]
+        say(f"{'left':9} {report['left']:,} of them in training at the end ({kept:.1%})")
+    else:
+        say(f"{'trained':9} {report['trained']:,} of {report['pool']:,} entries of {report['adapter']} and head")
+        say(f"{'':9} ({share:.4%} of the model; {report['order']}, the head whole)")
     say(f"{'loss':9} {', '.join(f'{loss:.4f}' for loss in report['loss'])} by epoch")
     for name, value in report["after"].items():
         before = report["before"][name]
         say(f"{name:9} {before:.4f}, then {value:.4f} on {held_out:,} examples of {report['eval_split']}")
     seconds = report["seconds"]
     measuring = f", {seconds['measuring']:.1f} s to measure" if "measuring" in seconds and held_out else ""
-    say(f"{'took':9} {seconds['selecting']:.1f} s to select, {seconds['training']:.1f} s to train{measuring}")
-    say(f"{'saved':9} {saved}, along with selection, start, delta and report")
+    reading = f" (of these {seconds['reading']:.1f} s to read the Fisher information)" if "reading" in seconds else ""
+    selecting = f"{seconds['selecting']:.1f} s to {'begin' if frozen else 'select'}"
+    say(f"{'took':9} {selecting}, {seconds['training']:.1f} s to train{reading}{measuring}")
+    files = "selection, start, delta, freezer and report" if frozen else "selection, start, delta and report"
+    say(f"{'saved':9} {saved}, along with {files}")
+    if frozen:
+        say(decisions_table(report["events"]))
 
 
 def _in_python(tuning: Tuning, saved: Path) -> str:

@@ -9,12 +9,15 @@ from typing import Annotated, Any
 
 from typer import Option
 
+from fishkern.commands.freezing_options import Freezing
 from fishkern.commands.options import Workload
 from fishkern.integrations.adapting import ADAPTERS, FILE, FOLDER, check
 from fishkern.methods.fish_tuning import ORDERS
 
 DENSITY = 0.2  # of the adapter
 FISHER_SAMPLES = 128
+PROBE_SAMPLES = 32
+METHODS = ("fish", "fisher-adaptune")
 BLIND = ("random", "magnitude")  # orders that look at no example
 
 _ADAPTER, _BUDGET, _TRAINING = "Adapter", "Selection", "Training"
@@ -83,13 +86,14 @@ class Budget:
         int | None, Option(metavar="N", help="Or this many entries, head included.", rich_help_panel=_BUDGET)
     ] = None
     order: Annotated[
-        str,
+        str | None,
         Option(
             metavar="ORDER",
             help="largest Fisher information; smallest, random and magnitude are controls.",
             rich_help_panel=_BUDGET,
+            show_default=ORDERS[0],
         ),
-    ] = "largest"
+    ] = None
     allow_zeros: Annotated[
         bool,
         Option(
@@ -103,11 +107,16 @@ class Budget:
         Option(
             min=1,
             metavar="N",
-            help="Number of examples to select by.",
+            help="Number of examples to select by; with fisher-adaptune, to read the Fisher information on.",
             rich_help_panel=_BUDGET,
-            show_default=str(FISHER_SAMPLES),
+            show_default=f"{FISHER_SAMPLES}; {PROBE_SAMPLES} with fisher-adaptune",
         ),
     ] = None
+
+    @property
+    def ranked(self) -> str:
+        """The order, which is the largest Fisher information if no other is given."""
+        return self.order or ORDERS[0]
 
 
 @dataclass(frozen=True)
@@ -136,16 +145,32 @@ class Settings:
     Attributes:
         work: Model and data.
         adapting: The adapter.
-        budget: The selection.
+        method: ``"fish"`` or ``"fisher-adaptune"``.
+        budget: The selection, of ``"fish"``.
+        freezing: What stops, of ``"fisher-adaptune"``.
         training: The training.
         samples: Number of examples to train on.
     """
 
     work: Workload
     adapting: Adapting
+    method: str
     budget: Budget
+    freezing: Freezing
     training: Training
     samples: int
+
+    @property
+    def freezes(self) -> bool:
+        """Whether everything trains at first, and slices stop."""
+        return self.method == METHODS[1]
+
+    @property
+    def fisher_samples(self) -> int | None:
+        """The most examples that the Fisher information is read on, ``None`` if it is not read."""
+        if self.freezes:
+            return self.budget.fisher_samples or PROBE_SAMPLES
+        return None if self.budget.ranked in BLIND else self.budget.fisher_samples or FISHER_SAMPLES
 
     def plain(self) -> dict[str, Any]:
         """Give every option by its name: runs with the same ones do the same.
@@ -153,8 +178,12 @@ class Settings:
         Returns:
             Plain values.
         """
-        groups = (self.work, self.adapting, self.budget, self.training)
-        return {**{name: value for group in groups for name, value in vars(group).items()}, "samples": self.samples}
+        groups = (self.work, self.adapting, self.budget, self.freezing, self.training)
+        given = {name: value for group in groups for name, value in vars(group).items()}
+        if self.freezes:  # a default is the same as its value
+            rule = self.freezing.rule
+            given |= {"margin": rule.margin, "most": rule.most, "slices": self.freezing.cut.count}
+        return given | {"method": self.method, "order": self.budget.ranked, "samples": self.samples}
 
     def check(self, out: Path) -> None:
         """Refuse what can be refused before anything is loaded.
@@ -170,14 +199,31 @@ class Settings:
         """
         if self.work.parameters:
             raise ValueError("tune trains the adapter and the head: it has no use for --parameters.")
-        if self.budget.order not in ORDERS:
+        if self.method not in METHODS:
+            raise ValueError(f"--method is {' or '.join(METHODS)}, got {self.method!r}.")
+        self._refuse_the_others_options()
+        if self.budget.ranked not in ORDERS:
             raise ValueError(f"--order is one of {', '.join(ORDERS)}, got {self.budget.order!r}.")
-        if self.budget.fisher_samples is not None and self.budget.order in BLIND:
+        if self.budget.fisher_samples is not None and self.budget.ranked in BLIND:
             raise ValueError(f"--order {self.budget.order} looks at no example: leave out --fisher-samples.")
+        _ = self.freezing.rule, self.freezing.cut  # raise where they cannot be
         check(self.adapting.kind, self.adapting.size)
         _check_leftover(out, self.adapting.kind)
         _ = self.adapting.numbers  # raises where they cannot be read
         _check_folder(out)
+
+    def _refuse_the_others_options(self) -> None:
+        """Refuse options of the selection where nothing is selected, and those of freezing where nothing stops."""
+        group = self.budget if self.freezes else self.freezing
+        given = [name for name, value in vars(group).items() if value is not None and value is not False]
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in given if name != "fisher_samples")
+        if not options:
+            return
+        if self.freezes:
+            raise ValueError(
+                f"--method fisher-adaptune trains everything at first and selects nothing: leave out {options}."
+            )
+        raise ValueError(f"with --method fish nothing stops: leave out {options}, or take --method fisher-adaptune.")
 
 
 def _check_leftover(out: Path, kind: str) -> None:

@@ -9,22 +9,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import fishkern as fk
 from fishkern.adapters import Adapter
+from fishkern.commands.adapted import adapted, held_out
+from fishkern.commands.freezing import Stopping, selections_in
 from fishkern.commands.output import Stopwatch, note, progress, waiting
 from fishkern.commands.resuming import Checkpoint, State, digest_of
 from fishkern.commands.training import Loop, evaluate
-from fishkern.commands.tune_options import BLIND, DENSITY, FISHER_SAMPLES, Settings
+from fishkern.commands.tune_options import DENSITY, FISHER_SAMPLES, Settings
 from fishkern.commands.workload import Prepared, fitting, prepare
 from fishkern.files import atomic_write
-from fishkern.integrations import data, hub
-from fishkern.integrations.adapting import adapt, save_adapter
+from fishkern.integrations.adapting import save_adapter
 from fishkern.integrations.examples import Example
 from fishkern.selection import check_start, save_start
 
-MOST_HELD_OUT = 10_000  # examples to measure on
 BATCH_SIZE = 16
 
 
@@ -44,6 +44,7 @@ class Tuning:
         digest: Of the examples.
         before: The measurements before training.
         stopwatch: Seconds of each part.
+        stopping: What stops during training; ``None`` where nothing does.
     """
 
     folder: Path
@@ -57,6 +58,7 @@ class Tuning:
     digest: str
     before: dict[str, float] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    stopping: Stopping | None = None
 
     @classmethod
     def prepare(cls, folder: Path, settings: Settings, checkpoint: Checkpoint) -> Tuning:
@@ -75,16 +77,18 @@ class Tuning:
             OSError: Model or data are not on this machine, and the hub does not have them or cannot be asked.
         """
         prepared = prepare(settings.work, settings.samples)
+        if settings.freezes:
+            settings.freezing.times(_steps(settings, len(prepared.examples)))  # raises where they do not fit
         digest = digest_of(prepared.examples)
         checkpoint.demand_same_data(digest)
-        held_out = _held_out(prepared, settings)
-        model, recipe, adapter = _adapted(prepared, settings)
+        examples = held_out(prepared, settings)
+        model, recipe, adapter = adapted(prepared, settings)
         return cls(
             folder,
             settings,
             checkpoint,
             prepared=prepared,
-            held_out=held_out,
+            held_out=examples,
             model=model,
             recipe=recipe,
             adapter=adapter,
@@ -124,7 +128,11 @@ class Tuning:
             seen = int(state["seen"])
         total = self.settings.training.epochs * len(self.prepared.examples)
         note(f"resuming the unfinished run in {self.folder}: {seen:,} of {total:,} examples seen")
-        selection = fk.Selection.load(self.folder / "selection.safetensors")
+        if self.settings.freezes:
+            with self.checkpoint.reading():
+                selection, _ = selections_in(state["stopping"])
+        else:
+            selection = fk.Selection.load(self.folder / "selection.safetensors")
         check_start(selection, self.model)
         return selection
 
@@ -140,10 +148,13 @@ class Tuning:
         Raises:
             ValueError: The loss is not finite.
         """
-        options = self.settings.training
+        options, state = self.settings.training, self.checkpoint.state
+        present = selection if state is None or not self.settings.freezes else selections_in(state["stopping"])[1]
         optimizer = fk.MaskedAdamW(
-            self.model, selection, options.lr, weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm
+            self.model, present, options.lr, weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm
         )
+        if self.settings.freezes:
+            self.stopping = self._stopping(optimizer)
         loop = Loop(
             self.model,
             optimizer,
@@ -152,8 +163,9 @@ class Tuning:
             epochs=options.epochs,
             batch_size=self.batch_size,
             seed=self.settings.work.seed,
+            stopping=self.stopping,
         )
-        begun = 0 if self.checkpoint.state is None else int(self.checkpoint.state["seen"])
+        begun = 0 if state is None else int(state["seen"])
         with _saying_how_to_resume():
             with self.stopwatch.adding("training"), progress("training", "examples", begun) as report:
                 losses = loop.run(self.checkpoint, self._state, report)
@@ -163,7 +175,7 @@ class Tuning:
         """Save adapter, delta and report, and remove the checkpoint.
 
         Args:
-            selection: The trained entries.
+            selection: The trained entries, those that have stopped included.
             outcome: What :meth:`train` returned.
 
         Returns:
@@ -171,6 +183,8 @@ class Tuning:
         """
         fk.delta(self.model, selection).save(self.folder / "delta.safetensors")
         saved = save_adapter(self.model, self.recipe, self.folder)
+        if self.stopping is not None:
+            self.stopping.save(self.folder)
         report = self._report(selection, outcome)
         with atomic_write(self.folder / "report.json", "w") as file:
             file.write(json.dumps(report, indent=2) + "\n")
@@ -183,20 +197,21 @@ class Tuning:
         return self.settings.work.batch_size or BATCH_SIZE
 
     def _selected(self) -> fk.Selection:
-        work, budget, examples = self.settings.work, self.settings.budget, self.prepared.examples
-        count = min(len(examples), budget.fisher_samples or FISHER_SAMPLES)
-        # They are sorted by length: evenly spaced ones are of every length.
-        few = [examples[n * len(examples) // count] for n in range(count)]
+        if self.settings.freezes:  # everything: all of the adapter, in whatever order, and the head
+            return fk.fish_tuning(self.model, [], density=1.0, order="magnitude")
+        work, budget = self.settings.work, self.settings.budget
+        few = self._few_examples()
+        count = len(few)
         unset = (budget.k, budget.density, budget.trainable) == (None, None, None)
 
         def run(size: int) -> fk.Selection:
             return fk.fish_tuning(
                 self.model,
-                [self.prepared.encoder.collate(few[start : start + size]) for start in range(0, count, size)],
+                self._collated(few, size),
                 k=budget.k,
                 density=DENSITY if unset else budget.density,
                 trainable=budget.trainable,
-                order=budget.order,
+                order=budget.ranked,
                 allow_zeros=budget.allow_zeros,
                 max_examples=count,
                 seed=work.seed,
@@ -205,6 +220,24 @@ class Tuning:
 
         with progress("selecting", "examples") as report:
             return fitting(run, work.batch_size, self.prepared.device, count)
+
+    def _stopping(self, optimizer: fk.MaskedAdamW) -> Stopping:
+        # Batches of the size of a training step fit, and are the same ones when the run is resumed.
+        probe = self._collated(self._few_examples(), self.batch_size)
+        steps = _steps(self.settings, len(self.prepared.examples))
+        with self.stopwatch.adding("selecting"), waiting("reading the Fisher information"):
+            return Stopping(self.model, probe, optimizer, self.settings.freezing, steps, self.stopwatch)
+
+    def _few_examples(self) -> list[Example]:
+        """Take as many examples as the Fisher information is read on."""
+        examples = self.prepared.examples
+        count = min(len(examples), self.settings.fisher_samples or FISHER_SAMPLES)
+        # They are sorted by length: evenly spaced ones are of every length.
+        return [examples[n * len(examples) // count] for n in range(count)]
+
+    def _collated(self, examples: list[Example], size: int) -> list[dict[str, Tensor]]:
+        collate = self.prepared.encoder.collate
+        return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
 
     def _measured(self, when: str) -> dict[str, float]:
         with self.stopwatch.adding("measuring"):
@@ -215,10 +248,10 @@ class Tuning:
 
     def _state(self) -> State:
         """Return the part of a checkpoint's state that is not of the training."""
-        return {"data": self.digest, "seconds": self.stopwatch.seconds, "before": self.before}
+        state = {"data": self.digest, "seconds": self.stopwatch.seconds, "before": self.before}
+        return state if self.stopping is None else {**state, "stopping": self.stopping.state()}
 
     def _report(self, selection: fk.Selection, outcome: dict[str, Any]) -> dict[str, Any]:
-        budget = self.settings.budget
         return {
             "folder": str(self.folder),
             "from": self.settings.work.model,
@@ -227,44 +260,25 @@ class Tuning:
             "pool": selection.total,
             "trained": selection.count,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            **vars(budget),
-            "fisher_samples": None if budget.order in BLIND else budget.fisher_samples or FISHER_SAMPLES,
+            **self._method(),
+            "fisher_samples": self.settings.fisher_samples,
             **vars(self.settings.training),
             **outcome,
             "seconds": {part: round(seconds, 3) for part, seconds in self.stopwatch.seconds.items()},
         }
 
-
-def _held_out(prepared: Prepared, settings: Settings) -> list[Example]:
-    work, split = settings.work, settings.training.eval_split
-    if not split:
-        return []
-    with waiting(f"reading {split}"), hub.quiet():
-        rows = data.read(work.data, name=work.subset or None, split=split, first=True)
-        examples = list(prepared.encoder.examples(rows, MOST_HELD_OUT))
-    if not examples:
-        raise ValueError(f"{work.data} has no row in {split!r} with anything to measure on.")
-    return examples
+    def _method(self) -> dict[str, Any]:
+        """Return what the report says of the selection, or of what has stopped."""
+        settings = self.settings
+        if self.stopping is None:
+            return {**vars(settings.budget), "order": settings.budget.ranked}
+        rule = {"margin": settings.freezing.rule.margin, "most": settings.freezing.rule.most}
+        return {"method": settings.method, **rule, "slices": settings.freezing.cut.count, **self.stopping.report()}
 
 
-def _adapted(prepared: Prepared, settings: Settings) -> tuple[nn.Module, Adapter | None, str]:
-    """Give the model with its adapter, the recipe of one of fishkern, and what to call it."""
-    model, work, adapting = prepared.model, settings.work, settings.adapting
-    if hasattr(model, "peft_config"):
-        if options := [f"--{name}" for name, value in vars(adapting).items() if value]:
-            raise ValueError(f"{work.model} is an adapter, and no other is added: leave out {' and '.join(options)}.")
-        note(f"{work.model} is an adapter: no other is added, and this one is trained further")
-        return model, None, "the given adapter"
-    with waiting(f"adding {adapting.kind}"):
-        model, recipe = adapt(
-            model,
-            adapting.kind,
-            task=prepared.described["task"],
-            layers=adapting.numbers,
-            size=adapting.size,
-            seed=work.seed,
-        )
-    return model, recipe, adapting.kind
+def _steps(settings: Settings, examples: int) -> int:
+    """Count the steps of a training."""
+    return settings.training.epochs * -(-examples // (settings.work.batch_size or BATCH_SIZE))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ _PHRASES = (
     (r"Write one with Statistics\.save", "Statistics are made by fishkern estimate"),
     (r"Write one with Selection\.save", "A selection is made by fishkern select"),
     (r"Write one with (Delta\.save|fishkern\.selection\.save_start)", "It is made by fishkern tune"),
+    (r"Write one with Freezer\.save", "It is made by fishkern tune --method fisher-adaptune"),
     (r"Pass parameters='all', patterns of names or a predicate", "Name them with --parameters, '*' for all"),
     (
         r"pass the recipe that they were estimated with as estimator=",

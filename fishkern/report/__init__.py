@@ -1,6 +1,7 @@
-"""Statistics, selections, energies and starts in summaries, tables and pictures."""
+"""Statistics, selections, energies, starts and freezers in summaries, tables and pictures."""
 
 from fishkern.report.cells import Cell, cells_of
+from fishkern.report.freezing import FreezerSummary, FrozenPart, Stop, summarise_freezer
 from fishkern.report.grouped import Grouped
 from fishkern.report.matrices import EnergyPart, EnergySummary, StartPart, summarise_energies, summarise_start
 from fishkern.report.summary import Part, Parts, Summary, locate, summarise
@@ -10,16 +11,20 @@ __all__ = [
     "Cell",
     "EnergyPart",
     "EnergySummary",
+    "FreezerSummary",
+    "FrozenPart",
     "Grouped",
     "Held",
     "Part",
     "Parts",
     "StartPart",
+    "Stop",
     "Summary",
     "cells_of",
     "held_values",
     "locate",
     "summarise",
     "summarise_energies",
+    "summarise_freezer",
     "summarise_start",
 ]

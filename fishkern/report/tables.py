@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from fishkern.report.cells import cells_of
+from fishkern.report.freezing import FreezerSummary
 from fishkern.report.grouped import Grouped
 from fishkern.report.matrices import SHARE, EnergyPart, EnergySummary, StartPart
 from fishkern.report.summary import Part, Parts, Summary
@@ -124,6 +125,46 @@ def start_table(parts: Grouped[StartPart]) -> Table:
         return [*shown, f"{part.dead:,}"] if whole.dead else shown
 
     return _by_parts(parts, headings, cells)
+
+
+def freezing_table(summary: FreezerSummary) -> Table:
+    """Show how much of what was trained at first still is: by layer, then by type of module.
+
+    Args:
+        summary: From :func:`fishkern.report.summarise_freezer`.
+
+    Returns:
+        The table.
+    """
+    return _by_parts(
+        summary,
+        ("entries at first", "in training", "kept", "slices", "of them stopped"),
+        lambda part: (
+            f"{part.entries:,}",
+            f"{part.kept:,}",
+            f"{part.kept / part.entries:.1%}",
+            f"{part.slices:,}",
+            f"{part.stopped:,}",
+        ),
+    )
+
+
+def events_table(rows: Sequence[Sequence[str]], headings: Sequence[str]) -> Table:
+    """Show what stopped, one row for each event.
+
+    Args:
+        rows: The cells.
+        headings: Of the columns.
+
+    Returns:
+        The table.
+    """
+    table = Table()
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return _wide_enough(table)
 
 
 def ranks_tables(ranks: Mapping[str, int], width: int = 100) -> list[Table]:
