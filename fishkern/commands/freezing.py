@@ -58,7 +58,13 @@ class Stopping:
         self._told, self._stopwatch = False, stopwatch
         read_every, every = self.times
         self.freezer = fk.fisher_adaptune(
-            model, probe, optimizer=optimizer, every=every, read_every=read_every, rule=options.rule, slices=options.cut
+            model,
+            probe,
+            optimizer=optimizer,
+            every=every,
+            read_every=read_every,
+            rule=options.rule_for(optimizer.selection.names),
+            slices=options.cut,
         )
 
     def step(self) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from typer import Option
 
 from fishkern.freezing import FreezeRule, Slices
+from fishkern.hosts import is_head
+from fishkern.selection.base import exactly, matching
 
 # By default, as the help says: decisions in a training, and readings from one to the next. So the readings of a long
 # training cost no more than those of a short one: about 20 passes over the same few examples.
@@ -59,6 +62,15 @@ class Freezing:
             show_default=str(FreezeRule.most),
         ),
     ] = None
+    spare: Annotated[
+        list[str],
+        Option(
+            metavar="PATTERN",
+            help="Never stop these parameters, such as '*.layers.0.*'; may be repeated.",
+            rich_help_panel=_FREEZING,
+            show_default="the head",
+        ),
+    ] = ()
     slices: Annotated[
         int | None,
         Option(
@@ -72,9 +84,25 @@ class Freezing:
 
     @property
     def rule(self) -> FreezeRule:
-        """Which slices stop."""
+        """Which slices stop, of parameters that are not spared."""
         given = {"margin": self.margin, "most": self.most}
         return FreezeRule(**{name: value for name, value in given.items() if value is not None})
+
+    def rule_for(self, names: Iterable[str]) -> FreezeRule:
+        """Say which slices of a pool stop.
+
+        Args:
+            names: Of the pool.
+
+        Returns:
+            The rule, which spares what the user names, or else the head.
+
+        Raises:
+            ValueError: A pattern matches none of the names.
+        """
+        names = list(names)
+        spare = matching(self.spare, names, "--spare") if self.spare else [name for name in names if is_head(name)]
+        return replace(self.rule, spare=exactly(spare))
 
     @property
     def cut(self) -> Slices:

@@ -215,7 +215,7 @@ class Settings:
     def _refuse_the_others_options(self) -> None:
         """Refuse options of the selection where nothing is selected, and those of freezing where nothing stops."""
         group = self.budget if self.freezes else self.freezing
-        given = [name for name, value in vars(group).items() if value is not None and value is not False]
+        given = [name for name, value in vars(group).items() if _is_given(value)]
         options = " and ".join(f"--{name.replace('_', '-')}" for name in given if name != "fisher_samples")
         if not options:
             return
@@ -224,6 +224,11 @@ class Settings:
                 f"--method fisher-adaptune trains everything at first and selects nothing: leave out {options}."
             )
         raise ValueError(f"with --method fish nothing stops: leave out {options}, or take --method fisher-adaptune.")
+
+
+def _is_given(value: Any) -> bool:
+    """Tell whether the user named an option; 0 is a value."""
+    return bool(value) if isinstance(value, list | tuple) else value is not None and value is not False
 
 
 def _check_leftover(out: Path, kind: str) -> None:

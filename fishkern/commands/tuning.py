@@ -103,6 +103,8 @@ class Tuning:
         """
         with self.stopwatch.adding("selecting"):
             selection = self._selected()
+        if self.settings.freezes:
+            _ = self.settings.freezing.rule_for(selection.names)  # raises where a pattern names nothing
         self.folder.mkdir(exist_ok=True)
         (self.folder / "report.json").unlink(missing_ok=True)  # written last: a folder without one is not finished
         selection.save(self.folder / "selection.safetensors")

@@ -56,6 +56,9 @@ def test_the_folder_holds_what_began_and_what_is_left(frozen):
     assert report["trained"] == report["pool"] == state.initial.count == delta.count
     assert report["left"] == left.count == state.selection.count < state.initial.count
     assert left == state.selection
+    heads = [name for name in left.names if ".classifier." in name]
+    assert heads
+    assert all(left.counts[name] == left.shapes[name].numel() for name in heads), "the head never stops"
     assert (report["method"], report["read_every"], report["freeze_every"]) == ("fisher-adaptune", 1, 3)
     assert (report["margin"], report["most"], report["slices"], report["fisher_samples"]) == (1.0, 0.25, 4, 32)
     assert not {"density", "k", "trainable", "order", "allow_zeros"} & report.keys()
@@ -161,12 +164,14 @@ def test_a_run_of_one_method_is_not_resumed_by_the_other(capsys, arguments, inte
         (["--order", "largest"], "leave out --order."),
         (["--most", 2], "--most"),
         (["--margin", "nan"], "--margin must be finite"),
+        (["--spare", "*.nowhere.*"], "nowhere"),
         (["--freeze-every", 13], "--freeze-every 13 is more than the 12 steps of this training"),
         (["--freeze-every", 4, "--read-every", 5], "--read-every 5 is more than the 4 steps from one decision"),
         (["--read-every", 3], "--read-every 3 is more than the 2 steps from one decision"),
         (["--method", "best"], "--method is fish or fisher-adaptune, got 'best'."),
         (["--method", "fish", "--margin", 0], "with --method fish nothing stops: leave out --margin, or take"),
         (["--method", "fish", "--freeze-every", 3, "--slices", 2], "leave out --freeze-every and --slices"),
+        (["--method", "fish", "--spare", "*"], "leave out --spare, or take"),
     ],
     ids=str,
 )
