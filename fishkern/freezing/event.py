@@ -23,7 +23,7 @@ class Freezing:
         frozen: The slices that stop.
         selection: What stays in training.
         entries_frozen: How many entries stop.
-        state_bytes: Size of the optimizer's state of what stays.
+        state_bytes: Memory of the optimizer's state of what stays, in bytes: after the next step its ``state_bytes``.
         stopped: Parameters without an entry in training whose ``requires_grad`` becomes False with this event, so that
             a backward pass no longer computes the product that gives their gradient.
     """

@@ -21,7 +21,7 @@ from fishkern.freezing.saved import FreezerState, Read
 from fishkern.freezing.sliced_pool import SlicedPool
 from fishkern.freezing.slices import Key, Slices
 from fishkern.freezing.sources import Source
-from fishkern.freezing.trained import masked, named, state_bytes
+from fishkern.freezing.trained import masked, named
 from fishkern.optim import MaskedOptimizer
 from fishkern.selection import Selection
 from fishkern.selection.base import exactly, matching
@@ -257,7 +257,7 @@ class Freezer:
             frozen=frozen,
             selection=selection,
             entries_frozen=present.count - selection.count,
-            state_bytes=state_bytes(self._optimizer, counts),
+            state_bytes=self._optimizer.state_bytes_under(selection),
             stopped=tuple(name for name in unmoved if frozen and parameters[name].requires_grad),
         )
 
