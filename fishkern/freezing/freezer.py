@@ -9,12 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fishkern.arguments import integer
 from fishkern.freezing.drift import JensenShannon, Track
 from fishkern.freezing.event import Freezing
-from fishkern.freezing.readings import Reading, reading_of
+from fishkern.freezing.readings import Reading, is_zero, reading_of
 from fishkern.freezing.resuming import demand_fits
 from fishkern.freezing.rule import FreezeRule
 from fishkern.freezing.saved import FreezerState, Read
@@ -290,18 +288,6 @@ class Freezer:
             self._source.digest = state.digest
         if state.selection != state.initial:
             self._optimizer.reselect(self.selection, freeze=True)  # of which nothing moves, and what stopped stays so
-
-
-def is_zero(reading: Reading) -> bool:
-    """Tell whether every entry of a reading is exactly zero.
-
-    Args:
-        reading: The values of a slice, or its factors.
-
-    Returns:
-        Whether it is.
-    """
-    return not (reading.any() if isinstance(reading, Tensor) else (reading.rows.any() and reading.columns.any()))
 
 
 def _steps(value: Any, name: str) -> int:
