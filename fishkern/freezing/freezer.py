@@ -50,7 +50,7 @@ class Freezer:
         initial: What was trained before the first event. A :func:`fishkern.delta` of the training is of this selection.
         count: Steps that were counted.
         number: Events that have happened.
-        history: Every reading: step, entries in training, scores.
+        history: Every reading: step, entries in training, and the score of each slice, which it keeps for good.
 
     Raises:
         TypeError: The optimizer is not a masked one, or a number of steps is not an integer.
@@ -104,7 +104,8 @@ class Freezer:
             The event of a decision, also where nothing stops; else ``None``.
 
         Raises:
-            ValueError: The probe has changed, or what :func:`fishkern.estimate` raises.
+            ValueError: The probe has changed, everything that trains would stop (a rule without ``most`` and
+                ``least``), or what :func:`fishkern.estimate` raises.
             RuntimeError: Another rank has decided otherwise.
         """
         self.count += 1
