@@ -199,7 +199,7 @@ class Freezer:
             FileNotFoundError: There is no such file.
             ValueError: The file is damaged or holds something else.
         """
-        return FreezerState.load(path).selection
+        return FreezerState.selection_in(path)
 
     def close(self) -> None:
         """Take off whatever the source of the readings has put on the model."""

@@ -58,7 +58,7 @@ class FreezingCallback(TrainerCallback):
     def _restore(self, args: Any, step: int) -> None:
         """Take over the freezer of a checkpoint, also where this one has gone on from there in the same process."""
         saved = _saved_in(args, step)
-        if saved is not None and FreezerState.load(saved).count != self._freezer.count:
+        if saved is not None and FreezerState.count_in(saved) != self._freezer.count:
             self._freezer.load(saved)
         elif saved is None and not self._freezer.count:
             folder = Path(args.output_dir) / f"checkpoint-{step}"
