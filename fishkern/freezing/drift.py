@@ -153,7 +153,9 @@ class JensenShannon:
         reference = REFERENCES[self.reference](self.bins, self.scale, self.range, self.decay)
         if track is None:
             return Track(reference.first(reading))
-        distance, kept = reference.next(track.reference, reading)
+        return self._counted_in(track, *reference.next(track.reference, reading))
+
+    def _counted_in(self, track: Track, distance: float, kept: tuple[Tensor, ...]) -> Track:
         smoothed = self.smoothing * track.smoothed + (1 - self.smoothing) * distance
         return Track(
             reference=kept,

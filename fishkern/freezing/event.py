@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fishkern.freezing.slices import Key
 from fishkern.selection import Selection
+from fishkern.statistics.plan import bytes_in_words
 
 
 @dataclass(frozen=True, repr=False)
@@ -17,15 +18,16 @@ class Freezing:
         step: Steps of the optimizer that were done before it.
         number: The number of the event, from 1.
         scores: The drift's score of each slice in training at that moment, by ``(parameter name, slice number)``;
-            empty before the first reading. A slice that has no second reading yet scores 0.
+            empty before the first reading. A slice without a second reading, or of zeros so far, scores 0.
         waiting: Slices that could not stop, because they have not been read twice, or were not followed yet at the
             event before this one. A slice is followed from its first reading on that is not zero everywhere.
         frozen: The slices that stop.
         selection: What stays in training.
         entries_frozen: How many entries stop.
-        state_bytes: Size of the optimizer's state of what stays.
+        state_bytes: Memory of the optimizer's state of what stays, in bytes: after the next step its ``state_bytes``.
         stopped: Parameters without an entry in training whose ``requires_grad`` becomes False with this event, so that
-            a backward pass no longer computes the product that gives their gradient.
+            a backward pass no longer computes the product that gives their gradient. Which layers it no longer reaches
+            at all shows in a forward pass, which no event does: see :func:`fishkern.optim.training_cost`.
     """
 
     step: int
@@ -48,7 +50,10 @@ class Freezing:
             f"event {self.number} after {self.step:,} steps",
             f"{len(self.frozen):,} of {len(self.scores):,} slices stop",
             f"{self.entries_kept:,} of {self.entries_kept + self.entries_frozen:,} entries stay",
-            f"{self.state_bytes / 2**20:,.3g} MiB of optimizer state",
-            f"{len(self.stopped):,} gradients no longer computed",
+            f"{bytes_in_words(self.state_bytes)} of optimizer state",
         ]
+        if self.stopped:
+            parts.append(f"{len(self.stopped):,} parameter{'s' * (len(self.stopped) > 1)} without a gradient from here")
+        if self.waiting:
+            parts.append(f"{len(self.waiting):,} slices wait")
         return f"Freezing({', '.join(parts)})"

@@ -9,19 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fishkern.arguments import integer
 from fishkern.freezing.drift import JensenShannon, Track
 from fishkern.freezing.event import Freezing
-from fishkern.freezing.readings import Reading, reading_of
+from fishkern.freezing.readings import Reading, is_zero, reading_of
 from fishkern.freezing.resuming import demand_fits
 from fishkern.freezing.rule import FreezeRule
 from fishkern.freezing.saved import FreezerState, Read
 from fishkern.freezing.sliced_pool import SlicedPool
 from fishkern.freezing.slices import Key, Slices
 from fishkern.freezing.sources import Source
-from fishkern.freezing.trained import masked, named, state_bytes
+from fishkern.freezing.trained import masked, named
 from fishkern.optim import MaskedOptimizer
 from fishkern.selection import Selection
 from fishkern.selection.base import exactly, matching
@@ -52,7 +50,7 @@ class Freezer:
         initial: What was trained before the first event. A :func:`fishkern.delta` of the training is of this selection.
         count: Steps that were counted.
         number: Events that have happened.
-        history: Every reading: step, entries in training, scores.
+        history: Every reading: step, entries in training, and the score of each slice, which it keeps for good.
 
     Raises:
         TypeError: The optimizer is not a masked one, or a number of steps is not an integer.
@@ -106,7 +104,8 @@ class Freezer:
             The event of a decision, also where nothing stops; else ``None``.
 
         Raises:
-            ValueError: The probe has changed, or what :func:`fishkern.estimate` raises.
+            ValueError: The probe has changed, everything that trains would stop (a rule without ``most`` and
+                ``least``), or what :func:`fishkern.estimate` raises.
             RuntimeError: Another rank has decided otherwise.
         """
         self.count += 1
@@ -200,7 +199,7 @@ class Freezer:
             FileNotFoundError: There is no such file.
             ValueError: The file is damaged or holds something else.
         """
-        return FreezerState.load(path).selection
+        return FreezerState.selection_in(path)
 
     def close(self) -> None:
         """Take off whatever the source of the readings has put on the model."""
@@ -257,7 +256,7 @@ class Freezer:
             frozen=frozen,
             selection=selection,
             entries_frozen=present.count - selection.count,
-            state_bytes=state_bytes(self._optimizer, counts),
+            state_bytes=self._optimizer.state_bytes_under(selection),
             stopped=tuple(name for name in unmoved if frozen and parameters[name].requires_grad),
         )
 
@@ -290,18 +289,6 @@ class Freezer:
             self._source.digest = state.digest
         if state.selection != state.initial:
             self._optimizer.reselect(self.selection, freeze=True)  # of which nothing moves, and what stopped stays so
-
-
-def is_zero(reading: Reading) -> bool:
-    """Tell whether every entry of a reading is exactly zero.
-
-    Args:
-        reading: The values of a slice, or its factors.
-
-    Returns:
-        Whether it is.
-    """
-    return not (reading.any() if isinstance(reading, Tensor) else (reading.rows.any() and reading.columns.any()))
 
 
 def _steps(value: Any, name: str) -> int:

@@ -7,7 +7,8 @@ from typing import Any
 from torch.utils.hooks import RemovableHandle
 
 from fishkern.freezing.event import Freezing
-from fishkern.freezing.freezer import Freezer, is_zero
+from fishkern.freezing.freezer import Freezer
+from fishkern.freezing.readings import is_zero
 from fishkern.freezing.sources import Source
 from fishkern.optim import MaskedOptimizer
 
@@ -70,6 +71,6 @@ class PublishedFreezer(Freezer):
                 "Linear, Conv2d, BatchNorm2d and LayerNorm only."
             )
         self._follow(readings)
-        event = self._event(zeros, dict.fromkeys(readings, 0.0), frozenset(readings))
+        event = self._event(zeros, dict.fromkeys(readings, 0.0), frozenset(readings.keys() - zeros))
         self._apply(event)
         return event

@@ -79,3 +79,15 @@ def reading_of(statistics: Mapping[str, Tensor], name: str, piece: Ranges) -> Re
     axis = 0 if isinstance(piece, Rows) else 1
     cut[axis] = torch.cat([cut[axis][start:stop] for start, stop in piece.bounds])
     return Factors(*cut)
+
+
+def is_zero(reading: Reading) -> bool:
+    """Tell whether every entry of a reading is exactly zero.
+
+    Args:
+        reading: The values of a slice, or its factors.
+
+    Returns:
+        Whether it is.
+    """
+    return not (reading.any() if isinstance(reading, Tensor) else (reading.rows.any() and reading.columns.any()))

@@ -179,14 +179,7 @@ class ReferenceDrift(JensenShannon):
             return super().follow(track, reading)
         (reference,) = track.reference
         distance = self._distance(reference, reading)
-        smoothed = self.smoothing * track.smoothed + (1 - self.smoothing) * distance
-        return Track(
-            reference=(self.decay * reference + (1 - self.decay) * reading,),
-            smoothed=smoothed,
-            variation=track.variation + abs(smoothed - track.smoothed),
-            total=track.total + smoothed,
-            readings=track.readings + 1,
-        )
+        return self._counted_in(track, distance, (self.decay * reference + (1 - self.decay) * reading,))
 
     def _distance(self, reference: Tensor, reading: Tensor) -> float:
         if reading.numel() == 1 and self.scale == "log":

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fishkern.files import Format, in_brief, open_tensors, parsing, read_json, save_tensors
+from fishkern.files import Format, StoredTensor, in_brief, open_tensors, parsing, read_json, save_tensors
 from fishkern.freezing.drift import Track
 from fishkern.freezing.slices import Key
 from fishkern.selection import Entries, Selection
@@ -147,12 +147,48 @@ class FreezerState:
             FileNotFoundError: There is no such file.
             ValueError: The file is truncated or damaged, holds something else, or was written in a newer format.
         """
-        metadata, stored = open_tensors(path, format=FORMAT)
-        with parsing(f"{path} has a damaged header"):
-            header = read_json(metadata["freezer"])
+        header, stored = _opened(path)
         tensors = {name: tensor.read() for name, tensor in stored.items()}
         with parsing(f"{path} holds no valid freezer"):
             return cls._parsed({"header": header, "tensors": tensors})
+
+    @staticmethod
+    def selection_in(path: str | os.PathLike[str]) -> Selection:
+        """Read what was in training, and leave the references, which are as large as the model, on the disk.
+
+        Args:
+            path: As for :meth:`load`.
+
+        Returns:
+            The selection.
+
+        Raises:
+            FileNotFoundError: As for :meth:`load`.
+            ValueError: As for :meth:`load`.
+        """
+        header, stored = _opened(path)
+        place = MASKS.index("selection")
+        with parsing(f"{path} holds no valid freezer"):
+            own = {name: tensor.read() for name, tensor in stored.items() if name.startswith(f"{MASKS[place]}:")}
+            return _selection(header["pool"], place, own, header["provenance"][place])
+
+    @staticmethod
+    def count_in(path: str | os.PathLike[str]) -> int:
+        """Read how many steps had been counted, and nothing else.
+
+        Args:
+            path: As for :meth:`load`.
+
+        Returns:
+            The count.
+
+        Raises:
+            FileNotFoundError: As for :meth:`load`.
+            ValueError: As for :meth:`load`.
+        """
+        header, _ = _opened(path)
+        with parsing(f"{path} holds no valid freezer"):
+            return _count(header["count"])
 
     @classmethod
     def _parsed(cls, plain: Mapping[str, Any]) -> FreezerState:
@@ -193,6 +229,13 @@ class _Held(NamedTuple):
 
     def read(self) -> Tensor:
         return self.tensor
+
+
+def _opened(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Mapping[str, StoredTensor]]:
+    """Read the header of a file, and find its tensors."""
+    metadata, stored = open_tensors(path, format=FORMAT)
+    with parsing(f"{path} has a damaged header"):
+        return read_json(metadata["freezer"]), stored
 
 
 def _reference(name: str, number: int, place: int) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
+from fishkern.freezing.readings import Factored
 from fishkern.names import listed
 from fishkern.statistics import Drawn, Estimator, Likelihood, OnlineFisher, Prepared, estimate, prepare
 from fishkern.statistics.batches import Shared
@@ -96,8 +97,10 @@ class Probe(Source):
 
     def _prepared_for(self, names: frozenset[str], options: dict[str, Any]) -> Prepared | None:
         """Take the prepared pass of the last reading, or prepare one where what is in training or the model changed."""
-        if self._prepared is not None and self._prepared[0] == names and _fits(self._prepared[1], self._model):
-            return self._prepared[1]
+        last = self._prepared
+        fits = last is not None and last[0] == names and _fits(last[1], self._model)
+        if last is not None and all(Ranks().gathered(fits)):  # to prepare is a matter of all ranks
+            return last[1]
         first = next(iter(self._batches), None)
         together = all(Ranks().gathered(first is not None))  # else a rank has no data, which estimate may allow
         self._prepared = (names, prepare(self._model, first, **options)) if together else None
@@ -119,13 +122,17 @@ class Online(Source):
 
     Args:
         online: Around the training steps.
+        model: The model.
+        names: As for :class:`Probe`.
     """
 
-    def __init__(self, online: OnlineFisher) -> None:
-        self._online = online
+    def __init__(self, online: OnlineFisher, model: nn.Module, *, names: Callable[[], Collection[str]]) -> None:
+        self._online, self._model, self._names = online, model, names
 
     def read(self) -> Held:
-        return self._online.statistics
+        statistics = self._online.statistics
+        demand_shapes(statistics, self._names(), self._model)
+        return statistics
 
 
 class Digested:
@@ -178,10 +185,10 @@ def demand_shapes(statistics: Held, names: Collection[str], model: nn.Module) ->
     """
     if missing := [name for name in names if name not in statistics]:
         raise ValueError(
-            f"{len(missing)} parameters in training are not in the reading ({listed(sorted(missing))}): the selection "
-            "must have the names that fishkern.estimate gives."
+            f"{len(missing)} parameters in training are not in the reading ({listed(sorted(missing))}): read all "
+            "that the selection trains (parameters=), and select by the names that fishkern.estimate gives."
         )
-    if hasattr(statistics, "factors"):
+    if isinstance(statistics, Factored):
         return
     named = hosts.named_parameters(hosts.unwrap(model), remove_duplicate=False)
     shapes = {name: named[name].shape for name in names if name in named}

@@ -1,14 +1,14 @@
-"""What a masked optimizer trains: its parameters by name, and the size of its state."""
+"""The masked optimizer that a freezer acts on, and its parameters by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from fishkern import hosts
+from fishkern.names import listed
 from fishkern.optim import MaskedOptimizer
-from fishkern.optim.selected import ENTRIES
 
 
 def masked(optimizer: Any) -> MaskedOptimizer:
@@ -45,21 +45,19 @@ def named(optimizer: MaskedOptimizer) -> dict[str, Tensor]:
     return {name: one for group in groups for name, one in zip(group["param_names"], group["params"], strict=True)}
 
 
-def state_bytes(optimizer: MaskedOptimizer, counts: Mapping[str, int]) -> int:
-    """Compute the size of what an optimizer keeps for each entry: moments, masters, starts.
+def demand_trains(optimizer: MaskedOptimizer, model: nn.Module) -> None:
+    """Refuse an optimizer of another model, whose own would stand still in every reading.
 
     Args:
         optimizer: The optimizer.
-        counts: How many entries of each parameter of its pool are to stay, at most as many as it has.
+        model: The model that is read.
 
-    Returns:
-        Bytes; 0 before the first step, which makes the state.
+    Raises:
+        ValueError: Something in training is not a parameter of the model.
     """
-    present = optimizer.selection.counts
-    nbytes = 0
-    for name, parameter in named(optimizer).items():
-        size = present.get(name, parameter.numel())
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if key not in ENTRIES and isinstance(value, Tensor) and value.ndim == 1 and len(value) == size:
-                nbytes += counts.get(name, size) * value.element_size()
-    return nbytes
+    counts, own = optimizer.selection.counts, set(hosts.unwrap(model).parameters())
+    if strange := [name for name, one in named(optimizer).items() if counts.get(name) and one not in own]:
+        raise ValueError(
+            f"the optimizer trains {len(strange)} parameters that are not the model's ({listed(strange)}), such as "
+            "those of a copy: give the model that the optimizer was made with."
+        )

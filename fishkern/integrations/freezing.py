@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from fishkern.freezing import Freezer, Freezing
+from fishkern.freezing.saved import FreezerState
 from fishkern.freezing.trained import masked
 
 FILE = "freezer.safetensors"
@@ -51,8 +52,20 @@ class FreezingCallback(TrainerCallback):
                 "the Trainer has another optimizer than the freezer: pass the one that the freezer was made with, "
                 "optimizers=(optimizer, None)."
             )
-        if state.global_step and not self._freezer.count:
-            self._freezer.load(_saved_in(args, state.global_step))
+        if state.global_step:
+            self._restore(args, state.global_step)
+
+    def _restore(self, args: Any, step: int) -> None:
+        """Take over the freezer of a checkpoint, also where this one has gone on from there in the same process."""
+        saved = _saved_in(args, step)
+        if saved is not None and FreezerState.count_in(saved) != self._freezer.count:
+            self._freezer.load(saved)
+        elif saved is None and not self._freezer.count:
+            folder = Path(args.output_dir) / f"checkpoint-{step}"
+            raise ValueError(
+                f"training resumes at step {step}, and {folder} has no {FILE}: load that of the checkpoint with "
+                "freezer.load(path) before train()."
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count a step of the optimizer, and read and decide where that is due."""
@@ -75,15 +88,9 @@ class FreezingCallback(TrainerCallback):
             self._freezer.save(folder / FILE)
 
 
-def _saved_in(args: Any, step: int) -> Path:
+def _saved_in(args: Any, step: int) -> Path | None:
     """Find the freezer of the checkpoint that a training resumes from; a Trainer does not tell its callbacks."""
     named = args.resume_from_checkpoint
     folders = [Path(named)] if isinstance(named, str) else []
     folders.append(Path(args.output_dir) / f"checkpoint-{step}")
-    for folder in folders:
-        if (folder / FILE).is_file():
-            return folder / FILE
-    raise ValueError(
-        f"training resumes at step {step}, and {folders[-1]} has no {FILE}: load that of the checkpoint with "
-        "freezer.load(path) before train()."
-    )
+    return next((folder / FILE for folder in folders if (folder / FILE).is_file()), None)

@@ -16,11 +16,12 @@ from fishkern.freezing import Freezer, FreezeRule, JensenShannon, Slices
 from fishkern.freezing.published import PublishedFreezer
 from fishkern.freezing.reference import ReferenceDrift, ReferenceFactors, ReferenceRule
 from fishkern.freezing.sources import Online, Probe
-from fishkern.freezing.trained import masked
+from fishkern.freezing.trained import demand_trains, masked
 from fishkern.optim import MaskedOptimizer
 from fishkern.selection import Selection
 from fishkern.statistics import DiagonalFisher, DiagonalKronecker, Drawn, Estimator, Likelihood, OnlineFisher
 from fishkern.statistics.batches import Shared
+from fishkern.statistics.shards import Ranks
 
 Compat = Literal["reference"]
 
@@ -74,7 +75,7 @@ def fisher_adaptune(
             :class:`fishkern.DiagonalKronecker` where the pool has more than 10^9 entries.
         slices: How parameters are cut; ``None`` for ``Slices()``, four ranges of rows.
         drift: How a slice's change is measured. ``None``: ``JensenShannon()``, with ``reference="factors"`` where
-            the statistic is in factors by default; with ``compat`` the published code's.
+            the statistic is in factors and of more than 10^9 entries; with ``compat`` the published code's.
         rule: Which slices stop. ``None``: ``FreezeRule()``; with ``compat`` the published code's, without limits.
         likelihood: The loss of an example, as for :func:`fishkern.estimate`.
         shared: As for :func:`fishkern.estimate`.
@@ -87,33 +88,44 @@ def fisher_adaptune(
 
     Raises:
         TypeError: The optimizer is not a masked one, or the estimator's result is not of the parameters' shapes.
-        ValueError: ``every`` or ``read_every`` is below 1, an argument does not go with another, values of more than
-            10^9 entries would be kept as references without having been asked for, or as :func:`fishkern.estimate`
-            raises.
+        ValueError: ``every`` or ``read_every`` is below 1, an argument does not go with another or with several
+            processes, the optimizer is of another model, values of more than 10^9 entries would be kept as references
+            without having been asked for, or as :func:`fishkern.estimate` raises.
         UnsupportedModuleError: As :func:`fishkern.estimate` raises.
     """
     trained = masked(optimizer)
+    demand_trains(trained, model)
     options: dict[str, Any] = {"every": every, "read_every": read_every, "slices": slices or Slices()}
     if compat is not None:
         one_of(compat, ("reference",), "compat")
         _refuse(f"compat={compat!r}, which reads the training batch", probe, estimator, likelihood, shared)
+        _refuse_ranks(f"compat={compat!r}")
         options |= {"drift": drift or ReferenceDrift(), "rule": rule or ReferenceRule()}
         return PublishedFreezer(ReferenceFactors(model), trained, **options)
     options["rule"] = rule or FreezeRule()
+
+    def in_training() -> list[str]:
+        return [name for name, count in trained.selection.counts.items() if count]
+
     if isinstance(probe, OnlineFisher):
         _refuse("an OnlineFisher, which has its own", None, estimator, likelihood, shared)
-        return Freezer(Online(probe), trained, drift=_drift(drift, trained.selection, factored=False), **options)
+        _refuse_ranks("an OnlineFisher")
+        online = Online(probe, model, names=in_training)
+        return Freezer(online, trained, drift=_drift(drift, trained.selection, factored=False), **options)
     if probe is None:
         raise ValueError("probe must be batches, such as a list of 16 to 64 examples; None is for compat='reference'.")
-    factored = estimator is None and trained.selection.total > LARGE
+    large = trained.selection.total > LARGE
+    if estimator is None:
+        estimator = DiagonalKronecker() if large else DiagonalFisher()
     source = Probe(
         model,
         probe,
-        (DiagonalKronecker() if factored else DiagonalFisher()) if estimator is None else estimator,
+        estimator,
         likelihood,
-        names=lambda: [name for name, count in trained.selection.counts.items() if count],
+        names=in_training,
         shared=shared,
     )
+    factored = large and isinstance(estimator, DiagonalKronecker)
     freezer = Freezer(source, trained, drift=_drift(drift, trained.selection, factored=factored), **options)
     freezer.read()
     return freezer
@@ -131,6 +143,14 @@ def _drift(drift: JensenShannon | None, selection: Selection, *, factored: bool)
             "drift=fishkern.JensenShannon(reference='histogram'), or reference='values' if that is meant."
         )
     return JensenShannon()
+
+
+def _refuse_ranks(source: str) -> None:
+    if Ranks().count > 1:
+        raise ValueError(
+            f"{source} reads each process's own batches, so that processes would freeze different slices: give each "
+            "its part of a probe."
+        )
 
 
 def _refuse(of: str, probe: Any, estimator: Any, likelihood: Any, shared: Any) -> None:

@@ -22,7 +22,7 @@ from fishkern.optim.frozen import FROZEN, frozen_in, set_frozen_, to_freeze
 from fishkern.optim.fused import FusedOperands, step_fused
 from fishkern.optim.groups import OUTSIDE, Group, Outside, Parameters, all_named, named_groups, settle
 from fishkern.optim.release import ReleasedGrads, dense, to_release
-from fishkern.optim.selected import Selected
+from fishkern.optim.selected import Selected, key_bytes
 from fishkern.optim.state_dict import loaded, loaded_frozen
 from fishkern.selection import Entries, Selection, check_start
 from fishkern.warning import warn_caller
@@ -327,6 +327,28 @@ class MaskedOptimizer(torch.optim.Optimizer):
         own = [value for held in self.state.values() for value in held.values() if isinstance(value, Tensor)]
         buckets = [bucket for buckets in self._buckets or () for bucket in buckets]
         return bytes_of([*own, *(tensor for bucket in buckets for tensor in bucket.tensors())])
+
+    def state_bytes_under(self, selection: Selection) -> int:
+        """Compute what :attr:`state_bytes` would be under a selection, with gradients of all of it.
+
+        Args:
+            selection: Out of the pool; of entries that move already.
+
+        Returns:
+            Bytes after the next step, before the first one, too.
+        """
+        nbytes = 0
+        for group in self.param_groups:
+            numbers = len(self._names(group))
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                entries = selection.entries(name) if name in selection else Entries.all(parameter.shape)
+                if not entries.count:
+                    continue
+                master = self._has_master(parameter.dtype)
+                each = 4 * (numbers + 1) if master else numbers * parameter.dtype.itemsize
+                each += 4 * ("start" in self.state.get(parameter, {}))
+                nbytes += entries.count * each + 4 + key_bytes(entries, parameter, with_master=master)  # 4 of the step
+        return nbytes
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, for the same selection, by the parameters' names; nothing is cast.

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fishkern.ops.streaming_topk import index_dtype
 from fishkern.selection import Entries
 
 ENTRIES = ("indices", "rows")  # keys of a state that say which entries it is of; without either, of all
@@ -100,6 +101,22 @@ class Selected(NamedTuple):
         if self.entries.spans is not None:
             return {"rows": torch.tensor(self.entries.ranges.bounds, dtype=torch.int64)}
         return {"indices": self.indices}
+
+
+def key_bytes(entries: Entries, parameter: Tensor, *, with_master: bool) -> int:
+    """Compute the memory of what says which entries of a parameter a state is of, and how a step reaches them.
+
+    Args:
+        entries: The selected entries.
+        parameter: The parameter.
+        with_master: Whether its 16-bit weights have a master.
+
+    Returns:
+        Bytes of :meth:`Selected.key` and of the indices, which are not listed for it.
+    """
+    rows = 0 if entries.is_all or entries.spans is None else torch.tensor(entries.ranges.bounds).nbytes
+    width = index_dtype(parameter.numel()).itemsize
+    return rows + (entries.count * width if _needs_indices(entries, parameter, with_master) else 0)
 
 
 def _needs_indices(entries: Entries, parameter: Tensor, with_master: bool) -> bool:

@@ -86,7 +86,7 @@ class PassPlan:
             ("total", self.total_bytes, "weights and peak"),
         ]
         lines = [f"{self.estimator} of {self.model}: {self.passes} pass{'es' * (self.passes > 1)} over the data"]
-        lines += [f"  {name:<13}{_in_words(size):>10}  {what}" for name, size, what in rows]
+        lines += [f"  {name:<13}{bytes_in_words(size):>10}  {what}" for name, size, what in rows]
         counts = Counter(self.paths.values())
         lines += ["paths: " + ", ".join(f"{path} {count}" for path, count in counts.items())]
         if self.examples:
@@ -260,7 +260,15 @@ def _nbytes(tensor: Tensor) -> int:
     return sum(_nbytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
-def _in_words(size: int | None) -> str:
+def bytes_in_words(size: int | None) -> str:
+    """Write a number of bytes in the unit that fits.
+
+    Args:
+        size: Bytes; ``None`` where they are not known.
+
+    Returns:
+        Such as ``"12 B"`` or ``"3.5 MiB"``; ``"-"`` for ``None``.
+    """
     if size is None:
         return "-"
     for unit in ("B", "KiB", "MiB"):

@@ -153,7 +153,10 @@ class RunningMean:
         theirs = {name: tuple(mean.shape) for name, mean in state["means"].items()}
         if ours != theirs:
             differ = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
-            raise ValueError(f"the state is of other parameters: {listed(differ)} differ in presence or shape.")
+            raise ValueError(
+                f"the state is of other parameters: {listed(differ)} differ in presence or shape. By default those "
+                "with requires_grad take part: make it before some are frozen, or name those of then (parameters=)."
+            )
         self.drop_step()
         for name in ours:
             self._means[name].copy_(state["means"][name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.freezing.training import (
     adamw,
     assert_same,
     batches,
+    everything,
     freezer_of,
     network,
     train,
@@ -141,12 +143,41 @@ def test_an_event_says_what_is_saved():
     kept = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert (event.entries_kept, event.entries_kept + event.entries_frozen) == (kept, freezer.initial.count)
     moments = [tensor for held in optimizer.state.values() for key, tensor in held.items() if key.startswith("exp")]
-    assert event.state_bytes == sum(tensor.nbytes for tensor in moments) == 8 * kept
+    assert sum(tensor.nbytes for tensor in moments) == 8 * kept
+    assert event.state_bytes == optimizer.state_bytes
     followed = {(name, n) for name, n, *_ in freezer.state_dict()["header"]["tracks"]}
     assert followed == event.scores.keys() - event.frozen  # no reference of what has stopped
     freezer.read()  # on what is left, whose products are others
     shown = f"event 1 after 4 steps, {len(event.frozen)} of 6 slices stop, {kept} of 467 entries stay"
-    assert shown in repr(event)
+    assert repr(event).startswith(f"Freezing({shown}, ")
+    assert repr(event).endswith(f"{len(event.stopped)} parameters without a gradient from here)")
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "optimizer_of",
+    [
+        partial(fk.MaskedAdamW, lr=1e-2),
+        partial(fk.MaskedAdamW, lr=1e-2, master_weights=False),
+        partial(fk.MaskedSGD, lr=1e-2, momentum=0.9),
+        partial(fk.MaskedSGD, lr=1e-2),
+    ],
+    ids=["adamw", "no master", "momentum", "sgd"],
+)
+def test_an_event_foretells_the_memory_of_the_state(optimizer_of, dtype, axis):
+    """Moments, masters, steps, and the indices or rows that say which entries they are of."""
+    model = network().to(dtype)
+    optimizer = optimizer_of(model, everything(model))
+    probe, data = ([(x.to(dtype), y) for x, y in some] for some in (PROBE, batches(5)))
+    freezer = freezer_of(model, optimizer, probe, slices=fk.Slices(axis=axis))
+    before = freezer.preview().state_bytes
+    event = None
+    for step, happened in enumerate(train(model, optimizer, freezer, data)):
+        assert step or before == optimizer.state_bytes
+        event = event or happened
+    assert event.frozen
+    assert event.state_bytes == optimizer.state_bytes
 
 
 def test_no_more_than_most_of_the_pool_stops_at_once():

@@ -36,6 +36,7 @@ def test_a_dozen_steps_equal_the_oracle(margin, stops):
         if event:
             found.append(len(event.frozen))
             assert set(event.scores) == scored
+            assert event.waiting == (set() if step else scored - expected)
         for name, parameter in model.named_parameters():
             mask = torch.from_numpy(published.mask(name))
             assert torch.equal(freezer.selection.mask(name), mask), (step, name)

@@ -41,6 +41,13 @@ class Odd(fk.FreezeRule):
     def choose(self, scores, sizes, total):
         return frozenset({("0.weight", rank)})
 
+for what, probe, options in [("online", fk.OnlineFisher(network()), {}), ("compat", None, {"compat": "reference"})]:
+    model = network()
+    try:
+        fk.fisher_adaptune(model, probe, optimizer=adamw(model), every=1, read_every=1, **options)
+    except ValueError as error:
+        report[what] = str(error)
+
 try:
     freezer._rule = Odd()
     freezer._decide()
@@ -62,4 +69,6 @@ def test_two_ranks_decide_alike(tmp_path):
     assert sum(map(len, ours["frozen"])) > 5
     assert ours["scores"] == theirs["scores"]
     assert ours["digest"] == theirs["digest"]
+    assert ours["online"].startswith("an OnlineFisher reads each process's own batches")
+    assert ours["compat"].startswith("compat='reference' reads each process's own batches")
     assert "rank 0 and rank 1 differ in the slices that stop" in ours["odd"]

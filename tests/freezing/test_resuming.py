@@ -26,11 +26,11 @@ from tests.freezing.training import (
 DATA = batches(20)
 
 
-def interrupted(path, *, with_file: bool) -> tuple[nn.Module, fk.Freezer, list]:
+def interrupted(path, *, with_file: bool, **options) -> tuple[nn.Module, fk.Freezer, list]:
     """Ten steps, everything saved and thrown away, and ten more in new objects."""
     model = network()
     optimizer = adamw(model)
-    freezer = freezer_of(model, optimizer)
+    freezer = freezer_of(model, optimizer, **options)
     events = list(train(model, optimizer, freezer, DATA[:10]))
     assert freezer.selection.count < freezer.initial.count
     buffer = io.BytesIO()
@@ -42,27 +42,72 @@ def interrupted(path, *, with_file: bool) -> tuple[nn.Module, fk.Freezer, list]:
     another.load_state_dict(state["model"])
     optimizer = adamw(another, fk.Freezer.saved_selection(saved))
     optimizer.load_state_dict(state["optimizer"])
-    freezer = freezer_of(another, optimizer)
+    freezer = freezer_of(another, optimizer, **options)
     freezer.load(saved) if with_file else freezer.load_state_dict(state["f"])
     assert freezer.state_dict()["header"] == state["f"]["header"]
     assert [p.requires_grad for p in another.parameters()] == [p.requires_grad for p in model.parameters()]
     return another, freezer, events + list(train(another, optimizer, freezer, DATA[10:]))
 
 
-@pytest.mark.parametrize("with_file", [False, True], ids=["state dict", "file"])
-def test_going_on_is_not_stopping(tmp_path, with_file):
+@pytest.mark.parametrize(
+    "with_file, options",
+    [
+        (False, {}),
+        (True, {}),
+        (True, {"slices": fk.Slices(axis="columns"), "drift": fk.JensenShannon(reference="histogram", score="mean")}),
+        (True, {"estimator": fk.DiagonalKronecker(), "drift": fk.JensenShannon(reference="factors")}),
+        (True, {"estimator": fk.DiagonalFisher("mc")}),
+    ],
+    ids=["state dict", "file", "columns and histograms", "factors", "draws"],
+)
+def test_going_on_is_not_stopping(tmp_path, with_file, options):
     model = network()
     optimizer = adamw(model)
-    freezer = freezer_of(model, optimizer)
+    freezer = freezer_of(model, optimizer, **options)
     events = list(train(model, optimizer, freezer, DATA))
     assert sum(event is not None and bool(event.frozen) for event in events[10:]) > 0
-    other, resumed, others = interrupted(tmp_path, with_file=with_file)
+    other, resumed, others = interrupted(tmp_path, with_file=with_file, **options)
     assert events == others
     assert_same(values(model), values(other))
     ours, theirs = freezer.state_dict(), resumed.state_dict()
     assert ours["header"] == theirs["header"]
     assert_same(ours["tensors"], theirs["tensors"])
     assert resumed.initial == freezer.initial
+
+
+def test_going_on_with_an_online_fisher_is_not_stopping(tmp_path):
+    """Whose parameters are those that required a gradient when it was made: before the optimizer's state is loaded."""
+
+    def freezer_on(model, online, optimizer) -> fk.Freezer:
+        return fk.fisher_adaptune(model, online, optimizer=optimizer, every=4, read_every=2, rule=EAGER)
+
+    model, another = network(), network()
+    optimizer = adamw(model)
+    events = []
+    with fk.OnlineFisher(model) as online:
+        freezer = freezer_on(model, online, optimizer)
+        for event in train(model, optimizer, freezer, DATA[:13]):
+            events.append(event)
+        assert optimizer.frozen
+        state = io.BytesIO()
+        torch.save([model.state_dict(), online.state_dict(), optimizer.state_dict()], state)
+        saved = freezer.save(tmp_path / "freezer")
+        events += train(model, optimizer, freezer, DATA[13:])
+    state.seek(0)
+    weights, means, moments = torch.load(state)
+    another.load_state_dict(weights)
+    optimizer = adamw(another, fk.Freezer.saved_selection(saved))
+    with fk.OnlineFisher(another) as online:
+        online.load_state_dict(means)
+        optimizer.load_state_dict(moments)
+        resumed = freezer_on(another, online, optimizer)
+        resumed.load(saved)
+        assert list(train(another, optimizer, resumed, DATA[13:])) == events[13:]
+    assert_same(values(model), values(another))
+    with pytest.raises(
+        ValueError, match=r"of other parameters: .*make it before some are frozen, or .*\(parameters=\)"
+    ):
+        fk.OnlineFisher(another).load_state_dict(means)
 
 
 def test_what_had_stopped_has_no_gradient_without_a_saved_optimizer_either():

@@ -118,3 +118,12 @@ def test_an_online_fisher_gives_the_readings():
     assert [read.step for read in freezer.history] == [2, 4, 6, 8, 10, 12, 14, 16]
     assert sum(bool(event.frozen) for event in events) > 1
     assert online.statistics.count == 16 * 8
+
+
+def test_an_online_fisher_of_too_little_is_refused():
+    model = network()
+    optimizer = adamw(model)
+    with fk.OnlineFisher(model, parameters=lambda name, parameter: name.startswith("0")) as online:
+        freezer = fk.fisher_adaptune(model, online, optimizer=optimizer, every=1, read_every=1)
+        with pytest.raises(ValueError, match=r"4 parameters in training are not in the reading .*\(parameters=\)"):
+            list(train(model, optimizer, freezer, batches(1)))

@@ -107,6 +107,17 @@ def resumed(folder: Path, step: int) -> Run:
     return run
 
 
+def test_the_same_freezer_goes_back_to_a_checkpoint(tmp_path):
+    """As after an interruption, in one process: what it has read since then is forgotten."""
+    run = Run(tmp_path, max_steps=4, save_steps=1)
+    run.freezer.every = 10
+    run.trainer.train()
+    before = run.freezer.history
+    run.trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert run.freezer.count == 4
+    assert run.freezer.history == before
+
+
 def test_a_checkpoint_without_a_freezer_is_refused(tmp_path):
     Run(tmp_path, max_steps=1, save_steps=1).trainer.train()
     (tmp_path / "checkpoint-1" / FILE).unlink()

@@ -163,6 +163,7 @@ def test_the_default_statistic_is_that_of_the_pool_s_size(monkeypatch):
     assert large._drift == fk.JensenShannon(reference="factors")
     with pytest.raises(ValueError, match=r"references of 467 entries .*reference='histogram'\), or reference='values'"):
         freezer_of(model, optimizer, estimator=fk.DiagonalFisher())
+    assert freezer_of(model, optimizer, estimator=fk.DiagonalKronecker())._drift == large._drift
     asked = freezer_of(model, optimizer, estimator=fk.DiagonalFisher(), drift=fk.JensenShannon(reference="values"))
     assert asked.preview().scores
 
@@ -182,5 +183,7 @@ def test_arguments_that_do_not_go_together_are_refused():
         arguments = {**options, **changes}
         with pytest.raises(ValueError, match=message):
             fk.fisher_adaptune(model, arguments.pop("probe"), **arguments)
+    with pytest.raises(ValueError, match=r"trains 6 parameters that are not the model's \(0.weight.* was made with"):
+        fk.fisher_adaptune(network(), PROBE, **options)
     with pytest.raises(TypeError, match="every must be an integer"):
         fk.fisher_adaptune(model, PROBE, **{**options, "every": 1.5})

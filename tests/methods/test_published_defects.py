@@ -1,4 +1,4 @@
-"""Defects of the published codes of FARSS and FILet that no other test shows to be absent, see docs/starts.md."""
+"""Defects of published codes that no other test shows to be absent, see docs/starts.md and docs/freezing.md."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ every_method = pytest.mark.parametrize("method", STARTS)
 pytestmark = pytest.mark.filterwarnings("ignore:.*(directions are dead|fewer positions than):UserWarning")
 
 
-def test_the_tests_named_on_the_page_exist():
+@pytest.mark.parametrize("page, defects", [("starts.md", 15), ("freezing.md", 10)])
+def test_the_tests_named_on_the_page_exist(page, defects):
     """Each of the table is a test of the file that it is said to be in."""
-    page = (ROOT / "docs" / "starts.md").read_text(encoding="utf-8")
-    table = page.partition("## Against the published codes")[2].partition("\n## ")[0]
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    table = text.partition("## Against the published code")[2].partition("\n## ")[0]
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", table)
     rows = [line for line in table.splitlines() if line.startswith("|")][2:]
-    assert len(rows) > 15
+    assert len(rows) > defects
     assert all("`tests/" in row for row in rows)
     for file, test in named:
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))

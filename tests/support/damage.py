@@ -194,6 +194,8 @@ def write_freezer(path: Path) -> Path:
 
 def load_freezer(path: Path) -> None:
     state = FreezerState.load(path)
+    assert FreezerState.selection_in(path) == state.selection
+    assert FreezerState.count_in(path) == state.count
     repr(state)
     state.to_plain()
 
