@@ -268,6 +268,26 @@ def test_another_model_is_refused_and_the_old_one_still_read():
     assert fk.estimate(model, batches, prepared=prepared) == fk.estimate(model, batches)
 
 
+def test_an_attention_implementation_inside_the_config_is_noticed():
+    transformers = pytest.importorskip("transformers")
+
+    class Holding(nn.Linear):
+        """Its config holds another, as those of models of images and text do."""
+
+        config = transformers.LlavaConfig(text_config=zoo.llama().model.config)
+
+    def losses(model, batch):
+        return model(batch["x"]).square().sum(1)
+
+    model, batch = Holding(3, 2), {"x": torch.randn(3, 3)}
+    model.config.text_config._attn_implementation = "sdpa"
+    prepared = fk.prepare(model, batch, likelihood=losses)
+    fk.estimate(model, [batch], prepared=prepared)
+    model.config.text_config._attn_implementation = "eager"
+    with pytest.raises(ValueError, match=r"the config's text_config\._attn_implementation was 'sdpa' and is 'eager'"):
+        fk.estimate(model, [batch], prepared=prepared)
+
+
 def without(batch: dict, key: str) -> dict:
     return {name: value for name, value in batch.items() if name != key}
 
