@@ -826,6 +826,7 @@ def test_before_the_first_step():
     [
         ({"decay": 1.0}, ValueError, r"decay must be a number of at least 0 and below 1, got 1\.0"),
         ({"decay": "0.5"}, ValueError, "decay must be a number"),
+        ({"decay": FEATURES}, ValueError, r"decay must be .*, got tensor\(\S+(\s+\S+){1,9}\s*$"),  # cut short
         ({"accumulation_steps": 0}, ValueError, "accumulation_steps must be at least 1, got 0"),
         ({"accumulation_steps": 1.5}, TypeError, r"accumulation_steps must be an integer, got 1\.5"),
         ({"parameters": ["no.such"]}, ValueError, "no.such"),

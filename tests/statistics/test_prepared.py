@@ -708,5 +708,7 @@ def test_what_is_no_batch_or_no_prepared_pass_is_refused():
     loader = torch.utils.data.DataLoader([{key: value[0] for key, value in batch.items()}])
     with pytest.raises(TypeError, match=r"takes one batch, got a DataLoader: pass its first one, next\(iter"):
         fk.prepare(model, loader)
+    with pytest.raises(TypeError, match=r"takes one batch, got a list: pass its first one, next\(iter"):
+        fk.prepare(model, [batch, batch])
     with pytest.raises(TypeError, match=r"prepared must come from fishkern\.prepare"):
         fk.estimate(model, [batch], prepared=True)
