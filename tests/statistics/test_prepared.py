@@ -125,6 +125,20 @@ def test_data_are_seen_if_the_first_examples_are_the_same_values():
             assert len(calls) == len(data) + (0 if seen else 3), number
 
 
+def test_type_2_is_planned_by_a_position_at_which_attention_has_a_choice():
+    """At the first position queries and keys get no gradient, which would say nothing of whose their rows are."""
+    model = zoo.llama(vocab_size=9).model
+    model.set_attn_implementation("eager")
+    ids = torch.arange(8).view(2, 4)
+    batches = [{"input_ids": ids, "labels": ids.where(ids != 7, -100)}]  # the last label is one example's alone
+    fresh = fk.estimate(model, batches, fk.DiagonalFisher("type-2"))
+    assert {covered.path for covered in fresh.coverage.values()} == {"fused"}
+    prepared = fk.prepare(model, batches[0], fk.DiagonalFisher("type-2"))
+    with counted(model) as calls:
+        assert fk.estimate(model, batches, prepared=prepared) == fresh
+    assert len(calls) == 1
+
+
 def test_values_that_cannot_be_compared_count_as_other_data():
     class Tag:
         pass
