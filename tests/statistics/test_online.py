@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
@@ -275,6 +277,30 @@ def test_activation_checkpointing_changes_nothing(reentrant):
     assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_segment_that_no_gradient_reaches_is_refused():
+    """Frozen modules before a reentrant checkpoint cut the layers in it off, in training as well."""
+
+    class CutOff(Reading):
+        def forward(self, x):
+            return self.last(checkpoint(self.inner, self.first(x), use_reentrant=True).mean(1))
+
+    model = CutOff(Mixing()).double()
+    model.first.requires_grad_(False)
+    with (
+        pytest.raises(
+            fk.UnsupportedModuleError, match=r"'inner' \(Mixing\) runs under reentrant .*none, not even in tr"
+        ),
+        fk.OnlineFisher(model),
+    ):
+        reading_loss(model)
+    assert_no_trace(model)
+    with fk.OnlineFisher(model, parameters=["last.*"]) as online:
+        reading_loss(model).backward()
+    assert online.steps == 1
+    assert model.inner.mix.grad is None
+
+
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_a_checkpoint_around_the_whole_model(reentrant):
     features, found = FEATURES.clone().requires_grad_(), []
@@ -407,6 +433,27 @@ def test_a_forward_pass_that_raises_is_no_step():
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             model(FEATURES[..., :5])
     assert online.statistics == before
+
+
+def test_nothing_stays_of_forward_passes_that_raise():
+    """As where memory runs out in the middle, which the training catches: the arguments would fill it."""
+    model, fails, held = reading(DrawingNorm()), [], []
+
+    def enter(module: nn.Module, args: tuple) -> None:
+        held.append(weakref.ref(args[0]))
+        if fails:
+            raise MemoryError
+
+    model.inner.register_forward_pre_hook(enter)
+    with fk.OnlineFisher(model):
+        reading_loss(model).backward()
+        fails.append(True)
+        held.clear()
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                reading_loss(model)
+        gc.collect()
+        assert not [one for one in held if one() is not None]
 
 
 def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path):
