@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -847,6 +848,51 @@ def test_passes_that_are_not_one_forward_and_one_backward_are_refused(train, mes
     with pytest.raises(RuntimeError, match=message), fk.OnlineFisher(model):
         train(model)
     assert_no_trace(model)
+
+
+def test_only_one_context_is_open_on_a_model():
+    model = reading()
+    with fk.OnlineFisher(model) as online:
+        with pytest.raises(RuntimeError, match="another OnlineFisher is open"), fk.OnlineFisher(model):
+            raise AssertionError("not reached")
+        reading_loss(model).backward()
+    assert online.steps == 1
+    assert_no_trace(model)
+
+
+@pytest.mark.parametrize("what", ["last", "last.weight"])
+def test_a_module_or_parameter_that_was_replaced_is_refused_by_name(what):
+    model = reading()
+    with pytest.raises(ValueError, match=rf"'{what}' was replaced .* make a new one"), fk.OnlineFisher(model) as online:
+        reading_loss(model).backward()
+        if what == "last":
+            model.last = nn.Linear(6, 3).double()
+        else:
+            model.last.weight = nn.Parameter(model.last.weight.detach().clone())
+        reading_loss(model)
+    assert online.steps == 1
+    assert_no_trace(model)
+
+
+def test_what_gets_no_gradient_for_long_is_named_in_a_warning():
+    """Until then every step begins with a plan, which is slow."""
+
+    class Gated(Reading):
+        def forward(self, x):
+            return self.last((self.first(x) * 0.0 + x).mean(1))
+
+    model = Gated(nn.Identity()).double()
+    with warnings.catch_warnings(), fk.OnlineFisher(model) as online:
+        warnings.simplefilter("error")
+        for _ in range(9):
+            reading_loss(model).backward()
+        with pytest.warns(
+            UserWarning, match=r"no gradient but zeros has reached first\.bias, first\.weight in 10 steps"
+        ):
+            reading_loss(model).backward()
+        reading_loss(model).backward()
+    assert online.steps == 11
+    assert not online.statistics["first.weight"].any()
 
 
 def test_a_model_that_tells_no_examples_apart_is_refused():
