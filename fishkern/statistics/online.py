@@ -148,8 +148,8 @@ class OnlineFisher:
             raise RuntimeError("this OnlineFisher is open already.")
         if any(isinstance(getattr(hook, "__self__", None), OnlineFisher) for hook in _pre_hooks(self._model)):
             raise RuntimeError(
-                "another OnlineFisher is open on this model, and each would read the other's planning as a training "
-                "step: open one at a time."
+                "another OnlineFisher is open on this model, and their hooks would meet on its parameters: open one at "
+                "a time."
             )
         with ExitStack() as stack:
             # hooks that are added after a compiled run never fire
@@ -271,6 +271,8 @@ class OnlineFisher:
         self._end_pass()
         if self._capture is not None:
             self._capture.drop()
+        if self._check is not None:
+            self._check.end()  # also where no backward pass has come: a plan takes its hooks for the user's
         # A pass of estimate freezes the model or evaluates.
         if not model.training or not any(one.requires_grad for one in self._requested.values()):
             self._evaluating_calls += not model.training

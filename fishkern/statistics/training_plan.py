@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fishkern import hosts
-from fishkern.layers import Connection, Plan, Site, UnsupportedModuleError, as_found, gradient_kept, leave_out, survey
+from fishkern.layers import (
+    Connection,
+    Plan,
+    Site,
+    UnsupportedModuleError,
+    as_found,
+    gradient_kept,
+    hooked_parameters,
+    leave_out,
+    survey,
+)
 from fishkern.layers.reentrant import segment
 from fishkern.layers.tap import copied, frozen_call
 from fishkern.layers.training import drawn_since, draws, no_rows_in_output, random_states, stand_in_losses
@@ -48,6 +58,9 @@ def plan_in_training(model: nn.Module, requested: Mapping[str, Tensor], call: Mo
             "the model is called inside a reentrant checkpoint, where nothing can be found out about it: pass a batch "
             "as batch=, by which the capture is planned before, or checkpoint with use_reentrant=False."
         )
+    keys = {one: key for key, one in requested.items()}
+    if hooked := hooked_parameters(keys):
+        raise UnsupportedModuleError(_needs_loop(hooked))
     call = call.few(device)
     with _running(model, requested.values(), device) as (again, connection):
 
@@ -62,7 +75,6 @@ def plan_in_training(model: nn.Module, requested: Mapping[str, Tensor], call: Mo
             again()
             call.run(model)
 
-        keys = {one: key for key, one in requested.items()}
         plan = survey(model, keys, losses, answered=connection.answered, num_examples=call.num_examples)
         if plan.loop:
             reasons = plan.loop

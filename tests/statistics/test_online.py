@@ -7,7 +7,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -261,6 +261,99 @@ def test_training_is_the_same_to_the_bit(family):
     ours, theirs = list(train(model, fk.OnlineFisher(model))), list(train(twin, nullcontext()))
     assert len(ours) == len(theirs)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def with_lora() -> nn.Module:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], lora_dropout=0.2, fan_in_fan_out=True)
+    return peft.get_peft_model(zoo.gpt2().model, config)
+
+
+@contextmanager
+def distributed(model: nn.Module) -> Iterator[nn.Module]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield nn.parallel.DistributedDataParallel(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+WAYS = {
+    "checkpointing, reentrant": (lambda: checkpointed(True).float(), nullcontext),
+    "checkpointing": (lambda: checkpointed(False).float(), nullcontext),
+    "autocast": (lambda: gpt2().float(), lambda model: torch.autocast("cpu", torch.bfloat16)),
+    "LoRA": (with_lora, nullcontext),
+    "DistributedDataParallel": (lambda: gpt2().float(), distributed),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_micro_batches_and_a_scaler_form_the_same_gradients_to_the_bit(way):
+    make, around = WAYS[way]
+    model = make().train()
+    twin, data = copy.deepcopy(model), batches(4)
+
+    def train(one: nn.Module, online: fk.OnlineFisher | None) -> Iterator[Tensor]:
+        torch.manual_seed(7)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6)
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+        with around(one) as wrapped, online(one, accumulation_steps=2, scaler=scaler) if online else nullcontext():
+            run = wrapped if isinstance(wrapped, nn.Module) else one
+            for number, batch in enumerate(data):
+                scaler.scale(run(**batch).loss / 2).backward()
+                if number % 2:
+                    scaler.unscale_(optimizer)
+                    yield from [grad.clone() for p in one.parameters() if (grad := p.grad) is not None]
+                    scaler.step(optimizer)
+                    scaler.update()
+                    optimizer.zero_grad()
+
+    ours, theirs = list(train(model, fk.OnlineFisher)), list(train(twin, None))
+    assert len(ours) == len(theirs) > 0
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("which", ["last.weight", "*"])
+def test_a_hook_on_a_gradient_is_refused_by_name(which):
+    """Such as one that masks it: only autograd on each example would say what it makes of that one's."""
+    model = reading()
+    for name, parameter in model.named_parameters():
+        if which in (name, "*"):
+            parameter.register_hook(lambda grad: grad * 0.5)
+    name = "first.weight" if which == "*" else which
+    message = rf"{name.replace('.', '[.]')}: a hook on it \(register_hook\) may change the gradient of each example"
+    with pytest.raises(fk.UnsupportedModuleError, match=message), fk.OnlineFisher(model):
+        reading_loss(model)
+
+
+def test_a_first_forward_pass_without_a_backward():
+    """As that of a logged loss; nothing shows yet whose the rows are, so the next step is planned again."""
+
+    class Zeroed(Reading):
+        def forward(self, x):
+            return self.last((self.first(x) + x).mean(1)) * self.inner(x[:, 0, :1])
+
+    model = Zeroed(nn.Linear(1, 1)).double()
+    nn.init.zeros_(model.inner.weight)
+    nn.init.zeros_(model.inner.bias)
+    with fk.OnlineFisher(model) as online:
+        reading_loss(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # parameters with hooks would take the loop
+            fk.estimate(model, [(FEATURES, CLASSES)], likelihood=fk.Classification())
+        reading_loss(model).backward()
+    assert online.steps == 1
+
+
+def test_steps_leave_no_tensors_behind():
+    model, batch, counts = gpt2(), zoo.text_batch(4, 6), []
+    with fk.OnlineFisher(model) as online:
+        for _ in range(4):
+            model(**batch).loss.backward()
+            online.step()
+            gc.collect()
+            counts.append(sum(isinstance(one, Tensor) for one in gc.get_objects()))
+    assert counts[1] == counts[2] == counts[3]
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
@@ -687,13 +780,16 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("entered", [True, False], ids=["when entered", "at the first step"])
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_has_no_gradient_of_its_own_is_refused_by_name(what):
+def test_what_has_no_gradient_of_its_own_is_refused_by_name(what, entered):
     inner, message = REFUSED[what]
+    batch = (FEATURES, CLASSES) if entered else None
     model = reading(inner)
     before = copy.deepcopy(model.state_dict())
     torch.manual_seed(3)
-    with pytest.raises(fk.UnsupportedModuleError, match=message), fk.OnlineFisher(model):
+    with pytest.raises(fk.UnsupportedModuleError, match=message), fk.OnlineFisher(model, batch=batch):
+        assert not entered
         reading_loss(model)
     assert_no_trace(model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
