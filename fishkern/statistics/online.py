@@ -169,6 +169,8 @@ class OnlineFisher:
         try:
             if kind is None:
                 self._end_pass()
+            else:
+                self._mean.drop_step()  # nobody knows whether its gradients are still used
         finally:
             opened, self._opened = self._opened, None
             opened.close()
@@ -274,7 +276,7 @@ class OnlineFisher:
         if self._check is not None:
             self._check.end()  # also where no backward pass has come: a plan takes its hooks for the user's
         # A pass of estimate freezes the model or evaluates.
-        if not model.training or not any(one.requires_grad for one in self._requested.values()):
+        if not model.training or not any(one.requires_grad for one in model.parameters()):
             self._evaluating_calls += not model.training
             return
         refuse_coupled(self._norms)

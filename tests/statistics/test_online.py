@@ -656,6 +656,18 @@ def test_a_parameter_that_is_frozen_meanwhile_is_still_read():
     assert found[0] == found[1]
 
 
+def test_all_that_is_requested_may_be_frozen_while_the_rest_trains():
+    found = []
+    for frozen in (False, True):
+        model = reading()
+        model.last.requires_grad_(not frozen)
+        with fk.OnlineFisher(model, parameters=["last.*"]) as online:
+            drawn(1, reading_loss, model).backward()
+        assert online.steps == 1
+        found.append(online.statistics)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_planned_by_a_batch_when_entered():
     model, batch = gpt2(), zoo.text_batch(4, 6)
     by_first = fk.OnlineFisher(model)
@@ -1025,6 +1037,23 @@ def test_before_the_first_step():
 def test_arguments(options, error, message):
     with pytest.raises(error, match=message):
         fk.OnlineFisher(reading(), **options)
+
+
+def test_an_exception_drops_the_step_that_had_begun():
+    model = reading()
+    with fk.OnlineFisher(model, accumulation_steps=2) as expected:
+        for seed in (2, 3):
+            drawn(seed, reading_loss, model).backward()
+    online = fk.OnlineFisher(model, accumulation_steps=2)
+    with pytest.raises(KeyError), online:
+        drawn(1, reading_loss, model).backward()
+        assert online.steps == 0  # the first of two passes is read
+        raise KeyError("of the user")
+    with online:
+        for seed in (2, 3):
+            drawn(seed, reading_loss, model).backward()
+    assert online.steps == 1
+    assert all(torch.equal(online.statistics[name], expected.statistics[name]) for name in expected.statistics)
 
 
 def test_an_exception_leaves_the_model_as_found_and_training_goes_on():
