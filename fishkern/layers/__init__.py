@@ -33,7 +33,7 @@ from fishkern.layers.rules import LAYERS
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.strays import Strays
-from fishkern.layers.survey import Plan, foresee, served_by_rule, survey
+from fishkern.layers.survey import Plan, foresee, hooked_parameters, served_by_rule, survey
 from fishkern.layers.twins import ResidualA, ResidualB, TwinA, TwinB, Twins
 from fishkern.layers.unsupported import UnsupportedModuleError, leave_out, without_gradient
 from fishkern.layers.watch import watch
@@ -80,6 +80,7 @@ __all__ = [
     "group_shape",
     "group_squares",
     "has_gradient_dtype",
+    "hooked_parameters",
     "is_stored",
     "is_wrapped",
     "join",

@@ -116,16 +116,25 @@ class Hooks:
         self._handles.clear()
         self._entered.clear()
 
+    def begin(self) -> None:
+        """Report the calls of a forward pass from here on."""
+        self.end()
+        self.active = self.forward = True
+
+    def end(self) -> None:
+        """Report nothing from here on, and forget the calls that an exception has ended."""
+        self.active = self.forward = False
+        for calls in self._entered.values():
+            calls.clear()
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Report the calls of the forward pass inside the ``with`` block."""
-        for calls in self._entered.values():
-            calls.clear()
-        self.active = self.forward = True
+        self.begin()
         try:
             yield
         finally:
-            self.active = self.forward = False
+            self.end()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

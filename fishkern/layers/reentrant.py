@@ -51,6 +51,24 @@ def is_cut_off(frame: FrameType) -> bool:
     return not any(isinstance(arg, Tensor) and arg.requires_grad for arg in frame.f_locals["args"])
 
 
+def why_cut_off(path: str, module: nn.Module) -> str:
+    """Say that no gradient reaches a segment.
+
+    Args:
+        path: Name of a module in it.
+        module: The module.
+
+    Returns:
+        Sentences for an error message.
+    """
+    return (
+        f"{path!r} ({type(module).__name__}) runs under reentrant activation checkpointing, and no input of its "
+        "segment requires a gradient: autograd gives its parameters none, not even in training. Checkpoint with "
+        "use_reentrant=False, let an input require one (transformers: model.enable_input_require_grads()), or leave "
+        "these parameters out with parameters=."
+    )
+
+
 def stays(frame: FrameType) -> bool:
     """Tell whether a segment is still checkpointed when a module around it is run once more.
 
@@ -122,12 +140,7 @@ class Connection:
             with self._watched() as (_, cut_off):
                 answer = run()
         if cut_off:
-            module = cut_off[0]
-            raise UnsupportedModuleError(
-                f"{self._requested[module]!r} ({type(module).__name__}) runs under reentrant activation checkpointing, "
-                "and no input of its segment requires a gradient: autograd gives its parameters none, not even in "
-                "training. Checkpoint with use_reentrant=False, or leave these parameters out with parameters=."
-            )
+            raise UnsupportedModuleError(why_cut_off(self._requested[cut_off[0]], cut_off[0]))
         self._settled = True
         return answer
 

@@ -195,6 +195,18 @@ def served_by_rule(model: nn.Module, keys: Mapping[str, Tensor]) -> frozenset[st
     return frozenset(key for key, each in served.items() if all(each))
 
 
+def hooked_parameters(keys: Mapping[Tensor, str]) -> dict[str, str]:
+    """List the parameters with a hook on their gradient, which takes the loop in any case.
+
+    Args:
+        keys: Parameters, with their canonical names.
+
+    Returns:
+        Why, by canonical name.
+    """
+    return {key: _HOOKED for parameter, key in keys.items() if parameter._backward_hooks}
+
+
 def _needs_no_call(layer: Layer, module: nn.Module) -> bool:
     """Tell whether a rule that covers a module holds without a look at a call."""
     return type(layer).confirms is Layer.confirms or type(module).forward is nn.Embedding.forward
@@ -202,7 +214,7 @@ def _needs_no_call(layer: Layer, module: nn.Module) -> bool:
 
 def _owners(model: nn.Module, keys: Mapping[Tensor, str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     """List why some parameters take the loop in any case, and the requested others by the paths of their modules."""
-    hooked = {key: _HOOKED for parameter, key in keys.items() if parameter._backward_hooks}
+    hooked = hooked_parameters(keys)
     keys = {parameter: key for parameter, key in keys.items() if key not in hooked}
     owners: dict[str, dict[str, str]] = {}
     for path, module in model.named_modules():

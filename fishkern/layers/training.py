@@ -7,7 +7,7 @@ mark of its pass, so that a gradient of any other pass is noticed.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from fishkern.layers.capture import Capture
 from fishkern.layers.grads import PerExampleGrads
 from fishkern.layers.hooks import Arrival
+from fishkern.layers.reentrant import is_cut_off, segment, why_cut_off
 from fishkern.layers.site import Site
 from fishkern.layers.strays import Strays
 from fishkern.layers.survey import Plan
@@ -99,7 +100,7 @@ class TrainingCapture(Capture):
         self._begin(num_examples, None)
         self._arrived.clear()
         self.current = TrainingPass(num_examples)
-        self._hooks.active = self._hooks.forward = True
+        self._hooks.begin()
         self._watching.enter_context(self._strays.watched())
 
     def forward_ended(self, output: Any) -> None:
@@ -136,7 +137,7 @@ class TrainingCapture(Capture):
     def drop(self) -> None:
         """Forget the latest pass: a gradient that still comes back through it is an error."""
         self.current = None
-        self._hooks.active = self._hooks.forward = False
+        self._hooks.end()
         self._watching.close()
         self._begin(0, None)
 
@@ -155,6 +156,12 @@ class TrainingCapture(Capture):
                 f"nothing says to which examples of this batch the gradients of these parameters belong{where}: "
                 f"{withheld}. {leave_out(withheld)}"
             )
+
+    def _note_call(self, site: Site, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        around = None if torch.is_grad_enabled() else segment()
+        if around is not None and is_cut_off(around):
+            raise UnsupportedModuleError(why_cut_off(site.path, site.module))
+        super()._note_call(site, args, kwargs)
 
     def _mark(self) -> TrainingPass | None:
         return self.current if self._hooks.forward or in_backward() else None
@@ -208,12 +215,18 @@ class TrainingCapture(Capture):
                 before[module].append(random_states(device))
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            if self._hooks.forward and drawn_since(before[module].pop(), device):
+            if not self._hooks.forward:
+                return
+            states = before[module].pop()
+            if output is not None and drawn_since(states, device):  # None: the call raised
                 raise UnsupportedModuleError(f"{draws(site.path, site.module)}. {leave_out(site.keys.values())}")
 
         # the draws of the user's own hooks on it count as well: they run in the second run too
         module = site.module
-        return [module.register_forward_pre_hook(enter, prepend=True), module.register_forward_hook(leave)]
+        return [
+            module.register_forward_pre_hook(enter, prepend=True),
+            module.register_forward_hook(leave, always_call=True),
+        ]
 
 
 def in_backward() -> bool:

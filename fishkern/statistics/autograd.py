@@ -101,6 +101,25 @@ def first(values: Iterator[Value | None]) -> tuple[int, Value]:
     return next((place, value) for place, value in enumerate(values) if value is not None)
 
 
+def widest(objectives: Iterator[Tensor | None]) -> tuple[int, Tensor]:
+    """Find the objective that says most about the paths of gradients: the last of those with most examples in it.
+
+    At the first position of a text attention has one key to attend to, so that queries and keys get no gradient, and an
+    example without a label at some position has none there.
+
+    Args:
+        objectives: An iterator with at least one that is not ``None``, ``[N]`` each.
+
+    Returns:
+        Its index and the objective.
+    """
+    best, most = None, -1
+    for place, objective in enumerate(objectives):
+        if objective is not None and (examples := int(objective.detach().count_nonzero())) >= most:
+            best, most = (place, objective), examples
+    return best
+
+
 def with_last(values: Iterator[Value]) -> Iterator[tuple[Value, bool]]:
     """Mark the last of some values.
 

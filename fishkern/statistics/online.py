@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from fishkern.backend import Backend
 from fishkern.layers import Plan, UnsupportedModuleError
 from fishkern.layers.reentrant import segment
 from fishkern.layers.training import TrainingCapture, in_backward
+from fishkern.names import listed
 from fishkern.statistics.batches import Reader, Shared
 from fishkern.statistics.choosing import Requested
 from fishkern.statistics.coverage import slowest_paths
@@ -26,9 +27,17 @@ from fishkern.statistics.request import Options, coverage_of, request_of
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.running_mean import RunningMean
 from fishkern.statistics.states import States
-from fishkern.statistics.training_plan import batch_norms, plan_in_training, refuse_coupled
+from fishkern.statistics.training_plan import (
+    batch_norms,
+    links_to,
+    plan_in_training,
+    refuse_coupled,
+    refuse_replaced,
+)
+from fishkern.warning import warn_caller
 
 _DROPPED = ("num_items_in_batch",)  # the Trainer's divisor of the loss, of no example
+_PATIENCE = 10  # how many plans may be unsettled; that of a LoRA is settled at the second step
 
 
 class OnlineFisher:
@@ -76,6 +85,10 @@ class OnlineFisher:
         ValueError: ``decay`` or ``accumulation_steps`` is out of range, or there are no parameters.
         UnsupportedModuleError: The model is sharded, scripted, dispatched or replicated in threads.
         RuntimeError: It runs under ``torch.inference_mode()``.
+
+    Inside the context, a call or a backward pass raises where a gradient could not be assigned to one example: see
+    :class:`fishkern.UnsupportedModuleError`. A module or parameter that was replaced is a ``ValueError``; two forward
+    or backward passes in one, or a second context on the model, are a ``RuntimeError``.
     """
 
     def __init__(
@@ -119,10 +132,12 @@ class OnlineFisher:
         self._checked: bool | None = False if check else None
         self._unchecked = False  # whether the plan has not yet been checked by a step
         self._norms = batch_norms(self._model)
+        self._links = links_to(self._model, self._requested.values())
         self._capture: TrainingCapture | None = None
         self._lone = False
         self._signature: object = None
         self._settled = True
+        self._unsettled_plans = 0
         self._paths: dict[str, tuple[str, str]] = {}
         self._planning = False
         self._running = False
@@ -131,6 +146,11 @@ class OnlineFisher:
     def __enter__(self) -> Self:
         if self._opened is not None:
             raise RuntimeError("this OnlineFisher is open already.")
+        if any(isinstance(getattr(hook, "__self__", None), OnlineFisher) for hook in _pre_hooks(self._model)):
+            raise RuntimeError(
+                "another OnlineFisher is open on this model, and their hooks would meet on its parameters: open one at "
+                "a time."
+            )
         with ExitStack() as stack:
             # hooks that are added after a compiled run never fire
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -149,6 +169,8 @@ class OnlineFisher:
         try:
             if kind is None:
                 self._end_pass()
+            else:
+                self._mean.drop_step()  # nobody knows whether its gradients are still used
         finally:
             opened, self._opened = self._opened, None
             opened.close()
@@ -251,11 +273,14 @@ class OnlineFisher:
         self._end_pass()
         if self._capture is not None:
             self._capture.drop()
+        if self._check is not None:
+            self._check.end()  # also where no backward pass has come: a plan takes its hooks for the user's
         # A pass of estimate freezes the model or evaluates.
-        if not model.training or not any(one.requires_grad for one in self._requested.values()):
+        if not model.training or not any(one.requires_grad for one in model.parameters()):
             self._evaluating_calls += not model.training
             return
         refuse_coupled(self._norms)
+        refuse_replaced(self._links)
         call = read_call(model, args, kwargs, self._reader, self._calls)
         self._calls += 1
         if self._capture is None or not self._settled or (self._lone and call.num_examples > 1):
@@ -286,6 +311,13 @@ class OnlineFisher:
             self._planning = False
         self._settled = all(site.settled for site in plan.sites)
         self._lone = call.num_examples == 1
+        self._unsettled_plans += not self._settled
+        if not self._settled and self._unsettled_plans == _PATIENCE:
+            warn_caller(
+                f"no gradient but zeros has reached {listed(sorted(plan.unsettled))} in {_PATIENCE} steps, and until "
+                "one does, the capture is planned again before every step, which takes several runs of two examples: "
+                "leave out by parameters= what gets none."
+            )
         signature = _signature(plan)
         if self._capture is not None and signature == self._signature:
             return
@@ -327,6 +359,10 @@ class OnlineFisher:
         self._mean.end_pass(examples, self._scale)
         if self._mean.passes == self._accumulation_steps:
             self._mean.end_step()
+
+
+def _pre_hooks(model: nn.Module) -> Iterator[Any]:
+    return (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
 
 
 def _signature(plan: Plan) -> object:

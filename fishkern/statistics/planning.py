@@ -20,7 +20,7 @@ from fishkern.layers import (
     stored_weights,
     survey,
 )
-from fishkern.statistics.autograd import check_finite, first, only_trainable
+from fishkern.statistics.autograd import check_finite, only_trainable, widest
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.coverage import slowest_paths
@@ -198,12 +198,12 @@ class Planner:
     def _make_plan(self, lone: bool, few: Examples) -> Plan:
         """Survey two examples, or the one of a batch of one, and compare them with ordinary autograd."""
         compares = few.num_examples > 1 and self._independence.pending
-        number = 0  # of the first objective that is not None: type-2 skips positions without a label
+        number = 0  # of the objective: type-2 has one for each label of a position
 
         def losses() -> Tensor:
             nonlocal number
             answer = self._answer(few)
-            number, objective = first(self._estimator.objectives(answer, few.places))
+            number, objective = widest(self._estimator.objectives(answer, few.places))
             check_finite(objective, few.places)
             if compares:
                 self._independence.note_together(answer)
@@ -259,13 +259,15 @@ class Planner:
             # Lend the states of the pass while they are zero: a second set would double the memory of the pass.
             states = self._states.of_the_same_kind(self._estimator, captured) if self.begun else self._states
             try:
-                return self._compared(plan, few, objective, self._estimator, states=states, keys=captured)
+                return self._compared(plan, few, objective, number, self._estimator, states=states, keys=captured)
             finally:
                 states.zero_()
         reasons = {}
         for keys in self._in_groups(captured):
             states = self._states.of_the_same_kind(DiagonalFisher(), keys)
-            reasons |= self._compared(plan.only(keys), few, objective, DiagonalFisher(), states=states, keys=keys)
+            reasons |= self._compared(
+                plan.only(keys), few, objective, number, DiagonalFisher(), states=states, keys=keys
+            )
         return reasons
 
     def _compared(
@@ -273,13 +275,14 @@ class Planner:
         plan: Plan,
         few: Examples,
         objective: Callable[[Examples], Tensor],
+        number: int,
         estimator: Estimator,
         *,
         states: States,
         keys: Iterable[str],
     ) -> dict[str, str]:
         """Capture the gradients of some parameters, and compare them with ordinary autograd."""
-        withheld = self._captured_once(plan, few, states.add, estimator)
+        withheld = self._captured_once(plan, few, states.add, estimator, number)
         return disagreements(
             {key: self._parameters[key] for key in keys if key not in withheld},
             states,
@@ -291,9 +294,14 @@ class Planner:
         )
 
     def _captured_once(
-        self, plan: Plan, few: Examples, add: Callable[[str, PerExampleGrads], None], estimator: Estimator
+        self,
+        plan: Plan,
+        few: Examples,
+        add: Callable[[str, PerExampleGrads], None],
+        estimator: Estimator,
+        number: int,
     ) -> set[str]:
-        """Capture the first objective of two examples by a plan; return the names whose gradients were held back."""
+        """Capture one objective of two examples by a plan; return the names whose gradients were held back."""
         strays = Strays(plan.sites, plan.idle)
 
         def add_own(key: str, grads: PerExampleGrads) -> None:
@@ -307,7 +315,7 @@ class Planner:
             counted = self.counted(few)
             with capture.forward(few.num_examples, counted), strays.watched():
                 answer = self._answer(few)
-            _, objective = first(self._estimator.objectives(answer, few.places))
+            objective = next(islice(self._estimator.objectives(answer, few.places), number, None))
             check_finite(objective, few.places)
             capture.backward(objective)
             self.distrusted |= capture.distrusted

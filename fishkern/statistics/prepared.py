@@ -142,10 +142,11 @@ def prepare(
     same examples under activation checkpointing where there was none before.
 
     Only values of weights may change, in place or by new tensors, and training modes. Whatever else is found changed is
-    refused by name: adapters in force, config, modules, their hooks and checkpointing, and of parameters names, shapes,
-    dtypes, devices, ``requires_grad`` and ties; the entries of the first batch, their dtypes and numbers of axes; the
-    definition of the estimator, the likelihood, the requested parameters. What a module's own code asks for in another
-    way (a plain attribute, a global) is not noticed. An estimator's settings, such as its seed, are free.
+    refused by name: adapters in force, config, modules, their hooks (by the names of the functions) and
+    checkpointing, and of parameters names, shapes, dtypes, devices, ``requires_grad`` and ties; the entries of the
+    first batch, their dtypes and numbers of axes; the definition of the estimator, the likelihood, the requested
+    parameters. What a module's own code asks for in another way (a plain attribute, a global) is not noticed. An
+    estimator's settings, such as its seed, are free.
 
     A module of which the first examples show nothing (no gradient but zeros arrives, as at ``A`` of a LoRA with
     ``B = 0``) is looked at when a gradient arrives, and autograd is then asked once more. What a later batch
@@ -207,7 +208,9 @@ def _prepare_pass(
 
 
 def _read(batch: Any, reader: Reader) -> Examples:
-    if isinstance(batch, Iterable) and not isinstance(batch, Mapping | tuple | list | Tensor):
+    listed = isinstance(batch, list) and batch and all(isinstance(one, Mapping) for one in batch)
+    several = listed and all(one.keys() == batch[0].keys() for one in batch)  # not inputs and targets
+    if several or (isinstance(batch, Iterable) and not isinstance(batch, Mapping | tuple | list | Tensor)):
         raise TypeError(
             f"prepare takes one batch, got a {type(batch).__name__}: pass its first one, next(iter(batches))."
         )

@@ -158,8 +158,12 @@ class Rehearsal:
         )
         few = batch.take(0, min(2, batch.num_examples))
 
+        number = 0
+
         def losses() -> Tensor:
-            return first(self.estimator.objectives(answer(few), few.places))[1]
+            nonlocal number
+            number, objective = first(self.estimator.objectives(answer(few), few.places))
+            return objective
 
         with self._phase("survey"), independence.precision.noting():
             keys = {parameter: key for key, parameter in self.requested.items()}
@@ -173,7 +177,7 @@ class Rehearsal:
             plan = plan.only({key for site in plan.sites for key in site.keys.values()})
         if self.check:
             with self._phase("self-check"):
-                planner.disagreements(plan, few, 0)
+                planner.disagreements(plan, few, number)
         planner.take(plan)
         states.flops = 0
         with self._phase("batch"):

@@ -38,7 +38,7 @@ class RunningMean:
 
     def __init__(self, states: States, decay: float, *, skips: bool) -> None:
         if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
-            raise ValueError(f"decay must be a number of at least 0 and below 1, got {decay!r}.")
+            raise ValueError(f"decay must be a number of at least 0 and below 1, got {decay!r:.80}.")
         self.states = states
         self.decay = float(decay)
         self._skips = skips

@@ -144,7 +144,7 @@ def _changes(before: Facts, now: Facts) -> Iterator[tuple[str, str]]:
 def _shortened(changes: Iterable[tuple[str, str]]) -> list[str]:
     """Show two changes of one kind, or the first of more."""
     texts = [text for _, text in changes]
-    return texts if len(texts) < 3 else [f"{texts[0]} (and of {len(texts) - 1} more)"]
+    return texts if len(texts) < 3 else [f"{texts[0]} (and {len(texts) - 1} more like it)"]
 
 
 def _facts_of_adapters(path: str, module: nn.Module) -> Facts:
@@ -170,7 +170,8 @@ def _settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         if key in _PASSING:
             continue
         if isinstance(value, Mapping):
-            yield from _settings(value, f"{prefix}{key}.")
+            inner = getattr(config, str(key), value)  # a config inside has an attention implementation of its own
+            yield from _settings(inner if hasattr(inner, "to_dict") else value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", _Inferred(value) if key == "problem_type" else repr(value)
 

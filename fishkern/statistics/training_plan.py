@@ -7,7 +7,7 @@ loss of the outputs depends on the same.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fishkern import hosts
-from fishkern.layers import Connection, Plan, Site, UnsupportedModuleError, as_found, gradient_kept, leave_out, survey
+from fishkern.layers import (
+    Connection,
+    Plan,
+    Site,
+    UnsupportedModuleError,
+    as_found,
+    gradient_kept,
+    hooked_parameters,
+    leave_out,
+    survey,
+)
 from fishkern.layers.reentrant import segment
 from fishkern.layers.tap import copied, frozen_call
 from fishkern.layers.training import drawn_since, draws, no_rows_in_output, random_states, stand_in_losses
@@ -24,6 +34,8 @@ from fishkern.statistics.model_call import ModelCall
 
 # A module that runs once more for its gradients must return what it returned, up to so many units of rounding.
 _SAME_OUTPUT = 64
+
+Link = tuple[str, Mapping[str, Any], str, Any]
 
 
 def plan_in_training(model: nn.Module, requested: Mapping[str, Tensor], call: ModelCall, device: torch.device) -> Plan:
@@ -46,6 +58,9 @@ def plan_in_training(model: nn.Module, requested: Mapping[str, Tensor], call: Mo
             "the model is called inside a reentrant checkpoint, where nothing can be found out about it: pass a batch "
             "as batch=, by which the capture is planned before, or checkpoint with use_reentrant=False."
         )
+    keys = {one: key for key, one in requested.items()}
+    if hooked := hooked_parameters(keys):
+        raise UnsupportedModuleError(_needs_loop(hooked))
     call = call.few(device)
     with _running(model, requested.values(), device) as (again, connection):
 
@@ -60,7 +75,6 @@ def plan_in_training(model: nn.Module, requested: Mapping[str, Tensor], call: Mo
             again()
             call.run(model)
 
-        keys = {one: key for key, one in requested.items()}
         plan = survey(model, keys, losses, answered=connection.answered, num_examples=call.num_examples)
         if plan.loop:
             reasons = plan.loop
@@ -87,6 +101,48 @@ def refuse_coupled(norms: Collection[tuple[str, nn.Module]]) -> None:
                 f"{path!r} ({type(module).__name__}) is in training mode and normalises each example by the others of "
                 "its batch, so that no example has a gradient of its own: switch it to evaluation mode after "
                 "model.train(), or use a norm of single examples, such as GroupNorm."
+            )
+
+
+def links_to(model: nn.Module, parameters: Iterable[Tensor]) -> list[Link]:
+    """Note where a model holds some parameters, and the modules on the way to them.
+
+    Args:
+        model: Any module.
+        parameters: The parameters.
+
+    Returns:
+        Name, the register of the module that holds it, the name in that register, and what it holds there.
+    """
+    wanted = set(parameters)
+    links: dict[str, Link] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter not in wanted:
+            continue
+        *path, last = name.split(".")
+        module = model
+        for number, part in enumerate(path, 1):
+            within = ".".join(path[:number])
+            links[within] = (within, module._modules, part, module._modules[part])
+            module = module._modules[part]
+        links[name] = (name, module._parameters, last, parameter)
+    return list(links.values())
+
+
+def refuse_replaced(links: Iterable[Link]) -> None:
+    """Refuse a model in which a module or parameter was replaced, whose gradients no hook would see.
+
+    Args:
+        links: From :func:`links_to`, before.
+
+    Raises:
+        ValueError: Something was.
+    """
+    for name, register, own, held in links:
+        if register.get(own) is not held:
+            raise ValueError(
+                f"{name!r} was replaced or removed since this OnlineFisher was made, which sees the model as it was: "
+                "make a new one of the model as it is."
             )
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -260,6 +263,99 @@ def test_training_is_the_same_to_the_bit(family):
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def with_lora() -> nn.Module:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], lora_dropout=0.2, fan_in_fan_out=True)
+    return peft.get_peft_model(zoo.gpt2().model, config)
+
+
+@contextmanager
+def distributed(model: nn.Module) -> Iterator[nn.Module]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield nn.parallel.DistributedDataParallel(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+WAYS = {
+    "checkpointing, reentrant": (lambda: checkpointed(True).float(), nullcontext),
+    "checkpointing": (lambda: checkpointed(False).float(), nullcontext),
+    "autocast": (lambda: gpt2().float(), lambda model: torch.autocast("cpu", torch.bfloat16)),
+    "LoRA": (with_lora, nullcontext),
+    "DistributedDataParallel": (lambda: gpt2().float(), distributed),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_micro_batches_and_a_scaler_form_the_same_gradients_to_the_bit(way):
+    make, around = WAYS[way]
+    model = make().train()
+    twin, data = copy.deepcopy(model), batches(4)
+
+    def train(one: nn.Module, online: fk.OnlineFisher | None) -> Iterator[Tensor]:
+        torch.manual_seed(7)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6)
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+        with around(one) as wrapped, online(one, accumulation_steps=2, scaler=scaler) if online else nullcontext():
+            run = wrapped if isinstance(wrapped, nn.Module) else one
+            for number, batch in enumerate(data):
+                scaler.scale(run(**batch).loss / 2).backward()
+                if number % 2:
+                    scaler.unscale_(optimizer)
+                    yield from [grad.clone() for p in one.parameters() if (grad := p.grad) is not None]
+                    scaler.step(optimizer)
+                    scaler.update()
+                    optimizer.zero_grad()
+
+    ours, theirs = list(train(model, fk.OnlineFisher)), list(train(twin, None))
+    assert len(ours) == len(theirs) > 0
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("which", ["last.weight", "*"])
+def test_a_hook_on_a_gradient_is_refused_by_name(which):
+    """Such as one that masks it: only autograd on each example would say what it makes of that one's."""
+    model = reading()
+    for name, parameter in model.named_parameters():
+        if which in (name, "*"):
+            parameter.register_hook(lambda grad: grad * 0.5)
+    name = "first.weight" if which == "*" else which
+    message = rf"{name.replace('.', '[.]')}: a hook on it \(register_hook\) may change the gradient of each example"
+    with pytest.raises(fk.UnsupportedModuleError, match=message), fk.OnlineFisher(model):
+        reading_loss(model)
+
+
+def test_a_first_forward_pass_without_a_backward():
+    """As that of a logged loss; nothing shows yet whose the rows are, so the next step is planned again."""
+
+    class Zeroed(Reading):
+        def forward(self, x):
+            return self.last((self.first(x) + x).mean(1)) * self.inner(x[:, 0, :1])
+
+    model = Zeroed(nn.Linear(1, 1)).double()
+    nn.init.zeros_(model.inner.weight)
+    nn.init.zeros_(model.inner.bias)
+    with fk.OnlineFisher(model) as online:
+        reading_loss(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # parameters with hooks would take the loop
+            fk.estimate(model, [(FEATURES, CLASSES)], likelihood=fk.Classification())
+        reading_loss(model).backward()
+    assert online.steps == 1
+
+
+def test_steps_leave_no_tensors_behind():
+    model, batch, counts = gpt2(), zoo.text_batch(4, 6), []
+    with fk.OnlineFisher(model) as online:
+        for _ in range(4):
+            model(**batch).loss.backward()
+            online.step()
+            gc.collect()
+            counts.append(sum(isinstance(one, Tensor) for one in gc.get_objects()))
+    assert counts[1] == counts[2] == counts[3]
+
+
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_activation_checkpointing_changes_nothing(reentrant):
     """A recomputed segment counts once, and draws the masks of its first run."""
@@ -273,6 +369,30 @@ def test_activation_checkpointing_changes_nothing(reentrant):
     (plain, grads), (recomputed, others) = found
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
     assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_segment_that_no_gradient_reaches_is_refused():
+    """Frozen modules before a reentrant checkpoint cut the layers in it off, in training as well."""
+
+    class CutOff(Reading):
+        def forward(self, x):
+            return self.last(checkpoint(self.inner, self.first(x), use_reentrant=True).mean(1))
+
+    model = CutOff(Mixing()).double()
+    model.first.requires_grad_(False)
+    with (
+        pytest.raises(
+            fk.UnsupportedModuleError, match=r"'inner' \(Mixing\) runs under reentrant .*none, not even in tr"
+        ),
+        fk.OnlineFisher(model),
+    ):
+        reading_loss(model)
+    assert_no_trace(model)
+    with fk.OnlineFisher(model, parameters=["last.*"]) as online:
+        reading_loss(model).backward()
+    assert online.steps == 1
+    assert model.inner.mix.grad is None
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
@@ -409,6 +529,27 @@ def test_a_forward_pass_that_raises_is_no_step():
     assert online.statistics == before
 
 
+def test_nothing_stays_of_forward_passes_that_raise():
+    """As where memory runs out in the middle, which the training catches: the arguments would fill it."""
+    model, fails, held = reading(DrawingNorm()), [], []
+
+    def enter(module: nn.Module, args: tuple) -> None:
+        held.append(weakref.ref(args[0]))
+        if fails:
+            raise MemoryError
+
+    model.inner.register_forward_pre_hook(enter)
+    with fk.OnlineFisher(model):
+        reading_loss(model).backward()
+        fails.append(True)
+        held.clear()
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                reading_loss(model)
+        gc.collect()
+        assert not [one for one in held if one() is not None]
+
+
 def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path):
     """Interrupted in the middle of a step of two backward passes."""
     data = [*batches(3), *batches(2)]
@@ -513,6 +654,18 @@ def test_a_parameter_that_is_frozen_meanwhile_is_still_read():
         with online:  # planned and checked again
             drawn(3, reading_loss, model).backward()
     assert found[0] == found[1]
+
+
+def test_all_that_is_requested_may_be_frozen_while_the_rest_trains():
+    found = []
+    for frozen in (False, True):
+        model = reading()
+        model.last.requires_grad_(not frozen)
+        with fk.OnlineFisher(model, parameters=["last.*"]) as online:
+            drawn(1, reading_loss, model).backward()
+        assert online.steps == 1
+        found.append(online.statistics)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_planned_by_a_batch_when_entered():
@@ -639,13 +792,16 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("entered", [True, False], ids=["when entered", "at the first step"])
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_has_no_gradient_of_its_own_is_refused_by_name(what):
+def test_what_has_no_gradient_of_its_own_is_refused_by_name(what, entered):
     inner, message = REFUSED[what]
+    batch = (FEATURES, CLASSES) if entered else None
     model = reading(inner)
     before = copy.deepcopy(model.state_dict())
     torch.manual_seed(3)
-    with pytest.raises(fk.UnsupportedModuleError, match=message), fk.OnlineFisher(model):
+    with pytest.raises(fk.UnsupportedModuleError, match=message), fk.OnlineFisher(model, batch=batch):
+        assert not entered
         reading_loss(model)
     assert_no_trace(model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -802,6 +958,51 @@ def test_passes_that_are_not_one_forward_and_one_backward_are_refused(train, mes
     assert_no_trace(model)
 
 
+def test_only_one_context_is_open_on_a_model():
+    model = reading()
+    with fk.OnlineFisher(model) as online:
+        with pytest.raises(RuntimeError, match="another OnlineFisher is open"), fk.OnlineFisher(model):
+            raise AssertionError("not reached")
+        reading_loss(model).backward()
+    assert online.steps == 1
+    assert_no_trace(model)
+
+
+@pytest.mark.parametrize("what", ["last", "last.weight"])
+def test_a_module_or_parameter_that_was_replaced_is_refused_by_name(what):
+    model = reading()
+    with pytest.raises(ValueError, match=rf"'{what}' was replaced .* make a new one"), fk.OnlineFisher(model) as online:
+        reading_loss(model).backward()
+        if what == "last":
+            model.last = nn.Linear(6, 3).double()
+        else:
+            model.last.weight = nn.Parameter(model.last.weight.detach().clone())
+        reading_loss(model)
+    assert online.steps == 1
+    assert_no_trace(model)
+
+
+def test_what_gets_no_gradient_for_long_is_named_in_a_warning():
+    """Until then every step begins with a plan, which is slow."""
+
+    class Gated(Reading):
+        def forward(self, x):
+            return self.last((self.first(x) * 0.0 + x).mean(1))
+
+    model = Gated(nn.Identity()).double()
+    with warnings.catch_warnings(), fk.OnlineFisher(model) as online:
+        warnings.simplefilter("error")
+        for _ in range(9):
+            reading_loss(model).backward()
+        with pytest.warns(
+            UserWarning, match=r"no gradient but zeros has reached first\.bias, first\.weight in 10 steps"
+        ):
+            reading_loss(model).backward()
+        reading_loss(model).backward()
+    assert online.steps == 11
+    assert not online.statistics["first.weight"].any()
+
+
 def test_a_model_that_tells_no_examples_apart_is_refused():
     model = Flattening(Mixing()).double().train()
     with (
@@ -826,6 +1027,7 @@ def test_before_the_first_step():
     [
         ({"decay": 1.0}, ValueError, r"decay must be a number of at least 0 and below 1, got 1\.0"),
         ({"decay": "0.5"}, ValueError, "decay must be a number"),
+        ({"decay": FEATURES}, ValueError, r"decay must be .*, got tensor\(\S+(\s+\S+){1,9}\s*$"),  # cut short
         ({"accumulation_steps": 0}, ValueError, "accumulation_steps must be at least 1, got 0"),
         ({"accumulation_steps": 1.5}, TypeError, r"accumulation_steps must be an integer, got 1\.5"),
         ({"parameters": ["no.such"]}, ValueError, "no.such"),
@@ -835,6 +1037,23 @@ def test_before_the_first_step():
 def test_arguments(options, error, message):
     with pytest.raises(error, match=message):
         fk.OnlineFisher(reading(), **options)
+
+
+def test_an_exception_drops_the_step_that_had_begun():
+    model = reading()
+    with fk.OnlineFisher(model, accumulation_steps=2) as expected:
+        for seed in (2, 3):
+            drawn(seed, reading_loss, model).backward()
+    online = fk.OnlineFisher(model, accumulation_steps=2)
+    with pytest.raises(KeyError), online:
+        drawn(1, reading_loss, model).backward()
+        assert online.steps == 0  # the first of two passes is read
+        raise KeyError("of the user")
+    with online:
+        for seed in (2, 3):
+            drawn(seed, reading_loss, model).backward()
+    assert online.steps == 1
+    assert all(torch.equal(online.statistics[name], expected.statistics[name]) for name in expected.statistics)
 
 
 def test_an_exception_leaves_the_model_as_found_and_training_goes_on():

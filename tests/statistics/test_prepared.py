@@ -125,6 +125,20 @@ def test_data_are_seen_if_the_first_examples_are_the_same_values():
             assert len(calls) == len(data) + (0 if seen else 3), number
 
 
+def test_type_2_is_planned_by_a_position_at_which_attention_has_a_choice():
+    """At the first position queries and keys get no gradient, which would say nothing of whose their rows are."""
+    model = zoo.llama(vocab_size=9).model
+    model.set_attn_implementation("eager")
+    ids = torch.arange(8).view(2, 4)
+    batches = [{"input_ids": ids, "labels": ids.where(ids != 7, -100)}]  # the last label is one example's alone
+    fresh = fk.estimate(model, batches, fk.DiagonalFisher("type-2"))
+    assert {covered.path for covered in fresh.coverage.values()} == {"fused"}
+    prepared = fk.prepare(model, batches[0], fk.DiagonalFisher("type-2"))
+    with counted(model) as calls:
+        assert fk.estimate(model, batches, prepared=prepared) == fresh
+    assert len(calls) == 1
+
+
 def test_values_that_cannot_be_compared_count_as_other_data():
     class Tag:
         pass
@@ -266,6 +280,26 @@ def test_another_model_is_refused_and_the_old_one_still_read():
         fk.estimate(model, batches, prepared=prepared)
     model.model.norm.requires_grad_(True)
     assert fk.estimate(model, batches, prepared=prepared) == fk.estimate(model, batches)
+
+
+def test_an_attention_implementation_inside_the_config_is_noticed():
+    transformers = pytest.importorskip("transformers")
+
+    class Holding(nn.Linear):
+        """Its config holds another, as those of models of images and text do."""
+
+        config = transformers.LlavaConfig(text_config=zoo.llama().model.config)
+
+    def losses(model, batch):
+        return model(batch["x"]).square().sum(1)
+
+    model, batch = Holding(3, 2), {"x": torch.randn(3, 3)}
+    model.config.text_config._attn_implementation = "sdpa"
+    prepared = fk.prepare(model, batch, likelihood=losses)
+    fk.estimate(model, [batch], prepared=prepared)
+    model.config.text_config._attn_implementation = "eager"
+    with pytest.raises(ValueError, match=r"the config's text_config\._attn_implementation was 'sdpa' and is 'eager'"):
+        fk.estimate(model, [batch], prepared=prepared)
 
 
 def without(batch: dict, key: str) -> dict:
@@ -688,5 +722,7 @@ def test_what_is_no_batch_or_no_prepared_pass_is_refused():
     loader = torch.utils.data.DataLoader([{key: value[0] for key, value in batch.items()}])
     with pytest.raises(TypeError, match=r"takes one batch, got a DataLoader: pass its first one, next\(iter"):
         fk.prepare(model, loader)
+    with pytest.raises(TypeError, match=r"takes one batch, got a list: pass its first one, next\(iter"):
+        fk.prepare(model, [batch, batch])
     with pytest.raises(TypeError, match=r"prepared must come from fishkern\.prepare"):
         fk.estimate(model, [batch], prepared=True)
