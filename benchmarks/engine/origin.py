@@ -36,7 +36,9 @@ def software(revision: str | None = None) -> dict[str, Any]:
     import fishkern
 
     if revision is None:
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", "fishkern", "kernels", "benchmarks")
+        # what is measured, and by what; records that were added meanwhile are neither
+        sources = ("fishkern", "kernels", "benchmarks", ":(exclude)benchmarks/results")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", *sources)
         source = {"commit": _git("rev-parse", "HEAD"), "dirty": bool(changed)}
     else:
         source = {"commit": revision, "dirty": None}
