@@ -180,6 +180,7 @@ class Settings:
         """
         groups = (self.work, self.adapting, self.budget, self.freezing, self.training)
         given = {name: value for group in groups for name, value in vars(group).items()}
+        given["spare"] = list(self.freezing.spare) or None
         if self.freezes:  # a default is the same as its value
             rule = self.freezing.rule
             given |= {"margin": rule.margin, "most": rule.most, "slices": self.freezing.cut.count}

@@ -77,7 +77,8 @@ def test_every_decision_is_in_the_report(frozen):
         assert event["entries_stopped"] <= 0.25 * report["trained"]
         total -= event["entries_stopped"]
         assert event["entries_left"] == total
-        assert event["state_bytes"] == 2 * 4 * total  # both moments of each entry, in float32
+        moments = 2 * 4 * total  # both moments of each entry, in float32; beside them steps, and rows or indices
+        assert moments <= event["state_bytes"] <= 1.05 * moments
     assert sum(event["slices_stopped"] for event in events) > 0
     stopped = [name for event in events for name in event["gradients_stopped"]]
     left = fk.Selection.load(folder / SELECTION)

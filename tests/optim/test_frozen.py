@@ -146,6 +146,7 @@ def live_bytes() -> int:
     """The memory of all tensors that Python can reach."""
     gc.collect()
     tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
+    tensors = [one for one in tensors if one.layout is torch.strided]  # a sparse one has no storage of its own
     storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
     return sum(storages.values())
 

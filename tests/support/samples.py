@@ -147,7 +147,6 @@ def factored() -> fk.FactoredStatistics:
     return fk.FactoredStatistics(tensors, count=3, provenance={"definition": definition, "runs": runs})
 
 
-@torch.no_grad()
 def freezer_state() -> FreezerState:
     """After one event, with a reference of values and one of a histogram."""
     before = selection()
@@ -162,6 +161,7 @@ def freezer_state() -> FreezerState:
     return FreezerState(7, 1, 2, "5" * 32, settings, before, after, tracks, history)
 
 
+@torch.no_grad()
 def moved(model: nn.Module, by: float = 0.5) -> nn.Module:
     """The same model with its selected entries moved, as training would."""
     for name, parameter in model.named_parameters():
