@@ -121,6 +121,7 @@ class _Event:
 def pretend() -> None:
     """Make this process believe in the device."""
     _hide_the_installed_package()
+    sys.modules["bitsandbytes"] = None  # it looks for streams of a real device as soon as PEFT imports it
     assert Path(importlib.import_module("fishkern").__file__).is_relative_to(ROOT)
     _cuda()
     _driver()
