@@ -16,6 +16,7 @@ from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics.base import Estimator, ParameterInfo, Positions, Reads, State
 from fishkern.statistics.coverage import Covered
 from fishkern.statistics.factored import FactoredStatistics
+from fishkern.statistics.parted import entries_of
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,7 @@ class DiagonalKronecker(Estimator):
         provenance: Mapping[str, Any],
         coverage: Mapping[str, Covered],
     ) -> FactoredStatistics:
-        tensors = {f"{name}/{part}": tensor for name, parts in results.items() for part, tensor in parts.items()}
-        return FactoredStatistics(tensors, count=count, provenance=provenance, coverage=coverage)
+        return FactoredStatistics(entries_of(results), count=count, provenance=provenance, coverage=coverage)
 
 
 def _sum_of_squares(factor: Tensor, counted: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ from fishkern.statistics.base import Constant, Estimator, ParameterInfo, Positio
 from fishkern.statistics.bases import power_directions, svd_directions
 from fishkern.statistics.coverage import Covered
 from fishkern.statistics.energies import Energies
+from fishkern.statistics.parted import entries_of
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,7 @@ class DirectionEnergy(Estimator):
         provenance: Mapping[str, Any],
         coverage: Mapping[str, Covered],
     ) -> Energies:
-        tensors = {f"{name}/{part}": tensor for name, parts in results.items() for part, tensor in parts.items()}
-        return Energies(tensors, count=count, provenance=provenance, coverage=coverage)
+        return Energies(entries_of(results), count=count, provenance=provenance, coverage=coverage)
 
     def _is_important(self, name: str) -> bool:
         wanted = any(fnmatchcase(name, pattern) for pattern in self.importance_of)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fishkern.digests import agree
 from fishkern.files import Format, StoredTensor, in_brief
-from fishkern.statistics.held import Held
+from fishkern.statistics.parted import Parted, part_of
 
 _PARTS = ("input", "output", "joint", "singular_values", "positions", "matrix", "importance", "grams")
 
@@ -102,7 +102,7 @@ class MatrixEnergies:
         return f"MatrixEnergies(matrix {O} x {I}, {len(self.joint)} directions)"
 
 
-class Energies(Held[MatrixEnergies]):
+class Energies(Parted[MatrixEnergies]):
     """What :class:`DirectionEnergy` estimates: the energies of each weight matrix along its directions, by name.
 
     A read-only mapping from the canonical name of a weight to :class:`MatrixEnergies`, in the model's order. All parts
@@ -125,18 +125,9 @@ class Energies(Held[MatrixEnergies]):
     FORMAT: ClassVar[Format] = Format("fishkern.energies", version=1, saved_by="Energies.save")
     KEEPS: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float64)
 
-    def __init__(self, tensors: Mapping[str, Tensor], **options: Any) -> None:
-        super().__init__(tensors, **options)
-        for name, entries in self._names.items():
-            _check_parts(name, {_part_of(entry): self.shapes[entry] for entry in entries})
-
     @staticmethod
-    def name_of(entry: str) -> str:
-        return entry.rpartition("/")[0] or entry
-
-    @classmethod
-    def _renamed_entry(cls, entry: str, fn: Callable[[str], str]) -> str:
-        return f"{fn(cls.name_of(entry))}/{_part_of(entry)}"
+    def _check_parts(name: str, shapes: Mapping[str, torch.Size]) -> None:
+        _check_parts(name, shapes)
 
     @property
     def basis(self) -> Literal["svd", "power"]:
@@ -144,7 +135,7 @@ class Energies(Held[MatrixEnergies]):
         return self.provenance["definition"].get("basis", "svd")
 
     def __getitem__(self, name: str) -> MatrixEnergies:
-        parts = [_part_of(entry) for entry in self._entries_of(name)]
+        parts = [part_of(entry) for entry in self._entries_of(name)]
         return MatrixEnergies(lambda part: self._read(f"{name}/{part}"), parts)
 
     @classmethod
@@ -171,10 +162,6 @@ class Energies(Held[MatrixEnergies]):
         if any(isinstance(entry, StoredTensor) for entry in self._entries.values()):
             parts.append("on disk")
         return f"Energies({', '.join(parts)})"
-
-
-def _part_of(entry: str) -> str:
-    return entry.rpartition("/")[2]
 
 
 def _check_parts(name: str, shapes: Mapping[str, torch.Size]) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fishkern.files import Format, StoredTensor, in_brief
-from fishkern.statistics.held import Held
+from fishkern.statistics.parted import Parted, part_of
 
 _FACTORED, _WHOLE = {"rows", "columns", "positions"}, {"values", "positions"}
 
@@ -29,7 +29,7 @@ class FactoredValues(NamedTuple):
     columns: Tensor
 
 
-class FactoredStatistics(Held[Tensor]):
+class FactoredStatistics(Parted[Tensor]):
     """What :class:`DiagonalKronecker` estimates: two vectors for each weight matrix, values for all other parameters.
 
     A read-only mapping from the canonical name of a parameter to a float32 tensor of its shape, in the model's order.
@@ -52,18 +52,9 @@ class FactoredStatistics(Held[Tensor]):
 
     FORMAT: ClassVar[Format] = Format("fishkern.factored-statistics", version=1, saved_by="FactoredStatistics.save")
 
-    def __init__(self, tensors: Mapping[str, Tensor], **options: Any) -> None:
-        super().__init__(tensors, **options)
-        for name, entries in self._names.items():
-            _check_parts(name, {_part_of(entry): self.shapes[entry] for entry in entries})
-
     @staticmethod
-    def name_of(entry: str) -> str:
-        return entry.rpartition("/")[0] or entry
-
-    @classmethod
-    def _renamed_entry(cls, entry: str, fn: Callable[[str], str]) -> str:
-        return f"{fn(cls.name_of(entry))}/{_part_of(entry)}"
+    def _check_parts(name: str, shapes: Mapping[str, torch.Size]) -> None:
+        _check_parts(name, shapes)
 
     @property
     def total(self) -> int:
@@ -82,7 +73,7 @@ class FactoredStatistics(Held[Tensor]):
         Raises:
             KeyError: There is no such parameter.
         """
-        parts = {_part_of(entry): self.shapes[entry] for entry in self._entries_of(name)}
+        parts = {part_of(entry): self.shapes[entry] for entry in self._entries_of(name)}
         return parts["values"] if "values" in parts else torch.Size((*parts["rows"], *parts["columns"]))
 
     def factors(self, name: str) -> FactoredValues | None:
@@ -124,10 +115,6 @@ class FactoredStatistics(Held[Tensor]):
     def _per_position(self, name: str, part: str) -> Tensor:
         sums, positions = self._read(f"{name}/{part}"), self._read(f"{name}/positions")
         return sums / positions if positions else sums
-
-
-def _part_of(entry: str) -> str:
-    return entry.rpartition("/")[2]
 
 
 def _check_parts(name: str, shapes: Mapping[str, torch.Size]) -> None:

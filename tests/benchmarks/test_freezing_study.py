@@ -11,6 +11,7 @@ from benchmarks.studies.freezing.arms import ARMS, OURS
 from benchmarks.studies.freezing.log import FreezingLog, shock
 from benchmarks.studies.freezing.setting import SETTINGS, Setting
 from benchmarks.studies.freezing.tasks import Task
+from fishkern.freezing import ReferenceRule
 
 SHORT = Setting(
     "short", rates=(0.1,), examples=8, choosing=4, scored=4, shock=4, epochs=1, batch_size=2, every=2, read_every=1
@@ -101,6 +102,17 @@ def test_controls_come_after_the_arm_that_they_follow():
     names = list(ARMS)
     assert all(names.index(name) > names.index(OURS) for name, arm in ARMS.items() if arm.follows)
     assert {"none", OURS, "reference", "reference-1.3", "random", "bottom"} == set(names[:FIRST])
+
+
+def test_the_published_arms_have_the_published_rule(monkeypatch):
+    """Without the limits of ours, which would keep most of the model."""
+    given = {}
+    monkeypatch.setattr(fk, "fisher_adaptune", lambda *_, **options: given.update(options))
+    for name, margin in (("reference", 1.0), ("reference-1.3", -1.3)):
+        ARMS[name].make(Stack(), Task(SHORT), None, 0, ())
+        assert given["rule"] == ReferenceRule(margin)
+        assert given["rule"].most is None
+        assert given["compat"] == "reference"
 
 
 def test_dice_is_that_of_each_image():

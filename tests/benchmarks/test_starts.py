@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("pyarrow")
 import fishkern as fk
 from benchmarks.studies import starts
+from benchmarks.studies.comparing.command import LEFT
 from benchmarks.studies.comparing.limit import Limit
 from benchmarks.studies.comparing.runs import CHOOSING_SEED, FIRST, Step, plan, stages
 from benchmarks.studies.starts import controls, informed, statistic, tasks, weights
@@ -292,7 +293,7 @@ def test_no_run_begins_that_may_end_too_late(tmp_path, monkeypatch):
     assert Limit(None).allows()
     monkeypatch.undo()
     made = pretend(monkeypatch)
-    assert starts.main(options(tmp_path, "--task", "minilm-cola", "--seconds", "-1")) == starts.LEFT
+    assert starts.main(options(tmp_path, "--task", "minilm-cola", "--seconds", "-1")) == LEFT
     assert not made
 
 

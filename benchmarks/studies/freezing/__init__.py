@@ -18,14 +18,13 @@ few rows.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from benchmarks.engine import RESULTS
 from benchmarks.engine.origin import machine
 from benchmarks.engine.records import Record
+from benchmarks.studies.comparing.command import add_options, complete, conclude, report, say_what_arms_are
 from benchmarks.studies.comparing.limit import Limit, say
 from benchmarks.studies.comparing.part import Part
 from benchmarks.studies.comparing.runs import STAGES
@@ -36,31 +35,23 @@ from benchmarks.studies.freezing.setting import SETTINGS, Setting
 from benchmarks.studies.freezing.tasks import Task, task_of
 from benchmarks.studies.glue.data import encoder_name, packaged_encoder
 
-LEFT = 3  # exit status where runs are left
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Make the runs that are missing, and print a table for each task."""
     parser = _parser()
     given = parser.parse_args(arguments)
     if given.list:
-        for name, arm in ARMS.items():
-            print(f"{name:16} {arm.says}")
-        return 0
+        return say_what_arms_are(ARMS)
     if given.data is None:
         parser.error("--data is needed: the folder that holds glue, vision and models")
     limit = Limit(given.seconds)
     path = given.results / machine()["machine"] / "freezing.jsonl"
     parts = [FreezingPart(SETTINGS[name], path, given) for name in given.task]
     if given.dry_run:
-        return _report([line for part in parts for line in part.rehearse()])
+        return report([line for part in parts for line in part.rehearse()])
     for stage in range(STAGES):
-        for part in parts:
-            part.complete(stage, limit)
-    for part in parts:
-        print(f"{part.log.table(part.arms, given.seeds)}\n")
-    failed = _report([line for part in parts for line in part.failed.values()])
-    return failed or (LEFT if limit.reached else 0)
+        complete(parts, stage, limit)
+    return conclude(parts, given.seeds, limit)
 
 
 class FreezingPart(Part):
@@ -116,29 +107,11 @@ class FreezingPart(Part):
         return failed
 
 
-def _report(failed: list[str]) -> int:
-    """Name the arms that failed, and give the exit status."""
-    for line in failed:
-        print(line, file=sys.stderr)
-    return 1 if failed else 0
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks freezing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="holds glue, vision and models")
     parser.add_argument("--encoder", type=Path, metavar="FOLDER", help="a BERT; by default the packaged MiniLM")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument(
-        "--task", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="TASK", help="any of %(choices)s"
-    )
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help="only these; --list says what is")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--seconds", type=float, metavar="N", help=f"begin no run that may end later; status {LEFT} if some are left"
-    )
-    parser.add_argument("--revision", metavar="TEXT", help="name of the sources, where there is no git")
-    parser.add_argument("--dry-run", action="store_true", help="a few steps of each arm, of which nothing is recorded")
-    parser.add_argument("--list", action="store_true", help="say what each arm is, and end")
+    add_options(parser, tasks=list(SETTINGS), arms=ARMS, seeds=3)
     return parser

@@ -11,6 +11,7 @@ from torch import nn
 import fishkern as fk
 from benchmarks.studies.freezing import controls
 from benchmarks.studies.freezing.tasks import Task
+from fishkern.freezing import ReferenceRule
 
 OURS = "probe"  # whose kept entries the controls have
 MILD = -1.3  # margin at which others found the published code to keep most of a model
@@ -54,7 +55,7 @@ def _reference(margin: float) -> Callable:
         setting = task.setting
         return fk.fisher_adaptune(
             model, None, optimizer=optimizer, every=setting.every, read_every=setting.read_every,
-            rule=fk.FreezeRule(margin=margin), compat="reference",
+            rule=ReferenceRule(margin), compat="reference",  # which limits nothing
         )  # fmt: skip
 
     return make

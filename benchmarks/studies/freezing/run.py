@@ -82,17 +82,16 @@ class Training:
         for step, batch in enumerate(map(self.task.batch, rows), start=1):
             self._step(batch)
             schedule.step()
-            event = self.task.setting.is_event(step)
-            if event:
+            if self.task.setting.is_event(step):
                 self.events.append(self._event(step, shown=not choosing))
                 after = step + self.task.setting.after
             with self.seconds("freezing"):
                 if self._freezing is not None:
                     self._freezing.step()
-            if event:
-                self.events[-1] |= {"kept": self.optimizer.selection.count, **self._state()}
-            if step == after and not choosing:
-                self.events[-1]["after"] = self.measured(few=True)["score"]
+            if step == after:  # the published code decides within the step after
+                self.events[-1] |= self._state()
+                if not choosing:
+                    self.events[-1]["after"] = self.measured(few=True)["score"]
             self.optimizer.zero_grad()
 
     def measured(self, *, few: bool, choosing: bool = False) -> Record:
@@ -117,12 +116,13 @@ class Training:
         return {"step": step, "seconds_a_step": round(statistics.median(times), 4), **score}
 
     def _state(self) -> Record:
-        """Bytes of the optimizer's state, and how many parameters need no gradient any more."""
-        state = sum(
-            value.nbytes for kept in self.optimizer.state.values() for value in kept.values() if torch.is_tensor(value)
-        )
+        """Entries in training, the size of the optimizer's state, and parameters that need no gradient any more."""
         still = sum(not value.requires_grad for name, value in _named(self.model) if name in self.optimizer.selection)
-        return {"state_mib": round(state / 2**20, 2), "still": still}
+        return {
+            "kept": self.optimizer.selection.count,
+            "state_mib": round(self.optimizer.state_bytes / 2**20, 2),
+            "still": still,
+        }
 
 
 def windows(values: list[float]) -> list[list[float]]:

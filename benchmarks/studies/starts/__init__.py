@@ -18,15 +18,14 @@ stopped, the most important runs first. The figures are of small models, with fe
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine import RESULTS
 from benchmarks.engine.origin import machine
 from benchmarks.engine.records import Record
+from benchmarks.studies.comparing.command import add_options, complete, conclude, report, say_what_arms_are
 from benchmarks.studies.comparing.limit import Limit, say
 from benchmarks.studies.comparing.part import Part
 from benchmarks.studies.comparing.runs import STAGES
@@ -40,7 +39,6 @@ from benchmarks.studies.starts.tasks import Task, task_of
 
 STATISTICS = "statistics"
 STATISTICS_OF = ("stories-sst2", "minilm-sst2")
-LEFT = 3  # exit status where runs are left
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,9 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     if given.list:
-        for name, arm in ARMS.items():
-            print(f"{name:16} {arm.says}")
-        return 0
+        return say_what_arms_are(ARMS)
     if given.data is None:
         parser.error("--data is needed: the folder of GLUE, which holds sst2/train.parquet etc.")
     models = {"llama": given.model or given.data.parent / "models" / "stories260K"}
@@ -61,44 +57,20 @@ def main(arguments: list[str] | None = None) -> int:
     if given.dry_run:
         return report([line for part in parts for line in part.rehearse()])
     for stage in range(STAGES):
-        for part in parts:
-            part.complete(stage, limit)
+        complete(parts, stage, limit)
         if stage == 0 and STATISTICS in given.task:
             measure_statistics(path, given, limit, models)
-    for part in parts:
-        print(f"{part.log.table(part.arms, given.seeds)}\n")
-    failed = report([line for part in parts for line in part.failed.values()])
-    return failed or (LEFT if limit.reached else 0)
-
-
-def report(failed: list[str]) -> int:
-    """Name the arms that failed, and give the exit status."""
-    for line in failed:
-        print(line, file=sys.stderr)
-    return 1 if failed else 0
+    return conclude(parts, given.seeds, limit)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks starts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    tasks = [*SETTINGS, STATISTICS]
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="GLUE: holds sst2/train.parquet etc.")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="stories260K; by default in ../models of the data")
     parser.add_argument("--encoder", type=Path, metavar="FOLDER", help="a BERT; by default the packaged MiniLM")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("--task", nargs="+", choices=tasks, default=tasks, metavar="TASK", help="any of %(choices)s")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help="only these; --list says what is")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        metavar="N",
-        help=f"begin no run that may end later; status {LEFT} if some are left",
-    )
-    parser.add_argument("--revision", metavar="TEXT", help="name of the sources, where there is no git")
-    parser.add_argument("--dry-run", action="store_true", help="one step of each arm, of which nothing is recorded")
-    parser.add_argument("--list", action="store_true", help="say what each arm is, and end")
+    add_options(parser, tasks=[*SETTINGS, STATISTICS], arms=ARMS, seeds=5)
     return parser
 
 
