@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import fishkern as fk
-from benchmarks.engine.memory import MIB, rounded
+from benchmarks.engine.memory import MIB, peak_allocated, rounded
 from benchmarks.engine.records import Record
 from benchmarks.engine.turns import Run, seconds_of, spread, there_and_back
 from benchmarks.subjects.transformers import Shape, Workload
@@ -250,6 +250,7 @@ def costs(trained: Training) -> Record:
     cost = fk.optim.training_cost(trained.optimizer, trained.model, trained.batch)
     own = {"entries": cost.entries, "of": cost.total, "frozen_parameters": len(cost.frozen)}
     memory = {"state_mib": cost.state_bytes / MIB, "activations_mib": kept_bytes(trained) / MIB}
+    memory["peak_mib"] = peak_allocated(trained.step) / MIB  # above weights and state, which are there before a step
     return {**own, "skipped_layers": skipped(trained), **rounded(memory), "flops": flops(trained)}
 
 
@@ -265,6 +266,7 @@ def test_events(benchmark, record):
         assert all(later[name] < before[name] for before, later in pairwise(saved))
     backward = [figures["flops"]["backward"] for figures in saved]
     assert backward[3] < backward[2] < backward[1] == backward[0]  # slices of rows save no product
+    assert saved[3]["peak_mib"] < saved[2]["peak_mib"] < saved[0]["peak_mib"]
     assert median(seconds[3]) < median(seconds[0])
 
 

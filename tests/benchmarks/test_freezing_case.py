@@ -48,3 +48,5 @@ def test_each_event_saves_something():
     assert skipped == (0, 0, 0, 2)
     backward = [c["flops"]["backward"] for c in costs]
     assert backward[3] < backward[2] < backward[1] == backward[0]
+    peaks = [c["peak_mib"] for c in costs]
+    assert peaks[3] < peaks[2] < peaks[0]

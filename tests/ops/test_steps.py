@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.engine.memory import peak_allocated
 from fishkern.digests import digest
 from fishkern.ops.group_sum_grad_squared import group_sum_grad_squared_torch
 from fishkern.ops.project_sum_squared import project_sum_squared_torch
 from fishkern.ops.sum_grad_squared import sum_grad_squared_torch
 from fishkern.statistics.valueless import Valueless
-from tests.support.allocated import peak_allocated
 
 BFLOAT16 = torch.bfloat16
 

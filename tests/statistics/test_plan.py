@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import fishkern as fk
+from benchmarks.engine.memory import peak_allocated
 from fishkern.statistics.plan import _is
 from tests.support import own_estimators, zoo
-from tests.support.allocated import peak_allocated
 
 transformers = pytest.importorskip("transformers")
 
