@@ -246,7 +246,8 @@ def after_events(case: Workload) -> list[Training]:
 
 
 def costs(trained: Training) -> Record:
-    """What a step costs, without its time."""
+    """What a step costs, without its time. The step after an event, which makes the state anew, is over then."""
+    trained.step()
     cost = fk.optim.training_cost(trained.optimizer, trained.model, trained.batch)
     own = {"entries": cost.entries, "of": cost.total, "frozen_parameters": len(cost.frozen)}
     memory = {"state_mib": cost.state_bytes / MIB, "activations_mib": kept_bytes(trained) / MIB}
