@@ -54,6 +54,11 @@ def peak_allocated(run: Callable[[], object]) -> int:
     return peak
 
 
+def step_peak_mib(run: Callable[[], object]) -> float:
+    """What one step in a process that has made others takes at most above what there was before, of tensors alone."""
+    return peak_mib(run) if torch.cuda.is_available() else peak_allocated(run) / MIB
+
+
 def weights_mib(model: nn.Module) -> float:
     """The size of all parameters."""
     return sum(parameter.nbytes for parameter in model.parameters()) / MIB

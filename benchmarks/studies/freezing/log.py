@@ -42,7 +42,8 @@ class FreezingLog(Log):
         values = "".join(f"{spread([end(record)[figure] for record in records]):>18}" for figure in figures)
         kept = statistics.mean(record["kept"] / record["trained"] for record in records)
         first, last = (statistics.median(r["events"][n]["seconds_a_step"] for r in records) for n in (0, -1))
-        seconds, peak = (statistics.median(record[key] for record in records) for key in ("seconds", "peak_mib"))
+        seconds = statistics.median(record["seconds"] for record in records)
+        peak = statistics.mean(record["events"][-1]["peak_mib"] for record in records)
         edge = "*" if self.at_the_edge(records[0]["lr"]) else " "
         return (
             f"{arm:16} {records[0]['lr']:7.0e}{edge} {len(records):5} {kept:7.1%}{values} {shock(records):8.4f}"
@@ -53,7 +54,7 @@ class FreezingLog(Log):
 NOTES = (
     "* the best rate is the smallest or the largest that was tried",
     "kept: of all entries, at the end; shock: the largest fall of the score after an event, mean over seeds;",
-    "s/step: before the first event and before the last; peak: MiB above what there was before training",
+    "s/step: before the first event and before the last; peak: MiB that a step after the last event takes at most",
 )
 
 

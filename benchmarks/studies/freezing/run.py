@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 import fishkern as fk
-from benchmarks.engine.memory import peak_mib
+from benchmarks.engine.memory import step_peak_mib
 from benchmarks.engine.origin import version_of
 from benchmarks.engine.records import Record
 from benchmarks.studies.comparing.stopwatch import Stopwatch
@@ -34,7 +35,7 @@ def run(
         steps: Stop after so many.
     """
     training = Training(arm, lr, seed, task, kept)
-    peak = peak_mib(lambda: training.go(choosing=choosing, steps=steps))
+    training.go(choosing=choosing, steps=steps)
     measured = training.measured(few=False, choosing=choosing)
     return {
         "curve": [{"step": len(training.losses), **measured}],
@@ -44,7 +45,6 @@ def run(
         "kept": training.optimizer.selection.count,
         "reading": round(training.seconds["freezing"], 2),
         "seconds": round(training.seconds["training"] + training.seconds["freezing"], 2),
-        "peak_mib": round(peak, 1),
         "peft": version_of("peft"),
     }
 
@@ -80,7 +80,10 @@ class Training:
         torch.manual_seed(self.seed)  # the dropout is the same for all arms, whatever they drew before
         after = 0
         for step, batch in enumerate(map(self.task.batch, rows), start=1):
-            self._step(batch)
+            if step == after:  # rows of this step, and so its size, are the same for all arms
+                self.events[-1]["peak_mib"] = round(step_peak_mib(partial(self._step, batch)), 1)
+            else:
+                self._step(batch)
             schedule.step()
             if self.task.setting.is_event(step):
                 self.events.append(self._event(step, shown=not choosing))
