@@ -5,20 +5,19 @@ The runs that chose a learning rate (seed 1000) are in the panels of rates alone
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.plots import style
-from benchmarks.rivals.providers import BLACK, GREY, ORANGE, OURS, VERMILION
+from benchmarks.plots.arms import Runs, arms_of, differences, dots, finals, grouped, lines, logarithmic
+from benchmarks.rivals.providers import GREY, ORANGE, OURS, VERMILION
 from benchmarks.studies.comparing.runs import CHOOSING_SEED, end
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Runs = list[dict[str, Any]]
 KINDS = {
     OURS: ("fishkern", ("farss", "farss-exact", "filet", "filet-exact", "filet-max")),
     GREY: ("PEFT's, MiLoRA", ("lora", "pissa", "eva", "corda", "lora-ga", "milora")),
@@ -26,6 +25,7 @@ KINDS = {
     VERMILION: ("published formulas", ("farss-published", "filet-published")),
 }
 COLOURS = {arm: colour for colour, (_, arms) in KINDS.items() for arm in arms}
+STRONG = {name: COLOURS[name] for name in ("farss", "lora")}  # in their colours, where there are many lines
 FRONTIER = ("lora", "pissa", "farss", "farss-exact", "filet", "corda", "random", "reversed")  # the others only as dots
 
 
@@ -45,51 +45,22 @@ def draw(records: Runs) -> Figure:
     return style.finish(figure, [*runs, *statistic])
 
 
-def grouped(records: Runs) -> list[Runs]:
-    """The records of each setting and model."""
-    groups: dict[str, Runs] = {}
-    for record in records:
-        groups.setdefault(json.dumps([record["setting"], record["model"]]), []).append(record)
-    return list(groups.values())
-
-
-def arms_of(runs: Runs) -> list[str]:
-    """The arms with counted runs, in the order of their first one."""
-    return list(dict.fromkeys(run["arm"] for run in runs if run["seed"] != CHOOSING_SEED))
-
-
-def finals(runs: Runs, figure: str) -> dict[str, list[float]]:
-    """A figure at the end of training by arm, of the counted seeds in their order."""
-    counted = sorted((run for run in runs if run["seed"] != CHOOSING_SEED), key=lambda run: run["seed"])
-    return {arm: [end(run)[figure] for run in counted if run["arm"] == arm] for arm in arms_of(runs)}
-
-
-def differences(runs: Runs, figure: str, to: str = "lora") -> dict[str, list[float]]:
-    """By arm, its figure minus that of another one, for each seed that both have."""
-    by_seed: dict[str, dict[int, float]] = {}
-    for run in sorted(runs, key=lambda run: run["seed"]):
-        if run["seed"] != CHOOSING_SEED:
-            by_seed.setdefault(run["arm"], {})[run["seed"]] = end(run)[figure]
-    other = by_seed.get(to, {})
-    return {arm: [own[n] - other[n] for n in own if n in other] for arm, own in by_seed.items() if arm != to}
-
-
 def runs_row(axes: list[Axes], runs: Runs) -> None:
     """Draw one setting."""
     setting, arms = runs[0]["setting"], arms_of(runs)
     others = [arm for arm in arms if arm != "lora"]
     if setting["stories"]:
-        dots(axes[0], finals(runs, "nll"), arms, f"{setting['task']}: loss on sentences, nats")
-        dots(axes[1], finals(runs, "kl"), arms, "KL to the untrained model, nats")
-        lines(axes[2], frontier(runs, lambda run: end(run)["nll"], lambda run: end(run)["kl"]))
+        dots(axes[0], finals(runs, "nll"), arms, f"{setting['task']}: loss on sentences, nats", COLOURS)
+        dots(axes[1], finals(runs, "kl"), arms, "KL to the untrained model, nats", COLOURS)
+        lines(axes[2], frontier(runs, lambda run: end(run)["nll"], lambda run: end(run)["kl"]), STRONG)
         axes[2].set(title="KL over loss, a point a rate", xlabel="loss", ylabel="KL")
     else:
-        dots(axes[0], finals(runs, "score"), arms, f"{setting['task']}: score")
-        dots(axes[1], differences(runs, "score"), others, "score, arm - lora, same seed")
+        dots(axes[0], finals(runs, "score"), arms, f"{setting['task']}: score", COLOURS)
+        dots(axes[1], differences(runs, "score", "lora"), others, "score, arm - lora, same seed", COLOURS)
         axes[1].axvline(0, color="0.5", linewidth=0.8)
-        lines(axes[2], early_losses(runs))
+        lines(axes[2], early_losses(runs), STRONG)
         axes[2].set(title="training loss, mean over seeds", xlabel=f"part of {setting['epochs']} epoch(s)")
-    lines(axes[3], frontier(runs, lambda run: run["lr"], lambda run: -end(run)["choice"]))
+    lines(axes[3], frontier(runs, lambda run: run["lr"], lambda run: -end(run)["choice"]), STRONG)
     axes[3].set(title="choosing the rate: low is good", xlabel="learning rate")
     logarithmic(axes[3], setting["rates"], "{:.0e}")
     for panel in axes[2:]:
@@ -133,7 +104,7 @@ def statistic_row(axes: list[Axes], records: Runs) -> None:
                 values = [r["importance_spearman"] if choice == "ranks" else r["overlap"][choice] for r in here]
                 name = f"{comparison}, {fisher}" if comparison == "halves" else comparison
                 points.setdefault(name, []).append((size, mean(values)))
-        lines(panel, points)
+        lines(panel, points, STRONG)
         panel.set(ylim=(-0.3 if choice == "ranks" else 0, 1.05), xlabel="examples")
         logarithmic(panel, sorted({record["examples"] for record in records}), "{}")
         if choice == "ranks":
@@ -143,47 +114,3 @@ def statistic_row(axes: list[Axes], records: Runs) -> None:
             title = f"{records[0]['setting']['task']}, {choice}: overlap"
         panel.set_title(title, fontsize=9, loc="left")
         style.plain(panel)
-
-
-def dots(axes: Axes, values: dict[str, list[float]], arms: list[str], title: str) -> None:
-    for row, arm in enumerate(arms):
-        points = values.get(arm, [])
-        if not points:
-            continue
-        colour = COLOURS.get(arm, BLACK)
-        axes.plot(points, [row] * len(points), "o", color=colour, alpha=0.5, markersize=4.5, markeredgewidth=0)
-        axes.plot([mean(points)] * 2, [row - 0.3, row + 0.3], color=colour, linewidth=2.2)
-    axes.set_yticks(range(len(arms)), arms, fontsize=style.SMALL)
-    for label, arm in zip(axes.get_yticklabels(), arms, strict=True):
-        label.set_color(COLOURS.get(arm, BLACK))
-    axes.set_ylim(len(arms) - 0.4, -0.6)
-    axes.margins(x=0.08)
-    axes.grid(axis="x", color="0.92", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.set_xlabel("dot: a seed; bar: their mean", fontsize=style.SMALL)
-    axes.set_title(title, fontsize=9, loc="left")
-    style.plain(axes)
-
-
-def logarithmic(axes: Axes, values: list[float], form: str) -> None:
-    """Scale the x-axis logarithmically, with a tick at each value."""
-    from matplotlib.ticker import NullLocator
-
-    axes.set_xscale("log")
-    axes.set_xticks(values, [form.format(value) for value in values])
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
-def lines(axes: Axes, points: dict[str, list[tuple[float, float]]]) -> None:
-    shades = style.colours(points)
-    shades |= {name: COLOURS[name] for name in ("farss", "lora") if name in points}
-    for (name, line), marker in zip(points.items(), style.MARKERS, strict=False):
-        axes.plot(
-            *zip(*line, strict=True), marker=marker, markersize=3.5, linewidth=1.1, color=shades[name], label=name
-        )
-    if points:
-        axes.legend(fontsize=style.SMALL - 2, frameon=False)
-    axes.grid(color="0.92", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.xaxis.label.set_fontsize(style.SMALL)
-    axes.yaxis.label.set_fontsize(style.SMALL)

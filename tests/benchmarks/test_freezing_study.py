@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fishkern as fk
+from benchmarks.plots import freezing as plot
 from benchmarks.studies import freezing
 from benchmarks.studies.comparing.runs import CHOOSING_SEED, FIRST, Step
 from benchmarks.studies.freezing import controls, nuclei
@@ -132,3 +133,36 @@ def test_shifts_of_images():
     assert torch.equal(noisy, nuclei.shifted(pixels, "noisy"))
     assert not torch.equal(noisy, pixels)
     assert noisy.min() >= 0
+
+
+def ran(arm: str, seed: int, score: float, kept: tuple[int, int] = (100, 100), shifts: bool = False) -> dict:
+    """A record of a run with two events, at each of which a hundredth is lost."""
+    around = {"before": score, "after": score - 0.01}
+    events = [
+        {"step": 10 * (n + 1), "kept": count, "seconds_a_step": 0.4 - 0.1 * n, **around} for n, count in enumerate(kept)
+    ]
+    last = {"score": score, **(dict.fromkeys(plot.SHIFTS, score / 2) if shifts else {})}
+    about = {"quantity": "run", "setting": {"task": "nuclei" if shifts else "sst2"}, "model": "small", "arm": arm}
+    origin = {"machine": "some-cpu", "commit": "abcdef0123", "dirty": False, "time": "2026-01-02T03:04:05+00:00"}
+    return {**about, "lr": 0.1, "seed": seed, "curve": [last], "events": events, "trained": 100, **origin}
+
+
+def test_the_picture_shows_what_is_recorded():
+    pytest.importorskip("matplotlib")
+    runs = [ran("none", seed, 0.8) for seed in (0, 1)] + [ran(OURS, seed, 0.7, (75, 50 - 20 * seed)) for seed in (0, 1)]
+    assert plot.in_training(runs) == {"none": [(0, 1), (10, 1), (20, 1)], OURS: [(0, 1), (10, 0.75), (20, 0.4)]}
+    assert plot.around_events(runs)[OURS] == pytest.approx([-0.01] * 4)
+    assert plot.step_times(runs)[OURS] == pytest.approx([0.75] * 2)
+    others = [ran(arm, 0, 0.6, shifts=True) for arm in ("none", "bottom")]
+    assert plot.shifted(others) == {"none": [pytest.approx(0.3)], "bottom": [pytest.approx(0.3)]}
+    figure = plot.draw([*runs, ran(OURS, CHOOSING_SEED, 0.99), *others])
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles[0] == "sst2: score"
+    assert titles[5] == "nuclei: score"
+    places = [line.get_xdata()[0] for line in figure.axes[0].lines]
+    assert 0.99 not in places
+    assert places[:2] == [0.8, 0.8]
+
+
+def test_every_arm_has_a_colour():
+    assert plot.COLOURS.keys() == ARMS.keys()

@@ -399,7 +399,7 @@ def test_the_picture_shows_each_seed_and_what_was_chosen():
     ]
     sst2 = [record for record in records if record["quantity"] == "run" and record["setting"]["task"] == "minilm-sst2"]
     assert plot.finals(sst2, "score") == {"lora": [0.5, 0.6, 0.7], "farss": pytest.approx([0.51, 0.61, 0.71])}
-    assert plot.differences(sst2, "score") == {"farss": pytest.approx([0.01] * 3)}
+    assert plot.differences(sst2, "score", "lora") == {"farss": pytest.approx([0.01] * 3)}
     assert plot.frontier(sst2, lambda run: run["lr"], lambda run: 1.0) == {"lora": [(1e-3, 1.0), (1e-2, 1.0)]}
     records.append(drawn("minilm-only-rates", "lora", CHOOSING_SEED))
     figure = plots.draw("starts", json.loads(json.dumps(records)))
