@@ -316,3 +316,23 @@ def test_schedulers_and_accumulation_go_on():
         assert (event is not None) is (step % 2 == 1)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 7)
     assert freezer.number == 3
+
+
+def test_a_scaler_of_the_loss_changes_no_bit_of_a_training_with_events():
+    """By a power of two, and without overflow: the probe's losses are not scaled."""
+    models, events = [network(), network()], []
+    for model, scale in zip(models, (1.0, 2.0**12), strict=True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        optimizer = adamw(model)
+        freezer = freezer_of(model, optimizer)
+        found = []
+        for x, y in batches(10):
+            optimizer.zero_grad()
+            scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            found.append(freezer.step())
+        events.append(found)
+    assert events[0] == events[1]
+    assert sum(bool(event and event.frozen) for event in events[0]) > 0
+    assert_same(*map(values, models))

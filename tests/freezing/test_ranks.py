@@ -22,19 +22,38 @@ rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 
-def run(find_unused):
-    model = network()
-    optimizer = adamw(model)
-    freezer = freezer_of(model, optimizer, [PROBE[rank]])
-    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused)
-    data = [(x[rank::2], y[rank::2]) for x, y in batches(12)]
-    return [event for event in train(wrapped, optimizer, freezer, data) if event], freezer
+data = [(x[rank::2], y[rank::2]) for x, y in batches(12)]
 
-events, freezer = run(find_unused=True)
+def parts(model, selection=None):
+    optimizer = adamw(model, selection)
+    freezer = freezer_of(model, optimizer, [PROBE[rank]])
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True), optimizer, freezer
+
+def run(training, data):
+    return [event for event in train(*training, data) if event]
+
+model = network()
+training = parts(model)
+events, freezer = run(training, data), training[-1]
+
+# stopped after six steps, and gone on with in new objects
+stopped = network()
+training = parts(stopped)
+before = run(training, data[:6])
+_, optimizer, freezer_then = training
+file = freezer_then.save(folder / f"freezer-{rank}.safetensors")
+another = network()
+another.load_state_dict(stopped.state_dict())
+training = parts(another, fk.Freezer.saved_selection(file))
+training[1].load_state_dict(optimizer.state_dict())
+training[2].load(file)
+after = run(training, data[6:])
+same = [torch.equal(one, other) for one, other in zip(model.parameters(), another.parameters(), strict=True)]
 report = {
     "frozen": [sorted(map(list, event.frozen)) for event in events],
     "scores": [[score for _, score in sorted(event.scores.items())] for event in events],
     "digest": freezer.state_dict()["header"]["digest"],
+    "resumed": [before + after == events, len(before), len(after), all(same)],
 }
 
 class Odd(fk.FreezeRule):
@@ -69,6 +88,7 @@ def test_two_ranks_decide_alike(tmp_path):
     assert sum(map(len, ours["frozen"])) > 5
     assert ours["scores"] == theirs["scores"]
     assert ours["digest"] == theirs["digest"]
+    assert ours["resumed"] == theirs["resumed"] == [True, 1, 2, True]
     assert ours["online"].startswith("an OnlineFisher reads each process's own batches")
     assert ours["compat"].startswith("compat='reference' reads each process's own batches")
     assert "rank 0 and rank 1 differ in the slices that stop" in ours["odd"]
