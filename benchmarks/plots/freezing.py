@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NONE = "none"  # the arm in which nothing stops
+NONE, CONTROL = "none", "random"  # nothing stops; as many entries stop as in our arm
 COLOURS = {NONE: GREY} | dict.fromkeys(("probe", "factors"), OURS)
 COLOURS |= dict.fromkeys(("reference", "reference-1.3"), VERMILION)
 COLOURS |= dict.fromkeys(("random", "bottom", "largest", "smallest-change", "smallest-fisher"), ORANGE)
@@ -45,8 +45,9 @@ def row(axes: list[Axes], runs: Runs) -> None:
     dots(axes[0], finals(runs, "score"), arms, f"{task}: score", COLOURS)
     dots(axes[1], differences(runs, "score", NONE), others, "score, arm - none, same seed", COLOURS)
     axes[1].axvline(0, color="0.5", linewidth=0.8)
-    lines(axes[2], in_training(runs), {})
-    axes[2].set(title="entries in training, mean over seeds", xlabel="step", ylim=(0, 1.05))
+    own = {arm: points for arm, points in in_training(runs).items() if COLOURS[arm] != COLOURS[CONTROL]}
+    lines(axes[2], own, {})
+    axes[2].set(title="entries in training; controls as probe", xlabel="step", ylim=(0, 1.05))
     axes[2].title.set_fontsize(9)
     style.plain(axes[2])
     if SHIFTS[0] in runs[0]["curve"][-1]:
@@ -54,7 +55,7 @@ def row(axes: list[Axes], runs: Runs) -> None:
     else:
         dots(axes[3], around_events(runs), arms, "score after - before an event, each", COLOURS)
         axes[3].axvline(0, color="0.5", linewidth=0.8)
-    dots(axes[4], step_times(runs), arms, "a step before the last event, to the first", COLOURS)
+    dots(axes[4], step_times(runs), arms, "time of a step, end to start", COLOURS)
     axes[4].axvline(1, color="0.5", linewidth=0.8)
 
 
