@@ -1,4 +1,4 @@
-"""Every figure in the README, and in the comparison of starts, is in a committed record."""
+"""Every figure in the README, and of what the pages on starts and freezing measured, is in a committed record."""
 
 from __future__ import annotations
 
@@ -293,3 +293,77 @@ def test_what_is_said_of_the_choice_of_starts():
             shares.append(f"{100 * mean(r['overlap'][choice] for r in found):.0f} %")
     said = STARTS.split("What the data choose")[1]
     assert re.findall(r"\d+ %", said) == shares
+
+
+def section_of(page: str, heading: str) -> str:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def cells_of(text: str, head: str) -> list[list[str]]:
+    """The rows of the table whose first heading this is."""
+    lines = text.split(f"| {head} |")[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+FREEZING_ARMS = {
+    "nothing stops": "none",
+    "`fisher_adaptune` (`probe`)": "probe",
+    "published, margin 1": "reference",
+    "published, margin -1.3": "reference-1.3",
+    "slices by chance": "random",
+    "bottom layers first": "bottom",
+}
+
+
+def test_what_freezing_is_worth():
+    """Three seeds of each arm, at the rate that it has chosen."""
+    rows = cells_of(section_of("freezing.md", "What it is worth"), "MiniLM, SST-2, LoRA")
+    assert [row[0] for row in rows] == list(FREEZING_ARMS)
+    runs = [r for r in records("freezing") if r["setting"]["task"] == "minilm-sst2-lora" and r["seed"] < 3]
+    for name, *cells in rows:
+        own = [run for run in runs if run["arm"] == FREEZING_ARMS[name]]
+        assert len(own) == 3
+        scores = [100 * run["curve"][-1]["score"] for run in own]
+        first, last = ([run["events"][n] for run in own] for n in (0, -1))
+        step = mean(b["seconds_a_step"] / a["seconds_a_step"] for a, b in zip(first, last, strict=True))
+        assert cells == [
+            f"{mean(scores):.1f} ± {stdev(scores):.1f}",
+            f"{100 * mean(run['kept'] / run['trained'] for run in own):.1f} %",
+            f"{step:.2f}",
+            f"{mean(event['peak_mib'] for event in last):.1f} MiB",
+        ]
+
+
+FROZEN = {"a quarter": 0.25, "half": 0.5, "three quarters": 0.75}
+
+
+def test_what_freezing_the_lowest_layers_saves():
+    newest = {r["frozen"]: r for r in records("frozen_layers") if r["quantity"] == "layers"}
+    rows = cells_of(section_of("freezing.md", "What it saves"), "lowest layers frozen")
+    assert [row[0] for row in rows] == list(FROZEN)
+    for name, *cells in rows:
+        of = newest[FROZEN[name]]
+        assert cells == [f"{of[key]:.2f}" for key in ("ratio", "ratio_at_best", "activations_ratio", "flops_ratio")]
+
+
+def test_what_events_save():
+    newest = {r["event"]: r for r in records("frozen_layers") if r["quantity"] == "events"}
+    rows = cells_of(section_of("freezing.md", "What it saves"), "what has stopped")
+    assert len(rows) == len(newest) == 4
+    for number, (_, *cells) in enumerate(rows):
+        of = newest[number]
+        assert cells == [
+            f"{100 * of['entries'] / of['of']:.0f} %",
+            f"{1e3 * of['seconds']['median']:.0f} ms",
+            f"{of['peak_mib']:.0f} MiB",
+            f"{of['state_mib']:.0f} MiB",
+        ]
+
+
+def test_what_an_online_fisher_costs():
+    times = {(r["case"]["T"], r["provider"]): r["seconds"]["median"] for r in records("online")}
+    ratios = [f"{times[size, 'fishkern'] / times[size, 'step_alone']:.1f}" for size in (16, 64, 256)]
+    text = section_of("online.md", "What it costs").replace("\n", " ")
+    said = re.search(r"takes ([\d.]+) times as long .* ([\d.]+) times .* ([\d.]+) times", text)
+    assert list(said.groups()) == ratios
