@@ -19,6 +19,8 @@ from fishkern.names import canonical_name
 from fishkern.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
 from fishkern.selection import (
     Columns,
+    Contributions,
+    ContributionTopK,
     Delta,
     GlobalTopK,
     PerRowTopK,
@@ -74,6 +76,8 @@ __all__ = [
     "Classification",
     "Columns",
     "Constant",
+    "ContributionTopK",
+    "Contributions",
     "Delta",
     "DiagonalFisher",
     "DiagonalKronecker",
