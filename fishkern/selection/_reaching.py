@@ -17,13 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fishkern.files import AnyTensor, pieces
-from fishkern.ops._digits import ordered_keys
+from fishkern.files import AnyTensor
 from fishkern.ops.streaming_topk import Order
-from fishkern.selection.ranking import no_rank
+from fishkern.selection._in_order import ZERO, InOrder, Runs
 
-# Leading bits of a score by which scores are counted: of a float32 sign, exponent and 7 bits of the mantissa.
-_BITS = 16
 # Scores that are read at once to follow their order.
 _MOST_READ = 2**23
 # A range is cut into so many blocks, of so many counts in all.
@@ -77,21 +74,6 @@ class Steps:
             ``[S, J]``.
         """
         return connections[:, self.layers].clamp(self.low, self.high) - self.low
-
-
-@dataclass(frozen=True)
-class _Runs:
-    """Scores in their order, those of one value and one layer as one entry.
-
-    Attributes:
-        layers: ``[M]`` the layer's number.
-        counts: ``[M]`` how many scores.
-        edges: ``[U + 1]`` where each unit begins, and the end: inside a unit the order is not known.
-    """
-
-    layers: Tensor
-    counts: Tensor
-    edges: Tensor
 
 
 class _Open(NamedTuple):
@@ -153,7 +135,7 @@ class Search:
         Raises:
             ValueError: A score is NaN; its parameter is named.
         """
-        source = _Source(scores, layer_of, order)
+        source = InOrder(scores, layer_of, order)
         bins, runs = source.counted()
         open_bins = list(self._walk(runs, torch.zeros_like(self._units)))
         while open_bins := [one for one in open_bins if self._may_improve(one.distance, one.first)]:
@@ -165,10 +147,10 @@ class Search:
             for one, inside in zip(read, ordered, strict=True):
                 for run in self._walk(inside, one.start):
                     self._follow(run.start, int(inside.layers[run.unit]), run.entries)
-        before = runs.counts.cumsum(0)[runs.edges[1:] - 1]
-        self.in_zeros = int(bins[torch.searchsorted(before, self.size)]) == 0
+        sizes = runs.counts.cumsum(0)[runs.edges[1:] - 1]
+        self.in_zeros = int(bins[torch.searchsorted(sizes, self.size)]) == ZERO
 
-    def _walk(self, runs: _Runs, start: Tensor, first: int = 0, last: int | None = None) -> Iterator[_Open]:
+    def _walk(self, runs: Runs, start: Tensor, first: int = 0, last: int | None = None) -> Iterator[_Open]:
         """Look at every size that is between two units, and yield the units in which a better one may be.
 
         Args:
@@ -271,83 +253,6 @@ class Search:
         distances = torch.minimum((below - self._target).abs(), (above - self._target).abs())
         # Where nothing differs, the size at the start is the first of this distance.
         return distances.masked_fill((stride == 0) & starts.any(1), _BEYOND)
-
-
-class _Source:
-    """Scores by name, in the order in which the top set takes them.
-
-    Args:
-        scores: In memory or on disk.
-        layer_of: The number of each parameter's layer.
-        order: Which scores come first.
-    """
-
-    def __init__(self, scores: Mapping[str, AnyTensor], layer_of: Mapping[str, int], order: Order) -> None:
-        self._scores = {name: score for name, score in scores.items() if score.numel()}
-        self._layer_of, self._largest = layer_of, order == "largest"
-        double = any(score.dtype == torch.float64 for score in scores.values())
-        self._dtype = torch.float64 if double else torch.float32  # which holds every score exactly
-        self._shift = 8 * self._dtype.itemsize - _BITS
-
-    def _keys(self, name: str, score: AnyTensor) -> Iterator[Tensor]:
-        """Yield a parameter's scores as integers, the first one of the order the largest."""
-        first = 0
-        for piece in pieces(score):
-            if (nan := piece.isnan()).any():
-                raise ValueError(no_rank(name, first + int(nan.nonzero()[0])))
-            values = piece.to(self._dtype)
-            yield ordered_keys(values if self._largest else -values)
-            first += len(piece)
-
-    def counted(self) -> tuple[Tensor, _Runs]:
-        """Count the scores of each layer by their leading bits; reads all of them.
-
-        Returns:
-            ``[U]`` the leading bits, those that come first first; and the counts, a unit for each.
-        """
-        bins, layers, counts = [], [], []
-        for name, score in self._scores.items():
-            histogram = torch.zeros(2**_BITS, dtype=torch.int64)
-            for keys in self._keys(name, score):
-                leading = (keys >> self._shift) + 2 ** (_BITS - 1)
-                histogram += torch.bincount(leading, minlength=2**_BITS).cpu()
-            filled = histogram.nonzero().view(-1)
-            bins.append(filled)
-            counts.append(histogram[filled])
-            layers.append(torch.full_like(filled, self._layer_of[name]))
-        bins, order = torch.cat(bins).sort(descending=True, stable=True)
-        bins, entries = bins.unique_consecutive(return_counts=True)
-        edges = torch.cat([entries.new_zeros(1), entries.cumsum(0)])
-        return bins - 2 ** (_BITS - 1), _Runs(torch.cat(layers)[order], torch.cat(counts)[order], edges)
-
-    def ordered(self, bins: Tensor) -> list[_Runs]:
-        """Put the scores of some leading bits into order; reads all scores.
-
-        Args:
-            bins: ``[U]`` as in :meth:`counted`, and in that order.
-
-        Returns:
-            For each of them its scores, every run a unit.
-        """
-        wanted = torch.zeros(2**_BITS, dtype=torch.bool)
-        wanted[bins + 2 ** (_BITS - 1)] = True
-        keys, layers, counts = [], [], []
-        for name, score in self._scores.items():
-            own = wanted.to(score.device)
-            parts = [
-                part[own[(part >> self._shift).long() + 2 ** (_BITS - 1)]].cpu() for part in self._keys(name, score)
-            ]
-            values, count = torch.cat(parts).unique(return_counts=True) if parts else (bins.new_empty(0),) * 2
-            keys.append(values)
-            counts.append(count)
-            layers.append(torch.full_like(count, self._layer_of[name]))
-        keys, order = torch.cat(keys).sort(descending=True, stable=True)  # of equal scores the earlier parameter's
-        layers, counts = torch.cat(layers)[order], torch.cat(counts)[order]
-        sizes = (keys >> self._shift).unique_consecutive(return_counts=True)[1].tolist()
-        return [
-            _Runs(own, count, torch.arange(len(own) + 1))
-            for own, count in zip(layers.split(sizes), counts.split(sizes), strict=True)
-        ]
 
 
 def _gcd(numbers: Tensor) -> Tensor:

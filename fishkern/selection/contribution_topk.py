@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fishkern.arguments import fraction_of, integer, one_of
+from fishkern.arguments import at_least, fraction_of, one_of
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor
 from fishkern.ops.streaming_topk import ORDERS, Order
@@ -95,11 +95,11 @@ class ContributionTopK(Rule):
             raise ValueError(f"give either top or density, got top={self.top} and density={self.density}.")
         given = "density" if self.top is None else "top"
         vars(self).update({given: fraction_of(getattr(self, given), given)})
-        vars(self).update(least_per_row=_at_least(1, self.least_per_row, "least_per_row"))
+        vars(self).update(least_per_row=at_least(1, self.least_per_row, "least_per_row"))
         if self.share == "sum" and self.top is None:
             raise ValueError("share='sum' goes with top=: density= is solved by counting.")
         if self.most is not None:
-            vars(self).update(most=_at_least(self.least_per_row, self.most, "most"))
+            vars(self).update(most=at_least(self.least_per_row, self.most, "most"))
         one_of(self.by, BY, "by")
         one_of(self.share, SHARES, "share")
         one_of(self.order, ORDERS, "order")
@@ -165,7 +165,7 @@ class ContributionTopK(Rule):
                 numel=layer.numel,
                 top_count=count,
                 share=float(weight / summed) if summed else 0.0,
-                connections=connections,
+                connections=min(connections, layer.longest),
                 count=layer.entries(connections),
             )
             for layer, count, weight, connections in zip(layers, counts, weights, per_row, strict=True)
@@ -264,9 +264,3 @@ class ContributionTopK(Rule):
             f"the {contributions.top_count:,} entries in the top set, and the others get multiples of what it gets. "
             "Give density=, most=, or a larger top."
         )
-
-
-def _at_least(least: int, value: Any, name: str) -> int:
-    if (number := integer(value, name)) < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}.")
-    return number

@@ -23,7 +23,7 @@ class LayerContribution:
         numel: Entries of these parameters.
         top_count: How many of them are in the top set.
         share: Its share of the top set, by what the rule counts; 0 where no entry is in it.
-        connections: How many of each row are selected, where a row has as many.
+        connections: How many of each row are selected; all of a shorter one.
         count: How many are selected in all.
     """
 
