@@ -22,8 +22,8 @@ class NofM(Rule):
     """Select the ``n`` first scores of each ``m`` consecutive entries of a row, such as 2 of 4.
 
     A row is everything at one index of the first axis, in row-major order, as in :class:`~fishkern.PerRowTopK`; the
-    first ``m`` of its entries are one group, the next ``m`` another. In a group ties go to the smaller index. So
-    exactly n / m of each ranked parameter is selected. Parameters with fewer than two dimensions have no rows, and must be
+    first ``m`` of its entries are one group, the next ``m`` another. In a group ties go to the smaller index. So of
+    each ranked parameter exactly n / m is selected. Parameters with fewer than two dimensions have no rows, and must be
     named in ``always`` or ``never``.
 
     Args:
