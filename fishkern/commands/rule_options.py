@@ -8,10 +8,9 @@ from typing import Annotated, Any
 from typer import Option
 
 import fishkern as fk
-from fishkern.selection.contribution_topk import BY, SHARES
+from fishkern.selection.contribution_topk import BY, SHARES, USUAL_TOP
 
 DENSITY = 0.005
-TOP = 0.2  # of contribution
 
 _BUDGET = ("k", "density", "smallest")
 # The options that each rule takes.
@@ -53,7 +52,7 @@ class RuleOptions:
         Option(
             metavar="D",
             help="contribution: fraction of the ranked entries whose places are counted by layer.",
-            show_default=f"{TOP} without --density",
+            show_default=f"{USUAL_TOP} without --density",
         ),
     ] = None
     least_per_row: Annotated[
@@ -107,7 +106,7 @@ class RuleOptions:
         if self.rule == "contribution":
             given = {name: getattr(self, name) for name in ("least_per_row", "by", "share", "most")}
             given = {name: value for name, value in given.items() if value is not None}
-            top = TOP if self.top is None and self.density is None else self.top
+            top = USUAL_TOP if self.top is None and self.density is None else self.top
             return fk.ContributionTopK(top, self.density, **given, order=order, **patterns)
         if self.rule == "per-row":
             if (self.k is None) == (self.density is None):

@@ -8,7 +8,7 @@ the leading bits of their values; then those of the few ranges that are left are
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -95,10 +95,14 @@ class _Open(NamedTuple):
 
 
 class Search:
-    """Find the smallest top set for which the number of selected entries is as near to a target as it ever is.
+    """Find the top set for which the number of selected entries is as near to a target as it ever is.
+
+    Of several the one whose size is nearest to a usual one, and of two of these the smaller: very small top sets come
+    near to many targets by chance.
 
     Args:
         target: How many entries to select.
+        usual: A size of the top set.
         steps: What connections cost.
         units: ``[layers]`` what an entry of a layer weighs in its contribution, whole numbers.
         least_per_row: Connections of each row in the layer of the smallest contribution.
@@ -110,15 +114,15 @@ class Search:
         in_zeros: Whether its last score is zero, or next to zero.
     """
 
-    def __init__(self, target: int, steps: Steps, units: Tensor, least_per_row: int) -> None:
-        self._target, self._steps, self._units, self._least = target, steps, units, least_per_row
-        self._best = (_BEYOND, 0)  # distance from the target, size
+    def __init__(self, target: int, usual: int, steps: Steps, units: Tensor, least_per_row: int) -> None:
+        self._target, self._usual, self._steps, self._units, self._least = target, usual, steps, units, least_per_row
+        self._best = (_BEYOND, 0, 0)  # distance from the target, distance from the usual size, size
         self.counts = torch.zeros_like(units)
         self.in_zeros = False
 
     @property
     def size(self) -> int:
-        return self._best[1]
+        return self._best[2]
 
     @property
     def selected(self) -> int:
@@ -138,7 +142,7 @@ class Search:
         source = InOrder(scores, layer_of, order)
         bins, runs = source.counted()
         open_bins = list(self._walk(runs, torch.zeros_like(self._units)))
-        while open_bins := [one for one in open_bins if self._may_improve(one.distance, one.first)]:
+        while open_bins := [one for one in open_bins if self._may_improve(one)]:
             read, entries = [], 0
             while open_bins and (not read or entries + open_bins[0].entries <= _MOST_READ):
                 read.append(open_bins.pop(0))
@@ -179,7 +183,7 @@ class Search:
         distances[entries == 1] = _BEYOND  # there is nothing inside
         for number in (distances <= self._best[0]).nonzero().view(-1).tolist():
             one = _Open(0, starts[number], int(sizes[number]), int(entries[number]), int(distances[number]))
-            if not self._may_improve(one.distance, one.first):
+            if not self._may_improve(one):
                 continue
             if (unit := int(cuts[number])) + 1 == int(cuts[number + 1]):
                 yield _Open(unit, *one[1:])
@@ -206,22 +210,25 @@ class Search:
         turn = least // int(self._units[layer]) - int(start[layer])
         falling, rising = range(1, min(entries - 1, turn) + 1), range(max(1, turn + 1), entries)
         for sizes, sign in ((falling, -1), (rising, 1)):
-            place = bisect_left(sizes, sign * self._target, key=lambda more, sign=sign: sign * selected(more))
-            if place < len(sizes):
-                self._consider(counts(sizes[place]))
-            if place > 0:  # and the first of those that are as near on the other side
-                other = sign * selected(sizes[place - 1])
-                place = bisect_left(sizes, other, key=lambda more, sign=sign: sign * selected(more))
-                self._consider(counts(sizes[place]))
+            value = lambda more, sign=sign: sign * selected(more)  # noqa: E731 - which ascends
+            place = bisect_left(sizes, sign * self._target, key=value)
+            for near in {max(0, place - 1), min(place, len(sizes) - 1)} if sizes else ():
+                equal = value(sizes[near])
+                first = sizes[bisect_left(sizes, equal, key=value)]
+                last = sizes[bisect_right(sizes, equal, key=value) - 1]
+                self._consider(counts(min(max(first, self._usual - int(start.sum())), last)))
 
-    def _may_improve(self, distance: int, first: int) -> bool:
-        return (distance, first + 1) < self._best
+    def _may_improve(self, one: _Open) -> bool:
+        first, last = one.first + 1, one.first + one.entries - 1
+        return (one.distance, max(0, first - self._usual, self._usual - last), first) < self._best
 
     def _consider(self, counts: Tensor) -> None:
-        """Compare top sets with the best so far: ``[S, layers]`` counts, each row larger than the one before."""
-        distances = (self._selected(counts) - self._target).abs()
-        row = int((distances == distances.min()).nonzero()[0])
-        best = (int(distances[row]), int(counts[row].sum()))
+        """Compare top sets with the best so far: ``[S, layers]`` counts."""
+        distances, sizes = (self._selected(counts) - self._target).abs(), counts.sum(1)
+        nearest = (distances == distances.min()).nonzero().view(-1)
+        off = sizes[nearest] - self._usual
+        row = nearest[(2 * off.abs() + (off > 0)).argmin()]
+        best = (int(distances[row]), abs(int(sizes[row]) - self._usual), int(sizes[row]))
         if best < self._best:
             self._best, self.counts = best, counts[row].clone()
 
@@ -250,9 +257,7 @@ class Search:
         inside = torch.tensor(self._target).clamp(lowest, highest)
         below = inside - (inside - lowest) % stride.clamp(min=1)
         above = torch.where(below + stride <= highest, below + stride, below)
-        distances = torch.minimum((below - self._target).abs(), (above - self._target).abs())
-        # Where nothing differs, the size at the start is the first of this distance.
-        return distances.masked_fill((stride == 0) & starts.any(1), _BEYOND)
+        return torch.minimum((below - self._target).abs(), (above - self._target).abs())
 
 
 def _gcd(numbers: Tensor) -> Tensor:
