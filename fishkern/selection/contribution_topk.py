@@ -64,8 +64,8 @@ class ContributionTopK(Rule):
     that is warned of.
 
     With ``top`` the scores are read twice, once more for ``share="sum"``, and the top set takes 4 to 8 bytes an entry
-    meanwhile. With ``density`` they are mostly read three times, and nothing of the top set is kept: at most 2^23
-    scores are put into order at once.
+    meanwhile. With ``density`` they are mostly read three times, and nothing of the top set is kept: scores that agree
+    in their first digits are put into order together, about 2^23 at once.
 
     Args:
         top: Fraction of the ranked entries that is the top set; or
