@@ -19,8 +19,11 @@ from fishkern.names import canonical_name
 from fishkern.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
 from fishkern.selection import (
     Columns,
+    Contributions,
+    ContributionTopK,
     Delta,
     GlobalTopK,
+    NofM,
     PerRowTopK,
     PerTensorTopK,
     Random,
@@ -74,6 +77,8 @@ __all__ = [
     "Classification",
     "Columns",
     "Constant",
+    "ContributionTopK",
+    "Contributions",
     "Delta",
     "DiagonalFisher",
     "DiagonalKronecker",
@@ -98,6 +103,7 @@ __all__ = [
     "MaskedSGD",
     "ModuleInit",
     "MultiLabel",
+    "NofM",
     "OnlineFisher",
     "ParameterInfo",
     "PassPlan",

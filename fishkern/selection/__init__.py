@@ -1,9 +1,12 @@
 """From statistics to a selection of coordinates."""
 
 from fishkern.selection.base import Rule
+from fishkern.selection.contribution_topk import ContributionTopK
+from fishkern.selection.contributions import Contributions
 from fishkern.selection.delta import Delta, apply_delta, delta
 from fishkern.selection.entries import Entries
 from fishkern.selection.global_topk import GlobalTopK
+from fishkern.selection.n_of_m import NofM
 from fishkern.selection.per_row_topk import PerRowTopK
 from fishkern.selection.per_tensor_topk import PerTensorTopK
 from fishkern.selection.random import Random
@@ -14,9 +17,12 @@ from fishkern.selection.start import bound_to_start, check_start, load_start, op
 
 __all__ = [
     "Columns",
+    "ContributionTopK",
+    "Contributions",
     "Delta",
     "Entries",
     "GlobalTopK",
+    "NofM",
     "PerRowTopK",
     "PerTensorTopK",
     "Random",
