@@ -114,8 +114,10 @@ def _model(source: models.Source, trained: Path) -> nn.Module:
     try:
         fk.apply_delta(model, delta)
     except ValueError as error:
+        what, *_ = str(error).split(". ")
         raise ValueError(
-            f"{trained}: {error} (To see MODEL without it, copy the token reduction into another folder.)"
+            f"the trained values in {trained} do not fit: {what.rstrip('.')}. Name the model that they were trained "
+            "from, or copy the token reduction into another folder to see it on any model."
         ) from None
     note(f"with the trained values of {trained}")
     return model

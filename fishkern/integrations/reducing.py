@@ -19,9 +19,8 @@ def attach_for_training(model: nn.Module, given: TokenReduction | None, checkpoi
         checkpoint: The folder that the training resumes from, or ``None``.
 
     Raises:
-        ValueError: The recipes of checkpoint, callback and model differ, or the model of the checkpoint was trained
-            without one.
-        UnsupportedModuleError: The tokens of this model cannot be reduced.
+        ValueError: The recipes of checkpoint, callback and model differ, the model of the checkpoint was trained
+            without one, or the tokens of this model cannot be reduced.
     """
     present = tokens.attached(model)
     recipes = {"the callback": given, "the model": present}

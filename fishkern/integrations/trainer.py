@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from fishkern import hosts, tokens
-from fishkern.integrations.checkpoints import saved_in
+from fishkern.integrations.checkpoints import restore_renamed, saved_in
 from fishkern.integrations.reducing import attach_for_training, saved_reduction
 from fishkern.layers import UnsupportedModuleError
 from fishkern.optim import MaskedAdamW, MaskedOptimizer
@@ -76,12 +76,17 @@ class FisherCallback(TrainerCallback):
     that moment in every checkpoint, along with its compact state. Works with every Trainer that is built on
     transformers'.
 
+    With a token reduction (:func:`fishkern.tr_pts`) it attaches the recipe when training starts, unless the model has
+    it already. It stays attached, since it is part of the trained model. Every checkpoint has the recipe, and a
+    training that resumes attaches it again.
+
     Args:
         selection: The entries that are trained when training starts.
+        reduction: Which image tokens the model drops, in training and afterwards.
     """
 
-    def __init__(self, selection: Selection) -> None:
-        self._selection = selection
+    def __init__(self, selection: Selection, reduction: TokenReduction | None = None) -> None:
+        self._selection, self._reduction = selection, reduction
         self._optimizer: MaskedOptimizer | None = None
         self._max_grad_norm: float | None = None
 
@@ -91,9 +96,9 @@ class FisherCallback(TrainerCallback):
         Until the end of training ``args.max_grad_norm`` is 0.
 
         Raises:
-            ValueError: The Trainer's optimizer is not a masked one, or has another selection; or the token reductions
-                of model, callback and checkpoint differ.
-            UnsupportedModuleError: In training the model would not see PEFT's prefix, or its tokens cannot be reduced.
+            ValueError: The Trainer's optimizer is not a masked one, or has another selection; the token reductions of
+                model, callback and checkpoint differ; or the tokens of this model cannot be reduced.
+            UnsupportedModuleError: In training the model would not see PEFT's prefix.
         """
         optimizer = kwargs["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
@@ -107,7 +112,10 @@ class FisherCallback(TrainerCallback):
         if reason := hosts.lost_prefix(kwargs["model"], training=True):
             raise UnsupportedModuleError(f"{reason}.")
         resumed = saved_in(args, state.global_step, FILE) if state.global_step else None
-        attach_for_training(hosts.unwrap(kwargs["model"]), self._reduction, resumed and resumed.parent)
+        model, folder = hosts.unwrap(kwargs["model"]), resumed and resumed.parent
+        attach_for_training(model, self._reduction, folder)
+        if folder is not None:
+            restore_renamed(model, folder)
         requested = args.max_grad_norm
         if isinstance(requested, _HandedOver):
             requested = requested.requested
@@ -119,8 +127,10 @@ class FisherCallback(TrainerCallback):
         _log.info("training %s", self._selection)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the Trainer its clipping back."""
+        """Give the Trainer its clipping back, and the model all weights of the best checkpoint where it is loaded."""
         args.max_grad_norm = self._max_grad_norm
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            restore_renamed(hosts.unwrap(kwargs["model"]), Path(state.best_model_checkpoint))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the number of trained entries, and the norm of their gradient, to ``logs`` and to the state's history."""
