@@ -31,8 +31,8 @@ from fishkern.report.tables import (
 )
 from fishkern.selection import Contributions, Delta, Selection, open_start
 from fishkern.statistics import Energies, FactoredStatistics, Statistics
-from fishkern.tokens import FILE as TOKENS
 from fishkern.tokens import TokenReduction
+from fishkern.tokens.recipe import FILE as TOKENS
 
 DENSITY = 0.005
 _TEXT = (".json", ".yaml", ".yml", ".txt", ".md", ".csv")

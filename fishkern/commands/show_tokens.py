@@ -56,14 +56,14 @@ def show_tokens(
             "which patches are left depends on model and image: give --model, --image and --plot, or none."
         )
     seen = _seen(reduction, file, model, images) if images else None
-    counts = [] if seen is None else count_tokens(reduction, math.prod(seen.kept[0].grid))
+    counts = {} if seen is None else count_tokens(reduction, math.prod(seen.kept[0].grid))
     if as_json:
-        more = {"tokens": [asdict(count) for count in counts]} if counts else {}
+        more = {"tokens": {number: asdict(count) for number, count in counts.items()}} if counts else {}
         print(json.dumps({"file": str(file), **asdict(reduction), **more}, indent=2))
     else:
         console().print(f"{file}: {_in_words(reduction)}")
         if counts:
-            rows = [(str(one.layer), f"{one.entering:,}", f"{one.leaving:,}") for one in counts]
+            rows = [(str(number), f"{one.entering:,}", f"{one.leaving:,}") for number, one in counts.items()]
             console().print(events_table(rows, ("layer", "image tokens before", "after")))
     if seen is not None and picture is not None:
         from fishkern.report.plots import save

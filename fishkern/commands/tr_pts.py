@@ -15,8 +15,9 @@ from fishkern.commands.tune_options import Settings
 from fishkern.commands.workload import Prepared
 from fishkern.integrations.examples import Example
 from fishkern.integrations.tasks import TASKS
-from fishkern.report.contributions import contribution_rows
-from fishkern.report.tokens import count_tokens
+from fishkern.report.tables import contributions_table
+from fishkern.report.tokens import TokenCount, count_tokens
+from fishkern.tokens.recipe import FILE as REDUCTION
 
 
 def without_adapter(prepared: Prepared, settings: Settings) -> tuple[nn.Module, None, str]:
@@ -53,8 +54,19 @@ def method_of(relevance: fk.TaskRelevance, settings: Settings, model: nn.Module,
         Plain values.
     """
     contributions, reduction = relevance.contributions, relevance.reduction
-    rows = contribution_rows(contributions)
-    said = {
+    counts = {} if reduction is None else tokens_of(relevance, model, example)
+    layers = {
+        key: {
+            "numel": one.numel,
+            "top_count": one.top_count,
+            "share": one.share,
+            "connections": one.connections,
+            "selected": one.count,
+            **({"tokens": [counts[key].entering, counts[key].leaving]} if key in counts else {}),
+        }
+        for key, one in contributions.layers.items()
+    }
+    return {
         "method": settings.method,
         "top": contributions.top,
         "density": settings.budget.density,
@@ -62,14 +74,25 @@ def method_of(relevance: fk.TaskRelevance, settings: Settings, model: nn.Module,
         "connections": contributions.count,
         "keep": reduction and reduction.keep,
         "token_layers": [] if reduction is None else list(reduction.layers),
+        "layers": layers,
     }
-    if reduction is not None:
-        image = example["pixel_values"][None].to(next(model.parameters()))
-        patches = math.prod(fk.tokens.kept_tokens(model, image)[0].grid)
-        counts = {count.layer: (count.entering, count.leaving) for count in count_tokens(reduction, patches)}
-        rows = [{**row, "tokens": counts[row["number"]]} if row["number"] in counts else row for row in rows]
-        said["image_tokens"] = {"at_first": patches, "left": count_tokens(reduction, patches)[-1].leaving}
-    return {**said, "layers": rows}
+
+
+def tokens_of(relevance: fk.TaskRelevance, model: nn.Module, example: Example) -> dict[str, TokenCount]:
+    """Count the image tokens of the layers that drop some.
+
+    Args:
+        relevance: Of the run; some layers drop tokens.
+        model: With its token reduction.
+        example: Of the data.
+
+    Returns:
+        The counts by the layer's path.
+    """
+    image = example["pixel_values"][None].to(next(model.parameters()))
+    patches = math.prod(fk.tokens.kept_tokens(model, image)[0].grid)
+    paths = {one.layer.number: key for key, one in relevance.contributions.layers.items() if one.layer is not None}
+    return {paths[number]: count for number, count in count_tokens(relevance.reduction, patches).items()}
 
 
 def say_trained(report: Mapping[str, Any]) -> None:
@@ -84,10 +107,22 @@ def say_trained(report: Mapping[str, Any]) -> None:
     share = report["trained"] / report["pool"]
     say(f"{'':9} ({share:.2%}: {connections:,} connections, and {others:,} of biases and head)")
     if layers := report["token_layers"]:
-        tokens, numbers = report["image_tokens"], ", ".join(map(str, layers))
+        counts = [one["tokens"] for one in report["layers"].values() if "tokens" in one]
+        numbers = ", ".join(map(str, layers))
         where = f"layer {numbers}" if len(layers) == 1 else f"layers {numbers}"
         kept = f"{'which keeps' if len(layers) == 1 else 'each of which keeps'} {report['keep']:.0%}"
-        say(f"{'tokens':9} {tokens['at_first']:,} of an image, {tokens['left']:,} after {where}, {kept}")
+        say(f"{'tokens':9} {counts[0][0]:,} of an image, {counts[-1][1]:,} after {where}, {kept}")
+
+
+def say_contributions(report: Mapping[str, Any], relevance: fk.TaskRelevance) -> None:
+    """Print what each layer contributes, and how many tokens it keeps.
+
+    Args:
+        report: Of the run.
+        relevance: Of the run.
+    """
+    tokens = {key: TokenCount(*one["tokens"]) for key, one in report["layers"].items() if "tokens" in one}
+    console().print(contributions_table(relevance.contributions, tokens))
 
 
 def in_python(prepared: Prepared, settings: Settings, folder: Path, *, reduces: bool) -> str:
@@ -110,6 +145,6 @@ def in_python(prepared: Prepared, settings: Settings, folder: Path, *, reduces: 
     )
     line = f"model = {base}; fk.apply_delta(model, fk.Delta.load({str(folder / 'delta.safetensors')!r}))"
     if reduces:
-        recipe = f"fk.tokens.TokenReduction.load({str(folder / fk.tokens.FILE)!r})"
+        recipe = f"fk.tokens.TokenReduction.load({str(folder / REDUCTION)!r})"
         line += f"; fk.tokens.attach(model, {recipe})"
     return f"import fishkern as fk, transformers; {line}"

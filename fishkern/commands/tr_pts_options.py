@@ -9,7 +9,8 @@ from typer import Option
 
 from fishkern.arguments import fraction_of
 from fishkern.commands.numbers import numbers_in
-from fishkern.methods.tr_pts import KEEP, SPARSEST, TOP
+from fishkern.methods.tr_pts import KEEP, SPARSEST
+from fishkern.selection.contribution_topk import USUAL_TOP
 
 NONE = "none"
 
@@ -27,7 +28,7 @@ class Connections:
             help="The fraction of the model's weights with the most Fisher information. Layers with more of these "
             "train more connections of each neuron. A small fraction trains more, not less. Or give --density.",
             rich_help_panel=_TR_PTS,
-            show_default=str(TOP),
+            show_default=f"{USUAL_TOP} without --density",
         ),
     ] = None
     least_per_row: Annotated[

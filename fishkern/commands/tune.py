@@ -13,12 +13,11 @@ from fishkern.commands.freezing_options import Freezing
 from fishkern.commands.options import Json, Workload, with_options
 from fishkern.commands.output import console, next_command, rows_in_words
 from fishkern.commands.resuming import Checkpoint
-from fishkern.commands.tr_pts import in_python, say_trained
+from fishkern.commands.tr_pts import in_python, say_contributions, say_trained
 from fishkern.commands.tr_pts_options import Connections
 from fishkern.commands.tune_options import METHODS, Adapting, Budget, Settings, Training
 from fishkern.commands.tuning import Tuning
 from fishkern.integrations.tasks import TASKS
-from fishkern.report.contributions import contributions_table
 
 
 @with_options
@@ -71,6 +70,8 @@ def tune(
         print(json.dumps(report, indent=2))
         return
     _show(report, saved, len(tuning.held_out))
+    if tuning.relevance is not None:
+        say_contributions(report, tuning.relevance)
     if settings.freezes:
         next_command("fishkern", "show", out / FILE, "--plot", out / "freezer.png")
     elif not settings.adapts:
@@ -109,8 +110,6 @@ def _show(report: dict[str, Any], saved: Path, held_out: int) -> None:
     say(f"{'saved':9} {saved}, along with {_other_files(report)}")
     if frozen:
         say(decisions_table(report["events"]))
-    if not adapter:
-        say(contributions_table(report["layers"]))
 
 
 def _other_files(report: dict[str, Any]) -> str:

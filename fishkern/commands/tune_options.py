@@ -16,7 +16,7 @@ from fishkern.commands.options import Workload
 from fishkern.commands.tr_pts_options import Connections
 from fishkern.integrations.adapting import ADAPTERS, FILE, FOLDER, check
 from fishkern.methods.fish_tuning import ORDERS
-from fishkern.tokens import FILE as REDUCTION
+from fishkern.tokens.recipe import FILE as REDUCTION
 
 DENSITY = 0.2  # of the adapter
 FISHER_SAMPLES = 128

@@ -8,6 +8,7 @@ from torch import nn
 
 from fishkern import tokens
 from fishkern.tokens import TokenReduction
+from fishkern.tokens.recipe import FILE as REDUCTION
 
 
 def attach_for_training(model: nn.Module, given: TokenReduction | None, checkpoint: Path | None) -> None:
@@ -28,7 +29,7 @@ def attach_for_training(model: nn.Module, given: TokenReduction | None, checkpoi
         saved = saved_reduction(checkpoint)
         if saved is None and (given or present):
             raise ValueError(
-                f"{checkpoint} was trained without token reduction (it has no {tokens.FILE}), and this training would "
+                f"{checkpoint} was trained without token reduction (it has no {REDUCTION}), and this training would "
                 "go on with one: leave out reduction=, or fishkern.tokens.detach(model) first."
             )
         recipes = {"the checkpoint": saved, **recipes}
@@ -55,5 +56,5 @@ def saved_reduction(checkpoint: Path) -> TokenReduction | None:
     Raises:
         ValueError: The file is damaged.
     """
-    file = checkpoint / tokens.FILE
+    file = checkpoint / REDUCTION
     return TokenReduction.load(file) if file.is_file() else None

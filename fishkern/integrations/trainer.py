@@ -25,6 +25,7 @@ from fishkern.optim import MaskedAdamW, MaskedOptimizer
 from fishkern.selection import Rule, Selection, select
 from fishkern.statistics import estimate
 from fishkern.tokens import TokenReduction
+from fishkern.tokens.recipe import FILE as REDUCTION
 
 
 class SelectionAndReduction(Protocol):
@@ -152,7 +153,7 @@ class FisherCallback(TrainerCallback):
             selection = self._selection if self._optimizer is None else self._optimizer.selection
             selection.save(folder / FILE)
             if (reduction := tokens.attached(hosts.unwrap(kwargs["model"]))) is not None:
-                reduction.save(folder / tokens.FILE)
+                reduction.save(folder / REDUCTION)
 
 
 class FisherMixin:

@@ -26,14 +26,15 @@ from fishkern.layers import UnsupportedModuleError, stored_weights
 from fishkern.names import listed, without_wrappers
 from fishkern.selection import Contributions, ContributionTopK, Entries, Selection, select
 from fishkern.selection.agreement import check_agreement
+from fishkern.selection.contribution_topk import USUAL_TOP
 from fishkern.statistics import DiagonalFisher, Drawn, Likelihood, estimate
 from fishkern.statistics.batches import Shared
 from fishkern.tokens import TokenReduction
+from fishkern.tokens.recipe import FILE as REDUCTION
 from fishkern.tokens.towers import tower_of
 from fishkern.warning import warn_caller
 
-TOP, KEEP = 0.2, 0.95
-"""What :func:`tr_pts` takes where nothing is given."""
+KEEP = 0.95
 
 SPARSEST = "sparsest"
 
@@ -75,9 +76,9 @@ class TaskRelevance:
         folder = Path(folder)
         folder.mkdir(exist_ok=True)
         if self.reduction is None:
-            (folder / tokens.FILE).unlink(missing_ok=True)
+            (folder / REDUCTION).unlink(missing_ok=True)
         else:
-            self.reduction.save(folder / tokens.FILE)
+            self.reduction.save(folder / REDUCTION)
         self.selection.save(folder / SELECTION)
         return folder
 
@@ -97,7 +98,7 @@ class TaskRelevance:
         """
         selection = Selection.load(Path(folder) / SELECTION)
         _ = Contributions.of(selection)  # raises where it has none
-        file = Path(folder) / tokens.FILE
+        file = Path(folder) / REDUCTION
         return cls(selection, TokenReduction.load(file) if file.is_file() else None)
 
 
@@ -174,7 +175,7 @@ def tr_pts(
         UnsupportedModuleError: The model is sharded, or its weights are quantised.
     """
     if top is None and density is None:
-        top = TOP
+        top = USUAL_TOP
     rule = ContributionTopK(top, density, least_per_row, by=by, share=share, most=most)
     _refuse(model)
     token_half = _TokenLayers.of(model, keep, token_layers)

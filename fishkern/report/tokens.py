@@ -13,17 +13,15 @@ class TokenCount:
     """The image tokens of one layer that drops some; class, distillation and register tokens do not count.
 
     Attributes:
-        layer: Its number.
         entering: How many come from the layer before.
         leaving: How many go to the next layer, the merged one included.
     """
 
-    layer: int
     entering: int
     leaving: int
 
 
-def count_tokens(reduction: TokenReduction, patches: int) -> list[TokenCount]:
+def count_tokens(reduction: TokenReduction, patches: int) -> dict[int, TokenCount]:
     """Count the tokens of an image in the layers that drop some.
 
     Args:
@@ -31,12 +29,12 @@ def count_tokens(reduction: TokenReduction, patches: int) -> list[TokenCount]:
         patches: Number of patches of the image.
 
     Returns:
-        The counts of each reducing layer, in order.
+        The counts by the layer's number, in order.
     """
-    counts = []
+    counts = {}
     for layer in reduction.layers:
         kept = kept_count(patches, reduction.share)
         leaving = kept + reduction.merge if kept < patches else patches
-        counts.append(TokenCount(layer, patches, leaving))
+        counts[layer] = TokenCount(patches, leaving)
         patches = leaving
     return counts

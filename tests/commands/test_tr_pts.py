@@ -68,7 +68,7 @@ def test_the_folder_holds_the_delta_and_the_recipe(tuned):
     assert report["connections"] == relevance.contributions.count
     assert relevance.reduction == TokenReduction([0], keep=0.5)
     assert (report["method"], report["token_layers"], report["keep"]) == ("tr-pts", [0], 0.5)
-    assert report["image_tokens"] == {"at_first": 16, "left": 9}, "half of the patches, and the merged one"
+    assert report["layers"]["vit.layers.0"]["tokens"] == [16, 9], "half of the patches, and the merged one"
     assert report["fisher_samples"] == 1000
     assert report["after"]["loss"] < report["before"]["loss"]
     assert not {"adapter", "order", "k", "events"} & report.keys()
@@ -80,11 +80,11 @@ def test_it_says_what_it_has_done(tuned):
     assert "tokens    16 of an image, 9 after layer 0, which keeps 50%" in tuned.output
     assert "delta.safetensors, along with selection, token reduction and report" in tuned.output
     lines = [line for line in tuned.output.splitlines() if line.startswith("│")]
-    assert [line.split("│")[1].strip() for line in lines] == ["projection", "layer 0", "layer 1"]
-    for line, row in zip(lines, report["layers"], strict=True):
+    assert [line.split("│")[1].strip() for line in lines] == list(report["layers"])
+    for line, row in zip(lines, report["layers"].values(), strict=True):
         cells = [cell.strip() for cell in line.split("│")[2:-1]]
-        assert cells[1:4] == [f"{row['share']:.1%}", str(row["connections"]), f"{row['selected']:,}"]
-        assert cells[5] == ("16 to 9" if row["number"] == 0 else "")
+        assert cells[:3] == [f"{row['top_count']:,}", f"{row['share']:.1%}", str(row["connections"])]
+        assert cells[3:] == [f"{row['selected']:,} of {row['numel']:,}", "16 to 9" if "tokens" in row else ""]
 
 
 def test_the_printed_line_makes_the_tuned_model(tuned, images):
@@ -208,7 +208,7 @@ def test_a_token_reduction_is_shown(capsys, tuned, models, images, tmp_path):
     assert f"The picture is in {picture}." in output
     assert picture.read_bytes().startswith(b"\x89PNG")
     answer = command(capsys, "show", file, "--model", models / "vit", *shown, "--plot", picture, "--json")[1]
-    assert json.loads(answer)["tokens"] == [{"layer": 0, "entering": 16, "leaving": 9}]
+    assert json.loads(answer)["tokens"] == {"0": {"entering": 16, "leaving": 9}}
 
 
 def test_what_cannot_be_shown(capsys, tuned, models, images, rows, tmp_path):
