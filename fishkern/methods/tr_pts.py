@@ -137,7 +137,8 @@ def tr_pts(
     Reconstructed, since no code was published: that a layer is a transformer layer, and that counts are rounded down;
     the per-example Fisher over all batches; what is trained whole and what is not (as in Zhang et al., 2024,
     2312.10136, on which the method builds); and the layers that drop tokens, the third with the fewest entries in the
-    top set. The paper gives neither ``top`` nor ``least_per_row``; 0.2 makes about 0.33 % of a vision transformer.
+    top set. The paper gives neither ``top`` nor ``least_per_row``. How much a ``top`` selects depends on how unequal
+    the layers are and on how long rows are.
 
     Cost: one forward and one backward pass for each batch, and a float32 for each ranked entry.
 
@@ -146,12 +147,13 @@ def tr_pts(
         batches: What a ``DataLoader`` over the training data yields, see :func:`fishkern.estimate`.
         top: The fraction of the ranked entries whose number in each layer counts; by default 0.2. Smaller fractions are
             less evenly spread over the layers, and so select more, not less.
-        density: Instead of ``top``, the fraction of the ranked entries to select; ``top`` is then solved for.
+        density: Instead of ``top``, the fraction of the ranked entries to select. ``top`` is then solved for, and the
+            nearest that it reaches is selected.
         least_per_row: Connections of each neuron in the layer with the fewest entries in the top set.
         keep: The share of image tokens that stay in each of ``token_layers``; ``None`` keeps all.
         token_layers: Layers that drop tokens, by their numbers from the input; ``"sparsest"`` for the third (rounded
-            down, at least one) with the fewest entries in the top set, the lower number first, and never layer 0;
-            ``[]`` for none. Models without image tokens and a class token need ``[]``.
+            down, at least one) with the fewest entries in the top set (with ``density`` that of ``top=0.2``), the lower
+            number first, and never layer 0; ``[]`` for none. Models without image tokens and a class token need ``[]``.
         by: What a layer is, see :class:`fishkern.ContributionTopK`.
         share: How entries are counted, see :class:`fishkern.ContributionTopK`.
         most: The most connections of a neuron.
@@ -194,7 +196,12 @@ def tr_pts(
     )
     selection = pool.around(select(statistics, rule, backend=backend))
     check_agreement(selection)
-    return TaskRelevance(selection, token_half and token_half.reduction(Contributions.of(selection)))
+    if token_half is None:
+        return TaskRelevance(selection, None)
+    counted = Contributions.of(selection)
+    if density is not None:  # what a density is solved with may be so small that most layers have nothing in it
+        counted = ContributionTopK(USUAL_TOP, by=by).connections(statistics, backend=backend)
+    return TaskRelevance(selection, token_half.reduction(counted))
 
 
 def _refuse(model: nn.Module) -> None:

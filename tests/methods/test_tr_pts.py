@@ -176,6 +176,18 @@ def test_the_sparsest_layers_are_of_the_vision_tower():
         fk.tokens.attach(make(), found.reduction)
 
 
+def test_a_density_leaves_the_token_layers_where_they_are(monkeypatch):
+    """The top set that a density is solved with may hold one layer alone."""
+    tops = [9, 8, 7, 2, 3, 9]
+    planted(monkeypatch, tops)
+    torch.manual_seed(1)
+    usual = fk.tr_pts(vit(), batches())
+    torch.manual_seed(1)
+    dense = fk.tr_pts(vit(), batches(), density=0.3)
+    assert dense.contributions.top != usual.contributions.top
+    assert dense.reduction == usual.reduction
+
+
 def test_layers_may_be_named_and_left_out():
     assert fk.tr_pts(vit(), batches(), token_layers=[0, 3], keep=0.5).reduction == fk.tokens.TokenReduction((0, 3), 0.5)
     assert fk.tr_pts(vit(), batches(), token_layers=[]).reduction is None
