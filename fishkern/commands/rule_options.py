@@ -120,12 +120,14 @@ class RuleOptions:
     def _refuse_others(self) -> None:
         """Refuse options that have no effect on this rule."""
         for name in (entry.name for entry in fields(self)):
-            if name in ("rule", "always", "never", *_TAKES[self.rule]) or getattr(self, name) in (None, False):
+            value = getattr(self, name)
+            if name in ("rule", "always", "never", *_TAKES[self.rule]) or value is None or value is False:
                 continue
             option = f"--{name.replace('_', '-')}"
             if (self.rule, name) == ("random", "smallest"):
                 raise ValueError(f"--rule random looks at no score: leave out {option}.")
             if name == "seed":
                 raise ValueError(f"--rule {self.rule} draws nothing: leave out {option}.")
-            of = [rule for rule, names in _TAKES.items() if name in names]
-            raise ValueError(f"{option} is for --rule {' or '.join(of)}: leave it out with --rule {self.rule}.")
+            *others, last = (rule for rule, names in _TAKES.items() if name in names)
+            rules = f"{', '.join(others)} or {last}" if others else last
+            raise ValueError(f"{option} is for --rule {rules}: leave it out with --rule {self.rule}.")

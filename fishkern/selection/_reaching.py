@@ -108,9 +108,7 @@ class Search:
         least_per_row: Connections of each row in the layer of the smallest contribution.
 
     Attributes:
-        size: Of the best top set so far.
-        counts: ``[layers]`` how many entries of each layer are in it.
-        selected: How many entries it leads to.
+        counts: ``[layers]`` how many entries of each layer are in the best top set so far.
         in_zeros: Whether its last score is zero, or next to zero.
     """
 
@@ -122,10 +120,12 @@ class Search:
 
     @property
     def size(self) -> int:
+        """Entries in the best top set so far."""
         return self._best[2]
 
     @property
     def selected(self) -> int:
+        """How many entries the best top set leads to."""
         return int(self._selected(self.counts[None])[0])
 
     def run(self, scores: Mapping[str, AnyTensor], layer_of: Mapping[str, int], order: Order) -> None:

@@ -58,16 +58,22 @@ class ContributionTopK(Rule):
     head) is a layer of its own. A row is everything at one index of the first axis, so a convolution's row is its whole
     filter. Parameters with fewer than two dimensions have no rows, and must be named in ``always`` or ``never``.
 
-    What is selected follows from the ratios of the counts, and is no fraction that one can see from ``top``. It is in
-    the selection, and layer by layer in :meth:`connections`. A layer with next to nothing in the top set lets all
+    How much is selected follows from the ratios of the counts, and cannot be seen from ``top``: :meth:`connections`
+    says it layer by layer, and the selection's file too. A layer with next to nothing in the top set lets all
     others grow, above all with ``by="parameter"``: if more than 10 times ``least_per_row`` of each row is selected,
     that is warned of.
 
-    The scores are read twice, once more for ``share="sum"``; the top set takes 4 to 8 bytes an entry meanwhile.
+    With ``top`` the scores are read twice, once more for ``share="sum"``, and the top set takes 4 to 8 bytes an entry
+    meanwhile. With ``density`` they are mostly read three times, and nothing of the top set is kept: scores that agree
+    in their first digits are put into order together, about 2^23 at once.
 
     Args:
-        top: Fraction of the ranked entries that is the top set.
-        density: Not yet.
+        top: Fraction of the ranked entries that is the top set; or
+        density: floor(density * pool) entries are to be selected, beside those of ``always``; the pool is every scored
+            entry, those of ``always`` and ``never`` included. Not every count can be reached. The nearest is, among
+            all top sets; of several the one whose ``top`` is nearest to 0.2, then the smaller. :meth:`connections`
+            says which ``top`` it is. A miss of more than one connection of each row of the largest layer is warned of.
+            It goes with shares that are counted, not with ``share="sum"``.
         least_per_row: Connections of each row in the layer with the smallest count, at least 1.
         by: ``"layer"``, or ``"parameter"``, where each parameter counts by itself.
         share: How a layer's entries in the top set are counted: ``"count"``, their number; ``"sum"``, the exact sum of

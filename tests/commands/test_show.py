@@ -73,6 +73,28 @@ def test_a_picture(capsys, saved, tmp_path, suffix):
         (("--rule", "per-tensor", "--k", 3, "--smallest"), fk.PerTensorTopK(k=3, order="smallest")),
         (("--rule", "per-row", "--k", 2, "--always", "*.up.*"), fk.PerRowTopK(2, always="*.up.*")),
         (("--rule", "random", "--density", 0.1, "--seed", 4), fk.Random(density=0.1, seed=4)),
+        (("--rule", "per-row", "--density", 0.5, "--never", "embed.*"), fk.PerRowTopK(density=0.5, never="embed.*")),
+        (("--rule", "n-of-m", "--n", 1, "--m", 5, "--smallest"), fk.NofM(1, 5, "smallest")),
+        (("--rule", "contribution"), fk.ContributionTopK(top=0.2)),
+        (
+            (
+                "--rule",
+                "contribution",
+                "--density",
+                0.3,
+                "--by",
+                "parameter",
+                "--share",
+                "count-per-entry",
+                "--most",
+                12,
+            ),
+            fk.ContributionTopK(density=0.3, by="parameter", share="count-per-entry", most=12),
+        ),
+        (
+            ("--rule", "contribution", "--top", 0.4, "--least-per-row", 2, "--share", "sum", "--smallest"),
+            fk.ContributionTopK(0.4, least_per_row=2, share="sum", order="smallest"),
+        ),
     ],
     ids=str,
 )
@@ -124,6 +146,23 @@ def test_a_second_reading_is_counted_on(capsys, tmp_path, monkeypatch):
     status, _, error = command(capsys, "select", saved, "--k", 2, "--out", tmp_path / "selection")
     assert (status, told) == (0, [(50, 50), (100, 100)])  # once more to count the entries that are not zero
     assert "exceeds the 0 non-zero scores" in error
+
+
+def test_what_each_layer_contributes_is_shown(capsys, saved, tmp_path):
+    out = tmp_path / "selection.safetensors"
+    rule = fk.ContributionTopK(top=0.3, never="embed.*")
+    arguments = ("select", saved, "--rule", "contribution", "--top", 0.3, "--never", "embed.*", "--out", out)
+    selected = command(capsys, *arguments)[1]
+    shown = command(capsys, "show", out)[1]
+    contributions = rule.connections(fk.Statistics.load(saved))
+    for output in (selected, shown):
+        assert "in the top 0.3" in output
+        for path, one in contributions.layers.items():
+            cells = next(line for line in output.splitlines() if f" {path} " in line).split("│")[2:6]
+            expected = [f"{one.top_count}", f"{one.share:.1%}", f"{one.connections}", f"{one.count} of {one.numel}"]
+            assert [cell.strip() for cell in cells] == expected
+    said = json.loads(command(capsys, *arguments, "--json")[1])
+    assert said["contributions"]["layers"]["layers.1"]["top_count"] == contributions.layers["layers.1"].top_count
 
 
 def test_a_selection_is_shown_drawn_and_compared(capsys, saved, tmp_path):
@@ -269,6 +308,14 @@ def test_what_cannot_be_selected_is_refused(capsys, saved, tmp_path):
     assert "--smallest" in refused(capsys, "select", saved, "--rule", "random", "--smallest", *out)
     for rule in ("global", "per-tensor", "per-row"):
         assert "--seed" in refused(capsys, "select", saved, "--rule", rule, "--k", 1, "--seed", 0, *out)
+    for option in ("--top", "--least-per-row", "--most", "--n", "--m"):
+        assert f"{option} is for --rule" in refused(capsys, "select", saved, "--k", 1, option, 1, *out)
+    assert "--k is for --rule global, per-tensor, per-row or random: leave it out with --rule contribution" in refused(
+        capsys, "select", saved, "--rule", "contribution", "--k", 1, *out
+    )
+    assert "--top" in refused(capsys, "select", saved, "--rule", "contribution", "--top", 0.1, "--density", 0.1, *out)
+    assert "--share" in refused(capsys, "select", saved, "--rule", "contribution", "--share", "mass", *out)
+    assert "--n and --m" in refused(capsys, "select", saved, "--rule", "n-of-m", "--n", 1, *out)
     assert "2,000" in refused(capsys, "select", saved, "--k", 2000, *out)
     assert "no.such" in refused(capsys, "select", saved, "--always", "no.such", *out)
     assert "not overwritten" in refused(capsys, "select", saved, "--out", saved)

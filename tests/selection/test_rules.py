@@ -52,6 +52,29 @@ def test_per_row_is_a_stable_sort_of_each_row(order: str, piece: int, monkeypatc
         assert torch.equal(selection.mask(name).flatten(1), expected)
 
 
+def test_a_density_of_rows_is_a_share_of_each():
+    """0.29 of a row of 100 is 29, and of one of 7 it is 2."""
+    values = scores((3, 100), (4, 7), (2, 5, 10))
+    chosen = fk.select(values, fk.PerRowTopK(density=0.29))
+    for (name, value), k in zip(values.items(), (29, 2, 14), strict=True):
+        assert torch.equal(chosen.mask(name), fk.select({name: value}, fk.PerRowTopK(k)).mask(name))
+    assert fk.select(values, fk.PerRowTopK(density=1.0)).density == 1
+
+
+@pytest.mark.parametrize("order", ["largest", "smallest"])
+@pytest.mark.parametrize("piece", [1, 50, 2**20])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 2), (0, 4), (4, 4), (3, 12), (1, 1)])
+def test_n_of_m_is_a_stable_sort_of_each_group(n: int, m: int, piece: int, order: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fishkern.selection._rows.PIECE", piece)
+    values = scores((30, 12), (5, 3, 4), (0, 4 * m))
+    selection = fk.select(values, fk.NofM(n, m, order=order))
+    for name, value in values.items():
+        groups = value.reshape(-1, m)
+        first = groups.sort(dim=1, stable=True, descending=order == "largest").indices[:, :n]
+        expected = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, first, True)
+        assert torch.equal(selection.mask(name), expected.view(value.shape))
+
+
 @pytest.mark.filterwarnings("error")
 def test_scores_of_a_mapping_may_be_negative():
     """Their sign counts: the smallest are the most negative."""
@@ -139,7 +162,7 @@ def test_lazy_statistics_are_not_loaded(tmp_path: Path, monkeypatch: pytest.Monk
         return read(stored, *args)
 
     monkeypatch.setattr(StoredTensor, "read", read_small)
-    for rule in (fk.GlobalTopK(k=900), fk.PerTensorTopK(density=0.3), fk.PerRowTopK(2), fk.Random(k=5)):
+    for rule in (fk.GlobalTopK(k=900), fk.PerTensorTopK(density=0.3), fk.PerRowTopK(2), fk.Random(k=5), fk.NofM(1, 1)):
         assert fk.select(lazy, rule) == fk.select(eager, rule)
         assert fk.select(lazy, rule).provenance == fk.select(eager, rule).provenance
 
@@ -164,6 +187,11 @@ def test_a_file_cut_short_is_noticed(tmp_path: Path):
         (lambda: fk.GlobalTopK(k=1, order="top"), r"order must be one of \('largest', 'smallest'\), got 'top'"),
         (lambda: fk.PerRowTopK(-2), "k must be at least 0, got -2"),
         (lambda: fk.PerRowTopK(None), "give either k or density, got k=None and density=None"),
+        (lambda: fk.NofM(3, 2), "n=3 of each m=2 entries cannot be selected: n is at most m"),
+        (lambda: fk.NofM(-1, 2), "n must be at least 0, got -1"),
+        (lambda: fk.NofM(0, 0), "m must be at least 1, got 0"),
+        (lambda: fk.NofM(1, 2, "top"), r"order must be one of \('largest', 'smallest'\), got 'top'"),
+        (lambda: fk.PerRowTopK(density=0.0), "density must be above 0 and at most 1, got 0.0"),
         (lambda: fk.GlobalTopK(k=1, always=[3]), r"always takes patterns of names, strings such as .*; got \(3,\)"),
     ],
 )
@@ -178,6 +206,7 @@ def test_rules_that_cannot_be(make, says: str):
         (lambda: fk.GlobalTopK(k=2.5), "k must be an integer, got 2.5"),
         (lambda: fk.PerTensorTopK(k=torch.tensor(3.0)), r"k must be an integer, got tensor\(3.\)"),
         (lambda: fk.PerRowTopK("3"), "k must be an integer, got '3'"),
+        (lambda: fk.NofM(2.0, 4), "n must be an integer, got 2.0"),
         (lambda: fk.Random(k=1, seed="0"), "seed must be an integer, got '0'"),
         (lambda: fk.Random(density="0.1"), "density must be a number, got '0.1'"),
         (lambda: fk.GlobalTopK(density=torch.rand(2)), r"density must be a number, got tensor\("),
@@ -208,6 +237,16 @@ def test_a_rule_that_no_header_can_hold_is_refused_before_it_chooses():
         (fk.Random(k=25, never="b"), "k=25 of a pool of 27 was requested, but only 24 are left"),
         (fk.PerTensorTopK(k=4), "k=4 exceeds the size of 1 of 2 parameters, such as b: take density="),
         (fk.PerRowTopK(2), r"1 of 2 parameters have no rows, such as b of shape \(3,\): name them in always="),
+        (
+            fk.PerRowTopK(density=0.16, never="b"),
+            "density=0.16 is less than one of each row in 1 of 1 parameters, such as w with rows of 6: the smallest "
+            "density for all of them is 0.167",
+        ),
+        (fk.NofM(2, 4), r"1 of 2 parameters have no rows, such as b of shape \(3,\): name them in always="),
+        (
+            fk.NofM(2, 4, never="b"),
+            "the rows of 1 of 1 parameters are not made of groups of m=4, such as w with rows of 6: choose another",
+        ),
         (fk.PerRowTopK(7, never="b"), "k=7 exceeds the rows of 1 of 1 parameters, such as w with rows of 6: lower k"),
     ],
 )
