@@ -7,7 +7,7 @@ from torch import nn
 from fishkern import hosts
 from fishkern.tokens.layer import ReducingLayer, reducing_class
 from fishkern.tokens.recipe import TokenReduction
-from fishkern.tokens.towers import is_own_forward, layers_of, special_tokens, tower_of
+from fishkern.tokens.towers import has_known_forward, layers_of, special_tokens, tower_of
 
 
 def attach(model: nn.Module, recipe: TokenReduction) -> nn.Module:
@@ -39,7 +39,7 @@ def attach(model: nn.Module, recipe: TokenReduction) -> nn.Module:
     classes = []
     for number, (layer, parts) in layers_of(tower, recipe.layers).items():
         _check_instance(layer, f"layer {number}", "attach before that")
-        if recipe.place == "before_mlp" and not is_own_forward(layer):
+        if recipe.place == "before_mlp" and not has_known_forward(layer):
             raise ValueError(
                 f"layer {number}, a {type(layer).__name__}, has a forward pass of its own, into which fishkern cannot "
                 "look: place='after_layer' reduces behind it."
@@ -60,13 +60,15 @@ def detach(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: Since :func:`attach`, something has wrapped a layer's forward pass or changed its class.
+        ValueError: Since :func:`attach`, something has replaced a layer's forward pass or its class, as FSDP does. The
+            model is then as it was.
     """
     layers = reducing_layers(model)
     for path, layer in layers.items():
         _check_instance(layer, path, "undo that first")
         if ReducingLayer not in type(layer).__bases__:
-            raise ValueError(f"the class of {path} has been changed to {type(layer).__name__}: undo that first.")
+            name = type(layer).__name__
+            raise ValueError(f"the class of {path} has been changed to {name}, as FSDP does: detach before that.")
     for layer in layers.values():
         layer.__class__ = type(layer).found
     return model

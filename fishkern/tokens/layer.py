@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class ReducingLayer:
         """
         if attention_mask is not None:
             raise ValueError(
-                f"{type(self).__name__} reduces tokens and got an attention_mask, which would not fit the tokens that "
+                f"{self.found.__name__} reduces tokens and got an attention_mask, which would not fit the tokens that "
                 "are left: call the model without one. torch.export makes one of its own, so it cannot export such a "
                 "model; fishkern.tokens.detach it before."
             )
@@ -77,9 +78,6 @@ class ReducingLayer:
 
     def split(self, hidden_states: Tensor, *, normed: bool = False) -> Split | None:
         """Choose the tokens that stay.
-
-        In training this comes after the layer's own attention: autocast keeps the weights that it has cast, and if it
-        casts them here first, where no gradient is recorded, they get none.
 
         Args:
             hidden_states: What enters the layer, ``[N, special + T, I]``.
@@ -125,10 +123,9 @@ class ReducingLayer:
         return reduce_tokens(hidden_states, split, self.special, merge=self.recipe.merge)
 
 
+@lru_cache(maxsize=64)  # so layers of one kind have one class, as they had before, for which torch compiles once
 def reducing_class(found: type[nn.Module], recipe: TokenReduction, parts: Parts, special: int) -> type[nn.Module]:
     """Make the class of a layer that reduces tokens.
-
-    Its name is that of the layer's own class, by which FSDP and accelerate recognise layers.
 
     Args:
         found: The layer's own class.
@@ -140,7 +137,7 @@ def reducing_class(found: type[nn.Module], recipe: TokenReduction, parts: Parts,
         A subclass of ``found``, with the same attributes of instances.
     """
     attributes = {"found": found, "recipe": recipe, "parts": parts, "special": special, "__doc__": found.__doc__}
-    return type(found.__name__, (ReducingLayer, found), {**attributes, "__module__": __name__})
+    return type(f"Reducing{found.__name__}", (ReducingLayer, found), {**attributes, "__module__": __name__})
 
 
 def _empty(*made_of: Any) -> nn.Module:

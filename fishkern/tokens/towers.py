@@ -121,7 +121,7 @@ def special_tokens(tower: nn.Module) -> int:
     return 1 + (distillation is not None) + (0 if registers is None else registers.shape[1])
 
 
-def is_own_forward(layer: nn.Module) -> bool:
+def has_known_forward(layer: nn.Module) -> bool:
     """Check whether the forward pass of a layer is that of transformers.
 
     Args:

@@ -175,15 +175,20 @@ def test_keys_of_any_module():
     torch.testing.assert_close(plain.sum(1), torch.ones(3).double())
 
 
-def test_a_reducing_layer_computes_one_query_more_and_no_keys():
+@pytest.mark.parametrize("N", [1, 6])
+def test_a_reducing_layer_computes_one_query_more_and_no_keys(N):
     model, inputs = classifier()
     tokens.attach(model, TokenReduction([1], 0.5))
-    shapes = {"q_proj": [], "k_proj": [], "v_proj": []}
-    for name, seen in shapes.items():
+    calls = {"q_proj": [], "k_proj": [], "v_proj": []}
+    for name, seen in calls.items():
         projection = getattr(layers(model)[1].attention, name)
-        projection.register_forward_hook(lambda module, args, output, seen=seen: seen.append(tuple(args[0].shape[:2])))
-    model(**inputs)
-    assert shapes == {"q_proj": [(6, 17), (6, 1)], "k_proj": [(6, 17)], "v_proj": [(6, 17)]}
+        projection.register_forward_hook(lambda module, args, output, seen=seen: seen.append((args[0], output)))
+    model(**{key: value[:N] for key, value in inputs.items()})
+    shapes = {name: [tuple(args.shape[:2]) for args, _ in seen] for name, seen in calls.items()}
+    assert shapes == {"q_proj": [(N, 17), (N, 1)], "k_proj": [(N, 17)], "v_proj": [(N, 17)]}
+    assert [(args.requires_grad, output.requires_grad) for args, output in calls["q_proj"]] == [
+        (True, True), (False, False)
+    ]  # fmt: skip
 
 
 def test_attention_maps_and_hidden_states_have_the_tokens_that_are_left():
