@@ -21,7 +21,7 @@ from fishkern.tokens.recipe import FILE as REDUCTION
 DENSITY = 0.2  # of the adapter
 FISHER_SAMPLES = 128
 PROBE_SAMPLES = 32
-TASK_SAMPLES = 1000  # the whole training split of each task that TR-PTS was published on
+TASK_SAMPLES = 1000  # the training images of a task of VTAB-1k, on which TR-PTS was published
 METHODS = ("fish", "fisher-adaptune", "tr-pts")
 BLIND = ("random", "magnitude")  # orders that look at no example
 

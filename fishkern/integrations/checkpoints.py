@@ -49,7 +49,8 @@ def restore_renamed(model: nn.Module, folder: Path) -> None:
     own = model.state_dict()
     if not hasattr(model, "from_pretrained") or _names_in(folder) <= own.keys():
         return
-    loaded, report = type(model).from_pretrained(folder, output_loading_info=True)
+    with torch.random.fork_rng(devices=[]):  # the training goes on as if it had not stopped
+        loaded, report = type(model).from_pretrained(folder, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"{folder} lacks {listed(missing)}, of which the Trainer has loaded none: train from the start."

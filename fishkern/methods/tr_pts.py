@@ -159,7 +159,7 @@ def tr_pts(
         most: The most connections of a neuron.
         biases: Whether biases of linear layers and convolutions are trained; those of the head always are.
         heads: Names of the modules that are the head, or one name.
-        max_examples: How many examples to look at; ``None`` for all, as the paper does on 1,000 images.
+        max_examples: How many examples to look at; ``None`` for all; a task of VTAB-1k has 1,000.
         likelihood: See :func:`fishkern.estimate`.
         shared: See :func:`fishkern.estimate`.
         accumulate_on: See :func:`fishkern.estimate`.
