@@ -36,8 +36,8 @@ def select(
             :class:`~fishkern.files.StoredTensor`. Every name in it belongs to the pool. Scores of a mapping may be
             negative; their sign counts. Of factored statistics the score of every entry is formed first, in float32.
         rule: How to choose, for example ``GlobalTopK(density=0.005)``.
-        backend: ``None`` for the current default, see :mod:`fishkern.backend`. :class:`PerRowTopK` and :class:`Random`
-            have no operation that it would choose.
+        backend: ``None`` for the current default, see :mod:`fishkern.backend`. Rules of rows (:class:`PerRowTopK`,
+            :class:`NofM`) and :class:`Random` have no operation that it would choose.
 
     Returns:
         The selection. Its provenance holds the rule, ``k`` (what the rule chose, without ``always``) and a digest of
