@@ -33,6 +33,7 @@ from fishkern.selection import Contributions, Delta, Selection, open_start
 from fishkern.statistics import Energies, FactoredStatistics, Statistics
 from fishkern.tokens import TokenReduction
 from fishkern.tokens.recipe import FILE as TOKENS
+from fishkern.tokens.recipe import FORMAT as REDUCTION
 
 DENSITY = 0.005
 _TEXT = (".json", ".yaml", ".yml", ".txt", ".md", ".csv")
@@ -67,7 +68,7 @@ _KINDS: dict[str, _Kind] = {
     "fishkern.energies": _Kind(Energies, "energies", lambda path: Energies.load(path, lazy=True)),
     "fishkern.adapter-init": _Kind(AdapterInit, "the start of an adapter", AdapterInit.load),
     "fishkern.freezer": _Kind(FreezerState, "a freezer", FreezerState.load),
-    "fishkern.token_reduction": _Kind(TokenReduction, "a token reduction", TokenReduction.load),
+    REDUCTION.name: _Kind(TokenReduction, "a token reduction", TokenReduction.load),
 }
 
 
@@ -160,7 +161,7 @@ def _load(path: Path) -> Content:
         inside = sorted(file.name for file in path.glob("*.safetensors"))
         advice = f"name a file in it, such as {path / inside[0]}" if inside else f"expected {expected}"
         raise IsADirectoryError(f"{path} is a folder: {advice}.")
-    if path.is_file() and path.name == TOKENS:
+    if path.is_file() and _holds_reduction(path):
         return TokenReduction.load(path)
     if path.is_file() and path.suffix in _TEXT and not path.name.endswith(".index.json"):
         raise ValueError(f"{path} is a text, which any editor shows: expected {expected}.")
@@ -172,6 +173,14 @@ def _load(path: Path) -> Content:
         says = "names no format" if kind is None else f"says format={in_brief(kind, 40)}"
         raise ValueError(f"{path} is not a file of fishkern (its header {says}): expected {expected}.")
     return _KINDS[kind].load(path)
+
+
+def _holds_reduction(path: Path) -> bool:
+    """Recognise a token reduction by its name, or else by how its text begins."""
+    if path.name == TOKENS:
+        return True
+    with path.open("rb") as file:
+        return path.suffix == ".json" and REDUCTION.name.encode() in file.read(100)
 
 
 def _name(content: Content) -> str:

@@ -199,6 +199,8 @@ def test_a_token_reduction_is_shown(capsys, tuned, models, images, tmp_path):
         "others become one token"
     )
     assert json.loads(command(capsys, "show", file, "--json")[1])["layers"] == [0]
+    (tmp_path / "mine.json").write_bytes(file.read_bytes())
+    assert "a token reduction in layer 0" in command(capsys, "show", tmp_path / "mine.json")[1]
     pytest.importorskip("matplotlib")
     picture = tmp_path / "kept.png"
     shown = [word for name in ("bird/0.png", "cat/1.png") for word in ("--image", images / "test" / name)]
