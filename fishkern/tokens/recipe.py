@@ -42,7 +42,7 @@ class TokenReduction:
             whose MLP sees all tokens.
 
     Raises:
-        TypeError: A layer is not an integer, or ``keep`` is not a number.
+        TypeError: A layer is not an integer, ``keep`` is not a number, or ``merge`` is not a truth value.
         ValueError: There is no layer, one is negative or given twice, or another argument has no such value.
     """
 

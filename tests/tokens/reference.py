@@ -90,7 +90,7 @@ def _one_example(layer: nn.Module, x: Tensor, special: int, recipe: TokenReducti
 
 
 def worst_layer(name: str, recipe: TokenReduction, **settings) -> float:
-    """Largest error of the reducing layers of a model and of their gradients by what enters them."""
+    """Largest error of the reducing layers of a model, and of their gradients by inputs and weights."""
     model, inputs = made(name, **settings)
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
     reducing = [layers(model)[number] for number in recipe.layers]
@@ -107,7 +107,9 @@ def worst_layer(name: str, recipe: TokenReduction, **settings) -> float:
         if expected.shape != output.shape:
             return math.inf
         pull = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype)
-        grads = [torch.autograd.grad((y * pull).sum(), hidden, retain_graph=True)[0] for y in (output, expected)]
-        for one, other in ((output, expected), grads):
-            worst = max(worst, ((one - other).abs().max() / other.abs().max()).item())
+        by = [hidden, *layer.parameters()]
+        grads = [torch.autograd.grad((y * pull).sum(), by, retain_graph=True) for y in (output, expected)]
+        largest = max(grad.abs().max() for grad in grads[1])
+        worst = max(worst, ((output - expected).abs().max() / expected.abs().max()).item())
+        worst = max(worst, *(((a - b).abs().max() / largest).item() for a, b in zip(*grads, strict=True)))
     return worst
