@@ -14,7 +14,7 @@ from fishkern.initialization import (
     initialize,
 )
 from fishkern.layers import UnsupportedModuleError
-from fishkern.methods import ShallowSearch, farss, filet, fish_tuning, fisher_adaptune, pissa
+from fishkern.methods import ShallowSearch, TaskRelevance, farss, filet, fish_tuning, fisher_adaptune, pissa, tr_pts
 from fishkern.names import canonical_name
 from fishkern.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
 from fishkern.selection import (
@@ -123,6 +123,7 @@ __all__ = [
     "SketchedFisher",
     "Slices",
     "Statistics",
+    "TaskRelevance",
     "TokenClassification",
     "UniformRank",
     "UnsupportedModuleError",
@@ -142,6 +143,7 @@ __all__ = [
     "plan",
     "prepare",
     "select",
+    "tr_pts",
     "use_backend",
     "verify",
     "why_not_triton",

@@ -19,11 +19,13 @@ COMMANDS: dict[Callable[..., int | None], str] = {
     verify: "fishkern verify ./my-adapter --data ./squad --samples 32 --json report.json",
     select: "fishkern select fisher.safetensors --density 0.005 --rule global --out selection.safetensors",
     show: "fishkern show fisher.safetensors --plot fisher.png\n"
-    "fishkern show tuned/freezer.safetensors --plot freezer.png",
+    "fishkern show tuned/freezer.safetensors --plot freezer.png\n"
+    "fishkern show tuned/token_reduction.json --model ./my-vit --image cat.png --plot kept.png",
     ranks: "fishkern ranks Qwen/Qwen3-0.6B --data corpus.jsonl --average 16 --out ranks.json",
     init: "fishkern init Qwen/Qwen3-0.6B --data corpus.jsonl --method filet --rank 32 --out adapter",
     tune: "fishkern tune bert-base-cased --data ./cola --task sequence-classification --eval-split validation\n"
-    "fishkern tune bert-base-cased --data ./cola --task sequence-classification --method fisher-adaptune",
+    "fishkern tune bert-base-cased --data ./cola --task sequence-classification --method fisher-adaptune\n"
+    "fishkern tune google/vit-base-patch16-224-in21k --data ./flowers --method tr-pts --eval-split validation",
     doctor: "fishkern doctor",
     demo: "fishkern demo --seconds 10",
 }

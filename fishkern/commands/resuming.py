@@ -69,7 +69,7 @@ class Checkpoint:
             stored = torch.load(checkpoint.path, map_location="cpu", weights_only=True)
             # older versions had one method only
             before, state = {"method": "fish", **stored["settings"]}, stored["state"]
-            keys = KEYS if before["method"] == "fish" else (*KEYS, STOPPING)
+            keys = (*KEYS, STOPPING) if before["method"] == "fisher-adaptune" else KEYS
             checkpoint.state = {key: state[key] for key in keys}
         if other := [key for key in {**before, **settings} if before.get(key) != settings.get(key)]:
             was, requested = (", ".join(f"{key} {run.get(key)}" for key in other) for run in (before, settings))

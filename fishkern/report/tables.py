@@ -14,6 +14,7 @@ from fishkern.report.freezing import FreezerSummary
 from fishkern.report.grouped import Grouped
 from fishkern.report.matrices import SHARE, EnergyPart, EnergySummary, StartPart
 from fishkern.report.summary import Part, Parts, Summary
+from fishkern.report.tokens import TokenCount
 from fishkern.report.values import Held
 from fishkern.selection import Contributions
 from fishkern.statistics import Verification
@@ -59,21 +60,28 @@ def selection_table(parts: Parts) -> Table:
     )  # fmt: skip
 
 
-def contributions_table(contributions: Contributions) -> Table:
+def contributions_table(contributions: Contributions, tokens: Mapping[str, TokenCount] | None = None) -> Table:
     """Show what each layer has in the top set, and what it gets for that.
 
     Args:
         contributions: Of a selection, or of a rule.
+        tokens: The image tokens of layers that drop some, by the layer's path.
 
     Returns:
         The table.
     """
-    table = _headed((f"in the top {contributions.top:.3g}", "share", "of each row", "selected"))
+    headings = (f"in the top {contributions.top:.3g}", "share", "of each row", "selected")
+    table = _headed((*headings, "image tokens") if tokens else headings)
     for name, one in contributions.layers.items():
+        counts = f"{one.connections:,}", f"{one.count:,} of {one.numel:,}"
         table.add_row(
-            name, f"{one.top_count:,}", f"{one.share:.1%}", f"{one.connections:,}", f"{one.count:,} of {one.numel:,}"
+            name, f"{one.top_count:,}", f"{one.share:.1%}", *counts, *([_left(tokens, name)] if tokens else [])
         )
     return _wide_enough(table)
+
+
+def _left(tokens: Mapping[str, TokenCount], layer: str) -> str:
+    return f"{tokens[layer].entering:,} to {tokens[layer].leaving:,}" if layer in tokens else ""
 
 
 def values_table(values: Grouped[Held]) -> Table:

@@ -169,7 +169,7 @@ def test_a_run_of_one_method_is_not_resumed_by_the_other(capsys, arguments, inte
         (["--freeze-every", 13], "--freeze-every 13 is more than the 12 steps of this training"),
         (["--freeze-every", 4, "--read-every", 5], "--read-every 5 is more than the 4 steps from one decision"),
         (["--read-every", 3], "--read-every 3 is more than the 2 steps from one decision"),
-        (["--method", "best"], "--method is fish or fisher-adaptune, got 'best'."),
+        (["--method", "best"], "--method is fish, fisher-adaptune or tr-pts, got 'best'."),
         (["--method", "fish", "--margin", 0], "with --method fish nothing stops: leave out --margin, or take"),
         (["--method", "fish", "--freeze-every", 3, "--slices", 2], "leave out --freeze-every and --slices"),
         (["--method", "fish", "--spare", "*"], "leave out --spare, or take"),

@@ -244,8 +244,8 @@ def test_a_file_that_is_none_of_ours(capsys, tmp_path):
     from safetensors.torch import save_file
 
     expected = (
-        "expected statistics, a selection, a delta, a start, energies, an adapter's start or a freezer; made by "
-        "fishkern estimate / select / tune / ranks / init."
+        "expected statistics, a selection, a delta, a start, energies, an adapter's start, a freezer or a token "
+        "reduction; made by fishkern estimate / select / tune / ranks / init."
     )
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
     line = refused(capsys, "show", tmp_path / "model.safetensors")
