@@ -116,12 +116,12 @@ def test_every_arm_is_searched_alike(arms, seeds):
     """The same rates on the same seed, the same seeds at the chosen one; the first arms are done before the others."""
     assert set(arms) == set(ARMS)
     rates = (1e-3, 1e-2)
-    steps = plan(arms, rates, seeds)
+    steps = plan(arms, lambda arm: rates, seeds)
     assert len(steps) == len(set(steps)) == len(arms) * (len(rates) + seeds)
     for arm in arms:
         own = [step for step in steps if step.arm == arm]
         assert own == [*(Step(arm, lr, CHOOSING_SEED) for lr in rates), *(Step(arm, None, n) for n in range(seeds))]
-    first, further, late = stages(arms, rates, seeds)
+    first, further, late = stages(arms, lambda arm: rates, seeds)
     assert [*first, *further, *late] == steps
     assert {step.arm for step in first} == set(arms[:FIRST])
     assert {step.seed for step in late} == set(range(3, seeds))
@@ -229,7 +229,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path, monkeypatc
         starts.main(given)
     second = pretend(monkeypatch)
     assert starts.main(given) == 0
-    steps = [step._replace(lr=step.lr or max(rates)) for step in plan(("lora", "farss"), rates, 2)]
+    steps = [step._replace(lr=step.lr or max(rates)) for step in plan(("lora", "farss"), lambda arm: rates, 2)]
     assert [(step.arm, step.seed) for step in first + second] == [(step.arm, step.seed) for step in steps]
     (path,) = tmp_path.glob("*/starts.jsonl")
     assert len(path.read_text().splitlines()) == len(steps)
