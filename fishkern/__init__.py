@@ -14,11 +14,13 @@ from fishkern.initialization import (
     initialize,
 )
 from fishkern.layers import UnsupportedModuleError
-from fishkern.methods import ShallowSearch, farss, filet, fish_tuning, fisher_adaptune, pissa
+from fishkern.methods import ShallowSearch, TaskRelevance, farss, filet, fish_tuning, fisher_adaptune, pissa, tr_pts
 from fishkern.names import canonical_name
 from fishkern.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
 from fishkern.selection import (
     Columns,
+    Contributions,
+    ContributionTopK,
     Delta,
     GlobalTopK,
     PerRowTopK,
@@ -74,6 +76,8 @@ __all__ = [
     "Classification",
     "Columns",
     "Constant",
+    "ContributionTopK",
+    "Contributions",
     "Delta",
     "DiagonalFisher",
     "DiagonalKronecker",
@@ -117,6 +121,7 @@ __all__ = [
     "SketchedFisher",
     "Slices",
     "Statistics",
+    "TaskRelevance",
     "TokenClassification",
     "UniformRank",
     "UnsupportedModuleError",
@@ -136,6 +141,7 @@ __all__ = [
     "plan",
     "prepare",
     "select",
+    "tr_pts",
     "use_backend",
     "verify",
     "why_not_triton",

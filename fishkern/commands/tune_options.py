@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,14 +11,18 @@ from typing import Annotated, Any
 from typer import Option
 
 from fishkern.commands.freezing_options import Freezing
+from fishkern.commands.numbers import numbers_in
 from fishkern.commands.options import Workload
+from fishkern.commands.tr_pts_options import Connections
 from fishkern.integrations.adapting import ADAPTERS, FILE, FOLDER, check
 from fishkern.methods.fish_tuning import ORDERS
+from fishkern.tokens import FILE as REDUCTION
 
 DENSITY = 0.2  # of the adapter
 FISHER_SAMPLES = 128
 PROBE_SAMPLES = 32
-METHODS = ("fish", "fisher-adaptune")
+TASK_SAMPLES = 1000  # the whole training split of each task that TR-PTS was published on
+METHODS = ("fish", "fisher-adaptune", "tr-pts")
 BLIND = ("random", "magnitude")  # orders that look at no example
 
 _ADAPTER, _BUDGET, _TRAINING = "Adapter", "Selection", "Training"
@@ -60,15 +65,7 @@ class Adapting:
         """The layers' numbers, or ``None`` for all."""
         if not self.layers:
             return None
-        numbers: list[int] = []
-        for part in self.layers.split(","):
-            first, dash, last = part.strip().partition("-")
-            if not first.isdecimal() or (dash and not last.isdecimal()):
-                raise ValueError(f"--layers is like 0-4 or 0,2,5, got {self.layers!r}.")
-            if dash and int(last) < int(first):  # an empty list would mean all layers to PEFT
-                raise ValueError(f"--layers {self.layers} counts down: write {last}-{first}.")
-            numbers += range(int(first), int(last or first) + 1)
-        return numbers
+        return numbers_in(self.layers, "--layers")
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,11 @@ class Budget:
 
     density: Annotated[
         float | None,
-        Option(metavar="D", help=f"Train this fraction of the adapter; by default {DENSITY}.", rich_help_panel=_BUDGET),
+        Option(
+            metavar="D",
+            help=f"Train this fraction of the adapter; by default {DENSITY}. With tr-pts, of the model's weights.",
+            rich_help_panel=_BUDGET,
+        ),
     ] = None
     k: Annotated[
         int | None, Option("--k", metavar="N", help="Or this many of its entries.", rich_help_panel=_BUDGET)
@@ -109,7 +110,7 @@ class Budget:
             metavar="N",
             help="Number of examples to select by; with fisher-adaptune, to read the Fisher information on.",
             rich_help_panel=_BUDGET,
-            show_default=f"{FISHER_SAMPLES}; {PROBE_SAMPLES} with fisher-adaptune",
+            show_default=f"{FISHER_SAMPLES}; {PROBE_SAMPLES} with fisher-adaptune, {TASK_SAMPLES:,} with tr-pts",
         ),
     ] = None
 
@@ -145,9 +146,10 @@ class Settings:
     Attributes:
         work: Model and data.
         adapting: The adapter.
-        method: ``"fish"`` or ``"fisher-adaptune"``.
-        budget: The selection, of ``"fish"``.
+        method: One of :data:`METHODS`.
+        budget: The selection, of ``"fish"``; of ``"tr-pts"`` its density.
         freezing: What stops, of ``"fisher-adaptune"``.
+        connections: What of the model trains, and on which tokens, of ``"tr-pts"``.
         training: The training.
         samples: Number of examples to train on.
     """
@@ -157,6 +159,7 @@ class Settings:
     method: str
     budget: Budget
     freezing: Freezing
+    connections: Connections
     training: Training
     samples: int
 
@@ -166,10 +169,17 @@ class Settings:
         return self.method == METHODS[1]
 
     @property
+    def adapts(self) -> bool:
+        """Whether an adapter is added; if not, entries of the model itself train."""
+        return self.method != METHODS[2]
+
+    @property
     def fisher_samples(self) -> int | None:
         """The most examples that the Fisher information is read on, ``None`` if it is not read."""
         if self.freezes:
             return self.budget.fisher_samples or PROBE_SAMPLES
+        if not self.adapts:
+            return self.budget.fisher_samples or TASK_SAMPLES
         return None if self.budget.ranked in BLIND else self.budget.fisher_samples or FISHER_SAMPLES
 
     def plain(self) -> dict[str, Any]:
@@ -178,12 +188,14 @@ class Settings:
         Returns:
             Plain values.
         """
-        groups = (self.work, self.adapting, self.budget, self.freezing, self.training)
+        groups = (self.work, self.adapting, self.budget, self.freezing, self.connections, self.training)
         given = {name: value for group in groups for name, value in vars(group).items()}
-        given["spare"] = list(self.freezing.spare) or None
+        given |= {"spare": list(self.freezing.spare) or None, "token_layers": self.connections.token_layers or None}
         if self.freezes:  # a default is the same as its value
             rule = self.freezing.rule
             given |= {"margin": rule.margin, "most": rule.most, "slices": self.freezing.cut.count}
+        if not self.adapts:
+            given |= self.connections.settings
         return given | {"method": self.method, "order": self.budget.ranked, "samples": self.samples}
 
     def check(self, out: Path) -> None:
@@ -199,44 +211,65 @@ class Settings:
             PermissionError: The folder may not be written to.
         """
         if self.work.parameters:
-            raise ValueError("tune trains the adapter and the head: it has no use for --parameters.")
+            raise ValueError("tune chooses itself which parameters train: it has no use for --parameters.")
         if self.method not in METHODS:
-            raise ValueError(f"--method is {' or '.join(METHODS)}, got {self.method!r}.")
+            raise ValueError(f"--method is {', '.join(METHODS[:-1])} or {METHODS[-1]}, got {self.method!r}.")
         self._refuse_the_others_options()
         if self.budget.ranked not in ORDERS:
             raise ValueError(f"--order is one of {', '.join(ORDERS)}, got {self.budget.order!r}.")
         if self.budget.fisher_samples is not None and self.budget.ranked in BLIND:
             raise ValueError(f"--order {self.budget.order} looks at no example: leave out --fisher-samples.")
-        _ = self.freezing.rule, self.freezing.cut  # raise where they cannot be
+        _ = self.freezing.rule, self.freezing.cut, self.connections.arguments  # raise where they cannot be
         check(self.adapting.kind, self.adapting.size)
-        _check_leftover(out, self.adapting.kind)
+        _check_leftover(out, ADAPTERS[self.adapting.kind].saved_as if self.adapts else None)
         _ = self.adapting.numbers  # raises where they cannot be read
         _check_folder(out)
 
     def _refuse_the_others_options(self) -> None:
-        """Refuse options of the selection where nothing is selected, and those of freezing where nothing stops."""
-        group = self.budget if self.freezes else self.freezing
-        given = [name for name, value in vars(group).items() if _is_given(value)]
-        options = " and ".join(f"--{name.replace('_', '-')}" for name in given if name != "fisher_samples")
-        if not options:
-            return
-        if self.freezes:
+        """Refuse the options of the other methods."""
+        if self.adapts:
+            if options := _given(self.connections):
+                raise ValueError(
+                    f"with --method {self.method} an adapter is trained: leave out {options}, or take --method tr-pts."
+                )
+        elif options := _given(self.adapting):
+            raise ValueError(
+                f"--method tr-pts trains entries of the model itself, with no adapter: leave out {options}."
+            )
+        elif options := _given(self.budget, but=("density", "fisher_samples")):
+            raise ValueError(f"--method tr-pts chooses by --top or --density: leave out {options}.")
+        elif self.connections.top is not None and self.budget.density is not None:
+            raise ValueError("--top and --density decide the same: give one of them.")
+        if self.freezes and (options := _given(self.budget, but=("fisher_samples",))):
             raise ValueError(
                 f"--method fisher-adaptune trains everything at first and selects nothing: leave out {options}."
             )
-        raise ValueError(f"with --method fish nothing stops: leave out {options}, or take --method fisher-adaptune.")
+        if not self.freezes and (options := _given(self.freezing)):
+            raise ValueError(
+                f"with --method {self.method} nothing stops: leave out {options}, or take --method fisher-adaptune."
+            )
+
+
+def _given(group: Any, but: Iterable[str] = ()) -> str:
+    """List the options of a group that the user has named."""
+    names = [name for name, value in vars(group).items() if _is_given(value) and name not in but]
+    return " and ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def _is_given(value: Any) -> bool:
     """Tell whether the user named an option; 0 is a value."""
-    return bool(value) if isinstance(value, list | tuple) else value is not None and value is not False
+    return bool(value) if isinstance(value, list | tuple | str) else value is not None and value is not False
 
 
-def _check_leftover(out: Path, kind: str) -> None:
-    """Refuse to save next to the adapter of another run, which would be mistaken for this one's."""
-    other = out / (FILE if ADAPTERS[kind].saved_as == FOLDER else FOLDER)
-    if other.exists():
-        raise FileExistsError(f"{other} is the adapter of another run: choose another --out, or delete it first.")
+def _check_leftover(out: Path, saved_as: str | None) -> None:
+    """Refuse to save next to what another run has trained, which would be mistaken for this one's."""
+    saves = {FOLDER: "adapter", FILE: "adapter", REDUCTION: "token reduction"}
+    own = REDUCTION if saved_as is None else saved_as
+    for other in (out / name for name in saves if name != own):
+        if other.exists():
+            raise FileExistsError(
+                f"{other} is the {saves[other.name]} of another run: choose another --out, or delete it first."
+            )
 
 
 def _check_folder(out: Path) -> None:

@@ -6,7 +6,7 @@
 """
 
 from fishkern.files.atomic import atomic_write, check_target
-from fishkern.files.loading import Format, files_of, format_of, open_tensors
+from fishkern.files.loading import Format, check_format, files_of, format_of, open_tensors
 from fishkern.files.parsing import checked_shape, in_brief, parsing, read_count, read_json
 from fishkern.files.saving import check_cast, save_tensors
 from fishkern.files.tensors import PIECE, AnyTensor, StoredTensor, pieces
@@ -18,6 +18,7 @@ __all__ = [
     "StoredTensor",
     "atomic_write",
     "check_cast",
+    "check_format",
     "check_target",
     "checked_shape",
     "files_of",

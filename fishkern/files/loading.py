@@ -131,7 +131,7 @@ def _open_shards(
     index: Path, contents: dict[str, Any], format: Format
 ) -> tuple[dict[str, str], dict[str, StoredTensor]]:
     metadata = {key: value for key, value in contents["metadata"].items() if key != "total_size"}
-    _check_format(index, metadata, format)
+    check_format(index, metadata, format)
     shards = {}
     for name in dict.fromkeys(contents["weight_map"].values()):
         shard = index.parent / name
@@ -174,7 +174,7 @@ def open_one(path: Path, format: Format) -> tuple[dict[str, str], dict[str, Stor
     """
     header, start, stamp = read_header(path)
     metadata = header.pop("__metadata__")
-    _check_format(path, metadata, format)
+    check_format(path, metadata, format)
     tensors = {}
     for name, entry in header.items():
         if (dtype := DTYPES.get(entry["dtype"])) is None:
@@ -237,7 +237,17 @@ def read_index(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path} is damaged: it is not an index of shards. Copy or save it again.")
 
 
-def _check_format(path: Path, metadata: Mapping[str, str], format: Format) -> None:
+def check_format(path: Path, metadata: Mapping[str, str], format: Format) -> None:
+    """Check what a file says that it is.
+
+    Args:
+        path: The file, for the message.
+        metadata: Its header, of which ``format`` and ``format_version`` are read.
+        format: The expected format.
+
+    Raises:
+        ValueError: It is of another or a newer format, or says none.
+    """
     if (name := metadata.get("format")) != format.name:
         says = "names no format" if name is None else f"says format={in_brief(name, 80)}"
         raise ValueError(

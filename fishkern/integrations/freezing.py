@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from fishkern.freezing import Freezer, Freezing
 from fishkern.freezing.saved import FreezerState
 from fishkern.freezing.trained import masked
+from fishkern.integrations.checkpoints import saved_in
 
 FILE = "freezer.safetensors"
 
@@ -57,7 +58,7 @@ class FreezingCallback(TrainerCallback):
 
     def _restore(self, args: Any, step: int) -> None:
         """Take over the freezer of a checkpoint, also where this one has gone on from there in the same process."""
-        saved = _saved_in(args, step)
+        saved = saved_in(args, step, FILE)
         if saved is not None and FreezerState.count_in(saved) != self._freezer.count:
             self._freezer.load(saved)
         elif saved is None and not self._freezer.count:
@@ -86,11 +87,3 @@ class FreezingCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             self._freezer.save(folder / FILE)
-
-
-def _saved_in(args: Any, step: int) -> Path | None:
-    """Find the freezer of the checkpoint that a training resumes from; a Trainer does not tell its callbacks."""
-    named = args.resume_from_checkpoint
-    folders = [Path(named)] if isinstance(named, str) else []
-    folders.append(Path(args.output_dir) / f"checkpoint-{step}")
-    return next((folder / FILE for folder in folders if (folder / FILE).is_file()), None)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,13 +17,29 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
-from fishkern import hosts
+from fishkern import hosts, tokens
+from fishkern.integrations.checkpoints import saved_in
+from fishkern.integrations.reducing import attach_for_training, saved_reduction
 from fishkern.layers import UnsupportedModuleError
 from fishkern.optim import MaskedAdamW, MaskedOptimizer
 from fishkern.selection import Rule, Selection, select
 from fishkern.statistics import estimate
+from fishkern.tokens import TokenReduction
 
-Select = Callable[[nn.Module, Iterable[Any]], Selection]
+
+class SelectionAndReduction(Protocol):
+    """What :func:`fishkern.tr_pts` returns."""
+
+    @property
+    def selection(self) -> Selection:
+        """The entries to train."""
+
+    @property
+    def reduction(self) -> TokenReduction | None:
+        """The tokens that the model trains without."""
+
+
+Select = Callable[[nn.Module, Iterable[Any]], Selection | SelectionAndReduction]
 
 FILE = "selection.safetensors"
 
@@ -70,13 +86,14 @@ class FisherCallback(TrainerCallback):
         self._max_grad_norm: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find the optimizer, take over the clipping, and log what is trained.
+        """Find the optimizer, take over the clipping, attach the token reduction, and log what is trained.
 
         Until the end of training ``args.max_grad_norm`` is 0.
 
         Raises:
-            ValueError: The Trainer's optimizer is not a masked one, or has another selection.
-            UnsupportedModuleError: In training the model would not see PEFT's prefix.
+            ValueError: The Trainer's optimizer is not a masked one, or has another selection; or the token reductions
+                of model, callback and checkpoint differ.
+            UnsupportedModuleError: In training the model would not see PEFT's prefix, or its tokens cannot be reduced.
         """
         optimizer = kwargs["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
@@ -89,6 +106,8 @@ class FisherCallback(TrainerCallback):
             raise ValueError("the Trainer's optimizer has another selection than this callback: give both the same.")
         if reason := hosts.lost_prefix(kwargs["model"], training=True):
             raise UnsupportedModuleError(f"{reason}.")
+        resumed = saved_in(args, state.global_step, FILE) if state.global_step else None
+        attach_for_training(hosts.unwrap(kwargs["model"]), self._reduction, resumed and resumed.parent)
         requested = args.max_grad_norm
         if isinstance(requested, _HandedOver):
             requested = requested.requested
@@ -114,11 +133,16 @@ class FisherCallback(TrainerCallback):
         state.log_history[-1] |= ours  # written before the callbacks are called
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the selection in the folder of the checkpoint: the optimizer's, which a freezer may have narrowed."""
+        """Save the selection in the folder of the checkpoint, and the token reduction if the model has one.
+
+        The selection is the optimizer's, which a freezer may have narrowed.
+        """
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             selection = self._selection if self._optimizer is None else self._optimizer.selection
             selection.save(folder / FILE)
+            if (reduction := tokens.attached(hosts.unwrap(kwargs["model"]))) is not None:
+                reduction.save(folder / tokens.FILE)
 
 
 class FisherMixin:
@@ -139,8 +163,9 @@ class FisherMixin:
 
     Args:
         args: The Trainer's own.
-        select: Called as ``select(model, batches)`` at the start of training; or a rule, for the diagonal Fisher of
-            everything trainable over all of the batches.
+        select: Called as ``select(model, batches)`` at the start of training, for a selection, or for what
+            :func:`fishkern.tr_pts` returns, whose token reduction is then attached; or a rule, for the diagonal Fisher
+            of everything trainable over all of the batches.
         select_data: Batches to select on, such as a ``DataLoader``, instead of the Trainer's own: unpacked ones, if
             training packs several examples into a row.
         kwargs: The Trainer's own.
@@ -192,7 +217,7 @@ class FisherMixin:
         if name not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
             raise ValueError(f"FisherMixin trains with MaskedAdamW: leave optim='adamw_torch', got {name.value!r}.")
         model = hosts.unwrap(self.model if model is None else model)
-        selection = self._selection_at_start(model)
+        selection, reduction = self._selection_at_start(model)
         self.optimizer = MaskedAdamW(
             self._groups(model),
             selection,
@@ -203,19 +228,21 @@ class FisherMixin:
         )
         if self._callback is not None:
             self.remove_callback(self._callback)
-        self._callback = FisherCallback(selection)
+        self._callback = FisherCallback(selection, reduction)
         self.add_callback(self._callback)
         return self.optimizer
 
-    def _selection_at_start(self, model: nn.Module) -> Selection:
+    def _selection_at_start(self, model: nn.Module) -> tuple[Selection, TokenReduction | None]:
         if self._checkpoint is not None:
-            return Selection.load(Path(self._checkpoint) / FILE)
+            folder = Path(self._checkpoint)
+            return Selection.load(folder / FILE), saved_reduction(folder)
         self._warn_of_another_loss()
         with torch.random.fork_rng(devices=[]):  # so that training shuffles as it would without selecting
-            selection = self._selected(model)
+            result = self._selected(model)
+        selection = getattr(result, "selection", result)
         if not isinstance(selection, Selection):
-            raise TypeError(f"select must give a Selection, got {type(selection).__name__}.")
-        return selection
+            raise TypeError(f"select must give a Selection, got {type(result).__name__}.")
+        return selection, getattr(result, "reduction", None)
 
     def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Divide the trainable parameters as the Trainer does: those that decay, and biases and norms, which do not."""

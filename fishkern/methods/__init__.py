@@ -5,5 +5,15 @@ from fishkern.methods.filet import filet
 from fishkern.methods.fish_tuning import fish_tuning
 from fishkern.methods.fisher_adaptune import fisher_adaptune
 from fishkern.methods.pissa import pissa
+from fishkern.methods.tr_pts import TaskRelevance, tr_pts
 
-__all__ = ["ShallowSearch", "farss", "filet", "fish_tuning", "fisher_adaptune", "pissa"]
+__all__ = [
+    "ShallowSearch",
+    "TaskRelevance",
+    "farss",
+    "filet",
+    "fish_tuning",
+    "fisher_adaptune",
+    "pissa",
+    "tr_pts",
+]

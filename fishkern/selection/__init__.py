@@ -1,6 +1,8 @@
 """From statistics to a selection of coordinates."""
 
 from fishkern.selection.base import Rule
+from fishkern.selection.contribution_topk import ContributionTopK
+from fishkern.selection.contributions import Contributions
 from fishkern.selection.delta import Delta, apply_delta, delta
 from fishkern.selection.entries import Entries
 from fishkern.selection.global_topk import GlobalTopK
@@ -14,6 +16,8 @@ from fishkern.selection.start import bound_to_start, check_start, load_start, op
 
 __all__ = [
     "Columns",
+    "ContributionTopK",
+    "Contributions",
     "Delta",
     "Entries",
     "GlobalTopK",

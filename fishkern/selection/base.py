@@ -79,6 +79,21 @@ class Rule(ABC):
             Flat indices by name, each ascending; names may be missing.
         """
 
+    def choose_and_report(
+        self, scores: Mapping[str, AnyTensor], total: int, backend: Backend | None = None
+    ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+        """Choose, and say what the choice has shown; by default nothing.
+
+        Args:
+            scores: As for :meth:`choose`.
+            total: As for :meth:`choose`.
+            backend: As for :meth:`choose`.
+
+        Returns:
+            What :meth:`choose` gives, and entries for the selection's provenance, JSON.
+        """
+        return self.choose(scores, total, backend), {}
+
 
 def exactly(names: Iterable[str]) -> tuple[str, ...]:
     """Write patterns that match these names alone, for ``always`` and ``never``.

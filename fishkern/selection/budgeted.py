@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context, Decimal
 from fractions import Fraction
 
 from fishkern.arguments import count_of, fraction_of
@@ -80,3 +81,17 @@ def share(density: float, total: int) -> int:
         The count.
     """
     return int(Fraction(repr(float(density))) * total)
+
+
+def density_of(count: int, total: int, digits: int = 3) -> float:
+    """Find a short density that is enough for a count: floor(density * total) is at least ``count``.
+
+    Args:
+        count: At most ``total``.
+        total: What the density is a fraction of.
+        digits: How many significant ones the density has.
+
+    Returns:
+        count / total, rounded up.
+    """
+    return float(Context(prec=digits, rounding=ROUND_CEILING).divide(Decimal(count), Decimal(total)))

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor, StoredTensor
-from fishkern.names import without_wrappers
-from fishkern.selection.base import Rule, matching
+from fishkern.selection.base import Rule
 from fishkern.selection.result import Selection
-from fishkern.statistics import FactoredStatistics, Held, Statistics
+from fishkern.selection.scored import scores_of, split_off
+from fishkern.statistics import FactoredStatistics, Statistics
 
 _DIGESTED = 256  # scores of each parameter that the digest covers
 
@@ -58,20 +58,17 @@ def select(
     except (TypeError, ValueError) as error:
         what = type(rule).__name__
         raise TypeError(f"{what} must hold plain values, for the header of a file: {error}.") from None
-    scores = _scores(statistics)
+    scores = scores_of(statistics)
     shapes = {name: score.shape for name, score in scores.items()}
-    always, never = matching(rule.always, scores, "always"), matching(rule.never, scores, "never")
-    if both := set(always) & set(never):
-        raise ValueError(f"{min(both)} is in always= and in never=: leave it out of one.")
-    ranked = {name: score for name, score in scores.items() if name not in {*always, *never}}
+    always, ranked = split_off(rule, scores)
     total = sum(score.numel() for score in scores.values())
-    indices = rule.choose(ranked if rule.streams else _OnAccess(ranked), total, backend)
+    indices, about = rule.choose_and_report(ranked if rule.streams else _OnAccess(ranked), total, backend)
     _check_indices(f"{type(rule).__name__}.choose", indices, ranked)
     described = {"digest": _digest(statistics, scores)}
     if isinstance(statistics, Statistics | FactoredStatistics):
         described |= {"count": statistics.count, "definition": statistics.provenance["definition"]}
     k = sum(map(len, indices.values()))
-    provenance = {"rule": rule.settings, "k": k, "statistics": described}
+    provenance = {"rule": rule.settings, "k": k, "statistics": described, **about}
     return Selection(shapes, indices, whole=always, provenance=provenance)
 
 
@@ -107,61 +104,6 @@ def _check_indices(what: str, indices: object, scores: Mapping[str, AnyTensor]) 
         if not isinstance(selected, Tensor) or selected.ndim != 1:
             shown = tuple(selected.shape) if isinstance(selected, Tensor) else type(selected).__name__
             raise TypeError(f"{what} must give flat indices, a tensor [K] for each name; for {name} it gave {shown}.")
-
-
-def _scores(statistics: Statistics | FactoredStatistics | Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
-    if isinstance(statistics, Statistics):
-        _refuse_groups(statistics)
-        return dict(statistics.blocks)
-    if isinstance(statistics, FactoredStatistics):
-        return dict(statistics)
-    if isinstance(statistics, Held):
-        raise TypeError(
-            f"select ranks the entries of parameters, and {type(statistics).__name__} are of directions: take "
-            "statistics of entries, such as DiagonalFisher(), or fishkern.initialize for the directions of an adapter."
-        )
-    if not callable(getattr(statistics, "items", None)):
-        raise TypeError(
-            "scores come as statistics or as a mapping from names to tensors, such as dict(model.named_parameters()); "
-            f"got {type(statistics).__name__}."
-        )
-    scores: dict[str, AnyTensor] = {}
-    for name, score in statistics.items():
-        if not isinstance(name, str):
-            raise TypeError(f"scores are given by the names of parameters, strings; got {name!r}.")
-        _check_score(name, score)
-        if (short := without_wrappers(name)) in scores:
-            raise ValueError(f"two names become {short} without wrappers: leave one out.")
-        scores[short] = score.detach() if isinstance(score, Tensor) else score
-    return scores
-
-
-def _refuse_groups(statistics: Statistics) -> None:
-    """Refuse statistics that hold something else than a score for each entry, such as one for each row."""
-    for name, shape in statistics.shapes.items():
-        covered = statistics.coverage.get(name)
-        if "groups" in statistics.provenance["definition"] or (covered and covered.numel != shape.numel()):
-            size = f" of a parameter of {covered.numel:,} entries" if covered else ""
-            raise ValueError(
-                f"a rule chooses entries by one score for each, and these statistics hold {tuple(shape)} for "
-                f"{name}{size}: estimate DiagonalFisher() for scores of entries, or choose rows or columns by yours "
-                "and name them in Selection(..., ranges={name: fishkern.Rows(...)})."
-            )
-
-
-def _check_score(name: str, score: object) -> None:
-    if not isinstance(score, Tensor | StoredTensor):
-        what = type(score).__name__
-        raise TypeError(f"scores are floating tensors, {name} is {what}: make a tensor of it (torch.as_tensor).")
-    if not score.dtype.is_floating_point:
-        raise TypeError(f"scores are floating tensors, {name} is {score.dtype}: cast it.")
-    if isinstance(score, StoredTensor):
-        return
-    if score.is_nested or score.layout != torch.strided:
-        what = "nested" if score.is_nested else str(score.layout)
-        raise TypeError(f"scores are dense tensors, {name} is {what}: make it dense, as by to_dense().")
-    if score.is_meta:
-        raise TypeError(f"{name} is on the meta device, where scores have no values: load it first.")
 
 
 def _digest(statistics: Mapping[str, AnyTensor], scores: Mapping[str, AnyTensor]) -> str:

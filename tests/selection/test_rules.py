@@ -42,7 +42,7 @@ def test_per_tensor_is_a_stable_sort_of_each(order: str):
 @pytest.mark.parametrize("order", ["largest", "smallest"])
 @pytest.mark.parametrize("piece", [1, 50, 2**20])
 def test_per_row_is_a_stable_sort_of_each_row(order: str, piece: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fishkern.selection.per_row_topk.PIECE", piece)
+    monkeypatch.setattr("fishkern.selection._rows.PIECE", piece)
     values = scores((30, 7), (8, 3, 5), (0, 4))
     selection = fk.select(values, fk.PerRowTopK(3, order=order))
     for name, value in values.items():
@@ -163,6 +163,7 @@ def test_a_file_cut_short_is_noticed(tmp_path: Path):
         (lambda: fk.GlobalTopK(density=float("nan")), "density must be above 0 and at most 1, got nan"),
         (lambda: fk.GlobalTopK(k=1, order="top"), r"order must be one of \('largest', 'smallest'\), got 'top'"),
         (lambda: fk.PerRowTopK(-2), "k must be at least 0, got -2"),
+        (lambda: fk.PerRowTopK(None), "give either k or density, got k=None and density=None"),
         (lambda: fk.GlobalTopK(k=1, always=[3]), r"always takes patterns of names, strings such as .*; got \(3,\)"),
     ],
 )
@@ -176,7 +177,7 @@ def test_rules_that_cannot_be(make, says: str):
     [
         (lambda: fk.GlobalTopK(k=2.5), "k must be an integer, got 2.5"),
         (lambda: fk.PerTensorTopK(k=torch.tensor(3.0)), r"k must be an integer, got tensor\(3.\)"),
-        (lambda: fk.PerRowTopK(None), "k must be an integer, got None"),
+        (lambda: fk.PerRowTopK("3"), "k must be an integer, got '3'"),
         (lambda: fk.Random(k=1, seed="0"), "seed must be an integer, got '0'"),
         (lambda: fk.Random(density="0.1"), "density must be a number, got '0.1'"),
         (lambda: fk.GlobalTopK(density=torch.rand(2)), r"density must be a number, got tensor\("),

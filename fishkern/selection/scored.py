@@ -1,0 +1,99 @@
+"""What a rule sorts by: statistics of entries, or any mapping of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fishkern.files import AnyTensor, StoredTensor
+from fishkern.names import without_wrappers
+from fishkern.selection.base import Rule, matching
+from fishkern.statistics import FactoredStatistics, Held, Statistics
+
+
+def scores_of(statistics: Statistics | FactoredStatistics | Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
+    """Check what a rule is to sort by, and give it by name.
+
+    Args:
+        statistics: See :func:`fishkern.select`.
+
+    Returns:
+        The scores of the whole pool by canonical name, without gradients; not read.
+
+    Raises:
+        TypeError: They are not a mapping of floating tensors with values.
+        ValueError: Two names become one without wrappers, or statistics are of groups of entries.
+    """
+    if isinstance(statistics, Statistics):
+        _refuse_groups(statistics)
+        return dict(statistics.blocks)
+    if isinstance(statistics, FactoredStatistics):
+        return dict(statistics)
+    if isinstance(statistics, Held):
+        raise TypeError(
+            f"select ranks the entries of parameters, and {type(statistics).__name__} are of directions: take "
+            "statistics of entries, such as DiagonalFisher(), or fishkern.initialize for the directions of an adapter."
+        )
+    if not callable(getattr(statistics, "items", None)):
+        raise TypeError(
+            "scores come as statistics or as a mapping from names to tensors, such as dict(model.named_parameters()); "
+            f"got {type(statistics).__name__}."
+        )
+    scores: dict[str, AnyTensor] = {}
+    for name, score in statistics.items():
+        if not isinstance(name, str):
+            raise TypeError(f"scores are given by the names of parameters, strings; got {name!r}.")
+        _check_score(name, score)
+        if (short := without_wrappers(name)) in scores:
+            raise ValueError(f"two names become {short} without wrappers: leave one out.")
+        scores[short] = score.detach() if isinstance(score, Tensor) else score
+    return scores
+
+
+def split_off(rule: Rule, scores: Mapping[str, AnyTensor]) -> tuple[list[str], dict[str, AnyTensor]]:
+    """Separate the parameters that a rule chooses from, from those that its patterns decide.
+
+    Args:
+        rule: Whose ``always`` and ``never``.
+        scores: Of the whole pool, by name.
+
+    Returns:
+        The names of those selected whole, and the scores of what is neither selected whole nor never.
+
+    Raises:
+        ValueError: A pattern matches no name, or two patterns of both kinds match one.
+    """
+    always, never = matching(rule.always, scores, "always"), matching(rule.never, scores, "never")
+    if both := set(always) & set(never):
+        raise ValueError(f"{min(both)} is in always= and in never=: leave it out of one.")
+    return always, {name: score for name, score in scores.items() if name not in {*always, *never}}
+
+
+def _refuse_groups(statistics: Statistics) -> None:
+    """Refuse statistics that hold something else than a score for each entry, such as one for each row."""
+    for name, shape in statistics.shapes.items():
+        covered = statistics.coverage.get(name)
+        if "groups" in statistics.provenance["definition"] or (covered and covered.numel != shape.numel()):
+            size = f" of a parameter of {covered.numel:,} entries" if covered else ""
+            raise ValueError(
+                f"a rule chooses entries by one score for each, and these statistics hold {tuple(shape)} for "
+                f"{name}{size}: estimate DiagonalFisher() for scores of entries, or choose rows or columns by yours "
+                "and name them in Selection(..., ranges={name: fishkern.Rows(...)})."
+            )
+
+
+def _check_score(name: str, score: object) -> None:
+    if not isinstance(score, Tensor | StoredTensor):
+        what = type(score).__name__
+        raise TypeError(f"scores are floating tensors, {name} is {what}: make a tensor of it (torch.as_tensor).")
+    if not score.dtype.is_floating_point:
+        raise TypeError(f"scores are floating tensors, {name} is {score.dtype}: cast it.")
+    if isinstance(score, StoredTensor):
+        return
+    if score.is_nested or score.layout != torch.strided:
+        what = "nested" if score.is_nested else str(score.layout)
+        raise TypeError(f"scores are dense tensors, {name} is {what}: make it dense, as by to_dense().")
+    if score.is_meta:
+        raise TypeError(f"{name} is on the meta device, where scores have no values: load it first.")
