@@ -36,6 +36,8 @@ WITHOUT = {
     "plan": "a few numbers",
     "masked_rows": "a few numbers",
     "frozen_layers": "a few numbers",
+    "token_reduction": "a few numbers",
+    "tr_pts": "a table, which the command prints",
 }
 
 

@@ -1,0 +1,115 @@
+"""One run: choose what trains by one arm, train it, measure it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+import fishkern as fk
+import fishkern.tokens
+from benchmarks.engine.flops import flops
+from benchmarks.engine.memory import peak_mib
+from benchmarks.engine.origin import version_of
+from benchmarks.engine.records import Record
+from benchmarks.studies.comparing.figures import finite, means
+from benchmarks.studies.comparing.stopwatch import Stopwatch
+from benchmarks.studies.tr_pts.arms import ARMS, Prepared
+from benchmarks.studies.tr_pts.pictures import Batch, Pictures
+
+
+def run(arm: str, lr: float, seed: int, task: Pictures, *, choosing: bool, steps: int | None = None) -> Record:
+    """Train one arm once.
+
+    Args:
+        arm: Its name.
+        lr: Learning rate of the first step; it falls linearly to 0.
+        seed: Of the classifier, of what is drawn, and of the order of training.
+        task: Model and data.
+        choosing: Whether the images on which rates are chosen are measured, or those that the figures come from.
+        steps: Stop after so many.
+    """
+    seconds = Stopwatch(task.device, "ranking", "training", "measuring")
+    model = task.fresh(seed)
+    size = sum(value.numel() for value in model.parameters())  # without adapters
+    torch.manual_seed(seed)
+    made: list[Prepared] = []
+
+    def rank() -> None:
+        with seconds("ranking"):
+            made.append(ARMS[arm].make(model, task, seed))
+
+    ranking_peak = peak_mib(rank)
+    (prepared,) = made
+    model = prepared.model
+    if prepared.reduction is not None:
+        fishkern.tokens.attach(model, prepared.reduction)
+    for name, value in model.named_parameters():  # a weight of which nothing trains needs no gradient
+        value.requires_grad_(prepared.selection.counts.get(fk.canonical_name(name), 0) > 0)
+    rows = task.steps(seed)[:steps]
+    flops_of = counted(model, task.batch(rows[0]))
+    training = Training(model, prepared.selection, lr, seconds)
+    peak = peak_mib(lambda: training.go([task.batch(part) for part in rows]))
+    with seconds("measuring"):
+        measured = task.measure(model, choosing=choosing)
+    reduction = prepared.reduction
+    return {
+        "curve": [{"step": len(rows), **{name: finite(value) for name, value in measured.items()}}],
+        "losses": means(training.losses),
+        "trained": prepared.selection.count,
+        "of": size,
+        "reducing": None if reduction is None else {"layers": list(reduction.layers), "keep": reduction.keep},
+        "flops": flops_of,
+        "seconds_a_step": finite(round(statistics.median(training.seconds_of), 4)),
+        "seconds_an_image": round(seconds["measuring"] / task.measured_images(choosing=choosing), 5),
+        "ranking": round(seconds["ranking"], 2),
+        "seconds": round(seconds["ranking"] + seconds["training"], 2),
+        "peak_mib": round(peak, 1),
+        "ranking_peak_mib": round(ranking_peak, 1),
+        "peft": version_of("peft"),
+    }
+
+
+class Training:
+    """A model in training.
+
+    Args:
+        model: It.
+        selection: What moves.
+        lr: Learning rate of the first step.
+        seconds: To which the time is added.
+    """
+
+    def __init__(self, model: nn.Module, selection: fk.Selection, lr: float, seconds: Stopwatch) -> None:
+        self.model = model
+        # what moves whole is stepped by torch's fused update, so that full fine-tuning is as fast as with torch's own
+        self.optimizer = fk.MaskedAdamW(model, selection, lr=lr, weight_decay=0.0, fused=True)
+        self.losses: list[float] = []
+        self.seconds_of: list[float] = []  # each step
+        self._seconds = seconds
+
+    def go(self, batches: Sequence[Batch]) -> None:
+        """Take a step with each batch."""
+        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / len(batches))
+        for batch in batches:
+            before = self._seconds["training"]
+            with self._seconds("training"):
+                loss = self.model(**batch).loss
+                loss.backward()
+                self.optimizer.step()
+                schedule.step()
+                self.optimizer.zero_grad()
+            self.seconds_of.append(self._seconds["training"] - before)
+            self.losses.append(loss.item())
+
+
+def counted(model: nn.Module, batch: Batch) -> dict[str, int]:
+    """FLOPs for one image: matrix products, convolutions and attention, of a forward pass and of a training step."""
+    images = len(batch["labels"])
+    with torch.no_grad():
+        forward = flops(lambda: model(**batch))
+    step = flops(lambda: model(**batch).loss.backward())
+    model.zero_grad()
+    return {"forward": forward // images, "step": step // images}
