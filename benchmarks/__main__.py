@@ -21,6 +21,7 @@ STUDIES = {
         "benchmarks.cases.demonstration",
         "a whole LLaMA: Fisher, selection, sparse training, delta, verify",
     ),
+    "carry": ("benchmarks.studies.carry", "write 16-bit weights and data for a machine without these files"),
 }
 
 
