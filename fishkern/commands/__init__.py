@@ -23,7 +23,8 @@ COMMANDS: dict[Callable[..., int | None], str] = {
     ranks: "fishkern ranks Qwen/Qwen3-0.6B --data corpus.jsonl --average 16 --out ranks.json",
     init: "fishkern init Qwen/Qwen3-0.6B --data corpus.jsonl --method filet --rank 32 --out adapter",
     tune: "fishkern tune bert-base-cased --data ./cola --task sequence-classification --eval-split validation\n"
-    "fishkern tune bert-base-cased --data ./cola --task sequence-classification --method fisher-adaptune",
+    "fishkern tune bert-base-cased --data ./cola --task sequence-classification --method fisher-adaptune\n"
+    "fishkern tune google/vit-base-patch16-224-in21k --data ./flowers --method tr-pts --eval-split validation",
     doctor: "fishkern doctor",
     demo: "fishkern demo --seconds 10",
 }

@@ -13,6 +13,7 @@ from typer import Argument, Option
 from fishkern.commands.options import Json
 from fishkern.commands.output import console, note, progress, rows_in_words
 from fishkern.commands.show_freezer import show_freezer
+from fishkern.commands.show_tokens import show_tokens
 from fishkern.commands.watching import watched
 from fishkern.files import StoredTensor, format_of, in_brief
 from fishkern.freezing.saved import FreezerState
@@ -29,6 +30,8 @@ from fishkern.report.tables import (
 )
 from fishkern.selection import Delta, Selection, open_start
 from fishkern.statistics import Energies, FactoredStatistics, Statistics
+from fishkern.tokens import FILE as TOKENS
+from fishkern.tokens import TokenReduction
 
 DENSITY = 0.005
 _TEXT = (".json", ".yaml", ".yml", ".txt", ".md", ".csv")
@@ -38,7 +41,9 @@ class Start(dict[str, StoredTensor]):
     """The values of a start by parameter name, on disk."""
 
 
-Content = Statistics | FactoredStatistics | Selection | Delta | Start | Energies | AdapterInit | FreezerState
+Content = (
+    Statistics | FactoredStatistics | Selection | Delta | Start | Energies | AdapterInit | FreezerState | TokenReduction
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ _KINDS: dict[str, _Kind] = {
     "fishkern.energies": _Kind(Energies, "energies", lambda path: Energies.load(path, lazy=True)),
     "fishkern.adapter-init": _Kind(AdapterInit, "the start of an adapter", AdapterInit.load),
     "fishkern.freezer": _Kind(FreezerState, "a freezer", FreezerState.load),
+    "fishkern.token_reduction": _Kind(TokenReduction, "a token reduction", TokenReduction.load),
 }
 
 
@@ -68,7 +74,9 @@ def show(
     file: Annotated[
         Path,
         Argument(
-            metavar="FILE", help="Statistics, a selection, a delta, a start, energies, an adapter's start, a freezer."
+            metavar="FILE",
+            help="Statistics, a selection, a delta, a start, energies, an adapter's start, a freezer, or a token "
+            "reduction.",
         ),
     ],
     other: Annotated[
@@ -80,6 +88,14 @@ def show(
         float | None,
         Option(metavar="D", help="The fraction that counts as the top, of statistics.", show_default=str(DENSITY)),
     ] = None,
+    model: Annotated[
+        str,
+        Option(metavar="MODEL", help="The model of a token reduction: its folder or id.", show_default="none"),
+    ] = "",
+    image: Annotated[
+        list[Path],
+        Option(metavar="FILE", help="An image to draw a token reduction on; may be repeated.", show_default="none"),
+    ] = (),
     json_: Json = False,
 ) -> None:
     """Show the contents of a file: by layer, by type of module, as a picture.
@@ -87,7 +103,8 @@ def show(
     For statistics the Fisher information, for a selection its density, for two selections what they share, for a delta
     its values and how far they have moved from the start, by default start.safetensors in the same folder. For energies
     how many directions hold them, for the start of an adapter its ranks and its size relative to the weights. For a
-    freezer what has stopped training and when, and with --plot the score of every slice by reading.
+    freezer what has stopped training and when, and with --plot the score of every slice by reading. For a token
+    reduction which layers drop image tokens; with --model, --image and --plot, which patches of the images are left.
     """  # noqa: DOC501 - it is the help text
     if density is not None and not 0 < density <= 1:
         raise ValueError(f"--density is a fraction in (0, 1], got {density:g}.")
@@ -102,8 +119,11 @@ def show(
         raise ValueError(f"--density is for statistics, and {file} holds {_name(content)}: leave it out.")
     if plot is not None and isinstance(content, Delta | Start):
         raise ValueError(f"{_name(content)} is shown in a table: leave out --plot.")
-    if other is not None and isinstance(content, Energies | AdapterInit | FreezerState):
+    if other is not None and isinstance(content, Energies | AdapterInit | FreezerState | TokenReduction):
         raise ValueError(f"only selections and deltas are compared, and {file} holds {_name(content)}: show it alone.")
+    if (model or image) and not isinstance(content, TokenReduction):
+        option = "--model" if model else "--image"
+        raise ValueError(f"{option} is for a token reduction, and {file} holds {_name(content)}: leave it out.")
     if plot is not None and other is not None:
         raise ValueError("two selections are compared in a table: leave out --plot, or show one file.")
     if isinstance(content, Start):
@@ -118,6 +138,8 @@ def show(
         _show_init(content, file, picture, as_json=json_)
     elif isinstance(content, FreezerState):
         show_freezer(content, file, picture, as_json=json_)
+    elif isinstance(content, TokenReduction):
+        show_tokens(content, file, model, image, picture, as_json=json_)
     elif other is not None:
         _show_comparison(content, _load(other), as_json=json_)
     elif of_entries:
@@ -130,13 +152,15 @@ def show(
 
 def _load(path: Path) -> Content:
     expected = (
-        "statistics, a selection, a delta, a start, energies, an adapter's start or a freezer; made by fishkern "
-        "estimate / select / tune / ranks / init"
+        "statistics, a selection, a delta, a start, energies, an adapter's start, a freezer or a token reduction; made "
+        "by fishkern estimate / select / tune / ranks / init"
     )
     if path.is_dir():
         inside = sorted(file.name for file in path.glob("*.safetensors"))
         advice = f"name a file in it, such as {path / inside[0]}" if inside else f"expected {expected}"
         raise IsADirectoryError(f"{path} is a folder: {advice}.")
+    if path.is_file() and path.name == TOKENS:
+        return TokenReduction.load(path)
     if path.is_file() and path.suffix in _TEXT and not path.name.endswith(".index.json"):
         raise ValueError(f"{path} is a text, which any editor shows: expected {expected}.")
     try:

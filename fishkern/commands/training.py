@@ -16,6 +16,7 @@ from fishkern.commands.resuming import Checkpoint, State
 from fishkern.integrations.examples import Encoder, Example
 from fishkern.layers import gradient_kept
 from fishkern.optim import MaskedOptimizer
+from fishkern.selection import Entries, Selection
 from fishkern.selection.start import named_tensors
 
 
@@ -49,6 +50,7 @@ class Loop:
         epochs: Number of epochs.
         batch_size: Examples in a step.
         seed: Of the shuffling and of dropout; the global generators are left alone.
+        trained: All that has been trained or will be; the optimizer may have fewer entries left.
         stopping: Called after each step, where something stops during training.
     """
 
@@ -62,9 +64,10 @@ class Loop:
         epochs: int,
         batch_size: int,
         seed: int,
+        trained: Selection,
         stopping: Stopping | None = None,
     ) -> None:
-        self._stopping = stopping
+        self._trained, self._stopping = trained, stopping
         self._model, self._optimizer, self._encoder, self._examples = model, optimizer, encoder, examples
         self._epochs, self._batch_size, self._seed = epochs, batch_size, seed
         self._device = next(model.parameters()).device
@@ -141,7 +144,11 @@ class Loop:
         values = named_tensors(self._model)
         return {
             "seen": self.seen,
-            "values": {name: values[name].detach().cpu() for name in self._optimizer.selection.names},
+            "values": {
+                name: self._trained.entries(name).gather(values[name].detach()).cpu()
+                for name, count in self._trained.counts.items()
+                if count
+            },
             "buffers": {name: buffer.cpu() for name, buffer in self._model.named_buffers()},
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
@@ -150,8 +157,12 @@ class Loop:
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        _copy_into(named_tensors(self._model), state["values"])
-        _copy_into(dict(self._model.named_buffers()), state["buffers"])
+        named, buffers = named_tensors(self._model), dict(self._model.named_buffers())
+        with torch.no_grad():
+            for name, values in state["values"].items():
+                _take_over(named[name], self._trained.entries(name), values)
+            for name, buffer in state["buffers"].items():
+                buffers[name].copy_(buffer)
         self._optimizer.load_state_dict(state["optimizer"])
         if self._stopping is not None:
             self._stopping.resume(state["stopping"])
@@ -217,7 +228,9 @@ def _set_generators(states: list[Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state, device)
 
 
-@torch.no_grad()
-def _copy_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        tensors[name].copy_(value)
+def _take_over(parameter: Tensor, entries: Entries, values: Tensor) -> None:
+    """Write the values of the trained entries; files of older versions hold the whole parameter."""
+    if values.shape == parameter.shape:
+        parameter.copy_(values)
+    else:
+        entries.scatter_(parameter, values.to(parameter.device))

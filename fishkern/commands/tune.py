@@ -1,4 +1,4 @@
-"""``fishkern tune``: an adapter, its Fisher, a selection, and training of the selected entries."""
+"""``fishkern tune``: an adapter or a model, its Fisher, a selection, and training of the selected entries."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from fishkern.commands.freezing_options import Freezing
 from fishkern.commands.options import Json, Workload, with_options
 from fishkern.commands.output import console, next_command, rows_in_words
 from fishkern.commands.resuming import Checkpoint
+from fishkern.commands.tr_pts import in_python, say_trained
+from fishkern.commands.tr_pts_options import Connections
 from fishkern.commands.tune_options import METHODS, Adapting, Budget, Settings, Training
 from fishkern.commands.tuning import Tuning
 from fishkern.integrations.tasks import TASKS
+from fishkern.report.contributions import contributions_table
 
 
 @with_options
@@ -24,12 +27,15 @@ def tune(
     adapting: Adapting,
     budget: Budget,
     freezing: Freezing,
+    connections: Connections,
     training: Training,
     method: Annotated[
         str,
         Option(
             metavar="METHOD",
-            help="fish: select entries once, and train these. fisher-adaptune: train all, and stop what has settled.",
+            help="fish: select entries of an adapter once, and train these. fisher-adaptune: train all of it, and stop "
+            "what has settled. tr-pts: train few connections of each neuron of a model without adapter, and drop image "
+            "tokens.",
         ),
     ] = METHODS[0],
     out: Annotated[Path, Option(metavar="DIR", help="Output folder.")] = Path("tuned"),
@@ -45,12 +51,16 @@ def tune(
     With --method fisher-adaptune the whole adapter and head begin in training, and slices of their matrices stop for
     good as soon as their Fisher information no longer changes (FisherAdapTune).
 
+    With --method tr-pts no adapter is added: of each neuron of the model itself a few connections train, more in layers
+    that matter more to the task, and layers that matter less drop the image tokens with the least attention (TR-PTS).
+
     The folder gets the adapter with its head, the selection, the start that it was made for (the initial values), the
     trained values alone (delta.safetensors), and report.json; with fisher-adaptune also the freezer
-    (freezer.safetensors), which fishkern show draws. After an interruption the same command resumes training,
-    with the same result as without.
+    (freezer.safetensors), which fishkern show draws. With tr-pts it gets no adapter and no start, since the delta alone
+    makes the tuned model out of MODEL, but the layers that drop tokens (token_reduction.json). After an interruption
+    the same command resumes training, with the same result as without.
     """
-    settings = Settings(work, adapting, method, budget, freezing, training, samples)
+    settings = Settings(work, adapting, method, budget, freezing, connections, training, samples)
     settings.check(out)
     checkpoint = Checkpoint.open(out, settings.plain(), save_every, restart=restart)
     tuning = Tuning.prepare(out, settings, checkpoint)
@@ -63,6 +73,8 @@ def tune(
     _show(report, saved, len(tuning.held_out))
     if settings.freezes:
         next_command("fishkern", "show", out / FILE, "--plot", out / "freezer.png")
+    elif not settings.adapts:
+        next_command("fishkern", "show", out / "selection.safetensors", "--plot", out / "selection.png")
     else:
         next_command("fishkern", "show", out / "delta.safetensors")
     console().print(f"or in Python:  {_in_python(tuning, saved)}")
@@ -74,8 +86,10 @@ def _show(report: dict[str, Any], saved: Path, held_out: int) -> None:
         say(f"{key:9} {report[key]}")
     say(f"{'rows':9} {rows_in_words(report['rows'])}")
     share = report["trained"] / report["parameters"]
-    frozen = "events" in report
-    if frozen:
+    frozen, adapter = "events" in report, "adapter" in report
+    if not adapter:
+        say_trained(report)
+    elif frozen:
         say(f"{'trained':9} {report['trained']:,} entries at first, all of {report['adapter']} and head")
         say(f"{'':9} ({share:.4%} of the model)")
         kept = report["left"] / report["trained"]
@@ -92,14 +106,27 @@ def _show(report: dict[str, Any], saved: Path, held_out: int) -> None:
     reading = f" (of these {seconds['reading']:.1f} s to read the Fisher information)" if "reading" in seconds else ""
     selecting = f"{seconds['selecting']:.1f} s to {'begin' if frozen else 'select'}"
     say(f"{'took':9} {selecting}, {seconds['training']:.1f} s to train{reading}{measuring}")
-    files = "selection, start, delta, freezer and report" if frozen else "selection, start, delta and report"
-    say(f"{'saved':9} {saved}, along with {files}")
+    say(f"{'saved':9} {saved}, along with {_other_files(report)}")
     if frozen:
         say(decisions_table(report["events"]))
+    if not adapter:
+        say(contributions_table(report["layers"]))
+
+
+def _other_files(report: dict[str, Any]) -> str:
+    if "events" in report:
+        return "selection, start, delta, freezer and report"
+    if "adapter" in report:
+        return "selection, start, delta and report"
+    return "selection, token reduction and report" if report["token_layers"] else "selection and report"
 
 
 def _in_python(tuning: Tuning, saved: Path) -> str:
-    """Write the line that makes the tuned model from its base and the saved adapter."""
+    """Write the line that makes the tuned model from its base and what was saved."""
+    if tuning.relevance is not None:
+        return in_python(
+            tuning.prepared, tuning.settings, tuning.folder, reduces=tuning.relevance.reduction is not None
+        )
     described, config = tuning.prepared.described, tuning.prepared.encoder.config
     labels = f", num_labels={config.num_labels}" if "label" in described["columns"] else ""
     auto = f"transformers.{TASKS[described['task']].auto_class}"

@@ -17,6 +17,7 @@ from fishkern.commands.adapted import adapted, held_out
 from fishkern.commands.freezing import Stopping, selections_in
 from fishkern.commands.output import Stopwatch, note, progress, waiting
 from fishkern.commands.resuming import Checkpoint, State, digest_of
+from fishkern.commands.tr_pts import method_of, without_adapter
 from fishkern.commands.training import Loop, evaluate
 from fishkern.commands.tune_options import DENSITY, FISHER_SAMPLES, Settings
 from fishkern.commands.workload import Prepared, fitting, prepare
@@ -38,13 +39,14 @@ class Tuning:
         checkpoint: Keeps the state of the training.
         prepared: Model and examples.
         held_out: Examples to measure on; may be none.
-        model: The model with its adapter.
+        model: The model with its adapter, if one is added.
         recipe: The recipe of an adapter of fishkern's, ``None`` for PEFT's.
-        adapter: Which adapter it is, in words.
+        adapter: Which adapter it is, in words; empty where entries of the model itself train.
         digest: Of the examples.
         before: The measurements before training.
         stopwatch: Seconds of each part.
         stopping: What stops during training; ``None`` where nothing does.
+        relevance: What of the model itself trains, and on which tokens; ``None`` where an adapter trains.
     """
 
     folder: Path
@@ -59,10 +61,11 @@ class Tuning:
     before: dict[str, float] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     stopping: Stopping | None = None
+    relevance: fk.TaskRelevance | None = None
 
     @classmethod
     def prepare(cls, folder: Path, settings: Settings, checkpoint: Checkpoint) -> Tuning:
-        """Load model and data, and add the adapter.
+        """Load model and data, and add the adapter, if the method has one.
 
         Args:
             folder: Where everything will be saved.
@@ -82,7 +85,7 @@ class Tuning:
         digest = digest_of(prepared.examples)
         checkpoint.demand_same_data(digest)
         examples = held_out(prepared, settings)
-        model, recipe, adapter = adapted(prepared, settings)
+        model, recipe, adapter = (adapted if settings.adapts else without_adapter)(prepared, settings)
         return cls(
             folder,
             settings,
@@ -96,19 +99,27 @@ class Tuning:
         )
 
     def select(self) -> fk.Selection:
-        """Select the entries to train, save the selection and its start, and measure the model.
+        """Select the entries to train, save the selection and what belongs to it, and measure the model.
 
         Returns:
             The selection.
         """
         with self.stopwatch.adding("selecting"):
-            selection = self._selected()
+            if self.settings.adapts:
+                selection = self._selected()
+            else:
+                self.relevance = self._relevance()
+                selection = self.relevance.selection
         if self.settings.freezes:
             _ = self.settings.freezing.rule_for(selection.names)  # raises where a pattern names nothing
         self.folder.mkdir(exist_ok=True)
         (self.folder / "report.json").unlink(missing_ok=True)  # written last: a folder without one is not finished
-        selection.save(self.folder / "selection.safetensors")
-        save_start(self.model, selection, self.folder / "start.safetensors")
+        if self.relevance is not None:
+            self.relevance.save(self.folder)
+            self._reduce_tokens()
+        else:
+            selection.save(self.folder / "selection.safetensors")
+            save_start(self.model, selection, self.folder / "start.safetensors")
         self.before = self._measured("before")
         return selection
 
@@ -133,6 +144,10 @@ class Tuning:
         if self.settings.freezes:
             with self.checkpoint.reading():
                 selection, _ = selections_in(state["stopping"])
+        elif not self.settings.adapts:
+            self.relevance = fk.TaskRelevance.load(self.folder)
+            self._reduce_tokens()
+            selection = self.relevance.selection
         else:
             selection = fk.Selection.load(self.folder / "selection.safetensors")
         check_start(selection, self.model)
@@ -165,6 +180,7 @@ class Tuning:
             epochs=options.epochs,
             batch_size=self.batch_size,
             seed=self.settings.work.seed,
+            trained=selection,
             stopping=self.stopping,
         )
         begun = 0 if state is None else int(state["seen"])
@@ -181,10 +197,11 @@ class Tuning:
             outcome: What :meth:`train` returned.
 
         Returns:
-            The report as plain values, and the adapter's folder or file.
+            The report as plain values, and the adapter's folder or file, or the delta where there is none.
         """
-        fk.delta(self.model, selection).save(self.folder / "delta.safetensors")
-        saved = save_adapter(self.model, self.recipe, self.folder)
+        saved = fk.delta(self.model, selection).save(self.folder / "delta.safetensors")
+        if self.settings.adapts:
+            saved = save_adapter(self.model, self.recipe, self.folder)
         if self.stopping is not None:
             self.stopping.save(self.folder)
         report = self._report(selection, outcome)
@@ -197,6 +214,25 @@ class Tuning:
     def batch_size(self) -> int:
         """Examples in a step of training, and in a batch to measure on."""
         return self.settings.work.batch_size or BATCH_SIZE
+
+    def _relevance(self) -> fk.TaskRelevance:
+        few = self._few_examples()
+
+        def run(size: int) -> fk.TaskRelevance:
+            return fk.tr_pts(
+                self.model,
+                self._collated(few, size),
+                density=self.settings.budget.density,
+                **self.settings.connections.arguments,
+                progress=lambda done, _: report(done, len(few)),
+            )
+
+        with progress("selecting", "examples") as report:
+            return fitting(run, self.settings.work.batch_size, self.prepared.device, len(few))
+
+    def _reduce_tokens(self) -> None:
+        if self.relevance is not None and self.relevance.reduction is not None:
+            fk.tokens.attach(self.model, self.relevance.reduction)
 
     def _selected(self) -> fk.Selection:
         if self.settings.freezes:  # everything: all of the adapter, in whatever order, and the head
@@ -258,7 +294,7 @@ class Tuning:
             "folder": str(self.folder),
             "from": self.settings.work.model,
             **self.prepared.described,
-            "adapter": self.adapter,
+            **({"adapter": self.adapter} if self.adapter else {}),
             "pool": selection.total,
             "trained": selection.count,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
@@ -272,6 +308,8 @@ class Tuning:
     def _method(self) -> dict[str, Any]:
         """Return what the report says of the selection, or of what has stopped."""
         settings = self.settings
+        if self.relevance is not None:
+            return method_of(self.relevance, settings, self.model, self.prepared.examples[0])
         if self.stopping is None:
             return {**vars(settings.budget), "order": settings.budget.ranked}
         rule = {"margin": settings.freezing.rule.margin, "most": settings.freezing.rule.most}

@@ -22,6 +22,7 @@ _PHRASES = (
     (r"fishkern\.SketchedFisher", "--draws 8"),
     (r"give exactly one budget of .* and match=, got ([\w, ]+)", r"give one of --density, --k and --trainable, got \1"),
     (r"either k or density", "either --k or --density"),
+    (r"pass token_layers=\[\]", "give --token-layers none"),
     (r"\bPass likelihood=", "In Python, pass likelihood="),
     (r"choose a scaling such as 1 or 2", "choose an --alpha that is a multiple of the rank"),
     (r"\bmax_examples\b", "--samples"),

@@ -58,14 +58,21 @@ def around_nth_largest(walk: Walk, n: int, dtype: torch.dtype, *, bits: int) -> 
 
 def _histogram(values: Tensor, shift: int, prefix: int | None) -> Tensor:
     """Count the keys that begin with ``prefix`` by their next digit."""
-    keys = _keys(values) >> shift
+    keys = ordered_keys(values) >> shift
     if prefix is None:
         return torch.bincount(keys + 2 ** (_DIGIT - 1), minlength=2**_DIGIT)
     return torch.bincount(keys[keys >> _DIGIT == prefix] & (2**_DIGIT - 1), minlength=2**_DIGIT)
 
 
-def _keys(values: Tensor) -> Tensor:
-    """Map floats to integers of the same order, and both zeros to one."""
+def ordered_keys(values: Tensor) -> Tensor:
+    """Map floats to integers of the same order, and both zeros to one.
+
+    Args:
+        values: float32 or float64, without NaN.
+
+    Returns:
+        int32 or int64, of the same shape.
+    """
     integer = torch.int64 if values.dtype == torch.float64 else torch.int32
     bits = (values + 0.0).view(integer)
     # of two negative floats the one with the larger bits is smaller: all bits but the sign are flipped

@@ -10,18 +10,19 @@ from torch import Tensor
 from fishkern.tokens import KeptTokens
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _CELL = 1.9  # inches of an image
-_DIM = 0.2  # brightness of a patch that is no token any more
+_VEIL = 0.85  # of a patch that is no token any more, so that it is seen on dark and on bright images
 
 
 def draw_kept_tokens(
     images: Tensor, kept: Sequence[KeptTokens], *, names: Sequence[str] = (), title: str = ""
 ) -> Figure:
-    """Draw a row for each image: as the model sees it, then after each reducing layer, with the dropped patches dark.
+    """Draw a row for each image: as the model sees it, then after each reducing layer, without the dropped patches.
 
-    A patch that has been merged into another token is dark as well.
+    A patch that has been merged into another token counts as dropped: it is veiled, and framed in grey.
 
     Args:
         images: As the model gets them, in colours from 0 to 1: ``[N, 3, H, W]`` or, without colours, ``[N, 1, H, W]``.
@@ -46,35 +47,36 @@ def draw_kept_tokens(
     figure.suptitle(title, fontsize=10)
     all_axes = figure.subplots(rows, columns, squeeze=False)
     for n, (image, row) in enumerate(zip(images, all_axes, strict=True)):
-        shown = [image, *(_dimmed(image, layer.kept[n].view(layer.grid)) for layer in kept)]
-        for axes, picture in zip(row, shown, strict=True):
-            colours = picture.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).float().cpu().numpy()
+        colours = image.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).float().cpu().numpy()
+        for axes in row:
             axes.imshow(colours, interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
-            for side in axes.spines.values():
-                side.set_visible(False)
+            axes.spines[:].set_visible(False)
+        for axes, layer in zip(row[1:], kept, strict=True):
+            _veil(axes, layer.kept[n].view(layer.grid), image.shape[1:])
         if names:
             row[0].set_ylabel(names[n], fontsize=8)
         for axes, layer in zip(row[1:], kept, strict=True):
-            axes.set_xlabel(f"{int(layer.kept[n].sum()):,} of {layer.kept[n].numel():,}", fontsize=7)
+            axes.set_xlabel(f"{int(layer.kept[n].sum()):,} of {layer.kept[n].numel():,} patches", fontsize=7)
     all_axes[0][0].set_title("image", fontsize=9)
     for axes, layer in zip(all_axes[0][1:], kept, strict=True):
         axes.set_title(f"after layer {layer.layer}", fontsize=9)
     return figure
 
 
-def _dimmed(image: Tensor, kept: Tensor) -> Tensor:
-    """Darken the patches that are not kept.
+def _veil(axes: Axes, kept: Tensor, size: Sequence[int]) -> None:
+    """Cover the patches that are not kept.
 
     Args:
-        image: ``[C, H, W]``.
+        axes: With the image.
         kept: ``[rows, columns]`` boolean, a cell for each patch.
-
-    Returns:
-        The image, in as large a part as whole patches cover.
+        size: Height and width of the image; what whole patches do not cover stays bare.
     """
-    height, width = (image.shape[axis + 1] // kept.shape[axis] for axis in (0, 1))
-    light = kept.to(image.device).repeat_interleave(height, 0).repeat_interleave(width, 1)
-    part = image[:, : light.shape[0], : light.shape[1]]
-    return part * light.to(part.dtype).clamp_min(_DIM)
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    height, width = (pixels // patches for pixels, patches in zip(size, kept.shape, strict=True))
+    places = (~kept).nonzero().tolist()
+    patches = [Rectangle((column * width - 0.5, row * height - 0.5), width, height) for row, column in places]
+    axes.add_collection(PatchCollection(patches, facecolor=(1, 1, 1, _VEIL), edgecolor="0.55", linewidth=0.4))

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from fishkern import hosts
 from fishkern.arguments import fraction_of, integer, one_of
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor
 from fishkern.ops.streaming_topk import ORDERS, Order
+from fishkern.selection._layers import RankedLayer, ranked_layers
+from fishkern.selection._reaching import Search, Steps
 from fishkern.selection._rows import some_rows, topk_of_rows, widths_of
 from fishkern.selection._sums import exact_sum
 from fishkern.selection.base import Rule
 from fishkern.selection.budgeted import density_of
 from fishkern.selection.budgeted import share as share_of
 from fishkern.selection.contributions import Contributions, LayerContribution, connections_of
-from fishkern.selection.ranking import num_non_zero, position_decides, topk, warn_of_zeros
+from fishkern.selection.ranking import check_ordered, num_non_zero, position_decides, topk, warn_of_zeros
 from fishkern.selection.scored import scores_of, split_off
 from fishkern.statistics import FactoredStatistics, Statistics
 from fishkern.warning import warn_caller
@@ -93,6 +96,8 @@ class ContributionTopK(Rule):
         given = "density" if self.top is None else "top"
         vars(self).update({given: fraction_of(getattr(self, given), given)})
         vars(self).update(least_per_row=_at_least(1, self.least_per_row, "least_per_row"))
+        if self.share == "sum" and self.top is None:
+            raise ValueError("share='sum' goes with top=: density= is solved by counting.")
         if self.most is not None:
             vars(self).update(most=_at_least(self.least_per_row, self.most, "most"))
         one_of(self.by, BY, "by")
@@ -100,10 +105,7 @@ class ContributionTopK(Rule):
         one_of(self.order, ORDERS, "order")
 
     def connections(
-        self,
-        scores: Statistics | FactoredStatistics | Mapping[str, AnyTensor],
-        *,
-        backend: Backend | None = None,
+        self, scores: Statistics | FactoredStatistics | Mapping[str, AnyTensor], *, backend: Backend | None = None
     ) -> Contributions:
         """Count what each layer contributes, and decide how many connections its rows get, without selecting them.
 
@@ -133,7 +135,6 @@ class ContributionTopK(Rule):
         self, scores: Mapping[str, AnyTensor], total: int, backend: Backend | None = None
     ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
         contributions = self._contributions(scores, total, backend)
-        self._warn_of_many(scores, contributions)
         widths = widths_of(scores)
         per_row = contributions.per_row
         counts = {name: min(per_row[name], width) for name, width in widths.items()}
@@ -143,78 +144,126 @@ class ContributionTopK(Rule):
         return selected, {"contributions": contributions.to_json()}
 
     def _contributions(self, scores: Mapping[str, AnyTensor], total: int, backend: Backend | None) -> Contributions:
-        widths = widths_of(scores)
-        layers = self._layers(scores)
-        available = sum(score.numel() for score in scores.values())
-        if not available:
-            return Contributions(self.top or 0.0, {})
-        indices = self._top_set(scores, available, backend)
-        weights = {key: self._weight(scores, names, indices) for key, (_, names) in layers.items()}
-        summed = sum(weights.values())
-        per_row = connections_of(weights.values(), self.least_per_row, self.most)
-        by_layer = {}
-        for (key, (layer, names)), connections in zip(layers.items(), per_row, strict=True):
-            by_layer[key] = LayerContribution(
-                names=tuple(names),
-                layer=layer,
-                numel=sum(scores[name].numel() for name in names),
-                top_count=sum(len(indices[name]) for name in names),
-                share=float(weights[key] / summed) if summed else 0.0,
+        layers = ranked_layers(scores, self.by)
+        check_ordered(scores)
+        if not any(layer.numel for layer in layers):
+            top, counts = self.top or 0.0, [0] * len(layers)
+            weights: Sequence[int | Fraction] = counts
+        elif self.top is None:
+            top, counts = self._solve(scores, layers, total)
+            weights = self._weights(layers, counts)
+        else:
+            top, indices = self.top, self._top_set(scores, backend)
+            counts = [sum(len(indices[name]) for name in layer.names) for layer in layers]
+            weights = self._sums(scores, layers, indices) if self.share == "sum" else self._weights(layers, counts)
+        summed = sum(weights)
+        per_row = connections_of(weights, self.least_per_row, self.most)
+        by_key = {
+            layer.key: LayerContribution(
+                names=layer.names,
+                layer=layer.place,
+                numel=layer.numel,
+                top_count=count,
+                share=float(weight / summed) if summed else 0.0,
                 connections=connections,
-                count=sum(_rows(scores[name]) * min(connections, widths[name]) for name in names),
+                count=layer.entries(connections),
             )
-        return Contributions(self.top, by_layer)
+            for layer, count, weight, connections in zip(layers, counts, weights, per_row, strict=True)
+        }
+        contributions = Contributions(top, by_key)
+        if self.density is None:
+            self._warn_of_many(layers, contributions)
+        return contributions
 
-    def _layers(self, names: Iterable[str]) -> dict[str, tuple[hosts.Layer | None, list[str]]]:
-        """Group the ranked parameters."""
-        names = list(names)
-        places = hosts.layer_of(names) if self.by == "layer" else dict.fromkeys(names)
-        layers: dict[str, tuple[hosts.Layer | None, list[str]]] = {}
-        for name, layer in places.items():
-            layers.setdefault(layer.path if layer else name, (layer, []))[1].append(name)
-        return layers
+    def _weights(self, layers: Sequence[RankedLayer], counts: Sequence[int]) -> Sequence[int | Fraction]:
+        if self.share == "count":
+            return counts
+        return [Fraction(count, max(1, layer.numel)) for layer, count in zip(layers, counts, strict=True)]
 
-    def _top_set(self, scores: Mapping[str, AnyTensor], available: int, backend: Backend | None) -> dict[str, Tensor]:
+    def _sums(
+        self, scores: Mapping[str, AnyTensor], layers: Sequence[RankedLayer], indices: Mapping[str, Tensor]
+    ) -> list[Fraction]:
+        return [
+            sum((exact_sum(name, scores[name], indices[name]) for name in layer.names), Fraction(0)) for layer in layers
+        ]
+
+    def _top_set(self, scores: Mapping[str, AnyTensor], backend: Backend | None) -> dict[str, Tensor]:
         """Select the top set, and warn where the position of zeros decides."""
+        available = sum(score.numel() for score in scores.values())
         if not (size := share_of(self.top, available)):
             smallest = density_of(1, available)
-            raise ValueError(f"top={self.top} of {available:,} ranked entries is none: the least is {smallest}.")
+            raise ValueError(f"top={self.top} of {available:,} ranked entries is none: the smallest top is {smallest}.")
         indices, threshold = topk(scores, size, self.order, backend)
         if threshold == 0:
-            non_zero = num_non_zero(scores.values())
-            if position_decides(self.order, size, non_zero, available):
-                count = non_zero if self.order == "largest" else available - non_zero
-                warn_of_zeros(self.order, f"top={self.top} ({size:,} entries)", "the pool", count)
+            self._warn_of_zeros(scores, size)
         return indices
 
-    def _weight(
-        self, scores: Mapping[str, AnyTensor], names: Iterable[str], indices: Mapping[str, Tensor]
-    ) -> int | Fraction:
-        if self.share == "sum":
-            return sum((exact_sum(name, scores[name], indices[name]) for name in names), Fraction(0))
-        count = sum(len(indices[name]) for name in names)
-        if self.share == "count":
-            return count
-        return Fraction(count, max(1, sum(scores[name].numel() for name in names)))
+    def _solve(
+        self, scores: Mapping[str, AnyTensor], layers: Sequence[RankedLayer], total: int
+    ) -> tuple[float, list[int]]:
+        """Find the top set that selects the density, and how much of each layer is in it."""
+        target = share_of(self.density, total)
+        asked = f"density={self.density} of a pool of {total:,} is {target:,} entries"
+        least = sum(layer.entries(self.least_per_row) for layer in layers)
+        if target < least:
+            raise ValueError(
+                f"{asked}, less than least_per_row={self.least_per_row} of each row ({least:,}): the smallest density "
+                f"is {density_of(least, total)}."
+            )
+        if target > (most := sum(layer.entries(self.most) for layer in layers)):
+            limit = "after always= and never=" if self.most is None else f"with most={self.most} of each row"
+            raise ValueError(f"{asked}, but only {most:,} are left to choose from {limit}: lower density.")
+        steps = Steps.of([layer.rows for layer in layers], self.most)
+        search = Search(target, steps, self._units(layers), self.least_per_row)
+        search.run(scores, {name: number for number, layer in enumerate(layers) for name in layer.names}, self.order)
+        if search.in_zeros:
+            self._warn_of_zeros(scores, search.size)
+        rows = max(sum(layer.rows.values()) for layer in layers)
+        if abs(search.selected - target) > rows:
+            warn_caller(
+                f"{asked}, and the nearest that ContributionTopK reaches on these scores is {search.selected:,} "
+                f"(density {search.selected / total:.3g}), because the connections of all layers follow from the "
+                "counts in one top set. Another least_per_row, most= or share= reaches others."
+            )
+        available = sum(layer.numel for layer in layers)
+        digits = next(
+            n for n in range(1, 30) if share_of(density_of(search.size, available, n), available) == search.size
+        )
+        return density_of(search.size, available, digits), search.counts.tolist()
 
-    def _warn_of_many(self, scores: Mapping[str, AnyTensor], contributions: Contributions) -> None:
+    def _units(self, layers: Sequence[RankedLayer]) -> Tensor:
+        """Weigh an entry of each layer in whole numbers."""
+        sizes = [max(1, layer.numel) for layer in layers]
+        multiple = math.lcm(*sizes) if self.share == "count-per-entry" else 1
+        units = [multiple // size if self.share == "count-per-entry" else 1 for size in sizes]
+        if self.least_per_row * max(unit * size for unit, size in zip(units, sizes, strict=True)) >= 2**62:
+            raise ValueError(
+                f"share={self.share!r} of layers of {len(set(sizes))} sizes leads to numbers that do not fit into 64 "
+                "bits: give top= instead of density=, or take share='count'."
+            )
+        return torch.tensor(units, dtype=torch.int64)
+
+    def _warn_of_zeros(self, scores: Mapping[str, AnyTensor], size: int) -> None:
+        """Warn if the position of zeros decides which are in the top set."""
+        non_zero, available = num_non_zero(scores.values()), sum(score.numel() for score in scores.values())
+        if position_decides(self.order, size, non_zero, available):
+            count = non_zero if self.order == "largest" else available - non_zero
+            warn_of_zeros(self.order, f"a top set of {size:,}", "the pool", count)
+
+    def _warn_of_many(self, layers: Sequence[RankedLayer], contributions: Contributions) -> None:
         """Warn if layers with next to nothing in the top set have let the others grow."""
-        least = sum(_rows(score) * min(self.least_per_row, score.shape[1:].numel()) for score in scores.values())
-        if self.top is None or contributions.count <= _MANY * least:
+        least = sum(layer.entries(self.least_per_row) for layer in layers)
+        if contributions.count <= _MANY * least:
             return
-        layers = contributions.layers
-        smallest = min((key for key in layers if layers[key].share), key=lambda key: layers[key].share)
+        by_share = {key: one for key, one in contributions.layers.items() if one.share}
+        smallest = min(by_share, key=lambda key: by_share[key].share)
         warn_caller(
             f"{contributions.count:,} of {contributions.total:,} ranked entries are selected (density "
             f"{contributions.count / contributions.total:.2g}), more than {_MANY} times as many as least_per_row="
-            f"{self.least_per_row} of each row ({least:,}): {smallest} has only {layers[smallest].top_count:,} of the "
-            f"{contributions.top_count:,} entries in the top set, and the others get multiples of what it gets. Give "
-            f"density=, most=, or a larger top."
+            f"{self.least_per_row} of each row ({least:,}): {smallest} has only {by_share[smallest].top_count:,} of "
+            f"the {contributions.top_count:,} entries in the top set, and the others get multiples of what it gets. "
+            "Give density=, most=, or a larger top."
         )
-
-
-def _rows(score: AnyTensor) -> int:
-    return score.shape[0] if score.numel() else 0
 
 
 def _at_least(least: int, value: Any, name: str) -> int:
