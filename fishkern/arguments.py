@@ -48,9 +48,27 @@ def count_of(value: Any, name: str = "k") -> int:
         ValueError: It is negative.
         TypeError: It is not an integer.
     """
-    if (count := integer(value, name)) < 0:
-        raise ValueError(f"{name} must be at least 0, got {count}.")
-    return count
+    return at_least(0, value, name)
+
+
+def at_least(least: int, value: Any, name: str) -> int:
+    """Check an integer that has a smallest value and convert it to a plain ``int``.
+
+    Args:
+        least: The smallest.
+        value: An integer of any library.
+        name: Of the argument, for the message.
+
+    Returns:
+        The same number.
+
+    Raises:
+        ValueError: It is smaller.
+        TypeError: It is not an integer.
+    """
+    if (number := integer(value, name)) < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}.")
+    return number
 
 
 def fraction_of(value: Any, name: str = "density") -> float:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import fishkern as fk
-from fishkern import adapters, cli, ops
+from fishkern import adapters, cli, ops, tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -271,7 +271,8 @@ def prose() -> str:
     return "\n".join(page.read_text(encoding="utf-8") for page in DOCS)
 
 
-PUBLIC = {"fk": fk.__all__, "fishkern.ops": ops.__all__, "fishkern.adapters": adapters.__all__}
+ROOMS = {"fk": fk, "fishkern.ops": ops, "fishkern.adapters": adapters, "fishkern.tokens": tokens}
+PUBLIC = {name: room.__all__ for name, room in ROOMS.items()}
 
 
 @pytest.mark.parametrize("room", PUBLIC)

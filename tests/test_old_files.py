@@ -18,6 +18,7 @@ import fishkern as fk
 from fishkern import adapters
 from fishkern.freezing.saved import FreezerState
 from fishkern.selection import check_start, load_start
+from fishkern.tokens import TokenReduction
 from tests.support import oracle, samples
 from tests.support.command import command
 
@@ -122,6 +123,10 @@ def test_a_freezer(files):
     assert loaded["header"] == expected["header"]
     assert loaded["tensors"].keys() == expected["tensors"].keys()
     assert all(torch.equal(tensor, expected["tensors"][name]) for name, tensor in loaded["tensors"].items())
+
+
+def test_a_token_reduction(files):
+    assert TokenReduction.load(files / "tokens" / "token_reduction.json") == samples.TOKEN_REDUCTION
 
 
 def test_a_selection_knows_its_start(files):

@@ -21,6 +21,7 @@ from fishkern.initialization import AdapterInit
 from fishkern.report import Summary, held_values, locate, summarise, summarise_energies, summarise_start
 from fishkern.report.tables import (
     comparison_table,
+    contributions_table,
     energies_table,
     ranks_tables,
     selection_table,
@@ -28,7 +29,7 @@ from fishkern.report.tables import (
     summary_table,
     values_table,
 )
-from fishkern.selection import Delta, Selection, open_start
+from fishkern.selection import Contributions, Delta, Selection, open_start
 from fishkern.statistics import Energies, FactoredStatistics, Statistics
 from fishkern.tokens import FILE as TOKENS
 from fishkern.tokens import TokenReduction
@@ -265,6 +266,8 @@ def _show_selection(selection: Selection, file: Path, picture: Path | None, *, a
     else:
         console().print(f"{file}: {selection!r}\n")
         console().print(selection_table(parts))
+        if "contributions" in selection.provenance:
+            console().print(contributions_table(Contributions.of(selection)))
     if picture is not None:
         from fishkern.report.plots import draw_selection, save
 

@@ -15,6 +15,7 @@ from fishkern.report.grouped import Grouped
 from fishkern.report.matrices import SHARE, EnergyPart, EnergySummary, StartPart
 from fishkern.report.summary import Part, Parts, Summary
 from fishkern.report.values import Held
+from fishkern.selection import Contributions
 from fishkern.statistics import Verification
 from fishkern.statistics.verification import Compared
 
@@ -56,6 +57,23 @@ def selection_table(parts: Parts) -> Table:
             f"{part.coordinates:,}", f"{part.selected:,}", f"{part.selected / count:.1%}", f"{part.density:.2%}"
         ),
     )  # fmt: skip
+
+
+def contributions_table(contributions: Contributions) -> Table:
+    """Show what each layer has in the top set, and what it gets for that.
+
+    Args:
+        contributions: Of a selection, or of a rule.
+
+    Returns:
+        The table.
+    """
+    table = _headed((f"in the top {contributions.top:.3g}", "share", "of each row", "selected"))
+    for name, one in contributions.layers.items():
+        table.add_row(
+            name, f"{one.top_count:,}", f"{one.share:.1%}", f"{one.connections:,}", f"{one.count:,} of {one.numel:,}"
+        )
+    return _wide_enough(table)
 
 
 def values_table(values: Grouped[Held]) -> Table:

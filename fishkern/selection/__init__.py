@@ -6,6 +6,7 @@ from fishkern.selection.contributions import Contributions
 from fishkern.selection.delta import Delta, apply_delta, delta
 from fishkern.selection.entries import Entries
 from fishkern.selection.global_topk import GlobalTopK
+from fishkern.selection.n_of_m import NofM
 from fishkern.selection.per_row_topk import PerRowTopK
 from fishkern.selection.per_tensor_topk import PerTensorTopK
 from fishkern.selection.random import Random
@@ -21,6 +22,7 @@ __all__ = [
     "Delta",
     "Entries",
     "GlobalTopK",
+    "NofM",
     "PerRowTopK",
     "PerTensorTopK",
     "Random",

@@ -29,6 +29,11 @@ class RankedLayer:
     numel: int
     rows: Mapping[int, int]
 
+    @property
+    def longest(self) -> int:
+        """Entries of its longest row."""
+        return max(self.rows, default=0)
+
     def entries(self, connections: int | None) -> int:
         """Count the entries selected.
 

@@ -8,7 +8,7 @@ the leading bits of their values; then those of the few ranges that are left are
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,13 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fishkern.files import AnyTensor, pieces
-from fishkern.ops._digits import ordered_keys
+from fishkern.files import AnyTensor
 from fishkern.ops.streaming_topk import Order
-from fishkern.selection.ranking import no_rank
+from fishkern.selection._in_order import ZERO, InOrder, Runs
 
-# Leading bits of a score by which scores are counted: of a float32 sign, exponent and 7 bits of the mantissa.
-_BITS = 16
 # Scores that are read at once to follow their order.
 _MOST_READ = 2**23
 # A range is cut into so many blocks, of so many counts in all.
@@ -79,21 +76,6 @@ class Steps:
         return connections[:, self.layers].clamp(self.low, self.high) - self.low
 
 
-@dataclass(frozen=True)
-class _Runs:
-    """Scores in their order, those of one value and one layer as one entry.
-
-    Attributes:
-        layers: ``[M]`` the layer's number.
-        counts: ``[M]`` how many scores.
-        edges: ``[U + 1]`` where each unit begins, and the end: inside a unit the order is not known.
-    """
-
-    layers: Tensor
-    counts: Tensor
-    edges: Tensor
-
-
 class _Open(NamedTuple):
     """A unit in which a better size may be.
 
@@ -113,10 +95,14 @@ class _Open(NamedTuple):
 
 
 class Search:
-    """Find the smallest top set for which the number of selected entries is as near to a target as it ever is.
+    """Find the top set for which the number of selected entries is as near to a target as it ever is.
+
+    Of several the one whose size is nearest to a usual one, and of two of these the smaller: very small top sets come
+    near to many targets by chance.
 
     Args:
         target: How many entries to select.
+        usual: A size of the top set.
         steps: What connections cost.
         units: ``[layers]`` what an entry of a layer weighs in its contribution, whole numbers.
         least_per_row: Connections of each row in the layer of the smallest contribution.
@@ -128,15 +114,15 @@ class Search:
         in_zeros: Whether its last score is zero, or next to zero.
     """
 
-    def __init__(self, target: int, steps: Steps, units: Tensor, least_per_row: int) -> None:
-        self._target, self._steps, self._units, self._least = target, steps, units, least_per_row
-        self._best = (_BEYOND, 0)  # distance from the target, size
+    def __init__(self, target: int, usual: int, steps: Steps, units: Tensor, least_per_row: int) -> None:
+        self._target, self._usual, self._steps, self._units, self._least = target, usual, steps, units, least_per_row
+        self._best = (_BEYOND, 0, 0)  # distance from the target, distance from the usual size, size
         self.counts = torch.zeros_like(units)
         self.in_zeros = False
 
     @property
     def size(self) -> int:
-        return self._best[1]
+        return self._best[2]
 
     @property
     def selected(self) -> int:
@@ -153,10 +139,10 @@ class Search:
         Raises:
             ValueError: A score is NaN; its parameter is named.
         """
-        source = _Source(scores, layer_of, order)
+        source = InOrder(scores, layer_of, order)
         bins, runs = source.counted()
         open_bins = list(self._walk(runs, torch.zeros_like(self._units)))
-        while open_bins := [one for one in open_bins if self._may_improve(one.distance, one.first)]:
+        while open_bins := [one for one in open_bins if self._may_improve(one)]:
             read, entries = [], 0
             while open_bins and (not read or entries + open_bins[0].entries <= _MOST_READ):
                 read.append(open_bins.pop(0))
@@ -165,10 +151,10 @@ class Search:
             for one, inside in zip(read, ordered, strict=True):
                 for run in self._walk(inside, one.start):
                     self._follow(run.start, int(inside.layers[run.unit]), run.entries)
-        before = runs.counts.cumsum(0)[runs.edges[1:] - 1]
-        self.in_zeros = int(bins[torch.searchsorted(before, self.size)]) == 0
+        sizes = runs.counts.cumsum(0)[runs.edges[1:] - 1]
+        self.in_zeros = int(bins[torch.searchsorted(sizes, self.size)]) == ZERO
 
-    def _walk(self, runs: _Runs, start: Tensor, first: int = 0, last: int | None = None) -> Iterator[_Open]:
+    def _walk(self, runs: Runs, start: Tensor, first: int = 0, last: int | None = None) -> Iterator[_Open]:
         """Look at every size that is between two units, and yield the units in which a better one may be.
 
         Args:
@@ -197,7 +183,7 @@ class Search:
         distances[entries == 1] = _BEYOND  # there is nothing inside
         for number in (distances <= self._best[0]).nonzero().view(-1).tolist():
             one = _Open(0, starts[number], int(sizes[number]), int(entries[number]), int(distances[number]))
-            if not self._may_improve(one.distance, one.first):
+            if not self._may_improve(one):
                 continue
             if (unit := int(cuts[number])) + 1 == int(cuts[number + 1]):
                 yield _Open(unit, *one[1:])
@@ -224,22 +210,25 @@ class Search:
         turn = least // int(self._units[layer]) - int(start[layer])
         falling, rising = range(1, min(entries - 1, turn) + 1), range(max(1, turn + 1), entries)
         for sizes, sign in ((falling, -1), (rising, 1)):
-            place = bisect_left(sizes, sign * self._target, key=lambda more, sign=sign: sign * selected(more))
-            if place < len(sizes):
-                self._consider(counts(sizes[place]))
-            if place > 0:  # and the first of those that are as near on the other side
-                other = sign * selected(sizes[place - 1])
-                place = bisect_left(sizes, other, key=lambda more, sign=sign: sign * selected(more))
-                self._consider(counts(sizes[place]))
+            value = lambda more, sign=sign: sign * selected(more)  # noqa: E731 - which ascends
+            place = bisect_left(sizes, sign * self._target, key=value)
+            for near in {max(0, place - 1), min(place, len(sizes) - 1)} if sizes else ():
+                equal = value(sizes[near])
+                first = sizes[bisect_left(sizes, equal, key=value)]
+                last = sizes[bisect_right(sizes, equal, key=value) - 1]
+                self._consider(counts(min(max(first, self._usual - int(start.sum())), last)))
 
-    def _may_improve(self, distance: int, first: int) -> bool:
-        return (distance, first + 1) < self._best
+    def _may_improve(self, one: _Open) -> bool:
+        first, last = one.first + 1, one.first + one.entries - 1
+        return (one.distance, max(0, first - self._usual, self._usual - last), first) < self._best
 
     def _consider(self, counts: Tensor) -> None:
-        """Compare top sets with the best so far: ``[S, layers]`` counts, each row larger than the one before."""
-        distances = (self._selected(counts) - self._target).abs()
-        row = int((distances == distances.min()).nonzero()[0])
-        best = (int(distances[row]), int(counts[row].sum()))
+        """Compare top sets with the best so far: ``[S, layers]`` counts."""
+        distances, sizes = (self._selected(counts) - self._target).abs(), counts.sum(1)
+        nearest = (distances == distances.min()).nonzero().view(-1)
+        off = sizes[nearest] - self._usual
+        row = nearest[(2 * off.abs() + (off > 0)).argmin()]
+        best = (int(distances[row]), abs(int(sizes[row]) - self._usual), int(sizes[row]))
         if best < self._best:
             self._best, self.counts = best, counts[row].clone()
 
@@ -268,86 +257,7 @@ class Search:
         inside = torch.tensor(self._target).clamp(lowest, highest)
         below = inside - (inside - lowest) % stride.clamp(min=1)
         above = torch.where(below + stride <= highest, below + stride, below)
-        distances = torch.minimum((below - self._target).abs(), (above - self._target).abs())
-        # Where nothing differs, the size at the start is the first of this distance.
-        return distances.masked_fill((stride == 0) & starts.any(1), _BEYOND)
-
-
-class _Source:
-    """Scores by name, in the order in which the top set takes them.
-
-    Args:
-        scores: In memory or on disk.
-        layer_of: The number of each parameter's layer.
-        order: Which scores come first.
-    """
-
-    def __init__(self, scores: Mapping[str, AnyTensor], layer_of: Mapping[str, int], order: Order) -> None:
-        self._scores = {name: score for name, score in scores.items() if score.numel()}
-        self._layer_of, self._largest = layer_of, order == "largest"
-        double = any(score.dtype == torch.float64 for score in scores.values())
-        self._dtype = torch.float64 if double else torch.float32  # which holds every score exactly
-        self._shift = 8 * self._dtype.itemsize - _BITS
-
-    def _keys(self, name: str, score: AnyTensor) -> Iterator[Tensor]:
-        """Yield a parameter's scores as integers, the first one of the order the largest."""
-        first = 0
-        for piece in pieces(score):
-            if (nan := piece.isnan()).any():
-                raise ValueError(no_rank(name, first + int(nan.nonzero()[0])))
-            values = piece.to(self._dtype)
-            yield ordered_keys(values if self._largest else -values)
-            first += len(piece)
-
-    def counted(self) -> tuple[Tensor, _Runs]:
-        """Count the scores of each layer by their leading bits; reads all of them.
-
-        Returns:
-            ``[U]`` the leading bits, those that come first first; and the counts, a unit for each.
-        """
-        bins, layers, counts = [], [], []
-        for name, score in self._scores.items():
-            histogram = torch.zeros(2**_BITS, dtype=torch.int64)
-            for keys in self._keys(name, score):
-                leading = (keys >> self._shift) + 2 ** (_BITS - 1)
-                histogram += torch.bincount(leading, minlength=2**_BITS).cpu()
-            filled = histogram.nonzero().view(-1)
-            bins.append(filled)
-            counts.append(histogram[filled])
-            layers.append(torch.full_like(filled, self._layer_of[name]))
-        bins, order = torch.cat(bins).sort(descending=True, stable=True)
-        bins, entries = bins.unique_consecutive(return_counts=True)
-        edges = torch.cat([entries.new_zeros(1), entries.cumsum(0)])
-        return bins - 2 ** (_BITS - 1), _Runs(torch.cat(layers)[order], torch.cat(counts)[order], edges)
-
-    def ordered(self, bins: Tensor) -> list[_Runs]:
-        """Put the scores of some leading bits into order; reads all scores.
-
-        Args:
-            bins: ``[U]`` as in :meth:`counted`, and in that order.
-
-        Returns:
-            For each of them its scores, every run a unit.
-        """
-        wanted = torch.zeros(2**_BITS, dtype=torch.bool)
-        wanted[bins + 2 ** (_BITS - 1)] = True
-        keys, layers, counts = [], [], []
-        for name, score in self._scores.items():
-            own = wanted.to(score.device)
-            parts = [
-                part[own[(part >> self._shift).long() + 2 ** (_BITS - 1)]].cpu() for part in self._keys(name, score)
-            ]
-            values, count = torch.cat(parts).unique(return_counts=True) if parts else (bins.new_empty(0),) * 2
-            keys.append(values)
-            counts.append(count)
-            layers.append(torch.full_like(count, self._layer_of[name]))
-        keys, order = torch.cat(keys).sort(descending=True, stable=True)  # of equal scores the earlier parameter's
-        layers, counts = torch.cat(layers)[order], torch.cat(counts)[order]
-        sizes = (keys >> self._shift).unique_consecutive(return_counts=True)[1].tolist()
-        return [
-            _Runs(own, count, torch.arange(len(own) + 1))
-            for own, count in zip(layers.split(sizes), counts.split(sizes), strict=True)
-        ]
+        return torch.minimum((below - self._target).abs(), (above - self._target).abs())
 
 
 def _gcd(numbers: Tensor) -> Tensor:

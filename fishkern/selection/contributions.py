@@ -8,6 +8,7 @@ from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
 
+from fishkern.arguments import count_of, number
 from fishkern.hosts import Layer
 from fishkern.selection.frozen import Frozen
 from fishkern.selection.result import Selection
@@ -23,7 +24,7 @@ class LayerContribution:
         numel: Entries of these parameters.
         top_count: How many of them are in the top set.
         share: Its share of the top set, by what the rule counts; 0 where no entry is in it.
-        connections: How many of each row are selected, where a row has as many.
+        connections: How many of each row are selected; all of a shorter one.
         count: How many are selected in all.
     """
 
@@ -70,8 +71,8 @@ class Contributions(Frozen):
         try:
             stored = selection.provenance["contributions"]
             layers = {key: _layer_contribution(values) for key, values in stored["layers"].items()}
-            return cls(stored["top"], layers)
-        except (KeyError, TypeError, AttributeError):
+            return cls(number(stored["top"], "top"), layers)
+        except (KeyError, TypeError, ValueError, AttributeError):
             raise ValueError(
                 f"{selection!r} does not say what each layer contributes: select with ContributionTopK."
             ) from None
@@ -136,5 +137,8 @@ def connections_of(weights: Iterable[int | Fraction], least_per_row: int, most: 
 
 
 def _layer_contribution(values: Mapping[str, Any]) -> LayerContribution:
+    counts = {key: count_of(values[key], key) for key in ("numel", "top_count", "connections", "count")}
     layer = Layer(**values["layer"]) if values["layer"] else None
-    return LayerContribution(**{**values, "names": tuple(values["names"]), "layer": layer})
+    return LayerContribution(
+        names=tuple(values["names"]), layer=layer, share=number(values["share"], "share"), **counts
+    )

@@ -2,6 +2,6 @@
 
 from fishkern.tokens.attach import attach, attached, detach
 from fishkern.tokens.kept import KeptTokens, kept_tokens
-from fishkern.tokens.recipe import FILE, TokenReduction
+from fishkern.tokens.recipe import TokenReduction
 
-__all__ = ["FILE", "KeptTokens", "TokenReduction", "attach", "attached", "detach", "kept_tokens"]
+__all__ = ["KeptTokens", "TokenReduction", "attach", "attached", "detach", "kept_tokens"]

@@ -58,17 +58,18 @@ class ReducingLayer:
             ``[N, special + n + 1, I]``; of as many tokens as came where none is dropped.
 
         Raises:
-            ValueError: There is a mask.
+            ValueError: There is a mask, as under ``torch.export`` too.
         """
         if attention_mask is not None:
             raise ValueError(
                 f"{type(self).__name__} reduces tokens and got an attention_mask, which would not fit the tokens that "
-                "are left: call the model without one, or fishkern.tokens.detach it."
+                "are left: call the model without one. torch.export makes one of its own, so it cannot export such a "
+                "model; fishkern.tokens.detach it before."
             )
         if self.recipe.place == "after_layer":
-            split = self.split(hidden_states)
-            return self._reduced(super().forward(hidden_states, attention_mask, **kwargs), split)
-        attention, feed_forward = (self.get_submodule(name) for name in (self.parts.attention, self.parts.feed_forward))
+            output = super().forward(hidden_states, attention_mask, **kwargs)
+            return self._reduced(output, self.split(hidden_states))
+        attention, feed_forward = getattr(self, self.parts.attention), getattr(self, self.parts.feed_forward)
         normed = self._norm(0)(hidden_states)
         hidden_states = self._added(0, attention(normed, attention_mask, **kwargs)[0], hidden_states)
         hidden_states = self._reduced(hidden_states, self.split(normed, normed=True))
@@ -76,6 +77,9 @@ class ReducingLayer:
 
     def split(self, hidden_states: Tensor, *, normed: bool = False) -> Split | None:
         """Choose the tokens that stay.
+
+        In training this comes after the layer's own attention: autocast keeps the weights that it has cast, and if it
+        casts them here first, where no gradient is recorded, they get none.
 
         Args:
             hidden_states: What enters the layer, ``[N, special + T, I]``.
@@ -90,7 +94,7 @@ class ReducingLayer:
             return None
         with torch.no_grad():
             hidden_states = hidden_states if normed else self._norm(0)(hidden_states)
-        attention = self.get_submodule(self.parts.attention)
+        attention = getattr(self, self.parts.attention)
         while not hasattr(attention, "k_proj"):  # in a wrapper of fishkern.adapters
             attention = attention.base_layer
         scaling = attention.scaling if hasattr(attention, "scaling") else attention.scale  # so in CLIP
@@ -108,11 +112,11 @@ class ReducingLayer:
         return (_empty, (self.found, self.recipe, self.parts, self.special), *state)
 
     def _norm(self, branch: int) -> nn.Module:
-        return self.get_submodule(self.parts.norms[branch])
+        return getattr(self, self.parts.norms[branch])
 
     def _added(self, branch: int, output: Tensor, hidden_states: Tensor) -> Tensor:
         for name in (self.parts.scales[branch], self.parts.drop):
-            output = output if name is None else self.get_submodule(name)(output)
+            output = output if name is None else getattr(self, name)(output)
         return output + hidden_states
 
     def _reduced(self, hidden_states: Tensor, split: Split | None) -> Tensor:

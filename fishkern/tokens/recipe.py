@@ -101,7 +101,8 @@ class TokenReduction:
             ValueError: It is damaged, of a newer version, or no recipe.
         """
         if not (path := Path(path)).is_file():
-            raise FileNotFoundError(errno.ENOENT, f"nothing to load at {in_brief(path)}: no such file.")
+            inside = "it is a folder, and a file in it is expected" if path.is_dir() else "no such file"
+            raise FileNotFoundError(errno.ENOENT, f"nothing to load at {in_brief(path)}: {inside}.")
         with parsing(f"{path} is damaged"):
             content = read_json(path.read_bytes())
             if not isinstance(content, dict):

@@ -15,7 +15,7 @@ class Split(NamedTuple):
     Attributes:
         kept: Their places in the sequence, ascending, ``[N, n]`` int64; class and other special tokens are not listed.
         rest: Places of the others, ``[N, T - n]`` int64.
-        weights: The class token's attention to the rest, ``[N, T - n]`` float32.
+        weights: The class token's attention to the rest, ``[N, T - n]``, of at least float32.
     """
 
     kept: Tensor
@@ -40,16 +40,18 @@ def class_attention(hidden: Tensor, q_proj: nn.Module, k_proj: nn.Module, head_d
         scaling: Factor of the products.
 
     Returns:
-        Attention to all tokens, ``[N, T]`` float32, without gradient.
+        Attention to all tokens, ``[N, T]``, without gradient; float32, or float64 where the products are.
     """
     with torch.no_grad():
-        query = q_proj(hidden[:, 0]).unflatten(-1, (-1, head_dim))
+        first = hidden[:, :1].contiguous()  # torch multiplies a slice in another way where the weights are frozen
+        query = q_proj(first).squeeze(1).unflatten(-1, (-1, head_dim))
         if type(k_proj) is nn.Linear and type(k_proj.weight) in (nn.Parameter, Tensor):
             weight = k_proj.weight.unflatten(0, (-1, head_dim))
             products = torch.einsum("nhd,hdi->nhi", query, weight) @ hidden.transpose(1, 2)
         else:  # LoRA, quantised or sharded
             products = torch.einsum("nhd,nthd->nht", query, k_proj(hidden).unflatten(-1, (-1, head_dim)))
-        return (products.float() * scaling).softmax(-1).mean(1)
+        products = products.to(torch.promote_types(products.dtype, torch.float32))
+        return (products * scaling).softmax(-1).mean(1)
 
 
 def kept_count(tokens: int, share: Fraction) -> int:
@@ -90,8 +92,8 @@ def reduce_tokens(tokens: Tensor, split: Split, special: int, *, merge: bool) ->
         tokens: The whole sequence, ``[N, special + T, I]``.
         split: Which image tokens stay.
         special: Number of tokens before the image tokens.
-        merge: Whether to append the mean of the rest, weighted by ``split.weights`` in float32. Weights of which every
-            one is 0 count alike.
+        merge: Whether to append the mean of the rest, weighted by ``split.weights``; where they are all 0, the plain
+            mean.
 
     Returns:
         ``[N, special + n + merge, I]`` of the same dtype: special tokens, kept ones in their order, the merged one.
@@ -100,7 +102,7 @@ def reduce_tokens(tokens: Tensor, split: Split, special: int, *, merge: bool) ->
     if merge:
         total = split.weights.sum(dim=1, keepdim=True)
         weights = torch.where(total > 0, split.weights / total, 1 / split.weights.shape[1])
-        merged = (weights[..., None] * _taken(tokens, split.rest)).sum(dim=1, keepdim=True)  # in float32 at least
+        merged = (weights[..., None] * _taken(tokens, split.rest)).sum(dim=1, keepdim=True)
         parts.append(merged.to(tokens.dtype))
     return torch.cat(parts, dim=1)
 

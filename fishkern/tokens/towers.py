@@ -10,6 +10,7 @@ import inspect
 from torch import nn
 
 from fishkern import hosts
+from fishkern.names import listed
 from fishkern.tokens.layer import Parts
 
 # Vision transformers with a class token in front, whose layers know no place of a token.
@@ -70,17 +71,17 @@ def tower_of(model: nn.Module) -> nn.Module:
         raise ValueError(_none_in(model))
     if len(towers) > 1:
         raise ValueError(
-            f"{type(model).__name__} has several vision transformers, {', '.join(map(repr, towers))}: attach to one of "
-            "these parts instead."
+            f"{type(model).__name__} has several vision transformers, {listed(map(repr, towers))}: take one of these "
+            "parts instead."
         )
     ((path, tower),) = towers.items()
-    around = [model, *(model.get_submodule(path[:at]) for at, letter in enumerate(path) if letter == ".")]
-    for module in around if path else ():
+    names = path.split(".") if path else []
+    for module in (model.get_submodule(".".join(names[:depth])) for depth in range(len(names))):
         if _transformers_classes(module) and not _is(module, _READERS):
             raise ValueError(
                 f"{type(module).__name__} is not known to read the class token or the mean of the tokens only. What "
                 "reads patches by their place (segmentation, depth, detection, reconstruction, language models with "
-                f"vision) would be wrong once tokens are gone. Token reduction fits {_listed(_READERS)}."
+                f"vision) would be wrong once tokens are gone. Token reduction fits {_KNOWN}, and their classifiers."
             )
     return tower
 
@@ -175,7 +176,3 @@ def _none_in(model: nn.Module) -> str:
         f"{type(model).__name__} has no vision transformer of transformers that fishkern knows, with image patches and "
         f"a class token: token reduction fits {_KNOWN}."
     )
-
-
-def _listed(names: frozenset[str]) -> str:
-    return ", ".join(sorted(names))

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fishkern as fk
+from tests.support import contributions
 
 RULES = {
     "global": fk.GlobalTopK(k=50),
@@ -23,6 +24,12 @@ RULES = {
     "per tensor density": fk.PerTensorTopK(density=0.3, order="smallest"),
     "per row": fk.PerRowTopK(2),
     "per row smallest": fk.PerRowTopK(1, order="smallest"),
+    "per row density": fk.PerRowTopK(density=0.4),
+    "n of m": fk.NofM(1, 2),
+    "n of m smallest": fk.NofM(1, 2, order="smallest"),
+    "contribution": fk.ContributionTopK(top=0.3),
+    "contribution by sums": fk.ContributionTopK(top=0.3, share="sum", least_per_row=2, most=3),
+    "contribution density": fk.ContributionTopK(density=0.4, by="parameter", order="smallest"),
     "random": fk.Random(k=40, seed=3),
     "random density": fk.Random(density=0.5),
 }
@@ -30,7 +37,7 @@ BY_SCORE = [name for name, rule in RULES.items() if not isinstance(rule, fk.Rand
 every_rule = pytest.mark.parametrize("name", RULES)
 by_score = pytest.mark.parametrize("name", BY_SCORE)
 
-SHAPES = {"embed.weight": (9, 4), "layers.0.weight": (6, 7), "layers.1.weight": (5, 3, 2), "head.weight": (4, 8)}
+SHAPES = {"embed.weight": (9, 4), "layers.0.weight": (7, 6), "layers.1.weight": (5, 3, 2), "head.weight": (4, 8)}
 TOTAL = 36 + 42 + 30 + 32
 
 
@@ -39,19 +46,29 @@ def scores(seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: torch.rand(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def expected_count(rule: fk.Rule, shapes: dict[str, tuple[int, ...]]) -> int:
-    """The budget, from the rule's definition."""
-    numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+def expected_count(rule: fk.Rule, ranked: dict[str, torch.Tensor], total: int) -> int:
+    """The budget, from the rule's definition: its share of the scores that it ranks, out of a pool of this size."""
+    numels = [score.numel() for score in ranked.values()]
+    if isinstance(rule, fk.ContributionTopK):
+        settings = {key: getattr(rule, key) for key in ("share", "least_per_row", "most", "order")}
+        oracle = contributions.Oracle(ranked, [[name] for name in ranked], **settings)  # one parameter in each layer
+        if rule.top is None:
+            return oracle.selected(oracle.nearest(int(Fraction(str(rule.density)) * total)))
+        return oracle.selected(int(Fraction(str(rule.top)) * sum(numels)))
+    if isinstance(rule, fk.NofM):
+        return sum(numels) * rule.n // rule.m
     if isinstance(rule, fk.PerRowTopK):
-        return sum(shape[0] * rule.k for shape in shapes.values())
+        density = Fraction(str(rule.density or 0))
+        of_row = {name: rule.k or int(density * score[0].numel()) for name, score in ranked.items()}
+        return sum(len(score) * of_row[name] for name, score in ranked.items())
     if isinstance(rule, fk.PerTensorTopK) and rule.k is not None:
-        return len(shapes) * rule.k
+        return len(ranked) * rule.k
     if rule.k is not None:
         return rule.k
     density = Fraction(str(rule.density))
     if isinstance(rule, fk.PerTensorTopK):
-        return sum(int(density * numel) for numel in numels.values())
-    return int(density * sum(numels.values()))
+        return sum(int(density * numel) for numel in numels)
+    return int(density * total)
 
 
 def changed(name: str, **settings) -> fk.Rule:
@@ -74,7 +91,7 @@ def test_every_kind_of_rule_is_in_this_suite():
 @every_rule
 def test_the_budget_is_met_exactly(name: str):
     selection = fk.select(scores(), RULES[name])
-    assert selection.count == selection.k == expected_count(RULES[name], SHAPES)
+    assert selection.count == selection.k == expected_count(RULES[name], scores(), TOTAL)
     assert selection.names == tuple(SHAPES)
     assert selection.total == TOTAL
     assert selection.density == selection.count / TOTAL
@@ -85,18 +102,20 @@ def test_the_budget_is_met_exactly(name: str):
 @every_rule
 def test_the_budget_is_met_by_constant_scores_too(name: str):
     """Ties are never selected together because they are ties."""
-    selection = fk.select({key: torch.ones(shape) for key, shape in SHAPES.items()}, RULES[name])
-    assert selection.count == expected_count(RULES[name], SHAPES)
+    constant = {key: torch.ones(shape) for key, shape in SHAPES.items()}
+    assert fk.select(constant, RULES[name]).count == expected_count(RULES[name], constant, TOTAL)
 
 
 @by_score
 def test_ties_go_to_the_earlier_parameter_and_the_smaller_index(name: str):
     rule = RULES[name]
     selection = fk.select({key: torch.ones(shape) for key, shape in SHAPES.items()}, rule)
-    if isinstance(rule, fk.PerRowTopK):
-        for key in SHAPES:
-            mask = selection.mask(key).flatten(1)
-            assert mask[:, : rule.k].all()
+    if isinstance(rule, fk.PerRowTopK | fk.NofM | fk.ContributionTopK):
+        for key, count in selection.counts.items():
+            groups = (
+                selection.mask(key).view(-1, rule.m) if isinstance(rule, fk.NofM) else selection.mask(key).flatten(1)
+            )
+            assert groups[:, : count // len(groups)].all()
     else:
         for key, count in selection.counts.items():
             assert selection.indices(key).tolist() == list(range(count))
@@ -109,9 +128,8 @@ def test_ties_go_to_the_earlier_parameter_and_the_smaller_index(name: str):
 def test_always_comes_beside_the_budget_and_never_not_at_all(name: str):
     rule = changed(name, always="head.*", never=["embed.*"])
     selection = fk.select(scores(), rule)
-    rest = {key: SHAPES[key] for key in ("layers.0.weight", "layers.1.weight")}
-    per_parameter = isinstance(rule, fk.PerTensorTopK | fk.PerRowTopK)
-    budget = expected_count(rule, rest if per_parameter else SHAPES)
+    rest = {key: scores()[key] for key in ("layers.0.weight", "layers.1.weight")}
+    budget = expected_count(rule, rest, TOTAL)
     assert selection.counts["embed.weight"] == 0
     assert selection.mask("embed.weight").shape == (9, 4)
     assert "head.weight" in selection.whole
@@ -166,7 +184,8 @@ def test_a_positive_scale_does_not_matter(name: str):
     assert fk.select(scaled, RULES[name]) == fk.select(scores(), RULES[name])
 
 
-@by_score
+# sums of negative scores are refused
+@pytest.mark.parametrize("name", [name for name in BY_SCORE if getattr(RULES[name], "share", "") != "sum"])
 def test_smallest_is_largest_of_the_negated(name: str):
     rule = RULES[name]
     other = changed(name, order={"largest": "smallest", "smallest": "largest"}[rule.order])
@@ -198,6 +217,7 @@ def test_numbers_of_any_library_become_plain_ones(name: str, whole):
     """A header holds plain ones; a score of another kind would be noticed after all the work."""
     fraction = np.float64 if whole is np.int64 else lambda value: torch.tensor(value, dtype=torch.float64)
     kinds = {"k": whole, "seed": whole, "density": fraction}
+    kinds |= {"n": whole, "m": whole, "top": fraction, "least_per_row": whole, "most": whole}
     own = {key: value for key, value in vars(RULES[name]).items() if key in kinds and value is not None}
     rule = changed(name, **{key: kinds[key](value) for key, value in own.items()})
     assert {key: type(getattr(rule, key)) for key in own} == {key: type(value) for key, value in own.items()}
@@ -216,7 +236,7 @@ def test_a_rule_is_frozen(name: str):
 def test_nan_is_refused_by_name(name: str):
     bad = scores()
     bad["layers.0.weight"][2, 3] = torch.nan
-    with pytest.raises(ValueError, match=r"layers.0.weight holds NaN at flat index 17, which has no rank: look at the"):
+    with pytest.raises(ValueError, match=r"layers.0.weight holds NaN at flat index 15, which has no rank: look at the"):
         fk.select(bad, RULES[name])
 
 
@@ -229,7 +249,7 @@ def test_zero_scores_are_warned_of(name: str):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         selection = fk.select(zeros, rule)
-    assert selection.count == expected_count(rule, {"a": (4, 8), "b": (8, 4)})
+    assert selection.count == expected_count(rule, zeros, 64)
     said = [str(warning.message) for warning in caught if "non-zero scores" in str(warning.message)]
     assert len(said) == (rule.order == "largest")
     assert all("B = 0" in text and "PiSSA" in text for text in said)
@@ -254,5 +274,6 @@ def test_budgets_are_exact_for_any_pool(data: st.DataObject):
     k = data.draw(st.integers(0, total))
     rules = [fk.GlobalTopK(density=float(density)), fk.PerTensorTopK(density=float(density)), fk.GlobalTopK(k=k)]
     rules += [fk.Random(density=float(density), seed=k), fk.Random(k=k), fk.PerRowTopK(data.draw(st.integers(0, 3)))]
+    rules += [fk.NofM(1, 1), fk.ContributionTopK(top=0.4, most=4)]
     for rule in rules:
-        assert fk.select(values, rule).count == expected_count(rule, shapes)
+        assert fk.select(values, rule).count == expected_count(rule, values, total)

@@ -57,6 +57,10 @@ def write_freezer(folder: Path) -> None:
     samples.freezer_state().save(folder / "freezer")
 
 
+def write_tokens(folder: Path) -> None:
+    samples.TOKEN_REDUCTION.save(folder / "token_reduction.json")
+
+
 def write_values(folder: Path) -> None:
     """Deltas, starts and an adapter."""
     for name, dtype in samples.DELTAS.items():
@@ -143,6 +147,7 @@ WRITERS = {
     "energies": write_energies,
     "factored": write_factored,
     "freezer": write_freezer,
+    "tokens": write_tokens,
     "values": write_values,
     "optimizers": write_optimizers,
     "trainer": write_trainer,

@@ -20,6 +20,7 @@ from fishkern import adapters
 from fishkern.freezing.saved import FreezerState
 from fishkern.selection import load_start, save_start
 from fishkern.statistics import Covered
+from fishkern.tokens import TokenReduction
 
 DEEP = '{"a":' * 20_000 + "1" + "}" * 20_000
 ODD = [None, True, -1, 0, 1.5, float("nan"), float("inf"), 2**60, 2**63, 2**70, "", "x" * 5000, "a\nb\x1b[2J", "\ud800",
@@ -218,6 +219,9 @@ LOADERS = {
     "adapter init": Loader(load_adapter_init, lambda path: adapter_init().save(path)),
     "adapter": Loader(load_adapter, write_adapter),
     "freezer": Loader(load_freezer, write_freezer),
+    "token reduction": Loader(
+        TokenReduction.load, lambda path: TokenReduction([1, 3], 0.7).save(path.with_suffix(".json"))
+    ),
     "MaskedAdamW": Loader(load_optimizer(fk.MaskedAdamW), write_optimizer(fk.MaskedAdamW)),
     "MaskedSGD": Loader(load_optimizer(fk.MaskedSGD), write_optimizer(fk.MaskedSGD)),
 }
@@ -226,8 +230,10 @@ LOADERS = {
 def damaged(content: bytes, kind: str, rng: random.Random) -> bytes:
     """Damage the bytes of a file once, in a way that any file or only one of its kind may have."""
     ways: list[Callable[[bytes, random.Random], bytes]] = [_cut, _flipped, _filled, _lengthened]
-    if kind.endswith(".json"):
+    if kind.endswith(".index.json"):
         ways += [_odd_index] * 4
+    elif kind.endswith(".json"):
+        ways += [_odd_json] * 4
     elif content[:2] == b"PK":
         ways += [_odd_state] * 8
     else:
@@ -348,6 +354,12 @@ def _odd_index(content: bytes, rng: random.Random) -> bytes:
     else:
         return rng.choice([DEEP.encode(), b"[" * 100_000, b"\xed\xa0\x80", b"\xff\xfe{", b"{}", b"3", b""])
     return json.dumps(index).encode()
+
+
+def _odd_json(content: bytes, rng: random.Random) -> bytes:
+    """Replace values of a JSON file, or all of it."""
+    odd = [DEEP.encode(), b"[" * 100_000, b"\xed\xa0\x80", b"\xff\xfe{", b"{}", b"3", b"", content + content]
+    return rng.choice([json.dumps(replaced(json.loads(content), rng)).encode()] * 3 + [rng.choice(odd)])
 
 
 def _odd_state(content: bytes, rng: random.Random) -> bytes:

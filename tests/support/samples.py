@@ -20,9 +20,12 @@ import fishkern as fk
 from fishkern.freezing import Track
 from fishkern.freezing.saved import FreezerState, Read
 from fishkern.statistics import Covered
+from fishkern.tokens import TokenReduction
 from tests.support import zoo
 
 FOLDER = Path(__file__).resolve().parents[1] / "old_files"
+
+TOKEN_REDUCTION = TokenReduction([4, 7, 10], 0.7, merge=False, place="after_layer")
 
 
 def numbers(name: str, shape: tuple[int, ...]) -> Tensor:
