@@ -42,6 +42,7 @@ def class_attention(hidden: Tensor, q_proj: nn.Module, k_proj: nn.Module, head_d
     Returns:
         Attention to all tokens, ``[N, T]``, without gradient; float32, or float64 where the products are.
     """
+    hidden = hidden.detach()  # its views would claim to require a gradient, which FlopCounterMode takes at its word
     with torch.no_grad():
         first = hidden[:, :1].contiguous()  # torch multiplies a slice in another way where the weights are frozen
         query = q_proj(first).squeeze(1).unflatten(-1, (-1, head_dim))

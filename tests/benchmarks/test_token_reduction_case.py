@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,6 +34,11 @@ def arithmetic(case: Images, reducing: tuple[int, ...]) -> int:
 def test_counted_flops_are_the_arithmetics(reduced):
     counted = flops(WHAT["forward"](TINY, reduced=reduced))
     assert counted == arithmetic(TINY, REDUCING if reduced else ())
+
+
+def test_a_step_with_one_image_takes_half_of_one_with_two():
+    one, two = (flops(WHAT["training step"](replace(TINY, N=N), reduced=True)) for N in (1, 2))
+    assert 2 * one == two
 
 
 def test_attention_is_counted():
