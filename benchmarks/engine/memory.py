@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 MIB, GIB = 2**20, 2**30
 
@@ -36,6 +37,26 @@ def peak_mib(run: Callable[[], object]) -> float:
     before = torch.cuda.memory_allocated()
     run()
     return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def peak_allocated(run: Callable[[], object]) -> int:
+    """Bytes of tensors that were alive at most above what there was before, as torch's profiler reports allocations.
+
+    On a CPU, where :func:`peak_mib` sees whole pages, and not what an allocator has kept for later.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def step_peak_mib(run: Callable[[], object]) -> float:
+    """What one step in a process that has made others takes at most above what there was before, of tensors alone."""
+    return peak_mib(run) if torch.cuda.is_available() else peak_allocated(run) / MIB
 
 
 def weights_mib(model: nn.Module) -> float:

@@ -149,6 +149,8 @@ def test_a_run_trains_what_it_says_and_tells_what_that_took(arm, task, monkeypat
     assert measured["trained"] == {"head": 2 * WIDTH * 10 + 10}.get(arm, measured["trained"])
     assert set(measured["curve"][0]) == {"step", "score", "nll", "choice"}
     assert measured["flops"]["forward"] < measured["flops"]["step"]
+    assert measured["peak_mib"] > 0
+    assert measured["state_mib"] * 2**20 >= 2 * 4 * measured["trained"] * 0.99  # two moments of float32
     reducing = measured["reducing"]
     assert (reducing is not None) is (arm == "tr-pts-0.7")
     assert reducing is None or (reducing["keep"] == 0.7 and 0 not in reducing["layers"])
@@ -216,7 +218,9 @@ def pretend(monkeypatch) -> list[Step]:
         made.append(Step(arm, lr, seed))
         end = {"step": 1, "score": 0.5 + seed / 1e4, "nll": 1.0, "choice": -abs(lr - 1e-3)}
         sizes = {"trained": 5, "of": 100, "flops": {"forward": 10**9, "step": 3 * 10**9}, "reducing": None}
-        costs = dict.fromkeys(("seconds_a_step", "seconds_an_image", "ranking", "seconds", "peak_mib"), 1.0)
+        costs = dict.fromkeys(
+            ("seconds_a_step", "seconds_an_image", "ranking", "seconds", "peak_mib", "state_mib"), 1.0
+        )
         return {"curve": [end], "losses": [0.7], **sizes, **costs}
 
     monkeypatch.setattr(tr_pts, "run", pretended)

@@ -78,16 +78,16 @@ class TrPtsPart(Part):
         return run(arm, lr, seed, self._task, choosing=choosing)
 
     def try_arms(self) -> list[str]:
-        """Take one step of each arm with a few rows, and record nothing.
+        """Take two steps of each arm with a few rows, and record nothing.
 
         Returns:
             A line for each arm that failed.
         """
-        few = self._setting.batch_size
+        few = 2 * self._setting.batch_size
         task = Pictures(replace(self._setting, examples=few, choosing=few, scored=few), self._given.data)
 
         def once(arm: str) -> str:
-            measured = run(arm, min(self.log.rates(arm)), 0, task, choosing=False, steps=1)
+            measured = run(arm, min(self.log.rates(arm)), 0, task, choosing=False, steps=2)
             reducing = measured["reducing"] or {"layers": "none"}
             return (
                 f"ranking {measured['ranking']:.2f} s, all {measured['seconds']:.2f} s, {measured['trained']:,} "

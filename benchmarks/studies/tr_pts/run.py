@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,12 +12,12 @@ from torch import nn
 import fishkern as fk
 import fishkern.tokens
 from benchmarks.engine.flops import flops
-from benchmarks.engine.memory import peak_mib
+from benchmarks.engine.memory import MIB, step_peak_mib
 from benchmarks.engine.origin import version_of
 from benchmarks.engine.records import Record
 from benchmarks.studies.comparing.figures import finite, means
 from benchmarks.studies.comparing.stopwatch import Stopwatch
-from benchmarks.studies.tr_pts.arms import ARMS, Prepared
+from benchmarks.studies.tr_pts.arms import ARMS
 from benchmarks.studies.tr_pts.pictures import Batch, Pictures
 
 
@@ -35,14 +36,8 @@ def run(arm: str, lr: float, seed: int, task: Pictures, *, choosing: bool, steps
     model = task.fresh(seed)
     size = sum(value.numel() for value in model.parameters())  # without adapters
     torch.manual_seed(seed)
-    made: list[Prepared] = []
-
-    def rank() -> None:
-        with seconds("ranking"):
-            made.append(ARMS[arm].make(model, task, seed))
-
-    ranking_peak = peak_mib(rank)
-    (prepared,) = made
+    with seconds("ranking"):
+        prepared = ARMS[arm].make(model, task, seed)
     model = prepared.model
     if prepared.reduction is not None:
         fishkern.tokens.attach(model, prepared.reduction)
@@ -51,7 +46,7 @@ def run(arm: str, lr: float, seed: int, task: Pictures, *, choosing: bool, steps
     rows = task.steps(seed)[:steps]
     flops_of = counted(model, task.batch(rows[0]))
     training = Training(model, prepared.selection, lr, seconds)
-    peak = peak_mib(lambda: training.go([task.batch(part) for part in rows]))
+    training.go(map(task.batch, rows), len(rows))
     with seconds("measuring"):
         measured = task.measure(model, choosing=choosing)
     reduction = prepared.reduction
@@ -66,8 +61,8 @@ def run(arm: str, lr: float, seed: int, task: Pictures, *, choosing: bool, steps
         "seconds_an_image": round(seconds["measuring"] / task.measured_images(choosing=choosing), 5),
         "ranking": round(seconds["ranking"], 2),
         "seconds": round(seconds["ranking"] + seconds["training"], 2),
-        "peak_mib": round(peak, 1),
-        "ranking_peak_mib": round(ranking_peak, 1),
+        "peak_mib": round(training.peak, 2),
+        "state_mib": round(training.optimizer.state_bytes / MIB, 4),
         "peft": version_of("peft"),
     }
 
@@ -88,21 +83,29 @@ class Training:
         self.optimizer = fk.MaskedAdamW(model, selection, lr=lr, weight_decay=0.0, fused=True)
         self.losses: list[float] = []
         self.seconds_of: list[float] = []  # each step
+        self.peak = 0.0  # MiB of the second step, above weights and state, which the first one has made
         self._seconds = seconds
 
-    def go(self, batches: Sequence[Batch]) -> None:
-        """Take a step with each batch."""
-        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / len(batches))
-        for batch in batches:
-            before = self._seconds["training"]
-            with self._seconds("training"):
-                loss = self.model(**batch).loss
-                loss.backward()
-                self.optimizer.step()
-                schedule.step()
-                self.optimizer.zero_grad()
-            self.seconds_of.append(self._seconds["training"] - before)
-            self.losses.append(loss.item())
+    def go(self, batches: Iterable[Batch], steps: int) -> None:
+        """Take a step with each batch, of which there are so many."""
+        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / steps)
+        for number, batch in enumerate(batches):
+            step = partial(self._step, batch)
+            if number == 1:  # its rows are the same for all arms
+                self.peak = step_peak_mib(step)
+            else:
+                step()
+            schedule.step()
+
+    def _step(self, batch: Batch) -> None:
+        before = self._seconds["training"]
+        with self._seconds("training"):
+            loss = self.model(**batch).loss
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.seconds_of.append(self._seconds["training"] - before)
+        self.losses.append(loss.item())
 
 
 def counted(model: nn.Module, batch: Batch) -> dict[str, int]:
