@@ -20,7 +20,7 @@ from benchmarks.studies.tr_pts import arms, controls
 from benchmarks.studies.tr_pts.arms import ARMS, whole_of
 from benchmarks.studies.tr_pts.log import TrPtsLog
 from benchmarks.studies.tr_pts.pictures import Pictures, load
-from benchmarks.studies.tr_pts.run import counted, run
+from benchmarks.studies.tr_pts.run import Training, counted, run
 from benchmarks.studies.tr_pts.setting import SETTINGS
 from fishkern.hosts import is_head
 
@@ -156,6 +156,28 @@ def test_a_run_trains_what_it_says_and_tells_what_that_took(arm, task, monkeypat
     assert reducing is None or (reducing["keep"] == 0.7 and 0 not in reducing["layers"])
 
 
+@pytest.mark.parametrize(
+    ("arm", "head", "rest"), [("head", 0.5, set()), ("lora", 3e-3, {0.5}), ("per-row", 3e-3, {0.5})]
+)
+def test_the_classifier_has_a_rate_of_its_own(arm, head, rest, task, monkeypatch):
+    if arm == "lora":
+        pytest.importorskip("peft")
+    rates = {}
+
+    def go(self, batches, steps):
+        for group in self.optimizer.param_groups:
+            for name, value in self.model.named_parameters():
+                if value.requires_grad and any(value is each for each in group["params"]):
+                    rates[name] = group["lr"]
+        self.seconds_of.append(1.0)
+        self.losses.append(1.0)
+
+    monkeypatch.setattr(Training, "go", go)
+    run(arm, 0.5, 0, task, choosing=False, steps=1)
+    assert {rates[name] for name in rates if "classifier" in name} == {head}
+    assert {rates[name] for name in rates if "classifier" not in name} == rest
+
+
 def test_flops_are_those_of_an_image(task):
     """Matrix products by hand: 2 for each weight of a linear map and token, and those of attention."""
     model = task.fresh(0)
@@ -241,7 +263,7 @@ def test_every_arm_is_searched_alike_and_runs_once(tmp_path, monkeypatch, capsys
     first = {step.arm for step in made[: 6 * FIRST]}
     assert first == {"head", "full", "per-row", "contribution", "tr-pts", "random"}
     chosen = {step.arm: step.lr for step in made if step.seed == 0}
-    assert chosen == {arm: 3e-4 if arm == "full" else 1e-3 for arm in ARMS}
+    assert chosen == {arm: 1e-4 if arm == "full" else 1e-3 for arm in ARMS}
     printed = capsys.readouterr().out
     assert f"cifar-84: {len(made)} of {len(made)} runs" in printed
     assert "cifar-224" not in printed

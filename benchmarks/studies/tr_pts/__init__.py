@@ -10,7 +10,8 @@ pictures are no official CIFAR-10, so no figure compares with a published one.
 
 All arms see the same rows in the same order and take as many steps. Each chooses its learning rate among three, a
 factor of three apart, on a seed and on training rows that nothing else uses; where these lie depends on what it trains.
-Then it runs with the same seeds. The seconds of a run include the ranking, for controls that of TR-PTS whose counts
+The classifier, which starts at random, has a rate of its own, the same in all arms that train more. Then an arm runs
+with the same seeds as the others. The seconds of a run include the ranking, for controls that of TR-PTS whose counts
 they take; on a CPU they are those of the process (user and system). Each run is one line in the results and written
 when it ends; an interrupted comparison goes on where it stopped, the most important runs first. *cifar-84* is made for
 two cores, and runs unless ``--task`` says otherwise; *cifar-224* for a GPU.

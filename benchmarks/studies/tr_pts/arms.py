@@ -40,7 +40,8 @@ class Arm:
     Args:
         says: What it is, in one line.
         make: From model, task and seed.
-        rates: Which learning rates it tries: those of ``Setting.rates`` by this name.
+        rates: Which learning rates it tries: those of ``Setting.rates`` by this name. They are for what trains beside
+            the classifier, or for the classifier alone (``"head"``).
     """
 
     says: str

@@ -19,6 +19,7 @@ from benchmarks.studies.comparing.figures import finite, means
 from benchmarks.studies.comparing.stopwatch import Stopwatch
 from benchmarks.studies.tr_pts.arms import ARMS
 from benchmarks.studies.tr_pts.pictures import Batch, Pictures
+from fishkern.hosts import is_head
 
 
 def run(arm: str, lr: float, seed: int, task: Pictures, *, choosing: bool, steps: int | None = None) -> Record:
@@ -26,7 +27,8 @@ def run(arm: str, lr: float, seed: int, task: Pictures, *, choosing: bool, steps
 
     Args:
         arm: Its name.
-        lr: Learning rate of the first step; it falls linearly to 0.
+        lr: Learning rate of the first step; it falls linearly to 0. It is that of what trains beside the classifier,
+            which has one of its own, or of the classifier where nothing else does.
         seed: Of the classifier, of what is drawn, and of the order of training.
         task: Model and data.
         choosing: Whether the images on which rates are chosen are measured, or those that the figures come from.
@@ -45,7 +47,8 @@ def run(arm: str, lr: float, seed: int, task: Pictures, *, choosing: bool, steps
         value.requires_grad_(prepared.selection.counts.get(fk.canonical_name(name), 0) > 0)
     rows = task.steps(seed)[:steps]
     flops_of = counted(model, task.batch(rows[0]))
-    training = Training(model, prepared.selection, lr, seconds)
+    head_lr = lr if ARMS[arm].rates == "head" else task.setting.head_rate
+    training = Training(model, prepared.selection, lr, head_lr, seconds)
     training.go(map(task.batch, rows), len(rows))
     with seconds("measuring"):
         measured = task.measure(model, choosing=choosing)
@@ -74,13 +77,21 @@ class Training:
         model: It.
         selection: What moves.
         lr: Learning rate of the first step.
+        head_lr: That of the classifier.
         seconds: To which the time is added.
     """
 
-    def __init__(self, model: nn.Module, selection: fk.Selection, lr: float, seconds: Stopwatch) -> None:
+    def __init__(
+        self, model: nn.Module, selection: fk.Selection, lr: float, head_lr: float, seconds: Stopwatch
+    ) -> None:
         self.model = model
+        named = list(model.named_parameters())
+        groups = [
+            {"params": [each for each in named if is_head(each[0])], "lr": head_lr},
+            {"params": [each for each in named if not is_head(each[0])], "lr": lr},
+        ]
         # what moves whole is stepped by torch's fused update, so that full fine-tuning is as fast as with torch's own
-        self.optimizer = fk.MaskedAdamW(model, selection, lr=lr, weight_decay=0.0, fused=True)
+        self.optimizer = fk.MaskedAdamW(groups, selection, lr=lr, weight_decay=0.0, fused=True)
         self.losses: list[float] = []
         self.seconds_of: list[float] = []  # each step
         self.peak = 0.0  # MiB of the second step, above weights and state, which the first one has made
