@@ -15,11 +15,13 @@ STUDIES = {
     "failures": ("benchmarks.studies.failures", "known failures of rivals, reproduced, and fishkern on the same"),
     "starts": ("benchmarks.studies.starts", "starts of low-rank adapters: FARSS, FILet, those of PEFT, and controls"),
     "freezing": ("benchmarks.studies.freezing", "what stops training: FisherAdapTune, as published, and controls"),
+    "tr-pts": ("benchmarks.studies.tr_pts", "TR-PTS: which connections train, which tokens are kept, and controls"),
     "glue": ("benchmarks.studies.glue", "FISH-Tuning and its controls on GLUE, on any machine"),
     "demonstration": (
         "benchmarks.cases.demonstration",
         "a whole LLaMA: Fisher, selection, sparse training, delta, verify",
     ),
+    "carry": ("benchmarks.studies.carry", "write 16-bit weights and data for a machine without these files"),
 }
 
 

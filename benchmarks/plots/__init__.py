@@ -30,6 +30,8 @@ PLOTS = {
 # Records without a picture, and why.
 WITHOUT = {
     "failures": "a table, which the command prints",
+    "token_reduction": "a few numbers",
+    "tr_pts": "a table, which the command prints",
     "fish_tuning": "one measurement, which the README tells",
     "training_step": "two numbers",
     "host_time": "six numbers",

@@ -16,7 +16,7 @@ from benchmarks.studies import starts
 from benchmarks.studies.comparing.command import LEFT
 from benchmarks.studies.comparing.limit import Limit
 from benchmarks.studies.comparing.runs import CHOOSING_SEED, FIRST, Step, plan, stages
-from benchmarks.studies.starts import controls, informed, statistic, tasks, weights
+from benchmarks.studies.starts import controls, informed, statistic, tasks
 from benchmarks.studies.starts.arms import ARMS, CLASSES, LANGUAGE
 from benchmarks.studies.starts.attach import Factors, adapters_of, attach, targets_of
 from benchmarks.studies.starts.data import collated, sentences
@@ -116,12 +116,12 @@ def test_every_arm_is_searched_alike(arms, seeds):
     """The same rates on the same seed, the same seeds at the chosen one; the first arms are done before the others."""
     assert set(arms) == set(ARMS)
     rates = (1e-3, 1e-2)
-    steps = plan(arms, rates, seeds)
+    steps = plan(arms, lambda arm: rates, seeds)
     assert len(steps) == len(set(steps)) == len(arms) * (len(rates) + seeds)
     for arm in arms:
         own = [step for step in steps if step.arm == arm]
         assert own == [*(Step(arm, lr, CHOOSING_SEED) for lr in rates), *(Step(arm, None, n) for n in range(seeds))]
-    first, further, late = stages(arms, rates, seeds)
+    first, further, late = stages(arms, lambda arm: rates, seeds)
     assert [*first, *further, *late] == steps
     assert {step.arm for step in first} == set(arms[:FIRST])
     assert {step.seed for step in late} == set(range(3, seeds))
@@ -229,7 +229,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path, monkeypatc
         starts.main(given)
     second = pretend(monkeypatch)
     assert starts.main(given) == 0
-    steps = [step._replace(lr=step.lr or max(rates)) for step in plan(("lora", "farss"), rates, 2)]
+    steps = [step._replace(lr=step.lr or max(rates)) for step in plan(("lora", "farss"), lambda arm: rates, 2)]
     assert [(step.arm, step.seed) for step in first + second] == [(step.arm, step.seed) for step in steps]
     (path,) = tmp_path.glob("*/starts.jsonl")
     assert len(path.read_text().splitlines()) == len(steps)
@@ -349,30 +349,6 @@ def test_parquet_is_read_without_datasets(tmp_path):
     table = pyarrow.table({"sentence": ["so it goes ", "no"], "label": [1, 0], "idx": [0, 1]})
     parquet.write_table(table, tmp_path / "train.parquet")
     assert sentences(tmp_path, "train") == (["so it goes", "no"], [1, 0])
-
-
-def test_weights_of_16_bits_are_read_as_32(shared_data, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = shared_data / "models" / "stories260K"
-    weights.half(source, tmp_path / "half")
-    exact, rounded = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (source, tmp_path / "half")
-    )
-    for (name, value), other in zip(exact.named_parameters(), rounded.parameters(), strict=True):
-        assert torch.equal(value.half().float(), other), name
-        assert other.dtype == torch.float32
-    assert AutoTokenizer.from_pretrained(tmp_path / "half")("once")["input_ids"]
-    assert (tmp_path / "half" / "model.safetensors").stat().st_size < 0.6 * (
-        source / "model.safetensors"
-    ).stat().st_size
-
-
-def test_weights_go_only_where_git_does_not_look(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        weights.main(["--data", str(tmp_path), "--into", str(weights.ROOT / "benchmarks" / "results")])
-    assert "git does not ignore" in capsys.readouterr().err
-    assert weights.ignored(weights.ROOT / "carry")
 
 
 def drawn(task: str, arm: str, seed: int, lr: float = 1e-3, **figures) -> dict:

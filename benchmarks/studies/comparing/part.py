@@ -30,12 +30,31 @@ class Part:
 
     def complete(self, stage: int, limit: Limit) -> None:
         """Make the runs of a stage that are missing."""
-        for step in stages(self.arms, self.log.setting.rates, self._seeds)[stage]:
+        for step in stages(self.arms, self.log.rates, self._seeds)[stage]:
             if step.arm in self.failed or self.log.find(step):
                 continue
             if not limit.allows():
                 return
             self._complete(step, limit)
+
+    def rehearse(self, once: Callable[[str], str]) -> list[str]:
+        """Try each arm, and record nothing.
+
+        Args:
+            once: Takes a few steps of an arm with few rows, and says what it took.
+
+        Returns:
+            A line for each arm that failed.
+        """
+        failed = []
+        for arm in self.arms:
+            try:
+                took = once(arm)
+            except Exception as error:  # the others are tried, too
+                failed.append(f"{self.task}: {arm} fails: {type(error).__name__}: {error}")
+                continue
+            say(f"{self.task}: {arm}: {took}")
+        return failed
 
     def _complete(self, step: Step, limit: Limit) -> None:
         lr = step.lr or self.log.best_rate(step.arm)

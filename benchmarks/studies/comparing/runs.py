@@ -1,14 +1,14 @@
 """The runs of a comparison of arms, the order in which they are made, and their records.
 
-Each arm chooses its learning rate among the same ones, on a seed and on rows of its own, and then runs with the same
-seeds as all others.
+Each arm chooses its learning rate among as many as the others, on a seed and on rows of its own, and then runs with
+the same seeds as all others.
 """
 
 from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,9 @@ EARLY_SEEDS = 3  # before the arms after the first ones
 STAGES = 3
 FIRST = 6  # arms that run before all others
 
+Rates = Callable[[str], Sequence[float]]
+"""From an arm to the learning rates that it tries."""
+
 
 class Step(NamedTuple):
     """One run; ``lr`` is None for the rate that the arm has chosen."""
@@ -31,8 +34,8 @@ class Step(NamedTuple):
     seed: int
 
 
-def stages(arms: Sequence[str], rates: Sequence[float], seeds: int) -> list[list[Step]]:
-    """All runs, the most important first. Every arm has the same rates and the same seeds.
+def stages(arms: Sequence[str], rates: Rates, seeds: int) -> list[list[Step]]:
+    """All runs, the most important first. Every arm has the same seeds.
 
     The first stage is that of the first arms: each chooses its rate, then they run with three seeds, one seed after the
     other. The second is the same of the further arms, arm by arm. The third has the other seeds of all arms.
@@ -40,7 +43,7 @@ def stages(arms: Sequence[str], rates: Sequence[float], seeds: int) -> list[list
     early = min(EARLY_SEEDS, seeds)
 
     def of(group: Sequence[str]) -> Iterator[Step]:
-        yield from (Step(arm, lr, CHOOSING_SEED) for arm in group for lr in rates)
+        yield from (Step(arm, lr, CHOOSING_SEED) for arm in group for lr in rates(arm))
         yield from (Step(arm, None, seed) for seed in range(early) for arm in group)
 
     further = [step for arm in arms[FIRST:] for step in of([arm])]
@@ -48,7 +51,7 @@ def stages(arms: Sequence[str], rates: Sequence[float], seeds: int) -> list[list
     return [list(of(arms[:FIRST])), further, late]
 
 
-def plan(arms: Sequence[str], rates: Sequence[float], seeds: int) -> list[Step]:
+def plan(arms: Sequence[str], rates: Rates, seeds: int) -> list[Step]:
     """All runs of all stages in their order."""
     return list(itertools.chain.from_iterable(stages(arms, rates, seeds)))
 
@@ -59,7 +62,7 @@ class Log:
     Args:
         path: Of the records.
         study: Name of the comparison.
-        setting: What all arms share, a dataclass with ``rates``.
+        setting: What all arms share, a dataclass.
         model: Name of the model.
         revision: Of the sources, where there is no git.
     """
@@ -68,6 +71,10 @@ class Log:
         self.setting = setting
         about = {"study": study, "quantity": "run", "setting": asdict(setting), "model": model}
         self._records = Records(path, origin=partial(origin, revision), **about)
+
+    def rates(self, arm: str) -> Sequence[float]:
+        """The learning rates that an arm tries: those of the setting, where it has the same for all."""
+        return self.setting.rates
 
     def find(self, step: Step) -> Record | None:
         """The record of a run; of one with the chosen rate only if that is chosen."""
@@ -84,7 +91,7 @@ class Log:
 
         Of equal scores, such as those of classifiers that always answer the same, the one of least loss wins.
         """
-        tried = [self.find(Step(arm, lr, CHOOSING_SEED)) for lr in sorted(self.setting.rates)]
+        tried = [self.find(Step(arm, lr, CHOOSING_SEED)) for lr in sorted(self.rates(arm))]
         if None in tried:
             return None
         return max(tried, key=lambda record: _choice(record))["lr"]
@@ -96,12 +103,13 @@ class Log:
 
     def ran(self, arms: Sequence[str], seeds: int) -> tuple[int, int]:
         """How many of how many runs there are."""
-        steps = plan(arms, self.setting.rates, seeds)
+        steps = plan(arms, self.rates, seeds)
         return sum(self.find(step) is not None for step in steps), len(steps)
 
-    def at_the_edge(self, rate: float) -> bool:
-        """Whether a rate is the smallest or the largest of those that were tried."""
-        return rate in (min(self.setting.rates), max(self.setting.rates))
+    def mark(self, arm: str) -> str:
+        """A star where the chosen rate is the smallest or the largest of those that were tried."""
+        tried = self.rates(arm)
+        return "*" if self.best_rate(arm) in (min(tried), max(tried)) else " "
 
 
 def end(record: Record) -> Record:

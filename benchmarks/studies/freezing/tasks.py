@@ -6,7 +6,6 @@ learning rate is chosen on training rows of its own, and the figures come from t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.studies.comparing.images import EVALUATED, normalised
+from benchmarks.studies.comparing.order import shuffled
 from benchmarks.studies.freezing import nuclei
 from benchmarks.studies.freezing.setting import Setting
 from benchmarks.studies.starts.setting import Setting as Sentences
 from benchmarks.studies.starts.tasks import Classes
 
 Batch = dict[str, Tensor]
-EVALUATED = 16  # images in a batch that is only evaluated
 RANK = 8
 TARGETS = ("query", "key", "value", "attention.output.dense")
 
@@ -149,9 +149,7 @@ class Nuclei(Task):
         return nuclei.segmenter(self._folder).to(self.device)  # it has neither dropout nor a part to draw
 
     def steps(self, seed: int) -> list[Any]:
-        order = torch.Generator().manual_seed(seed)
-        epochs = [torch.randperm(self.setting.examples, generator=order) for _ in range(self.setting.epochs)]
-        return [rows.tolist() for epoch in epochs for rows in epoch.split(self.setting.batch_size)]
+        return shuffled(self.setting.examples, self.setting.batch_size, self.setting.epochs, seed)
 
     def batch(self, rows: Any) -> Batch:
         return self._of(self._train.rows(rows))
@@ -186,13 +184,8 @@ class Nuclei(Task):
         return {"score": scores / count, "nll": losses / count}
 
     def _of(self, images: nuclei.Images) -> Batch:
-        pixels = nuclei.normalised(images.pixels)
+        pixels = normalised(images.pixels)
         return {"pixel_values": pixels.to(self.device), "masks": images.masks.to(self.device)}
-
-
-def finite(value: float) -> float | None:
-    """A number, or None, which JSON has, for what is none."""
-    return value if math.isfinite(value) else None
 
 
 def task_of(setting: Setting, data: Path, *, encoder: Callable[[], Path]) -> Task:

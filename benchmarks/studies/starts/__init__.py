@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks.engine.origin import machine
 from benchmarks.engine.records import Record
 from benchmarks.studies.comparing.command import add_options, complete, conclude, report, say_what_arms_are
-from benchmarks.studies.comparing.limit import Limit, say
+from benchmarks.studies.comparing.limit import Limit
 from benchmarks.studies.comparing.part import Part
 from benchmarks.studies.comparing.runs import STAGES
 from benchmarks.studies.glue.data import encoder_name, packaged_encoder
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = given.results / machine()["machine"] / "starts.jsonl"
     parts = [StartsPart(SETTINGS[name], path, given, models) for name in given.task if name != STATISTICS]
     if given.dry_run:
-        return report([line for part in parts for line in part.rehearse()])
+        return report([line for part in parts for line in part.try_arms()])
     for stage in range(STAGES):
         complete(parts, stage, limit)
         if stage == 0 and STATISTICS in given.task:
@@ -107,7 +107,7 @@ class StartsPart(Part):
     def _make(self, arm: str, lr: float, seed: int, choosing: bool) -> Record:
         return run(arm, lr, seed, self._task, choosing=choosing)
 
-    def rehearse(self) -> list[str]:
+    def try_arms(self) -> list[str]:
         """Take one step of each arm with a few rows, and record nothing.
 
         Returns:
@@ -116,15 +116,12 @@ class StartsPart(Part):
         few = 2 * self._setting.batch_size
         short = dict(examples=few, choosing=few, scored=few, statistic=few, stories=min(few, self._setting.stories))
         task = task_of(replace(self._setting, **short), self._data, **self._models)
-        failed = []
-        for arm in self.arms:
-            try:
-                measured = run(arm, max(self._setting.rates), 0, task, choosing=False, steps=1)
-            except Exception as error:  # the others are tried, too
-                failed.append(f"{self._setting.task}: {arm} fails: {type(error).__name__}: {error}")
-                continue
-            say(
-                f"{self._setting.task}: {arm}: start {measured['starting']:.2f} s, all {measured['seconds']:.2f} s, "
+
+        def once(arm: str) -> str:
+            measured = run(arm, max(self._setting.rates), 0, task, choosing=False, steps=1)
+            return (
+                f"start {measured['starting']:.2f} s, all {measured['seconds']:.2f} s, "
                 f"{measured['trained']:,} trained, error at step 0 {measured['step_0_error']:.1e}"
             )
-        return failed
+
+        return self.rehearse(once)

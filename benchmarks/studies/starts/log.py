@@ -26,7 +26,7 @@ class StartsLog(Log):
             values = "".join(f"{spread([end(record)[figure] for record in records]):>18}" for figure in figures)
             starting, seconds = (statistics.median(r[key] for r in records) for key in ("starting", "seconds"))
             error = max(record["step_0_error"] for record in records)
-            edge = "*" if self.at_the_edge(records[0]["lr"]) else " "
+            edge = self.mark(arm)
             lines.append(
                 f"{arm:16} {records[0]['lr']:7.0e}{edge} {len(records):5} {records[0]['trained']:8,}{values}"
                 f" {error:8.1e} {starting:7.2f} {seconds:8.1f}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,11 +9,10 @@ import torch
 
 from benchmarks.engine.origin import version_of
 from benchmarks.engine.records import Record
+from benchmarks.studies.comparing.figures import finite, means
 from benchmarks.studies.comparing.stopwatch import Stopwatch
 from benchmarks.studies.starts.arms import ARMS
 from benchmarks.studies.starts.tasks import Task
-
-WINDOW = 25  # steps that a training loss is the mean of
 
 
 def run(arm: str, lr: float, seed: int, task: Task, *, choosing: bool, steps: int | None = None) -> Record:
@@ -59,11 +57,11 @@ def run(arm: str, lr: float, seed: int, task: Task, *, choosing: bool, steps: in
         if step in ends:
             with seconds("measuring"), random_state_kept():
                 measured = task.measure(model, choosing=choosing)
-            curve.append({"step": step, **{name: _finite(value) for name, value in measured.items()}})
+            curve.append({"step": step, **{name: finite(value) for name, value in measured.items()}})
             model.train()
     return {
         "curve": curve,
-        "losses": [_finite(sum(part) / len(part)) for part in windows(losses, WINDOW)],
+        "losses": means(losses),
         "base": task.base,
         "trained": sum(parameter.numel() for parameter in trained),
         "step_0_error": error,
@@ -73,16 +71,6 @@ def run(arm: str, lr: float, seed: int, task: Task, *, choosing: bool, steps: in
         "measuring": round(seconds["measuring"], 2),
         "peft": version_of("peft"),
     }
-
-
-def windows(values: list[float], size: int) -> Iterator[list[float]]:
-    for start in range(0, len(values), size):
-        yield values[start : start + size]
-
-
-def _finite(value: float) -> float | None:
-    """A number, or None, which JSON has, for what is none."""
-    return value if math.isfinite(value) else None
 
 
 @contextmanager

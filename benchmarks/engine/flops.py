@@ -1,0 +1,19 @@
+"""FLOPs, counted as a call runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def flops(run: Callable[[], object]) -> int:
+    """Those of matrix products and convolutions in one call, twice the multiplications.
+
+    Attention is computed by plain matrix products meanwhile: torch does not count what a CPU's own kernel does, and a
+    GPU's kernels compute parts again in the backward pass, which would count, too.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
