@@ -147,7 +147,8 @@ def random_rows(model: nn.Module, task: Pictures, seed: int) -> Prepared:
 
 def global_topk(model: nn.Module, task: Pictures, seed: int) -> Prepared:
     ranked, _ = parts(model)
-    count = sum(relevance(model, task, keep=None).selection.counts[name] for name in ranked)
+    counts = relevance(model, task, keep=None).selection.counts
+    count = sum(counts[name] for name in ranked)
     return Prepared(model, chosen(model, fisher(model, task), fk.GlobalTopK(count)))
 
 
