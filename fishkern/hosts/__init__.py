@@ -10,7 +10,6 @@ from fishkern.hosts.refusals import (
     dispatched,
     lost_prefix,
     merged_adapter,
-    packed_batch,
     scripted,
     sharded,
 )
@@ -39,7 +38,6 @@ __all__ = [
     "merged_adapter",
     "modes",
     "named_parameters",
-    "packed_batch",
     "padding_token",
     "remove",
     "scripted",

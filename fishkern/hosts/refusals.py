@@ -7,11 +7,10 @@ name, so that none of the libraries they belong to is imported.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Mapping
-from typing import Any
+from collections.abc import Container
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fishkern.hosts.modes import checkpoints_itself
 from fishkern.hosts.wrappers import base_model, unwrap
@@ -33,30 +32,6 @@ def added_loss(model: nn.Module) -> str | None:
             return "AdaLoRA adds its orthogonality term"
     if getattr(getattr(base_model(model), "config", None), "output_router_logits", False):
         return "the model adds the auxiliary loss of its routers (output_router_logits)"
-    return None
-
-
-def packed_batch(batch: Mapping[str, Any]) -> str | None:
-    """Say why a row of a batch seems to contain several examples.
-
-    Args:
-        batch: Keyword arguments of a model.
-
-    Returns:
-        The reason, or ``None`` if each row is one example.
-    """
-    for key in batch:
-        if key.startswith(("cu_seq_lens", "cu_seqlens", "seq_idx")):
-            return f"it carries {key!r}"
-    positions = batch.get("position_ids")
-    if isinstance(positions, Tensor) and positions.ndim == 2:
-        mask = batch.get("attention_mask")
-        falls = positions.diff(dim=1) < 0
-        # padding on the left may have position 1, from which the first token falls to 0
-        if isinstance(mask, Tensor) and mask.shape == positions.shape:
-            falls &= (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
-        if falls.any():
-            return "its 'position_ids' restart within a row"
     return None
 
 

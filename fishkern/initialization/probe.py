@@ -65,7 +65,7 @@ def probe_losses(
         raise RuntimeError("a probe trains in one process, and here several have formed a group: run it in one alone.")
     model = hosts.unwrap(model)
     adapted = _adapted(model, init)
-    reader = reader_for(likelihood, shared)
+    reader = reader_for(model, likelihood, shared)
     answering, prepared = Answering(model, likelihood), False
     device = next(model.parameters()).device
 

@@ -177,8 +177,8 @@ class FisherMixin:
         select: Called as ``select(model, batches)`` at the start of training, for a selection, or for what
             :func:`fishkern.tr_pts` returns, whose token reduction is then attached; or a rule, for the diagonal Fisher
             of everything trainable over all of the batches.
-        select_data: Batches to select on, such as a ``DataLoader``, instead of the Trainer's own: unpacked ones, if
-            training packs several examples into a row.
+        select_data: Batches to select on, such as a ``DataLoader``, instead of the Trainer's own. (Where training packs
+            documents into rows, either will do: each document is an example.)
         kwargs: The Trainer's own.
 
     Raises:
@@ -276,7 +276,8 @@ class FisherMixin:
         except ValueError as error:
             error.add_note(
                 f"These were the batches that {type(self).__name__} trains on: if the model's own loss cannot use them "
-                "(packed rows, pairs of answers), pass other ones as select_data=."
+                "(pairs of answers, packed rows of a model that does not separate them), pass other ones as "
+                "select_data=."
             )
             raise
 

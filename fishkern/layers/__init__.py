@@ -4,6 +4,7 @@ from fishkern.layers.as_found import as_found
 from fishkern.layers.base import Call, Layer, own_parameters
 from fishkern.layers.capture import Capture
 from fishkern.layers.convolution import Convolution
+from fishkern.layers.documents import Documents, Span
 from fishkern.layers.embedding import Embedding
 from fishkern.layers.grads import (
     DenseGrads,
@@ -20,6 +21,8 @@ from fishkern.layers.hooks import Arrival, Hooks
 from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear, weight_shape
 from fishkern.layers.linear_maps import LinearMap, linear_maps
+from fishkern.layers.packed_capture import PackedCapture, capture_of
+from fishkern.layers.packed_grads import PackedEmbeddingGrads, PackedOuterProductGrads, PackedPositionGrads
 from fishkern.layers.quantized import (
     gradient_kept,
     has_gradient_dtype,
@@ -47,6 +50,7 @@ __all__ = [
     "Conv1D",
     "Convolution",
     "DenseGrads",
+    "Documents",
     "Embedding",
     "EmbeddingGrads",
     "Factor",
@@ -59,6 +63,10 @@ __all__ = [
     "LinearMap",
     "OnePlusFactor",
     "OuterProductGrads",
+    "PackedCapture",
+    "PackedEmbeddingGrads",
+    "PackedOuterProductGrads",
+    "PackedPositionGrads",
     "PerExampleGrads",
     "Plan",
     "PositionGrads",
@@ -67,6 +75,7 @@ __all__ = [
     "ResidualB",
     "Scale",
     "Site",
+    "Span",
     "Strays",
     "SummedGrads",
     "TiedRows",
@@ -75,6 +84,7 @@ __all__ = [
     "Twins",
     "UnsupportedModuleError",
     "as_found",
+    "capture_of",
     "foresee",
     "gradient_kept",
     "group_shape",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.layers.base import Call
+from fishkern.layers.documents import Documents
 from fishkern.layers.factored import module_factors
 from fishkern.layers.generic import module_grads
 from fishkern.layers.grads import (
@@ -47,6 +48,8 @@ class Capture:
     Attributes:
         distrusted: Paths of modules whose rows turned out not to be the examples' own.
     """
+
+    _documents: Documents | None = None  # of a batch of packed rows
 
     def __init__(self, sites: Sequence[Site], sink: Sink, *, squares: bool = True, factors: bool = False) -> None:
         self._sites = sites
@@ -123,7 +126,8 @@ class Capture:
     def _begin(self, num_examples: int, counted: Tensor | None) -> None:
         self._num_examples, self._counted = num_examples, counted
         self._rows = Rows(num_examples)
-        self._uses = Uses(self._sites, self._sink, squares=self._squares, num_examples=num_examples)
+        options = {"squares": self._squares, "documents": self._documents}
+        self._uses = Uses(self._sites, self._sink, num_examples=num_examples, **options)
 
     def _mark(self) -> Any:
         """Say which pass a call belongs to: here there is one at a time."""
@@ -158,9 +162,7 @@ class Capture:
                 return
             if not self._factors:
                 return  # zeros add nothing, except to what is counted of the activations
-        lengths = {_rows(grad) for grad in grads if grad is not None}
-        if site.layout is Layout.BATCHED and lengths == {1} and self._num_examples > 1:
-            # one row for all examples: a plan for batches of one cannot tell that from one row for each
+        if self._is_one_row_for_all(arrival):  # a plan for batches of one cannot tell that from one row for each
             self._uses.withhold(site)
             return
         # Rows that follow the data: hold this batch back, and let the survey find another path for the module.
@@ -173,6 +175,10 @@ class Capture:
                 self._receive_generic(arrival)
             else:
                 self._receive_by_rule(arrival)
+
+    def _is_one_row_for_all(self, arrival: Arrival) -> bool:
+        lengths = {_rows(grad) for grad in arrival.grads if grad is not None}
+        return arrival.site.layout is Layout.BATCHED and lengths == {1} and self._num_examples > 1
 
     def _receive_by_rule(self, arrival: Arrival) -> None:
         site, N = arrival.site, self._num_examples
@@ -231,13 +237,17 @@ class Capture:
         with self._hooks.paused():  # the second run must not report the hooked modules inside
             for n in range(self._num_examples):
                 pairs = zip(arrival.saved, site.sliced, strict=True)
-                tensors = [_row(tensor, n) if sliced else tensor for tensor, sliced in pairs]
-                output_grads = [None if grad is None else grad[n : n + 1] for grad in arrival.grads]
+                tensors = [_copied(self._part(tensor, n)) if sliced else tensor for tensor, sliced in pairs]
+                output_grads = [None if grad is None else self._part(grad, n) for grad in arrival.grads]
                 if self._factors:
                     self._receive_factors(site, arrival.call.thaw(tensors), output_grads)
                     continue
                 for name, grad in module_grads(arrival.call.thaw(tensors), output_grads, site.keys).items():
                     self._deliver(site.keys[name], DenseGrads(grad[None]))
+
+    def _part(self, tensor: Tensor, n: int) -> Tensor:
+        """Take the part of an example of a tensor that has one for each."""
+        return tensor[n : n + 1]
 
     def _receive_factors(self, site: Site, call: Call, output_grads: Sequence[Tensor | None]) -> None:
         """Deliver the factors of linear maps inside a host, whose call gives the whole gradient of one example."""
@@ -265,6 +275,6 @@ def _rows(tensor: Tensor) -> int | None:
     return tensor.shape[0] if tensor.ndim else None
 
 
-def _row(tensor: Tensor, n: int) -> Tensor:
-    """Copy one row: the module may write into it, and some backward passes of torch fail on ``channels_last`` rows."""
-    return tensor[n : n + 1].clone(memory_format=torch.contiguous_format)
+def _copied(tensor: Tensor) -> Tensor:
+    """Copy a part: the module may write into it, and some backward passes of torch fail on ``channels_last`` rows."""
+    return tensor.clone(memory_format=torch.contiguous_format)

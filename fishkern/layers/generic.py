@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fishkern.layers.base import Call
+from fishkern.layers.documents import Documents
 from fishkern.layers.quantized import is_wrapped
 from fishkern.layers.tap import floating_places
 from fishkern.layers.unsupported import without_gradient
@@ -76,13 +77,14 @@ def host_outputs(output: Any, output_grads: Sequence[Tensor | None]) -> list[tup
 
 
 @torch.no_grad()
-def same_rows_alone(call: Call, output: Any, num_examples: int) -> bool:
+def same_rows_alone(call: Call, output: Any, num_examples: int, documents: Documents | None = None) -> bool:
     """Check that a module that runs on the rows of one example alone returns that example's rows.
 
     Args:
         call: A call.
         output: The module's output.
         num_examples: How many examples it was called on.
+        documents: The examples, if they are documents of packed rows: then its positions are compared.
 
     Returns:
         Whether it does; ``False`` also if an argument is an object with a state, which the first run has changed.
@@ -91,8 +93,17 @@ def same_rows_alone(call: Call, output: Any, num_examples: int) -> bool:
     if any(_is_stateful(leaf) for leaf in leaves):
         return False
     expected, _ = tree_flatten(output)
+
+    def is_cut(tensor: Tensor) -> bool:
+        return has_example_axis(tensor, num_examples) if documents is None else documents.fit(tensor)
+
+    def part(tensor: Tensor, n: int) -> Tensor:
+        if not is_cut(tensor):
+            return tensor
+        return tensor[n : n + 1] if documents is None else documents.cut(tensor, n)
+
     for n in range(num_examples):
-        row = [_row(leaf, n, num_examples) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        row = [part(leaf, n).clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # it may write into them
         args, kwargs = tree_unflatten(row, spec)
         try:
             actual, _ = tree_flatten(Call(call.module, args, kwargs, call.autocast).run())
@@ -102,18 +113,13 @@ def same_rows_alone(call: Call, output: Any, num_examples: int) -> bool:
             return False
         for place in floating_places(expected):
             whole = expected[place]
-            if not (whole.ndim and whole.shape[0] == num_examples and actual[place].shape == whole[n : n + 1].shape):
+            if not is_cut(whole) or actual[place].shape != part(whole, n).shape:
                 return False
-            gap = (actual[place] - whole[n : n + 1]).abs()
+            gap = (actual[place] - part(whole, n)).abs()
             # an output without entries has no largest one
             if whole.numel() and gap.max() > _SAME_ROWS * torch.finfo(whole.dtype).eps * whole.abs().max():
                 return False
     return True
-
-
-def _row(tensor: Tensor, n: int, num_examples: int) -> Tensor:
-    """Copy one row, or all of a tensor without rows: the module may write into its input."""
-    return (tensor[n : n + 1] if has_example_axis(tensor, num_examples) else tensor).clone()
 
 
 def _is_stateful(leaf: Any) -> bool:

@@ -137,18 +137,18 @@ class OuterProductGrads(PerExampleGrads):
 
     def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
         operation = partial(sum_grad_squared, self.activations, self.output_grads, backend=backend)
-        _add(self._as_matrix(total), operation, self.output_grads)
+        add_result_(self._as_matrix(total), operation, self.output_grads)
 
     def add_group_squares_(self, total: Tensor, by: Groups, backend: Backend | None = None) -> None:
         if len(self.shape) < 2:  # each entry is a group
             self.add_squares_(total.view(self.shape), backend)
             return
         operation = partial(group_sum_grad_squared, self.activations, self.output_grads, by=by, backend=backend)
-        _add(total.view(-1) if total.ndim else total, operation, self.output_grads)
+        add_result_(total.view(-1) if total.ndim else total, operation, self.output_grads)
 
     def add_position_squares_(self, total: Tensor) -> None:
         g = where_counted(self.output_grads, self.counted)
-        _add(self._as_matrix(total), partial(sum_position_grad_squared, self.activations, g), g)
+        add_result_(self._as_matrix(total), partial(sum_position_grad_squared, self.activations, g), g)
 
     def num_terms(self) -> int | Tensor:
         return _num_counted(self.output_grads, self.counted)
@@ -221,8 +221,12 @@ class EmbeddingGrads(PerExampleGrads):
         self._add_squares(self.indices, self.output_grads, total)
 
     def add_group_squares_(self, total: Tensor, by: Groups, backend: Backend | None = None) -> None:
-        example, row, grads = embedding_rows(self.indices, self.output_grads, padding_idx=self.padding_idx)
-        _add_rows_of_examples(total, example, row, grads.square_(), by=by, num_examples=self.num_examples)
+        example, row, grads = self.pairs()
+        add_rows_of_examples_(total, example, row, grads.square_(), by=by, num_examples=self.num_examples)
+
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Form the rows of each example's gradient that can be other than zero, see :func:`embedding_rows`."""
+        return embedding_rows(self.indices, self.output_grads, padding_idx=self.padding_idx)
 
     def add_position_squares_(self, total: Tensor) -> None:
         positions = self.indices.reshape(-1, 1)  # every position an example of its own
@@ -237,7 +241,7 @@ class EmbeddingGrads(PerExampleGrads):
 
     def _add_squares(self, indices: Tensor, output_grads: Tensor, total: Tensor) -> None:
         options = {"num_rows": self.num_rows, "padding_idx": self.padding_idx}
-        _add(total, partial(embedding_sum_grad_squared, indices, output_grads, **options), output_grads)
+        add_result_(total, partial(embedding_sum_grad_squared, indices, output_grads, **options), output_grads)
 
     @classmethod
     def joined(cls, uses: Sequence[Self]) -> Self:
@@ -405,7 +409,7 @@ class TiedRows(PerExampleGrads):
             total[rows] += values  # rows of one example are distinct, so the order of adding is fixed
 
     def add_group_squares_(self, total: Tensor, by: Groups, backend: Backend | None = None) -> None:
-        _add_rows_of_examples(total, *self._added(), by=by, num_examples=self.num_examples)
+        add_rows_of_examples_(total, *self._added(), by=by, num_examples=self.num_examples)
 
     def add_position_squares_(self, total: Tensor) -> None:
         self.embedding.add_position_squares_(total)
@@ -415,9 +419,8 @@ class TiedRows(PerExampleGrads):
 
     def _added(self) -> tuple[Tensor, Tensor, Tensor]:
         """Compute ``(2 A + E) E`` on the rows of each example: example ``[U]``, row ``[U]``, values ``[U, D]``."""
-        E = self.embedding
-        example, row, grads = embedding_rows(E.indices, E.output_grads, padding_idx=E.padding_idx)
-        places = torch.searchsorted(self.head_pairs, example * E.num_rows + row)
+        example, row, grads = self.embedding.pairs()
+        places = torch.searchsorted(self.head_pairs, example * self.embedding.num_rows + row)
         return example, row, (2 * self.head_rows[places] + grads) * grads
 
 
@@ -439,10 +442,19 @@ def join(uses: Sequence[PerExampleGrads]) -> PerExampleGrads:
     return SummedGrads(tuple(uses))
 
 
-def _add_rows_of_examples(
+def add_rows_of_examples_(
     total: Tensor, example: Tensor, row: Tensor, values: Tensor, *, by: Groups, num_examples: int
 ) -> None:
-    """Add values ``[U, D]`` of examples ``[U]`` in rows ``[U]`` of a table, by groups of the table's entries."""
+    """Add values of some rows of examples' gradients of a table, by groups of the table's entries.
+
+    Args:
+        total: Accumulator of :func:`group_shape`; changed in place.
+        example: The example of each value, ``[U]``, ascending.
+        row: Its row in the table, ``[U]``; those of one example are distinct.
+        values: ``[U, D]``.
+        by: Which entries make up a group.
+        num_examples: ``N``.
+    """
     if by == "row":
         counts = torch.bincount(example, minlength=num_examples).tolist()
         for rows, sums in zip(row.split(counts), values.sum(1).to(total.dtype).split(counts), strict=True):
@@ -451,8 +463,14 @@ def _add_rows_of_examples(
         total += values.sum(0) if by == "column" else values.sum()
 
 
-def _add(total: Tensor, operation: Callable[..., Tensor], factor: Tensor) -> None:
-    """Accumulate in place if the operation works in the accumulator's dtype."""
+def add_result_(total: Tensor, operation: Callable[..., Tensor], factor: Tensor) -> None:
+    """Add the result of an operation, in place if it works in the accumulator's dtype.
+
+    Args:
+        total: The accumulator; changed in place.
+        operation: Takes it as ``out=``, or gives a result to add.
+        factor: What the operation works on.
+    """
     if total.dtype == accumulates_in(factor.dtype):
         operation(out=total)
     else:

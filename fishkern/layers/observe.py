@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fishkern.layers.documents import Documents
 from fishkern.layers.reentrant import segment, stays
 from fishkern.layers.tap import FrozenCall, copied, frozen_call, rows_and_length, tapped
 
@@ -66,6 +67,8 @@ class Record:
         was_rewritten: Whether copies have replaced an input that the model writes into.
         writes_input: Whether the module itself writes into its input. A gradient that reaches that input through
             another module that keeps it bypasses any tap on the output.
+        axes: On packed rows: the axes, as long as a row, along which every gradient so far touches the positions of its
+            own document alone; ``None`` before the first.
         untapped: Whether it was called inside a transform of ``torch.func`` (``vmap``, ``grad``), where rows are not
             those of the batch, or returned a nested tensor, which has none. Such calls are not among ``calls``.
     """
@@ -79,6 +82,7 @@ class Record:
     versions: list[tuple[list[int], list[int]]] = field(default_factory=list)
     was_rewritten: bool = False
     writes_input: bool = False
+    axes: frozenset[int] | None = None
     untapped: bool = False
 
     @property
@@ -149,8 +153,10 @@ class _Observer:
         shared: frozenset[nn.Module],
         num_examples: int,
         copying: frozenset[nn.Module] = frozenset(),
+        documents: Documents | None = None,
     ) -> None:
         self._num_examples = num_examples
+        self._documents = documents
         self.records: dict[nn.Module, Record] = defaultdict(Record)
         self.around: dict[nn.Module, set[nn.Module]] = {}
         self.checkpointing: set[nn.Module] = set()
@@ -240,11 +246,19 @@ class _Observer:
                 continue
             rows = grad.ne(0).unsqueeze(-1).flatten(1).any(1) if grad.ndim else grad.new_zeros(0)
             length = grad.shape[0] if grad.ndim else None
+            if self._documents is not None:
+                axes = self._own_axes(grad)
+                record.axes = axes if record.axes is None else record.axes & axes
             record.touched.append(Touched(call, self._example, length, rows.nonzero()))
             columns = None
             if grad.ndim > 2 and grad.shape[1] == self._num_examples > 1:
                 columns = TouchedColumns(self._example, grad.ne(0).transpose(0, 1).flatten(1).any(1).nonzero())
             record.columns.append(columns)
+
+    def _own_axes(self, grad: Tensor) -> frozenset[int]:
+        """List the axes along which a gradient touches the positions of the example's document alone."""
+        fitting = [axis for axis in range(1, grad.ndim) if self._documents.fit(grad, axis)]
+        return frozenset(axis for axis in fitting if self._documents.touched(grad, axis) <= {self._example})
 
     def _enclosing(self, path: str) -> tuple[nn.Module | None, int | None]:
         """Find the nearest enclosing module whose input is ``[N, T, ...]``, and ``T``."""
@@ -263,6 +277,7 @@ def observe(
     losses: Callable[[], Tensor],
     answered: Callable[[Callable[[], Any]], Any],
     num_examples: int,
+    documents: Documents | None = None,
 ) -> Observation:
     """Run the model on a few examples, back-propagate the loss of each alone, and record what happens at its modules.
 
@@ -275,6 +290,7 @@ def observe(
         answered: Calls a function that runs the model, twice where segments of the model are cut off
             (:meth:`fishkern.layers.reentrant.Connection.answered`).
         num_examples: 2, or 1.
+        documents: The examples, if they are documents of packed rows.
 
     Returns:
         The records.
@@ -284,18 +300,19 @@ def observe(
     owning = {modules[path] for path in owners}
 
     def run(shared: frozenset[nn.Module], copying: frozenset[nn.Module] = frozenset()) -> tuple[_Observer, Tensor]:
-        observer = _Observer(model, observed, shared, num_examples, copying)
+        observer = _Observer(model, observed, shared, num_examples, copying, documents)
         with observer.hooked():
             return observer, losses()
 
     observer, values = answered(lambda: run(frozenset()))
-    candidates = _of_all_examples(observer, owning) if num_examples > 1 else frozenset()
+    several = num_examples > 1 and documents is None  # all packed documents may be in one row
+    candidates = _of_all_examples(observer, owning) if several else frozenset()
     if candidates:
         expected = values.detach()
         del observer, values  # and the activations that they keep
         observer, values = _expanded(run, frozenset(), candidates, expected)
     observer.backward(values)
-    late = _of_all_examples(observer, owning) - candidates if num_examples > 1 else ()
+    late = _of_all_examples(observer, owning) - candidates if several else ()
     if late:  # calls inside a checkpointed segment are recorded only when it is recomputed
         observer, values = _expanded(run, observer.shared, late, values.detach())
         observer.backward(values)

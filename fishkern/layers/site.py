@@ -35,6 +35,7 @@ class Site:
         picked: Whether the rows are picked from the positions of the examples (a pooler's first token, an expert's
             tokens). Their number may then depend on the data, so whose rows they are is checked on every batch.
         rewritten: Whether the model writes into an input of the module while or after it runs, so a copy is kept.
+        axis: For packed rows: which axis of the output is that of the positions.
         settled: Whether a gradient has confirmed the layout. Where none but zeros arrived, it is what the sizes of the
             rows allow.
     """
@@ -48,6 +49,7 @@ class Site:
     sliced: tuple[bool, ...] = ()
     picked: bool = False
     rewritten: bool = False
+    axis: int = 1
     settled: bool = True
 
     @property

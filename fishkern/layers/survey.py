@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fishkern.layers.base import Call, Layer
+from fishkern.layers.documents import Documents
 from fishkern.layers.generic import has_example_axis, same_rows_alone, tensors_of
 from fishkern.layers.observe import Observation, Record, observe, upwards
 from fishkern.layers.quantized import own_weights
@@ -75,7 +76,7 @@ class Plan:
         """What computes each parameter outside of the loop: of every use the site, but for whether it is settled."""
         uses: dict[str, set[tuple[Any, ...]]] = defaultdict(set)
         for site in self.sites:
-            how = (site.path, site.layer, site.layout, site.block, site.sliced, site.picked, site.rewritten)
+            how = (site.path, site.layer, site.layout, site.block, site.sliced, site.picked, site.rewritten, site.axis)
             for name, key in site.keys.items():
                 uses[key].add((name, *how))
         return {key: frozenset(each) for key, each in uses.items()}
@@ -122,6 +123,7 @@ def survey(
     distrusted: Collection[str] = (),
     answered: Callable[[Callable[[], Any]], Any] = lambda run: run(),
     num_examples: int = 2,
+    documents: Documents | None = None,
 ) -> Plan:
     """Decide which path computes each parameter.
 
@@ -132,17 +134,24 @@ def survey(
         distrusted: Paths of modules whose row count turned out to depend on the data.
         answered: Calls a function that runs the model (:meth:`fishkern.layers.reentrant.Connection.answered`).
         num_examples: 2; or 1, for a plan that serves batches of one.
+        documents: The examples, if they are documents of packed rows; the plan serves batches of such rows.
 
     Returns:
         The plan.
     """
     hooked, owners = _owners(model, keys)
-    observation = observe(model, owners, losses, answered, num_examples)
-    planner = _Planner(model, owners, observation, distrusted, num_examples)
-    plan = planner.plan()
-    if planner.rewritten:
-        observation.copy(planner.rewritten)
-        plan = _Planner(model, owners, observation, distrusted, num_examples).plan()
+    observation = observe(model, owners, losses, answered, num_examples, documents)
+
+    def planner() -> _Planner:
+        if documents is not None:
+            return _PackedPlanner(model, owners, observation, distrusted, documents)
+        return _Planner(model, owners, observation, distrusted, num_examples)
+
+    first = planner()
+    plan = first.plan()
+    if first.rewritten:
+        observation.copy(first.rewritten)
+        plan = planner().plan()
     return plan.with_loop(hooked)
 
 
@@ -327,7 +336,8 @@ class _Planner:
             if names and (names := self._confirmed(layer, record, names)):
                 keys = {name: remaining.pop(name) for name in sorted(names)}
                 site = Site(path, module, layer, keys, layout, record.block, settled=settled)
-                sites.append(replace(site, picked=picked, rewritten=record.input_rewritten))
+                more = {"picked": picked, "rewritten": record.input_rewritten, "axis": self._axis(record)}
+                sites.append(replace(site, **more))
         return sites
 
     def _confirmed(self, layer: Layer, record: Record, names: frozenset[str]) -> frozenset[str]:
@@ -355,6 +365,10 @@ class _Planner:
             if rows == {N * length} and all(bool((one.nonzero // length == one.example).all()) for one in touched):
                 return Layout.FLATTENED, bool(touched)
         return None, False
+
+    def _axis(self, record: Record) -> int:
+        """Say which axis of an output is that of the positions, which matters for packed rows alone."""
+        return 1
 
     def _host(self, path: str) -> str | None:
         """Find the smallest module around a module, below the root, that keeps the examples apart.
@@ -424,15 +438,25 @@ class _Planner:
             return False
         if record.untapped or self._are_picked(record) or record.writes_input or module in self._checkpointing:
             return False
-        touched = [rows for rows in record.touched if len(rows.nonzero)]
-        N = self._num_examples
-        apart = all(one.rows == N and bool((one.nonzero == one.example).all()) for one in touched)
-        if not touched or not apart:
+        if not self._touches_apart(record):
             return False
         if record.output_rewritten or (record.input_rewritten and not record.was_rewritten):
             self.rewritten.add(module)
             return False
-        return same_rows_alone(*_last_call(record, entered=True), N)
+        return self._runs_alone(*_last_call(record, entered=True))
+
+    def _touches_apart(self, record: Record) -> bool:
+        """Tell whether the gradients at a module are not zero, and there at the rows of their own example alone."""
+        touched = [rows for rows in record.touched if len(rows.nonzero)]
+        N = self._num_examples
+        return bool(touched) and all(one.rows == N and bool((one.nonzero == one.example).all()) for one in touched)
+
+    def _runs_alone(self, call: Call, output: Any) -> bool:
+        return same_rows_alone(call, output, self._num_examples)
+
+    def _is_sliced(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor of a call of a host is cut for each example."""
+        return has_example_axis(tensor, self._num_examples)
 
     def _are_picked(self, record: Record) -> bool:
         """Tell whether a module gets rows ``[N, features]`` inside a module that got ``[N, T, ...]``, ``N > 1``."""
@@ -446,9 +470,52 @@ class _Planner:
     def _generic_site(self, path: str, keys: Mapping[str, str]) -> Site:
         record = self._records[self._modules[path]]
         call, _ = _last_call(record, entered=True)
-        sliced = tuple(has_example_axis(tensor, self._num_examples) for tensor in tensors_of(call))
+        sliced = tuple(map(self._is_sliced, tensors_of(call)))
         rewritten = record.input_rewritten
         return Site(path, self._modules[path], None, dict(keys), Layout.BATCHED, sliced=sliced, rewritten=rewritten)
+
+
+class _PackedPlanner(_Planner):
+    """Turns the records of packed rows into sites: the rows of a call are those of the batch, and its positions too."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        owners: Mapping[str, Mapping[str, str]],
+        observation: Observation,
+        distrusted: Collection[str],
+        documents: Documents,
+    ) -> None:
+        super().__init__(model, owners, observation, distrusted, documents.count)
+        self._documents = documents
+
+    def _layout(self, record: Record) -> tuple[Layout | None, bool]:
+        settled = any(len(one.nonzero) for one in record.touched)
+        return (Layout.BATCHED if self._axes(record) else None), settled
+
+    def _axis(self, record: Record) -> int:
+        return min(self._axes(record))
+
+    def _axes(self, record: Record) -> set[int]:
+        """List the axes of the positions that fit every output; the last axis is that of the features."""
+        outputs = [output for _, output in record.calls]
+        if not outputs or not all(isinstance(output, Tensor) for output in outputs):
+            return set()
+        fitting = set(range(1, min(output.ndim for output in outputs) - 1))
+        fitting &= fitting if record.axes is None else record.axes
+        return {axis for axis in fitting if all(self._documents.fit(output, axis) for output in outputs)}
+
+    def _are_picked(self, record: Record) -> bool:
+        return False
+
+    def _touches_apart(self, record: Record) -> bool:
+        return any(len(one.nonzero) for one in record.touched) and 1 in (record.axes or ())
+
+    def _runs_alone(self, call: Call, output: Any) -> bool:
+        return same_rows_alone(call, output, self._num_examples, self._documents)
+
+    def _is_sliced(self, tensor: Tensor) -> bool:
+        return self._documents.fit(tensor)
 
 
 class _Foreseeing(_Planner):

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishkern.layers.documents import Documents
 from fishkern.layers.embedding import Embedding
 from fishkern.layers.grads import DenseGrads, OuterProductGrads, PerExampleGrads, TiedRows, join
+from fishkern.layers.packed_grads import PackedOuterProductGrads
 from fishkern.layers.site import Layout, Site
 from fishkern.ops import embedding_rows
 
@@ -34,13 +36,22 @@ class Uses:
         sink: Called with a parameter's canonical name and its per-example gradients.
         squares: Whether the sink only adds squares, which may then be delivered in parts.
         num_examples: ``N`` of the batch.
+        documents: The examples of a batch of packed rows; ``None`` for any other batch.
 
     Attributes:
         withheld: Canonical names whose gradients of the last backward pass are held back, since nothing says whose
             rows they are.
     """
 
-    def __init__(self, sites: Sequence[Site], sink: Sink, *, squares: bool, num_examples: int) -> None:
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        sink: Sink,
+        *,
+        squares: bool,
+        num_examples: int,
+        documents: Documents | None = None,
+    ) -> None:
         self._by_key: dict[str, list[Site]] = defaultdict(list)
         for site in sites:
             for key in site.keys.values():
@@ -48,6 +59,7 @@ class Uses:
         self._sink = sink
         self._squares = squares
         self._num_examples = num_examples
+        self._documents = documents
         self._calls: Counter[Site] = Counter()
         self._tokens: dict[str, list[Tensor]] = defaultdict(list)
         self._received: dict[str, list[PerExampleGrads]] = defaultdict(list)
@@ -110,7 +122,8 @@ class Uses:
         if expected == 1 or isinstance(grads, DenseGrads):
             self._sink(key, grads)
             return
-        if self._squares and isinstance(grads, OuterProductGrads) and self._is_only_head(key):
+        of_linear = isinstance(grads, OuterProductGrads | PackedOuterProductGrads)
+        if self._squares and of_linear and self._is_only_head(key):
             self._sink(key, grads)
             self._heads[key] = self._head_rows(key, grads)
             return
@@ -137,11 +150,17 @@ class Uses:
         tokens = self._tokens[key]
         batched = all(site.layout is Layout.BATCHED for site in embeddings)
         alike = len({site.module.padding_idx for site in embeddings}) == 1  # so that they join
-        of_examples = bool(tokens) and all(rows.shape[0] == self._num_examples for rows in tokens)
+        if self._documents is not None:
+            of_examples = len(tokens) == 1 and tokens[0].ndim == 2 and self._documents.fit(tokens[0])
+        else:
+            of_examples = bool(tokens) and all(rows.shape[0] == self._num_examples for rows in tokens)
         return heads == 1 and batched and alike and of_examples
 
-    def _head_rows(self, key: str, grads: OuterProductGrads) -> tuple[Tensor, Tensor]:
-        N = self._num_examples
-        tokens = torch.cat([indices.reshape(N, -1) for indices in self._tokens[key]], dim=1)
-        example, row, _ = embedding_rows(tokens, grads.output_grads.new_zeros(*tokens.shape, 0))
+    def _head_rows(self, key: str, grads: OuterProductGrads | PackedOuterProductGrads) -> tuple[Tensor, Tensor]:
+        N, documents = self._num_examples, self._documents
+        if documents is not None:
+            tokens, offsets = documents.packed(self._tokens[key][0]), documents.offsets()
+        else:
+            tokens, offsets = torch.cat([indices.reshape(N, -1) for indices in self._tokens[key]], dim=1), None
+        example, row, _ = embedding_rows(tokens, grads.output_grads.new_zeros(*tokens.shape, 0), offsets=offsets)
         return example * grads.shape[0] + row, grads.rows(example, row)

@@ -30,7 +30,7 @@ def check_linear(activations: Tensor, output_grads: Tensor, offsets: Tensor | No
         )
     check_factors(activations, output_grads)
     if offsets is not None:
-        _check_offsets(offsets, output_grads.shape[0])
+        check_offsets(offsets, output_grads.shape[0])
 
 
 def check_factors(activations: Tensor, output_grads: Tensor) -> None:
@@ -130,7 +130,16 @@ def _reaches(gap: int, axes: list[tuple[int, int]]) -> bool:
     return any(abs(step) < length and _reaches(gap - step * stride, rest) for step in (steps, steps + 1))
 
 
-def _check_offsets(offsets: Tensor, num_positions: int) -> None:
+def check_offsets(offsets: Tensor, num_positions: int) -> None:
+    """Check that offsets cut packed positions into examples.
+
+    Args:
+        offsets: ``[N + 1]``, int64 or int32, ascending from 0.
+        num_positions: What they must end with.
+
+    Raises:
+        ValueError: They are something else.
+    """
     if offsets.ndim != 1 or offsets.numel() == 0 or offsets.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             "offsets must be [N + 1], int64 or int32: where each example begins, and last the number of "

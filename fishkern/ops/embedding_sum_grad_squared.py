@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fishkern.ops._arguments import accumulator
+from fishkern.ops._arguments import accumulator, check_offsets
 from fishkern.ops.dtypes import accumulates_in
 
 
@@ -16,6 +16,7 @@ def embedding_sum_grad_squared(
     num_rows: int,
     *,
     padding_idx: int | None = None,
+    offsets: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Sum the squared per-example gradients of an embedding table.
@@ -34,6 +35,8 @@ def embedding_sum_grad_squared(
         output_grads: Gradient of the **summed** loss by the rows looked up, ``[N, T, D]``, floating, same device.
         num_rows: ``V``, the rows of the table.
         padding_idx: Row that never gets a gradient, as in :class:`torch.nn.Embedding`, from 0 to ``num_rows - 1``.
+        offsets: ``[N + 1]``, int64 or int32, ascending from 0 to ``S``, for packed examples ``indices [S]`` and
+            ``output_grads [S, D]``, as in :func:`fishkern.ops.sum_grad_squared`.
         out: ``[V, D]``, of the result's dtype, any strides: the sum is added to it, in place. ``None``: to zeros.
 
     Returns:
@@ -44,7 +47,7 @@ def embedding_sum_grad_squared(
     """
     if padding_idx is not None and not 0 <= padding_idx < num_rows:
         raise ValueError(f"padding_idx must be from 0 to num_rows - 1 = {num_rows - 1}, or None, got {padding_idx}.")
-    _, row, grads = embedding_rows(indices, output_grads, padding_idx=padding_idx)
+    _, row, grads = embedding_rows(indices, output_grads, padding_idx=padding_idx, offsets=offsets)
     if row.numel() and (largest := int(row.max())) >= num_rows:
         raise ValueError(f"indices must be below num_rows = {num_rows}, got {largest}: pass the table's own size.")
     total = accumulator(out, (num_rows, output_grads.shape[-1]), output_grads)
@@ -55,7 +58,7 @@ def embedding_sum_grad_squared(
 
 @torch.no_grad()
 def embedding_rows(
-    indices: Tensor, output_grads: Tensor, *, padding_idx: int | None = None
+    indices: Tensor, output_grads: Tensor, *, padding_idx: int | None = None, offsets: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Form the rows of the per-example gradients of an embedding table that can be other than zero.
 
@@ -66,6 +69,7 @@ def embedding_rows(
         indices: Rows looked up, ``[N, T]``, int64 or int32, not negative.
         output_grads: Gradient of the **summed** loss by the rows looked up, ``[N, T, D]``, floating, same device.
         padding_idx: Row that never gets a gradient and is left out, or ``None``.
+        offsets: As for :func:`embedding_sum_grad_squared`.
 
     Returns:
         ``(example, row, grads)`` of the ``U`` distinct pairs of example and row, in ascending order of the pairs:
@@ -74,14 +78,16 @@ def embedding_rows(
     Raises:
         ValueError: Shapes, dtypes or devices are not as described, or an index is negative.
     """
-    _check_lookups(indices, output_grads)
+    _check_lookups(indices, output_grads, offsets)
     dtype = accumulates_in(output_grads.dtype)
     token = indices.long().flatten()
     if token.numel() and (smallest := int(token.min())) < 0:
         raise ValueError(f"indices must not be negative, got {smallest}: give padded positions a row, padding_idx.")
     num_rows = int(token.max()) + 1 if token.numel() else 1
-    pair = torch.arange(indices.shape[0], device=indices.device).repeat_interleave(indices.shape[1]) * num_rows + token
-    grads = output_grads.flatten(0, 1).to(dtype)
+    lengths = indices.shape[1] if offsets is None else offsets.diff().to(token.device)
+    N = indices.shape[0] if offsets is None else len(offsets) - 1
+    pair = torch.arange(N, device=token.device).repeat_interleave(lengths) * num_rows + token
+    grads = output_grads.flatten(0, -2).to(dtype)
     if padding_idx is not None:
         counted = token != padding_idx
         pair, grads = pair[counted], grads[counted]
@@ -99,12 +105,12 @@ def _sum_by_key(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return keys, F.embedding_bag(order, values, counts.cumsum(0) - counts, mode="sum")
 
 
-def _check_lookups(indices: Tensor, output_grads: Tensor) -> None:
-    if indices.ndim != 2 or output_grads.ndim != 3 or output_grads.shape[:2] != indices.shape:
-        raise ValueError(
-            "indices must be [N, T] and output_grads [N, T, D], "
-            f"got {tuple(indices.shape)} and {tuple(output_grads.shape)}."
-        )
+def _check_lookups(indices: Tensor, output_grads: Tensor, offsets: Tensor | None) -> None:
+    if indices.ndim != 2 - (offsets is not None) or output_grads.shape[:-1] != indices.shape:
+        expected = "[N, T] and output_grads [N, T, D]" if offsets is None else "[S] and output_grads [S, D] (offsets)"
+        raise ValueError(f"indices must be {expected}, got {tuple(indices.shape)} and {tuple(output_grads.shape)}.")
+    if offsets is not None:
+        check_offsets(offsets, len(indices))
     if indices.dtype not in (torch.int64, torch.int32) or not output_grads.is_floating_point():
         raise ValueError(
             f"indices must be int64 or int32 and output_grads floating, got {indices.dtype} and {output_grads.dtype}."

@@ -25,7 +25,7 @@ from fishkern.statistics.likelihood import (
 from fishkern.statistics.merge import merge
 from fishkern.statistics.online import OnlineFisher
 from fishkern.statistics.plan import PassPlan, plan
-from fishkern.statistics.predictive import Bernoulli, Categorical, Gaussian, Predictive
+from fishkern.statistics.predictive import Bernoulli, Categorical, Gaussian, PackedCategorical, Predictive
 from fishkern.statistics.prepared import Prepared, prepare
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.sketched_fisher import SketchedFisher
@@ -57,6 +57,7 @@ __all__ = [
     "MatrixEnergies",
     "MultiLabel",
     "OnlineFisher",
+    "PackedCategorical",
     "ParameterInfo",
     "PassPlan",
     "Predictive",

@@ -20,7 +20,7 @@ from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
 from fishkern.statistics.likelihood_argument import checked_likelihood, described
 from fishkern.statistics.notes import note_choice, note_labels, note_probabilities
 from fishkern.statistics.outputs import own_loss
-from fishkern.statistics.predictive import Categorical, Predictive
+from fishkern.statistics.predictive import Categorical, PackedCategorical, Predictive
 from fishkern.warning import warn_caller
 
 # Where transformers leaves a loss in 16 bits, it is rounded a few times. Otherwise it is computed in float32, also in
@@ -125,7 +125,14 @@ class Answering:
 
     def __call__(self, batch: Examples) -> Predictive | Tensor:
         if isinstance(self._likelihood, Likelihood):
-            return self._likelihood.predictive(self._model, batch.copied())
+            answer = self._likelihood.predictive(self._model, batch.copied())
+            if batch.kind is not None and not isinstance(answer, PackedCategorical):
+                raise ValueError(
+                    f"{type(self._likelihood).__name__} gives a {type(answer).__name__} of rows, and the rows of this "
+                    "batch are packed: give a PackedCategorical of their documents, or use a collator that keeps one "
+                    "example in each row."
+                )
+            return answer
         losses = losses_by_function(self._likelihood, self._model, batch)
         N = batch.num_examples
         if isinstance(losses, Tensor) and losses.shape == () and self._usual == N == 1:

@@ -11,7 +11,7 @@ from fishkern.statistics.autograd import backward, check_finite, only_trainable,
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.independence import Independence
-from fishkern.statistics.known import Known
+from fishkern.statistics.known import Kind, Known
 from fishkern.statistics.planning import Answer
 from fishkern.statistics.states import States
 
@@ -53,7 +53,7 @@ class AutogradPass:
         self._connection = connection
         self._known = known
         of_examples = estimator.reads == "sums"
-        self._settled = not of_examples
+        self._of_examples = of_examples
         self.paths = dict.fromkeys(parameters, ("sketch" if of_examples else "batch", ""))
         self.connected = False
         self.loss: Tensor | float = 0.0
@@ -66,8 +66,7 @@ class AutogradPass:
         """
         with only_trainable(self._parameters.values()):
             self._connection.answered(lambda: self._answer(batch))
-            if not self._settled and batch.num_examples > 1:
-                self._settle(batch.take(0, 2))
+            self._settle(batch)
 
     def run(self, batch: Examples) -> None:
         """Add one batch.
@@ -79,9 +78,7 @@ class AutogradPass:
             UnsupportedModuleError: A parameter is of a tensor subclass to which autograd gives no gradient.
         """  # noqa: DOC501
         with only_trainable(self._parameters.values()):
-            # the first batch of several examples shows whether they interact; one alone cannot
-            if not self._settled and batch.num_examples > 1:
-                self._settle(batch.take(0, 2))
+            self._settle(batch)
             answer = self._connection.answered(lambda: self._answer(batch))
             for objective, last in with_last(self._estimator.objectives(answer, batch.places)):
                 check_finite(objective, batch.places)
@@ -94,11 +91,16 @@ class AutogradPass:
                     elif is_wrapped(parameter):
                         raise without_gradient(key, parameter)
 
-    def _settle(self, two: Examples) -> None:
-        if self._known is None or not self._known.has_seen(False, two):
+    def _settle(self, batch: Examples) -> None:
+        """Let the first batch of several examples show whether they interact, if sums over examples are read."""
+        if not self._of_examples or not self._independence.awaits(batch):
+            return
+        few = batch.few
+        kind = Kind(few.num_examples == 1, few.kind)
+        if self._known is None or not self._known.has_seen(kind, few):
             with self._independence.precision.noting():
-                self._independence.note_together(self._answer(two))
-            self._independence.settle(two)
+                self._independence.note_together(self._answer(few))
+            self._independence.settle(few)
         if self._known is not None:
-            self._known.note_seen(False, two)
-        self._settled = True
+            self._known.note_seen(kind, few)
+        self._independence.take_for_granted(few)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from fishkern.layers import Documents
 from fishkern.statistics.contents import (
     Batch,
     Place,
@@ -55,6 +56,8 @@ class Examples:
         by_rows: Places in the batch of the entries that are cut by rows.
         entered: Places of the lists that are structure.
         cut_from: The batch that this one is a part of.
+        documents: For packed rows, the documents that are its examples; ``None`` for others.
+        dropped: For packed rows, how many documents in them have no label, padding included.
     """
 
     content: Batch
@@ -63,6 +66,8 @@ class Examples:
     by_rows: frozenset[Place] = frozenset()
     entered: frozenset[Place] = frozenset()
     cut_from: Examples | None = None
+    documents: Documents | None = None
+    dropped: int = 0
 
     def take(self, start: int, stop: int) -> Examples:
         """Take some examples of the batch, with their padding.
@@ -90,6 +95,24 @@ class Examples:
         """
         for n in range(self.num_examples):
             yield self.take(n, n + 1)
+
+    @property
+    def kind(self) -> tuple[frozenset[str], bool] | None:
+        """For packed rows the names of the entries, and whether a row has several documents; ``None`` for others.
+
+        A model may keep documents apart by one set of entries, and not by another.
+        """
+        return None
+
+    @property
+    def few(self) -> Examples:
+        """The first two examples, or the only one."""
+        return self.take(0, min(2, self.num_examples))
+
+    @property
+    def has_neighbours(self) -> bool:
+        """Whether an example runs together with others, on which its loss could depend."""
+        return self.num_examples > 1
 
     @property
     def names(self) -> tuple[list[str], list[str]]:
@@ -181,6 +204,8 @@ class Reader:
         shared: Entries that all examples share: patterns of names, or positions in a tuple.
         only_pairs: Refuse tuples other than ``(inputs, labels)``: nothing would use the other entries.
         dropped: Keys of a mapping to withhold from the model.
+        packed: Reads a batch, its number and what is shared as packed rows, or gives ``None`` where each row is one
+            example; ``None`` if rows are examples in any case.
 
     Attributes:
         withheld: Those of ``dropped`` that a batch contained.
@@ -189,7 +214,14 @@ class Reader:
         TypeError: ``shared`` contains something else.
     """
 
-    def __init__(self, shared: Shared = None, *, only_pairs: bool = False, dropped: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        shared: Shared = None,
+        *,
+        only_pairs: bool = False,
+        dropped: Sequence[str] = (),
+        packed: Callable[[Batch, int, Callable[[Place], bool]], Examples | None] | None = None,
+    ) -> None:
         patterns = tuple(shared) if isinstance(shared, list | tuple | set | frozenset) else (shared,)
         patterns = () if shared is None else patterns
         if not all(isinstance(pattern, str | int) and not isinstance(pattern, bool) for pattern in patterns):
@@ -197,6 +229,7 @@ class Reader:
         self._shared = patterns
         self._only_pairs = only_pairs
         self._dropped = tuple(dropped)
+        self._packed = packed
         self._settled: dict[Place, bool] = {}
         self._unused = list(patterns)
         self.withheld: set[str] = set()
@@ -226,6 +259,8 @@ class Reader:
         if not tensors:
             raise ValueError(_no_tensor(content, number))
         self._check_shared(content, number)
+        if self._packed is not None and (packed := self._packed(content, number, self._is_shared)) is not None:
+            return packed
         source, N = self._count(content, number)
         if N == 0:
             raise ValueError(f"batch {number} holds no example (size 0). Drop empty batches before estimating.")

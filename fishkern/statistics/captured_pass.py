@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterable, Mapping
 from torch import Tensor, nn
 
 from fishkern.layers import (
-    Capture,
     DenseGrads,
     PerExampleGrads,
     Plan,
     Strays,
+    capture_of,
     is_wrapped,
     without_gradient,
 )
@@ -111,7 +111,7 @@ class CapturedPass:
         reached = set(looped)
         if plan.sites:
             parts = {"squares": self._estimator.reads == "squares", "factors": self._estimator.reads_factors}
-            capturing = Capture(plan.sites, add, **parts)
+            capturing = capture_of(plan.sites, add, batch.documents, **parts)
             with only_trainable(looped.values()), capturing as capture:
                 with capture.forward(batch.num_examples, self._planner.counted(batch)), strays.watched():
                     answer = self._answer(batch)

@@ -29,6 +29,7 @@ class Data:
         device: The device of the batches.
         examples: Number of examples given so far, on this rank.
         batches: Number of batches given so far, on this rank.
+        dropped: Number of documents without a label in the packed rows given so far, on this rank.
 
     Raises:
         TypeError: ``batches`` is one batch.
@@ -44,6 +45,7 @@ class Data:
         self._shard = shard_of(batches, ranks, max_examples)
         self.examples = 0
         self.batches = 0
+        self.dropped = 0
 
     @property
     def total(self) -> int | None:
@@ -56,6 +58,12 @@ class Data:
         limit = self._shard.limit
         for raw in self._batches:
             batch = self._reader(raw, self.batches)
+            if batch.documents is not None and self._shard.by_rows:
+                raise ValueError(
+                    f"batch {self.batches} is packed, and the sampler deals rows to {self._shard.count} ranks, which "
+                    "hold several documents each: which documents it repeats at the end cannot be told. Give each rank "
+                    "its own part of the data, as an iterator, iter(loader)."
+                )
             places = self._shard.places(self.batches, self.examples, batch.num_examples)
             if limit is not None and places[-1] >= limit:
                 places = range(places.start, min(places.stop, limit), places.step)
@@ -64,6 +72,7 @@ class Data:
                 batch = batch.take(0, len(places))
             self.batches += 1
             self.examples += len(places)
+            self.dropped += batch.dropped
             yield replace(batch.to(self.device), places=places, cut_from=None)
             # checked here as well, so that no batch beyond the limit is fetched from the user's iterator
             if limit is not None and self._shard.places(self.batches, self.examples, 1).start >= limit:

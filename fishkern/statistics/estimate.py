@@ -70,7 +70,8 @@ def estimate(
         batches: An iterable of batches, such as a ``DataLoader``: mappings (keyword arguments of the model) or
             ``(inputs, labels)``; a loss function may take longer tuples. Tensors and arrays have the example axis
             first, lists one entry for each example. Tensors are moved to the model's device. Batches of one are never
-            cut.
+            cut. In packed rows (``position_ids`` that restart, ``cu_seq_lens_q`` or ``seq_idx``) each document with a
+            label is an example.
         estimator: The recipe; ``None`` for :class:`DiagonalFisher`, the exact per-example empirical Fisher.
         likelihood: The loss of an example. ``None``: recognised from a transformers model. A :class:`Likelihood`. Or a
             function ``(model, batch) -> losses [N]``, which gives the empirical Fisher only; as :class:`Drawn` where
@@ -98,8 +99,8 @@ def estimate(
     Raises:
         TypeError: A batch is neither a mapping nor a pair, or an argument is of another type than described.
         ValueError: There are no data, no trainable parameters or no labels; a loss is not finite or is not the model's
-            own; the examples of a batch interact; an entry of a batch cannot be assigned to examples; or model, batch
-            or request are not those of ``prepared``.
+            own; the examples of a batch interact, or the model does not keep the documents of packed rows apart; an
+            entry of a batch cannot be assigned to examples; or model, batch or request are not those of ``prepared``.
         UnsupportedModuleError: The gradients of a module cannot be exact; the message says how to avoid it.
         RuntimeError: It runs under ``torch.inference_mode()``; or another rank has failed, or estimates other
             parameters.
@@ -120,7 +121,7 @@ def estimate(
     _refuse_one_reading(request, batches)
     estimator, groups = request.estimator, request.groups
     ranks.demand_equal({key: tuple(info.shape) for key, info in request.infos.items()}, "the parameters to estimate")
-    reader = reader_for(options.likelihood, options.shared)
+    reader = reader_for(model, options.likelihood, options.shared)
     answering = Answering(model, options.likelihood) if prepared is None else prepared.answering
     backend = backends.current() if options.backend is None else options.backend
     results: dict[str, Any] = {}
@@ -210,6 +211,7 @@ def _described(
         "dtype": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in request.tensors.values()}),
         "examples": counts.examples,
         "batches": counts.batches,
+        **({"documents_without_labels": counts.dropped} if counts.dropped else {}),
         **({"passes": len(passed)} if len(passed) > 1 else {}),
         **({"ranks": ranks.count} if ranks.count > 1 else {}),
         "checked": None if estimator.reads in ("sums", "batches") else check,

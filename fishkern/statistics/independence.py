@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from fishkern.statistics.base import losses_of
 from fishkern.statistics.batches import Examples
+from fishkern.statistics.packing import PackedExamples
 from fishkern.statistics.precision import Precision
 from fishkern.statistics.predictive import Categorical, Predictive
+from fishkern.statistics.separation import demand_separate
 from fishkern.warning import warn_caller
 
 # The allowed difference between the loss of an example in a batch and alone, relative to the larger of two losses.
@@ -35,7 +37,6 @@ class Independence:
 
     Attributes:
         precision: As given.
-        pending: Whether no two examples have been compared yet.
         note: A difference that was accepted, with its reason; ``None`` if there is none.
     """
 
@@ -51,13 +52,33 @@ class Independence:
         self._answer = answer
         self._by_labels = by_labels
         self.precision = precision
-        self.pending = True
+        self._compared: set[tuple[frozenset[str], bool] | None] = set()  # kinds of batches
         self._together: list[float] = []
         self._alone: list[float] = []
         self.note: str | None = None
 
+    def awaits(self, few: Examples) -> bool:
+        """Tell whether examples of such a batch have yet to be compared.
+
+        Args:
+            few: Some examples.
+
+        Returns:
+            Whether they run beside others, and none of their kind has been compared.
+        """
+        return few.has_neighbours and few.kind not in self._compared
+
+    def take_for_granted(self, few: Examples) -> None:
+        """Take it that the losses of such a batch are those of its examples, as an earlier pass has found out.
+
+        Args:
+            few: Some examples of it.
+        """
+        if few.has_neighbours:
+            self._compared.add(few.kind)
+
     def note_together(self, answer: Predictive | Tensor) -> None:
-        """Note the losses of two examples in one batch; only those of the first run are kept.
+        """Note the losses of the examples in one batch; only those of the first run are kept.
 
         Args:
             answer: The model's answer for both.
@@ -73,18 +94,20 @@ class Independence:
         self._alone += self._values(answer)
 
     def settle(self, two: Examples) -> None:
-        """Compare the losses.
+        """Compare the losses, and of packed rows what they depend on.
 
         Args:
-            two: The two examples.
+            two: The two examples; of packed rows it may be one, beside documents that do not count.
 
         Raises:
             ValueError: The losses differ by more than rounding, and not because a module chooses or scales by the
-                batch.
+                batch; or the documents of packed rows are not kept apart.
         """
-        alone = self._alone if len(self._alone) == 2 else self._run_alone(two)
-        self.pending = False
-        together = self._together
+        if isinstance(two, PackedExamples):
+            demand_separate(self._model, self._answer, two)
+        alone = self._alone if len(self._alone) == two.num_examples else self._run_alone(two)
+        self._compared.add(two.kind)
+        together, self._together, self._alone = self._together, [], []
         # the pass itself refuses losses that are not finite, and names the example
         if all(map(math.isfinite, together)) and not self._equal(together, alone):
             self._judge(two, together, alone)
@@ -136,8 +159,8 @@ class Independence:
             return (losses_of(answer) + 0.0).tolist()  # + 0.0 turns -0.0, which prints differently, into 0.0
         if isinstance(answer, Categorical):
             # u = 0 draws the first class of non-zero probability, which rounding does not change
-            rows = len(answer.logits)
-            return answer.drawn_losses(torch.zeros(rows, answer.draws_per_example, dtype=torch.float64)).tolist()
+            draws = torch.zeros(answer.num_examples, answer.draws_per_example, dtype=torch.float64)
+            return answer.drawn_losses(draws).tolist()
         return sum(values.abs() for values in answer.label_losses() if values is not None).tolist()
 
     def _equal(self, one: Sequence[float], other: Sequence[float]) -> bool:

@@ -6,9 +6,10 @@ the data) is found out in each pass anew, so that it adds the same bits as one t
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,18 @@ from fishkern.statistics.batches import Examples
 from fishkern.statistics.contents import is_array, is_single, is_structure, items_of
 from fishkern.statistics.independence import Independence
 from fishkern.statistics.structure import Facts, demand_same, facts_of_batch
+
+
+class Kind(NamedTuple):
+    """A kind of batches that has plans of its own.
+
+    Args:
+        lone: Whether there is one example in a batch.
+        packed: The batch's own ``kind``: ``None`` unless its rows are packed.
+    """
+
+    lone: bool
+    packed: tuple[frozenset[str], bool] | None = None
 
 
 class Known:
@@ -35,8 +48,8 @@ class Known:
 
     def __init__(self, batch: Examples) -> None:
         self._structure: Facts = facts_of_batch(batch.content)
-        self._plans: dict[bool, Plan] = {}  # for batches of one, and for all batches
-        self._seen: dict[bool, set[bytes]] = {True: set(), False: set()}
+        self._plans: dict[Kind, Plan] = {}
+        self._seen: dict[Kind, set[bytes]] = defaultdict(set)
         self._checkpointing: tuple[str, ...] = ()
         self._segments = False
         self._dtypes: set[torch.dtype] = set()
@@ -82,67 +95,67 @@ class Known:
         self._dtypes = set(independence.precision.dtypes)
         self._segments |= connection.connected
 
-    def has_seen(self, lone: bool, few: Examples) -> bool:
+    def has_seen(self, kind: Kind, few: Examples) -> bool:
         """Tell whether these examples were checked before, value for value.
 
         Args:
-            lone: Whether they are of a batch of one.
+            kind: Of the batch that they are of.
             few: The first examples of a batch.
 
         Returns:
             Whether they were. Anything but tensors, arrays and single values is not recognised.
         """
-        return bool(self._seen[lone]) and self._digest(few) in self._seen[lone]
+        return bool(self._seen[kind]) and self._digest(few) in self._seen[kind]
 
-    def note_seen(self, lone: bool, few: Examples) -> None:
+    def note_seen(self, kind: Kind, few: Examples) -> None:
         """Remember that examples were checked.
 
         Args:
-            lone: Whether they are of a batch of one.
+            kind: Of the batch that they are of.
             few: The examples.
         """
         if (digest := self._digest(few)) is not None:
-            self._seen[lone].add(digest)
+            self._seen[kind].add(digest)
 
-    def plan_for(self, lone: bool, few: Examples) -> Plan | None:
+    def plan_for(self, kind: Kind, few: Examples) -> Plan | None:
         """Return the plan that was made from these examples.
 
         Args:
-            lone: Whether it is for batches of one.
+            kind: Of the batches that it is for.
             few: The first examples of a batch.
 
         Returns:
             The plan, or ``None`` if they are new.
         """
-        return self._plans.get(lone) if self.has_seen(lone, few) else None
+        return self._plans.get(kind) if self.has_seen(kind, few) else None
 
-    def learn(self, lone: bool, few: Examples, plan: Plan, distrusted: Collection[str]) -> None:
+    def learn(self, kind: Kind, few: Examples, plan: Plan, distrusted: Collection[str]) -> None:
         """Keep a plan. If it differs from the earlier one, that was only for the data from which it was made.
 
         Args:
-            lone: Whether it is for batches of one.
+            kind: Of the batches that it is for.
             few: The examples it was made from.
             plan: The plan.
             distrusted: Paths of modules whose row count turned out to depend on the data.
         """
         self.distrusted = frozenset(distrusted)
-        before = self._plans.get(lone)
+        before = self._plans.get(kind)
         if before is None or _described(before) != _described(plan):
-            self._plans[lone] = plan
-            self._seen[lone].clear()
-        self.note_seen(lone, few)
+            self._plans[kind] = plan
+            self._seen[kind].clear()
+        self.note_seen(kind, few)
 
-    def has_checked(self, lone: bool, plan: Plan) -> bool:
+    def has_checked(self, kind: Kind, plan: Plan) -> bool:
         """Tell whether all that a plan captures was compared with autograd, and is captured in the same way.
 
         Args:
-            lone: Whether it is for batches of one.
+            kind: Of the batches that it is for.
             plan: A new plan.
 
         Returns:
             Whether it was. Where no gradient but zeros had arrived, nothing was compared.
         """
-        before = self._plans.get(lone)
+        before = self._plans.get(kind)
         if before is None or before.unsettled - plan.unsettled:
             return False
         uses = before.uses

@@ -19,7 +19,8 @@ from fishkern import hosts
 from fishkern.statistics.batches import Batch
 from fishkern.statistics.labels import as_tensor, in_words, shaped
 from fishkern.statistics.outputs import call, logits_of
-from fishkern.statistics.predictive import Bernoulli, Categorical, Gaussian, Predictive
+from fishkern.statistics.packing import document_numbers, documents_of, inside_documents
+from fishkern.statistics.predictive import Bernoulli, Categorical, Gaussian, PackedCategorical, Predictive
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ class CausalLM(Likelihood):
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
         logits = _logits(model, batch)
         if isinstance(batch, Mapping) and "shift_labels" in batch:
-            return _by_position(logits, batch["shift_labels"], self.reduction)
+            return _by_position(
+                logits, inside_documents(as_tensor(batch["shift_labels"]), batch), self.reduction, batch
+            )
         labels = _labels(batch, "causal language modelling")
         virtual = logits.shape[1] - labels.shape[1] if logits.ndim == 3 and labels.ndim == 2 else 0
         if virtual and not (virtual > 0 and hosts.base_model(model) is not model):
@@ -93,13 +96,14 @@ class CausalLM(Likelihood):
         # Prompt tuning puts virtual tokens first. The last position has no next token: it gets the label -100, because
         # cutting its logits off would copy all others.
         labels = nn.functional.pad(labels, (virtual, 1), value=-100)[:, 1:] if labels.ndim == 2 else labels
-        return _by_position(logits, labels, self.reduction)
+        labels = labels if virtual else inside_documents(labels, batch)
+        return _by_position(logits, labels, self.reduction, batch)
 
     def labelled(self, batch: Batch) -> Tensor:
         if isinstance(batch, Mapping) and "shift_labels" in batch:
-            return as_tensor(batch["shift_labels"]) != -100
+            return inside_documents(as_tensor(batch["shift_labels"]), batch) != -100
         labels = _labels(batch, "causal language modelling")
-        return nn.functional.pad(labels, (0, 1), value=-100)[:, 1:] != -100
+        return inside_documents(nn.functional.pad(labels, (0, 1), value=-100)[:, 1:], batch) != -100
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class TokenClassification(Likelihood):
         axis = self.class_axis
         if axis is None:
             axis = -1 if hosts.task(model) is not None else _class_axis(logits, labels)
-        return _by_position(logits.movedim(axis, -1), labels, self.reduction)
+        return _by_position(logits.movedim(axis, -1), labels, self.reduction, batch)
 
     def labelled(self, batch: Batch) -> Tensor:
         return _labels(batch, "token classification").flatten(1) != -100
@@ -284,14 +288,23 @@ def _logits(model: nn.Module, batch: Batch, **more: Tensor) -> Tensor:
     return logits
 
 
-def _by_position(logits: Tensor, labels: Any, reduction: str) -> Categorical:
-    """Make the distribution of one label for each position; positions may have any number of axes."""
+def _by_position(logits: Tensor, labels: Any, reduction: str, batch: Batch = ()) -> Categorical:
+    """Make the distribution of one label for each position, of any number of axes; packed rows, of each document."""
     if logits.ndim < 3:
         raise ValueError(
             f"labels of positions need logits [N, T, C], got {in_words(logits.shape, len(logits))}: for one label of "
             "each example take fishkern.Classification()."
         )
     labels = shaped(labels, tuple(logits.shape[:-1]), logits.shape[-1])
+    if (numbers := document_numbers(batch)) is not None:
+        if numbers.shape != labels.shape:
+            raise ValueError(
+                f"packed rows {tuple(numbers.shape)} need logits of their positions, and the model gives "
+                f"{tuple(labels.shape)}, as prompt tuning does, which puts its tokens before a row and not before each "
+                "document. Use a collator that keeps one example in each row."
+            )
+        documents = documents_of(batch, labels != -100)
+        return PackedCategorical(logits, labels, reduction == "mean", documents=documents)
     return Categorical(logits.flatten(1, -2), labels.flatten(1), reduction == "mean")
 
 

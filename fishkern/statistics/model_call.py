@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fishkern.statistics.batches import Examples, Reader
+from fishkern.statistics.packing import document_numbers
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,20 @@ def read_call(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], reader: 
 
     Returns:
         The call.
+
+    Raises:
+        ValueError: Its rows are packed.
     """
     own = inspect.signature(model.forward).parameters.values()
     names = [one.name for one in own if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
     positional = tuple(names[n] if n < len(names) else f"argument {n}" for n in range(len(args)))
     content = dict(zip(positional, args, strict=True)) | dict(kwargs)
+    if document_numbers(content) is not None:
+        raise ValueError(
+            "this batch is packed: its rows hold several documents, and the loss of a training step does not say which "
+            "share of it each has. Train with one example in each row, or estimate on the packed batches with "
+            "fishkern.estimate, which takes documents for examples."
+        )
     return ModelCall(reader(content, number), positional)
 
 

@@ -34,6 +34,7 @@ class Counts(NamedTuple):
     units: int
     examples: int
     batches: int
+    dropped: int
 
 
 class Passed(NamedTuple):
@@ -93,7 +94,7 @@ class OnePass:
         with ranks.failing_together(), undisturbed(self.model, self.requested.values()) as entered:
             units, one_pass, independence = self._run(data, entered, report)
         report.close()
-        all_counts = ranks.gathered((units, data.examples, data.batches))
+        all_counts = ranks.gathered((units, data.examples, data.batches, data.dropped))
         counts = Counts(*(sum(each) for each in zip(*all_counts, strict=True)))
         _demand_gradients(self.requested, one_pass, counts, ranks)
         half = independence.precision.half

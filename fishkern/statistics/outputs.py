@@ -28,17 +28,9 @@ def call(model: nn.Module, batch: Batch, *, without: tuple[str, ...] = (), **mor
 
     Returns:
         The model's output.
-
-    Raises:
-        ValueError: Rows of the batch contain several examples each.
     """
     if not isinstance(batch, Mapping):
         return model(batch[0], **more)
-    if reason := hosts.packed_batch(batch):
-        raise ValueError(
-            f"this batch is packed ({reason}): its rows hold several examples, which would be taken for one. "
-            "Use a collator that keeps one example in each row."
-        )
     arguments = {key: value for key, value in batch.items() if key not in without}
     return model(**{**hosts.call_options(model), **arguments, **more})
 

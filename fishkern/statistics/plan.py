@@ -134,7 +134,7 @@ def plan(
     Raises:
         TypeError: The batch is neither a mapping nor a pair, or an argument is of another type than described.
         ValueError: There are no trainable parameters or no labels, or an entry of the batch cannot be assigned to
-            examples.
+            examples; or the rows of the batch are packed.
         UnsupportedModuleError: The gradients of a module cannot be exact; the message says how to avoid it.
         RuntimeError: It runs under ``torch.inference_mode()``.
     """
@@ -151,7 +151,13 @@ def plan(
     mode = Valueless()
     examples = None
     if batch is not None:
-        examples = reader_for(likelihood, shared)(batch, 0)
+        examples = reader_for(model, likelihood, shared)(batch, 0)
+        if examples.documents is not None:
+            raise ValueError(
+                "the batch has packed rows, and where their documents end is read off values, which a plan does not "
+                "have. Leave out what says so ('position_ids', 'seq_idx', 'cu_seq_lens_q'): a row is then planned as "
+                "one example."
+            )
         examples = examples.with_tensors(lambda tensor: mode.input_like(tensor, device))
     elsewhere = accumulate_on is not None and not _is(first.device, torch.device(accumulate_on))
     with torch.random.fork_rng([device] if device.type == "cuda" else []), mode.model(model), warnings.catch_warnings():

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.layers import (
-    Capture,
     Connection,
     PerExampleGrads,
     Plan,
     Strays,
     UnsupportedModuleError,
+    capture_of,
     is_wrapped,
     leave_out,
     stored_weights,
@@ -26,7 +26,7 @@ from fishkern.statistics.batches import Examples
 from fishkern.statistics.coverage import slowest_paths
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.independence import Independence
-from fishkern.statistics.known import Known
+from fishkern.statistics.known import Kind, Known
 from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.self_check import disagreements
 from fishkern.statistics.states import States, without_factors
@@ -85,8 +85,8 @@ class Planner:
         self._connection = connection
         self._known = known
         self._contradicted = False
-        self._first: dict[bool, range] = {}  # places of the first batch that got a plan of each kind
-        self._plans: dict[bool, Plan] = {}  # for batches of one, and for all batches
+        self._first: dict[Kind, range] = {}  # places of the first batch that got a plan of each kind
+        self._plans: dict[Kind, Plan] = {}
         self._strayed: dict[str, str] = {}
         self._announced: set[str] = set() if known is None else known.announced
         stored = stored_weights(model)
@@ -103,22 +103,25 @@ class Planner:
 
         Returns:
             The plan. One example does not show which rows belong to which example, so a plan from a batch of one is
-            used for such batches only. A plan from two examples is used for batches of one as well.
+            used for such batches only. A plan from two examples is used for batches of one as well. Packed rows have
+            plans of their own, for each set of entries by which their documents may be kept apart.
         """
-        lone = batch.num_examples == 1 and False not in self._plans  # a plan for all batches is the better one
-        if lone not in self._plans:
-            few = batch.take(0, min(2, batch.num_examples))
+        kind = Kind(batch.num_examples == 1, batch.kind)
+        if (several := kind._replace(lone=False)) in self._plans:  # a plan for all batches is the better one
+            kind = several
+        if kind not in self._plans:
+            few = batch.few
             # what a later batch contradicts is not kept: it will be contradicted in every pass over the same data
-            is_first = self._first.setdefault(lone, batch.places) == batch.places
-            plan = self._known_plan(lone, few)
+            is_first = self._first.setdefault(kind, batch.places) == batch.places
+            plan = self._known_plan(kind, few)
             if plan is None:
-                plan = self._make_plan(lone, few)
+                plan = self._make_plan(kind, few)
                 if self._known is not None and is_first:
                     # at once: the pass may end in an exception, and a plan holds for connected segments alone
                     self._known.keep(self._independence, self._connection)
-                    self._known.learn(lone, few, plan, self.distrusted)
-            self._plans[lone] = plan
-        return self._plans[lone]
+                    self._known.learn(kind, few, plan, self.distrusted)
+            self._plans[kind] = plan
+        return self._plans[kind]
 
     def take(self, plan: Plan) -> None:
         """Take a plan as given, for all batches.
@@ -126,7 +129,7 @@ class Planner:
         Args:
             plan: The plan.
         """
-        self._plans[False] = plan
+        self._plans[Kind(lone=False)] = plan
 
     def forget(self) -> None:
         """Discard the plans, so that the next batch is surveyed again."""
@@ -141,7 +144,7 @@ class Planner:
         """
         self.refuse_stored(strays)
         self._strayed |= strays
-        self._plans = {lone: plan.with_loop(strays) for lone, plan in self._plans.items()}
+        self._plans = {kind: plan.with_loop(strays) for kind, plan in self._plans.items()}
         self._announce(Plan((), strays))
 
     def note_looped(self, keys: Iterable[str], batch: Examples) -> None:
@@ -187,17 +190,17 @@ class Planner:
         if without and self._estimator.reads == "factors":
             raise UnsupportedModuleError(without_factors(without))
 
-    def _known_plan(self, lone: bool, few: Examples) -> Plan | None:
+    def _known_plan(self, kind: Kind, few: Examples) -> Plan | None:
         """Take the plan that an earlier pass has made from the same examples, unless this pass has contradicted it."""
-        plan = None if self._known is None or self._contradicted else self._known.plan_for(lone, few)
+        plan = None if self._known is None or self._contradicted else self._known.plan_for(kind, few)
         if plan is not None:
-            self._independence.pending &= lone  # two examples were compared when it was made
+            self._independence.take_for_granted(few)  # they were compared when it was made
             self._announce(plan)
         return plan
 
-    def _make_plan(self, lone: bool, few: Examples) -> Plan:
+    def _make_plan(self, kind: Kind, few: Examples) -> Plan:
         """Survey two examples, or the one of a batch of one, and compare them with ordinary autograd."""
-        compares = few.num_examples > 1 and self._independence.pending
+        compares = self._independence.awaits(few)
         number = 0  # of the objective: type-2 has one for each label of a position
 
         def losses() -> Tensor:
@@ -218,12 +221,13 @@ class Planner:
                 distrusted=self.distrusted,
                 answered=self._connection.answered,
                 num_examples=few.num_examples,
+                documents=few.documents,
             )
         self.refuse_stored(key for key, (path, _) in plan.paths.items() if path != "fused")
         known, checks = self._known, self._check
         if known is not None:
             plan = plan.with_loop({key: reason for key, reason in known.reasons.items() if key not in plan.loop})
-            checks = checks and not known.has_checked(lone, plan)
+            checks = checks and not known.has_checked(kind, plan)
         reasons = self.disagreements(plan, few, number) if checks else {}
         if compares:
             with only_trainable(self._differentiable().values()):
@@ -248,7 +252,7 @@ class Planner:
 
         def objective(batch: Examples) -> Tensor:
             answer = self._answer(batch)
-            if batch.num_examples < few.num_examples and self._independence.pending:
+            if batch is not few and self._independence.awaits(few):
                 self._independence.note_alone(answer)
             objective = next(islice(self._estimator.objectives(answer, batch.places), number, None))
             # an example alone may lack the position of this objective, which then adds nothing
@@ -311,7 +315,7 @@ class Planner:
         if not plan.sites:
             return set()
         parts = {"squares": estimator.reads == "squares", "factors": estimator.reads_factors}
-        with Capture(plan.sites, add_own, **parts) as capture:
+        with capture_of(plan.sites, add_own, few.documents, **parts) as capture:
             counted = self.counted(few)
             with capture.forward(few.num_examples, counted), strays.watched():
                 answer = self._answer(few)

@@ -22,7 +22,7 @@ def counted_positions(model: nn.Module, estimator: Estimator, answering: Answeri
         batch: Its ``attention_mask`` or its labels say which these are.
 
     Returns:
-        ``[N, T]``, bool; ``None`` where all count or nobody asks.
+        ``[N, T]``, for packed rows ``[R, T]``, bool; ``None`` where all count or nobody asks.
 
     Raises:
         UnsupportedModuleError: The model has an encoder and a decoder, and there is padding in one of them.
@@ -50,13 +50,16 @@ def _attended(batch: Examples) -> Tensor | None:
     mask = batch.inputs.get("attention_mask")
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] not in (1, batch.num_examples):
+    rows = batch.num_examples if batch.documents is None else batch.documents.shape[0]
+    if batch.documents is not None and isinstance(mask, Tensor) and mask.ndim == 4:
+        return None  # it says which positions see each other, and packed documents have no padding
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] not in (1, rows):
         found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"positions='attended' counts what an attention_mask [N, T] marks, and this one is {found}: give such a "
             "tensor, or count positions='labelled' or positions='all'."
         )
-    return (mask != 0).expand(batch.num_examples, -1)
+    return (mask != 0).expand(rows, -1)
 
 
 def _decoder_padding(batch: Examples) -> str | None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fishkern.layers import Documents
 from fishkern.statistics.labels import class_labels, values_like, yes_or_no_like
 
 _LEAST = 1e-7  # how far 2u - 1 must stay from -1 and 1, about the rounding of float32
@@ -91,6 +92,11 @@ class Categorical(Predictive):
             object.__setattr__(self, "labels", labels.to(self.logits.device))
 
     @property
+    def num_examples(self) -> int:
+        """The number of examples, ``N``."""
+        return len(self.logits)
+
+    @property
     def _counted(self) -> Tensor:
         if self.labels is None:
             return torch.ones(self.logits.shape[:2], dtype=torch.bool, device=self.logits.device)
@@ -104,7 +110,15 @@ class Categorical(Predictive):
     def _at(self, labels: Tensor) -> Tensor:
         rows = self.logits.flatten(0, 1)  # classes last: a transpose would copy the logits
         nll = F.cross_entropy(rows, labels.flatten(), ignore_index=self.ignore_index, reduction="none")
-        return self._reduced(nll.view(labels.shape))
+        return self._reduced(self._by_example(nll.view(labels.shape)))
+
+    def _by_example(self, values: Tensor) -> Tensor:
+        """Arrange one value for each position by examples, ``[N, L]``."""
+        return values
+
+    def _logits_at(self, position: int) -> Tensor:
+        """Take the logits of one position of each example, ``[N, C]``."""
+        return self.logits[:, position]
 
     def losses(self) -> Tensor:
         return self._at(_given(self.labels))
@@ -124,20 +138,77 @@ class Categorical(Predictive):
 
     def label_losses(self) -> Iterator[Tensor | None]:
         counted = self._counted
-        weight = torch.ones_like(counted[:, 0], dtype=self.logits.dtype)
+        weight = torch.ones(len(counted), dtype=self.logits.dtype, device=self.logits.device)
         if self.mean:
             weight = weight / counted.sum(1)  # in the logits' dtype: one over integers would be float32
         # at least one, so that examples without any label give NaN, which the pass refuses
         positions = counted.any(0).nonzero().flatten().tolist() or [0]
-        for position in range(self.logits.shape[1]):
+        for position in range(counted.shape[1]):
             if position not in positions:
                 yield from [None] * self.logits.shape[2]
                 continue
-            log_p = self.logits[:, position].log_softmax(-1)
+            log_p = self._logits_at(position).log_softmax(-1)
             # E (grad log p)^2 = sum_c p_c (grad log p_c)^2, so each term is the square of sqrt(p_c) grad log p_c
             root_p = torch.where(counted[:, position, None], (log_p.detach() / 2).exp(), 0.0)
             for label in range(log_p.shape[-1]):
                 yield -weight * root_p[:, label] * log_p[:, label]
+
+
+@dataclass(frozen=True)
+class PackedCategorical(Categorical):
+    """One of ``C`` classes at each position of ``N`` documents in packed rows.
+
+    What is small is padded to ``[N, L]``, ``L`` positions of the longest document; the logits stay where they are.
+
+    Args:
+        logits: ``[R, T, C]``, float32 or float64.
+        labels: ``[R, T]``, integers of any width.
+        mean: Divide by the number of a document's positions that count, else sum.
+        ignore_index: Label of a position that does not count.
+        documents: The documents of the rows.
+
+    Raises:
+        ValueError: As for :class:`Categorical`.
+    """
+
+    documents: Documents = field(kw_only=True)
+
+    @property
+    def num_examples(self) -> int:
+        return self.documents.count
+
+    @property
+    def _places(self) -> Tensor:
+        """Index in the flattened rows of each position of each document, ``[N, L]``; the first one past its end."""
+        R, T = self.documents.shape
+        begins = torch.tensor([span.row * T + span.start for span in self.documents.spans])
+        return (begins[:, None] + torch.arange(self.documents.longest)).clamp_max(R * T - 1).to(self.logits.device)
+
+    @property
+    def _inside(self) -> Tensor:
+        """Whether a position is inside its document, ``[N, L]``, bool."""
+        inside = torch.arange(self.documents.longest) < self.documents.lengths[:, None]
+        return inside.to(self.logits.device)
+
+    @property
+    def _counted(self) -> Tensor:
+        return (self._by_example(self.labels) != self.ignore_index) & self._inside
+
+    def _by_example(self, values: Tensor) -> Tensor:
+        return values.flatten()[self._places]  # past the end of a document comes what does not count
+
+    def _logits_at(self, position: int) -> Tensor:
+        return self.logits.flatten(0, 1)[self._places[:, position]]
+
+    @property
+    def draws_per_example(self) -> int:
+        return self.documents.longest
+
+    def drawn_losses(self, uniform: Tensor) -> Tensor:
+        rows = uniform.new_zeros(self.labels.numel())
+        inside = self._inside.to(uniform.device)
+        rows[self._places.to(uniform.device)[inside]] = uniform[inside]
+        return super().drawn_losses(rows.view(self.labels.shape))
 
 
 @dataclass(frozen=True)

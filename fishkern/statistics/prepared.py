@@ -181,7 +181,7 @@ def prepare(
     options = Options(estimator, likelihood, parameters, accumulate_on, check, backend, shared)
     with Ranks().failing_together():
         request = request_of(model, options)
-        reader = reader_for(likelihood, shared)
+        reader = reader_for(model, likelihood, shared)
         examples = _read(batch, reader).to(request.device)
         answering = Answering(model, likelihood)
         known, paths = [], {}

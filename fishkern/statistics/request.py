@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +25,12 @@ from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics.base import Estimator, ParameterInfo
 from fishkern.statistics.batches import Reader, Shared
 from fishkern.statistics.choosing import Requested, requested_names
+from fishkern.statistics.contents import Batch, Place
 from fishkern.statistics.coverage import Covered
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
-from fishkern.statistics.likelihood import Likelihood
+from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
+from fishkern.statistics.packing import PackedExamples, document_numbers, packed_examples
 from fishkern.statistics.states import without_factors
 
 
@@ -278,16 +280,43 @@ def coverage_of(request: Request, paths: Mapping[str, tuple[str, str]]) -> dict[
     return coverage
 
 
-def reader_for(likelihood: Likelihood | LossFunction | Drawn | None, shared: Shared) -> Reader:
+def reader_for(model: nn.Module, likelihood: Likelihood | LossFunction | Drawn | None, shared: Shared) -> Reader:
     """Make the reader of batches that a likelihood needs.
 
     Args:
+        model: Without running wrappers.
         likelihood: As for :func:`estimate`.
         shared: As for :func:`estimate`.
 
     Returns:
-        The reader. A loss function gets the whole batch. A model does not get the number of the batch's items, because
-        it would divide the loss of each example by it.
+        The reader. A loss function gets the whole batch, and its rows are the examples. A model does not get the number
+        of the batch's items, because it would divide the loss of each example by it; packed rows are read as documents.
     """
-    by_function = not (likelihood is None or isinstance(likelihood, Likelihood))
-    return Reader(shared, only_pairs=not by_function, dropped=() if by_function else ("num_items_in_batch",))
+    if not (likelihood is None or isinstance(likelihood, Likelihood)):
+        return Reader(shared)
+
+    def packed(content: Batch, number: int, is_shared: Callable[[Place], bool]) -> PackedExamples | None:
+        labelled = _labelled(model, likelihood, content, number)
+        return None if labelled is None else packed_examples(content, labelled, number, is_shared)
+
+    return Reader(shared, only_pairs=True, dropped=("num_items_in_batch",), packed=packed)
+
+
+def _labelled(model: nn.Module, likelihood: Likelihood | None, content: Batch, number: int) -> Tensor | None:
+    """Say which positions of packed rows have a label, or refuse them; ``None`` where each row is one example."""
+    named = content.keys() if isinstance(content, Mapping) else ()
+    if unread := [key for key in named if key.startswith("cu_seqlens")]:
+        raise ValueError(
+            f"batch {number} is packed, as its {unread[0]!r} says, and where its documents end is read off "
+            "'cu_seq_lens_q', 'seq_idx' or 'position_ids': give one of these."
+        )
+    if document_numbers(content) is None:
+        return None
+    chosen = recognise_likelihood(model, content) if likelihood is None else likelihood
+    labelled = chosen.labelled(content)
+    if labelled is None:
+        raise ValueError(
+            f"batch {number} is packed: a row holds several documents, and {type(chosen).__name__} has no labels of "
+            "positions, by which documents have losses of their own. Use a collator that keeps one example in each row."
+        )
+    return labelled

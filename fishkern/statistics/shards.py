@@ -24,12 +24,14 @@ class Shard:
         count: Number of ranks.
         limit: Number of examples of the whole data, if known.
         batch_size: Size of the batches that are distributed whole; ``None`` if single examples are.
+        by_rows: Whether a sampler deals rows to several ranks.
     """
 
     rank: int = 0
     count: int = 1
     limit: int | None = None
     batch_size: int | None = None
+    by_rows: bool = False
 
     def places(self, batch: int, before: int, N: int) -> range:
         """Give the indices of a batch's examples in the whole data.
@@ -96,7 +98,7 @@ def shard_of(batches: Iterable[Any], ranks: Ranks, max_examples: int | None) -> 
             "part of the data, pass iter(loader)."
         )
     limits = [size for size in (limit, max_examples) if size is not None]
-    return Shard(ranks.rank, ranks.count, min(limits, default=None), batch_size)
+    return Shard(ranks.rank, ranks.count, min(limits, default=None), batch_size, by_rows=limit is not None)
 
 
 class Ranks:

@@ -90,7 +90,7 @@ def verify(
     estimator = DiagonalFisher() if estimator is None else estimator
     check_recipe(estimator)
     likelihood = checked_likelihood(likelihood)
-    data = _read(batches, max_examples, reader_for(likelihood, shared))
+    data = _read(batches, max_examples, reader_for(model, likelihood, shared))
     examples = sum(batch.num_examples for batch in data)
     estimate_seconds = None
     if statistics is None:

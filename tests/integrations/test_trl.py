@@ -79,28 +79,33 @@ def test_sft_trains_a_lora_with_a_start(tmp_path):
 class FisherSFT(FisherMixin, trl.SFTTrainer): ...
 
 
-def test_packed_training_selects_on_unpacked_data(tmp_path):
-    """Rows of several examples are refused for the scores, and are trained on."""
+PACKED = {"bfd": dict(packing=True, max_length=16), "padding-free": dict(padding_free=True, max_length=None)}
+
+
+@pytest.mark.parametrize("packing", PACKED)
+def test_packed_training_selects_by_documents(tmp_path, packing):
+    """The scores are those of the documents alone, however TRL deals them to rows; then they are trained on."""
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
-    rows = datasets.Dataset.from_dict({"text": ["the sea falls", "rain on old stones", "all night long", "rain"] * 6})
-    options = dict(output_dir=str(tmp_path), max_length=16, bf16=False, packing=True, padding_free=True)
+    texts = ["the sea falls", "rain on old stones", "all night long", "rain"] * 6
+    tokens = [torch.tensor([zoo.tokenizer()(text)["input_ids"] + [zoo.WORDS.index("</s>")]]) for text in texts]
 
-    def sft(**own) -> FisherSFT:
-        return FisherSFT(
-            zoo.llama(vocab_size=41).model,
-            trl.SFTConfig(**{**SHORT, **options}),
-            train_dataset=rows,
-            processing_class=zoo.tokenizer(),
-            peft_config=config,
-            select=partial(fk.fish_tuning, density=0.3),
-            **own,
-        )
+    def select(model, batches):
+        packed = fk.estimate(model, batches)
+        alone = fk.estimate(model, [{"input_ids": one, "labels": one} for one in tokens])
+        assert packed.count == alone.count == len(texts)
+        for name, expected in alone.items():
+            torch.testing.assert_close(packed[name], expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+        return fk.select(packed, fk.GlobalTopK(density=0.3))
 
-    with pytest.raises(ValueError, match="this batch is packed"):
-        sft().train()
-    unpacked = torch.utils.data.DataLoader([{k: v[n] for k, v in zoo.text_batch(8, 7).items()} for n in range(8)], 4)
-    trainer = sft(select_data=unpacked)
+    trainer = FisherSFT(
+        zoo.llama(vocab_size=41).model,
+        trl.SFTConfig(**{**SHORT, "output_dir": str(tmp_path), "bf16": False}, **PACKED[packing]),
+        train_dataset=datasets.Dataset.from_dict({"text": texts}),
+        processing_class=zoo.tokenizer(),
+        peft_config=config,
+        select=select,
+    )
     start = values(trainer.model)
     trainer.train()
     assert_only_the_selection_moved(trainer.model, trainer.optimizer.optimizer.selection, start)

@@ -51,6 +51,30 @@ def test_is_autograd_one_example_at_a_time(shape, padding_idx):
 
 
 @pytest.mark.parametrize("padding_idx", [None, 0])
+@pytest.mark.parametrize("lengths", [(3, 7, 1), (0, 5, 0, 2), (4,), (0,)], ids=str)
+def test_packed_examples(lengths, padding_idx):
+    V = 5
+    indices, g = make(1, sum(lengths), 3, V, torch.float64)
+    offsets = F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
+    expected = torch.zeros(V, 3, dtype=torch.float64, device=DEVICE)
+    for i, part in zip(indices.split(lengths, 1), g.split(lengths, 1), strict=True):
+        expected += one_by_one(i, part, V, padding_idx)
+    options = {"padding_idx": padding_idx, "offsets": offsets}
+    torch.testing.assert_close(embedding_sum_grad_squared(indices[0], g[0], V, **options), expected)
+    example, row, grads = embedding_rows(indices[0], g[0], **options)
+    summed = torch.zeros(len(lengths), V, 3, dtype=torch.float64, device=DEVICE).index_put_((example, row), grads)
+    torch.testing.assert_close(summed.square().sum(0), expected)
+
+
+def test_packed_examples_that_do_not_fit():
+    indices, g = make(1, 5, 3, 4)
+    with pytest.raises(ValueError, match=r"\[S\] and output_grads \[S, D\]"):
+        embedding_sum_grad_squared(indices, g, 4, offsets=torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match="offsets must ascend from 0 to the number of positions, 5"):
+        embedding_sum_grad_squared(indices[0], g[0], 4, offsets=torch.tensor([0, 4]))
+
+
+@pytest.mark.parametrize("padding_idx", [None, 0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rows_are_the_gradients_of_the_examples(shape, padding_idx):
     indices, g = make(*shape, torch.float64)

@@ -204,16 +204,16 @@ def test_an_integer_parameter_that_cannot_be_served(make, estimator):
 
 
 @pytest.mark.parametrize(
-    "more, word",
+    "more, words",
     [
-        ({"position_ids": torch.tensor([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]])}, "'position_ids' restart"),
-        ({"cu_seq_lens_q": torch.tensor([0, 2])}, "'cu_seq_lens_q'"),
-        ({"seq_idx": torch.zeros(2, 5)}, "'seq_idx'"),
+        ({"position_ids": torch.tensor([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]])}, ["attention_mask", "leave it out"]),
+        ({"cu_seq_lens_q": torch.tensor([0, 2])}, ["cu_seq_lens_q must ascend from 0", "10", "from 0 to 2"]),
+        ({"seq_idx": torch.tensor([[0, 0, 0, 1, 1]] * 2), "side": torch.zeros(3)}, ["'side'", "[2, 5, ...]"]),
     ],
 )
-def test_packed_rows(more, word):
-    """Several texts in one row would be squared as one example."""
-    with refused(ValueError, "packed", word, "one example in each row"):
+def test_packed_rows(more, words):
+    """Documents that the model does not keep apart, or that cannot be cut out of the rows."""
+    with refused(ValueError, "rows", *words):
         fk.estimate(zoo.llama().model, [{**zoo.text_batch(2, 5), **more}])
 
 
