@@ -5,6 +5,7 @@ from fishkern.layers.base import Call, Layer, own_parameters
 from fishkern.layers.capture import Capture
 from fishkern.layers.convolution import Convolution
 from fishkern.layers.embedding import Embedding
+from fishkern.layers.experts import Experts
 from fishkern.layers.grads import (
     DenseGrads,
     EmbeddingGrads,
@@ -29,6 +30,8 @@ from fishkern.layers.quantized import (
     stored_weights,
 )
 from fishkern.layers.reentrant import Connection
+from fishkern.layers.routed import RoutedBiasGrads, RoutedGrads, Routes
+from fishkern.layers.router import Router
 from fishkern.layers.rules import LAYERS
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Layout, Site
@@ -49,6 +52,7 @@ __all__ = [
     "DenseGrads",
     "Embedding",
     "EmbeddingGrads",
+    "Experts",
     "Factor",
     "Groups",
     "Hooks",
@@ -65,6 +69,10 @@ __all__ = [
     "QuantizedLinear",
     "ResidualA",
     "ResidualB",
+    "RoutedBiasGrads",
+    "RoutedGrads",
+    "Router",
+    "Routes",
     "Scale",
     "Site",
     "Strays",
