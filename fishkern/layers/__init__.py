@@ -1,11 +1,12 @@
 """From a module's activations and output gradients to per-example gradients."""
 
+from fishkern.layers.adapted_experts import AdaptedExperts
 from fishkern.layers.as_found import as_found
 from fishkern.layers.base import Call, Layer, own_parameters
 from fishkern.layers.capture import Capture
 from fishkern.layers.convolution import Convolution
 from fishkern.layers.embedding import Embedding
-from fishkern.layers.experts import Experts
+from fishkern.layers.experts import Experts, are_experts
 from fishkern.layers.grads import (
     DenseGrads,
     EmbeddingGrads,
@@ -43,6 +44,7 @@ from fishkern.layers.watch import watch
 
 __all__ = [
     "LAYERS",
+    "AdaptedExperts",
     "Arrival",
     "Call",
     "Capture",
@@ -82,6 +84,7 @@ __all__ = [
     "TwinB",
     "Twins",
     "UnsupportedModuleError",
+    "are_experts",
     "as_found",
     "foresee",
     "gradient_kept",

@@ -101,22 +101,22 @@ class ExpertCall:
         allowed = _SAME_OUTPUT_16_BIT if half else _SAME_OUTPUT * torch.finfo(output.dtype).eps
         return bool((again.view_as(output) - output).abs().max() <= allowed * output.abs().max())
 
-    def factors(self, output_grads: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def factors(self, output_grads: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Compute the factors of the gradients of both maps.
 
         Args:
             output_grads: Gradient of the summed loss by the output of the call.
 
         Returns:
-            For each map the activations ``[S, I]`` and the output gradients ``[S, O]`` of all rows.
+            For each map, by the name of its weight, the activations ``[S, I]`` and the output gradients ``[S, O]``.
         """
-        _, down = maps_of(self.module)
+        up, down = maps_of(self.module)
         before, middle = self._middle()
         grads = output_grads.reshape(len(self.x), -1)[self.position] * self.share[:, None]
         grads = grads.to(middle.dtype)
         (grads_before,) = torch.autograd.grad(middle, before, self._mapped_back(grads, down))
         x = self.x[self.position].to(grads_before.dtype)
-        return (x, grads_before), (middle.detach().to(grads.dtype), grads)
+        return {up: (x, grads_before), down: (middle.detach().to(grads.dtype), grads)}
 
     def routes(self, rows: int) -> Routes:
         """Say whose the rows are.
@@ -128,6 +128,25 @@ class ExpertCall:
             The routes.
         """
         return Routes(self.expert, self.position, len(self.x), rows)
+
+    def each(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Map the rows of each expert by its weight.
+
+        Args:
+            rows: ``[S, I]``.
+            weights: ``[E, O, I]``, of any strides.
+
+        Returns:
+            ``[S, O]``, of the dtype of the weights, or that of autocast.
+        """
+        starts = [0, *self.ends[:-1]]
+        with self._autocast():
+            parts = [
+                F.linear(rows[start:end].to(weights.dtype), weights[e])
+                for e, (start, end) in enumerate(zip(starts, self.ends, strict=True))
+                if end > start
+            ]
+        return torch.cat(parts) if parts else rows.new_empty(0, weights.shape[1], dtype=weights.dtype)
 
     def _middle(self) -> tuple[Tensor, Tensor]:
         """Compute what goes into the gate, which requires a gradient, and what comes out."""
@@ -141,25 +160,14 @@ class ExpertCall:
         """Map rows by the weight of their expert, and add its bias."""
         weight, bias = self.weights[name], self.weights.get(f"{name}_bias")
         with torch.no_grad():
-            y = self._each(x, weight.mT if self.module.is_transposed else weight)
+            y = self.each(x, weight.mT if self.module.is_transposed else weight)
             return y if bias is None else y + bias[self.expert].to(y.dtype)
 
     def _mapped_back(self, grads: Tensor, name: str) -> Tensor:
         """Map gradients by the transposed weight of their expert."""
         weight = self.weights[name]
         with torch.no_grad():
-            return self._each(grads, weight if self.module.is_transposed else weight.mT)
-
-    def _each(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Map the rows of each expert by its weight ``[O, I]``."""
-        starts = [0, *self.ends[:-1]]
-        with self._autocast():
-            parts = [
-                F.linear(rows[start:end].to(weights.dtype), weights[e])
-                for e, (start, end) in enumerate(zip(starts, self.ends, strict=True))
-                if end > start
-            ]
-        return torch.cat(parts) if parts else rows.new_empty(0, weights.shape[1], dtype=weights.dtype)
+            return self.each(grads, weight if self.module.is_transposed else weight.mT)
 
     def _autocast(self) -> torch.autocast:
         device_type, enabled, dtype = self.call.autocast

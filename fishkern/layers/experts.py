@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,9 +29,7 @@ class Experts(Layer):
     def covers(self, module: nn.Module) -> frozenset[str]:
         if not are_experts(module):
             return frozenset()
-        names = {name for one in maps_of(module) for name in ([one, f"{one}_bias"] if module.has_bias else [one])}
-        # any other parameter, of the gate, say, would have no gradient here
-        return frozenset(names) if names == dict(module.named_parameters()).keys() else frozenset()
+        return frozenset(name for name, _ in module.named_parameters())
 
     def confirms(self, call: Call, output: Tensor, names: frozenset[str]) -> frozenset[str]:
         if not names or not isinstance(output, Tensor):
@@ -42,18 +40,32 @@ class Experts(Layer):
     def per_example_grads(
         self, call: Call, output_grads: Tensor, names: frozenset[str]
     ) -> Iterator[tuple[str, PerExampleGrads]]:
-        module = call.module
-        computed = ExpertCall.of(call, module, module._parameters)
-        factors = dict(zip(maps_of(module), computed.factors(output_grads), strict=True))
-        routes = computed.routes(len(output_grads))
+        computed = ExpertCall.of(call, call.module, call.module._parameters)
+        factors = computed.factors(output_grads)
         for name in sorted(names):
-            x, g = factors[name.removesuffix("_bias")]
-            shape = module._parameters[name].shape
-            common: dict[str, Any] = dict(output_grads=g, routes=routes, shape=shape, sizes=tuple(shape))
-            if name.endswith("_bias"):
-                yield name, RoutedBiasGrads(**common, axes=(0, 1))
-            else:
-                yield name, RoutedGrads(**common, axes=(0, 2, 1) if module.is_transposed else (0, 1, 2), activations=x)
+            yield name, grads_of(computed, name, factors, len(output_grads))
+
+
+def grads_of(
+    computed: ExpertCall, name: str, factors: Mapping[str, tuple[Tensor, Tensor]], rows: int
+) -> RoutedGrads | RoutedBiasGrads:
+    """Make the gradients of a weight, or of a bias, of the factors of its map.
+
+    Args:
+        computed: The call.
+        name: Its name in the module of experts.
+        factors: Activations and output gradients of both maps.
+        rows: How many rows the output of the call has; each counts as an example.
+
+    Returns:
+        The gradients.
+    """
+    x, g = factors[name.removesuffix("_bias")]
+    shape = computed.module._parameters[name].shape
+    common: dict[str, Any] = dict(output_grads=g, routes=computed.routes(rows), shape=shape, sizes=tuple(shape))
+    if name.endswith("_bias"):
+        return RoutedBiasGrads(**common, axes=(0, 1))
+    return RoutedGrads(**common, axes=(0, 2, 1) if computed.module.is_transposed else (0, 1, 2), activations=x)
 
 
 def are_experts(module: nn.Module) -> bool:
@@ -63,7 +75,7 @@ def are_experts(module: nn.Module) -> bool:
         module: Any module.
 
     Returns:
-        Whether it holds the weights of experts ``[E, ., .]``, which autograd differentiates.
+        Whether it holds the weights of experts ``[E, ., .]``, which autograd differentiates, and nothing else.
     """
     if not all(hasattr(module, name) for name in _SAID) or is_patched(module):
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from fishkern.layers.adapted_experts import AdaptedExperts
 from fishkern.layers.base import Layer
 from fishkern.layers.convolution import Convolution
 from fishkern.layers.embedding import Embedding
@@ -16,8 +17,8 @@ from fishkern.layers.site import Site
 from fishkern.layers.twins import Twins
 
 LAYERS: tuple[Layer, ...] = (
-    Linear(), QuantizedLinear(), Conv1D(), Twins(), Embedding(), LayerNorm(), Convolution(), Experts(), Router(),
-    Factor(), OnePlusFactor(), Scale(),
+    Linear(), QuantizedLinear(), Conv1D(), Twins(), Embedding(), LayerNorm(), Convolution(), Experts(),
+    AdaptedExperts(), Router(), Factor(), OnePlusFactor(), Scale(),
 )  # fmt: skip
 """The rules, first match first. A new kind of layer is one more entry."""
 

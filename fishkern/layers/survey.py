@@ -21,7 +21,7 @@ from fishkern.layers.base import Call, Layer
 from fishkern.layers.generic import has_example_axis, same_rows_alone, tensors_of
 from fishkern.layers.observe import Observation, Record, observe, upwards
 from fishkern.layers.quantized import own_weights
-from fishkern.layers.rules import LAYERS, factored
+from fishkern.layers.rules import LAYERS, factored, rule_of
 from fishkern.layers.sample import confirmed_on_sample
 from fishkern.layers.site import Idle, Layout, Site
 from fishkern.layers.tap import FrozenCall, floating_places, leading_shape
@@ -222,7 +222,21 @@ def _owners(model: nn.Module, keys: Mapping[Tensor, str]) -> tuple[dict[str, str
         requested = {name: keys[tensor] for name, tensor in own_weights(module).items() if tensor in keys}
         if requested and not isinstance(module, nn.ParameterDict | nn.ParameterList):
             owners[path] = requested
+    _adopt(model, owners)
     return hooked, owners
+
+
+def _adopt(model: nn.Module, owners: dict[str, dict[str, str]]) -> None:
+    """Let a module own the parameters of modules inside it that a rule computes at its own call."""
+    for path, module in model.named_modules():
+        layer = rule_of(module)
+        for name in sorted(layer.covers(module)) if layer is not None else ():
+            within, _, own = name.rpartition(".")
+            owner = f"{path}.{within}".removeprefix(".")
+            if within and own in owners.get(owner, {}):
+                owners.setdefault(path, {})[name] = owners[owner].pop(own)
+                if not owners[owner]:
+                    del owners[owner]
 
 
 class _Planner:

@@ -16,6 +16,7 @@ from fishkern import layers
 from tests.support.exactness import LIMIT, paths
 from tests.support.oracle import squares_one_by_one, worst_error
 
+peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
@@ -98,6 +99,13 @@ nemotron = partial(of_transformers, "nemotron_h", n_routed_experts=4, moe_interm
 deepseek = partial(of_transformers, "deepseek_v3", n_routed_experts=4, moe_intermediate_size=3, n_group=2, topk_group=1)
 
 
+def adapted(experts, *names: str) -> nn.Module:
+    """Experts with PEFT's LoRA on some of their weights."""
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=[], target_parameters=[f"experts.{n}" for n in names])
+    model = peft.get_peft_model(nn.ModuleDict({"experts": experts()}), config)
+    return model.base_model.model["experts"].requires_grad_()
+
+
 def sent(experts: int = 4, to: int | None = None):
     """Features ``[N, 5]``, two experts for each row, and their shares; the last of ``experts`` may stand for none."""
 
@@ -176,6 +184,11 @@ CASES = {
         "transposed, with biases": (partial(gpt_oss, "GptOssExperts"), sent()),
         "transposed, batched": (partial(gpt_oss, "GptOssExperts", "batched_mm"), sent()),
         "no gate": (partial(nemotron, "NemotronHExperts"), sent()),
+    },
+    layers.AdaptedExperts: {
+        "both": (partial(adapted, partial(mixtral, "MixtralExperts"), "gate_up_proj", "down_proj"), sent()),
+        "the second": (partial(adapted, partial(mixtral, "MixtralExperts"), "down_proj"), sent(5)),
+        "transposed": (partial(adapted, partial(gpt_oss, "GptOssExperts"), "gate_up_proj", "down_proj"), sent()),
     },
     layers.Router: {
         "softmax, then the largest": (partial(mixtral, "MixtralTopKRouter"), numbers(5)),

@@ -58,6 +58,65 @@ def test_experts_under_checkpointing(family, reentrant):
     assert of_experts(assert_exact(specimen, [specimen.batch(3, 7)])) == {"fused"}
 
 
+def with_lora(specimen: zoo.Specimen, *weights: str) -> zoo.Specimen:
+    """LoRA on some weights of the experts, moved from its start, at which ``B`` is zero."""
+    peft = pytest.importorskip("peft")
+    targets = [f"mlp.experts.{weight}" for weight in weights]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets)
+    model = peft.get_peft_model(specimen.model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return replace(specimen, model=model)
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["LoRA alone", "all"])
+@pytest.mark.parametrize("weights", [("gate_up_proj", "down_proj"), ("gate_up_proj",)], ids=["both", "one"])
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_lora_on_experts(family, weights, frozen):
+    specimen = with_lora(zoo.experts(family), *weights)
+    if not frozen:
+        specimen.model.requires_grad_(True)
+    statistics = assert_exact(specimen, [specimen.batch(3, 7), specimen.batch(1, 6)])
+    of_lora = {name: covered.path for name, covered in statistics.coverage.items() if "experts" in name}
+    assert set(of_lora.values()) == {"fused", "left out"} if frozen else {"fused"}
+
+
+def test_lora_on_experts_moves_after_its_pass_was_prepared():
+    """At its start ``B`` is zero, and the experts compute the same without it; later they do not."""
+    specimen = with_lora(zoo.experts("Mixtral"), "gate_up_proj")
+    model, batch = specimen.model.double().requires_grad_(True), specimen.batch(3, 7)
+    moved = {name: parameter.clone() for name, parameter in model.named_parameters() if "lora_B" in name}
+    for name in moved:
+        nn.init.zeros_(model.get_parameter(name))
+    prepared = fk.prepare(model, batch)
+    with torch.no_grad():
+        for name, value in moved.items():
+            model.get_parameter(name).copy_(value)
+    truth = squares_one_by_one(model, [batch], specimen.loss)
+    assert worst_error(fk.estimate(model, [batch], prepared=prepared), truth)[0] < LIMIT[torch.float64]
+
+
+@pytest.mark.parametrize("how", ["disabled", "of two", "on biases"])
+def test_lora_on_experts_in_other_states(how):
+    """Without an adapter in force its factors have no gradient; what the rule does not know takes another path."""
+    family = "GptOss" if how == "on biases" else "Mixtral"
+    specimen = with_lora(zoo.experts(family), "down_proj", *(["gate_up_proj_bias"] if how == "on biases" else []))
+    model = specimen.model
+    if how == "disabled":
+        model.base_model.disable_adapter_layers()
+    if how == "of two":
+        model.add_adapter("other", model.peft_config["default"])
+        model.set_adapter("other")
+        nn.init.normal_(model.base_model.model.model.layers[0].mlp.experts.lora_B["other"].weight)
+    model.requires_grad_(True)
+    found = dict(model.named_parameters())
+    statistics = assert_exact(specimen, [specimen.batch(3, 7)])
+    experts = {covered.path for name, covered in statistics.coverage.items() if name.endswith("base_layer.down_proj")}
+    assert experts == ({"generic"} if how == "on biases" else {"fused"})
+    assert all(parameter is found[name] for name, parameter in model.named_parameters())
+
+
 def test_no_second_backward_pass_for_experts_that_get_their_blocks_input(monkeypatch):
     """Their rows are seen to be those of the examples; else losses are back-propagated once more, weighted."""
     specimen = zoo.experts("Mixtral")
