@@ -27,6 +27,7 @@ from fishkern.layers.grads import (
     where_counted,
 )
 from fishkern.layers.hooks import Arrival, Hooks
+from fishkern.layers.routed import Routed
 from fishkern.layers.rows import Rows
 from fishkern.layers.rules import factored
 from fishkern.layers.site import Layout, Site
@@ -189,7 +190,7 @@ class Capture:
 
     def _with_counted(self, key: str, grads: PerExampleGrads, output_grads: Tensor) -> PerExampleGrads:
         """Attach which positions count: those of the batch, or the only one of a pooler."""
-        if not isinstance(grads, OuterProductGrads | EmbeddingGrads | PositionGrads):
+        if not isinstance(grads, OuterProductGrads | EmbeddingGrads | PositionGrads | Routed):
             return grads
         T = grads.num_terms() // grads.num_examples
         if T == 1:

@@ -45,7 +45,7 @@ class Routes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Routed(PerExampleGrads):
+class Routed(PerExampleGrads):
     """What the gradients of weights and biases have in common.
 
     Args:
@@ -105,7 +105,7 @@ class _Routed(PerExampleGrads):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutedGrads(_Routed):
+class RoutedGrads(Routed):
     """``grad_n[e] = sum_s output_grads[s, :] (x) activations[s, :]``, over the rows of example ``n`` in expert ``e``.
 
     Args:
@@ -132,7 +132,7 @@ class RoutedGrads(_Routed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutedBiasGrads(_Routed):
+class RoutedBiasGrads(Routed):
     """``grad_n[e] = sum_s output_grads[s, :]``, over the rows of example ``n`` in expert ``e``."""
 
     def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:

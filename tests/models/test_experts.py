@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -228,7 +229,7 @@ def swapped(self, *args):
 
 PLANTED = {
     "one example fewer": (routed, "_add_expert", one_example_fewer),
-    "positions for examples": (routed._Routed, "unflattened", lambda self, N: self),
+    "positions for examples": (routed.Routed, "unflattened", lambda self, N: self),
     "a share twice": (expert_call.ExpertCall, "factors", share_twice),
     "no share": (expert_call.ExpertCall, "factors", without_share),
     "a transposed weight": (experts.Experts, "per_example_grads", swapped),
@@ -260,3 +261,59 @@ def test_experts_that_compute_something_else_take_the_generic_path():
     assert paths(statistics)["generic"] == {
         f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")
     }
+
+
+def squares_by_position(model: nn.Module, batch: dict, loss) -> dict:
+    """The squares of each position's term in the experts' gradients: a position alone has its own part of the output.
+
+    Its term is found by the gradient through the rows that it sends: those of all others are detached.
+    """
+    totals: dict = {}
+
+    def of_one_position(kept, module, args, output):
+        mask = torch.zeros(len(output), 1, dtype=output.dtype)
+        mask[kept] = 1
+        return output * mask + output.detach() * (1 - mask)
+
+    modules = [layer.mlp.experts for layer in model.model.layers]
+    for n in range(len(batch["input_ids"])):
+        row = {key: value[n : n + 1] for key, value in batch.items()}
+        for number, module in enumerate(modules):
+            parameters = dict(module.named_parameters())
+            for kept in range(row["input_ids"].shape[1]):
+                handle = module.register_forward_hook(partial(of_one_position, kept))
+                grads = torch.autograd.grad(loss(model, row), list(parameters.values()))
+                handle.remove()
+                for name, grad in zip(parameters, grads, strict=True):
+                    key = f"model.layers.{number}.mlp.experts.{name}"
+                    totals[key] = totals.get(key, 0) + grad.square()
+    return totals
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_other_recipes_on_experts(family):
+    """Squares of positions, with padding that does not count; sums over groups."""
+    specimen = zoo.experts(family)
+    model, batch = specimen.model.double(), specimen.batch(3, 5)
+    truth = squares_by_position(model, batch, specimen.loss)
+    names = {"parameters": sorted(truth)}
+    by_position = fk.estimate(model, [batch], fk.DiagonalFisher(unit="position"), **names)
+    assert worst_error({name: 3 * value for name, value in by_position.items()}, truth)[0] < LIMIT[torch.float64]
+    factored = fk.estimate(model, [batch], fk.DiagonalKronecker(), **names)
+    positions = int(batch["attention_mask"].sum())
+    means = {name: factored[name].double() * positions for name in truth}
+    assert worst_error(means, truth)[0] < LIMIT[torch.float64]
+    squares = {name: value.double() for name, value in fk.estimate(model, [batch], **names).items()}
+    by_hand = {
+        "row": {name: value.flatten(1).sum(1) for name, value in squares.items() if value.ndim == 3},
+        "tensor": {name: value.sum() for name, value in squares.items()},
+    }
+    for by, sums in by_hand.items():
+        groups = fk.estimate(model, [batch], fk.GroupFisher(by=by), parameters=sorted(sums))
+        assert worst_error(groups, sums)[0] < LIMIT[torch.float64]
+
+
+def test_a_recipe_of_factors_refuses_experts_by_name():
+    specimen = zoo.experts("Mixtral")
+    with pytest.raises(fk.UnsupportedModuleError, match="experts"):
+        fk.estimate(specimen.model, [specimen.batch(3, 7)], fk.DirectionEnergy(), parameters="*experts*")
