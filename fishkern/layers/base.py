@@ -136,7 +136,8 @@ class Layer(ABC):
             module: Any module.
 
         Returns:
-            Names relative to the module; empty if the rule is for other modules.
+            Names relative to the module; empty if the rule is for other modules. Those of modules inside, which are
+            not called themselves, are then computed at this module's call.
         """
 
     def confirms(self, call: Call, output: Any, names: frozenset[str]) -> frozenset[str]:

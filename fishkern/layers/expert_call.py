@@ -95,7 +95,7 @@ class ExpertCall:
         dtype = torch.promote_types(rows.dtype, torch.float32)
         again = torch.zeros(*self.x.shape[:1], rows.shape[1], dtype=dtype, device=rows.device)
         again.index_add_(0, self.position, rows.to(dtype))
-        if again.numel() != output.numel():
+        if not output.numel() or again.numel() != output.numel():
             return False
         half = self.call.autocast[1] or torch.finfo(output.dtype).bits == 16
         allowed = _SAME_OUTPUT_16_BIT if half else _SAME_OUTPUT * torch.finfo(output.dtype).eps

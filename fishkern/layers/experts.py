@@ -81,7 +81,9 @@ def are_experts(module: nn.Module) -> bool:
         return False
     if getattr(module, "has_post_expert_norm", False) or getattr(module, "_is_expert_parallel", False):
         return False
-    weights = [module._parameters.get(name) for name in maps_of(module)]
-    return all(
-        isinstance(one, Tensor) and one.ndim == 3 and has_gradient_dtype(one) and not is_wrapped(one) for one in weights
-    )
+    own = dict(module.named_parameters())
+    names = {name for one in maps_of(module) for name in ([one, f"{one}_bias"] if module.has_bias else [one])}
+    if own.keys() != names:  # the gradient of any other one, of the gate, say, would be missing
+        return False
+    axes = all(one.ndim == 3 - name.endswith("_bias") for name, one in own.items())
+    return axes and all(has_gradient_dtype(one) and not is_wrapped(one) for one in own.values())

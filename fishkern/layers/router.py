@@ -63,7 +63,8 @@ class Router(Layer):
         self, call: Call, output_grads: Sequence[Tensor | None], names: frozenset[str]
     ) -> Iterator[tuple[str, PerExampleGrads]]:
         rows = next(len(grad) for grad in output_grads if grad is not None)
-        at_logits = _at_logits(call, output_grads)
+        if (at_logits := _at_logits(call, output_grads)) is None:
+            return  # no gradient goes on to the logits
         dtype = torch.promote_types(at_logits.grads.dtype, call.module.weight.dtype)
         x, g = (one.reshape(rows, -1, one.shape[-1]).to(dtype) for one in (at_logits.x, at_logits.grads))
         if "weight" in names:
@@ -80,7 +81,7 @@ class _AtLogits(NamedTuple):
 
 
 def _at_logits(call: Call, output_grads: Sequence[Tensor | None]) -> _AtLogits | None:
-    """Run a router once more; ``None`` if it does not use its weight in one linear map."""
+    """Run a router once more; ``None`` if it does not use its weight in one linear map, or no gradient arrives there."""
     uses = _Uses(call.module.weight)
 
     def back_propagated(output: Any) -> Tensor | None:

@@ -263,6 +263,18 @@ def test_experts_that_compute_something_else_take_the_generic_path():
     }
 
 
+def test_experts_with_a_parameter_in_their_gate_take_the_generic_path():
+    """The rule would have no gradient for it."""
+    specimen = zoo.experts("Mixtral", "batched_mm")
+    module = specimen.model.model.layers[0].mlp.experts
+    plain = type(module)
+    gate = {"_apply_gate": lambda self, rows: self.gain * plain._apply_gate(self, rows)}
+    module.__class__ = type("Gained", (plain,), gate)
+    module.gain = nn.Parameter(torch.rand(module.down_proj.shape[-1]))
+    statistics = assert_exact(specimen, [specimen.batch(3, 7)])
+    assert {name.rpartition(".")[2] for name in paths(statistics)["generic"]} == {"gain", "gate_up_proj", "down_proj"}
+
+
 def squares_by_position(model: nn.Module, batch: dict, loss) -> dict:
     """The squares of each position's term in the experts' gradients: a position alone has its own part of the output.
 
