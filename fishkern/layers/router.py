@@ -81,7 +81,7 @@ class _AtLogits(NamedTuple):
 
 
 def _at_logits(call: Call, output_grads: Sequence[Tensor | None]) -> _AtLogits | None:
-    """Run a router once more; ``None`` if it does not use its weight in one linear map, or no gradient arrives there."""
+    """Run a router once more; ``None`` if its weight is not used in one linear map, or no gradient arrives there."""
     uses = _Uses(call.module.weight)
 
     def back_propagated(output: Any) -> Tensor | None:

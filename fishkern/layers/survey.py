@@ -9,7 +9,7 @@ example, the model runs on that one, and the plan serves batches of one.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -351,7 +351,9 @@ class _Planner:
     def _is_used_again(self, record: Record) -> bool:
         """Tell whether gradients of one example reach several calls; a recomputed call is not a use of its own."""
         uses = {(rows.example, rows.call) for rows in record.touched}
-        return len(uses) > self._num_examples or (not uses and len(record.calls) > 1)
+        if not uses:
+            return len(record.calls) > 1
+        return max(Counter(example for example, _ in uses).values()) > 1
 
     def _confirmed(self, layer: Layer, record: Record, names: frozenset[str]) -> frozenset[str]:
         """Check on the last call of a module which of its parameters a rule computes."""
