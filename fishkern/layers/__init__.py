@@ -1,11 +1,13 @@
 """From a module's activations and output gradients to per-example gradients."""
 
+from fishkern.layers.adapted_experts import AdaptedExperts
 from fishkern.layers.as_found import as_found
 from fishkern.layers.base import Call, Layer, own_parameters
 from fishkern.layers.capture import Capture
 from fishkern.layers.convolution import Convolution
 from fishkern.layers.documents import Documents, Span
 from fishkern.layers.embedding import Embedding
+from fishkern.layers.experts import Experts, are_experts
 from fishkern.layers.grads import (
     DenseGrads,
     EmbeddingGrads,
@@ -32,6 +34,8 @@ from fishkern.layers.quantized import (
     stored_weights,
 )
 from fishkern.layers.reentrant import Connection
+from fishkern.layers.routed import RoutedBiasGrads, RoutedGrads, Routes
+from fishkern.layers.router import Router
 from fishkern.layers.rules import LAYERS
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Layout, Site
@@ -43,6 +47,7 @@ from fishkern.layers.watch import watch
 
 __all__ = [
     "LAYERS",
+    "AdaptedExperts",
     "Arrival",
     "Call",
     "Capture",
@@ -53,6 +58,7 @@ __all__ = [
     "Documents",
     "Embedding",
     "EmbeddingGrads",
+    "Experts",
     "Factor",
     "Groups",
     "Hooks",
@@ -73,6 +79,10 @@ __all__ = [
     "QuantizedLinear",
     "ResidualA",
     "ResidualB",
+    "RoutedBiasGrads",
+    "RoutedGrads",
+    "Router",
+    "Routes",
     "Scale",
     "Site",
     "Span",
@@ -83,6 +93,7 @@ __all__ = [
     "TwinB",
     "Twins",
     "UnsupportedModuleError",
+    "are_experts",
     "as_found",
     "capture_of",
     "foresee",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -121,9 +121,12 @@ class Layer(ABC):
 
     Attributes:
         reruns: Whether the rule runs the module once more (:meth:`Call.run`).
+        several: Whether the module returns several tensors. The rule then gets the gradient of each floating one,
+            ``None`` where none arrived.
     """
 
     reruns: ClassVar[bool] = False
+    several: ClassVar[bool] = False
 
     @abstractmethod
     def covers(self, module: nn.Module) -> frozenset[str]:
@@ -133,15 +136,16 @@ class Layer(ABC):
             module: Any module.
 
         Returns:
-            Names relative to the module; empty if the rule is for other modules.
+            Names relative to the module; empty if the rule is for other modules. Those of modules inside, which are
+            not called themselves, are then computed at this module's call.
         """
 
-    def confirms(self, call: Call, output: Tensor, names: frozenset[str]) -> frozenset[str]:
+    def confirms(self, call: Call, output: Any, names: frozenset[str]) -> frozenset[str]:
         """Check on a real call that the module computes what the rule assumes.
 
         Args:
             call: A call on two examples.
-            output: The module's output.
+            output: The module's output: a tensor, unless the rule says :attr:`several`.
             names: The requested ones of the names that :meth:`covers` gave.
 
         Returns:
@@ -173,13 +177,14 @@ class Layer(ABC):
 
     @abstractmethod
     def per_example_grads(
-        self, call: Call, output_grads: Tensor, names: frozenset[str]
+        self, call: Call, output_grads: Tensor | Sequence[Tensor | None], names: frozenset[str]
     ) -> Iterator[tuple[str, PerExampleGrads]]:
         """Compute the per-example gradients of one call.
 
         Args:
             call: The call, every tensor with its rows first.
-            output_grads: Gradient of the **summed** loss by the output, ``[N, ..., O]``.
+            output_grads: Gradient of the **summed** loss by the output, ``[N, ..., O]``; a list of them for a rule that
+                says :attr:`several`.
             names: The parameters, all of which the rule computes.
 
         Yields:

@@ -28,6 +28,7 @@ from fishkern.layers.grads import (
     where_counted,
 )
 from fishkern.layers.hooks import Arrival, Hooks
+from fishkern.layers.routed import Routed
 from fishkern.layers.rows import Rows
 from fishkern.layers.rules import factored
 from fishkern.layers.site import Layout, Site
@@ -77,7 +78,7 @@ class Capture:
     def __enter__(self) -> Capture:
         self._hooks.__enter__()
         for block in {site.block for site in self._sites if site.layout is Layout.FLATTENED}:
-            self._handles.append(block.register_forward_pre_hook(self._note_length, with_kwargs=True))
+            self._handles.append(block.register_forward_pre_hook(self._note_input, with_kwargs=True))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -138,10 +139,11 @@ class Capture:
 
     def _note_call(self, site: Site, args: tuple, kwargs: Mapping[str, Any]) -> None:
         self._uses.note_call(site, args, kwargs)
+        self._rows.note_call(site, args, kwargs)
 
-    def _note_length(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _note_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._hooks.active:
-            self._rows.note_length(module, args, kwargs)
+            self._rows.note_input(module, args, kwargs)
 
     def _note_output(self, site: Site) -> Callable[[Tensor], None] | None:
         return (lambda output: self._rows.note_picked(site, output)) if site.picked else None
@@ -166,7 +168,9 @@ class Capture:
             self._uses.withhold(site)
             return
         # Rows that follow the data: hold this batch back, and let the survey find another path for the module.
-        if not self._has_the_rows(arrival) or (site.picked and not self._rows.are_the_examples(site, grads[0])):
+        if not self._has_the_rows(arrival) or (
+            site.picked and not self._rows.are_the_examples(site, _arrived(arrival))
+        ):
             self._uses.withhold(site)
             self.distrusted.add(site.path)
             return
@@ -188,11 +192,11 @@ class Capture:
         for key, grads in arrival.per_example_grads():
             grads = grads.unflattened(N) if site.layout is Layout.FLATTENED else grads
             counts = self._counted is not None
-            self._deliver(key, self._with_counted(key, grads, arrival.grads[0]) if counts else grads)
+            self._deliver(key, self._with_counted(key, grads, _arrived(arrival)) if counts else grads)
 
     def _with_counted(self, key: str, grads: PerExampleGrads, output_grads: Tensor) -> PerExampleGrads:
         """Attach which positions count: those of the batch, or the only one of a pooler."""
-        if not isinstance(grads, OuterProductGrads | EmbeddingGrads | PositionGrads):
+        if not isinstance(grads, OuterProductGrads | EmbeddingGrads | PositionGrads | Routed):
             return grads
         T = grads.num_terms() // grads.num_examples
         if T == 1:
@@ -263,12 +267,17 @@ class Capture:
         """Tell whether a call has as many rows as in the survey: their number may depend on the data."""
         site, saved, grads = arrival.site, arrival.saved, arrival.grads
         if site.layer is not None:
-            return self._rows.are_as_many(site, grads[0])
+            return all(self._rows.are_as_many(site, grad) for grad in grads if grad is not None)
         lengths = {tensor.shape[0] for tensor, sliced in zip(saved, site.sliced, strict=False) if sliced}
         lengths |= {grad.shape[0] for grad in grads if grad is not None}
         alike = len(saved) == len(site.sliced) and lengths == {self._num_examples}
         # a second call would bring a part of the same gradient, which the square cannot take apart
         return alike and self._uses.calls(site) == 1
+
+
+def _arrived(arrival: Arrival) -> Tensor:
+    """Return the gradient that has arrived: the first one, where a module returns several tensors."""
+    return next(grad for grad in arrival.grads if grad is not None)
 
 
 def _rows(tensor: Tensor) -> int | None:

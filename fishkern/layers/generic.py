@@ -38,7 +38,8 @@ def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mappi
     """
     # under each of its names: a module may register a parameter that also belongs to a module inside it
     registered = dict(call.module.named_parameters(remove_duplicate=False))
-    parameters = {name: registered[name].detach().requires_grad_() for name in names}
+    # as parameters, because PEFT's wrappers of a parameter register it anew during their call
+    parameters = {name: nn.Parameter(registered[name].detach()) for name in names}
 
     def gradients(output: Any) -> dict[str, Tensor]:
         pairs = host_outputs(output, output_grads)

@@ -55,8 +55,9 @@ class Arrival(NamedTuple):
         Yields:
             Canonical name and gradients, with each row of the call as an example.
         """
-        (grad,) = self.grads
-        for name, grads in self.site.layer.per_example_grads(self.thawed, grad, frozenset(self.site.keys)):
+        layer = self.site.layer
+        output_grads = self.grads if layer.several else self.grads[0]
+        for name, grads in layer.per_example_grads(self.thawed, output_grads, frozenset(self.site.keys)):
             yield self.site.keys[name], grads
 
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fishkern.layers.documents import Documents
 from fishkern.layers.reentrant import segment, stays
-from fishkern.layers.tap import FrozenCall, copied, frozen_call, rows_and_length, tapped
+from fishkern.layers.tap import Entered, FrozenCall, copied, frozen_call, tapped
 
 # The same model computes the same losses, up to sums in another order where an axis is longer: some tens of roundings.
 _SAME_LOSS = 64  # in units of the dtype's rounding
@@ -62,6 +62,7 @@ class Record:
         columns: The non-zero columns of each output gradient ``[T, N, ...]``; ``None`` for one of another shape.
         lengths: For each call ``T`` of the enclosing module's input ``[N, T, ...]``, where there is one.
         block: That module.
+        whole: For each call, whether it gets that module's input, merely reshaped.
         entered: For each call, the same with its tensors as they are before the hooks on its input run.
         versions: For each call, how often its tensors of ``entered`` and its output had been written into.
         was_rewritten: Whether copies have replaced an input that the model writes into.
@@ -78,6 +79,7 @@ class Record:
     columns: list[TouchedColumns | None] = field(default_factory=list)
     lengths: list[int | None] = field(default_factory=list)
     block: nn.Module | None = None
+    whole: list[bool] = field(default_factory=list)
     entered: list[FrozenCall] = field(default_factory=list)
     versions: list[tuple[list[int], list[int]]] = field(default_factory=list)
     was_rewritten: bool = False
@@ -166,7 +168,7 @@ class _Observer:
         self._copying = copying
         self._running: list[_Running] = []
         self._recomputes = False
-        self._inputs: dict[nn.Module, tuple[int, int] | None] = {}
+        self._inputs: dict[nn.Module, Entered] = {}
         self._anchor = torch.zeros((), requires_grad=True)
         self._example = 0
 
@@ -193,7 +195,7 @@ class _Observer:
                 losses[self._example].backward(retain_graph=self._example < count - 1)
 
     def _note_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._inputs[module] = rows_and_length((args, kwargs))
+        self._inputs[module] = Entered((args, kwargs))
         if module in self._paths:
             arguments = copied((args, kwargs)) if module in self._copying else (args, kwargs)
             running = _Running(module, arguments, _versions(_tensors(arguments)), torch.is_grad_enabled())
@@ -219,6 +221,7 @@ class _Observer:
         receive = partial(self._receive, record, len(record.calls))
         record.block, length = self._enclosing(self._paths[module])
         record.lengths.append(length)
+        record.whole.append(record.block is not None and self._inputs[record.block].is_reshaped((args, kwargs)))
         record.entered.append(frozen_call(module, *entered.arguments))
         if module in self._copying:
             record.calls.append((record.entered[-1], copied(output)))
@@ -265,7 +268,8 @@ class _Observer:
         while path:
             path = path.rpartition(".")[0]
             module = self._modules[path]
-            rows, length = self._inputs.get(module) or (None, None)
+            entered = self._inputs.get(module)
+            rows, length = (entered and entered.rows_and_length) or (None, None)
             if rows == self._num_examples:
                 return module, length
         return None, None

@@ -2,7 +2,8 @@
 
 A module may get rows that were picked from among the positions of the examples: a pooler the first token of each, an
 expert the tokens that a router sent it. ``N`` such rows need not be one for each of ``N`` examples, and no shape tells.
-So before a backward pass the losses are back-propagated once more, down to the picked rows alone, each loss times a
+Nothing was picked where a module gets the input of the one around it, merely reshaped (fused experts). Anywhere else,
+before a backward pass the losses are back-propagated once more, down to the picked rows alone, each loss times a
 weight of its own. An output gradient is linear in the losses, so a row that comes from example ``n`` alone comes out
 scaled by the weight of example ``n``, and a row that mixes examples, or belongs to another one, by something else.
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.layers.site import Layout, Site
-from fishkern.layers.tap import rows_and_length
+from fishkern.layers.tap import Entered
 from fishkern.layers.unsupported import UnsupportedModuleError
 
 _DIGITS = {torch.float16: 5}  # and for all others:
@@ -41,31 +42,45 @@ class Rows:
 
     def __init__(self, num_examples: int) -> None:
         self._num_examples = num_examples
-        self._lengths: dict[nn.Module | None, int | None] = {}
+        self._entered: dict[nn.Module | None, Entered] = {}
+        self._whole: dict[Site, bool] = {}
         self._picked: list[tuple[Site, Tensor]] = []
         self._exponents: list[Tensor] = []
         self._weighted: dict[Site, list[Tensor | None]] = {}
         self._verdicts: dict[Site, bool] = {}
 
-    def note_length(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Note ``T`` of a module whose input is ``[N, T, ...]``, for the flattened calls inside it.
+    def note_input(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Note the input ``[N, T, ...]`` of a module, for the flattened calls inside it.
 
         Args:
             module: The module.
             args: Its positional arguments.
             kwargs: Its keyword arguments.
         """
-        rows, length = rows_and_length((args, kwargs)) or (None, None)
-        self._lengths[module] = length if rows == self._num_examples else None
+        self._entered[module] = Entered((args, kwargs))
 
-    def note_picked(self, site: Site, output: Tensor) -> None:
-        """Note an output whose rows were picked.
+    def note_call(self, site: Site, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Note whether a call with flattened rows gets the whole input of its block, of which nothing was picked.
 
         Args:
             site: The module's site.
-            output: The output that the model continues with.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
         """
-        self._picked.append((site, output))
+        if site.picked and site.block in self._entered:
+            whole = self._entered[site.block].is_reshaped((args, kwargs))
+            self._whole[site] = whole and self._whole.get(site, True)
+
+    def note_picked(self, site: Site, output: Any) -> None:
+        """Note an output whose rows may have been picked.
+
+        Args:
+            site: The module's site.
+            output: The output that the model continues with. Several tensors are not examined: whose their rows are is
+                then not known.
+        """
+        if isinstance(output, Tensor) and not self._whole.get(site):
+            self._picked.append((site, output))
 
     def weigh(self, losses: Tensor, *, training: bool = False) -> None:
         """Back-propagate weighted losses down to the picked rows.
@@ -122,8 +137,11 @@ class Rows:
             grad: Gradient of the summed losses, ``[N * M, ...]``.
 
         Returns:
-            Whether each row has scaled by the weight of its example in every probe.
+            Whether the module got the whole input of its block, or each row has scaled by the weight of its example in
+            every probe.
         """
+        if self._whole.get(site):
+            return True
         if site in self._verdicts:
             return self._verdicts[site]
         probes = self._weighted.get(site, [])
@@ -147,8 +165,11 @@ class Rows:
         Returns:
             Whether it has ``N``, or ``N T`` where they are flattened.
         """
-        each = self._lengths.get(site.block) if site.layout is Layout.FLATTENED else 1
-        return each is not None and output.shape[0] == self._num_examples * each
+        rows, each = self._num_examples, 1
+        if site.layout is Layout.FLATTENED:
+            entered = self._entered.get(site.block)
+            rows, each = (entered and entered.rows_and_length) or (None, None)
+        return rows == self._num_examples and output.shape[0] == rows * each
 
     def _weights(self, like: Tensor) -> list[Tensor]:
         return [(2.0**exponents).to(like) for exponents in self._exponents]

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from torch import nn
 
+from fishkern.layers.adapted_experts import AdaptedExperts
 from fishkern.layers.base import Layer
 from fishkern.layers.convolution import Convolution
 from fishkern.layers.embedding import Embedding
+from fishkern.layers.experts import Experts
 from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear
+from fishkern.layers.router import Router
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Site
 from fishkern.layers.twins import Twins
 
 LAYERS: tuple[Layer, ...] = (
-    Linear(), QuantizedLinear(), Conv1D(), Twins(), Embedding(), LayerNorm(), Convolution(), Factor(), OnePlusFactor(),
-    Scale(),
+    Linear(), QuantizedLinear(), Conv1D(), Twins(), Embedding(), LayerNorm(), Convolution(), Experts(),
+    AdaptedExperts(), Router(), Factor(), OnePlusFactor(), Scale(),
 )  # fmt: skip
 """The rules, first match first. A new kind of layer is one more entry."""
 

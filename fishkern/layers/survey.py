@@ -9,22 +9,23 @@ example, the model runs on that one, and the plan serves batches of one.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from fishkern.layers.base import Call, Layer
 from fishkern.layers.documents import Documents
 from fishkern.layers.generic import has_example_axis, same_rows_alone, tensors_of
 from fishkern.layers.observe import Observation, Record, observe, upwards
 from fishkern.layers.quantized import own_weights
-from fishkern.layers.rules import LAYERS, factored
+from fishkern.layers.rules import LAYERS, factored, rule_of
 from fishkern.layers.sample import confirmed_on_sample
 from fishkern.layers.site import Idle, Layout, Site
-from fishkern.layers.tap import FrozenCall, leading_shape
+from fishkern.layers.tap import FrozenCall, floating_places, leading_shape
 
 # Modules of torch that have their examples on the second axis unless they are made with batch_first.
 _SECOND_AXIS = (
@@ -230,7 +231,21 @@ def _owners(model: nn.Module, keys: Mapping[Tensor, str]) -> tuple[dict[str, str
         requested = {name: keys[tensor] for name, tensor in own_weights(module).items() if tensor in keys}
         if requested and not isinstance(module, nn.ParameterDict | nn.ParameterList):
             owners[path] = requested
+    _adopt(model, owners)
     return hooked, owners
+
+
+def _adopt(model: nn.Module, owners: dict[str, dict[str, str]]) -> None:
+    """Let a module own the parameters of modules inside it that a rule computes at its own call."""
+    for path, module in model.named_modules():
+        layer = rule_of(module)
+        for name in sorted(layer.covers(module)) if layer is not None else ():
+            within, _, own = name.rpartition(".")
+            owner = f"{path}.{within}".removeprefix(".")
+            if within and own in owners.get(owner, {}):
+                owners.setdefault(path, {})[name] = owners[owner].pop(own)
+                if not owners[owner]:
+                    del owners[owner]
 
 
 class _Planner:
@@ -327,18 +342,28 @@ class _Planner:
             return []
         layout, settled = self._layout(record)
         picked = layout is Layout.FLATTENED or (layout is Layout.BATCHED and self._are_picked(record))
-        if layout is None or (picked and len(record.calls) > 1):
+        if layout is None or (picked and self._is_used_again(record)):
+            return []
+        several = not all(isinstance(output, Tensor) for _, output in record.calls)
+        if several and picked and not all(record.whole):  # of several tensors it is not checked on every batch
             return []
         sites = []
         remaining = dict(requested)
         for layer in LAYERS:
-            names = layer.covers(module) & remaining.keys()
+            names = layer.covers(module) & remaining.keys() if several <= layer.several else frozenset()
             if names and (names := self._confirmed(layer, record, names)):
                 keys = {name: remaining.pop(name) for name in sorted(names)}
                 site = Site(path, module, layer, keys, layout, record.block, settled=settled)
                 more = {"picked": picked, "rewritten": record.input_rewritten, "axis": self._axis(record)}
                 sites.append(replace(site, **more))
         return sites
+
+    def _is_used_again(self, record: Record) -> bool:
+        """Tell whether gradients of one example reach several calls; a recomputed call is not a use of its own."""
+        uses = {(rows.example, rows.call) for rows in record.touched}
+        if not uses:
+            return len(record.calls) > 1
+        return max(Counter(example for example, _ in uses).values()) > 1
 
     def _confirmed(self, layer: Layer, record: Record, names: frozenset[str]) -> frozenset[str]:
         """Check on the last call of a module which of its parameters a rule computes."""
@@ -348,10 +373,10 @@ class _Planner:
         """Find the layout that fits every call, and say whether a gradient confirms it."""
         touched = [rows for rows in record.touched if len(rows.nonzero)]
         calls = record.calls_with_gradient or set(range(len(record.calls)))
-        outputs = [record.calls[call][1] for call in sorted(calls)]
-        if not all(isinstance(output, Tensor) and output.ndim for output in outputs):
+        outputs = [_floating(record.calls[call][1]) for call in sorted(calls)]
+        if not all(tensors and all(one.ndim for one in tensors) for tensors in outputs):
             return None, False
-        rows = {output.shape[0] for output in outputs}
+        rows = {one.shape[0] for tensors in outputs for one in tensors}
         lengths = {record.lengths[call] for call in calls}
         N = self._num_examples
         if rows == {N} and all(bool((one.nonzero == one.example).all()) for one in touched):
@@ -547,6 +572,12 @@ def _last_call(record: Record, *, entered: bool) -> tuple[Call, Any]:
     call, output = record.calls[index]
     call = record.entered[index] if entered else call
     return call.thaw(call.tensors), output
+
+
+def _floating(output: Any) -> list[Tensor]:
+    """List the tensors of an output that can have a gradient."""
+    leaves, _ = tree_flatten(output)
+    return [leaves[place] for place in floating_places(leaves)]
 
 
 def _is_inside(path: str, other: str) -> bool:

@@ -6,6 +6,7 @@ The tensors are saved with ``save_for_backward``, so activation checkpointing (b
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,23 +126,6 @@ def floating_places(leaves: Sequence[Any]) -> list[int]:
     return [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def rows_and_length(arguments: Any) -> tuple[int, int] | None:
-    """Read ``N`` and ``T`` off the first tensor with an axis among the arguments of a call.
-
-    Args:
-        arguments: Any nest.
-
-    Returns:
-        ``(N, T)`` of ``[N, T, ...]``, also of tokens ``[N, T]``; ``None`` for features ``[N, I]``, which have no
-        positions, and if there is no such tensor.
-    """
-    leaves, _ = tree_flatten(arguments)
-    first = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), None)
-    if first is None or first.ndim < 2 or (first.ndim == 2 and first.is_floating_point()):
-        return None
-    return first.shape[0], first.shape[1]
-
-
 def leading_shape(arguments: Any) -> torch.Size:
     """Find the shape of the first tensor with an axis among the arguments of a call.
 
@@ -151,8 +135,55 @@ def leading_shape(arguments: Any) -> torch.Size:
     Returns:
         The shape, empty if there is no such tensor.
     """
+    first = _first(arguments)
+    return torch.Size() if first is None else first.shape
+
+
+class Entered:
+    """The input of a module while it runs: the first tensor with an axis among its arguments.
+
+    Args:
+        arguments: Any nest; kept alive by the call of the module alone.
+
+    Attributes:
+        rows_and_length: ``(N, T)`` of ``[N, T, ...]``, also of tokens ``[N, T]``; ``None`` for features ``[N, I]``,
+            which have no positions, and if there is no such tensor.
+    """
+
+    def __init__(self, arguments: Any) -> None:
+        first = _first(arguments)
+        self._tensor = None if first is None else weakref.ref(first)
+        self._version = _version(first)
+        without = first is None or first.ndim < 2 or (first.ndim == 2 and first.is_floating_point())
+        self.rows_and_length = None if without else (first.shape[0], first.shape[1])
+
+    def is_reshaped(self, arguments: Any) -> bool:
+        """Tell whether a module inside gets the same entries in the same order, by the memory that they are in.
+
+        Args:
+            arguments: Those of the module inside, while both run.
+
+        Returns:
+            Whether its first tensor with an axis is this one or a reshape of it.
+        """
+        around, inside = None if self._tensor is None else self._tensor(), _first(arguments)
+        if around is None or inside is None or around.dtype != inside.dtype or around.numel() != inside.numel():
+            return False
+        if not around.is_contiguous() or not inside.is_contiguous() or _version(inside) != self._version:
+            return False
+        storages = [one.untyped_storage()._cdata for one in (around, inside)]
+        return storages[0] == storages[1] and around.storage_offset() == inside.storage_offset()
+
+
+def _first(arguments: Any) -> Tensor | None:
+    """Find the first tensor with an axis."""
     leaves, _ = tree_flatten(arguments)
-    return next((leaf.shape for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), torch.Size())
+    return next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), None)
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    """Count how often a tensor's memory has been written into; inference tensors do not count."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 def is_tapped(tensor: Tensor) -> bool:

@@ -54,6 +54,8 @@ class Verification:
         density: The fraction of entries that is selected for :attr:`overlap`.
         overlap: The fraction of that selection that statistics and loop have in common.
         noise_overlap: The same between the model's own gradients in a batch and alone.
+        choices: On the examples of the noise, how often a position chose experts, each time it came to such a module.
+        changed_choices: How many of these choices were others in a batch than alone.
         loop_seconds: Time of the loop.
         estimate_seconds: Time of ``estimate``, its survey and self-check included; ``None`` for given statistics.
         largest: Largest entry, in magnitude, of the loop's statistics.
@@ -69,6 +71,8 @@ class Verification:
     density: float
     overlap: float
     noise_overlap: float
+    choices: int
+    changed_choices: int
     loop_seconds: float
     estimate_seconds: float | None
     largest: float
@@ -157,6 +161,11 @@ class Verification:
             paths = ", ".join(f"{path} {numel:,}" for path, numel in self.coverage.items())
             lines.append(f"coverage: {paths} of {self.size:,} coordinates")
         lines.append(f"the largest {self.density:.2%} of all entries: {self.overlap:.2%} in common")
+        if self.choices:
+            lines.append(
+                f"{self.changed_choices} of {self.choices} choices of experts are others in a batch than alone"
+                f"{', which no rounding explains' if self.changed_choices else ''}"
+            )
         if self.estimate_seconds is not None:
             lines.append(f"fishkern took {self.estimate_seconds:.2f} s, the loop {self.loop_seconds:.2f} s")
         return lines + (["It does not hold:", *self.failures] if self.failures else ["It holds."])

@@ -29,6 +29,7 @@ from fishkern.statistics.likelihood_argument import checked_likelihood
 from fishkern.statistics.loop import Loop
 from fishkern.statistics.request import reader_for
 from fishkern.statistics.result import Statistics
+from fishkern.statistics.routing import Routing
 from fishkern.statistics.verification import Verification
 
 _NOISE_EXAMPLES = 8
@@ -55,6 +56,8 @@ def verify(
     each example in its batch is compared with that of the example alone. A parameter passes while its error stays below
     rounding plus twice that noise. Noise too large to be rounding is a failure: the examples of a batch interact. So is
     a loop without any gradient. Rounding is that of the coarsest dtype that a parameter or a module's output has.
+    Where a position chooses other experts in a batch than alone, its gradients differ by more than rounding; the report
+    counts such choices on the same examples.
 
     Cost: the loop, once, and one backward pass of the first batch for each of its examples. Memory: two float32
     accumulators for each parameter, three for the first batch; one gradient at a time.
@@ -107,12 +110,17 @@ def verify(
     with loop.collecting():
         if estimate_seconds is None:
             check_loss(statistics, model, likelihood, next(_rows(data, loop.device)))
-        noise, shapes = _batch_noise(loop, data[0], density)  # first: shapes that differ end it before the long loop
+        routing = Routing(model)
+        with routing.noting():
+            noise, shapes = _batch_noise(
+                loop, data[0], density, routing
+            )  # first: shapes that differ end it before the long loop
         check_shapes(statistics, shapes)
         start = _clock(model)
         _run_alone(loop, data, progress if callable(progress) else lambda done, total: None)
         loop_seconds = _clock(model) - start
         truth = loop.results(examples)
+    changed, choices = routing.changed()
     # a tensor subclass may say that it requires a gradient, and still get none
     for name in [name for name in comparable if is_wrapped(named[name]) and name not in loop.arrived]:
         del comparable[name], truth[name]
@@ -129,6 +137,8 @@ def verify(
         density=density,
         overlap=overlap(statistics.blocks if isinstance(statistics, Statistics) else statistics, truth, density),
         noise_overlap=noise.overlap,
+        choices=choices,
+        changed_choices=changed,
         largest=max(map(largest, truth.values())),
         loop_seconds=loop_seconds,
         estimate_seconds=estimate_seconds,
@@ -176,12 +186,13 @@ def _by_path(covered: Mapping[str, Covered]) -> dict[str, int]:
     return dict(numels)
 
 
-def _batch_noise(loop: Loop, batch: Examples, density: float) -> tuple[Noise, dict[str, torch.Size]]:
+def _batch_noise(loop: Loop, batch: Examples, density: float, routing: Routing) -> tuple[Noise, dict[str, torch.Size]]:
     """Measure how far gradients move in a batch; return the shapes of the statistics as well."""
     N = min(_NOISE_EXAMPLES, batch.num_examples)
     batch = batch.take(0, N).to(loop.device)
     for row in _rows([batch], loop.device):
         loop.add_alone(row)
+        routing.end_example()
     alone = loop.results(N)
     if N == 1:  # then the noise is that between two runs of the same example
         loop.add_alone(batch)

@@ -16,6 +16,8 @@ from fishkern import layers
 from tests.support.exactness import LIMIT, paths
 from tests.support.oracle import squares_one_by_one, worst_error
 
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
 
@@ -82,6 +84,38 @@ def moved(kind: type[nn.Linear], in_features: int, out_features: int) -> nn.Modu
     return factor
 
 
+def of_transformers(family: str, kind: str, implementation: str = "eager", **sizes) -> nn.Module:
+    """Experts or a router of one of transformers' models."""
+    models = getattr(transformers.models, family)
+    prefix = kind.removesuffix("Experts").removesuffix("TopKRouter").removesuffix("TopkRouter")
+    config = getattr(models, f"{prefix}Config")(hidden_size=5, num_experts_per_tok=2, **sizes)
+    config._experts_implementation = implementation
+    return getattr(getattr(models, f"modeling_{family}"), kind)(config)
+
+
+mixtral = partial(of_transformers, "mixtral", num_local_experts=4, intermediate_size=3)
+gpt_oss = partial(of_transformers, "gpt_oss", num_local_experts=4, intermediate_size=3)
+nemotron = partial(of_transformers, "nemotron_h", n_routed_experts=4, moe_intermediate_size=3)
+deepseek = partial(of_transformers, "deepseek_v3", n_routed_experts=4, moe_intermediate_size=3, n_group=2, topk_group=1)
+
+
+def adapted(experts, *names: str) -> nn.Module:
+    """Experts with PEFT's LoRA on some of their weights."""
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=[], target_parameters=[f"experts.{n}" for n in names])
+    model = peft.get_peft_model(nn.ModuleDict({"experts": experts()}), config)
+    return model.base_model.model["experts"].requires_grad_()
+
+
+def sent(experts: int = 4, to: int | None = None):
+    """Features ``[N, 5]``, two experts for each row, and their shares; the last of ``experts`` may stand for none."""
+
+    def make(N: int) -> tuple[torch.Tensor, ...]:
+        index = torch.stack([torch.randperm(experts)[:2] for _ in range(N)]) if to is None else torch.full((N, 2), to)
+        return numbers(5)(N), index, numbers(2)(N)
+
+    return make
+
+
 CASES = {
     layers.Linear: {
         **{
@@ -142,6 +176,25 @@ CASES = {
         "2-D, all": (partial(nn.Conv2d, 3, 2, (3, 2), (2, 1), padding=(1, 2), dilation=(1, 2)), numbers(3, 7, 5)),
         "2-D, stride past the kernel": (partial(nn.Conv2d, 3, 2, 2, stride=3), numbers(3, 7, 5)),
     },
+    layers.Experts: {
+        "one by one": (partial(mixtral, "MixtralExperts"), sent()),
+        "batched": (partial(mixtral, "MixtralExperts", "batched_mm"), sent()),
+        "some to none": (partial(mixtral, "MixtralExperts"), sent(5)),
+        "all to one, twice": (partial(mixtral, "MixtralExperts"), sent(to=2)),
+        "transposed, with biases": (partial(gpt_oss, "GptOssExperts"), sent()),
+        "transposed, batched": (partial(gpt_oss, "GptOssExperts", "batched_mm"), sent()),
+        "no gate": (partial(nemotron, "NemotronHExperts"), sent()),
+    },
+    layers.AdaptedExperts: {
+        "both": (partial(adapted, partial(mixtral, "MixtralExperts"), "gate_up_proj", "down_proj"), sent()),
+        "the second": (partial(adapted, partial(mixtral, "MixtralExperts"), "down_proj"), sent(5)),
+        "transposed": (partial(adapted, partial(gpt_oss, "GptOssExperts"), "gate_up_proj", "down_proj"), sent()),
+    },
+    layers.Router: {
+        "softmax, then the largest": (partial(mixtral, "MixtralTopKRouter"), numbers(5)),
+        "the largest, then softmax": (partial(gpt_oss, "GptOssTopKRouter"), numbers(5)),
+        "of groups, in float32": (partial(deepseek, "DeepseekV3TopkRouter"), numbers(5)),
+    },
     layers.Factor: {
         "w * x": (partial(RMSNorm, 5), numbers(7, 5)),
         "float32 inside": (partial(RMSNorm, 5, inner=torch.float32), numbers(7, 5)),
@@ -200,8 +253,16 @@ def with_float_weight(module: nn.Module) -> nn.Module:
     return twin
 
 
-def grads_of(module: nn.Module, input, grad) -> dict:
-    grads = torch.autograd.grad(module(input), list(module.parameters()), grad)
+def arguments(input) -> tuple[torch.Tensor, ...]:
+    return input if isinstance(input, tuple) else (input,)
+
+
+def floating(output) -> list[torch.Tensor]:
+    return [one for one in (output if isinstance(output, tuple) else (output,)) if one.is_floating_point()]
+
+
+def grads_of(module: nn.Module, input: tuple, grads: list) -> dict:
+    grads = torch.autograd.grad(floating(module(*input)), list(module.parameters()), grads)
     return {name: grad.to_dense() for (name, _), grad in zip(module.named_parameters(), grads, strict=True)}
 
 
@@ -214,13 +275,16 @@ def test_every_rule_has_cases():
 def test_a_rule_equals_autograd_on_single_examples(case, N):
     module, input = seeded(FLAT[case], N)
     (layer,) = (layer for layer in layers.LAYERS if type(layer).__name__ == case.split(":")[0])
-    call = layers.Call(module, (input,), {}, ("cpu", False, torch.bfloat16))
-    output = module(input).detach()
+    input = arguments(input)
+    call = layers.Call(module, input, {}, ("cpu", False, torch.bfloat16))
+    with torch.no_grad():
+        output = module(*input)
     wanted = frozenset(name for name, _ in module.named_parameters())
     assert layer.confirms(call, output, layer.covers(module) & wanted) == wanted
-    output_grads = torch.randn_like(output)
-    truth = [grads_of(with_float_weight(module), input[n : n + 1], output_grads[n : n + 1]) for n in range(N)]
-    found = dict(layer.per_example_grads(call, output_grads, wanted))
+    output_grads = [torch.randn_like(one) for one in floating(output)]
+    rows = [[[one[n : n + 1] for one in tensors] for tensors in (input, output_grads)] for n in range(N)]
+    truth = [grads_of(with_float_weight(module), *row) for row in rows]
+    found = dict(layer.per_example_grads(call, output_grads if layer.several else output_grads[0], wanted))
     for name in wanted:
         total = torch.ones_like(truth[0][name])
         found[name].add_squares_(total)
@@ -229,16 +293,26 @@ def test_a_rule_equals_autograd_on_single_examples(case, N):
             torch.testing.assert_close(found[name].example(n), truth[n][name])
 
 
+class Alone(nn.Sequential):
+    """A model of one layer."""
+
+    def forward(self, *input):
+        return self[0](*input)
+
+
 def losses(model: nn.Module, batch: dict) -> torch.Tensor:
-    output = model(batch["input"])
+    output = model(*batch.values())
+    if "Router" in type(model[0]).__name__:
+        return sum(one.sin().sum(1) for one in floating(output))
     output = (output[0] if isinstance(output, tuple) else output).flatten(1)
     return (output.sin() * torch.linspace(1, 2, output.shape[1]).to(output)).sum(1)
 
 
 def assert_exact(layer: nn.Module, make, **options) -> fk.Statistics:
-    batches = [{"input": make(N)} for N in (3, 1, 2)]
-    statistics = fk.estimate(nn.Sequential(layer), batches, likelihood=losses, **options)
-    twin = nn.Sequential(with_float_weight(layer)).requires_grad_()
+    inputs = [arguments(make(N)) for N in (3, 1, 2)]
+    batches = [{f"input{place}": one for place, one in enumerate(input)} for input in inputs]
+    statistics = fk.estimate(Alone(layer), batches, likelihood=losses, **options)
+    twin = Alone(with_float_weight(layer)).requires_grad_()
     truth = squares_one_by_one(twin, batches, lambda model, row: losses(model, row)[0])
     assert all(statistics[name].shape == truth[name].shape for name in truth)
     error, name = worst_error(statistics, truth)
@@ -283,6 +357,27 @@ def test_no_rule_claims_a_subclass_that_computes_something_else(case):
     assert_exact(module, FLAT[case][1])
 
 
+def routed_forms(draw, N: int, T: int, V: int, D: int) -> dict:
+    """Every position sends two rows, each to one of ``V`` experts, perhaps the same."""
+    sent, x, g = draw(N, T, 2).long() % V, draw(N, T, 2, D), draw(N, T, 2, 1)
+    expert, order = sent.flatten().sort(stable=True)
+    routes = layers.Routes(expert, order // 2, N * T, N)
+    at = F.one_hot(sent, V)[..., None].double()
+    of_rows = {"x": x.reshape(-1, D)[order], "g": g.reshape(-1, 1)[order]}
+
+    def of_weights(output_grads: str, activations: str, axes: tuple[int, ...]) -> layers.RoutedGrads:
+        factors = dict(output_grads=of_rows[output_grads], activations=of_rows[activations])
+        return layers.RoutedGrads(**factors, routes=routes, shape=torch.Size((V, D)), sizes=(V, 1, D), axes=axes)
+
+    weights, bias = (at * (g * x)[..., None, :]).sum(2), (at * x[..., None, :]).sum(2)
+    common = dict(routes=routes, shape=torch.Size((V, D)), sizes=(V, D), axes=(0, 1))
+    return {
+        "routed": (of_weights("g", "x", (0, 1, 2)), weights),
+        "routed, transposed": (of_weights("x", "g", (0, 2, 1)), weights),
+        "routed bias": (layers.RoutedBiasGrads(output_grads=of_rows["x"], **common), bias),
+    }
+
+
 def forms(seed: int, N: int, T: int, V: int, D: int) -> dict:
     """Every form, and its dense terms ``[N, T, V, D]``: integers, so that sums are exact in any order."""
     generator = torch.Generator().manual_seed(seed)
@@ -297,6 +392,7 @@ def forms(seed: int, N: int, T: int, V: int, D: int) -> dict:
         "embedding": (layers.EmbeddingGrads(indices, rows, V), scattered),
         "padded": (layers.EmbeddingGrads(indices, rows, V, 0), scattered.index_fill(2, torch.tensor(0), 0)),
         "position": (layers.PositionGrads(terms), terms),
+        **routed_forms(draw, N, T, V, D),
         "dense": (layers.DenseGrads(terms[:, 0]), terms[:, :1]),
     }
 

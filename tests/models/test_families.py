@@ -32,7 +32,7 @@ def test_equals_the_loop(family, dtype):
     )
     by_path = paths(statistics)
     assert "loop" not in by_path
-    if family not in ("mixtral", "swin", "deberta"):
+    if family not in ("swin", "deberta"):
         assert by_path.get("generic", set()) == GENERIC.get(family, set())
 
 

@@ -464,3 +464,25 @@ def test_the_report_in_words(bert):
                     lambda name, _: name == "classifier.bias")  # fmt: skip
     assert str(few).startswith("all 1 errors, the largest first")
     assert repr(few) == f"Verification(it does not hold, {len(few.failures)} failures: 1 parameters, 9 examples)"
+
+
+@pytest.mark.parametrize("moved", [0, 2])
+def test_choices_of_experts_that_change_in_a_batch_are_counted(moved):
+    """Planted: in a batch, the first positions at each of two routers are sent elsewhere."""
+    specimen = zoo.mixtral()
+
+    def elsewhere(module, args, outputs):
+        logits, shares, index = outputs
+        index = index.clone()
+        if len(index) > 7:
+            index[:moved] = (index[:moved] + 1) % 4
+        return logits, shares, index
+
+    for layer in specimen.model.model.layers:
+        layer.mlp.gate.register_forward_hook(elsewhere)
+    found = fk.verify(specimen.model, [specimen.batch(3, 7)], fk.estimate(specimen.model, [specimen.batch(3, 7)]))
+    assert found.choices == 2 * 3 * 7
+    assert found.changed_choices == 2 * moved
+    (line,) = [line for line in found.summary if "choices" in line]
+    assert line.startswith(f"{2 * moved} of 42 choices of experts are others in a batch than alone")
+    assert ("no rounding" in line) == bool(moved) == (not found.ok)

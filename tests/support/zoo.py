@@ -179,6 +179,22 @@ def mixtral(experts: str = "eager") -> Specimen:
     return Specimen(MixtralForCausalLM(config), text_batch, oracle.next_token)
 
 
+def experts(family: str, implementation: str = "eager", seed: int = 0) -> Specimen:
+    """A model of :data:`EXPERTS`, no parameter of which is zero."""
+    import transformers
+
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(
+        **{**_SMALL, "num_key_value_heads": 2, "num_experts_per_tok": 2, **EXPERTS[family]}, head_dim=6
+    )
+    config._experts_implementation = implementation
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.2)
+    return Specimen(model, text_batch, oracle.next_token)
+
+
 def swin() -> Specimen:
     from transformers import SwinConfig, SwinForImageClassification
 
@@ -187,6 +203,19 @@ def swin() -> Specimen:
     )
     return Specimen(SwinForImageClassification(config), image_batch, oracle.one_class)
 
+
+EXPERTS: dict[str, dict] = {
+    "Mixtral": dict(num_local_experts=5),
+    "Qwen3Moe": dict(moe_intermediate_size=12, num_experts=5, norm_topk_prob=True),
+    "GptOss": dict(num_local_experts=5, intermediate_size=12, num_hidden_layers=1),
+    "DeepseekV3": dict(
+        moe_intermediate_size=12, n_routed_experts=6, n_group=2, topk_group=1, n_shared_experts=1,
+        first_k_dense_replace=1, num_key_value_heads=4, q_lora_rank=12, kv_lora_rank=12, qk_rope_head_dim=6,
+        qk_nope_head_dim=6, v_head_dim=6,
+    ),
+    "Olmoe": dict(num_experts=5),
+}  # fmt: skip
+"""Families whose experts are stored in one tensor, with their sizes."""
 
 FAMILIES: dict[str, Callable[[], Specimen]] = {
     "llama": llama,
