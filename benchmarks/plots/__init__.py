@@ -24,7 +24,7 @@ PLOTS = {
     "demonstration": "the Fisher of all parameters of a LLaMA, and training a few of them",
     "exactness": "overlap of other squares with the exact Fisher, and the noise floor",
     "starts": "starts of adapters: scores, forgetting, and what the statistic is worth",
-    "freezing": "what freezing does to scores, to the entries in training, and to the time of a step",
+    "freezing": "what freezing does to scores, to the entries in training, and to the memory of a step",
     "glue": "scores of FISH-Tuning's arms on GLUE, seed by seed",
 }
 # Records without a picture, and why.

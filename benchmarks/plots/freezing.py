@@ -1,4 +1,4 @@
-"""What freezing does to a training: scores, what is left in training, the shock of each event, and the time of a step.
+"""What freezing does to a training: scores, what is left in training, the shock of each event, and memory.
 
 The runs that chose a learning rate (seed 1000) are left out.
 """
@@ -55,8 +55,7 @@ def row(axes: list[Axes], runs: Runs) -> None:
     else:
         dots(axes[3], around_events(runs), arms, "score after - before an event, each", COLOURS)
         axes[3].axvline(0, color="0.5", linewidth=0.8)
-    dots(axes[4], step_times(runs), arms, "time of a step, end to start", COLOURS)
-    axes[4].axvline(1, color="0.5", linewidth=0.8)
+    dots(axes[4], peaks(runs), arms, "peak of a step at the end, MiB", COLOURS)
 
 
 def in_training(runs: Runs) -> dict[str, list[tuple[float, float]]]:
@@ -93,10 +92,6 @@ def shifted(runs: Runs) -> dict[str, list[float]]:
     }
 
 
-def step_times(runs: Runs) -> dict[str, list[float]]:
-    """By arm, the time of a step between the last two events over that before the first one."""
-    times: dict[str, list[float]] = {arm: [] for arm in arms_of(runs)}
-    for run in runs:
-        first, last = run["events"][0], run["events"][-1]
-        times[run["arm"]].append(last["seconds_a_step"] / first["seconds_a_step"])
-    return times
+def peaks(runs: Runs) -> dict[str, list[float]]:
+    """By arm, what a step takes at most after the last event of each seed, in MiB."""
+    return {arm: [run["events"][-1]["peak_mib"] for run in runs if run["arm"] == arm] for arm in arms_of(runs)}

@@ -138,9 +138,7 @@ def test_shifts_of_images():
 def ran(arm: str, seed: int, score: float, kept: tuple[int, int] = (100, 100), shifts: bool = False) -> dict:
     """A record of a run with two events, at each of which a hundredth is lost."""
     around = {"before": score, "after": score - 0.01}
-    events = [
-        {"step": 10 * (n + 1), "kept": count, "seconds_a_step": 0.4 - 0.1 * n, **around} for n, count in enumerate(kept)
-    ]
+    events = [{"step": 10 * (n + 1), "kept": count, "peak_mib": 4.0 - n, **around} for n, count in enumerate(kept)]
     last = {"score": score, **(dict.fromkeys(plot.SHIFTS, score / 2) if shifts else {})}
     about = {"quantity": "run", "setting": {"task": "nuclei" if shifts else "sst2"}, "model": "small", "arm": arm}
     origin = {"machine": "some-cpu", "commit": "abcdef0123", "dirty": False, "time": "2026-01-02T03:04:05+00:00"}
@@ -152,7 +150,7 @@ def test_the_picture_shows_what_is_recorded():
     runs = [ran("none", seed, 0.8) for seed in (0, 1)] + [ran(OURS, seed, 0.7, (75, 50 - 20 * seed)) for seed in (0, 1)]
     assert plot.in_training(runs) == {"none": [(0, 1), (10, 1), (20, 1)], OURS: [(0, 1), (10, 0.75), (20, 0.4)]}
     assert plot.around_events(runs)[OURS] == pytest.approx([-0.01] * 4)
-    assert plot.step_times(runs)[OURS] == pytest.approx([0.75] * 2)
+    assert plot.peaks(runs)[OURS] == [3.0, 3.0]
     others = [ran(arm, 0, 0.6, shifts=True) for arm in ("none", "bottom")]
     assert plot.shifted(others) == {"none": [pytest.approx(0.3)], "bottom": [pytest.approx(0.3)]}
     figure = plot.draw([*runs, ran(OURS, CHOOSING_SEED, 0.99), *others])
