@@ -19,7 +19,7 @@ _TAKES = {
     "per-tensor": _BUDGET,
     "per-row": _BUDGET,
     "n-of-m": ("n", "m", "smallest"),
-    "contribution": ("top", "density", "least_per_row", "by", "share", "most", "smallest"),
+    "contribution": ("top", "density", "least_per_row", "by", "share", "most_per_row", "smallest"),
     "random": ("k", "density", "seed"),
 }
 RULES = tuple(_TAKES)
@@ -71,7 +71,7 @@ class RuleOptions:
         str | None,
         Option(metavar="WHAT", help=f"contribution: count by {', '.join(SHARES)}.", show_default=SHARES[0]),
     ] = None
-    most: Annotated[
+    most_per_row: Annotated[
         int | None, Option(min=1, metavar="N", help="contribution: at most so many coordinates of a row.")
     ] = None
     n: Annotated[int | None, Option("--n", min=0, metavar="N", help="n-of-m: so many, ...")] = None
@@ -104,7 +104,7 @@ class RuleOptions:
                 raise ValueError("--rule n-of-m takes --n and --m, such as --n 2 --m 4: give both.")
             return fk.NofM(self.n, self.m, order, **patterns)
         if self.rule == "contribution":
-            given = {name: getattr(self, name) for name in ("least_per_row", "by", "share", "most")}
+            given = {name: getattr(self, name) for name in ("least_per_row", "by", "share", "most_per_row")}
             given = {name: value for name, value in given.items() if value is not None}
             top = USUAL_TOP if self.top is None and self.density is None else self.top
             return fk.ContributionTopK(top, self.density, **given, order=order, **patterns)

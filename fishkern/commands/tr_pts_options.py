@@ -41,6 +41,16 @@ class Connections:
             show_default="1",
         ),
     ] = None
+    most_per_row: Annotated[
+        int | None,
+        Option(
+            min=1,
+            metavar="N",
+            help="The most connections of a neuron.",
+            rich_help_panel=_TR_PTS,
+            show_default="no limit",
+        ),
+    ] = None
     keep: Annotated[
         float | None,
         Option(
@@ -80,7 +90,7 @@ class Connections:
             raise ValueError("--token-layers none keeps all tokens: leave out --keep.")
         if self.keep is not None:
             fraction_of(self.keep, "--keep")
-        given = {"top": self.top, "least_per_row": self.least_per_row, "keep": self.keep}
+        given = {name: getattr(self, name) for name in ("top", "least_per_row", "most_per_row", "keep")}
         return {name: value for name, value in given.items() if value is not None} | {"token_layers": layers}
 
     @property

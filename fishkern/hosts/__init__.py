@@ -1,6 +1,7 @@
 """What a model of transformers or PEFT is, read from its structure and names, importing neither."""
 
 from fishkern.hosts import modes
+from fishkern.hosts.alterations import alterations
 from fishkern.hosts.blocks import Layer, layer_of, stack_of, stacks
 from fishkern.hosts.calls import accepts, call_options
 from fishkern.hosts.insertion import Branch, InsertionPoints, Wrapper, insert, insertion_points, remove
@@ -25,6 +26,7 @@ __all__ = [
     "Wrapper",
     "accepts",
     "added_loss",
+    "alterations",
     "base_model",
     "call_options",
     "connected_inputs",

@@ -147,7 +147,7 @@ def estimate(
         results,
         count=passed[0].counts.units,
         provenance={
-            "definition": {**estimator.definition, "likelihood": description},
+            "definition": {**estimator.definition, "likelihood": description, **hosts.alterations(model)},
             "runs": [_described(request, passed, ranks, options.likelihood, check=options.check)],
         },
         coverage=coverage_of(request, paths),

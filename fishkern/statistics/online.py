@@ -250,6 +250,7 @@ class OnlineFisher:
             "gradient": "of an example's share of the step's loss, times the number of the step's examples",
             "mean": "running over steps, bias-corrected",
             "decay": self._mean.decay,
+            **hosts.alterations(self._model),
         }
 
     @property

@@ -40,12 +40,14 @@ class ReducingLayer:
         recipe: The whole recipe, that of all layers.
         parts: The layer's modules.
         special: Number of tokens before the image tokens.
+        alteration: The recipe in words, which statistics of such a model have in their definition.
     """
 
     found: type[nn.Module]
     recipe: TokenReduction
     parts: Parts
     special: int
+    alteration: str
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Run the layer, and reduce the tokens in it or behind it.
@@ -136,8 +138,9 @@ def reducing_class(found: type[nn.Module], recipe: TokenReduction, parts: Parts,
     Returns:
         A subclass of ``found``, with the same attributes of instances.
     """
-    attributes = {"found": found, "recipe": recipe, "parts": parts, "special": special, "__doc__": found.__doc__}
-    return type(f"Reducing{found.__name__}", (ReducingLayer, found), {**attributes, "__module__": __name__})
+    attributes = {"found": found, "recipe": recipe, "parts": parts, "special": special, "alteration": repr(recipe)}
+    described = {"__doc__": found.__doc__, "__module__": __name__}
+    return type(f"Reducing{found.__name__}", (ReducingLayer, found), attributes | described)
 
 
 def _empty(*made_of: Any) -> nn.Module:

@@ -86,10 +86,10 @@ def test_a_picture(capsys, saved, tmp_path, suffix):
                 "parameter",
                 "--share",
                 "count-per-entry",
-                "--most",
+                "--most-per-row",
                 12,
             ),
-            fk.ContributionTopK(density=0.3, by="parameter", share="count-per-entry", most=12),
+            fk.ContributionTopK(density=0.3, by="parameter", share="count-per-entry", most_per_row=12),
         ),
         (
             ("--rule", "contribution", "--top", 0.4, "--least-per-row", 2, "--share", "sum", "--smallest"),
@@ -308,7 +308,7 @@ def test_what_cannot_be_selected_is_refused(capsys, saved, tmp_path):
     assert "--smallest" in refused(capsys, "select", saved, "--rule", "random", "--smallest", *out)
     for rule in ("global", "per-tensor", "per-row"):
         assert "--seed" in refused(capsys, "select", saved, "--rule", rule, "--k", 1, "--seed", 0, *out)
-    for option in ("--top", "--least-per-row", "--most", "--n", "--m"):
+    for option in ("--top", "--least-per-row", "--most-per-row", "--n", "--m"):
         assert f"{option} is for --rule" in refused(capsys, "select", saved, "--k", 1, option, 1, *out)
     assert "--k is for --rule global, per-tensor, per-row or random: leave it out with --rule contribution" in refused(
         capsys, "select", saved, "--rule", "contribution", "--k", 1, *out

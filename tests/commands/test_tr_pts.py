@@ -159,6 +159,8 @@ def test_parameters_alone_on_a_text_model(capsys, models, rows, tmp_path):
         (["--token-layers", "none"], "--token-layers none keeps all tokens: leave out --keep."),
         (["--keep", 1.5], "--keep must be above 0 and at most 1"),
         (["--token-layers", "7"], "the layers 0 to 1"),
+        (["--density", 1e-4], "less than --least-per-row 1 of each row"),
+        (["--density", 0.9, "--most-per-row", 2], "are left to choose from with --most-per-row 2 of each row"),
         (["--method", "fish"], "an adapter is trained: leave out --keep and --token-layers, or take --method tr-pts."),
         (["--method", "fisher-adaptune", "--top", 0.1], "leave out --top and --keep and --token-layers, or take"),
     ],

@@ -28,7 +28,7 @@ RULES = {
     "n of m": fk.NofM(1, 2),
     "n of m smallest": fk.NofM(1, 2, order="smallest"),
     "contribution": fk.ContributionTopK(top=0.3),
-    "contribution by sums": fk.ContributionTopK(top=0.3, share="sum", least_per_row=2, most=3),
+    "contribution by sums": fk.ContributionTopK(top=0.3, share="sum", least_per_row=2, most_per_row=3),
     "contribution density": fk.ContributionTopK(density=0.4, by="parameter", order="smallest"),
     "random": fk.Random(k=40, seed=3),
     "random density": fk.Random(density=0.5),
@@ -50,7 +50,7 @@ def expected_count(rule: fk.Rule, ranked: dict[str, torch.Tensor], total: int) -
     """The budget, from the rule's definition: its share of the scores that it ranks, out of a pool of this size."""
     numels = [score.numel() for score in ranked.values()]
     if isinstance(rule, fk.ContributionTopK):
-        settings = {key: getattr(rule, key) for key in ("share", "least_per_row", "most", "order")}
+        settings = {key: getattr(rule, key) for key in ("share", "least_per_row", "most_per_row", "order")}
         oracle = contributions.Oracle(ranked, [[name] for name in ranked], **settings)  # one parameter in each layer
         if rule.top is None:
             return oracle.selected(oracle.nearest(int(Fraction(str(rule.density)) * total)))
@@ -217,7 +217,7 @@ def test_numbers_of_any_library_become_plain_ones(name: str, whole):
     """A header holds plain ones; a score of another kind would be noticed after all the work."""
     fraction = np.float64 if whole is np.int64 else lambda value: torch.tensor(value, dtype=torch.float64)
     kinds = {"k": whole, "seed": whole, "density": fraction}
-    kinds |= {"n": whole, "m": whole, "top": fraction, "least_per_row": whole, "most": whole}
+    kinds |= {"n": whole, "m": whole, "top": fraction, "least_per_row": whole, "most_per_row": whole}
     own = {key: value for key, value in vars(RULES[name]).items() if key in kinds and value is not None}
     rule = changed(name, **{key: kinds[key](value) for key, value in own.items()})
     assert {key: type(getattr(rule, key)) for key in own} == {key: type(value) for key, value in own.items()}
@@ -274,6 +274,6 @@ def test_budgets_are_exact_for_any_pool(data: st.DataObject):
     k = data.draw(st.integers(0, total))
     rules = [fk.GlobalTopK(density=float(density)), fk.PerTensorTopK(density=float(density)), fk.GlobalTopK(k=k)]
     rules += [fk.Random(density=float(density), seed=k), fk.Random(k=k), fk.PerRowTopK(data.draw(st.integers(0, 3)))]
-    rules += [fk.NofM(1, 1), fk.ContributionTopK(top=0.4, most=4)]
+    rules += [fk.NofM(1, 1), fk.ContributionTopK(top=0.4, most_per_row=4)]
     for rule in rules:
         assert fk.select(values, rule).count == expected_count(rule, values, total)

@@ -67,12 +67,12 @@ def test_the_selection_is_that_of_the_rule_on_the_exact_fisher(make, biases):
     rule = fk.ContributionTopK(
         top=0.3,
         least_per_row=2,
-        most=7,
+        most_per_row=7,
         always=(*ALWAYS, *(linear if biases else ())),
         never=(*never, *(() if biases else linear)),
     )
     expected = fk.select(fk.estimate(make(), batches()), rule)
-    found = fk.tr_pts(model, batches(), top=0.3, least_per_row=2, most=7, biases=biases)
+    found = fk.tr_pts(model, batches(), top=0.3, least_per_row=2, most_per_row=7, biases=biases)
     assert found.selection == expected
     assert list(found.selection.names) == names
     assert found.contributions == fk.selection.Contributions.of(expected)
@@ -286,7 +286,9 @@ REFUSED = {
     "top and density": (vit, dict(top=0.1, density=0.1), ValueError, "either top or density"),
     "another word": (vit, dict(token_layers="dense"), ValueError, "'sparsest' or the numbers of layers, got 'dense'"),
     "no such layer": (vit, dict(token_layers=[9]), ValueError, r"layers 0 to 5, .* pass token_layers=\[\]"),
-    "keep 0": (vit, dict(keep=0), ValueError, "keep must be above 0"),
+    "keep 0": (vit, dict(keep=0), ValueError, r"keep must be above 0 and at most 1, got 0.0\.$"),
+    "small density": (vit, dict(density=1e-3), ValueError, r"less than least_per_row=1 of each row .* the smallest"),
+    "small top": (vit, dict(top=1e-9), ValueError, r"is none: the smallest top is"),
     "one layer": (lambda: vit(num_hidden_layers=1), {}, ValueError, "only layer is layer 0"),
     "reduced": (
         lambda: fk.tokens.attach(vit(), fk.tokens.TokenReduction([1])), {}, ValueError, "tokens.detach it first"

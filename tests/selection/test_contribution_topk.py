@@ -46,7 +46,7 @@ def by_name(selection: fk.Selection) -> dict[str, list]:
 @pytest.mark.parametrize("share", ["count", "sum", "count-per-entry"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"least_per_row": 2}, {"most": 3}, {"least_per_row": 2, "most": 2, "order": "smallest"}],
+    [{}, {"least_per_row": 2}, {"most_per_row": 3}, {"least_per_row": 2, "most_per_row": 2, "order": "smallest"}],
     ids=str,
 )
 @pytest.mark.parametrize("by", ["layer", "parameter"])
@@ -68,7 +68,7 @@ def test_it_selects_what_the_definition_says(share: str, settings: dict, by: str
 
 def test_the_contributions_say_where_and_how_much():
     values = scores()
-    rule = fk.ContributionTopK(top=0.2, always="classifier.*", most=7)
+    rule = fk.ContributionTopK(top=0.2, always="classifier.*", most_per_row=7)
     contributions = rule.connections(values)
     assert list(contributions.layers) == ["vit.patch.projection.weight", *(f"vit.layers.{n}" for n in range(3))]
     one = contributions.layers["vit.layers.1"]
@@ -179,7 +179,7 @@ def drawn(seed: int) -> tuple[dict[str, Tensor], list[list[str]], dict, random.R
     settings = {
         "share": draw.choice(["count", "count-per-entry"]),
         "least_per_row": draw.choice([1, 1, 2]),
-        "most": draw.choice([None, None, 3, 5]),
+        "most_per_row": draw.choice([None, None, 3, 5]),
         "order": draw.choice(["largest", "smallest"]),
     }
     return values, list(layers.values()), settings, draw
@@ -198,7 +198,9 @@ def test_a_density_is_reached_as_nearly_as_by_trying_every_top(first: int, monke
         oracle = Oracle(values, layers if by == "layer" else [[name] for name in values], **settings)
         total = len(oracle.values)
         least = sum(len(rows) * min(settings["least_per_row"], rows.shape[1]) for rows in oracle.rows.values())
-        most = sum(len(rows) * min(settings["most"] or rows.shape[1], rows.shape[1]) for rows in oracle.rows.values())
+        most = sum(
+            len(rows) * min(settings["most_per_row"] or rows.shape[1], rows.shape[1]) for rows in oracle.rows.values()
+        )
         for target in {least, draw.randint(least, most), draw.randint(least, most), most}:
             density = min(1.0, round(target / total + 1e-6, 6))
             assert share_of(density, total) == target
@@ -249,7 +251,11 @@ def test_density_counts_the_whole_pool():
         (lambda: fk.ContributionTopK(top="0.1"), TypeError, "top must be a number, got '0.1'"),
         (lambda: fk.ContributionTopK(0.1, least_per_row=0), ValueError, "least_per_row must be at least 1, got 0"),
         (lambda: fk.ContributionTopK(0.1, least_per_row=1.5), TypeError, "least_per_row must be an integer, got 1.5"),
-        (lambda: fk.ContributionTopK(0.1, least_per_row=2, most=1), ValueError, "most must be at least 2, got 1"),
+        (
+            lambda: fk.ContributionTopK(0.1, least_per_row=2, most_per_row=1),
+            ValueError,
+            "most_per_row must be at least 2, got 1",
+        ),
         (lambda: fk.ContributionTopK(0.1, by="block"), ValueError, r"by must be one of \('layer', 'parameter'\)"),
         (lambda: fk.ContributionTopK(0.1, share="mean"), ValueError, r"share must be one of \('count', 'sum', 'count-"),
         (lambda: fk.ContributionTopK(0.1, order="top"), ValueError, "order must be one of"),
@@ -271,8 +277,8 @@ def test_rules_that_cannot_be(make, error: type[Exception], says: str):
             r"density is 0.0691\.",
         ),
         (
-            fk.ContributionTopK(density=0.5, most=2),
-            r"density=0.5 of a pool of 768 is 384 entries, but only 106 are left to choose from with most=2 of each",
+            fk.ContributionTopK(density=0.5, most_per_row=2),
+            r"density=0.5 of a pool of 768 is 384 entries, but only 106 are left to choose from with most_per_row=2 of",
         ),
         (
             fk.ContributionTopK(density=0.99, never="vit.patch.*"),
@@ -283,6 +289,9 @@ def test_rules_that_cannot_be(make, error: type[Exception], says: str):
 def test_what_scores_do_not_allow(rule: fk.ContributionTopK, says: str):
     with pytest.raises(ValueError, match=says):
         fk.select(scores(), rule)
+    with pytest.raises(ValueError, match=says):  # from the shapes alone
+        rule.check({name: score.to("meta") for name, score in scores().items()})
+    fk.ContributionTopK(density=0.3).check(scores())
 
 
 def test_parameters_without_rows_and_scores_that_are_no_numbers():
@@ -313,7 +322,7 @@ def test_layers_with_next_to_nothing_in_the_top_set_are_warned_of():
     assert "layers.0 has only 1 of the 400 entries in the top set" in said
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fk.select(values, fk.ContributionTopK(top=0.5, most=9))
+        fk.select(values, fk.ContributionTopK(top=0.5, most_per_row=9))
 
 
 def test_a_density_that_is_not_reached_is_warned_of():

@@ -18,7 +18,7 @@ class Oracle:
         layers: The names of each layer.
         share: As in the rule.
         least_per_row: As in the rule.
-        most: As in the rule.
+        most_per_row: As in the rule.
         order: As in the rule.
     """
 
@@ -29,10 +29,10 @@ class Oracle:
         *,
         share: str = "count",
         least_per_row: int = 1,
-        most: int | None = None,
+        most_per_row: int | None = None,
         order: str = "largest",
     ) -> None:
-        self.share, self.least_per_row, self.most = share, least_per_row, most
+        self.share, self.least_per_row, self.most_per_row = share, least_per_row, most_per_row
         self.rows = {name: value.double().numpy().reshape(len(value), -1) for name, value in scores.items()}
         self.sign = -1 if order == "largest" else 1
         self.layers = layers
@@ -59,7 +59,7 @@ class Oracle:
         for weight in weights:
             ratio = Fraction(weight if weight > 0 else smallest) / Fraction(smallest)
             connections = max(1, (self.least_per_row * ratio).__floor__())
-            result.append(connections if self.most is None else min(self.most, connections))
+            result.append(connections if self.most_per_row is None else min(self.most_per_row, connections))
         return result
 
     def selected(self, size: int) -> int:

@@ -112,7 +112,10 @@ def test_the_fisher_is_that_of_the_loop(place):
     }
     assert fk.verify(model, [batch], statistics).ok
     tokens.detach(model)
-    assert worst_error(fk.estimate(model, [batch]), truth)[0] > 1e-3
+    whole = fk.estimate(model, [batch])
+    assert worst_error(whole, truth)[0] > 1e-3
+    with pytest.raises(ValueError, match=r"differ in alterations \(\[.TokenReduction\(layers=.*\] and absent\)"):
+        fk.merge(statistics, whole)
 
 
 def test_the_fisher_of_training_steps():
@@ -122,6 +125,7 @@ def test_the_fisher_of_training_steps():
         gradients(model, batch)
     error, name = worst_error(dict(online.statistics.items()), dict(fk.estimate(model, [batch]).items()), torch.float32)
     assert error < 1e-4, name
+    assert online.statistics.provenance["definition"]["alterations"] == [repr(HALF)]
 
 
 @pytest.mark.parametrize("place", PLACES)

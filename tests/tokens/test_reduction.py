@@ -30,6 +30,17 @@ def test_a_layer_is_the_formula_under_eager_attention():
     assert worst_layer("deit", TokenReduction([0, 2], 0.5), attn_implementation="eager") < 1e-6
 
 
+@pytest.mark.parametrize("name", ["vit", "dinov2-registers", "clip-vision"])
+def test_sdpa_and_eager_attention_agree(name):
+    """No implementation is asked for its attention map. Eager attention has its softmax in float32."""
+    outputs = []
+    for implementation in ("sdpa", "eager"):
+        model, inputs = made(name, attn_implementation=implementation)
+        assert model.config._attn_implementation == implementation
+        outputs.append(tokens.attach(model, TokenReduction([0, 2], 0.5))(**inputs)[0])
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+
+
 def least(attention: Tensor, special: int, count: int) -> room.Split:
     split = split_tokens(-attention, special, count)
     return split._replace(weights=-split.weights)
