@@ -126,7 +126,7 @@ class Answering:
     def __call__(self, batch: Examples) -> Predictive | Tensor:
         if isinstance(self._likelihood, Likelihood):
             answer = self._likelihood.predictive(self._model, batch.copied())
-            if batch.kind is not None and not isinstance(answer, PackedCategorical):
+            if batch.documents is not None and not isinstance(answer, PackedCategorical):
                 raise ValueError(
                     f"{type(self._likelihood).__name__} gives a {type(answer).__name__} of rows, and the rows of this "
                     "batch are packed: give a PackedCategorical of their documents, or use a collator that keeps one "

@@ -92,8 +92,12 @@ class AutogradPass:
                         raise without_gradient(key, parameter)
 
     def _settle(self, batch: Examples) -> None:
-        """Let the first batch of several examples show whether they interact, if sums over examples are read."""
-        if not self._of_examples or not self._independence.awaits(batch):
+        """Let the first batch of several examples show whether they interact, if this matters.
+
+        A batch as a unit may be anything, but the losses of packed documents are of each alone.
+        """
+        matters = self._of_examples or batch.documents is not None
+        if not matters or not self._independence.awaits(batch):
             return
         few = batch.few
         kind = Kind(few.num_examples == 1, few.kind)

@@ -8,7 +8,7 @@ refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -97,10 +97,10 @@ class Examples:
             yield self.take(n, n + 1)
 
     @property
-    def kind(self) -> tuple[frozenset[str], bool] | None:
-        """For packed rows the names of the entries, and whether a row has several documents; ``None`` for others.
+    def kind(self) -> Hashable:
+        """For packed rows what decides whether a model keeps documents apart; ``None`` for others.
 
-        A model may keep documents apart by one set of entries, and not by another.
+        It may keep them apart by one set of entries and not by another, and in one row but not in several.
         """
         return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class Independence:
         self._answer = answer
         self._by_labels = by_labels
         self.precision = precision
-        self._compared: set[tuple[frozenset[str], bool] | None] = set()  # kinds of batches
+        self._compared: set[Hashable] = set()  # kinds of batches
         self._together: list[float] = []
         self._alone: list[float] = []
         self.note: str | None = None

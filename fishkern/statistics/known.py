@@ -7,7 +7,7 @@ the data) is found out in each pass anew, so that it adds the same bits as one t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class Kind(NamedTuple):
     """
 
     lone: bool
-    packed: tuple[frozenset[str], bool] | None = None
+    packed: Hashable = None
 
 
 class Known:

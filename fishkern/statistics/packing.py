@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -35,9 +36,16 @@ def document_numbers(content: Batch) -> Tensor | None:
         ``[R, T]``, int64, ascending from 0 in every row; ``None`` where each row is one document.
 
     Raises:
-        ValueError: The borders do not fit the rows.
+        ValueError: The borders do not fit the rows, or are given by an entry that is not read.
     """
-    if not isinstance(content, Mapping) or (shape := _shape(content)) is None:
+    if not isinstance(content, Mapping):
+        return None
+    if unread := [key for key in content if str(key).startswith("cu_seqlens")]:
+        raise ValueError(
+            f"the rows are packed, as their {unread[0]!r} says, and where their documents end is read off "
+            "'cu_seq_lens_q', 'seq_idx' or 'position_ids': give one of these."
+        )
+    if (shape := _shape(content)) is None:
         return None
     starts = _starts(content, shape)
     if starts is None or not bool(starts[:, 1:].any()):
@@ -87,26 +95,39 @@ def inside_documents(labels: Tensor, content: Batch, ignore_index: int = -100) -
 class PackedExamples(Examples):
     """A batch of packed rows: its examples are the documents that have labels, and ``documents`` says where."""
 
-    @property
-    def kind(self) -> tuple[frozenset[str], bool]:
+    @cached_property
+    def kind(self) -> Hashable:
         entries = frozenset(key for key, value in self.content.items() if value is not None)
-        return entries, self._neighbours is not None
+        return entries, self.documents.shape[0] > 1, self._telling[0]
 
     @property
     def few(self) -> Examples:
-        """The first two documents of one row, by which a leak from one to the other shows; else the first two."""
-        start = self._neighbours or 0
-        return self.take(start, min(start + 2, self.num_examples))
+        """Two documents, by which a leak shows: those of :attr:`_telling`.
+
+        The only row is cut. Of several, two at least stay whole, since flash attention of transformers reads the
+        position_ids of a single row alone.
+        """
+        start = min(self._telling[1], max(self.num_examples - 2, 0))
+        stop = min(start + 2, self.num_examples)
+        if self.documents.shape[0] == 1 or stop - start == self.num_examples:
+            return self.take(start, stop)
+        return self._part(start, stop, whole_rows=True)
 
     @property
     def has_neighbours(self) -> bool:
         return True  # a lone document has dropped ones beside it
 
     @property
-    def _neighbours(self) -> int | None:
-        """Number of the first document that is followed by another one in its row."""
-        pairs = pairwise(self.documents.spans)
-        return next((n for n, (one, other) in enumerate(pairs) if one.row == other.row), None)
+    def _telling(self) -> tuple[str, int]:
+        """What shows a leak best, and the number of the document: followed by another one, or behind what is none."""
+        spans = self.documents.spans
+        pairs = (n for n, (one, other) in enumerate(pairwise(spans)) if one.row == other.row)
+        behind = (n for n, span in enumerate(spans) if span.start > 0)
+        if (number := next(pairs, None)) is not None:
+            return "followed", number
+        if (number := next(behind, None)) is not None:
+            return "behind", number
+        return "first", 0
 
     def take(self, start: int, stop: int) -> Examples:
         """Take some documents.
@@ -125,11 +146,14 @@ class PackedExamples(Examples):
         for n in range(self.num_examples):
             yield self._part(n, n + 1)
 
-    def _part(self, start: int, stop: int) -> Examples:
+    def _part(self, start: int, stop: int, *, whole_rows: bool = False) -> Examples:
         spans = self.documents.spans[start:stop]
         first, last = spans[0], spans[-1]
-        one_row = first.row == last.row
+        one_row = first.row == last.row and not whole_rows
         rows = slice(first.row, last.row + 1)
+        if whole_rows and first.row == last.row:  # and another one, the next or the last but one
+            upper = min(last.row + 2, self.documents.shape[0])
+            rows = slice(upper - 2, upper)
         columns = slice(first.start, last.stop) if one_row else slice(0, self.documents.shape[1])
         cut = _Cut(self.documents.shape, rows, columns)
         moved = tuple(Span(row - rows.start, a - columns.start, b - columns.start) for row, a, b in spans)
@@ -236,12 +260,21 @@ def packed_examples(
         Its documents as examples; ``None`` where each row is one.
 
     Raises:
-        ValueError: No document has a label, the borders do not fit the rows, or an entry has other axes.
+        ValueError: No document has a label, the borders do not fit the rows, an entry has other axes, or there is an
+            ``attention_mask [R, T]`` with padding.
     """
     documents = documents_of(content, labelled)
     if documents is None:
         return None
     R, T = documents.shape
+    mask = content.get("attention_mask")
+    if is_array(mask) and len(mask.shape) == 2 and bool((as_tensor(mask) == 0).any()):
+        # flash attention may separate documents beside a mask of ones, which the proof shows, and not beside this one
+        raise ValueError(
+            f"batch {number} has packed rows, and padding in its attention_mask, beside which transformers does not "
+            "look where documents end: leave it out of packed batches (padding has the label -100), or give one of "
+            "shape [R, 1, T, T] that separates the documents."
+        )
     taken = set()
     for key, value in content.items():
         if key in (*_BORDERS, *_LENGTHS) and value is not None:
@@ -315,8 +348,8 @@ def _changes(numbers: Tensor, mask: Any) -> Tensor:
 def _restarts(positions: Tensor, mask: Any) -> Tensor:
     steps = positions.diff(dim=1)
     starts = torch.ones_like(positions, dtype=torch.bool)
-    if isinstance(mask, Tensor) and mask.shape == positions.shape:
-        attended = mask != 0
+    if is_array(mask) and tuple(mask.shape) in {tuple(positions.shape), (1, positions.shape[1])}:
+        attended = (as_tensor(mask).to(positions.device) != 0).expand_as(positions)
         starts[:, 1:] = (steps < 0) & attended[:, 1:] & attended[:, :-1]
     else:
         starts[:, 1:] = steps != 1

@@ -304,12 +304,6 @@ def reader_for(model: nn.Module, likelihood: Likelihood | LossFunction | Drawn |
 
 def _labelled(model: nn.Module, likelihood: Likelihood | None, content: Batch, number: int) -> Tensor | None:
     """Say which positions of packed rows have a label, or refuse them; ``None`` where each row is one example."""
-    named = content.keys() if isinstance(content, Mapping) else ()
-    if unread := [key for key in named if key.startswith("cu_seqlens")]:
-        raise ValueError(
-            f"batch {number} is packed, as its {unread[0]!r} says, and where its documents end is read off "
-            "'cu_seq_lens_q', 'seq_idx' or 'position_ids': give one of these."
-        )
     if document_numbers(content) is None:
         return None
     chosen = recognise_likelihood(model, content) if likelihood is None else likelihood

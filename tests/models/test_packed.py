@@ -374,7 +374,11 @@ def test_what_does_not_separate_is_refused(between):
         fk.estimate(model, [flat(documents())], likelihood=fk.CausalLM())
 
 
-@pytest.mark.parametrize("estimator", [None, fk.SketchedFisher()], ids=["captured", "sketched"])
+@pytest.mark.parametrize(
+    "estimator",
+    [None, fk.SketchedFisher(), fk.DiagonalFisher(unit="batch")],
+    ids=["captured", "sketched", "of batches"],
+)
 def test_a_mask_of_ones_leaks(estimator):
     batch = flat(documents())
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
@@ -418,6 +422,45 @@ def test_a_leak_beside_a_lone_document_is_seen(counts):
     batch = in_rows(docs, [(0,), (1, 4)])
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     with pytest.raises(ValueError, match=r"does not keep documents apart"):
+        fk.estimate(made(), [batch])
+
+
+class InOneRow(Mixed):
+    """Reads where position_ids restart in a single row alone, as flash attention of transformers does."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> object:
+        return super().forward(input_ids, position_ids if len(input_ids) == 1 else None)
+
+
+@pytest.mark.parametrize("estimator", [None, fk.SketchedFisher()], ids=["captured", "sketched"])
+@pytest.mark.parametrize("rows", [ROWS, [(0, 1, 2), (3, 4), (5, 6)], [(0, 3), (1,)]], ids=str)
+@pytest.mark.parametrize("first", [(), (5, 6)], ids=["at once", "after one row"])
+def test_a_model_that_separates_the_documents_of_one_row_only(first, rows, estimator):
+    docs, model = documents(), InOneRow(nn.Linear(6, 6)).double()
+    batches = [flat([docs[n] for n in first])] if first else []
+    options = {"estimator": estimator, "likelihood": fk.CausalLM()}
+    if rows == [(0, 3), (1,)]:  # behind its example is a document without a label, on which a causal loss is not based
+        assert fk.estimate(model, [*batches, in_rows(docs, rows)], **options).count == len(first) + 2
+        rows = [(0,), (3, 1)]
+    with pytest.raises(ValueError, match="does not keep documents apart"):
+        fk.estimate(model, [*batches, in_rows(docs, rows)], **options)
+
+
+def test_a_leak_from_before_is_seen_after_a_batch_that_shows_none():
+    """In each row is one example: first before a document without labels, then behind it."""
+    docs, model = documents(), InOneRow(nn.Linear(6, 6)).double()
+    harmless, leaking = (in_rows(docs, rows) for rows in ([(0, 3), (1, 3), (2, 3)], [(0, 3), (1, 3), (3, 2)]))
+    assert fk.estimate(model, [harmless], likelihood=fk.CausalLM()).count == 3
+    for batches in ([leaking], [harmless, leaking]):
+        with pytest.raises(ValueError, match="padding or a document without a label"):
+            fk.estimate(model, batches, likelihood=fk.CausalLM())
+
+
+def test_padding_in_a_mask_is_refused():
+    """Beside a mask of ones flash attention reads position_ids, beside one with padding it does not."""
+    batch = in_rows(documents(), ROWS)
+    batch["attention_mask"] = (batch["input_ids"] != 0).long()
+    with pytest.raises(ValueError, match="padding in its attention_mask.*leave it out"):
         fk.estimate(made(), [batch])
 
 
@@ -548,6 +591,9 @@ def test_what_packed_rows_do_not_serve():
     model.train()
     with pytest.raises(ValueError, match="this batch is packed"), fk.OnlineFisher(model):
         model(**flat(docs)).loss.backward()
+    tokens = {key: flat(docs)[key] for key in ("input_ids", "labels")}
+    with pytest.raises(ValueError, match="'cu_seqlens'"), fk.OnlineFisher(model):
+        model(**tokens, cu_seqlens=torch.tensor([0, 39])).loss.backward()
 
 
 def test_rows_are_the_examples_of_a_function():

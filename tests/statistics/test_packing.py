@@ -64,6 +64,12 @@ ONE_EACH = {
     "right padding": batch(
         position_ids=torch.tensor([[0, 1, 2, 0, 0, 0]] * 2), attention_mask=torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)
     ),
+    "left padding, numpy": batch(
+        position_ids=numpy.array([[1, 1, 0, 1, 2, 3]] * 2), attention_mask=numpy.array([[0, 0, 1, 1, 1, 1]] * 2)
+    ),
+    "left padding, one mask for all": batch(
+        position_ids=torch.tensor([[1, 1, 0, 1, 2, 3]]), attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1]])
+    ),
     "positions of three kinds": batch(position_ids=POSITIONS.expand(3, 2, 6)),
     "one seq_idx": batch(seq_idx=torch.tensor([[4] * 6, [5] * 6])),
     "one document": {"input_ids": IDS[:1], "labels": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 6])},
