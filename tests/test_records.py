@@ -364,3 +364,11 @@ def test_what_an_online_fisher_costs():
     text = section_of("online.md", "What it costs").replace("\n", " ")
     said = re.search(r"takes ([\d.]+) times as long .* ([\d.]+) times .* ([\d.]+) times", text)
     assert list(said.groups()) == ratios
+
+
+def test_what_the_usual_top_trains():
+    text = (ROOT / "docs" / "tr-pts.md").read_text(encoding="utf-8")
+    (said,) = re.findall(r"With the default, 0.2, ([\d.]+) % of a ViT-S train", text)
+    runs = [r for r in records("tr_pts") if r["arm"] == "contribution" and r["seed"] == 1000]  # each head has its own
+    assert {r["setting"]["top"] for r in runs} == {0.2}
+    assert {f"{100 * r['trained'] / r['of']:.2f}" for r in runs} == {said}

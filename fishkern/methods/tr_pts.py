@@ -138,8 +138,7 @@ def tr_pts(
     the per-example Fisher over all batches; what is trained whole and what is not (as in Zhang et al., 2024,
     2312.10136, on which the method builds); and the layers that drop tokens, the third with the fewest entries in the
     top set. The paper gives neither ``top`` nor ``least_per_row``. How much a ``top`` selects depends on how unequal
-    the layers are and on how long rows are: with 0.2 it has been 0.3 % to 1 % of the weights. For a fraction of your
-    own, give ``density``.
+    the layers are and on how long rows are. For a fraction of your own, give ``density``.
 
     Cost: one forward and one backward pass for each batch, and a float32 for each ranked entry.
 

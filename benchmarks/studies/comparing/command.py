@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.engine import RESULTS
 from benchmarks.studies.comparing.limit import Limit
 from benchmarks.studies.comparing.part import Part
+from benchmarks.studies.comparing.runs import STAGES
 
 LEFT = 3  # exit status where runs are left
 
@@ -46,6 +47,24 @@ def complete(parts: Sequence[Part], stage: int, limit: Limit) -> None:
     """Make the runs of a stage that are missing in any task."""
     for part in parts:
         part.complete(stage, limit)
+
+
+def carry_out(parts: Sequence[Part], given: argparse.Namespace) -> int:
+    """Try the arms of every part, or make the runs that are missing and print a table for each.
+
+    Args:
+        parts: The comparison of each task.
+        given: The options.
+
+    Returns:
+        The exit status.
+    """
+    if given.dry_run:
+        return report([line for part in parts for line in part.try_arms()])
+    limit = Limit(given.seconds)
+    for stage in range(STAGES):
+        complete(parts, stage, limit)
+    return conclude(parts, given.seeds, limit)
 
 
 def conclude(parts: Sequence[Part], seeds: int, limit: Limit) -> int:

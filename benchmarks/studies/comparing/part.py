@@ -37,6 +37,10 @@ class Part:
                 return
             self._complete(step, limit)
 
+    def try_arms(self) -> list[str]:
+        """Take a few steps of each arm, record nothing, and give a line for each that failed."""
+        raise NotImplementedError
+
     def rehearse(self, once: Callable[[str], str]) -> list[str]:
         """Try each arm, and record nothing.
 

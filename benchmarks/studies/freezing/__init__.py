@@ -25,10 +25,8 @@ from pathlib import Path
 from benchmarks.engine.origin import machine
 from benchmarks.engine.records import Record
 from benchmarks.studies.comparing import images
-from benchmarks.studies.comparing.command import add_options, complete, conclude, report, say_what_arms_are
-from benchmarks.studies.comparing.limit import Limit
+from benchmarks.studies.comparing.command import add_options, carry_out, say_what_arms_are
 from benchmarks.studies.comparing.part import Part
-from benchmarks.studies.comparing.runs import STAGES
 from benchmarks.studies.freezing.arms import ARMS, arms_of
 from benchmarks.studies.freezing.log import FreezingLog
 from benchmarks.studies.freezing.run import run
@@ -45,14 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
         return say_what_arms_are(ARMS)
     if given.data is None:
         parser.error("--data is needed: the folder that holds glue, vision and models")
-    limit = Limit(given.seconds)
     path = given.results / machine()["machine"] / "freezing.jsonl"
     parts = [FreezingPart(SETTINGS[name], path, given) for name in given.task]
-    if given.dry_run:
-        return report([line for part in parts for line in part.try_arms()])
-    for stage in range(STAGES):
-        complete(parts, stage, limit)
-    return conclude(parts, given.seeds, limit)
+    return carry_out(parts, given)
 
 
 class FreezingPart(Part):
