@@ -527,7 +527,8 @@ class _PackedPlanner(_Planner):
         if not outputs or not all(isinstance(output, Tensor) for output in outputs):
             return set()
         fitting = set(range(1, min(output.ndim for output in outputs) - 1))
-        fitting &= fitting if record.axes is None else record.axes
+        if record.axes is not None:
+            fitting &= record.axes
         return {axis for axis in fitting if all(self._documents.fit(output, axis) for output in outputs)}
 
     def _are_picked(self, record: Record) -> bool:
