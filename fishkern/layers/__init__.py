@@ -25,6 +25,7 @@ from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear, weight_shape
 from fishkern.layers.linear_maps import LinearMap, linear_maps
 from fishkern.layers.packed_capture import PackedCapture, capture_of
 from fishkern.layers.packed_grads import PackedEmbeddingGrads, PackedOuterProductGrads, PackedPositionGrads
+from fishkern.layers.path_plan import Plan
 from fishkern.layers.quantized import (
     gradient_kept,
     has_gradient_dtype,
@@ -40,7 +41,7 @@ from fishkern.layers.rules import LAYERS
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.strays import Strays
-from fishkern.layers.survey import Plan, foresee, hooked_parameters, served_by_rule, survey
+from fishkern.layers.survey import foresee, hooked_parameters, served_by_rule, survey
 from fishkern.layers.twins import ResidualA, ResidualB, TwinA, TwinB, Twins
 from fishkern.layers.unsupported import UnsupportedModuleError, leave_out, without_gradient
 from fishkern.layers.watch import watch

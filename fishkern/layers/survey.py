@@ -9,111 +9,27 @@ example, the model runs on that one, and the plan serves batches of one.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
-from fishkern.layers.base import Call, Layer
+from fishkern.layers.base import Layer
 from fishkern.layers.documents import Documents
-from fishkern.layers.generic import has_example_axis, same_rows_alone, tensors_of
-from fishkern.layers.observe import Observation, Record, observe, upwards
+from fishkern.layers.observe import Record, observe
+from fishkern.layers.packed_planner import PackedPlanner
+from fishkern.layers.path_plan import Plan
+from fishkern.layers.planner import Planner, last_call
 from fishkern.layers.quantized import own_weights
-from fishkern.layers.rules import LAYERS, factored, rule_of
+from fishkern.layers.rules import LAYERS, rule_of
 from fishkern.layers.sample import confirmed_on_sample
-from fishkern.layers.site import Idle, Layout, Site
-from fishkern.layers.tap import FrozenCall, floating_places, leading_shape
+from fishkern.layers.site import Layout
 
-# Modules of torch that have their examples on the second axis unless they are made with batch_first.
-_SECOND_AXIS = (
-    nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.Transformer
-)  # fmt: skip
 _HOOKED = (
     "a hook on it (register_hook) may change the gradient of each example; without the hook, its layer's rule computes "
     "the gradient"
 )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which path computes each parameter of a pass.
-
-    Args:
-        sites: Modules whose calls are captured.
-        loop: Parameters that need the loop over the whole model, with the reason in words.
-        reused: Parameters used more than once in a forward pass.
-        idle: Modules that share a parameter with captured ones, and that the surveyed examples did not call.
-    """
-
-    sites: tuple[Site, ...]
-    loop: Mapping[str, str]
-    reused: frozenset[str] = frozenset()
-    idle: tuple[Idle, ...] = ()
-
-    @property
-    def paths(self) -> dict[str, tuple[str, str]]:
-        """Path (``"fused"``, ``"generic"`` or ``"loop"``) and reason for each parameter, by canonical name."""
-        paths = {key: ("loop", reason) for key, reason in self.loop.items()}
-        for site in self.sites:
-            path = ("fused", "") if site.layer else ("generic", f"through {site.path} ({type(site.module).__name__})")
-            paths |= dict.fromkeys(site.keys.values(), path)
-        return paths
-
-    @property
-    def keys_with_factors(self) -> frozenset[str]:
-        """Parameters all of whose uses give their gradients as activations and output gradients."""
-        kinds: dict[str, list[bool]] = defaultdict(list)
-        for site in self.sites:
-            inside = factored(site)
-            for name, key in site.keys.items():
-                kinds[key].append(name in inside)
-        return frozenset(key for key, factors in kinds.items() if all(factors) and key not in self.loop)
-
-    @property
-    def uses(self) -> dict[str, frozenset[tuple[Any, ...]]]:
-        """What computes each parameter outside of the loop: of every use the site, but for whether it is settled."""
-        uses: dict[str, set[tuple[Any, ...]]] = defaultdict(set)
-        for site in self.sites:
-            how = (site.path, site.layer, site.layout, site.block, site.sliced, site.picked, site.rewritten, site.axis)
-            for name, key in site.keys.items():
-                uses[key].add((name, *how))
-        return {key: frozenset(each) for key, each in uses.items()}
-
-    @property
-    def unsettled(self) -> frozenset[str]:
-        """Parameters of sites whose layout no gradient has confirmed."""
-        return frozenset(key for site in self.sites if not site.settled for key in site.keys.values())
-
-    def with_loop(self, reasons: Mapping[str, str]) -> Plan:
-        """Move parameters to the loop.
-
-        Args:
-            reasons: Why, in words, by canonical name.
-
-        Returns:
-            The changed plan.
-        """
-        others = self.only({key for site in self.sites for key in site.keys.values()} - reasons.keys())
-        return replace(others, loop={**self.loop, **reasons})
-
-    def only(self, names: Collection[str]) -> Plan:
-        """Restrict the plan to some parameters.
-
-        Args:
-            names: Their canonical names.
-
-        Returns:
-            The smaller plan.
-        """
-        sites = []
-        for site in self.sites:
-            if keys := {name: key for name, key in site.keys.items() if key in names}:
-                sites.append(replace(site, keys=keys))
-        loop = {key: reason for key, reason in self.loop.items() if key in names}
-        return Plan(tuple(sites), loop, self.reused, tuple(one for one in self.idle if one.key in names))
 
 
 def survey(
@@ -143,10 +59,10 @@ def survey(
     hooked, owners = _owners(model, keys)
     observation = observe(model, owners, losses, answered, num_examples, documents)
 
-    def planner() -> _Planner:
+    def planner() -> Planner:
         if documents is not None:
-            return _PackedPlanner(model, owners, observation, distrusted, documents)
-        return _Planner(model, owners, observation, distrusted, num_examples)
+            return PackedPlanner(model, owners, observation, distrusted, documents)
+        return Planner(model, owners, observation, distrusted, num_examples)
 
     first = planner()
     plan = first.plan()
@@ -248,303 +164,7 @@ def _adopt(model: nn.Module, owners: dict[str, dict[str, str]]) -> None:
                     del owners[owner]
 
 
-class _Planner:
-    """Turns the records of an observation into sites.
-
-    Attributes:
-        rewritten: Modules of which it can no longer be checked whether they keep the examples apart: the model has
-            written into their outputs since.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        owners: Mapping[str, Mapping[str, str]],
-        observation: Observation,
-        distrusted: Collection[str],
-        num_examples: int,
-    ) -> None:
-        self._modules = dict(model.named_modules())
-        self._places: dict[nn.Module, list[str]] = defaultdict(list)  # of a module object, as often as it is registered
-        self._by_any_path = dict(model.named_modules(remove_duplicate=False))
-        for path, module in self._by_any_path.items():
-            self._places[module].append(path)
-        self._around = observation.around
-        self._checkpointing = observation.checkpointing
-        self.rewritten: set[nn.Module] = set()
-        self._distrusted = distrusted
-        self._owners = owners
-        self._records = observation.records
-        self._num_examples = num_examples
-
-    def plan(self) -> Plan:
-        sites: list[Site] = []
-        hosts: dict[str, dict[str, str]] = defaultdict(dict)
-        loop: dict[str, str] = {}
-        idle: list[Idle] = []
-        owners = self._owners_of_each_key()
-        for path, requested in self._owners.items():
-            requested = {name: key for name, key in requested.items() if path in owners[key]}
-            by_rule = self._by_rule(path, requested)
-            sites += by_rule
-            served = {key for site in by_rule for key in site.keys.values()}
-            for name, key in requested.items():
-                if key in served:
-                    continue
-                if len(owners[key]) > 1 and not any(map(self._is_called, owners[key])):
-                    loop[key] = "several modules share it, and the first examples called none of them"
-                elif len(owners[key]) > 1 and not self._is_called(path):
-                    # It adds no gradient: the other modules give all of it, until a later batch calls this one.
-                    idle.append(Idle(self._modules[path], path, key))
-                elif len(owners[key]) > 1:
-                    loop[key] = f"several modules share it, and {path} has no rule for it"
-                elif (host := self._host(path)) is not None:
-                    hosts[host][f"{path}.{name}".removeprefix(f"{host}.")] = key
-                else:
-                    loop[key] = self._why_no_host(path)
-        sites += [self._generic_site(path, inside) for path, inside in hosts.items()]
-        calls = {key: sum(len(self._calls(path)) for path in paths) for key, paths in owners.items()}
-        # these get their gradient in several parts, and the self-check must wait for the last one
-        reused = frozenset(key for key, count in calls.items() if count != 1)
-        return Plan(tuple(sites), {}, reused, tuple(idle)).with_loop(loop)
-
-    def _owners_of_each_key(self) -> dict[str, list[str]]:
-        """List the paths of the modules that own each parameter.
-
-        A module that merely registers what a module inside it uses (the bias of BERT's prediction head, which is its
-        decoder's) does not count. If it does use it, the self-check detects that.
-
-        Returns:
-            Paths by canonical name.
-        """
-        owners: dict[str, list[str]] = defaultdict(list)
-        for path, requested in self._owners.items():
-            for key in requested.values():
-                owners[key].append(path)
-        for paths in owners.values():
-            inner = [path for path in paths if self._is_called(path)]
-            paths[:] = [path for path in paths if not any(_is_inside(other, path) for other in inner)]
-        return owners
-
-    def _calls(self, path: str) -> list[tuple[FrozenCall, Any]]:
-        record = self._records.get(self._modules[path])
-        return record.calls if record else []
-
-    def _is_called(self, path: str) -> bool:
-        record = self._records.get(self._modules[path])
-        return record is not None and (bool(record.calls) or record.untapped)
-
-    def _by_rule(self, path: str, requested: Mapping[str, str]) -> list[Site]:
-        """Make a site for each rule that computes some of a module's parameters, if its layout is known."""
-        module = self._modules[path]
-        record = self._records.get(module)
-        if record is None or record.writes_input or record.untapped or path in self._distrusted:
-            return []
-        layout, settled = self._layout(record)
-        picked = layout is Layout.FLATTENED or (layout is Layout.BATCHED and self._are_picked(record))
-        if layout is None or (picked and self._is_used_again(record)):
-            return []
-        several = not all(isinstance(output, Tensor) for _, output in record.calls)
-        if several and picked and not all(record.whole):  # of several tensors it is not checked on every batch
-            return []
-        sites = []
-        remaining = dict(requested)
-        for layer in LAYERS:
-            names = layer.covers(module) & remaining.keys() if several <= layer.several else frozenset()
-            if names and (names := self._confirmed(layer, record, names)):
-                keys = {name: remaining.pop(name) for name in sorted(names)}
-                site = Site(path, module, layer, keys, layout, record.block, settled=settled)
-                more = {"picked": picked, "rewritten": record.input_rewritten, "axis": self._axis(record)}
-                sites.append(replace(site, **more))
-        return sites
-
-    def _is_used_again(self, record: Record) -> bool:
-        """Tell whether gradients of one example reach several calls; a recomputed call is not a use of its own."""
-        uses = {(rows.example, rows.call) for rows in record.touched}
-        if not uses:
-            return len(record.calls) > 1
-        return max(Counter(example for example, _ in uses).values()) > 1
-
-    def _confirmed(self, layer: Layer, record: Record, names: frozenset[str]) -> frozenset[str]:
-        """Check on the last call of a module which of its parameters a rule computes."""
-        return layer.confirms(*_last_call(record, entered=layer.reruns), names)
-
-    def _layout(self, record: Record) -> tuple[Layout | None, bool]:
-        """Find the layout that fits every call, and say whether a gradient confirms it."""
-        touched = [rows for rows in record.touched if len(rows.nonzero)]
-        calls = record.calls_with_gradient or set(range(len(record.calls)))
-        outputs = [_floating(record.calls[call][1]) for call in sorted(calls)]
-        if not all(tensors and all(one.ndim for one in tensors) for tensors in outputs):
-            return None, False
-        rows = {one.shape[0] for tensors in outputs for one in tensors}
-        lengths = {record.lengths[call] for call in calls}
-        N = self._num_examples
-        if rows == {N} and all(bool((one.nonzero == one.example).all()) for one in touched):
-            inputs = {leading_shape((call.tensors,)) for call, _ in (record.calls[call] for call in sorted(calls))}
-            # The observer has expanded outputs that all examples share, so that these have N rows as well. The input
-            # still shows it: a call on one row, such as the positions [1, T] of an embedding.
-            once_for_all = N > 1 and {shape[0] for shape in inputs if shape} == {1}
-            return (Layout.SHARED if once_for_all else Layout.BATCHED), bool(touched)
-        if len(rows) == len(lengths) == 1 and None not in lengths:
-            (length,) = lengths
-            if rows == {N * length} and all(bool((one.nonzero // length == one.example).all()) for one in touched):
-                return Layout.FLATTENED, bool(touched)
-        return None, False
-
-    def _axis(self, record: Record) -> int:
-        """Say which axis of an output is that of the positions, which matters for packed rows alone."""
-        return 1
-
-    def _host(self, path: str) -> str | None:
-        """Find the smallest module around a module, below the root, that keeps the examples apart.
-
-        A module that is registered in several places needs a host around all of them, because the first examples need
-        not reach every use.
-
-        Returns:
-            Its path, or ``None`` where there is no such module.
-        """
-        places = self._places[self._modules[path]]
-        around = (host for host in upwards(path) if host and all(f"{at}.".startswith(f"{host}.") for at in places))
-        return next((host for host in around if self._serves(host, path)), None)
-
-    def _serves(self, host: str, path: str) -> bool:
-        """Tell whether a module keeps the examples apart and is running during every call of one inside it."""
-        module = self._modules[host]
-        return host not in self._distrusted and self._encloses(module, path) and self._keeps_examples(module)
-
-    def _encloses(self, module: nn.Module, path: str) -> bool:
-        inner = self._modules[path]
-        if inner is module:
-            return True
-        if (around := self._around.get(inner)) is not None:
-            return module in around
-        # never called: a mere container of parameters that other modules read
-        paths = [at for at, one in self._by_any_path.items() if one is inner]
-        return all(any(self._by_any_path[at] is module for at in upwards(one)) for one in paths)
-
-    def _why_no_host(self, path: str) -> str:
-        """Say why only the loop is left, and how to avoid it where that is possible."""
-        if path in self._distrusted:
-            return (
-                f"the rows of {path} are not those of the examples, or their number follows the data, or it is called "
-                "several times"
-            )
-        if (record := self._records.get(self._modules[path])) is not None and record.writes_input:
-            return f"{path or 'the model'} writes into its input, which others may hold"
-        reason = "no module below the whole model keeps its examples apart"
-        around = [self._modules[at] for at in upwards(path) if at]
-        of_torch = next((one for one in reversed(around) if isinstance(one, _SECOND_AXIS)), None)
-        second = [one for one in around if self._has_examples_second(one)]
-        has, ways = "also returns its last state, whose examples are", []
-        if of_torch is not None and not _is_batch_first(of_torch):
-            has, ways = "has its examples", ["make it with batch_first=True"]
-        elif second and of_torch is None:
-            has, ways = "has its examples", ["put it into a module that takes and returns them along the first"]
-        if isinstance(of_torch, nn.RNNBase):
-            ways.append("put it into a module that returns its output alone")
-        if not ways:
-            called = self._modules[path] in self._records or self._modules[path] in self._around
-            return reason if called else f"{path} was not called by the first examples, and {reason}"
-        module = of_torch if of_torch is not None else second[-1]
-        return f"{reason} ({type(module).__name__} {has} along the second axis: {' and '.join(ways)})"
-
-    def _has_examples_second(self, module: nn.Module) -> bool:
-        """Tell whether a module has its examples along the second axis, ``[T, N, ...]``, as its gradients show."""
-        record = self._records.get(module)
-        columns = record.columns if record else []
-        apart = all(one is not None and bool((one.nonzero == one.example).all()) for one in columns)
-        return apart and {one.example for one in columns if len(one.nonzero)} == {0, 1}
-
-    def _keeps_examples(self, module: nn.Module) -> bool:
-        record = self._records.get(module)
-        # the generic path reruns one call; a sum over several would need the inputs of each
-        if record is None or len({rows.call for rows in record.touched if rows.example == 0}) != 1:
-            return False
-        if record.untapped or self._are_picked(record) or record.writes_input or module in self._checkpointing:
-            return False
-        if not self._touches_apart(record):
-            return False
-        if record.output_rewritten or (record.input_rewritten and not record.was_rewritten):
-            self.rewritten.add(module)
-            return False
-        return self._runs_alone(*_last_call(record, entered=True))
-
-    def _touches_apart(self, record: Record) -> bool:
-        """Tell whether the gradients at a module are not zero, and there at the rows of their own example alone."""
-        touched = [rows for rows in record.touched if len(rows.nonzero)]
-        N = self._num_examples
-        return bool(touched) and all(one.rows == N and bool((one.nonzero == one.example).all()) for one in touched)
-
-    def _runs_alone(self, call: Call, output: Any) -> bool:
-        return same_rows_alone(call, output, self._num_examples)
-
-    def _is_sliced(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor of a call of a host is cut for each example."""
-        return has_example_axis(tensor, self._num_examples)
-
-    def _are_picked(self, record: Record) -> bool:
-        """Tell whether a module gets rows ``[N, features]`` inside a module that got ``[N, T, ...]``, ``N > 1``."""
-        if self._num_examples == 1:
-            return False
-        call, output = record.calls[-1]
-        rows = next((tensor for tensor in call.tensors if tensor.ndim), None)
-        inside = isinstance(output, Tensor) and output.ndim == 2 and (record.lengths[-1] or 1) > 1
-        return inside and rows is not None and rows.ndim == 2 and rows.is_floating_point()
-
-    def _generic_site(self, path: str, keys: Mapping[str, str]) -> Site:
-        record = self._records[self._modules[path]]
-        call, _ = _last_call(record, entered=True)
-        sliced = tuple(map(self._is_sliced, tensors_of(call)))
-        rewritten = record.input_rewritten
-        return Site(path, self._modules[path], None, dict(keys), Layout.BATCHED, sliced=sliced, rewritten=rewritten)
-
-
-class _PackedPlanner(_Planner):
-    """Turns the records of packed rows into sites: the rows of a call are those of the batch, and its positions too."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        owners: Mapping[str, Mapping[str, str]],
-        observation: Observation,
-        distrusted: Collection[str],
-        documents: Documents,
-    ) -> None:
-        super().__init__(model, owners, observation, distrusted, documents.count)
-        self._documents = documents
-
-    def _layout(self, record: Record) -> tuple[Layout | None, bool]:
-        settled = any(len(one.nonzero) for one in record.touched)
-        return (Layout.BATCHED if self._axes(record) else None), settled
-
-    def _axis(self, record: Record) -> int:
-        return min(self._axes(record))
-
-    def _axes(self, record: Record) -> set[int]:
-        """List the axes of the positions that fit every output; the last axis is that of the features."""
-        outputs = [output for _, output in record.calls]
-        if not outputs or not all(isinstance(output, Tensor) for output in outputs):
-            return set()
-        fitting = set(range(1, min(output.ndim for output in outputs) - 1))
-        if record.axes is not None:
-            fitting &= record.axes
-        return {axis for axis in fitting if all(self._documents.fit(output, axis) for output in outputs)}
-
-    def _are_picked(self, record: Record) -> bool:
-        return False
-
-    def _touches_apart(self, record: Record) -> bool:
-        return any(len(one.nonzero) for one in record.touched) and 1 in (record.axes or ())
-
-    def _runs_alone(self, call: Call, output: Any) -> bool:
-        return same_rows_alone(call, output, self._num_examples, self._documents)
-
-    def _is_sliced(self, tensor: Tensor) -> bool:
-        return self._documents.fit(tensor)
-
-
-class _Foreseeing(_Planner):
+class _Foreseeing(Planner):
     """Turns the records of a model without values into sites: a layout that fits the sizes is taken to hold."""
 
     def _layout(self, record: Record) -> tuple[Layout | None, bool]:
@@ -552,34 +172,10 @@ class _Foreseeing(_Planner):
         return layout, layout is not None
 
     def _confirmed(self, layer: Layer, record: Record, names: frozenset[str]) -> frozenset[str]:
-        call, _ = _last_call(record, entered=layer.reruns)
+        call, _ = last_call(record, entered=layer.reruns)
         if _needs_no_call(layer, call.module):
             return names
         return confirmed_on_sample(layer, call, names)
 
     def _why_no_host(self, path: str) -> str:
         return "no rule serves its module; whether a module around that keeps the examples apart shows when it runs"
-
-
-def _is_batch_first(module: nn.Module) -> bool:
-    """Tell whether a module of torch was made with ``batch_first``, which not every module keeps as an attribute."""
-    inner = (one for one in module.modules() if isinstance(one, nn.RNNBase | nn.MultiheadAttention))
-    return all(one.batch_first for one in inner)
-
-
-def _last_call(record: Record, *, entered: bool) -> tuple[Call, Any]:
-    """Return the last call that a gradient reached, or else the last one; with ``entered``, as it was before hooks."""
-    index = max(record.calls_with_gradient, default=len(record.calls) - 1)
-    call, output = record.calls[index]
-    call = record.entered[index] if entered else call
-    return call.thaw(call.tensors), output
-
-
-def _floating(output: Any) -> list[Tensor]:
-    """List the tensors of an output that can have a gradient."""
-    leaves, _ = tree_flatten(output)
-    return [leaves[place] for place in floating_places(leaves)]
-
-
-def _is_inside(path: str, other: str) -> bool:
-    return path != other and (not other or path.startswith(f"{other}."))

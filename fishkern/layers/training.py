@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 from fishkern.layers.capture import Capture
 from fishkern.layers.grads import PerExampleGrads
 from fishkern.layers.hooks import Arrival
+from fishkern.layers.path_plan import Plan
 from fishkern.layers.reentrant import is_cut_off, segment, why_cut_off
 from fishkern.layers.site import Site
 from fishkern.layers.strays import Strays
-from fishkern.layers.survey import Plan
 from fishkern.layers.unsupported import UnsupportedModuleError, leave_out
 from fishkern.layers.uses import Sink
 from fishkern.ops.dtypes import accumulates_in
