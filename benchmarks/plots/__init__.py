@@ -25,13 +25,13 @@ PLOTS = {
     "exactness": "overlap of other squares with the exact Fisher, and the noise floor",
     "starts": "starts of adapters: scores, forgetting, and what the statistic is worth",
     "freezing": "what freezing does to scores, to the entries in training, and to the memory of a step",
+    "tr_pts": "accuracy of tuning a vision transformer, and what trains, computes and stays in memory",
     "glue": "scores of FISH-Tuning's arms on GLUE, seed by seed",
 }
 # Records without a picture, and why.
 WITHOUT = {
     "failures": "a table, which the command prints",
     "token_reduction": "a few numbers",
-    "tr_pts": "a table, which the command prints",
     "fish_tuning": "one measurement, which the README tells",
     "training_step": "two numbers",
     "host_time": "six numbers",
