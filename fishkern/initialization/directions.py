@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.arguments import integer, number, one_of, positive
+from fishkern.arguments import integer, one_of, positive, share_of
 from fishkern.digests import agree, digest
 from fishkern.initialization.init import AdapterInit, ModuleInit
 from fishkern.initialization.targets import check_rank, given_by_name, targeted
@@ -97,12 +97,8 @@ class DirectionInit:
         for name in ("floor", "size", "scaling"):
             vars(self)[name] = positive(getattr(self, name), name)
         for name in ("distinct", "dead_below"):
-            if name == "distinct" and self.distinct is None:
-                continue
-            value = number(getattr(self, name), name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {value:g}.")
-            vars(self)[name] = value
+            if getattr(self, name) is not None or name != "distinct":
+                vars(self)[name] = share_of(getattr(self, name), name)
         targets = (self.targets,) if isinstance(self.targets, str) else self.targets
         targets = tuple(targets) if isinstance(targets, Iterable) else (targets,)
         if not all(isinstance(one, str) for one in targets):

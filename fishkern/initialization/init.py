@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
+from fishkern.arguments import json_of
 from fishkern.digests import agree, digest
 from fishkern.files import (
     AnyTensor,
@@ -142,7 +143,7 @@ class AdapterInit(Frozen, Mapping[str, ModuleInit]):
         vars(self).update(
             _modules=modules,
             _digests={path: _checked_digest(path, digests[path]) for path in modules},
-            _provenance=_json(provenance or {}),
+            _provenance=json_of(provenance or {}, "provenance"),
         )
 
     @property
@@ -303,13 +304,6 @@ def _checked_digest(path: str, pair: Sequence[float]) -> tuple[float, float]:
     if not (math.isfinite(norm) and math.isfinite(signed) and norm >= 0):
         raise ValueError(f"the digest of {path} is a norm and a sum, got {in_brief(list(pair), 80)}.")
     return norm, signed
-
-
-def _json(provenance: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(dict(provenance), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"provenance must be JSON: {error}.") from None
 
 
 def _checked_entry(name: str, *numbers: object) -> tuple[float, tuple[float, float]]:
