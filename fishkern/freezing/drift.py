@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fishkern.arguments import at_least, one_of, share_of
+from fishkern.freezing.followers import REFERENCES, Reference
 from fishkern.freezing.histograms import Scale, distance_between, size_of
 from fishkern.freezing.readings import Reading
-from fishkern.freezing.references import REFERENCES, Reference
 
 
 class Track(NamedTuple):
