@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.arguments import integer, one_of, positive, share_of
-from fishkern.digests import agree, digest
+from fishkern.digests import agree, difference, digest
 from fishkern.initialization.init import AdapterInit, ModuleInit
 from fishkern.initialization.targets import check_rank, given_by_name, targeted
 from fishkern.layers import LinearMap, linear_maps
@@ -331,18 +331,17 @@ def _check_values(energies: Energies, names: Iterable[str], rule: DirectionInit)
         )
 
 
-def _check_weights(linear: LinearMap, found: tuple[float, float], energies: MatrixEnergies) -> None:
+def _check_weights(linear: LinearMap, actual: tuple[float, float], energies: MatrixEnergies) -> None:
     if linear.shape != energies.shape:
         raise ValueError(
             f"the energies are of another model: {linear.name} maps {energies.shape[1]} to {energies.shape[0]} "
             f"features in it, and {linear.shape[1]} to {linear.shape[0]} in this one."
         )
     recorded = energies.digest
-    if not agree(found, recorded):
+    if not agree(actual, recorded):
         raise ValueError(
-            f"the energies are of other weights: {linear.name} had norm {recorded[0]:.6g} and has {found[0]:.6g} (sums "
-            f"under random signs {recorded[1]:.6g} and {found[1]:.6g}). Load the weights that they were estimated on, "
-            "or estimate anew."
+            f"the energies are of other weights: {linear.name} {difference(actual, recorded)}. Load the weights that "
+            "they were estimated on, or estimate anew."
         )
 
 

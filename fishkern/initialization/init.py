@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.arguments import json_of
-from fishkern.digests import agree, digest
+from fishkern.digests import agree, difference, digest
 from fishkern.files import (
     AnyTensor,
     Format,
@@ -216,12 +216,11 @@ class AdapterInit(Frozen, Mapping[str, ModuleInit]):
                     f"{module.shape[0]} features in it, and {maps[path].shape[1]} to {maps[path].shape[0]} in the "
                     "model. Take the model that it was made for."
                 )
-            recorded, has = self._digests[path], digest(maps[path].matrix())
-            if not agree(has, recorded):
+            recorded, actual = self._digests[path], digest(maps[path].matrix())
+            if not agree(actual, recorded):
                 raise ValueError(
-                    f"the start of the adapter was made for other weights: {path} had norm {recorded[0]:.6g} and has "
-                    f"{has[0]:.6g} (sums under random signs {recorded[1]:.6g} and {has[1]:.6g}). Load the model that "
-                    "it was made for, or make the start anew."
+                    f"the start of the adapter was made for other weights: {path} {difference(actual, recorded)}. Load "
+                    "the model that it was made for, or make the start anew."
                 )
 
     def save(self, path: str | os.PathLike[str]) -> Path:

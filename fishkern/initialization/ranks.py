@@ -251,9 +251,9 @@ def _shares(weights: Mapping[str, float], least: int, most: Mapping[str, int], t
         {name: Fraction(1) for name, weight in weights.items() if weight == 0},
     ]
     for kind in kinds:
-        taken = min(spare, sum(most[name] - least for name in kind))
-        shares |= _filled(kind, least, most, Fraction(least * len(kind) + taken))
-        spare -= taken
+        dealt = min(spare, sum(most[name] - least for name in kind))
+        shares |= _filled(kind, least, most, Fraction(least * len(kind) + dealt))
+        spare -= dealt
     return shares
 
 

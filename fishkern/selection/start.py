@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.digests import agree, digest
+from fishkern.digests import agree, difference, digest
 from fishkern.files import Format, StoredTensor, in_brief, open_tensors, save_tensors
 from fishkern.names import fitted
 from fishkern.selection.entries import Entries
@@ -68,17 +68,16 @@ def check_start(
     if (digests := selection.provenance.get("start")) is None:
         return
     named = named_tensors(model, digests)
-    for name, (norm, signed) in digests.items():
+    for name, recorded in digests.items():
         if name not in named:
             continue
-        found = digest(named[name])
-        if not agree(found, (norm, signed)):
+        actual = digest(named[name])
+        if not agree(actual, recorded):
             if trained and _was_trained(selection, named):
                 return
             raise ValueError(
-                f"the selection was made for another start: {name} had norm {norm:.6g} and has {found[0]:.6g} (sums "
-                f"under random signs {signed:.6g} and {found[1]:.6g}). Load the start that was saved with it "
-                "(fishkern.selection.load_start), or select anew."
+                f"the selection was made for another start: {name} {difference(actual, recorded)}. Load the start that "
+                "was saved with it (fishkern.selection.load_start), or select anew."
             )
 
 
@@ -86,12 +85,12 @@ def _was_trained(selection: Selection, named: Mapping[str, Tensor]) -> bool:
     """Tell whether only selected entries have moved from the start, some of them in a parameter that has others."""
     # A parameter that is selected whole has no other entries to compare: a head alone that differs is another start.
     recorded = selection.provenance.get("start_unselected", {})
-    digests = {name: value for name, value in recorded.items() if name in named and name in selection}
-    others = {name: digest(_unselected(named[name], selection.entries(name))) for name in digests}
-    unmoved = all(agree(others[name], digest) for name, digest in digests.items())
-    conclusive = any(norm > 0 for norm, _ in digests.values())  # zeros are the same in every start
+    recorded = {name: pair for name, pair in recorded.items() if name in named and name in selection}
+    unselected = {name: digest(_unselected(named[name], selection.entries(name))) for name in recorded}
+    unmoved = all(agree(unselected[name], pair) for name, pair in recorded.items())
+    conclusive = any(norm > 0 for norm, _ in recorded.values())  # zeros are the same in every start
     start = selection.provenance["start"]
-    return unmoved and conclusive and any(not agree(digest(named[name]), start[name]) for name in digests)
+    return unmoved and conclusive and any(not agree(digest(named[name]), start[name]) for name in recorded)
 
 
 def _unselected(tensor: Tensor, entries: Entries) -> Tensor:
