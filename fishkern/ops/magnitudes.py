@@ -157,8 +157,8 @@ def magnitudes_at(pool: Sequence[Tensor], places: Sequence[int]) -> list[float]:
         counts = {prefix: torch.zeros(2**16, dtype=torch.int64, device=pool[0].device) for prefix in prefixes}
         for part in (part for values in pool for part in keys_of(values)):
             for prefix, count in counts.items():
-                chosen = part if shift == first else part[part >> shift >> 16 == prefix]
-                count += torch.bincount(chosen >> shift & 0xFFFF, minlength=2**16)
+                own = part if shift == first else part[part >> shift >> 16 == prefix]
+                count += torch.bincount(own >> shift & 0xFFFF, minlength=2**16)
         sums = {prefix: count.cpu().cumsum(0) for prefix, count in counts.items()}
         if shift == first:
             digit = int(infinity.view(integer)) >> shift
