@@ -142,8 +142,10 @@ def magnitudes_at(pool: Sequence[Tensor], places: Sequence[int]) -> list[float]:
         The magnitude at each place.
 
     Raises:
-        ValueError: A value is NaN or infinite.
+        ValueError: A value is NaN or infinite, or dtypes differ, whose keys cannot be compared.
     """
+    if len(dtypes := {values.dtype for values in pool}) > 1:
+        raise ValueError(f"values must be of one dtype, got {' and '.join(sorted(map(str, dtypes)))}: cast them.")
     integer = key_dtype(pool[0].dtype)
     infinity = torch.full((), torch.inf, dtype=torch.float64 if integer == torch.int64 else torch.float32)
     if sum(values.numel() for values in pool) <= _FEW:
