@@ -20,6 +20,7 @@ from torch import nn
 
 from fishkern import hosts
 from fishkern.files import Format, in_brief, open_tensors, parsing, read_json, save_tensors
+from fishkern.selection.start import misfit
 
 FORMAT = Format("fishkern.adapter", version=1, saved_by="fishkern.adapters.save")
 
@@ -188,13 +189,11 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
     attach(model, adapter, stack=_stack(model, stored), train=())
     named = hosts.named_parameters(model)
     for name, tensor in stored.items():
-        if name not in named or named[name].shape != tensor.shape:
+        if reason := misfit(name, tensor.shape, named, model):
             detach(model)
             for parameter, requires in required.items():
                 parameter.requires_grad_(requires)
-            has = f"has it as {tuple(named[name].shape)}" if name in named else "has no such parameter"
-            shown = f"{in_brief(name, 80)} {tuple(tensor.shape)}"
-            raise ValueError(f"{path} holds {shown}, and {type(model).__name__} {has}.")
+            raise ValueError(f"{path} {reason}.")
     with torch.no_grad():
         for name, tensor in stored.items():
             named[name].copy_(tensor.read())

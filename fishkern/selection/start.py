@@ -134,10 +134,8 @@ def load_start(model: nn.Module, path: str | os.PathLike[str]) -> None:
     stored = open_start(path)
     named = named_tensors(model)
     for name, tensor in stored.items():
-        if name not in named or named[name].shape != tensor.shape:
-            has = f"has it as {tuple(named[name].shape)}" if name in named else "has no such parameter"
-            shown = f"{in_brief(name, 80)} {tuple(tensor.shape)}"
-            raise ValueError(f"{path} holds {shown}, and {type(model).__name__} {has}.")
+        if reason := misfit(name, tensor.shape, named, model):
+            raise ValueError(f"{path} {reason}.")
     with torch.no_grad():
         for name, tensor in stored.items():
             named[name].copy_(tensor.read())
@@ -160,6 +158,25 @@ def open_start(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         if not tensor.dtype.is_floating_point:
             raise ValueError(f"{path} holds {in_brief(name, 80)} as {tensor.dtype}, and a start is floating.")
     return stored
+
+
+def misfit(name: str, shape: torch.Size, named: Mapping[str, Tensor], model: nn.Module) -> str | None:
+    """Say why a stored tensor is none of a model's parameters.
+
+    Args:
+        name: Of the tensor in its file.
+        shape: Its shape.
+        named: The model's parameters by canonical name.
+        model: The model.
+
+    Returns:
+        The reason, of which the file is the subject: ``"holds ..., and ... has no such parameter"``; ``None`` if there
+        is a parameter of this name and shape.
+    """
+    if name in named and named[name].shape == shape:
+        return None
+    has = f"has it as {tuple(named[name].shape)}" if name in named else "has no such parameter"
+    return f"holds {in_brief(name, 80)} {tuple(shape)}, and {type(model).__name__} {has}"
 
 
 def named_tensors(model: nn.Module | Iterable[tuple[str, Tensor]], known: Container[str] = ()) -> dict[str, Tensor]:
