@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 Value = TypeVar("Value")
@@ -91,6 +93,26 @@ def fraction_of(value: Any, name: str = "density") -> float:
     return fraction
 
 
+def share_of(value: Any, name: str) -> float:
+    """Check a share, which may be none and all, and convert it to a plain ``float``.
+
+    Args:
+        value: A number of any library.
+        name: Of the argument, for the message.
+
+    Returns:
+        The same number.
+
+    Raises:
+        ValueError: It is outside [0, 1].
+        TypeError: It is not a number.
+    """
+    share = number(value, name)
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name} must be from 0 to 1, got {share:g}.")
+    return share
+
+
 def number(value: Any, name: str) -> float:
     """Convert a number of any library to a plain ``float``.
 
@@ -102,10 +124,11 @@ def number(value: Any, name: str) -> float:
         The same number.
 
     Raises:
-        TypeError: It is not a number.
+        TypeError: It is not a number; True and False are none.
     """
     try:
-        plain = float(value) if isinstance(value, Real | Tensor) else None
+        truth = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+        plain = float(value) if isinstance(value, Real | Tensor) and not truth else None
     except (RuntimeError, ValueError):  # of a tensor with several entries
         plain = None
     if plain is None:
@@ -149,3 +172,41 @@ def one_of(value: Value, allowed: Sequence[Value], name: str) -> Value:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}.")
     return value
+
+
+def patterns_of(value: str | Iterable[str], name: str) -> tuple[str, ...]:
+    """Check patterns of names and put them into a tuple.
+
+    Args:
+        value: One pattern or several.
+        name: Of the argument, for the message.
+
+    Returns:
+        The patterns.
+
+    Raises:
+        ValueError: One of them is not a string.
+    """
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"{name} takes patterns of names, strings such as '*.bias'; got {patterns!r}.")
+    return patterns
+
+
+def json_of(value: Mapping[str, Any], name: str) -> str:
+    """Write an argument as JSON, which a file's header can store and nobody can change.
+
+    Args:
+        value: The argument.
+        name: Of the argument, for the message.
+
+    Returns:
+        The text.
+
+    Raises:
+        TypeError: It is not JSON.
+    """
+    try:
+        return json.dumps(dict(value), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be JSON: {error}.") from None

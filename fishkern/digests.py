@@ -43,17 +43,33 @@ def digest(tensor: Tensor) -> tuple[float, float]:
     return math.sqrt(squares), signed
 
 
-def agree(found: Sequence[float], recorded: Sequence[float]) -> bool:
+def agree(actual: Sequence[float], recorded: Sequence[float]) -> bool:
     """Tell whether two digests are of the same values, up to rounding to 16 bits.
 
     Args:
-        found: A digest.
+        actual: A digest.
         recorded: The digest to compare with.
 
     Returns:
         Whether they differ by at most 1 % of the recorded norm.
     """
-    return max(abs(found[0] - recorded[0]), abs(found[1] - recorded[1])) <= _TOLERANCE * recorded[0]
+    return max(abs(actual[0] - recorded[0]), abs(actual[1] - recorded[1])) <= _TOLERANCE * recorded[0]
+
+
+def difference(actual: Sequence[float], recorded: Sequence[float]) -> str:
+    """Say how two digests differ, for the message about values that are not the recorded ones.
+
+    Args:
+        actual: A digest.
+        recorded: The digest to compare with.
+
+    Returns:
+        ``"had norm 1.5 and has 2 (sums under random signs 0.5 and -0.25)"``.
+    """
+    return (
+        f"had norm {recorded[0]:.6g} and has {actual[0]:.6g} (sums under random signs {recorded[1]:.6g} and "
+        f"{actual[1]:.6g})"
+    )
 
 
 @torch.no_grad()

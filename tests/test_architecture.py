@@ -90,6 +90,22 @@ def test_data_flows_downstairs():
     assert not upstairs
 
 
+def test_no_file_imports_itself_through_others():
+    """Not for types either: each room can be read from its first file to its last."""
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PACKAGE}
+    needed = {
+        module: {
+            next((part for part in (name, name.rpartition(".")[0]) if part in files), module) for name in imports(path)
+        }
+        for module, path in files.items()
+    }
+    needed = {module: others - {module} for module, others in needed.items()}
+    while free := [module for module, others in needed.items() if not others & needed.keys()]:
+        for module in free:
+            del needed[module]
+    assert not needed
+
+
 def test_only_the_backend_imports_triton_and_kernels():
     assert importers({"triton"}, PACKAGE) <= {"fishkern/backend.py"}
     users = {room_of(path) for path in PACKAGE if any(name.startswith("fishkern.kernels") for name in imports(path))}

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from fishkern.arguments import count_of, fraction_of, integer, one_of
+from fishkern.arguments import (
+    at_least,
+    count_of,
+    fraction_of,
+    integer,
+    json_of,
+    number,
+    one_of,
+    patterns_of,
+    positive,
+    share_of,
+)
 
 
 @pytest.mark.parametrize("three", [3, np.int32(3), torch.tensor(3)])
@@ -33,10 +44,26 @@ def test_fractions_of_any_library_become_plain(half):
         (TypeError, lambda: fraction_of(torch.rand(2)), r"density must be a number, got tensor"),
         (ValueError, lambda: fraction_of(0, "keep"), "keep must be above 0 and at most 1, got 0.0"),
         (ValueError, lambda: fraction_of(float("nan")), "density must be above 0 and at most 1, got nan"),
+        (TypeError, lambda: fraction_of(True), "density must be a number, got True"),
+        (TypeError, lambda: number(torch.tensor(True), "margin"), r"margin must be a number, got tensor\(True\)"),
+        (ValueError, lambda: at_least(1, 0, "rank"), "rank must be at least 1, got 0"),
+        (ValueError, lambda: positive(float("inf"), "lr"), "lr must be a positive number, got inf"),
+        (ValueError, lambda: share_of(1.5, "decay"), "decay must be from 0 to 1, got 1.5"),
+        (ValueError, lambda: share_of(float("nan"), "decay"), "decay must be from 0 to 1, got nan"),
+        (ValueError, lambda: patterns_of(["*.bias", 3], "never"), r"never takes patterns .*; got \('\*.bias', 3\)"),
+        (TypeError, lambda: json_of({"x": object()}, "provenance"), "provenance must be JSON: Object of type object"),
+        (TypeError, lambda: json_of({"x": float("nan")}, "provenance"), "provenance must be JSON: "),
         (ValueError, lambda: one_of("up", ("a", "b"), "order"), r"order must be one of \('a', 'b'\), got 'up'"),
     ],
 )
 def test_what_they_refuse(error, read, says):
     with pytest.raises(error, match=says):
         read()
+
+
+def test_what_they_accept():
     assert one_of("a", ("a", "b"), "order") == "a"
+    assert patterns_of("*.bias", "always") == ("*.bias",)
+    assert patterns_of(iter(["a", "b"]), "always") == ("a", "b")
+    assert (share_of(0, "decay"), share_of(np.float32(1), "decay")) == (0.0, 1.0)
+    assert json.loads(json_of({"k": [1, None]}, "provenance")) == {"k": [1, None]}

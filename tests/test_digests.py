@@ -45,3 +45,8 @@ def test_an_exact_digest_is_that_of_bits_dtype_and_shape(dtype):
 def test_an_exact_digest_of_a_scalar_and_of_nothing():
     assert digests.exact_digest(torch.tensor(1.0)) != digests.exact_digest(torch.tensor(-1.0))
     assert digests.exact_digest(torch.zeros(0, 3)) != digests.exact_digest(torch.zeros(3, 0))
+
+
+def test_a_difference_has_both_digests():
+    words = digests.difference((2.0, -0.25), (1.5, 0.5))
+    assert words == "had norm 1.5 and has 2 (sums under random signs 0.5 and -0.25)"

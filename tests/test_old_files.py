@@ -6,11 +6,13 @@ Each folder of ``tests/old_files`` is of one revision; ``tests/support/samples.p
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ from fishkern.tokens import TokenReduction
 from tests.support import oracle, samples
 from tests.support.command import command
 
+PACKAGE = Path(fk.__file__).parent
 VERSIONS = sorted(folder.name for folder in samples.FOLDER.iterdir() if folder.name[0].isdigit())
 
 
@@ -37,6 +40,24 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
         return
     roundings = 8 if expected.dtype == torch.float32 else 1
     torch.testing.assert_close(actual, expected, rtol=roundings * torch.finfo(expected.dtype).eps, atol=1e-7)
+
+
+def test_every_version_of_every_format_has_a_sample():
+    """The formats are those that the source names; a new one is missing here until its sample is written."""
+    source = "\n".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    newest = re.findall(r'Format\("(fishkern\.[^"]+)", version=(\d+)', source)
+    named = {(name, version) for name, last in newest for version in map(str, range(1, int(last) + 1))}
+    headers = [header_of(path) for path in samples.FOLDER.rglob("*") if path.suffix in (".safetensors", ".json")]
+    assert len(newest) > 5
+    assert named == {(header["format"], header["format_version"]) for header in headers if "format_version" in header}
+
+
+def header_of(path: Path) -> dict:
+    if path.suffix == ".json":
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content.get("metadata", content)
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 @pytest.mark.parametrize("lazy", [False, True], ids=["read", "lazy"])
@@ -176,15 +197,40 @@ def test_an_adapter(files):
         assert torch.equal(value, samples.numbers(name, value.shape)), name
 
 
-@pytest.mark.parametrize("name", samples.OPTIMIZERS)
-def test_optimizers_take_the_next_step(files, name):
-    training, recorded = samples.OPTIMIZERS[name], load_file(files / "optimizers" / f"{name}.safetensors")
+def test_a_selection_of_ranges(files):
+    loaded, expected = fk.Selection.load(files / "ranges" / "selection"), samples.ranged_selection()
+    assert loaded == expected
+    assert loaded.provenance == expected.provenance
+    assert loaded.entries("0.weight").ranges == fk.Rows((2, 5), (7, 20))
+    assert loaded.entries("1.weight").ranges == fk.Columns((0, 8), (12, 13))
+    assert loaded.counts == {"0.weight": 256, "0.bias": 3, "1.weight": 27, "1.bias": 3}
+
+
+def test_a_delta_of_ranges(files):
+    delta = fk.Delta.load(files / "ranges" / "delta")
+    assert delta.selection == samples.ranged_selection()
+    model = samples.small()
+    fk.apply_delta(model, delta)
+    expected = samples.moved(samples.small(), samples.ranged_selection())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        *(("optimizers", name) for name in samples.OPTIMIZERS),
+        *(("ranges", name) for name in samples.OPTIMIZERS_OF_RANGES),
+    ],
+)
+def test_optimizers_take_the_next_step(files, folder, name):
+    training = (samples.OPTIMIZERS if folder == "optimizers" else samples.OPTIMIZERS_OF_RANGES)[name]
+    recorded = load_file(files / folder / f"{name}.safetensors")
     model = samples.small(training.dtype)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.copy_(recorded[f"before weight {key}"])
     optimizer = training.optimizer(model, training.selected)
-    optimizer.load_state_dict(torch.load(files / "optimizers" / f"{name}.pt", weights_only=True))
+    optimizer.load_state_dict(torch.load(files / folder / f"{name}.pt", weights_only=True))
     before = samples.tensors_of(model, optimizer)
     assert {f"before {key}" for key in before} == {key for key in recorded if key.startswith("before ")}
     assert all(torch.equal(value, recorded[f"before {key}"]) for key, value in before.items())

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import pytest
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 import fishkern as fk
+from benchmarks.engine.flops import flops as counted
 from benchmarks.engine.memory import MIB, peak_allocated, rounded
 from benchmarks.engine.records import Record
 from benchmarks.engine.turns import Run, seconds_of, spread, there_and_back
@@ -102,13 +102,12 @@ def kept_bytes(trained: Training) -> int:
 
 
 def flops(trained: Training) -> dict[str, int]:
-    """Of matrix products and attention, forward and backward."""
-    with FlopCounterMode(display=False) as forward:
-        loss = trained.loss()
-    with FlopCounterMode(display=False) as backward:
-        loss.backward()
+    """Of matrix products, those of attention among them, forward and backward."""
+    losses: list[Tensor] = []
+    forward = counted(lambda: losses.append(trained.loss()))
+    backward = counted(losses[0].backward)
     trained.optimizer.zero_grad()
-    return {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
+    return {"forward": forward, "backward": backward}
 
 
 def arithmetic(s: float) -> float:
@@ -146,14 +145,14 @@ def description(quantity: str, case: Workload, **more: object) -> Record:
 def saved_of_layers(case: Workload, layers: Mapping[float, Part]) -> dict[float, Record]:
     """Activations and FLOPs of the layers' part, and their fractions of those without freezing."""
     activations = {s: part.of(kept_bytes) for s, part in layers.items()}
-    counted = {s: part.flops() for s, part in layers.items()}
-    total = {s: sum(both.values()) for s, both in counted.items()}
+    flops_of = {s: part.flops() for s, part in layers.items()}
+    total = {s: sum(both.values()) for s, both in flops_of.items()}
     return {
         s: {
             "activations_mib": round(activations[s] / MIB, 2),
             "activations_ratio": activations[s] / activations[0.0],
             "activations_at_best": 1 - s,
-            "flops": counted[s],
+            "flops": flops_of[s],
             "flops_ratio": total[s] / total[0.0],
             "skipped_layers": skipped(part.whole),
             "state_mib": round(part.whole.optimizer.state_bytes / MIB, 2),

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cases.sum_grad_squared import DTYPES
 from benchmarks.engine.memory import peak_mib, rounded
 from benchmarks.engine.process import in_process
 from benchmarks.engine.turns import Run, in_turns, seconds_of, spread
@@ -30,7 +31,6 @@ TESTS = {
     "gpu": ["tests/ops/test_project_sum_squared.py", "tests/kernels/test_project_sum_squared.py"],
 }
 TESTED_IN = 60
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ROUNDS = 5
 GOAL = 1.1  # times what plain torch takes
 ALLOWED_MIB = 40  # above the inputs: 8 MiB of projections, of factors and of directions, and what products need

@@ -7,13 +7,13 @@ from functools import partial
 
 import torch
 
+from benchmarks.cases.sum_grad_squared import DTYPES
 from benchmarks.gpu import Part, Record
 from benchmarks.gpu.timing import time_providers
 
 TESTS: dict[str, list[str]] = {"gpu": []}
 COPIED = 4 * 2**30  # bytes
 SIDE = 8192
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def parts(device: torch.device) -> list[Part]:

@@ -9,7 +9,6 @@ are the same on both sides, so whatever changes in them is the machine's noise. 
 from __future__ import annotations
 
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from statistics import median
 
 from benchmarks.engine import ROOT
 from benchmarks.engine.discover import CASES, UnknownCaseError, named
-from benchmarks.engine.process import Process, ProcessError
+from benchmarks.engine.process import Process, ProcessError, ended_by_sigterm
 from benchmarks.engine.turns import Run, there_and_back
 
 OURS = "fishkern"
@@ -84,20 +83,19 @@ def worktree(ref: str) -> Iterator[Path]:
     Yields:
         Its folder, without its benchmarks: those of this tree measure both.
     """
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    folder = Path(tempfile.mkdtemp(prefix="fishkern-compare-"))
-    tree = folder / "tree"
-    try:
-        done = _git("worktree", "add", "--detach", "--quiet", str(tree), ref)
-        if done.returncode:
-            raise RuntimeError(f"git worktree: {done.stderr.strip()}")
-        shutil.rmtree(tree / "benchmarks", ignore_errors=True)
-        yield tree
-    finally:
-        _remove(folder)
-        _git("worktree", "unlock", str(tree))  # git locks a tree while it makes it, and leaves it so when interrupted
-        _git("worktree", "prune")
-        signal.signal(signal.SIGTERM, before)
+    with ended_by_sigterm():
+        folder = Path(tempfile.mkdtemp(prefix="fishkern-compare-"))
+        tree = folder / "tree"
+        try:
+            done = _git("worktree", "add", "--detach", "--quiet", str(tree), ref)
+            if done.returncode:
+                raise RuntimeError(f"git worktree: {done.stderr.strip()}")
+            shutil.rmtree(tree / "benchmarks", ignore_errors=True)
+            yield tree
+        finally:
+            _remove(folder)
+            _git("worktree", "unlock", str(tree))  # git locks a tree while it makes it, and an interrupt leaves it so
+            _git("worktree", "prune")
 
 
 def _remove(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""FLOPs, counted as a call runs."""
+"""The FLOPs of a call, counted as it runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def flops(run: Callable[[], object]) -> int:
-    """Those of matrix products and convolutions in one call, twice the multiplications.
+    """Count the FLOPs of matrix products and convolutions in one call: twice the multiplications.
 
     Attention is computed by plain matrix products meanwhile: torch does not count what a CPU's own kernel does, and a
     GPU's kernels compute parts again in the backward pass, which would count, too.

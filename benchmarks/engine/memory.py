@@ -42,7 +42,8 @@ def peak_mib(run: Callable[[], object]) -> float:
 def peak_allocated(run: Callable[[], object]) -> int:
     """Bytes of tensors that were alive at most above what there was before, as torch's profiler reports allocations.
 
-    On a CPU, where :func:`peak_mib` sees whole pages, and not what an allocator has kept for later.
+    It is for a CPU, where :func:`peak_mib` sees whole pages, and misses what comes from memory that the C library has
+    kept for later.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()

@@ -18,8 +18,8 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -121,6 +121,16 @@ def in_process(function: str, *arguments: Any, seconds: float | None = None) -> 
     """Call a function in a process of its own that returns freed memory at once; give up after so many seconds."""
     with Process(memory=True) as process:
         return process.call(function, *arguments, seconds=seconds)
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end this process by an exception, as an interrupt does, so that ``with`` blocks and waits end too."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def end(process: subprocess.Popen) -> None:

@@ -5,12 +5,10 @@ A case records when all of it has run; an interrupted one leaves nothing.
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +16,7 @@ from xml.etree import ElementTree
 
 from benchmarks.engine import ROOT
 from benchmarks.engine.discover import CASES, UnknownCaseError, named
+from benchmarks.engine.process import ended_by_sigterm
 from benchmarks.engine.records import read
 from fishkern.files import atomic_write
 
@@ -61,7 +60,7 @@ def run(names: list[str], results: Path, *, replace: bool = False, package: str 
         return 2
     passed: dict[str, bool] = {}
     outcomes = []
-    with _ended_by_sigterm():
+    with ended_by_sigterm():
         for name, module in cases.items():
             outcome = Outcome(name)
             outcomes.append(outcome)
@@ -77,16 +76,6 @@ def run(names: list[str], results: Path, *, replace: bool = False, package: str 
         for missed in outcome.missed:
             print(f"{'':24}  {missed}")
     return 0 if all(outcome.good for outcome in outcomes) else 1
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Leave by an exception, as at an interrupt, so that subprocess.run ends what it waits for."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def why_not(name: str, tests: list[str], passed: dict[str, bool]) -> str:

@@ -1,6 +1,6 @@
 """What a comparison needs on a machine without this one's files: 16-bit weights, tokenizers, parquet files.
 
-    python -m benchmarks carry starts --data ../shared/data
+    python -m benchmarks carry starts --data DATA
 
 Each set is a folder of its own in ``carry/``, which git ignores, and stays below 50 MiB. Weights of 32 bits are rounded
 to float16, and all are read back as float32. So runs with rounded weights are those of another model, and their

@@ -72,8 +72,13 @@ class Shape:
         return [parameter.numel() for parameter in self.model("meta").parameters()]
 
     def linears(self) -> list[tuple[int, int]]:
-        """Out- and in-features of the seven linears of one layer of a LLaMA whose heads have their own keys."""
-        return [(self.hidden, self.hidden)] * 4 + [
+        """Out- and in-features of the seven linears of one layer of a LLaMA: four of attention, three of the MLP."""
+        keys = self.hidden * (self.key_heads or self.heads) // self.heads
+        return [
+            (self.hidden, self.hidden),
+            (keys, self.hidden),
+            (keys, self.hidden),
+            (self.hidden, self.hidden),
             (self.intermediate, self.hidden),
             (self.intermediate, self.hidden),
             (self.hidden, self.intermediate),

@@ -20,6 +20,7 @@ from torch import nn
 
 from fishkern import hosts
 from fishkern.files import Format, in_brief, open_tensors, parsing, read_json, save_tensors
+from fishkern.selection.start import misfit
 
 FORMAT = Format("fishkern.adapter", version=1, saved_by="fishkern.adapters.save")
 
@@ -176,8 +177,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
         The recipe.
 
     Raises:
-        ValueError: The model lacks a saved parameter, or has it in another shape. The model is then as it was, except
-            that its parameters are frozen.
+        ValueError: The model lacks a saved parameter, or has it in another shape. The model is then as it was.
     """
     metadata, stored = open_tensors(path, format=FORMAT)
     with parsing(f"{path} has a damaged header"):
@@ -185,14 +185,15 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
         _check_sizes(adapter, {size for tensor in stored.values() for size in tensor.shape})
     if odd := [name for name, tensor in stored.items() if not tensor.dtype.is_floating_point]:
         raise ValueError(f"{path} holds {in_brief(odd[0], 80)} as {stored[odd[0]].dtype}, and an adapter is floating.")
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     attach(model, adapter, stack=_stack(model, stored), train=())
     named = hosts.named_parameters(model)
     for name, tensor in stored.items():
-        if name not in named or named[name].shape != tensor.shape:
+        if reason := misfit(name, tensor.shape, named, model):
             detach(model)
-            has = f"has it as {tuple(named[name].shape)}" if name in named else "has no such parameter"
-            shown = f"{in_brief(name, 80)} {tuple(tensor.shape)}"
-            raise ValueError(f"{path} holds {shown}, and {type(model).__name__} {has}.")
+            for parameter, requires in required.items():
+                parameter.requires_grad_(requires)
+            raise ValueError(f"{path} {reason}.")
     with torch.no_grad():
         for name, tensor in stored.items():
             named[name].copy_(tensor.read())

@@ -23,7 +23,14 @@ from fishkern.commands.output import (
     rows_in_words,
     size_on_disk,
 )
-from fishkern.commands.workload import fitting, note_what_is_not_linear, prepare, refuse_adapter, with_origin
+from fishkern.commands.workload import (
+    Prepared,
+    fitting,
+    note_what_is_not_linear,
+    prepare,
+    refuse_adapter,
+    with_origin,
+)
 from fishkern.files import atomic_write
 from fishkern.initialization.targets import linear_weights, targeted
 from fishkern.integrations.lora_patterns import axolotl_yaml, peft_patterns, targets
@@ -84,32 +91,14 @@ def ranks(
     if not targets:
         note_what_is_not_linear(prepared.model)
     names = _targeted(prepared.model, targets)
-
-    def run(size: int) -> tuple[fk.Energies, int]:
-        return fk.estimate(
-            prepared.model,
-            prepared.batches(size),
-            estimator,
-            parameters=lambda name, parameter: name in names,
-            max_examples=len(prepared.examples),  # all of them; so their number is known to the progress
-            progress=report,
-        ), size
-
     start = time.perf_counter()
-    with progress("estimating", "examples") as report:
-        measured, batch_size = fitting(run, work.batch_size, prepared.device, len(prepared.examples))
+    measured, batch_size = _measured(prepared, names, estimator, work.batch_size)
     seconds = time.perf_counter() - start
     importances = _reached({name: measured[name].importance for name in measured})
     sides = {name: min(measured[name].shape) for name in measured}
     by_name = fk.allocate_ranks(importances, recipe, largest=sides)
-    paths = {name.removesuffix(".weight"): rank for name, rank in by_name.items()}
-    task = TASKS[prepared.described["task"]].peft_type
-    fields = {**_fields(paths, scaling, prepared.model), **({"task_type": task} if task else {})}
-    if format_ == "axolotl":
-        origin = f"{work.model}, {work.data}, {recipe}"
-        _write(target, f"{_FIRST_LINE}{' '.join(origin.split())}\n{axolotl_yaml(paths, scaling=scaling)}")
-    else:
-        _write(target, json.dumps(fields, indent=2) + "\n")
+    inputs = " ".join(f"{work.model}, {work.data}, {recipe}".split())
+    _write(target, _text(format_, by_name, scaling, prepared, inputs))
     if kept is not None:
         origin = {**prepared.described, "batch_size": batch_size, "from": work.model}
         kept = with_origin(measured, origin).save(kept)
@@ -135,6 +124,25 @@ def ranks(
     else:
         _show(result, recipe, prepared.model.num_parameters())
         _next(target, format_)
+
+
+def _measured(
+    prepared: Prepared, names: frozenset[str], estimator: fk.Estimator, requested: int | None
+) -> tuple[fk.Energies, int]:
+    """Estimate the energies, and say with which batch size."""
+
+    def run(size: int) -> tuple[fk.Energies, int]:
+        return fk.estimate(
+            prepared.model,
+            prepared.batches(size),
+            estimator,
+            parameters=lambda name, parameter: name in names,
+            max_examples=len(prepared.examples),  # all of them; so their number is known to the progress
+            progress=report,
+        ), size
+
+    with progress("estimating", "examples") as report:
+        return fitting(run, requested, prepared.device, len(prepared.examples))
 
 
 def _rule(rule: str, average: str, least: int, most: int | None) -> fk.RankRule:
@@ -195,9 +203,15 @@ def _reached(importances: dict[str, float]) -> dict[str, float]:
     return {name: value or middle for name, value in importances.items()}
 
 
-def _fields(paths: dict[str, int], scaling: float, model: Any) -> dict[str, Any]:
-    modules = {path for path, _ in model.named_modules()}
-    return {**peft_patterns(paths, scaling=scaling), "target_modules": targets(paths, modules)}
+def _text(format_: str, ranks: dict[str, int], scaling: float, prepared: Prepared, inputs: str) -> str:
+    """Write ranks as PEFT's or axolotl's config has them."""
+    paths = {name.removesuffix(".weight"): rank for name, rank in ranks.items()}
+    if format_ == "axolotl":
+        return f"{_FIRST_LINE}{inputs}\n{axolotl_yaml(paths, scaling=scaling)}"
+    modules = {path for path, _ in prepared.model.named_modules()}
+    fields = {**peft_patterns(paths, scaling=scaling), "target_modules": targets(paths, modules)}
+    task = TASKS[prepared.described["task"]].peft_type
+    return json.dumps({**fields, **({"task_type": task} if task else {})}, indent=2) + "\n"
 
 
 def _write(path: Path, text: str) -> None:

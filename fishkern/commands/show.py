@@ -18,7 +18,7 @@ from fishkern.commands.watching import watched
 from fishkern.files import StoredTensor, format_of, in_brief
 from fishkern.freezing.saved import FreezerState
 from fishkern.initialization import AdapterInit
-from fishkern.report import Summary, held_values, locate, summarise, summarise_energies, summarise_start
+from fishkern.report import Summary, locate, summarise, summarise_energies, summarise_start, summarise_values
 from fishkern.report.tables import (
     comparison_table,
     contributions_table,
@@ -188,7 +188,7 @@ def _name(content: Content) -> str:
 
 
 def _show_start(start: Start, file: Path, *, as_json: bool) -> None:
-    values = held_values({name: tensor.read() for name, tensor in start.items()})
+    values = summarise_values({name: tensor.read() for name, tensor in start.items()})
     if as_json:
         _print_json({"file": str(file), **values.to_dict()})
         return
@@ -201,7 +201,7 @@ def _show_delta(delta: Delta, file: Path, other: Path | None, *, as_json: bool) 
     start = None if path is None else _load(path)
     if start is not None and not isinstance(start, Start):
         raise ValueError(f"a delta is compared with a start, and {path} holds {_name(start)}.")
-    values = held_values(delta, None if start is None else {name: tensor.read() for name, tensor in start.items()})
+    values = summarise_values(delta, None if start is None else {name: tensor.read() for name, tensor in start.items()})
     if as_json:
         _print_json({"file": str(file), **({} if path is None else {"start": str(path)}), **values.to_dict()})
         return

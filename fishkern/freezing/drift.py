@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fishkern.arguments import integer, number, one_of
+from fishkern.arguments import at_least, one_of, share_of
+from fishkern.freezing.followers import REFERENCES, Reference
 from fishkern.freezing.histograms import Scale, distance_between, size_of
 from fishkern.freezing.readings import Reading
-from fishkern.freezing.references import REFERENCES, Reference
 
 
 class Track(NamedTuple):
@@ -86,10 +86,10 @@ class JensenShannon:
         for name, allowed in (("scale", Scale), ("score", Score), ("reference", Reference)):
             one_of(getattr(self, name), get_args(allowed), name)
         vars(self).update(
-            bins=_checked_bins(self.bins),
+            bins=at_least(2, self.bins, "bins"),
             range=_checked_range(self.range),
-            decay=_share(self.decay, "decay"),
-            smoothing=_share(self.smoothing, "smoothing"),
+            decay=share_of(self.decay, "decay"),
+            smoothing=share_of(self.smoothing, "smoothing"),
         )
 
     @property
@@ -132,7 +132,7 @@ class JensenShannon:
         one_of(scale, get_args(Scale), "scale")
         dtype = torch.promote_types(reference.dtype, current.dtype)
         pair = (reference.detach().to(current.device, dtype), current.detach().to(dtype))
-        return distance_between(*pair, _checked_bins(bins), scale, _checked_range(range))
+        return distance_between(*pair, at_least(2, bins, "bins"), scale, _checked_range(range))
 
     def follow(self, track: Track | None, reading: Reading) -> Track:
         """Take another reading of a slice into account.
@@ -177,20 +177,8 @@ class JensenShannon:
         return track.variation if self.score == "total-variation" else track.total / track.readings
 
 
-def _checked_bins(bins: int) -> int:
-    if (count := integer(bins, "bins")) < 2:
-        raise ValueError(f"bins must be at least 2, got {count}.")
-    return count
-
-
-def _checked_range(given: tuple[float, float]) -> tuple[float, float]:
-    low, high = (_share(fraction, "range") for fraction in given)
+def _checked_range(within: tuple[float, float]) -> tuple[float, float]:
+    low, high = (share_of(fraction, "range") for fraction in within)
     if not low < high:
-        raise ValueError(f"range must be two ascending fractions such as (0.01, 0.99), got {given}.")
+        raise ValueError(f"range must be two ascending fractions such as (0.01, 0.99), got {within}.")
     return low, high
-
-
-def _share(value: float, name: str) -> float:
-    if not 0 <= (share := number(value, name)) <= 1:
-        raise ValueError(f"{name} must be from 0 to 1, got {share}.")
-    return share

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fishkern.arguments import integer
+from fishkern.arguments import at_least
 from fishkern.freezing.drift import JensenShannon, Track
 from fishkern.freezing.event import Freezing
 from fishkern.freezing.readings import Reading, is_zero, reading_of
@@ -70,7 +70,7 @@ class Freezer:
     ) -> None:
         self._optimizer = masked(optimizer)
         self._source, self._slices, self._drift, self._rule = source, slices, drift, rule
-        self.every, self.read_every = _steps(every, "every"), _steps(read_every, "read_every")
+        self.every, self.read_every = at_least(1, every, "every"), at_least(1, read_every, "read_every")
         self.initial = self._optimizer.selection
         self.count = self.number = 0
         self.history: list[Read] = []
@@ -289,9 +289,3 @@ class Freezer:
             self._source.digest = state.digest
         if state.selection != state.initial:
             self._optimizer.reselect(self.selection, freeze=True)  # of which nothing moves, and what stopped stays so
-
-
-def _steps(value: Any, name: str) -> int:
-    if (steps := integer(value, name)) < 1:
-        raise ValueError(f"{name} is a number of steps, at least 1, got {steps}.")
-    return steps

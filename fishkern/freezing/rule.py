@@ -11,7 +11,7 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import Any
 
-from fishkern.arguments import count_of, fraction_of, number
+from fishkern.arguments import count_of, fraction_of, number, patterns_of
 from fishkern.freezing.slices import Key
 from fishkern.names import listed
 from fishkern.selection.base import Patterns, matching
@@ -64,9 +64,7 @@ class FreezeRule:
     size_aware: bool = True
 
     def __post_init__(self) -> None:
-        spare = (self.spare,) if isinstance(self.spare, str) else tuple(self.spare)
-        if not all(isinstance(pattern, str) for pattern in spare):
-            raise ValueError(f"spare takes patterns of names, strings such as 'lm_head.*'; got {spare!r}.")
+        spare = patterns_of(self.spare, "spare")
         if not math.isfinite(margin := number(self.margin, "margin")):
             raise ValueError(f"margin must be finite, got {margin}.")
         most = None if self.most is None else fraction_of(self.most, "most")

@@ -211,7 +211,7 @@ class FreezerState:
         return cls(*counts, digest, settings, initial, selection, tracks, history)
 
 
-class _Held(NamedTuple):
+class _InMemory(NamedTuple):
     """A tensor in memory that is read as one on disk is."""
 
     tensor: Tensor
@@ -248,7 +248,7 @@ def _selection(pool: Any, place: int, tensors: dict[str, Tensor], provenance: An
     for name, (shape, *forms) in pool.items():
         size, form = checked_entry(name, shape, forms[place])
         tensor = tensors.pop(f"{MASKS[place]}:{name}") if form in TENSORS else None
-        entries[name] = read_entries(name, size, form, None if tensor is None else _Held(tensor))
+        entries[name] = read_entries(name, size, form, None if tensor is None else _InMemory(tensor))
     return Selection.from_entries(entries, provenance=read_provenance(json.dumps(provenance)))
 
 

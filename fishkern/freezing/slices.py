@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
-from fishkern.arguments import integer, one_of
+from fishkern.arguments import at_least, one_of
 from fishkern.selection.ranges import Columns, Ranges, Rows
 
 Key: TypeAlias = tuple[str, int]
@@ -51,9 +51,7 @@ class Slices:
     split_qkv: bool = True
 
     def __post_init__(self) -> None:
-        if (count := integer(self.count, "count")) < 1:
-            raise ValueError(f"count must be at least 1, got {count}.")
-        vars(self).update(count=count, split_qkv=bool(self.split_qkv))
+        vars(self).update(count=at_least(1, self.count, "count"), split_qkv=bool(self.split_qkv))
         one_of(self.axis, get_args(Axis), "axis")
 
     @property

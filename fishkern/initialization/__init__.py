@@ -1,6 +1,7 @@
 """From energies to the start of an adapter: how many directions of each matrix, which, and how large."""
 
-from fishkern.initialization.directions import DirectionInit, initialize
+from fishkern.initialization.direction_init import DirectionInit
+from fishkern.initialization.directions import initialize
 from fishkern.initialization.init import AdapterInit, ModuleInit
 from fishkern.initialization.probe import probe_losses
 from fishkern.initialization.ranks import (

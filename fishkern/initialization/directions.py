@@ -2,121 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.arguments import integer, number, one_of, positive
-from fishkern.digests import agree, digest
+from fishkern.digests import agree, difference, digest
+from fishkern.initialization.direction_init import DirectionInit
 from fishkern.initialization.init import AdapterInit, ModuleInit
 from fishkern.initialization.targets import check_rank, given_by_name, targeted
 from fishkern.layers import LinearMap, linear_maps
 from fishkern.names import listed
-from fishkern.selection.base import Patterns
+from fishkern.ops.streaming_topk import Order
 from fishkern.statistics import Energies, MatrixEnergies
 from fishkern.statistics.bases import Directions, PowerBasis, power_directions, svd_directions
 from fishkern.warning import warn_caller
-
-Order = Literal["largest", "smallest"]
-ORDERS: tuple[Order, ...] = ("largest", "smallest")
-SCORES = ("energy", "weighted")
-FISHERS = ("kronecker", "joint")
-MAGNITUDES = ("sigma", "energy", "uniform")
-DEAD = ("keep", "skip")
 
 # Singular values below this part of the largest are rounding. Where they are the size of the start, both factors would
 # be zero there, and get no gradients.
 VANISHES = 1e-7
 _BLOCK = 64  # candidates whose columns are formed at a time
-
-
-@dataclass(frozen=True)
-class DirectionInit:
-    """Recipe of an adapter's start: which directions ``u_k v_k^T`` of each weight matrix, and how large.
-
-    The directions are those of the energies' basis. The score of a direction is its energy, ``input * output`` of
-    :class:`fishkern.Energies` or the exact ``joint``, or ``sigma_k^2`` times it, which is the Fisher information along
-    the component itself. The start of a matrix is ``scaling * B A = sum_k m_k u_k v_k^T``, split evenly between ``A``
-    and ``B``.
-
-    Args:
-        ranks: How many directions: one rank for all matrices, or one for each name or pattern. Patterns (``fnmatch``)
-            are of weight names, ``"*.q_proj.weight"``, or of paths, ``"*.q_proj"`` and ``"q_proj"``. A weight's own
-            name counts before a pattern, an earlier pattern before a later one, and each weight needs an entry.
-        order: ``"largest"`` or ``"smallest"`` scores, for all matrices, or by name or pattern. Ties go to the smaller
-            number.
-        score: ``"energy"`` (FILet) or ``"weighted"`` by the squared singular value (FARSS).
-        fisher: ``"kronecker"``, the product of both energies, or ``"joint"``, the mean of squares of the examples' own
-            gradients along the direction.
-        magnitude: The size ``m_k``: ``"sigma"``, the singular value, so that the start takes over that part of the
-            weight (as in PiSSA); ``"energy"``, the score, at least ``floor``; or ``"uniform"``, one for all directions
-            of a matrix.
-        floor: Smallest ``m_k`` under ``"energy"``.
-        size: Under ``"uniform"``, the norm of ``scaling * B A`` relative to that of the weight.
-        scaling: Of every module. It is compensated for in ``A`` and ``B``, so it does not move the start.
-        distinct: Leave out a direction whose ``|cos|`` with a chosen one exceeds this for both ``u`` and ``v``;
-            ``None`` leaves none out. Singular vectors are orthogonal, so it matters to the power basis alone.
-        dead: Whether directions that the data do not reach may be chosen: ``"keep"``, with a warning that counts them,
-            or ``"skip"``.
-        dead_below: A direction is dead where its energy is at most this part of the median of the matrix's energies
-            that are not zero.
-        targets: Patterns of the weights that get an adapter.
-
-    Raises:
-        TypeError: A rank is not an integer, or another argument is of another type than described.
-        ValueError: A rank is below 1, or another argument is none of the above.
-    """
-
-    ranks: int | Mapping[str, int]
-    order: Order | Mapping[str, Order] = "largest"
-    score: Literal["energy", "weighted"] = "energy"
-    fisher: Literal["kronecker", "joint"] = "kronecker"
-    magnitude: Literal["sigma", "energy", "uniform"] = "sigma"
-    floor: float = 1e-8
-    size: float = 0.01
-    scaling: float = 1.0
-    distinct: float | None = None
-    dead: Literal["keep", "skip"] = "keep"
-    dead_below: float = 1e-6
-    targets: Patterns = "*"
-
-    def __post_init__(self) -> None:
-        for name, rank in _given(self.ranks, "ranks"):
-            if integer(rank, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {rank}; targets= leaves weights out.")
-        for name, order in _given(self.order, "order"):
-            one_of(order, ORDERS, name)
-        one_of(self.score, SCORES, "score")
-        one_of(self.fisher, FISHERS, "fisher")
-        one_of(self.magnitude, MAGNITUDES, "magnitude")
-        one_of(self.dead, DEAD, "dead")
-        for name in ("floor", "size", "scaling"):
-            vars(self)[name] = positive(getattr(self, name), name)
-        for name in ("distinct", "dead_below"):
-            if name == "distinct" and self.distinct is None:
-                continue
-            value = number(getattr(self, name), name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {value:g}.")
-            vars(self)[name] = value
-        targets = (self.targets,) if isinstance(self.targets, str) else self.targets
-        targets = tuple(targets) if isinstance(targets, Iterable) else (targets,)
-        if not all(isinstance(one, str) for one in targets):
-            raise TypeError(f"targets must be patterns of names such as '*.q_proj', got {self.targets!r}.")
-        if not targets:
-            raise ValueError("targets= is empty: give a pattern of the weights that get an adapter, or '*' for all.")
-        vars(self).update(ranks=_plain(self.ranks, int), order=_plain(self.order, str), targets=targets)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The recipe in plain values, for the header of a file."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        return {"name": type(self).__name__, **plain}
 
 
 class _Chosen(NamedTuple):
@@ -172,33 +79,17 @@ def start_of(model: nn.Module, energies: Energies, rule: DirectionInit) -> Adapt
         TypeError: As for :func:`initialize`.
         ValueError: As for :func:`initialize`.
     """
-    if not isinstance(energies, Energies):
-        raise TypeError(
-            f"energies come from fk.estimate(model, batches, fk.DirectionEnergy()), got {type(energies).__name__}."
-        )
-    if not isinstance(rule, DirectionInit):
-        raise TypeError(f"rule must be a DirectionInit such as DirectionInit(ranks=16), got {rule!r}.")
-    if energies.basis == "power" and (rule.score == "weighted" or rule.magnitude == "sigma"):
-        raise ValueError(
-            f"score={rule.score!r} with magnitude={rule.magnitude!r} needs singular values, and these energies are of "
-            "the power basis, which has none: take score='energy' and magnitude='energy' or 'uniform', or "
-            "DirectionEnergy(basis='svd')."
-        )
+    _check_kinds(energies, rule)
     names = targeted(energies, rule.targets)
-    maps = linear_maps(hosts.unwrap(model))
-    if missing := [name for name in names if name not in maps]:
-        raise ValueError(
-            f"the energies are of another model: {len(missing)} of {len(names)} weights are no linear maps of "
-            f"{type(hosts.unwrap(model)).__name__} ({listed(missing)})."
-        )
+    maps = _maps_of(model, names)
     ranks, orders = given_by_name(rule.ranks, names, "ranks"), given_by_name(rule.order, names, "order")
     _check_values(energies, names, rule)
     chosen: dict[str, _Chosen] = {}
     digests = {}
     for name in names:
         matrix = maps[name].matrix()
-        digests[name] = digest(matrix)
-        _check_weights(maps[name], digests[name], energies[name])
+        digests[maps[name].path] = digest(matrix)
+        _check_weights(maps[name], digests[maps[name].path], energies[name])
         _check_rank(name, ranks[name], orders[name], energies[name], energies.count)
         chosen[name] = _start(name, matrix, energies, rule, ranks[name], orders[name])
     facts = {
@@ -214,9 +105,36 @@ def start_of(model: nn.Module, energies: Energies, rule: DirectionInit) -> Adapt
     described = {"count": energies.count, "definition": energies.provenance["definition"]}
     return AdapterInit(
         {maps[name].path: one.start for name, one in chosen.items()},
-        digests={maps[name].path: pair for name, pair in digests.items()},
+        digests=digests,
         provenance={"rule": rule.settings, "energies": described, "modules": facts},
     )
+
+
+def _check_kinds(energies: Energies, rule: DirectionInit) -> None:
+    """Check that these are energies and a rule, and that the energies have what the rule asks for."""
+    if not isinstance(energies, Energies):
+        raise TypeError(
+            f"energies come from fk.estimate(model, batches, fk.DirectionEnergy()), got {type(energies).__name__}."
+        )
+    if not isinstance(rule, DirectionInit):
+        raise TypeError(f"rule must be a DirectionInit such as DirectionInit(ranks=16), got {rule!r}.")
+    if energies.basis == "power" and (rule.score == "weighted" or rule.magnitude == "sigma"):
+        raise ValueError(
+            f"score={rule.score!r} with magnitude={rule.magnitude!r} needs singular values, and these energies are of "
+            "the power basis, which has none: take score='energy' and magnitude='energy' or 'uniform', or "
+            "DirectionEnergy(basis='svd')."
+        )
+
+
+def _maps_of(model: nn.Module, names: list[str]) -> dict[str, LinearMap]:
+    """Find the linear maps of a model by the names of their weights; each of these must be one."""
+    maps = linear_maps(hosts.unwrap(model))
+    if missing := [name for name in names if name not in maps]:
+        raise ValueError(
+            f"the energies are of another model: {len(missing)} of {len(names)} weights are no linear maps of "
+            f"{type(hosts.unwrap(model)).__name__} ({listed(missing)})."
+        )
+    return maps
 
 
 def energy_of(energies: MatrixEnergies, fisher: str) -> Tensor:
@@ -335,18 +253,17 @@ def _check_values(energies: Energies, names: Iterable[str], rule: DirectionInit)
         )
 
 
-def _check_weights(linear: LinearMap, found: tuple[float, float], energies: MatrixEnergies) -> None:
+def _check_weights(linear: LinearMap, actual: tuple[float, float], energies: MatrixEnergies) -> None:
     if linear.shape != energies.shape:
         raise ValueError(
             f"the energies are of another model: {linear.name} maps {energies.shape[1]} to {energies.shape[0]} "
             f"features in it, and {linear.shape[1]} to {linear.shape[0]} in this one."
         )
     recorded = energies.digest
-    if not agree(found, recorded):
+    if not agree(actual, recorded):
         raise ValueError(
-            f"the energies are of other weights: {linear.name} had norm {recorded[0]:.6g} and has {found[0]:.6g} (sums "
-            f"under random signs {recorded[1]:.6g} and {found[1]:.6g}). Load the weights that they were estimated on, "
-            "or estimate anew."
+            f"the energies are of other weights: {linear.name} {difference(actual, recorded)}. Load the weights that "
+            "they were estimated on, or estimate anew."
         )
 
 
@@ -387,16 +304,3 @@ def announce(init: AdapterInit) -> None:
             "these directions one size, and only their choice depends on the data. Lower floor=, or take "
             "magnitude='uniform' with a size= of your own."
         )
-
-
-def _given(value: Any, argument: str) -> list[tuple[str, Any]]:
-    """List the values of an argument that is one value or one by name, each with what to call it in a message."""
-    if not isinstance(value, Mapping):
-        return [(argument, value)]
-    if not value:
-        raise ValueError(f"{argument}= is empty: give one value, or one for each name or pattern.")
-    return [(f"{argument}[{key!r}]", one) for key, one in value.items()]
-
-
-def _plain(value: Any, kind: type) -> Any:
-    return {key: kind(one) for key, one in value.items()} if isinstance(value, Mapping) else kind(value)

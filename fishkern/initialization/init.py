@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.digests import agree, digest
+from fishkern.arguments import json_of
+from fishkern.digests import agree, difference, digest
 from fishkern.files import (
     AnyTensor,
     Format,
@@ -142,7 +143,7 @@ class AdapterInit(Frozen, Mapping[str, ModuleInit]):
         vars(self).update(
             _modules=modules,
             _digests={path: _checked_digest(path, digests[path]) for path in modules},
-            _provenance=_json(provenance or {}),
+            _provenance=json_of(provenance or {}, "provenance"),
         )
 
     @property
@@ -215,12 +216,11 @@ class AdapterInit(Frozen, Mapping[str, ModuleInit]):
                     f"{module.shape[0]} features in it, and {maps[path].shape[1]} to {maps[path].shape[0]} in the "
                     "model. Take the model that it was made for."
                 )
-            recorded, has = self._digests[path], digest(maps[path].matrix())
-            if not agree(has, recorded):
+            recorded, actual = self._digests[path], digest(maps[path].matrix())
+            if not agree(actual, recorded):
                 raise ValueError(
-                    f"the start of the adapter was made for other weights: {path} had norm {recorded[0]:.6g} and has "
-                    f"{has[0]:.6g} (sums under random signs {recorded[1]:.6g} and {has[1]:.6g}). Load the model that "
-                    "it was made for, or make the start anew."
+                    f"the start of the adapter was made for other weights: {path} {difference(actual, recorded)}. Load "
+                    "the model that it was made for, or make the start anew."
                 )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -303,13 +303,6 @@ def _checked_digest(path: str, pair: Sequence[float]) -> tuple[float, float]:
     if not (math.isfinite(norm) and math.isfinite(signed) and norm >= 0):
         raise ValueError(f"the digest of {path} is a norm and a sum, got {in_brief(list(pair), 80)}.")
     return norm, signed
-
-
-def _json(provenance: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(dict(provenance), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"provenance must be JSON: {error}.") from None
 
 
 def _checked_entry(name: str, *numbers: object) -> tuple[float, tuple[float, float]]:

@@ -143,17 +143,17 @@ def _attached(adapted: Iterable[_Adapted]) -> Iterator[None]:
 
 def _repeated(read: Callable[[], Iterator[Examples]], steps: int) -> Iterator[Examples]:
     """Read batches again from the beginning, until there are so many."""
-    given = 0
-    while given < steps:
-        before = given
+    count = 0
+    while count < steps:
+        before = count
         for batch in read():
-            if given == steps:
+            if count == steps:
                 return
-            given += 1
+            count += 1
             yield batch
-        if given == before:
+        if count == before:
             raise ValueError(
-                f"the batches to train the probe on ended after {given} of {steps} steps and cannot be read again: "
+                f"the batches to train the probe on ended after {count} of {steps} steps and cannot be read again: "
                 "pass a list or a DataLoader."
             )
 

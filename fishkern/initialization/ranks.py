@@ -7,12 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from numbers import Real
 from typing import Any
 
-from torch import Tensor
-
-from fishkern.arguments import integer
+from fishkern.arguments import at_least, integer, number
 from fishkern.names import listed
 
 
@@ -56,7 +53,7 @@ class UniformRank(RankRule):
     rank: int
 
     def __post_init__(self) -> None:
-        vars(self).update(rank=_at_least_one(self.rank, "rank"))
+        vars(self).update(rank=at_least(1, self.rank, "rank"))
 
     def ranks(self, importances: Mapping[str, float], largest: Mapping[str, int]) -> dict[str, int]:
         if small := [f"{name} ({largest[name]})" for name in importances if largest.get(name, self.rank) < self.rank]:
@@ -83,10 +80,8 @@ class _Shared(RankRule):
     most: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.average, Real | Tensor) or isinstance(self.average, bool):
-            raise TypeError(f"average must be a number, got {self.average!r}.")
-        average = float(self.average)
-        vars(self).update(average=average, least=_at_least_one(self.least, "least"))
+        average = number(self.average, "average")
+        vars(self).update(average=average, least=at_least(1, self.least, "least"))
         if self.most is not None:
             vars(self).update(most=integer(self.most, "most"))
             if self.most < self.least:
@@ -196,7 +191,7 @@ def allocate_ranks(
     if not isinstance(rule, RankRule):
         raise TypeError(f"rule must be a rule for ranks such as UniformRank(16), got {rule!r}.")
     values = _checked(importances)
-    limits = {name: _at_least_one(limit, f"largest[{name!r}]") for name, limit in (largest or {}).items()}
+    limits = {name: at_least(1, limit, f"largest[{name!r}]") for name, limit in (largest or {}).items()}
     if unknown := [name for name in limits if name not in values]:
         raise ValueError(f"largest= has {listed(unknown)}, and importances have no such name.")
     ranks = rule.ranks(values, limits)
@@ -205,7 +200,7 @@ def allocate_ranks(
             f"{type(rule).__name__}.ranks must give a rank for each matrix: those of {listed(ranks.keys() ^ values)} "
             "are missing or too many."
         )
-    return {name: _at_least_one(ranks[name], f"the rank of {name}") for name in values}
+    return {name: at_least(1, ranks[name], f"the rank of {name}") for name in values}
 
 
 def _checked(importances: Mapping[str, float]) -> dict[str, float]:
@@ -256,9 +251,9 @@ def _shares(weights: Mapping[str, float], least: int, most: Mapping[str, int], t
         {name: Fraction(1) for name, weight in weights.items() if weight == 0},
     ]
     for kind in kinds:
-        taken = min(spare, sum(most[name] - least for name in kind))
-        shares |= _filled(kind, least, most, Fraction(least * len(kind) + taken))
-        spare -= taken
+        dealt = min(spare, sum(most[name] - least for name in kind))
+        shares |= _filled(kind, least, most, Fraction(least * len(kind) + dealt))
+        spare -= dealt
     return shares
 
 
@@ -290,9 +285,3 @@ def _rounded(shares: Mapping[str, Fraction], total: int) -> dict[str, int]:
     for name in by_remainder[: total - sum(ranks.values())]:
         ranks[name] += 1
     return ranks
-
-
-def _at_least_one(value: Any, name: str) -> int:
-    if (count := integer(value, name)) < 1:
-        raise ValueError(f"{name} must be at least 1, got {count}.")
-    return count

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.arguments import integer
+from fishkern.arguments import at_least, integer
 from fishkern.backend import Backend
 from fishkern.initialization import (
     AdapterInit,
@@ -67,8 +67,7 @@ class ShallowSearch:
     candidates: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if integer(self.steps, "steps") < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}.")
+        at_least(1, self.steps, "steps")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}.")
         if self.candidates is not None and not len(self.candidates):

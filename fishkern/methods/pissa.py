@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.arguments import integer, positive
+from fishkern.arguments import at_least, positive
 from fishkern.digests import digest
 from fishkern.initialization import AdapterInit, ModuleInit
 from fishkern.initialization.directions import VANISHES
@@ -49,8 +49,7 @@ def pissa(
             nothing.
         UnsupportedModuleError: The model has an adapter already.
     """
-    if integer(rank, "rank") < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}.")
+    rank = at_least(1, rank, "rank")
     scaling = positive(scaling, "scaling")
     layers = linear_weights(model)
     names = list(layers) if targets is None else targeted(layers, targets)

@@ -119,17 +119,17 @@ class Scores:
         # One is filled while the other is worked on, across blocks; 8 bytes are the largest dtype.
         buffers = cycle([bytearray(8 * _PIECE_ON_DISK) for _ in range(2)] if self._on_disk else [])
         waiting: list[Tensor] = []  # small neighbours on one device
-        first = held = 0
+        first = joined = 0  # number of the first of them, and the scores in all
         for number, block in enumerate(self.blocks):
             size = _PIECE if block.device.type == "cpu" else _PIECE_ON_GPU
             small = block.numel() <= _SMALL
-            if waiting and (not small or held + block.numel() > _PACKED or waiting[0].device != block.device):
+            if waiting and (not small or joined + block.numel() > _PACKED or waiting[0].device != block.device):
                 yield self._joined(first, waiting)
                 waiting = []
             if small:
-                first, held = (first, held) if waiting else (number, 0)
+                first, joined = (first, joined) if waiting else (number, 0)
                 waiting.append((block.read() if isinstance(block, StoredTensor) else block).reshape(-1))
-                held += block.numel()
+                joined += block.numel()
                 continue
             offset = 0
             if isinstance(block, StoredTensor):

@@ -28,6 +28,7 @@ def tiles(O: int, I: int, device: torch.device) -> Iterator[tuple[slice, slice]]
         The rows and the columns of each tile, none larger than the first.
     """
     if device.type == "cpu":
+        # of few rows as many columns as make a quarter of a tile, since products of fewer entries are slower again
         entries, width = TILE_ENTRIES, max(_TILE_COLUMNS, TILE_ENTRIES // (4 * O + 1))
     else:
         entries, width = TILE_ENTRIES_ON_GPU, I

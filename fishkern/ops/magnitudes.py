@@ -142,8 +142,10 @@ def magnitudes_at(pool: Sequence[Tensor], places: Sequence[int]) -> list[float]:
         The magnitude at each place.
 
     Raises:
-        ValueError: A value is NaN or infinite.
+        ValueError: A value is NaN or infinite, or dtypes differ, whose keys cannot be compared.
     """
+    if len(dtypes := {values.dtype for values in pool}) > 1:
+        raise ValueError(f"values must be of one dtype, got {' and '.join(sorted(map(str, dtypes)))}: cast them.")
     integer = key_dtype(pool[0].dtype)
     infinity = torch.full((), torch.inf, dtype=torch.float64 if integer == torch.int64 else torch.float32)
     if sum(values.numel() for values in pool) <= _FEW:
@@ -157,8 +159,8 @@ def magnitudes_at(pool: Sequence[Tensor], places: Sequence[int]) -> list[float]:
         counts = {prefix: torch.zeros(2**16, dtype=torch.int64, device=pool[0].device) for prefix in prefixes}
         for part in (part for values in pool for part in keys_of(values)):
             for prefix, count in counts.items():
-                chosen = part if shift == first else part[part >> shift >> 16 == prefix]
-                count += torch.bincount(chosen >> shift & 0xFFFF, minlength=2**16)
+                own = part if shift == first else part[part >> shift >> 16 == prefix]
+                count += torch.bincount(own >> shift & 0xFFFF, minlength=2**16)
         sums = {prefix: count.cpu().cumsum(0) for prefix, count in counts.items()}
         if shift == first:
             digit = int(infinity.view(integer)) >> shift

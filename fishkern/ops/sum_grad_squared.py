@@ -69,12 +69,12 @@ def sum_grad_squared(
         BackendUnavailableError: Triton was named, and cannot run.
     """
     check_linear(activations, output_grads, offsets)
-    given = {name: tensor for name, tensor in (("out", out), ("grad_out", grad_out)) if tensor is not None}
-    for name, tensor in given.items():
+    results = {name: tensor for name, tensor in (("out", out), ("grad_out", grad_out)) if tensor is not None}
+    for name, tensor in results.items():
         accumulator(tensor, (output_grads.shape[-1], activations.shape[-1]), output_grads, name)
-    if len(given) == 2:
+    if len(results) == 2:
         check_apart(out, grad_out, "out and grad_out")
-    run = choose(sum_grad_squared_torch, backend, activations, output_grads, *given.values())
+    run = choose(sum_grad_squared_torch, backend, activations, output_grads, *results.values())
     return run(activations, output_grads, offsets=offsets, out=out, grad_out=grad_out, allow_tf32=allow_tf32)
 
 

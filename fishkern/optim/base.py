@@ -16,8 +16,7 @@ from fishkern import backend
 from fishkern.arguments import one_of
 from fishkern.names import listed
 from fishkern.optim.clipping import clipped
-from fishkern.optim.compact import Bucket, Operands, apart, carried_over
-from fishkern.optim.cost import bytes_of
+from fishkern.optim.compact import Bucket, Operands, apart, bytes_of, carried_over
 from fishkern.optim.frozen import FROZEN, frozen_in, set_frozen_, to_freeze
 from fishkern.optim.fused import FusedOperands, step_fused
 from fishkern.optim.groups import OUTSIDE, Group, Outside, Parameters, all_named, named_groups, settle
@@ -301,17 +300,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
         set_frozen_(self.param_groups, to_freeze(self._named(), selection, before, freeze=freeze))
         if set(self.frozen) - set(before):
             self._expected = [(name, p) for name, p in self._named() if name not in self.frozen and p in self.state]
-        kept = 0
+        staying = 0
         for name, parameter in self._named():
             if name in selection:
-                new = self._reached(selection.entries(name), parameter)
-                moved, stay = carried_over(self.state.pop(parameter, {}), self.selection.entries(name), new, parameter)
-                kept += stay
+                new, old = self._reached(selection.entries(name), parameter), self.selection.entries(name)
+                moved, count = carried_over(self.state.pop(parameter, {}), old, new, parameter)
+                staying += count
                 if moved:
                     self.state[parameter] = moved
             elif parameter in self.state:  # its views would keep the memory of all others
                 self.state[parameter] = apart(self.state[parameter])
-        reselected = Reselected(kept, self.selection.count - kept, selection.count - kept)
+        reselected = Reselected(staying, self.selection.count - staying, selection.count - staying)
         self.selection, self._at_start = selection, False
         self._attach()
         return reselected

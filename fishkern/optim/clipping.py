@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from fishkern.ops.dtypes import accumulates_in
 from fishkern.optim.compact import Bucket
 
 Work: TypeAlias = list[tuple[Bucket, dict[str, Any], list[Tensor | None]]]
@@ -37,5 +38,5 @@ def clipped(work: Work, max_norm: float) -> tuple[Work, Tensor | None, Tensor | 
     moving = [grad for *_, grads in gathered for grad in grads if grad is not None]
     if not moving:
         return work, None, None
-    norm = torch.nn.utils.get_total_norm([g.to(torch.promote_types(g.dtype, torch.float32)) for g in moving])
+    norm = torch.nn.utils.get_total_norm([g.to(accumulates_in(g.dtype)) for g in moving])
     return gathered, norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)

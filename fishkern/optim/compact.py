@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -222,16 +222,16 @@ def carried_over(state: dict[str, Any], old: Entries, new: Selected, param: Tens
     Returns:
         The new state, empty where none of the entries with state stays, and how many entries stay.
     """
-    count, kept = new.entries.count, old.shared(new.entries)
-    if not state or kept == 0:
-        return {}, kept
+    count, staying = new.entries.count, old.shared(new.entries)
+    if not state or staying == 0:
+        return {}, staying
     values = {name: tensor for name, tensor in state.items() if name not in ("step", "start", *ENTRIES)}
     moved: dict[str, Tensor] = {
         name: new.gather(param).to(tensor.dtype, copy=True) if name == "master" else tensor.new_zeros(count)
         for name, tensor in values.items()
     }
     step = state["step"].clone()
-    if kept < count or "start" in state:
+    if staying < count or "start" in state:
         # The step is the parameter's. An entry that comes in now has done none of its updates: it starts at this one.
         values["start"] = state.get("start", torch.zeros(old.count, device=param.device))
         moved["start"] = step.to(param.device).repeat(count)
@@ -241,7 +241,7 @@ def carried_over(state: dict[str, Any], old: Entries, new: Selected, param: Tens
             moved[name][target] = tensor[source]
     if "start" in moved and bool((moved["start"] == moved["start"][0]).all()):
         step -= moved.pop("start")[0].to(step.device)  # one age for all again, with which rows are fused
-    return {"step": step, **moved, **new.key()}, kept
+    return {"step": step, **moved, **new.key()}, staying
 
 
 def apart(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,6 +254,19 @@ def apart(state: Mapping[str, Any]) -> dict[str, Any]:
         The same values in memory of their own, which keeps nobody else's alive.
     """
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Add up the memory behind some tensors.
+
+    Args:
+        tensors: Several may share memory, which counts once and whole, however little of it they view.
+
+    Returns:
+        Bytes.
+    """
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 def _on(device: torch.device, places: slice | Tensor) -> slice | Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from fishkern import hosts
 from fishkern.layers import as_found
-
-if TYPE_CHECKING:
-    from fishkern.optim.base import MaskedOptimizer
+from fishkern.optim.base import MaskedOptimizer
 
 
 class SkippedLayers(NamedTuple):
@@ -77,19 +75,6 @@ def training_cost(optimizer: MaskedOptimizer, model: nn.Module | None = None, ba
     selection = optimizer.selection
     skipped = None if model is None else _skipped_layers(hosts.unwrap(model), batch)
     return TrainingCost(selection.count, selection.total, optimizer.state_bytes, optimizer.frozen, skipped)
-
-
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Add up the memory behind some tensors.
-
-    Args:
-        tensors: Several may share memory, which counts once and whole, however little of it they view.
-
-    Returns:
-        Bytes.
-    """
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
 
 
 def _skipped_layers(model: nn.Module, batch: Any) -> dict[str, SkippedLayers]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fishkern.ops.dtypes import accumulates_in
 from fishkern.optim.selected import Selected
 
 # By default, the gradients of parameters this large of which this little is selected are released: those of base
@@ -64,7 +65,7 @@ class _Hook:
     def __call__(self, parameter: Tensor) -> None:
         grad = dense(self.name, parameter.grad)
         view = self.selected.indices is None  # copied, since it would keep the whole gradient alive
-        values = self.selected.gather(grad).to(torch.promote_types(grad.dtype, torch.float32), copy=view)
+        values = self.selected.gather(grad).to(accumulates_in(grad.dtype), copy=view)
         if parameter in self.grads:
             self.grads[parameter] += values
         else:

@@ -5,7 +5,7 @@ from fishkern.report.freezing import FreezerSummary, FrozenPart, Stop, summarise
 from fishkern.report.grouped import Grouped
 from fishkern.report.matrices import EnergyPart, EnergySummary, StartPart, summarise_energies, summarise_start
 from fishkern.report.summary import Part, Parts, Summary, locate, summarise
-from fishkern.report.values import Held, held_values
+from fishkern.report.values import ValuePart, summarise_values
 
 __all__ = [
     "Cell",
@@ -14,17 +14,17 @@ __all__ = [
     "FreezerSummary",
     "FrozenPart",
     "Grouped",
-    "Held",
     "Part",
     "Parts",
     "StartPart",
     "Stop",
     "Summary",
+    "ValuePart",
     "cells_of",
-    "held_values",
     "locate",
     "summarise",
     "summarise_energies",
     "summarise_freezer",
     "summarise_start",
+    "summarise_values",
 ]

@@ -58,8 +58,12 @@ class Grouped(Generic[Value]):
             Dictionaries and numbers, for JSON.
         """
         groups = {"layers": self.layers, "modules": self.modules, "parameters": self.parameters}
-        plain = {group: {name: asdict(part) for name, part in parts.items()} for group, parts in groups.items()}
-        return {"whole": asdict(self.whole), **plain}
+        plain = {group: {name: self._plain(part) for name, part in parts.items()} for group, parts in groups.items()}
+        return {"whole": self._plain(self.whole), **plain}
+
+    @staticmethod
+    def _plain(part: Value) -> dict[str, Any]:
+        return asdict(part)
 
     def _summed(self, label: Callable[[Cell], Any]) -> dict[Any, Value]:
         cells = cells_of(self.parameters)

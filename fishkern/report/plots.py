@@ -159,7 +159,7 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _size(parts: Parts | Grouped[Any]) -> tuple[float, float]:
+def _size(parts: Grouped[Any]) -> tuple[float, float]:
     rows = max(len({cell.layer for cell in parts.cells}), sum(cell.layer is None for cell in parts.cells))
     columns = len({cell.module for cell in parts.cells if cell.layer})
     return min(20.0, max(3.0, 0.26 * rows + 1.6)), max(9.0, 4.5 + 0.42 * columns)

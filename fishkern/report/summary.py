@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fishkern.files import AnyTensor, pieces
-from fishkern.report.cells import Cell, cells_of
+from fishkern.report.grouped import Grouped
 from fishkern.selection import Selection
 from fishkern.selection.ranking import topk
 from fishkern.statistics import Statistics
@@ -59,71 +59,12 @@ class Part:
 
 
 @dataclass
-class Parts:
-    """The parts of a model.
+class Parts(Grouped[Part]):
+    """The parts of a model, with their means and densities among the plain values."""
 
-    Attributes:
-        cells: Parts by layer and type of module, in the model's order.
-        parameters: Parts by parameter name.
-    """
-
-    cells: dict[Cell, Part]
-    parameters: dict[str, Part]
-
-    @classmethod
-    def of(cls, parameters: dict[str, Part], *rest: Any) -> Self:
-        """Sum parameters by layer and type of module.
-
-        Args:
-            parameters: Parts by parameter name.
-            rest: Further fields of a subclass.
-
-        Returns:
-            The parts.
-        """
-        cell_of = cells_of(parameters)
-        cells: dict[Cell, Part] = {}
-        for name, part in parameters.items():
-            cells.setdefault(cell_of[name], Part()).add(part)
-        return cls(cells, parameters, *rest)
-
-    @property
-    def whole(self) -> Part:
-        """Sum over the model."""
-        return self._grouped(lambda _: "").get("", Part())
-
-    @property
-    def layers(self) -> dict[str, Part]:
-        """Sums by layer, and outside the layers by module."""
-        return self._grouped(lambda cell: cell.layer or cell.module)
-
-    @property
-    def modules(self) -> dict[str, Part]:
-        """Sums by type of module."""
-        return self._grouped(lambda cell: cell.module)
-
-    def _grouped(self, label: Callable[[Cell], str]) -> dict[str, Part]:
-        groups: dict[str, Part] = {}
-        for cell, part in self.cells.items():
-            groups.setdefault(label(cell), Part()).add(part)
-        return groups
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to plain values.
-
-        Returns:
-            Dictionaries and numbers, for JSON.
-        """
-
-        def plain(part: Part) -> dict[str, Any]:
-            return {**vars(part), "mean": part.mean, "density": part.density}
-
-        return {
-            "whole": plain(self.whole),
-            "layers": {name: plain(part) for name, part in self.layers.items()},
-            "modules": {name: plain(part) for name, part in self.modules.items()},
-            "parameters": {name: plain(part) for name, part in self.parameters.items()},
-        }
+    @staticmethod
+    def _plain(part: Part) -> dict[str, Any]:
+        return {**vars(part), "mean": part.mean, "density": part.density}
 
 
 @dataclass
@@ -201,7 +142,7 @@ def summarise(
                 report(read, size)
     counts[0] -= below  # zeros and negative entries, which were counted as zeros
     threshold = threshold if threshold is not None and math.isfinite(threshold) else None
-    return Summary.of(parameters, density, threshold, *_distribution(counts), below - negative, negative)
+    return Summary(Part, parameters, density, threshold, *_distribution(counts), below - negative, negative)
 
 
 def locate(selection: Selection) -> Parts:
@@ -214,7 +155,7 @@ def locate(selection: Selection) -> Parts:
         The parts of its pool, without scores.
     """
     counts = selection.counts.items()
-    return Parts.of({name: Part(selection.shapes[name].numel(), count) for name, count in counts})
+    return Parts(Part, {name: Part(selection.shapes[name].numel(), count) for name, count in counts})
 
 
 def _distribution(counts: Tensor, per_decade: int = 8) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from fishkern.report.grouped import Grouped
 from fishkern.report.matrices import SHARE, EnergyPart, EnergySummary, StartPart
 from fishkern.report.summary import Part, Parts, Summary
 from fishkern.report.tokens import TokenCount
-from fishkern.report.values import Held
+from fishkern.report.values import ValuePart
 from fishkern.selection import Contributions
 from fishkern.statistics import Verification
 from fishkern.statistics.verification import Compared
@@ -84,11 +84,11 @@ def _left(tokens: Mapping[str, TokenCount], layer: str) -> str:
     return f"{tokens[layer].entering:,} to {tokens[layer].leaving:,}" if layer in tokens else ""
 
 
-def values_table(values: Grouped[Held]) -> Table:
+def values_table(values: Grouped[ValuePart]) -> Table:
     """Show how many values there are, how large, and how far they moved: by layer, then by type of module.
 
     Args:
-        values: From :func:`fishkern.report.held_values`.
+        values: From :func:`fishkern.report.summarise_values`.
 
     Returns:
         The table.
@@ -98,11 +98,11 @@ def values_table(values: Grouped[Held]) -> Table:
     headings += ["moved", "largest move"] if whole.moved is not None else []
     headings += ["infinite"] if whole.infinite else []
 
-    def cells(held: Held) -> list[str]:
-        shown = [f"{held.coordinates:,}", f"{held.values:,}", f"{held.largest:.3g}"]
+    def cells(part: ValuePart) -> list[str]:
+        shown = [f"{part.coordinates:,}", f"{part.values:,}", f"{part.largest:.3g}"]
         if whole.moved is not None:
-            shown += [f"{held.moved or 0:,}", f"{held.largest_move or 0.0:.3g}"]
-        return [*shown, f"{held.infinite:,}"] if whole.infinite else shown
+            shown += [f"{part.moved or 0:,}", f"{part.largest_move or 0.0:.3g}"]
+        return [*shown, f"{part.infinite:,}"] if whole.infinite else shown
 
     return _by_parts(values, headings, cells)
 
@@ -279,7 +279,7 @@ def verification_table(rows: Sequence[Compared]) -> Table:
     return table
 
 
-def _by_parts(parts: Parts | Grouped[Any], headings: Sequence[str], cells: Callable[[Any], Sequence[str]]) -> Table:
+def _by_parts(parts: Grouped[Any], headings: Sequence[str], cells: Callable[[Any], Sequence[str]]) -> Table:
     table = _headed(headings)
     for group in (parts.layers, parts.modules):
         for name, part in group.items():

@@ -14,7 +14,7 @@ from fishkern.selection import Delta
 
 
 @dataclass
-class Held:
+class ValuePart:
     """Values of one part of a model.
 
     Attributes:
@@ -33,7 +33,7 @@ class Held:
     largest_move: float | None = None
     infinite: int = 0
 
-    def add(self, other: Held) -> None:
+    def add(self, other: ValuePart) -> None:
         """Add another part to this one.
 
         Args:
@@ -48,7 +48,9 @@ class Held:
             self.largest_move = max(self.largest_move or 0.0, other.largest_move or 0.0)
 
 
-def held_values(values: Delta | Mapping[str, Tensor], start: Mapping[str, Tensor] | None = None) -> Grouped[Held]:
+def summarise_values(
+    values: Delta | Mapping[str, Tensor], start: Mapping[str, Tensor] | None = None
+) -> Grouped[ValuePart]:
     """Sum up the values of a delta or of a start.
 
     Args:
@@ -62,7 +64,7 @@ def held_values(values: Delta | Mapping[str, Tensor], start: Mapping[str, Tensor
         ValueError: ``start`` lacks a parameter of the delta, or has it with another shape.
     """
     if not isinstance(values, Delta):
-        return Grouped(Held, {name: _held(tensor.numel(), tensor, None) for name, tensor in values.items()})
+        return Grouped(ValuePart, {name: _value_part(tensor.numel(), tensor, None) for name, tensor in values.items()})
     parts = {}
     for name, shape in values.selection.shapes.items():
         count = values.selection.counts[name]
@@ -75,17 +77,17 @@ def held_values(values: Delta | Mapping[str, Tensor], start: Mapping[str, Tensor
                     f"the delta holds {name} {tuple(shape)}, and the start has it {has}: it is another run's start."
                 )
             before = start[name].flatten()[values.selection.indices(name).long()]
-        parts[name] = _held(shape.numel(), trained, before)
-    return Grouped(Held, parts)
+        parts[name] = _value_part(shape.numel(), trained, before)
+    return Grouped(ValuePart, parts)
 
 
-def _held(coordinates: int, values: Tensor, before: Tensor | None) -> Held:
+def _value_part(coordinates: int, values: Tensor, before: Tensor | None) -> ValuePart:
     values = values.double().flatten()
-    held = Held(coordinates, len(values), _largest(values), infinite=int((~values.isfinite()).sum()))
+    part = ValuePart(coordinates, len(values), _largest(values), infinite=int((~values.isfinite()).sum()))
     if before is not None:
         move = values - before.double()
-        held.moved, held.largest_move = int((move != 0).sum()), _largest(move)
-    return held
+        part.moved, part.largest_move = int((move != 0).sum()), _largest(move)
+    return part
 
 
 def _largest(values: Tensor) -> float:

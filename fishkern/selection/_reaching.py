@@ -104,7 +104,7 @@ class Search:
         target: How many entries to select.
         usual: A size of the top set.
         steps: What connections cost.
-        units: ``[layers]`` what an entry of a layer weighs in its contribution, whole numbers.
+        per_entry: ``[layers]`` what an entry of a layer weighs in its contribution, whole numbers.
         least_per_row: Connections of each row in the layer of the smallest contribution.
 
     Attributes:
@@ -112,10 +112,11 @@ class Search:
         in_zeros: Whether its last score is zero, or next to zero.
     """
 
-    def __init__(self, target: int, usual: int, steps: Steps, units: Tensor, least_per_row: int) -> None:
-        self._target, self._usual, self._steps, self._units, self._least = target, usual, steps, units, least_per_row
+    def __init__(self, target: int, usual: int, steps: Steps, per_entry: Tensor, least_per_row: int) -> None:
+        self._target, self._usual, self._steps = target, usual, steps
+        self._per_entry, self._least = per_entry, least_per_row
         self._best = (_BEYOND, 0, 0)  # distance from the target, distance from the usual size, size
-        self.counts = torch.zeros_like(units)
+        self.counts = torch.zeros_like(per_entry)
         self.in_zeros = False
 
     @property
@@ -141,7 +142,7 @@ class Search:
         """
         source = InOrder(scores, layer_of, order)
         bins, runs = source.counted()
-        open_bins = list(self._walk(runs, torch.zeros_like(self._units)))
+        open_bins = list(self._walk(runs, torch.zeros_like(self._per_entry)))
         while open_bins := [one for one in open_bins if self._may_improve(one)]:
             read, entries = [], 0
             while open_bins and (not read or entries + open_bins[0].entries <= _MOST_READ):
@@ -204,10 +205,10 @@ class Search:
             counts[0, layer] += more
             return counts
 
-        weights = start * self._units
+        weights = start * self._per_entry
         weights[layer] = 0
         least = int(weights[weights > 0].min()) if weights.any() else _BEYOND
-        turn = least // int(self._units[layer]) - int(start[layer])
+        turn = least // int(self._per_entry[layer]) - int(start[layer])
         falling, rising = range(1, min(entries - 1, turn) + 1), range(max(1, turn + 1), entries)
         for sizes, sign in ((falling, -1), (rising, 1)):
             value = lambda more, sign=sign: sign * selected(more)  # noqa: E731 - which ascends
@@ -234,7 +235,7 @@ class Search:
 
     def _selected(self, counts: Tensor) -> Tensor:
         """Count the selected entries: ``[S, layers]`` counts to ``[S]``."""
-        weights = counts * self._units
+        weights = counts * self._per_entry
         least = weights.masked_fill(weights == 0, _BEYOND).amin(1, keepdim=True)
         return (self._steps.taken(self._connections(weights, least)) * self._steps.rows).sum(1)
 
@@ -244,11 +245,11 @@ class Search:
 
     def _distances(self, starts: Tensor, ends: Tensor) -> Tensor:
         """Bound the distances from the target between two counts, ``[S, layers]`` each, from below, ``[S]``."""
-        low, high = starts * self._units, ends * self._units
+        low, high = starts * self._per_entry, ends * self._per_entry
         # The smallest weight inside is at most that of a layer that is there at the start, and at least what the
         # smallest one had then, or one entry of a layer that is not.
         most = high.masked_fill(low == 0, _BEYOND).amin(1, keepdim=True)
-        least = torch.where(low > 0, low, self._units.where(high > 0, torch.tensor(_BEYOND))).amin(1, keepdim=True)
+        least = torch.where(low > 0, low, self._per_entry.where(high > 0, torch.tensor(_BEYOND))).amin(1, keepdim=True)
         fewest = self._steps.taken(self._connections(low, most))
         largest = self._steps.taken(self._connections(high, least))
         lowest, highest = (fewest * self._steps.rows).sum(1), (largest * self._steps.rows).sum(1)

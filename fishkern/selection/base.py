@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fishkern.arguments import patterns_of
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor
 
@@ -49,11 +50,7 @@ class Rule(ABC):
 
     def __post_init__(self) -> None:
         for name in ("always", "never"):
-            patterns = getattr(self, name)
-            patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-            if not all(isinstance(pattern, str) for pattern in patterns):
-                raise ValueError(f"{name} takes patterns of names, strings such as '*.bias'; got {patterns!r}.")
-            object.__setattr__(self, name, patterns)
+            vars(self)[name] = patterns_of(getattr(self, name), name)
 
     @property
     def settings(self) -> dict[str, Any]:

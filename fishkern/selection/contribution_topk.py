@@ -251,7 +251,8 @@ class ContributionTopK(Rule):
         target, asked = self._target(layers, total)
         steps = Steps.of([layer.rows for layer in layers], self.most_per_row)
         available = sum(layer.numel for layer in layers)
-        search = Search(target, share_of(USUAL_TOP, available), steps, self._units(layers), self.least_per_row)
+        usual, per_entry = share_of(USUAL_TOP, available), self._per_entry(layers)
+        search = Search(target, usual, steps, per_entry, self.least_per_row)
         search.run(scores, {name: number for number, layer in enumerate(layers) for name in layer.names}, self.order)
         if search.in_zeros:
             self._warn_of_zeros(scores, search.size)
@@ -267,17 +268,17 @@ class ContributionTopK(Rule):
         )
         return density_of(search.size, available, digits), search.counts.tolist()
 
-    def _units(self, layers: Sequence[RankedLayer]) -> Tensor:
+    def _per_entry(self, layers: Sequence[RankedLayer]) -> Tensor:
         """Weigh an entry of each layer in whole numbers."""
         sizes = [max(1, layer.numel) for layer in layers]
         multiple = math.lcm(*sizes) if self.share == "count-per-entry" else 1
-        units = [multiple // size if self.share == "count-per-entry" else 1 for size in sizes]
-        if self.least_per_row * max(unit * size for unit, size in zip(units, sizes, strict=True)) >= 2**62:
+        weights = [multiple // size if self.share == "count-per-entry" else 1 for size in sizes]
+        if self.least_per_row * max(weight * size for weight, size in zip(weights, sizes, strict=True)) >= 2**62:
             raise ValueError(
                 f"share={self.share!r} of layers of {len(set(sizes))} sizes leads to numbers that do not fit into 64 "
                 "bits: give top= instead of density=, or take share='count'."
             )
-        return torch.tensor(units, dtype=torch.int64)
+        return torch.tensor(weights, dtype=torch.int64)
 
     def _warn_of_zeros(self, scores: Mapping[str, AnyTensor], size: int) -> None:
         """Warn if the position of zeros decides which are in the top set."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
+from fishkern.arguments import json_of
 from fishkern.files import parsing
 from fishkern.names import fitted, listed, renamed, without_wrappers
 from fishkern.selection.base import Patterns, matching
@@ -96,7 +97,7 @@ class Selection(Frozen):
 
     def _hold(self, entries: dict[str, Entries], provenance: Mapping[str, Any]) -> None:
         pool = {name: selected.shape for name, selected in entries.items()}
-        vars(self).update(_entries=entries, _pool=pool, _provenance=_json(provenance))
+        vars(self).update(_entries=entries, _pool=pool, _provenance=json_of(provenance, "provenance"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if (shapes := state.get("_shapes")) is None:
@@ -437,10 +438,3 @@ def _checked_shape(name: str, shape: Sequence[int]) -> torch.Size:
     if min(shape, default=0) < 0:
         raise ValueError(f"{name} has the shape {tuple(shape)}, and no size is below zero.")
     return shape
-
-
-def _json(provenance: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(dict(provenance), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"provenance must be JSON: {error}.") from None

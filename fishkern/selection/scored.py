@@ -68,7 +68,8 @@ def split_off(rule: Rule, scores: Mapping[str, AnyTensor]) -> tuple[list[str], d
     always, never = matching(rule.always, scores, "always"), matching(rule.never, scores, "never")
     if both := set(always) & set(never):
         raise ValueError(f"{min(both)} is in always= and in never=: leave it out of one.")
-    return always, {name: score for name, score in scores.items() if name not in {*always, *never}}
+    decided = {*always, *never}
+    return always, {name: score for name, score in scores.items() if name not in decided}
 
 
 def _refuse_groups(statistics: Statistics) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.digests import agree, digest
+from fishkern.digests import agree, difference, digest
 from fishkern.files import Format, StoredTensor, in_brief, open_tensors, save_tensors
 from fishkern.names import fitted
 from fishkern.selection.entries import Entries
@@ -68,17 +68,16 @@ def check_start(
     if (digests := selection.provenance.get("start")) is None:
         return
     named = named_tensors(model, digests)
-    for name, (norm, signed) in digests.items():
+    for name, recorded in digests.items():
         if name not in named:
             continue
-        found = digest(named[name])
-        if not agree(found, (norm, signed)):
+        actual = digest(named[name])
+        if not agree(actual, recorded):
             if trained and _was_trained(selection, named):
                 return
             raise ValueError(
-                f"the selection was made for another start: {name} had norm {norm:.6g} and has {found[0]:.6g} (sums "
-                f"under random signs {signed:.6g} and {found[1]:.6g}). Load the start that was saved with it "
-                "(fishkern.selection.load_start), or select anew."
+                f"the selection was made for another start: {name} {difference(actual, recorded)}. Load the start that "
+                "was saved with it (fishkern.selection.load_start), or select anew."
             )
 
 
@@ -86,12 +85,12 @@ def _was_trained(selection: Selection, named: Mapping[str, Tensor]) -> bool:
     """Tell whether only selected entries have moved from the start, some of them in a parameter that has others."""
     # A parameter that is selected whole has no other entries to compare: a head alone that differs is another start.
     recorded = selection.provenance.get("start_unselected", {})
-    digests = {name: value for name, value in recorded.items() if name in named and name in selection}
-    others = {name: digest(_unselected(named[name], selection.entries(name))) for name in digests}
-    unmoved = all(agree(others[name], digest) for name, digest in digests.items())
-    conclusive = any(norm > 0 for norm, _ in digests.values())  # zeros are the same in every start
+    recorded = {name: pair for name, pair in recorded.items() if name in named and name in selection}
+    unselected = {name: digest(_unselected(named[name], selection.entries(name))) for name in recorded}
+    unmoved = all(agree(unselected[name], pair) for name, pair in recorded.items())
+    conclusive = any(norm > 0 for norm, _ in recorded.values())  # zeros are the same in every start
     start = selection.provenance["start"]
-    return unmoved and conclusive and any(not agree(digest(named[name]), start[name]) for name in digests)
+    return unmoved and conclusive and any(not agree(digest(named[name]), start[name]) for name in recorded)
 
 
 def _unselected(tensor: Tensor, entries: Entries) -> Tensor:
@@ -135,10 +134,8 @@ def load_start(model: nn.Module, path: str | os.PathLike[str]) -> None:
     stored = open_start(path)
     named = named_tensors(model)
     for name, tensor in stored.items():
-        if name not in named or named[name].shape != tensor.shape:
-            has = f"has it as {tuple(named[name].shape)}" if name in named else "has no such parameter"
-            shown = f"{in_brief(name, 80)} {tuple(tensor.shape)}"
-            raise ValueError(f"{path} holds {shown}, and {type(model).__name__} {has}.")
+        if reason := misfit(name, tensor.shape, named, model):
+            raise ValueError(f"{path} {reason}.")
     with torch.no_grad():
         for name, tensor in stored.items():
             named[name].copy_(tensor.read())
@@ -161,6 +158,25 @@ def open_start(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         if not tensor.dtype.is_floating_point:
             raise ValueError(f"{path} holds {in_brief(name, 80)} as {tensor.dtype}, and a start is floating.")
     return stored
+
+
+def misfit(name: str, shape: torch.Size, named: Mapping[str, Tensor], model: nn.Module) -> str | None:
+    """Say why a stored tensor is none of a model's parameters.
+
+    Args:
+        name: Of the tensor in its file.
+        shape: Its shape.
+        named: The model's parameters by canonical name.
+        model: The model.
+
+    Returns:
+        The reason, of which the file is the subject: ``"holds ..., and ... has no such parameter"``; ``None`` if there
+        is a parameter of this name and shape.
+    """
+    if name in named and named[name].shape == shape:
+        return None
+    has = f"has it as {tuple(named[name].shape)}" if name in named else "has no such parameter"
+    return f"holds {in_brief(name, 80)} {tuple(shape)}, and {type(model).__name__} {has}"
 
 
 def named_tensors(model: nn.Module | Iterable[tuple[str, Tensor]], known: Container[str] = ()) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ def detach(model: nn.Module) -> nn.Module:
             name = type(layer).__name__
             raise ValueError(f"the class of {path} has been changed to {name}, as FSDP does: detach before that.")
     for layer in layers.values():
-        layer.__class__ = type(layer).found
+        layer.__class__ = type(layer).original
     return model
 
 

@@ -36,14 +36,14 @@ class ReducingLayer:
     """First base class of a layer that reduces tokens; the second one is the class that the layer had.
 
     Class attributes:
-        found: The class that the layer had.
+        original: The class that the layer had.
         recipe: The whole recipe, that of all layers.
         parts: The layer's modules.
         special: Number of tokens before the image tokens.
         alteration: The recipe in words, which statistics of such a model have in their definition.
     """
 
-    found: type[nn.Module]
+    original: type[nn.Module]
     recipe: TokenReduction
     parts: Parts
     special: int
@@ -65,9 +65,9 @@ class ReducingLayer:
         """
         if attention_mask is not None:
             raise ValueError(
-                f"{self.found.__name__} reduces tokens and got an attention_mask, which would not fit the tokens that "
-                "are left: call the model without one. torch.export makes one of its own, so it cannot export such a "
-                "model; fishkern.tokens.detach it before."
+                f"{self.original.__name__} reduces tokens and got an attention_mask, which would not fit the tokens "
+                "that are left: call the model without one. torch.export makes one of its own, so it cannot export "
+                "such a model; fishkern.tokens.detach it before."
             )
         if self.recipe.place == "after_layer":
             output = super().forward(hidden_states, attention_mask, **kwargs)
@@ -109,7 +109,7 @@ class ReducingLayer:
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         """Pickle the classes that this one is made of, since it has no name to be imported by."""
         _, _, *state = super().__reduce_ex__(protocol)
-        return (_empty, (self.found, self.recipe, self.parts, self.special), *state)
+        return (_empty, (self.original, self.recipe, self.parts, self.special), *state)
 
     def _norm(self, branch: int) -> nn.Module:
         return getattr(self, self.parts.norms[branch])
@@ -126,21 +126,27 @@ class ReducingLayer:
 
 
 @lru_cache(maxsize=64)  # so layers of one kind have one class, as they had before, for which torch compiles once
-def reducing_class(found: type[nn.Module], recipe: TokenReduction, parts: Parts, special: int) -> type[nn.Module]:
+def reducing_class(original: type[nn.Module], recipe: TokenReduction, parts: Parts, special: int) -> type[nn.Module]:
     """Make the class of a layer that reduces tokens.
 
     Args:
-        found: The layer's own class.
+        original: The layer's own class.
         recipe: The recipe.
         parts: The layer's modules.
         special: Number of tokens before the image tokens.
 
     Returns:
-        A subclass of ``found``, with the same attributes of instances.
+        A subclass of ``original``, with the same attributes of instances.
     """
-    attributes = {"found": found, "recipe": recipe, "parts": parts, "special": special, "alteration": repr(recipe)}
-    described = {"__doc__": found.__doc__, "__module__": __name__}
-    return type(f"Reducing{found.__name__}", (ReducingLayer, found), attributes | described)
+    attributes = {
+        "original": original,
+        "recipe": recipe,
+        "parts": parts,
+        "special": special,
+        "alteration": repr(recipe),
+    }
+    described = {"__doc__": original.__doc__, "__module__": __name__}
+    return type(f"Reducing{original.__name__}", (ReducingLayer, original), attributes | described)
 
 
 def _empty(*made_of: Any) -> nn.Module:

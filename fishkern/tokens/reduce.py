@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fishkern.ops.dtypes import accumulates_in
+
 
 class Split(NamedTuple):
     """Which tokens of a layer stay.
@@ -51,7 +53,7 @@ def class_attention(hidden: Tensor, q_proj: nn.Module, k_proj: nn.Module, head_d
             products = torch.einsum("nhd,hdi->nhi", query, weight) @ hidden.transpose(1, 2)
         else:  # LoRA, quantised or sharded
             products = torch.einsum("nhd,nthd->nht", query, k_proj(hidden).unflatten(-1, (-1, head_dim)))
-        products = products.to(torch.promote_types(products.dtype, torch.float32))
+        products = products.to(accumulates_in(products.dtype))
         return (products * scaling).softmax(-1).mean(1)
 
 

@@ -45,11 +45,15 @@ def test_a_masked_step_moves_the_same_rows(part):
         torch.testing.assert_close(one, other)
 
 
-def test_sizes_of_the_model():
+@pytest.mark.parametrize("shape", [LLAMA_104M, LLAMA_TINY], ids=["own keys", "shared keys"])
+def test_sizes_of_the_model(shape):
     """All linears of the LLaMA; the rest is embedding, head and norms."""
-    linears = sum(O * I for O, I in LLAMA_104M.linears()) * LLAMA_104M.layers
-    ends = 2 * LLAMA_104M.vocabulary * LLAMA_104M.hidden + (2 * LLAMA_104M.layers + 1) * LLAMA_104M.hidden
-    assert linears + ends == sum(LLAMA_104M.sizes())
+    linears = sum(O * I for O, I in shape.linears()) * shape.layers
+    ends = 2 * shape.vocabulary * shape.hidden + (2 * shape.layers + 1) * shape.hidden
+    assert linears + ends == sum(shape.sizes())
+
+
+def test_a_model_of_104_million_parameters():
     assert {case.shape for case in group_fisher.CASES} == {LLAMA_104M}
 
 

@@ -236,7 +236,7 @@ def test_settings_are_plain():
         (dict(score="sum"), "score must be one of"),
         (dict(reference="mean"), "reference must be one of"),
         (dict(range=(0.99, 0.01)), "range must be two ascending fractions"),
-        (dict(range=(1, 99)), "range must be from 0 to 1, got 99.0"),
+        (dict(range=(1, 99)), "range must be from 0 to 1, got 99"),
         (dict(decay=1.1), "decay must be from 0 to 1"),
         (dict(smoothing=math.nan), "smoothing must be from 0 to 1"),
     ],

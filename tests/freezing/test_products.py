@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from fishkern.freezing import Factors, JensenShannon, histograms
 from fishkern.freezing.histograms import counts_of, edges_of, span_of
 from fishkern.freezing.products import count_products, products_at
-from fishkern.ops.magnitudes import magnitudes_at
 from tests.freezing.oracle import log_normal
 
 # Few values, so that there are zeros, ties and products that are equal though their factors are not.
@@ -72,22 +71,6 @@ def test_overflowing_products_are_refused():
     assert products_at([largest], [0]) == [float(largest.rows[0].double() ** 2)]
     with pytest.raises(ValueError, match="NaN or infinite"):
         products_at([Factors(torch.tensor([1.0, math.nan]), torch.ones(2))], [0])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("values", ["normal", "few", "zeros", "equal"])
-def test_places_of_many_values(dtype, values):
-    """Above 2^16 values are counted by digits instead of sorted."""
-    flat = {
-        "normal": log_normal(80_000).to(dtype),
-        "few": torch.arange(80_000).remainder(7).to(dtype),
-        "zeros": torch.zeros(80_000, dtype=dtype),
-        "equal": torch.full((80_000,), 0.1, dtype=dtype),
-    }[values]
-    pool = [flat[:30_000], -flat[30_000:].view(2, -1).mT]
-    ordered = flat.sort().values.tolist()
-    places = [0, 1, 799, 800, 40_000, 79_200, 79_998, 79_999]
-    assert magnitudes_at(pool, places) == [ordered[place] for place in places]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -177,8 +177,8 @@ def test_arguments_that_do_not_go_together_are_refused():
         (dict(probe=PROBE, compat="reference"), r"probe= does not go with compat='reference'"),
         (dict(probe=None, compat="reference", likelihood=CLASSES), "likelihood= does not go with compat"),
         (dict(probe=fk.OnlineFisher(model), estimator=fk.DiagonalFisher()), "estimator= does not go with an OnlineF"),
-        (dict(probe=PROBE, every=0), "every is a number of steps, at least 1"),
-        (dict(probe=PROBE, read_every=-1), "read_every is a number of steps"),
+        (dict(probe=PROBE, every=0), "every must be at least 1, got 0"),
+        (dict(probe=PROBE, read_every=-1), "read_every must be at least 1, got -1"),
     ]:
         arguments = {**options, **changes}
         with pytest.raises(ValueError, match=message):

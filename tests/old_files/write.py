@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import chdir, contextmanager
 from functools import partial
 from pathlib import Path
@@ -71,15 +71,23 @@ def write_values(folder: Path) -> None:
     adapters.save(samples.filled(model), adapter, folder / "adapter")
 
 
-def write_optimizers(folder: Path) -> None:
+def write_optimizers(folder: Path, trainings: Mapping[str, samples.Training] = samples.OPTIMIZERS) -> None:
     """The state after two steps, and beside it all tensors before and after the third."""
-    for name, training in samples.OPTIMIZERS.items():
+    for name, training in trainings.items():
         model, optimizer = training.begun()
         torch.save(optimizer.state_dict(), folder / f"{name}.pt")
         before = {f"before {key}": value for key, value in samples.tensors_of(model, optimizer).items()}
         samples.advance(model, optimizer, step=3)
         after = {f"after {key}": value for key, value in samples.tensors_of(model, optimizer).items()}
         save_file(before | after, folder / f"{name}.safetensors")
+
+
+def write_ranges(folder: Path) -> None:
+    """A selection of ranges, with its delta and optimizers."""
+    selected = samples.ranged_selection()
+    selected.save(folder / "selection")
+    fk.delta(samples.moved(samples.small(), selected), selected).save(folder / "delta")
+    write_optimizers(folder, samples.OPTIMIZERS_OF_RANGES)
 
 
 def write_trainer(folder: Path) -> None:
@@ -150,6 +158,7 @@ WRITERS = {
     "tokens": write_tokens,
     "values": write_values,
     "optimizers": write_optimizers,
+    "ranges": write_ranges,
     "trainer": write_trainer,
     "selecting-trainer": write_selecting_trainer,
     "tune": write_tune,

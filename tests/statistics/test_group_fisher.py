@@ -36,6 +36,14 @@ MODELS = {
 }
 
 
+def of_dtype(kind: str, dtype: torch.dtype) -> tuple[nn.Module, list[dict]]:
+    specimen = MODELS[kind]()
+    batches = [specimen.batch(3), specimen.batch(2)]
+    if kind == "vit":
+        batches = [{**batch, "pixel_values": batch["pixel_values"].to(dtype)} for batch in batches]
+    return specimen.model.to(dtype), batches
+
+
 @dataclass(frozen=True)
 class Kept(fk.DiagonalFisher):
     """The diagonal before its entries become float32."""
@@ -68,11 +76,7 @@ def summed(squares: Tensor, by: str) -> Tensor:
 @pytest.mark.parametrize("by", ["row", "column", "tensor"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_equals_the_sums_of_the_diagonal(kind, by, dtype, limit):
-    specimen = MODELS[kind]()
-    model = specimen.model.to(dtype)
-    batches = [specimen.batch(3), specimen.batch(2)]
-    if kind == "vit":
-        batches = [{**batch, "pixel_values": batch["pixel_values"].to(dtype)} for batch in batches]
+    model, batches = of_dtype(kind, dtype)
     groups, entries = KeptGroups(by=by), Kept()
     fk.estimate(model, batches, groups)
     diagonal = fk.estimate(model, batches, entries)
@@ -85,23 +89,36 @@ def test_equals_the_sums_of_the_diagonal(kind, by, dtype, limit):
         assert error < limit, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("by", ["layer", lambda name: "all"], ids=["layer", "function"])
-def test_groups_of_parameters_are_sums_over_them_and_say_which(by):
-    specimen = zoo.llama(tie_word_embeddings=True)
-    batches = [specimen.batch(3), specimen.batch(2)]
-    groups = fk.estimate(specimen.model, batches, fk.GroupFisher(by=by))
-    diagonal = fk.estimate(specimen.model, batches)
+@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize("by", [*BY[3:], lambda name: "all"], ids=["layer", "own names", "all"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_groups_of_parameters_are_sums_over_them_and_say_which(kind, by, dtype, limit):
+    """Before their sums become float32, and as the result has them."""
+    model, batches = of_dtype(kind, dtype)
+    estimator, entries = KeptGroups(by=by), Kept()
+    groups = fk.estimate(model, batches, estimator)
+    diagonal = fk.estimate(model, batches, entries)
     members = groups.provenance["definition"]["groups"]
     assert sorted(name for names in members.values() for name in names) == sorted(diagonal)
     assert members.keys() == groups.keys()
+    ours, truth = dict(zip(diagonal, estimator.sums, strict=True)), dict(zip(diagonal, entries.sums, strict=True))
     for group, names in members.items():
-        expected = sum(diagonal[name].double().sum() for name in names)
+        expected = sum(truth[name].double().sum() for name in names)
+        torch.testing.assert_close(sum(ours[name] for name in names), expected, rtol=limit, atol=0.0)
         assert groups[group].shape == ()
         torch.testing.assert_close(groups[group].double(), expected, rtol=1e-5, atol=0.0)
     assert groups.coverage == diagonal.coverage  # in the size of the parameters
     assert f"{len(groups)} group{'s' * (len(groups) > 1)}, " in repr(groups)
-    if by == "layer":
-        assert {"model.layers.0", "model.layers.1", "model.embed_tokens.weight", "model.norm.weight"} == groups.keys()
+
+
+def test_a_layer_is_a_transformer_layer_and_every_other_parameter_is_its_own():
+    layers = {kind: fk.estimate(*of_dtype(kind, torch.float32), fk.GroupFisher(by="layer")).keys() for kind in MODELS}
+    outside = {"model.embed_tokens.weight", "model.norm.weight"}
+    assert layers["tied llama"] == {"model.layers.0", "model.layers.1"} | outside
+    assert layers["llama"] == layers["tied llama"] | {"lm_head.weight"}
+    assert layers["lora"] == {f"base_model.model.model.layers.{number}" for number in (0, 1)}
+    assert layers["gpt2"] >= {"transformer.h.0", "transformer.wte.weight", "transformer.wpe.weight"}
+    assert {"vit.layers.0", "vit.layers.1", "classifier.weight"} < layers["vit"]
 
 
 @pytest.mark.parametrize("by", BY[3:])

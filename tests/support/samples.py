@@ -108,6 +108,12 @@ def later_selection() -> fk.Selection:
     return fk.Selection(POOL, {name: torch.tensor(list(at)) for name, at in indices.items()}, whole=["0.bias"])
 
 
+def ranged_selection() -> fk.Selection:
+    """Ranges of rows and of columns, which a file stores in its header, beside the other forms."""
+    ranges = {"0.weight": fk.Rows((2, 5), (7, 20)), "1.weight": fk.Columns((0, 8), (12, 13))}
+    return fk.Selection(POOL, {"0.bias": torch.arange(3)}, whole=WHOLE, ranges=ranges, provenance=SELECTED_BY)
+
+
 def adapter_init() -> fk.AdapterInit:
     """The start of an adapter of the first two modules, with another rank and scaling for each."""
     modules = {}
@@ -165,11 +171,12 @@ def freezer_state() -> FreezerState:
 
 
 @torch.no_grad()
-def moved(model: nn.Module, by: float = 0.5) -> nn.Module:
+def moved(model: nn.Module, selected: fk.Selection | None = None) -> nn.Module:
     """The same model with its selected entries moved, as training would."""
+    selected = selection() if selected is None else selected
     for name, parameter in model.named_parameters():
         if name in POOL:
-            parameter[selection().mask(name)] += by
+            parameter[selected.mask(name)] += 0.5
     return model
 
 
@@ -186,6 +193,7 @@ class Training:
         options: For the class.
         grouped: Whether biases are a group with options of their own.
         reselected: Whether the second of the two steps is that of :func:`later_selection`.
+        ranges: Whether ranges move, of which torch's fused update steps the rows.
     """
 
     cls: type[fk.optim.MaskedOptimizer]
@@ -193,6 +201,7 @@ class Training:
     options: dict[str, Any] = field(default_factory=dict)
     grouped: bool = False
     reselected: bool = False
+    ranges: bool = False
 
     def optimizer(self, model: nn.Module, selected: fk.Selection) -> fk.optim.MaskedOptimizer:
         groups: list[dict[str, Any]] = [{"params": list(model.named_parameters())}]
@@ -205,7 +214,7 @@ class Training:
     def begun(self) -> tuple[nn.Module, fk.optim.MaskedOptimizer]:
         """A model after two steps."""
         model = small(self.dtype)
-        optimizer = self.optimizer(model, selection())
+        optimizer = self.optimizer(model, ranged_selection() if self.ranges else selection())
         advance(model, optimizer, step=1)
         if self.reselected:
             optimizer.reselect(later_selection())
@@ -215,6 +224,8 @@ class Training:
     @property
     def selected(self) -> fk.Selection:
         """What moves when the sample is saved."""
+        if self.ranges:
+            return ranged_selection()
         return later_selection() if self.reselected else selection()
 
 
@@ -244,6 +255,11 @@ OPTIMIZERS = {
     "sgd-masters": Training(fk.MaskedSGD, torch.bfloat16, {"momentum": 0.9, "dampening": 0.1}, grouped=True),
     "sgd-reselected": Training(fk.MaskedSGD, torch.float32, {"momentum": 0.9, "weight_decay": 0.1}, reselected=True),
     "sgd-plain": Training(fk.MaskedSGD, torch.float32),
+}
+
+OPTIMIZERS_OF_RANGES = {
+    "adamw": Training(fk.MaskedAdamW, torch.float32, {"max_grad_norm": 1.0}, grouped=True, ranges=True),
+    "sgd-masters": Training(fk.MaskedSGD, torch.bfloat16, {"momentum": 0.9}, ranges=True),
 }
 
 

@@ -98,8 +98,8 @@ class Log:
 
     def of(self, arm: str, seeds: int) -> list[Record]:
         """The runs of an arm at its chosen rate, in the order of their seeds."""
-        found = [self.find(Step(arm, None, seed)) for seed in range(seeds)]
-        return [record for record in found if record is not None]
+        records = [self.find(Step(arm, None, seed)) for seed in range(seeds)]
+        return [record for record in records if record is not None]
 
     def ran(self, arms: Sequence[str], seeds: int) -> tuple[int, int]:
         """How many of how many runs there are."""

@@ -22,8 +22,6 @@ either. The chance level is the density itself.
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,6 +31,7 @@ import fishkern as fk
 from benchmarks.engine import RESULTS
 from benchmarks.engine.origin import machine
 from benchmarks.engine.records import Record, Records
+from benchmarks.studies.comparing.limit import say
 from benchmarks.studies.exactness.comparison import Measured, compared, estimates
 from benchmarks.studies.exactness.estimators import Arm, Setting, arms
 from benchmarks.studies.exactness.subjects import Loaded, Subject, subjects
@@ -159,10 +158,6 @@ class Pair:
             if n in sizes:
                 estimate = Estimate(arm.label, n, arm.batch_size, measured)
                 self.add("estimator", estimate, self.ours[n], seconds=round(seconds, 3))
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
 
 
 def refuse_repeated(loaded: Loaded) -> None:

@@ -138,7 +138,7 @@ def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return entropy + DICE * (1 - dice(logits.sigmoid(), masks))
 
 
-def dice(found: Tensor, masks: Tensor) -> Tensor:
+def dice(marked: Tensor, masks: Tensor) -> Tensor:
     """Twice what both share over what they have together ``[N]``; a pixel is added, so that an empty image has one."""
-    shared = (found * masks).sum((1, 2))
-    return (2 * shared + 1) / (found.sum((1, 2)) + masks.sum((1, 2)) + 1)
+    shared = (marked * masks).sum((1, 2))
+    return (2 * shared + 1) / (marked.sum((1, 2)) + masks.sum((1, 2)) + 1)

@@ -177,8 +177,8 @@ class Nuclei(Task):
         scores, losses = 0.0, 0.0
         for start in range(0, len(images.masks), EVALUATED):
             batch = self._of(images.rows(slice(start, start + EVALUATED)))
-            found = (model(batch["pixel_values"]) > 0).float()
-            scores += nuclei.dice(found, batch["masks"]).sum().item()
+            marked = (model(batch["pixel_values"]) > 0).float()
+            scores += nuclei.dice(marked, batch["masks"]).sum().item()
             losses += nuclei.losses(model, batch).sum().item()
         count = len(images.masks)
         return {"score": scores / count, "nll": losses / count}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 from benchmarks.engine.origin import version_of
@@ -55,7 +52,7 @@ def run(arm: str, lr: float, seed: int, task: Task, *, choosing: bool, steps: in
             optimizer.zero_grad()
         losses.append(loss.item())
         if step in ends:
-            with seconds("measuring"), random_state_kept():
+            with seconds("measuring"), torch.random.fork_rng():
                 measured = task.measure(model, choosing=choosing)
             curve.append({"step": step, **{name: finite(value) for name, value in measured.items()}})
             model.train()
@@ -71,9 +68,3 @@ def run(arm: str, lr: float, seed: int, task: Task, *, choosing: bool, steps: in
         "measuring": round(seconds["measuring"], 2),
         "peft": version_of("peft"),
     }
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    with torch.random.fork_rng():
-        yield

@@ -87,11 +87,11 @@ def estimated(model: nn.Module, task: Task, rows: list, positions: str = "attend
         )
         for kind in ("kronecker", "exact")
     }
-    found = energies["kronecker"]
+    factored = energies["kronecker"]
     return Estimate(
-        {name: found[name].kronecker for name in names},
-        {name: found[name].joint for name in names},
-        {name: found[name].singular_values for name in names},
+        {name: factored[name].kronecker for name in names},
+        {name: factored[name].joint for name in names},
+        {name: factored[name].singular_values for name in names},
         {
             fisher: {name: energies[kind][name].importance for name in names}
             for fisher, kind in (("kronecker", "kronecker"), ("joint", "exact"))

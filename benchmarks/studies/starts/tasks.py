@@ -122,9 +122,9 @@ class Language(Task):
             loss, tokens = loss + nll.sum().item(), tokens + nll.numel()
         story, kl = 0.0, 0.0
         for batch, expected in zip(self.batches(self.stories, EVALUATED), self.expected, strict=True):
-            found = _log_probabilities(model, batch)
-            kl += (expected.exp() * (expected - found)).sum().item()
-            story -= found.gather(2, batch["input_ids"][:, 1:, None]).sum().item()
+            actual = _log_probabilities(model, batch)
+            kl += (expected.exp() * (expected - actual)).sum().item()
+            story -= actual.gather(2, batch["input_ids"][:, 1:, None]).sum().item()
         positions = len(self.stories) * (self.setting.story_tokens - 1)
         nll = loss / tokens
         return {"nll": nll, "story_nll": story / positions, "kl": kl / positions, "choice": -nll}
@@ -166,8 +166,8 @@ def _nll(model: nn.Module, batch: Batch) -> Tensor:
     """One value for each token with a label."""
     labels = batch["labels"][:, 1:]
     counted = labels != -100
-    found = _log_probabilities(model, batch).gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0]
-    return -found[counted]
+    of_labels = _log_probabilities(model, batch).gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0]
+    return -of_labels[counted]
 
 
 class Classes(Task):
