@@ -24,13 +24,14 @@ from fishkern.layers import (
 from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics.base import Estimator, ParameterInfo
 from fishkern.statistics.batches import Reader, Shared
+from fishkern.statistics.borders import document_numbers
 from fishkern.statistics.choosing import Requested, requested_names
 from fishkern.statistics.contents import Batch, Place
 from fishkern.statistics.coverage import Covered
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
-from fishkern.statistics.packing import PackedExamples, document_numbers, packed_examples
+from fishkern.statistics.packing import PackedExamples, packed_examples
 from fishkern.statistics.states import without_factors
 
 

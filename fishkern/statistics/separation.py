@@ -64,7 +64,8 @@ def _leak(model: nn.Module, few: PackedExamples, n: int, others: set[int]) -> st
         )
     return (
         f"{says}, as recurrent layers (Mamba, linear attention) and convolutions along the row do not, nor attention "
-        "that ignores position_ids. Use a collator that keeps one example in each row."
+        "that ignores position_ids (Qwen2-VL's reads [4, R, T] alone, positions of the text in front). Use a collator "
+        "that keeps one example in each row."
     )
 
 
