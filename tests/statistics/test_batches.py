@@ -387,7 +387,7 @@ def test_patches_of_one_example_are_whole(check):
 
 
 class ThreeAxesForCausalLM(nn.Module):
-    """Positions of three kinds for each token come as ``[3, N, T]``, as in Qwen2-VL."""
+    """Places of three kinds for each token come as ``[3, N, T]``."""
 
     def __init__(self) -> None:
         super().__init__()
