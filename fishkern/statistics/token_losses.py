@@ -76,7 +76,7 @@ def _checked(values: Any, N: int, shape: tuple[int, int] | None) -> Tensor:
     got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
     raise ValueError(
         f"the function of fishkern.TokenLosses must give a loss for each token, {expected}, or a pair (losses, "
-        f"weights) of this shape; got {got}. (With labels shifted by one, pad them: F.pad(labels, (0, 1), value=-100)[:, 1:].)"
+        f"weights) of this shape; got {got}. (Where the labels are shifted by one, pad: F.pad(losses, (0, 1)).)"
     )
 
 

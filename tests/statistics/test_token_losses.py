@@ -125,6 +125,17 @@ def test_other_documents_that_a_loss_reads_are_seen():
         fk.estimate(made(), [weighed(flat(documents()))], likelihood=fk.TokenLosses(of_tokens))
 
 
+def test_a_cache_that_hides_the_documents_is_named():
+    def cached(model: nn.Module, batch: dict) -> Tensor:
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[:, :-1]
+        return F.pad(F.cross_entropy(logits.mT, batch["labels"][:, 1:], reduction="none"), (0, 1))
+
+    model = made()
+    with pytest.raises(ValueError, match="does not keep documents apart.*call it with use_cache=False"):
+        fk.estimate(model, [weighed(flat(documents()))], likelihood=fk.TokenLosses(cached))
+    assert not model._forward_pre_hooks
+
+
 @pytest.mark.parametrize(
     ("function", "got"),
     [
