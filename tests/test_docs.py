@@ -27,7 +27,7 @@ README = ROOT / "README.md"
 RESULT = re.compile(r"  # -> (.*)$")
 LOGGERS = ("", "transformers", "peft", "accelerate", "datasets")  # the first is the root; the others do not propagate
 
-for package in ("transformers", "peft", "typer", "rich", "matplotlib"):
+for package in ("transformers", "peft", "trl", "typer", "rich", "matplotlib"):
     pytest.importorskip(package)
 
 

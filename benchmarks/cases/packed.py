@@ -25,8 +25,8 @@ from benchmarks.engine.turns import Run, in_turns, seconds_of, spread
 from benchmarks.subjects.transformers import Workload, small_llama
 
 TESTS = {"run": ["tests/models/test_packed.py"]}
-ROUNDS = 7
-SECONDS = 300  # that a measurement in a process of its own may take
+ROUNDS = 5
+SECONDS = 90  # that a measurement in a process of its own may take
 LEAST = 1.5  # times the examples per second of padded batches
 PROVIDERS = ("fishkern", "padded")
 
@@ -59,7 +59,7 @@ class Lengths:
 
 
 LENGTHS = Lengths()
-CASES = [Workload(small_llama(4, hidden), LENGTHS.most, N=8, batches=8) for hidden in (256, 512)]
+CASES = [Workload(small_llama(4, hidden), LENGTHS.most, N=8, batches=4) for hidden in (128, 256)]
 
 
 def label(case: Workload) -> str:

@@ -34,6 +34,10 @@ def call_options(model: nn.Module) -> dict[str, Any]:
         ``{"use_cache": False}`` for a model that would fill a key-value cache, else an empty dictionary.
     """
     model = base_model(unwrap(model))
-    caches = getattr(getattr(model, "config", None), "use_cache", None)
-    named = "use_cache" in inspect.signature(model.forward).parameters  # **kwargs may pass it on to nobody
-    return {"use_cache": False} if caches and named else {}
+    config = getattr(model, "config", None)
+    if getattr(config, "use_cache", None):
+        # **kwargs may pass it on to nobody
+        return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    # a model of images and text passes what it is given on to the one of text, whose config is part of its own
+    texts = getattr(config, "get_text_config", lambda: None)()
+    return {"use_cache": False} if getattr(texts, "use_cache", None) and accepts(model, "use_cache") else {}

@@ -193,6 +193,18 @@ class FisherMixin:
         self._checkpoint: str | None = None
         self._callback: FisherCallback | None = None
 
+    @property
+    def selection(self) -> Selection:
+        """The entries that are trained, at this moment.
+
+        Raises:
+            ValueError: ``train()`` has not selected them yet.
+        """
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
+        if not isinstance(optimizer, MaskedOptimizer):
+            raise ValueError("nothing has been selected yet: train() does it when it starts.")
+        return optimizer.selection
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does.
 
@@ -285,6 +297,7 @@ class FisherMixin:
         ways = {
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
             f"label_smoothing_factor={self.args.label_smoothing_factor}": bool(self.args.label_smoothing_factor),
+            "loss_type='dft'": getattr(self.args, "loss_type", None) == "dft",  # of TRL's SFTTrainer
         }
         used = [way for way, applies in ways.items() if applies]
         named = isinstance(self._select, partial) and "likelihood" in self._select.keywords

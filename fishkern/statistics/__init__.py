@@ -29,6 +29,7 @@ from fishkern.statistics.predictive import Bernoulli, Categorical, Gaussian, Pac
 from fishkern.statistics.prepared import Prepared, prepare
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.sketched_fisher import SketchedFisher
+from fishkern.statistics.token_losses import TokenLosses
 from fishkern.statistics.verification import Compared, Verification
 from fishkern.statistics.verify import verify
 
@@ -68,6 +69,7 @@ __all__ = [
     "SketchedFisher",
     "Statistics",
     "TokenClassification",
+    "TokenLosses",
     "Verification",
     "estimate",
     "merge",

@@ -1,9 +1,9 @@
 """Batches of a ``DataLoader``: count their examples, and assign their entries to examples.
 
 A mapping or a tuple is structure: it is entered, never cut. Tensors and arrays whose first axis is ``N`` are cut by
-rows, and so are lists of ``N`` entries. An entry without one part for each example is passed whole if that cannot
-matter (``N = 1``, a leading size of 1, a single value) or if the user says that all examples share it. Otherwise it is
-refused by name.
+rows, and so are lists of ``N`` entries and a Qwen-VL's ``position_ids [kinds, N, T]``. An entry without one part for
+each example is passed whole if that cannot matter (``N = 1``, a leading size of 1, a single value) or if the user says
+that all examples share it. Otherwise it is refused by name.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fishkern.statistics.contents import (
     Place,
     all_places,
     copied,
+    holds_kinds,
     holds_mappings,
     is_array,
     is_single,
@@ -166,6 +167,8 @@ class Examples:
         if place not in self.by_rows:
             return leaf
         try:
+            if _is_by_kind(place, leaf, self.content):
+                return leaf[:, rows]
             if isinstance(leaf, Tensor) and leaf.layout is torch.sparse_coo:
                 return leaf.index_select(0, torch.arange(rows.start, rows.stop, device=leaf.device))
             return leaf[rows]
@@ -374,6 +377,9 @@ class _Decision:
             self._decide_list(place, value)
         elif not is_array(value):
             self._refuse(place, f"a {type(value).__name__}, whose parts cannot be assigned to examples")
+        elif _is_by_kind(place, value, self._content):
+            if value.shape[1] != 1:
+                self.by_rows.add(place)
         elif len(value.shape) and value.shape[0] == self._N:
             self.by_rows.add(place)
         elif len(value.shape) and value.shape[0] != 1:
@@ -434,6 +440,12 @@ def another_reading(content: Batch) -> str:
     if any(_has_no_axis(leaf) for _, leaf in leaves_of((), content)):
         return " If it is one example in no batch, let a DataLoader make batches, or give each tensor an axis, x[None]."
     return ""
+
+
+def _is_by_kind(place: Place, leaf: Any, content: Batch) -> bool:
+    """Recognise an entry whose rows are its second axis, beside the tokens of a batch."""
+    tokens = content.get("input_ids") if isinstance(content, Mapping) and len(place) == 1 else None
+    return is_array(tokens) and holds_kinds(place[0], leaf, tuple(tokens.shape))
 
 
 def _has_no_axis(value: Any) -> bool:

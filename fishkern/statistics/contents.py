@@ -14,6 +14,9 @@ from torch.nn.utils.rnn import PackedSequence
 Batch = Mapping[str, Any] | tuple[Any, ...]
 Place = tuple[Any, ...]
 
+KINDS = {"with text": 4, "without text": 3}
+"""How many kinds of positions a Qwen-VL takes: time, height and width, and in front of them those of the text."""
+
 
 def is_structure(value: Any) -> bool:
     """Recognise a container that is entered and never cut: a mapping or a tuple."""
@@ -28,6 +31,23 @@ def is_array(value: Any) -> bool:
 def is_single(value: Any) -> bool:
     """Recognise a single value, which is the same for every example."""
     return value is None or isinstance(value, str | bytes | bool | int | float | complex | torch.dtype | torch.device)
+
+
+def holds_kinds(key: Any, value: Any, shape: tuple[int, ...]) -> bool:
+    """Recognise positions of several kinds, as those of a Qwen-VL, whose rows are the second axis.
+
+    Args:
+        key: Key of the entry.
+        value: The entry.
+        shape: Of the tokens, ``(N, T)``.
+
+    Returns:
+        Whether it is ``position_ids [kinds, N or 1, T]``.
+    """
+    if key != "position_ids" or not is_array(value) or len(value.shape) != 3 or len(shape) != 2:
+        return False
+    kinds, rows, positions = value.shape
+    return kinds in KINDS.values() and rows in (shape[0], 1) and positions == shape[1]
 
 
 def items_of(value: Any) -> Iterator[tuple[Any, Any]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fishkern.arguments import integer
 from fishkern.statistics.batches import Batch, Examples
 from fishkern.statistics.streams import stream
+from fishkern.statistics.token_losses import TokenLosses
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 
@@ -106,15 +107,15 @@ class Drawn:
         return self.function(model, batch.copied(), Draws(self.seed, batch.places, device))
 
 
-def losses_by_function(function: LossFunction | Drawn, model: nn.Module, batch: Examples) -> Any:
+def losses_by_function(function: LossFunction | Drawn | TokenLosses, model: nn.Module, batch: Examples) -> Any:
     """Call a loss function.
 
     Args:
-        function: ``(model, batch) -> losses [N]``, or one that draws.
+        function: ``(model, batch) -> losses [N]``, one that draws, or one of tokens.
         model: The model.
         batch: The examples.
 
     Returns:
         The function's result, unchecked.
     """
-    return function(model, batch if isinstance(function, Drawn) else batch.copied())
+    return function(model, batch if isinstance(function, Drawn | TokenLosses) else batch.copied())

@@ -75,7 +75,7 @@ def estimate(
         estimator: The recipe; ``None`` for :class:`DiagonalFisher`, the exact per-example empirical Fisher.
         likelihood: The loss of an example. ``None``: recognised from a transformers model. A :class:`Likelihood`. Or a
             function ``(model, batch) -> losses [N]``, which gives the empirical Fisher only; as :class:`Drawn` where
-            it draws random numbers.
+            it draws random numbers, as :class:`TokenLosses` where it gives the loss of each token.
         parameters: ``None``: every parameter with ``requires_grad``; for :class:`DirectionEnergy` the weights of linear
             maps among them. ``"all"``: every parameter, also those stored as
             integers, float8 or in packed form by a quantised linear, whose key is ``<module>.weight`` and whose shape

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.statistics.batches import Batch
+from fishkern.statistics.borders import document_numbers
 from fishkern.statistics.labels import as_tensor, in_words, shaped
 from fishkern.statistics.outputs import call, logits_of
-from fishkern.statistics.packing import document_numbers, documents_of, inside_documents
+from fishkern.statistics.packing import documents_of, inside_documents
 from fishkern.statistics.predictive import Bernoulli, Categorical, Gaussian, PackedCategorical, Predictive
 
 

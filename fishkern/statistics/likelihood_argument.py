@@ -21,6 +21,7 @@ from fishkern.statistics.likelihood import (
     Seq2SeqLM,
     TokenClassification,
 )
+from fishkern.statistics.token_losses import TokenLosses
 
 # Suffix of a likelihood in the provenance if the number of the batch's labels was withheld from the model.
 OWN_TOKENS = ", own tokens"
@@ -66,7 +67,7 @@ def checked_likelihood(likelihood: Any) -> Likelihood | LossFunction | Drawn | N
     Raises:
         TypeError: It is a class, a string, a loss of torch, or cannot be called with ``(model, batch)``.
     """
-    if likelihood is None or isinstance(likelihood, Likelihood | Drawn):
+    if likelihood is None or isinstance(likelihood, Likelihood | Drawn | TokenLosses):
         return likelihood
     if isinstance(likelihood, type) and issubclass(likelihood, Likelihood):
         raise TypeError(f"{_EXPECTED}, got the class {likelihood.__name__}: call it, {_written(likelihood)}.")
@@ -100,6 +101,8 @@ def described(likelihood: Likelihood | LossFunction | Drawn | None) -> str:
         return f"{type(likelihood).__name__}(reduction={likelihood.reduction!r})"
     if isinstance(likelihood, Drawn):
         return f"function {_name(likelihood.function)}, drawn for each example"
+    if isinstance(likelihood, TokenLosses):
+        return f"function {_name(likelihood.function)}, of each token"
     return f"function {_name(likelihood)}"
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fishkern.statistics.batches import Examples, Reader
-from fishkern.statistics.packing import document_numbers
+from fishkern.statistics.borders import document_numbers
 
 
 @dataclass(frozen=True)

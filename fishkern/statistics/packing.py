@@ -13,44 +13,12 @@ from torch import Tensor
 
 from fishkern.layers import Documents, Span
 from fishkern.statistics.batches import Examples
-from fishkern.statistics.contents import Batch, is_array, is_single, rebuilt
+from fishkern.statistics.borders import BORDERS, check_mask, document_numbers, is_pairs, text_positions
+from fishkern.statistics.contents import Batch, holds_kinds, is_array, is_single, rebuilt
 from fishkern.statistics.labels import as_tensor
 
-# Cumulated lengths of all documents of the flattened rows, and their largest length: what varlen kernels are given.
-_BORDERS, _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k"), ("max_length_q", "max_length_k")
+_LENGTHS = ("max_length_q", "max_length_k")  # of the longest document, which varlen kernels are given as well
 _LABELS = ("labels", "shift_labels")
-
-
-def document_numbers(content: Batch) -> Tensor | None:
-    """Give each document of packed rows a number, by what transformers itself reads.
-
-    The borders are those of ``cu_seq_lens_q`` or ``cu_seq_lens_k``; else a new document begins where ``seq_idx``
-    changes; else where ``position_ids`` do not go on by one. Beside an ``attention_mask [R, T]`` transformers does not
-    read them so, and padding has positions of its own: then a document begins where they fall, between two attended
-    positions.
-
-    Args:
-        content: A batch.
-
-    Returns:
-        ``[R, T]``, int64, ascending from 0 in every row; ``None`` where each row is one document.
-
-    Raises:
-        ValueError: The borders do not fit the rows, or are given by an entry that is not read.
-    """
-    if not isinstance(content, Mapping):
-        return None
-    if unread := [key for key in content if str(key).startswith("cu_seqlens")]:
-        raise ValueError(
-            f"the rows are packed, as their {unread[0]!r} says, and where their documents end is read off "
-            "'cu_seq_lens_q', 'seq_idx' or 'position_ids': give one of these."
-        )
-    if (shape := _shape(content)) is None:
-        return None
-    starts = _starts(content, shape)
-    if starts is None or not bool(starts[:, 1:].any()):
-        return None
-    return starts.long().cumsum(1) - starts[:, :1].long()
 
 
 def documents_of(content: Batch, labelled: Tensor) -> Documents | None:
@@ -97,19 +65,21 @@ class PackedExamples(Examples):
 
     @cached_property
     def kind(self) -> Hashable:
-        entries = frozenset(key for key, value in self.content.items() if value is not None)
+        entries = frozenset((key, _form(value)) for key, value in self.content.items() if value is not None)
         return entries, self.documents.shape[0] > 1, self._telling[0]
 
     @property
     def few(self) -> Examples:
         """Two documents, by which a leak shows: those of :attr:`_telling`.
 
-        The only row is cut. Of several, two at least stay whole, since flash attention of transformers reads the
-        position_ids of a single row alone.
+        The only row is cut, unless what is around the two decides which positions are the lowest. Of several, two at
+        least stay whole, since flash attention of transformers reads the position_ids of a single row alone.
         """
-        start = min(self._telling[1], max(self.num_examples - 2, 0))
+        what, number = self._telling
+        start = min(number, max(self.num_examples - 2, 0))
         stop = min(start + 2, self.num_examples)
-        if self.documents.shape[0] == 1 or stop - start == self.num_examples:
+        one_row = self.documents.shape[0] == 1 and what != "above the lowest"
+        if one_row or stop - start == self.num_examples:
             return self.take(start, stop)
         return self._part(start, stop, whole_rows=True)
 
@@ -117,17 +87,33 @@ class PackedExamples(Examples):
     def has_neighbours(self) -> bool:
         return True  # a lone document has dropped ones beside it
 
-    @property
+    @cached_property
     def _telling(self) -> tuple[str, int]:
-        """What shows a leak best, and the number of the document: followed by another one, or behind what is none."""
+        """What shows a leak best, and the number of the document: followed by another one, or behind what is none.
+
+        Flash attention of transformers begins a document at the lowest position alone, so one that begins above it,
+        where others do not, is looked at first.
+        """
         spans = self.documents.spans
         pairs = (n for n, (one, other) in enumerate(pairwise(spans)) if one.row == other.row)
         behind = (n for n, span in enumerate(spans) if span.start > 0)
+        if (number := self._first_above_the_lowest()) is not None:
+            return "above the lowest", max(number - 1, 0)
         if (number := next(pairs, None)) is not None:
             return "followed", number
         if (number := next(behind, None)) is not None:
             return "behind", number
         return "first", 0
+
+    def _first_above_the_lowest(self) -> int | None:
+        """Find the first document behind another one that begins above the lowest position of the batch."""
+        positions = text_positions(self.content, self.documents.shape)
+        inner = [n for n, span in enumerate(self.documents.spans) if span.start > 0]
+        if positions is None or not inner:
+            return None
+        rows, starts, _ = zip(*(self.documents.spans[n] for n in inner), strict=True)
+        above = (positions[list(rows), list(starts)] > positions.min()).tolist()
+        return next((n for n, one in zip(inner, above, strict=True) if one), None)
 
     def take(self, start: int, stop: int) -> Examples:
         """Take some documents.
@@ -153,7 +139,7 @@ class PackedExamples(Examples):
         rows = slice(first.row, last.row + 1)
         if whole_rows and first.row == last.row:  # and another one, the next or the last but one
             upper = min(last.row + 2, self.documents.shape[0])
-            rows = slice(upper - 2, upper)
+            rows = slice(max(upper - 2, 0), upper)
         columns = slice(first.start, last.stop) if one_row else slice(0, self.documents.shape[1])
         cut = _Cut(self.documents.shape, rows, columns)
         moved = tuple(Span(row - rows.start, a - columns.start, b - columns.start) for row, a, b in spans)
@@ -202,16 +188,16 @@ class _Cut:
 
     def entry(self, key: str, value: Any, content: Mapping[str, Any]) -> Any:
         """Cut one entry of a batch."""
-        if key in _BORDERS:
+        if key in BORDERS:
             return self._borders(value)
         if key in _LENGTHS:
-            named = [content.get(name) for name in (f"cu_seq_lens_{key[-1]}", *_BORDERS)]
+            named = [content.get(name) for name in (f"cu_seq_lens_{key[-1]}", *BORDERS)]
             borders = next((one for one in named if one is not None), None)
             if borders is None:
                 return value
             longest = int(as_tensor(self._borders(borders)).diff().max())
             return longest if isinstance(value, int) else as_tensor(value).new_tensor(longest)
-        return cut_axes(value, self.shape, self.rows, self.columns)
+        return cut_axes(key, value, self.shape, self.rows, self.columns)
 
     def _borders(self, value: Any) -> Any:
         T = self.shape[1]
@@ -220,11 +206,13 @@ class _Cut:
         return value[(value >= first) & (value <= end)] - first
 
 
-def cut_axes(value: Any, shape: tuple[int, int], rows: slice, columns: slice) -> Any:
+def cut_axes(key: str, value: Any, shape: tuple[int, int], rows: slice, columns: slice) -> Any:
     """Cut a tensor of packed rows.
 
     Args:
-        value: ``[R, T, ...]``, ``[1, T]``, or a mask ``[R, H, T, T]``.
+        key: Its key in the batch.
+        value: ``[R, T, ...]``, ``[1, T]``, positions of several kinds ``[kinds, R, T]``, or a mask ``[R, H, T, T]`` or
+            ``[R, T, T]``.
         shape: ``(R, T)``.
         rows: The rows that are taken.
         columns: The positions that are taken, of every row.
@@ -237,12 +225,23 @@ def cut_axes(value: Any, shape: tuple[int, int], rows: slice, columns: slice) ->
     """
     R, T = shape
     sizes = tuple(value.shape)
-    rows = rows if sizes and sizes[0] == R else slice(None)
-    if len(sizes) == 4 and sizes[0] in (R, 1) and sizes[2:] == (T, T):
-        return value[rows, :, columns, columns]
-    if len(sizes) > 1 and sizes[0] in (R, 1) and sizes[1] == T:
+    kinds = holds_kinds(key, value, shape)
+    axis = 1 if kinds else 0
+    if len(sizes) <= axis or sizes[axis] not in (R, 1):
+        raise ValueError(f"of shape {sizes}")
+    rows = rows if sizes[axis] == R else slice(None)
+    if kinds:
+        return value[:, rows, columns]
+    if is_pairs(value, T) and (len(sizes) == 4 or key == "attention_mask"):
+        return value[rows, ..., columns, columns]
+    if len(sizes) > 1 and sizes[1] == T:
         return value[rows, columns]
     raise ValueError(f"of shape {sizes}")
+
+
+def _form(value: Any) -> Hashable:
+    """Say what an entry is, without its values: a model may read a mask of other axes or numbers in another way."""
+    return (len(value.shape), str(value.dtype)) if is_array(value) else type(value).__name__
 
 
 def packed_examples(
@@ -261,7 +260,7 @@ def packed_examples(
 
     Raises:
         ValueError: No document has a label, the borders do not fit the rows, an entry has other axes, or there is an
-            ``attention_mask [R, T]`` with padding.
+            ``attention_mask [R, T]`` with padding, or one of pairs of positions that does not separate all documents.
     """
     documents = documents_of(content, labelled)
     if documents is None:
@@ -277,7 +276,7 @@ def packed_examples(
         )
     taken = set()
     for key, value in content.items():
-        if key in (*_BORDERS, *_LENGTHS) and value is not None:
+        if key in (*BORDERS, *_LENGTHS) and value is not None:
             taken.add((key,))
             continue
         if is_single(value) or is_shared((key,)) or (is_array(value) and not len(value.shape)):
@@ -285,7 +284,7 @@ def packed_examples(
         try:
             if not is_array(value):
                 raise ValueError(f"a {type(value).__name__}")
-            cut_axes(value, documents.shape, slice(0, 1), slice(0, 1))
+            cut_axes(key, value, documents.shape, slice(0, 1), slice(0, 1))
         except ValueError as error:
             raise ValueError(
                 f"batch {number} has packed rows [{R}, {T}] of {documents.count} documents with labels, and {key!r} is "
@@ -298,62 +297,10 @@ def packed_examples(
             f"batch {number} has packed rows, and none of their documents has a label: the first token of a document "
             "is predicted by nothing. Drop such batches before estimating."
         )
+    check_mask(content, documents, number)
     N = documents.count
     batch = PackedExamples(content, N, range(N), frozenset(taken), documents=documents)
     return replace(batch, dropped=len(batch._borders_of_dropped(slice(0, R * T))))
-
-
-def _shape(content: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Read ``(R, T)`` off the entry that says what the rows are."""
-    for key in ("input_ids", "inputs_embeds", "labels"):
-        value = content.get(key)
-        if is_array(value) and len(value.shape) > 1:
-            return value.shape[0], value.shape[1]
-    return None
-
-
-def _starts(content: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
-    """Say at which positions a document begins, ``[R, T]``, bool."""
-    R, T = shape
-    borders = next((content[key] for key in _BORDERS if content.get(key) is not None), None)
-    if borders is not None:
-        return _starts_of_borders(as_tensor(borders), R, T)
-    for key, begins in (("seq_idx", _changes), ("position_ids", _restarts)):
-        value = content.get(key)
-        if is_array(value) and tuple(value.shape) in {(R, T), (1, T)}:
-            return begins(as_tensor(value).expand(R, T), content.get("attention_mask"))
-    return None
-
-
-def _starts_of_borders(borders: Tensor, R: int, T: int) -> Tensor:
-    ends = borders.flatten().tolist()
-    firsts = set(range(0, R * T, T))
-    if ends != sorted(ends) or not ends or (ends[0], ends[-1]) != (0, R * T) or not firsts <= set(ends):
-        raise ValueError(
-            f"cu_seq_lens_q must ascend from 0 to the number of positions, {R * T}, with a border at each of {R} rows; "
-            f"got {len(ends)} numbers{f' from {ends[0]} to {ends[-1]}' if ends else ''}. Make them with the collator "
-            "that packs the rows."
-        )
-    starts = torch.zeros(R * T, dtype=torch.bool)
-    starts[ends[:-1]] = True
-    return starts.view(R, T)
-
-
-def _changes(numbers: Tensor, mask: Any) -> Tensor:
-    starts = torch.ones_like(numbers, dtype=torch.bool)
-    starts[:, 1:] = numbers.diff(dim=1) != 0
-    return starts
-
-
-def _restarts(positions: Tensor, mask: Any) -> Tensor:
-    steps = positions.diff(dim=1)
-    starts = torch.ones_like(positions, dtype=torch.bool)
-    if is_array(mask) and tuple(mask.shape) in {tuple(positions.shape), (1, positions.shape[1])}:
-        attended = (as_tensor(mask).to(positions.device) != 0).expand_as(positions)
-        starts[:, 1:] = (steps < 0) & attended[:, 1:] & attended[:, :-1]
-    else:
-        starts[:, 1:] = steps != 1
-    return starts
 
 
 def _spans(numbers: Tensor, labelled: Tensor) -> Iterator[Span]:

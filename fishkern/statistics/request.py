@@ -24,14 +24,16 @@ from fishkern.layers import (
 from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics.base import Estimator, ParameterInfo
 from fishkern.statistics.batches import Reader, Shared
+from fishkern.statistics.borders import document_numbers
 from fishkern.statistics.choosing import Requested, requested_names
 from fishkern.statistics.contents import Batch, Place
 from fishkern.statistics.coverage import Covered
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
-from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
-from fishkern.statistics.packing import PackedExamples, document_numbers, packed_examples
+from fishkern.statistics.likelihood import CausalLM, Likelihood, recognise_likelihood
+from fishkern.statistics.packing import PackedExamples, packed_examples
 from fishkern.statistics.states import without_factors
+from fishkern.statistics.token_losses import TokenLosses
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,15 +292,18 @@ def reader_for(model: nn.Module, likelihood: Likelihood | LossFunction | Drawn |
 
     Returns:
         The reader. A loss function gets the whole batch, and its rows are the examples. A model does not get the number
-        of the batch's items, because it would divide the loss of each example by it; packed rows are read as documents.
+        of the batch's items, because it would divide the loss of each example by it; packed rows are read as documents,
+        and so they are for losses of tokens.
     """
-    if not (likelihood is None or isinstance(likelihood, Likelihood)):
-        return Reader(shared)
+    of_tokens = isinstance(likelihood, TokenLosses)
+    chosen = CausalLM() if of_tokens else likelihood  # which says where a document has labels
 
     def packed(content: Batch, number: int, is_shared: Callable[[Place], bool]) -> PackedExamples | None:
-        labelled = _labelled(model, likelihood, content, number)
+        labelled = _labelled(model, chosen, content, number)
         return None if labelled is None else packed_examples(content, labelled, number, is_shared)
 
+    if not (likelihood is None or isinstance(likelihood, Likelihood)):
+        return Reader(shared, packed=packed if of_tokens else None)
     return Reader(shared, only_pairs=True, dropped=("num_items_in_batch",), packed=packed)
 
 

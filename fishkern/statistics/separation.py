@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishkern import hosts
 from fishkern.layers import Documents
 from fishkern.statistics.autograd import backward
 from fishkern.statistics.base import losses_of
@@ -31,14 +32,14 @@ def demand_separate(
             so that nothing shows.
     """
     documents = few.documents
-    with _without_weights(model), _embedded(model, documents) as embedded:
+    with _without_weights(model), _embedded(model, documents) as embedded, _caching(model) as caching:
         losses = losses_of(answer(few))
         for n, loss in enumerate(losses):
             backward(loss, retain_graph=n + 1 < len(losses))
             for leaf in embedded:
                 grad, leaf.grad = leaf.grad, None
                 if grad is not None and (others := documents.touched(grad, 1) - {n}):
-                    raise ValueError(_leak(model, few, n, others))
+                    raise ValueError(_leak(model, few, n, others, cached=any(caching)))
     if not embedded:
         raise ValueError(
             f"{type(model).__name__} calls no nn.Embedding on the positions of packed rows, so nothing shows whether "
@@ -46,7 +47,7 @@ def demand_separate(
         )
 
 
-def _leak(model: nn.Module, few: PackedExamples, n: int, others: set[int]) -> str:
+def _leak(model: nn.Module, few: PackedExamples, n: int, others: set[int], *, cached: bool) -> str:
     what = f"document {few.places[max(others)]}" if max(others) >= 0 else "padding or a document without a label"
     says = (
         f"the rows are packed, and the loss of document {few.places[n]} depends on {what} of the same batch: "
@@ -62,10 +63,32 @@ def _leak(model: nn.Module, few: PackedExamples, n: int, others: set[int]) -> st
             f"{says}. The batch has no position_ids, by which most attention tells them apart: add those that restart "
             "with each document, or take an attention that reads cu_seq_lens_q or seq_idx."
         )
+    if cached:
+        return (
+            f"{says}. The loss function lets the model fill a key-value cache, beside which transformers does not look "
+            "where position_ids restart: call it with use_cache=False, as training does."
+        )
     return (
         f"{says}, as recurrent layers (Mamba, linear attention) and convolutions along the row do not, nor attention "
-        "that ignores position_ids. Use a collator that keeps one example in each row."
+        "that ignores position_ids (Qwen2-VL's reads [4, R, T] alone, positions of the text in front). Use a collator "
+        "that keeps one example in each row."
     )
+
+
+@contextmanager
+def _caching(model: nn.Module) -> Iterator[list[bool]]:
+    """Note of every call of the model whether it fills a key-value cache that it has been spared elsewhere."""
+    calls: list[bool] = []
+    spared = bool(hosts.call_options(model))
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        calls.append(spared and kwargs.get("use_cache", True) is not False)
+
+    handle = hosts.base_model(hosts.unwrap(model)).register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
 
 
 @contextmanager

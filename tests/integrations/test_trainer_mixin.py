@@ -51,8 +51,10 @@ def test_it_selects_on_the_trainers_own_batches_and_trains_that(tmp_path):
     model, before = adapted(), adapted()
     start, selection = values(model), selected(before)
     training = selecting(tmp_path / "inside", model)
+    with pytest.raises(ValueError, match="nothing has been selected yet"):
+        training.selection  # noqa: B018
     training.train()
-    assert training.optimizer.optimizer.selection == selection
+    assert training.selection == selection
     assert_only_the_selection_moved(model, selection, start)
     assert training.state.log_history[0]["trained_entries"] == selection.count
     trainer(before, tmp_path / "before", selection, weight_decay=0.0).train()
@@ -65,7 +67,7 @@ def test_the_order_of_training_is_what_it_would_be(tmp_path):
     """Estimating reads the data, and draws nothing from the generators that training goes on with."""
     read = selecting(tmp_path / "read", one := adapted())
     read.train()
-    selection = read.optimizer.optimizer.selection
+    selection = read.selection
     given = selecting(tmp_path / "given", other := adapted(), select=lambda model, batches: selection)
     given.train()
     for name, value in values(one).items():
@@ -82,7 +84,7 @@ def test_resuming_takes_the_selection_of_the_checkpoint(tmp_path):
 
     resumed = selecting(tmp_path, adapted(), never)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed.optimizer.optimizer.selection == fk.Selection.load(tmp_path / "checkpoint-2" / FILE)
+    assert resumed.selection == fk.Selection.load(tmp_path / "checkpoint-2" / FILE)
     for name, value in values(resumed.model).items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
     last = selecting(tmp_path, adapted(), never)
@@ -120,8 +122,8 @@ def test_a_rule_selects_by_the_fisher_of_the_trainers_data(tmp_path):
     start, expected = values(model), fk.select(fk.estimate(adapted(), [Rows().batch]), fk.GlobalTopK(density=0.1))
     training = selecting(tmp_path, model, fk.GlobalTopK(density=0.1))
     training.train()
-    assert training.optimizer.optimizer.selection.overlap(expected) > 0.99  # equal but for ties of rounding
-    assert_only_the_selection_moved(model, training.optimizer.optimizer.selection, start)
+    assert training.selection.overlap(expected) > 0.99  # equal but for ties of rounding
+    assert_only_the_selection_moved(model, training.selection, start)
 
 
 def test_it_selects_on_data_of_its_own(tmp_path):
@@ -136,7 +138,7 @@ def test_it_selects_on_data_of_its_own(tmp_path):
     training = selecting(tmp_path, adapted(), select, select_data=own)
     training.train()
     assert seen == own
-    assert training.optimizer.optimizer.selection == fk.fish_tuning(adapted(), own, density=0.3)
+    assert training.selection == fk.fish_tuning(adapted(), own, density=0.3)
     assert training.state.global_step == 4
 
 
@@ -202,7 +204,7 @@ options = dict(per_device_train_batch_size=2, weight_decay=0.1, max_grad_norm=0,
 training = selecting(folder / "run", undropped(), **options)
 training.train()
 assert torch.distributed.get_world_size() == 2
-training.optimizer.optimizer.selection.save(folder / f"{rank}.safetensors")
+training.selection.save(folder / f"{rank}.safetensors")
 torch.save(values(training.model), folder / f"{rank}.pt")
 """
 

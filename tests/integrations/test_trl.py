@@ -76,41 +76,6 @@ def test_sft_trains_a_lora_with_a_start(tmp_path):
         assert (loaded(**batch).logits - trained).abs().max() < 1e-5
 
 
-class FisherSFT(FisherMixin, trl.SFTTrainer): ...
-
-
-PACKED = {"bfd": dict(packing=True, max_length=16), "padding-free": dict(padding_free=True, max_length=None)}
-
-
-@pytest.mark.parametrize("packing", PACKED)
-def test_packed_training_selects_by_documents(tmp_path, packing):
-    """The scores are those of the documents alone, however TRL deals them to rows; then they are trained on."""
-    torch.manual_seed(0)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
-    texts = ["the sea falls", "rain on old stones", "all night long", "rain"] * 6
-    tokens = [torch.tensor([zoo.tokenizer()(text)["input_ids"] + [zoo.WORDS.index("</s>")]]) for text in texts]
-
-    def select(model, batches):
-        packed = fk.estimate(model, batches)
-        alone = fk.estimate(model, [{"input_ids": one, "labels": one} for one in tokens])
-        assert packed.count == alone.count == len(texts)
-        for name, expected in alone.items():
-            torch.testing.assert_close(packed[name], expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
-        return fk.select(packed, fk.GlobalTopK(density=0.3))
-
-    trainer = FisherSFT(
-        zoo.llama(vocab_size=41).model,
-        trl.SFTConfig(**{**SHORT, "output_dir": str(tmp_path), "bf16": False}, **PACKED[packing]),
-        train_dataset=datasets.Dataset.from_dict({"text": texts}),
-        processing_class=zoo.tokenizer(),
-        peft_config=config,
-        select=select,
-    )
-    start = values(trainer.model)
-    trainer.train()
-    assert_only_the_selection_moved(trainer.model, trainer.optimizer.optimizer.selection, start)
-
-
 class FisherDPO(FisherMixin, trl.DPOTrainer): ...
 
 
@@ -142,4 +107,4 @@ def test_preferences_are_trained_on_a_selection_by_answers(tmp_path):
     trainer = dpo(select_data=[zoo.text_batch(8, 7)])
     start = values(trainer.model)
     trainer.train()
-    assert_only_the_selection_moved(trainer.model, trainer.optimizer.optimizer.selection, start)
+    assert_only_the_selection_moved(trainer.model, trainer.selection, start)

@@ -86,6 +86,16 @@ def alone(model: nn.Module, docs: Sequence[Document], *, reduction: str = "mean"
     return {name: value / len(counting) for name, value in total.items()}
 
 
+def alone_without_positions(model: nn.Module, docs: Sequence[Document]) -> dict[str, Tensor]:
+    """As :func:`alone`, of a model that numbers the positions of a row by itself."""
+    forward = model.forward
+    model.forward = lambda input_ids, position_ids: forward(input_ids=input_ids)
+    try:
+        return alone(model, docs)
+    finally:
+        model.forward = forward
+
+
 def rows_of_one(docs: Sequence[Document]) -> list[dict]:
     return [{"input_ids": one.tokens[None], "labels": one.labels[None]} for one in docs if one.counts]
 
@@ -386,13 +396,107 @@ def test_a_mask_of_ones_leaks(estimator):
         fk.estimate(made(), [batch], estimator)
 
 
-def test_a_mask_that_separates_serves(truth):
-    docs = documents()
-    batch = flat(docs)
+def apart(batch: dict) -> Tensor:
+    """A mask of pairs of positions of one document, ``[R, 1, T, T]``."""
     numbers = (batch["position_ids"] == 0).cumsum(1)
     T = numbers.shape[1]
-    apart = (numbers[:, :, None] == numbers[:, None]) & torch.ones(T, T).tril().bool()
-    assert worst(fk.estimate(made(), [{**batch, "attention_mask": apart[:, None]}], Wide()), truth) < 1e-10
+    return ((numbers[:, :, None] == numbers[:, None]) & torch.ones(T, T).tril().bool())[:, None]
+
+
+def test_a_mask_that_separates_serves(truth):
+    batch = flat(documents())
+    assert worst(fk.estimate(made(), [{**batch, "attention_mask": apart(batch)}], Wide()), truth) < 1e-10
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_mask_must_separate_in_every_batch(prepared):
+    """The second mask has the form of the first, and lets one token of the last document see the one before."""
+    docs, model = documents(), made()
+    batches = [{**flat(some), "attention_mask": apart(flat(some))} for some in (docs[:3], docs[4:])]
+    options = {"prepared": fk.prepare(model, batches[0])} if prepared else {}
+    assert fk.estimate(model, batches, **options).count == 6
+    batches[1]["attention_mask"][0, 0, -1, 3] = True
+    with pytest.raises(ValueError, match="batch 1 .* lets position 15 of row 0 attend to position 3"):
+        fk.estimate(model, batches, **options)
+
+
+def test_each_form_of_a_mask_is_proved():
+    """Eager attention adds a mask, so that one of bool separates nothing."""
+    docs, model = documents(), made(attention="eager")
+    mask = apart(flat(docs))
+    masks = [torch.zeros(mask.shape).double().masked_fill(~mask, -torch.inf), mask]
+    first, second = ({**flat(docs), "attention_mask": mask} for mask in masks)
+    assert fk.estimate(model, [first, first]).count == 12
+    for batches in ([second], [first, second], [first, {**first, "attention_mask": torch.ones(1, 39)}]):
+        with pytest.raises(ValueError, match="does not keep documents apart"):
+            fk.estimate(model, batches)
+
+
+class FromTheLowest(Mixed):
+    """Begins a document at the lowest position of a single row alone, as flash attention of transformers does."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> object:
+        return super().forward(input_ids, position_ids - position_ids.min())
+
+
+@pytest.mark.parametrize("estimator", [None, fk.SketchedFisher()], ids=["captured", "sketched"])
+def test_documents_that_do_not_begin_at_the_lowest_position_are_looked_at(estimator):
+    docs, model = documents(), FromTheLowest(nn.Linear(6, 6)).double()
+    options = {"estimator": estimator, "likelihood": fk.CausalLM()}
+    plain, jumping = flat(docs), flat(docs)
+    assert fk.estimate(model, [plain], **options).count == 6
+    jumping["position_ids"][0, -5:] += 20
+    for batches in ([jumping], [plain, jumping]):
+        with pytest.raises(ValueError, match="does not keep documents apart"):
+            fk.estimate(model, batches, **options)
+
+
+def qwen_vl(kind: str) -> nn.Module:
+    """The text model of it alone is trained: there is no image in the batches."""
+    torch.manual_seed(0)
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=24)
+    sizes = dict(vocab_size=zoo.V, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 1], "rope_theta": 10_000.0}
+    text = {**sizes, "num_key_value_heads": 2, "head_dim": 6, "rope_parameters": rope, "bos_token_id": 0}
+    ids = dict(image_token_id=1, video_token_id=2, vision_start_token_id=0, vision_end_token_id=0)
+    config = getattr(transformers, f"{kind}Config")(
+        text_config={**text, "eos_token_id": 0}, vision_config=vision, **ids
+    )
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).double().eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("visual" not in name)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["Qwen2_5_VL", "Qwen3VL"])
+def test_positions_of_several_kinds(kind):
+    docs, model = documents(), qwen_vl(kind)
+    expected = alone_without_positions(model, docs)
+    for batch in (flat(docs), in_rows(docs, ROWS)):
+        positions = batch["position_ids"]
+        with_text = {**batch, "position_ids": positions.expand(4, *positions.shape)}
+        assert worst(fk.estimate(model, [with_text], Wide()), expected) < 1e-10
+        with pytest.raises(ValueError, match="time, height and width do not say where a document ends"):
+            fk.estimate(model, [{**batch, "position_ids": positions.expand(3, *positions.shape)}])
+    if kind == "Qwen2_5_VL":
+        with pytest.raises(ValueError, match=r"Qwen2-VL's reads \[4, R, T\] alone"):
+            fk.estimate(model, [flat(docs)])
+
+
+@pytest.mark.parametrize("kinds", [3, 4])
+def test_positions_of_several_kinds_of_padded_rows(kinds):
+    """As many rows as kinds, so that only the second axis can be theirs."""
+    model, rows = qwen_vl("Qwen2_5_VL"), zoo.text_batch(kinds, 7)
+    positions = torch.arange(7) + 5 * torch.arange(kinds)[:, None]  # another start for each row, which turns nothing
+    positions[:, 4:] += 3 * torch.arange(kinds)[:, None]  # a jump of another size for each, which does
+    batch = {**rows, "position_ids": positions.expand(kinds, kinds, 7)}
+    one_by_one = [
+        {**{key: one[n : n + 1] for key, one in rows.items()}, "position_ids": batch["position_ids"][:, n : n + 1]}
+        for n in range(kinds)
+    ]
+    expected = fk.estimate(model, one_by_one, Wide())
+    assert worst(fk.estimate(model, [batch], Wide()), expected) < 1e-10
+    assert worst(fk.estimate(model, [rows], Wide()), expected) > 1e-3
 
 
 def test_borders_that_the_attention_does_not_read_are_refused():

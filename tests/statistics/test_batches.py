@@ -254,7 +254,7 @@ def test_a_wrong_word_on_what_is_shared(case):
 def test_positions_with_another_leading_axis_are_refused_by_name():
     specimen = zoo.llama()
     batch = specimen.batch(2, 6)
-    for extra in ({"cache_position": torch.arange(6)}, {"position_ids": torch.arange(6).expand(3, 2, 6)}):
+    for extra in ({"cache_position": torch.arange(6)}, {"position_ids": torch.arange(6).expand(5, 2, 6)}):
         (name,) = extra
         with pytest.raises(ValueError, match=f"batch 0 holds 2 examples by 'input_ids', and '{name}' is"):
             fk.estimate(specimen.model, [{**batch, **extra}])
@@ -387,25 +387,25 @@ def test_patches_of_one_example_are_whole(check):
 
 
 class ThreeAxesForCausalLM(nn.Module):
-    """Positions of three kinds for each token come as ``[3, N, T]``, as in Qwen2-VL."""
+    """Places of three kinds for each token come as ``[3, N, T]``."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = zoo.llama().model
         self.config = self.inner.config
 
-    def forward(self, input_ids, attention_mask=None, labels=None, position_ids=None, use_cache=None):
-        assert position_ids.shape == (3, *input_ids.shape)
+    def forward(self, input_ids, attention_mask=None, labels=None, grid_ids=None, use_cache=None):
+        assert grid_ids.shape == (3, *input_ids.shape)
         return self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
 
 
 @pytest.mark.parametrize("check", [True, False])
 def test_an_error_on_cut_rows_names_what_was_cut(check):
     """With three examples the axis of the three kinds looks like that of the examples."""
-    batch = {**zoo.llama().batch(3, 6), "position_ids": torch.arange(6).expand(3, 3, 6)}
-    with pytest.raises(ValueError, match="takes a batch of 3, and fails on example 0 alone .*'position_ids'.*shared="):
+    batch = {**zoo.llama().batch(3, 6), "grid_ids": torch.arange(6).expand(3, 3, 6)}
+    with pytest.raises(ValueError, match="takes a batch of 3, and fails on example 0 alone .*'grid_ids'.*shared="):
         fk.estimate(ThreeAxesForCausalLM(), [batch], check=check)
-    one = {key: value[:1] for key, value in batch.items()} | {"position_ids": torch.arange(6).expand(3, 1, 6)}
+    one = {key: value[:1] for key, value in batch.items()} | {"grid_ids": torch.arange(6).expand(3, 1, 6)}
     assert fk.estimate(ThreeAxesForCausalLM(), [one], check=check).count == 1
 
 

@@ -13,12 +13,16 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from fishkern.layers import Documents, Span
 from fishkern.statistics.batches import Reader
+from fishkern.statistics.borders import document_numbers
 from fishkern.statistics.data import Data
-from fishkern.statistics.packing import PackedExamples, document_numbers, inside_documents, packed_examples
+from fishkern.statistics.packing import PackedExamples, inside_documents, packed_examples
 
 IDS = torch.arange(1, 13).view(2, 6)
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 1]])
 NUMBERS = [[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 1, 1]]
+
+
+VIDEO = [(0, 0, 0), (1, 1, 1), (7, 1, 1), (13, 1, 1), (2, 2, 2), (3, 3, 3)]  # time, height, width of one document
 
 
 def batch(**entries) -> dict:
@@ -42,6 +46,11 @@ BORDERS = {
     "a jump": batch(position_ids=torch.tensor([[0, 1, 2, 7, 8, 3], [4, 5, 6, 7, 9, 10]])),
     "repeated positions": batch(position_ids=torch.tensor([[0, 1, 2, 2, 3, 3], [0, 1, 2, 3, 3, 4]])),
     "a mask of ones": batch(attention_mask=torch.ones_like(IDS)),
+    "a mask of ones, from 2": batch(position_ids=(POSITIONS + 2).int(), attention_mask=torch.ones_like(IDS)),
+    "with those of the text": batch(position_ids=torch.stack([POSITIONS, *torch.randint(9, (3, 2, 6))])),
+    "of three kinds, with cu_seq_lens": batch(
+        position_ids=POSITIONS.expand(3, 2, 6), cu_seq_lens_q=torch.tensor([0, 3, 5, 6, 10, 12])
+    ),
     "a mask of pairs": batch(attention_mask=torch.ones(2, 1, 6, 6, dtype=torch.bool)),
     "seq_idx": {"input_ids": IDS, "labels": IDS, "seq_idx": torch.tensor([[5, 5, 5, 0, 0, 7], [1, 1, 1, 1, 2, 2]])},
     "cu_seq_lens": {"input_ids": IDS, "labels": IDS, "cu_seq_lens_k": torch.tensor([0, 3, 5, 6, 10, 12])},
@@ -70,7 +79,15 @@ ONE_EACH = {
     "left padding, one mask for all": batch(
         position_ids=torch.tensor([[1, 1, 0, 1, 2, 3]]), attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1]])
     ),
-    "positions of three kinds": batch(position_ids=POSITIONS.expand(3, 2, 6)),
+    "positions of three kinds": batch(position_ids=(torch.arange(6) + torch.tensor([0, 5])[:, None]).expand(3, 2, 6)),
+    "behind a video time goes back": batch(position_ids=torch.tensor([VIDEO] * 2).movedim(2, 0)),
+    "three kinds, left padding": batch(
+        position_ids=torch.tensor([0, 0, 0, 1, 2, 3]).expand(3, 2, 6),
+        attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1]] * 2),
+    ),
+    "jumps beside a mask of ones": batch(
+        position_ids=torch.tensor([[0, 1, 2, 7, 7, 9]] * 2), attention_mask=torch.ones_like(IDS)
+    ),
     "one seq_idx": batch(seq_idx=torch.tensor([[4] * 6, [5] * 6])),
     "one document": {"input_ids": IDS[:1], "labels": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 6])},
     "a pair": (IDS, IDS),
@@ -89,6 +106,34 @@ def test_borders_that_do_not_fit(ends):
         document_numbers(batch(cu_seq_lens_q=torch.tensor(ends, dtype=torch.int32)))
 
 
+def test_a_document_of_one_token_beside_a_mask_of_ones():
+    """Flash attention begins a document at each lowest position, and reads the positions beside such a mask."""
+    positions = torch.tensor([[0, 0, 1, 2, 0, 0]] * 2)
+    content = batch(position_ids=positions, attention_mask=torch.ones_like(IDS))
+    assert document_numbers(content).tolist() == [[0, 1, 1, 1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"position_ids": POSITIONS * 0 + torch.arange(6)}, "at position 3 of row 0, and not by 'position_ids'"),
+        ({"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]] * 2)}, "at position 5 of row 0, and not by 'seq_idx'"),
+        ({"cu_seq_lens_k": torch.tensor([0, 3, 6, 10, 12])}, "at position 5 of row 0, and not by 'cu_seq_lens_k'"),
+    ],
+    ids=["position_ids", "seq_idx", "cu_seq_lens_k"],
+)
+def test_entries_that_tell_other_borders_are_refused(entries, words):
+    borders = torch.tensor([0, 3, 5, 6, 10, 12])
+    with pytest.raises(ValueError, match=f"by 'cu_seq_lens_q' a document begins {words}.*leave it out"):
+        document_numbers(batch(**{"cu_seq_lens_q": borders, **entries}))
+
+
+def test_positions_of_three_kinds_that_begin_again_are_refused():
+    with pytest.raises(ValueError, match=r"begin again in row 1, .*in front, \[4, R, T\].*cu_seq_lens_q"):
+        positions = torch.stack([torch.arange(6), POSITIONS[1]]).expand(3, 2, 6)
+        document_numbers(batch(position_ids=positions))
+
+
 def test_documents_with_a_label_are_the_examples():
     examples = read(batch())
     spans = (Span(0, 0, 3), Span(0, 3, 5), Span(1, 0, 4), Span(1, 4, 6))
@@ -101,8 +146,11 @@ def test_documents_with_a_label_are_the_examples():
         read(batch(labels=IDS * 0 - 100))
 
 
+SAME = torch.tensor(NUMBERS)[:, None, :, None] == torch.tensor(NUMBERS)[:, None, None]
+SCORES = torch.where(SAME, torch.arange(72.0).view(2, 1, 6, 6), -torch.inf)  # what attention adds, by its place
+
 FULL = batch(
-    attention_mask=torch.arange(72).view(2, 1, 6, 6),
+    attention_mask=SCORES,
     weights=torch.randn(2, 6, 3),
     cu_seq_lens_q=torch.tensor([0, 3, 5, 6, 10, 12], dtype=torch.int32),
     max_length_q=4,
@@ -196,3 +244,58 @@ def test_labels_inside_documents():
     labels = inside_documents(IDS, batch())
     assert labels.tolist() == [[1, 2, -100, 4, -100, -100], [7, 8, 9, -100, 11, -100]]
     assert inside_documents(IDS, {"input_ids": IDS}) is IDS
+
+
+@pytest.mark.parametrize("ndim", [3, 4])
+def test_positions_of_several_kinds_and_masks_of_pairs_are_cut(ndim):
+    kinds = torch.stack([POSITIONS, *torch.randint(9, (3, 2, 6))])
+    examples = read(batch(position_ids=kinds, attention_mask=SCORES if ndim == 4 else SCORES[:, 0]))
+    one = list(examples.singly())[2].content
+    assert torch.equal(one["position_ids"], kinds[:, 1:, :4])
+    assert torch.equal(one["attention_mask"].view(4, 4), SCORES[1, 0, :4, :4])
+    assert torch.equal(examples.take(2, 4).content["position_ids"], kinds[:, 1:])
+
+
+MASKS = {
+    "bool": SAME,
+    "two heads": SAME.expand(2, 2, 6, 6).clone(),
+    "without heads": SAME[:, 0],
+    "numpy": SAME.numpy(),
+    "minus infinity": SCORES,
+    "the least number": torch.zeros(2, 1, 6, 6).masked_fill(~SAME, torch.finfo(torch.float32).min),
+    "integers": SAME.long(),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_mask_of_pairs_must_separate_each_batch(mask):
+    """One pair of positions of two documents, in one head, is enough; padding may see whatever it likes."""
+    good = torch.as_tensor(MASKS[mask])
+    as_given = numpy.asarray if mask == "numpy" else torch.as_tensor
+    for row, query, key in ((1, 4, 3), (0, 0, 5)):  # another example, and a document without a label
+        bad = good.clone()
+        bad[(row, query, key) if bad.ndim == 3 else (row, -1, query, key)] = 1
+        with pytest.raises(ValueError, match=f"batch 0 .* position {query} of row {row} attend to position {key}, "):
+            read(batch(attention_mask=as_given(bad)))
+    of_none = good.clone()
+    of_none[0, ..., 5, :] = 1
+    for fine in (good, of_none):
+        assert read(batch(attention_mask=as_given(fine))).num_examples == 4
+
+
+def test_forms_are_kinds():
+    """By a mask of other axes or numbers a model may not keep apart what it keeps apart by the first one."""
+    forms = [{}, {"attention_mask": SAME}, {"attention_mask": SCORES}, {"attention_mask": torch.ones_like(IDS)}]
+    assert len({read(batch(**entries)).kind for entries in forms}) == 4
+    assert read(batch(attention_mask=SAME)).kind == read(batch(attention_mask=SAME.clone())).kind
+
+
+def test_what_begins_above_the_lowest_position_is_looked_at():
+    """Flash attention does not see where such a document begins, and the lowest position may be in another one."""
+    jumping = read(batch(position_ids=torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 7, 8]])))
+    assert jumping.few.places == range(2, 4)
+    assert jumping.few.documents.shape == (2, 6)
+    assert jumping.kind == jumping.few.kind != read(batch()).kind
+    one = {key: value[:1] for key, value in batch(position_ids=torch.tensor([[0, 1, 7, 8, 2, 3]] * 2)).items()}
+    assert read(one).few.documents == Documents((1, 6), (Span(0, 0, 2), Span(0, 2, 4)))
+    assert read(one).few.content["labels"].tolist() == [[1, 2, 3, 4, -100, -100]]
