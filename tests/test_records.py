@@ -332,6 +332,47 @@ def test_what_freezing_is_worth():
         ]
 
 
+TR_PTS_ARMS = {
+    "the classifier alone": "head",
+    "all parameters": "full",
+    "one connection of each neuron": "per-row",
+    "TR-PTS's connections, all tokens": "contribution",
+    "TR-PTS, keep 0.95 in four layers": "tr-pts",
+    "as many of each neuron, by chance": "random",
+}
+
+
+def test_what_tr_pts_is_worth():
+    """Three seeds of each arm, at the rate that it has chosen."""
+    rows = cells_of(section_of("tr-pts.md", "What it is worth"), "ViT-S, CIFAR-10")
+    assert [row[0] for row in rows] == list(TR_PTS_ARMS)
+    runs = [r for r in records("tr_pts") if r["setting"]["task"] == "cifar-84" and r["seed"] < 3]
+    at_the_edge = set()
+    for name, *cells in rows:
+        own = [run for run in runs if run["arm"] == TR_PTS_ARMS[name]]
+        assert len(own) == 3
+        scores = [100 * run["curve"][-1]["score"] for run in own]
+        assert cells == [
+            f"{mean(scores):.1f} ± {stdev(scores):.1f}",
+            f"{100 * mean(run['trained'] / run['of'] for run in own):.2f} %",
+            f"{mean(run['flops']['step'] for run in own) / 1e9:.2f}",
+            f"{mean(run['peak_mib'] for run in own):.0f} MiB",
+        ]
+        if any(own[0]["lr"] == max(rates) for rates in own[0]["setting"]["rates"].values() if own[0]["lr"] in rates):
+            at_the_edge.add(name)
+    assert at_the_edge == set(TR_PTS_ARMS) - {"all parameters", "TR-PTS, keep 0.95 in four layers"}
+
+
+def test_what_fewer_tokens_save():
+    newest = {(r["case"]["size"], r["quantity"]): r for r in records("token_reduction") if r["provider"] == "fishkern"}
+    rows = cells_of(section_of("tokens.md", "What it saves"), "images")
+    sizes, quantities = {"one": 518, "eight": 224}, {"a forward pass": "forward", "a training step": "training step"}
+    assert len(rows) == len(newest) == 4
+    for images, of, *cells in rows:
+        record = newest[sizes[images.split()[0]], quantities[of]]
+        assert cells == [f"{100 * record[saved]:.1f} %" for saved in ("saved_flops", "saved_seconds")]
+
+
 FROZEN = {"a quarter": 0.25, "half": 0.5, "three quarters": 0.75}
 
 
