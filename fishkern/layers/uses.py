@@ -110,10 +110,16 @@ class Uses:
 
         Yields:
             Nothing.
+
+        Raises:
+            UnsupportedModuleError: A parameter is used elsewhere, in a way that forbids to deliver it in parts.
         """
+        before = set(self._received)
         self._part = examples
         try:
             yield
+            for key in self._received.keys() - before:  # of a module that also has calls without a gradient
+                self._close_part(key)
         finally:
             self._part = None
 
@@ -146,12 +152,6 @@ class Uses:
             self._sink(key, grads)
             self._heads[key].append(self._head_rows(key, grads))
             return
-        if self._part is not None:
-            raise UnsupportedModuleError(
-                f"{key} is used by the head and elsewhere, in a way that the first examples did not show, so its "
-                "gradients cannot be added part by part: form the logits whole, with "
-                "likelihood=fishkern.CausalLM(logits_bytes=None)."
-            )
         received = self._received[key]
         received.append(grads)
         if len(received) + (key in self._heads) == expected:
@@ -168,6 +168,15 @@ class Uses:
             pairs, rows = zip(*self._heads.pop(key), strict=True)
             grads = TiedRows(grads, torch.cat(pairs), torch.cat(rows))
         self._sink(key, grads)
+
+    def _close_part(self, key: str) -> None:
+        if any(isinstance(site.layer, Embedding) for site in self._by_key[key]):
+            raise UnsupportedModuleError(
+                f"{key} is used by the head and elsewhere, in a way that the first examples did not show, so its "
+                "gradients cannot be added part by part: form the logits whole, with "
+                "likelihood=fishkern.CausalLM(logits_bytes=None)."
+            )
+        self._close(key)
 
     def _is_only_head(self, key: str) -> bool:
         """Tell whether all other uses of a parameter are embeddings of one kind, with known tokens of each example."""

@@ -154,6 +154,9 @@ class Answering:
 
         Returns:
             Its distribution or its losses ``[N]``.
+
+        Raises:
+            ValueError: A function gives no loss for each example, or a likelihood no distribution of packed documents.
         """
         if isinstance(self._likelihood, Likelihood):
             answer = self._predictive(batch.copied(), onlooker)

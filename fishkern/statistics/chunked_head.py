@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics.batches import Batch
 from fishkern.statistics.head_logits import HeadLogits, Onlooker
 from fishkern.statistics.likelihood import CausalLM, MaskedLM, TokenClassification, read_logits
@@ -172,7 +171,9 @@ class ChunkedHead:
             return f"the head gets {list(hidden.shape)}, and the logits are {list(logits.shape)}"
         self._num_classes, self._dtype = logits.shape[-1], logits.dtype
         if unknown := _between(logits.grad_fn, node) - _COPIES - self._head.operations:
-            return f"between its head and the logits the model computes what is not known ({', '.join(sorted(unknown))})"
+            return (
+                f"between its head and the logits the model computes what is not known ({', '.join(sorted(unknown))})"
+            )
         others = _leaves(logits.grad_fn, hidden.grad_fn) - set(self._head.module.parameters())
         if others:
             return "the logits depend on other parameters than those of the head, not through its input alone"

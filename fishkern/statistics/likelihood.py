@@ -117,6 +117,9 @@ class CausalLM(Likelihood):
 
         Returns:
             The distribution for the batch's examples.
+
+        Raises:
+            ValueError: There are no labels, or not one for each position.
         """
         if isinstance(batch, Mapping) and "shift_labels" in batch:
             return _by_position(

@@ -141,7 +141,8 @@ class Categorical(Predictive):
     def _log_p_at(self, position: int) -> Iterator[Tensor]:
         """Compute log-probabilities at one position of each example.
 
-        First all, ``[N, C]``, without a gradient; then those of each class in turn, ``[N]``, differentiable.
+        Yields:
+            First all, ``[N, C]``, without a gradient; then those of each class in turn, ``[N]``, differentiable.
         """
         logits = self.logits
         if not isinstance(logits, HeadLogits):
