@@ -147,8 +147,11 @@ class HeadLogits:
         return self.then(self.head(hidden)).to(self.dtype)
 
     def _losses(self, counted: Tensor, labels: Tensor, uniform: Tensor | None) -> Tensor:
-        parameters = [one for one in self.head.parameters() if one.requires_grad]
-        return _Losses.apply(self, labels.to(self.device), uniform, counted.to(self.device), self.hidden, *parameters)
+        inputs = [one for one in self.head.parameters() if one.requires_grad]
+        if captures := self.onlooker is not None and self.onlooker.taps(self.head):
+            inputs = [torch.zeros((), requires_grad=True), *inputs]  # where the hidden states need no gradient
+        given = labels.to(self.device), uniform, counted.to(self.device)
+        return _Losses.apply(self, captures, *given, self.hidden, *inputs)
 
 
 class _Losses(torch.autograd.Function):
@@ -159,11 +162,10 @@ class _Losses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, labels, uniform, counted, hidden, *parameters):
-        captured = logits.onlooker is not None and logits.onlooker.taps(logits.head)
-        ctx.logits, ctx.parameters, ctx.captured = logits, parameters, captured
+    def forward(ctx, logits, captured, labels, uniform, counted, hidden, *inputs):
+        ctx.logits, ctx.captured, ctx.inputs = logits, captured, inputs
         ctx.autocast = _autocast(hidden.device.type)
-        at_once = ctx.needs_input_grad[4] and not parameters and not captured
+        at_once = ctx.needs_input_grad[5] and not inputs
         states, labels = hidden.flatten(0, 1), labels.flatten().clone()
         losses = torch.zeros(len(labels), dtype=logits.dtype, device=hidden.device)
         grads = torch.zeros_like(states) if at_once else None
@@ -191,10 +193,10 @@ class _Losses(torch.autograd.Function):
             (grads,) = ctx.saved_tensors
             grads = grads.view(*weights.shape, -1)
             # rounded once: a weight rounded to 16 bits first would scale the whole gradient of its example
-            return None, None, None, None, torch.mul(grads, weights[..., None], out=torch.empty_like(grads))
+            return None, None, None, None, None, torch.mul(grads, weights[..., None], out=torch.empty_like(grads))
         with ctx.autocast():
             hidden, *others = _run_again(ctx, weights)
-        return None, None, None, None, hidden, *others
+        return None, None, None, None, None, hidden, *others
 
 
 def drawn(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -215,20 +217,20 @@ def _run_again(ctx: Any, weights: Tensor) -> list[Tensor | None]:
     """Run the head once more, chunk by chunk, and back-propagate weighted losses through it."""
     logits: HeadLogits = ctx.logits
     hidden, labels, counted = ctx.saved_tensors
-    own = torch.zeros_like(hidden)
-    others = [torch.zeros_like(one, dtype=accumulates_in(one.dtype)) for one in ctx.parameters]
+    own = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+    others = [torch.zeros_like(one, dtype=accumulates_in(one.dtype)) for one in ctx.inputs]
     for chunk in _pieces(ctx, counted):
         h = chunk.take(hidden).detach().requires_grad_()
         with chunk.around, torch.enable_grad():
             z = logits.run(h)
             g = _less_one_hot_(z.detach().softmax(-1), chunk.take(labels).clamp_min(0))
             g.mul_(torch.where(chunk.take(counted), chunk.take(weights), 0.0)[..., None])
-            grad, *grads = torch.autograd.grad(z, [h, *ctx.parameters], g, allow_unused=True)
+            grad, *grads = torch.autograd.grad(z, [h, *ctx.inputs], g, allow_unused=True)
         chunk.put(own, grad)
         for total, one in zip(others, grads, strict=True):
             if one is not None:
                 total += one
-    return [own, *(total.to(one.dtype) for total, one in zip(others, ctx.parameters, strict=True))]
+    return [own, *(total.to(one.dtype) for total, one in zip(others, ctx.inputs, strict=True))]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from fishkern.layers import capture, parts
 from fishkern.layers.uses import Uses
 from fishkern.statistics import head_logits
 from tests.models import test_packed as rows
+from tests.models.test_quantized import Packed
 from tests.support import zoo
 from tests.support.oracle import next_token, per_token, squares_one_by_one, worst_error
 
@@ -334,6 +335,29 @@ def test_hooks_of_the_user_on_the_head_run():
     assert worst(found, squares_one_by_one(model, [batch], next_token)) < EXACT
 
 
+@pytest.mark.parametrize("parameters", ["lm_head*", "*norm*", ["*.1.*", "lm_head*"]], ids=str)
+def test_some_parameters(parameters):
+    """Where only the head is asked for, its input needs no gradient."""
+    model, batch, estimator = made("llama"), zoo.text_batch(N, T), Wide()
+    options = {"parameters": parameters, "likelihood": fk.CausalLM(logits_bytes=9 * POSITION)}
+    found = fk.estimate(model, [batch], estimator, **options)
+    assert estimator.logits.startswith("in chunks")
+    truth = squares_one_by_one(model, [batch], next_token)
+    assert worst(found, {name: truth[name] for name in found}) < EXACT
+
+
+def test_a_quantised_head():
+    """Its weight is no parameter of autograd's: what the module computes is asked of the module."""
+    model, batch, estimator = made("llama"), zoo.text_batch(N, T), Wide()
+    model.lm_head = Packed(V, 24)
+    plain, options = Wide(), {"parameters": "all"}
+    truth = fk.estimate(model, [batch], plain, likelihood=whole(), **options)
+    found = fk.estimate(model, [batch], estimator, likelihood=fk.CausalLM(logits_bytes=9 * POSITION), **options)
+    assert estimator.logits.startswith("in chunks")
+    assert "lm_head.weight" in found
+    assert worst(found, truth) < 1e-6  # sums of a stored weight are float32
+
+
 class Changed(transformers.LlamaForCausalLM):
     """LLaMA that does something else around its head."""
 
@@ -345,6 +369,8 @@ class Changed(transformers.LlamaForCausalLM):
 
     def forward(self, input_ids=None, attention_mask=None, **kwargs):
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+        if self.how == "transposes":
+            hidden = hidden.transpose(0, 1).contiguous().transpose(0, 1)
         logits = self.lm_head(hidden)
         if self.how == "bends":
             logits = logits + 1e-3 * logits.square()
@@ -359,6 +385,20 @@ class Changed(transformers.LlamaForCausalLM):
         elif self.how == "cuts":
             logits = logits[..., :-1]
         return transformers.modeling_outputs.CausalLMOutput(logits=logits)
+
+
+@pytest.mark.parametrize("parameters", [None, "*proj*"], ids=["all", "layers"])
+def test_hidden_states_of_another_layout(parameters):
+    torch.manual_seed(0)
+    model, batch = Changed(zoo.llama().model.config, "transposes").double().eval(), zoo.text_batch(N, T)
+    estimator, likelihood = Wide(), fk.CausalLM(logits_bytes=4 * POSITION)
+    found = fk.estimate(model, [batch], estimator, parameters=parameters, likelihood=likelihood)
+    assert estimator.logits.startswith("in chunks")
+    truth = squares_one_by_one(model, [batch], next_token)
+    assert worst(found, {name: truth[name] for name in found}) < EXACT
+    sketch = fk.estimate(model, [batch], fk.SketchedFisher(draws=1), likelihood=likelihood)
+    plain = fk.estimate(model, [batch], fk.SketchedFisher(draws=1), likelihood=whole())
+    torch.testing.assert_close(dict(sketch), dict(plain), rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize(
