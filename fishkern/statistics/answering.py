@@ -64,14 +64,24 @@ class Answering:
             self._head.said = None
         self._usual = batch.num_examples
 
-    def meet(self, batch: Examples) -> None:
-        """Find out, before a batch whose logits are large, whether the model runs without them.
+    def awaits(self, batch: Examples) -> bool:
+        """Tell whether a batch is the first one whose logits are large.
 
         Args:
-            batch: A batch; the first one has been prepared for.
+            batch: A batch; the first one of the data has been prepared for.
+
+        Returns:
+            Whether :meth:`meet` has to find out if the model runs without them.
         """
-        if self._head is not None:
-            self._head.meet(batch.content, batch.take(0, 1).copied())
+        return self._head is not None and self._head.awaits(batch)
+
+    def meet(self, batch: Examples) -> None:
+        """Find out whether the model runs without its logits.
+
+        Args:
+            batch: The first batch whose logits are large.
+        """
+        self._head.meet(batch)
 
     @property
     def said_of_logits(self) -> str | None:

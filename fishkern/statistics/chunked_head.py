@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.statistics.batches import Batch
+from fishkern.statistics.batches import Batch, Examples
 from fishkern.statistics.head_logits import HeadLogits, Onlooker
 from fishkern.statistics.likelihood import CausalLM, MaskedLM, TokenClassification, read_logits
 from fishkern.statistics.predictive import Categorical, Predictive
@@ -91,17 +91,26 @@ class ChunkedHead:
                 handle.remove()
         self._why = self._differs(seen, logits[0]) if logits else "the likelihood gives no logits"
 
-    def meet(self, batch: Batch, example: Batch) -> None:
-        """Before a batch whose logits are above the limit, try once whether the model runs without them.
+    def awaits(self, batch: Examples) -> bool:
+        """Tell whether it is still to be tried if the model runs without the logits of a batch.
 
         Args:
             batch: The batch.
-            example: One example of it.
+
+        Returns:
+            Whether they may be above the limit, and nothing speaks against it so far.
         """
         # the model may add positions of its own (prompt tuning); a try that was not needed does no harm
-        if self._why is None and not self._tried and self._are_large(2 * _num_positions(batch)):
-            self._tried = True
-            self._why = self._fails_on(example)
+        return self._why is None and not self._tried and self._are_large(2 * _num_positions(batch.content))
+
+    def meet(self, batch: Examples) -> None:
+        """Try whether the model runs without its logits.
+
+        Args:
+            batch: Some batch, of which one example runs.
+        """
+        self._tried = True
+        self._why = self._fails_on(batch.take(0, 1).copied())
 
     def predictive(self, batch: Batch, onlooker: Onlooker | None) -> Predictive:
         """Run the model on a batch.

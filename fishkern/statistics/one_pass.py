@@ -114,7 +114,8 @@ class OnePass:
             one_pass, independence = self._begin(entered)
             with OwnRandomness(next(iter(self.requested.values())).device).drawing():
                 self.answering.begin(batch)
-                self.answering.meet(batch)
+                if self.answering.awaits(batch):
+                    self.answering.meet(batch)
                 one_pass.prepare(batch)
             self._keep(independence, entered)
         return one_pass.paths
@@ -132,8 +133,9 @@ class OnePass:
                     self.known.demand_structure(batch)
                 with randomness.aside():
                     self.answering.begin(batch)
-            with randomness.aside():
-                self.answering.meet(batch)
+            if self.answering.awaits(batch):
+                with randomness.aside():
+                    self.answering.meet(batch)
             with randomness.drawing():  # the model's draws, not those of the data, come from the pass's own stream
                 one_pass.run(batch)
             units += self.estimator.units(batch.num_examples)

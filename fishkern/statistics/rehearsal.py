@@ -127,7 +127,9 @@ class Rehearsal:
             if not self.answering.prepared:
                 with self._phase("loss of one example"):
                     self.answering.prepare(batch)
-            self.answering.meet(batch)
+            if self.answering.awaits(batch):
+                with self._phase("logits of one example"):
+                    self.answering.meet(batch)
             if self.estimator.reads in ("sums", "batches"):
                 self._run_by_autograd(batch, answer, entered, states)
             else:

@@ -358,6 +358,28 @@ def test_a_quantised_head():
     assert worst(found, truth) < 1e-6  # sums of a stored weight are float32
 
 
+def test_prompt_tuning_adds_positions():
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model, batch, estimator = peft.get_peft_model(made("llama"), config).double(), zoo.text_batch(N, T), Wide()
+    with pytest.warns(UserWarning, match="take the slow exact path"):
+        found = fk.estimate(model, [batch], estimator, likelihood=fk.CausalLM(logits_bytes=4 * POSITION))
+    assert estimator.logits.startswith("in chunks")
+    assert worst(found, squares_one_by_one(model, [batch], next_token)) < EXACT
+
+
+def test_logits_of_some_positions():
+    """With ``logits_to_keep`` the head gets the last positions, and the labels are theirs."""
+    model, batch, estimator = made("llama"), zoo.text_batch(N, T, low=T), Wide()
+    labels = F.pad(batch.pop("labels"), (0, 1), value=-100)[:, 1:]
+    short = {**batch, "logits_to_keep": 3, "shift_labels": labels[:, -3:]}
+    found = fk.estimate(model, [short], estimator, likelihood=fk.CausalLM(logits_bytes=4 * POSITION))
+    assert estimator.logits.startswith("in chunks")
+    earlier = torch.cat([torch.full_like(labels[:, :-3], -100), labels[:, -3:]], dim=1)
+    truth = fk.estimate(model, [{**batch, "shift_labels": earlier}], Wide(), likelihood=whole())
+    assert worst(found, truth) < EXACT
+
+
 class Changed(transformers.LlamaForCausalLM):
     """LLaMA that does something else around its head."""
 
