@@ -129,7 +129,8 @@ class ChunkedHead:
             logits = self._of_hidden(kept, logits, onlooker)
             self.said = f"in chunks of {self._most} bytes"
         elif logits.nbytes > self._most:
-            self.said = f"whole: {why or (onlooker and onlooker.why_whole(self._head.module))}"
+            of_onlooker = onlooker and self._head and onlooker.why_whole(self._head.module)
+            self.said = f"whole: {why or of_onlooker or 'a later batch calls the head otherwise'}"
         return self._likelihood.of_logits(logits, self._model, batch)
 
     def _of_hidden(self, kept: list[Tensor], logits: Tensor, onlooker: Onlooker | None) -> HeadLogits:
@@ -152,7 +153,9 @@ class ChunkedHead:
             return
 
         def cut(module: nn.Module, args: tuple) -> tuple | None:
-            (hidden,) = args
+            hidden = args[0] if len(args) == 1 else None
+            if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+                return None
             large = always or self._are_large(hidden.shape[:-1].numel())
             if not large or (onlooker is not None and onlooker.why_whole(module) is not None):
                 return None
