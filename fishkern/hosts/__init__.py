@@ -4,6 +4,7 @@ from fishkern.hosts import modes
 from fishkern.hosts.alterations import alterations
 from fishkern.hosts.blocks import Layer, layer_of, stack_of, stacks
 from fishkern.hosts.calls import accepts, call_options
+from fishkern.hosts.heads import Head, head_of
 from fishkern.hosts.insertion import Branch, InsertionPoints, Wrapper, insert, insertion_points, remove
 from fishkern.hosts.modes import connected_inputs, evaluation_mode
 from fishkern.hosts.refusals import (
@@ -20,6 +21,7 @@ from fishkern.hosts.wrappers import base_model, named_parameters, unwrap
 __all__ = [
     "HEADS",
     "Branch",
+    "Head",
     "InsertionPoints",
     "Layer",
     "Task",
@@ -32,6 +34,7 @@ __all__ = [
     "connected_inputs",
     "dispatched",
     "evaluation_mode",
+    "head_of",
     "insert",
     "insertion_points",
     "is_head",

@@ -25,6 +25,7 @@ from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear, weight_shape
 from fishkern.layers.linear_maps import LinearMap, linear_maps
 from fishkern.layers.packed_capture import PackedCapture, capture_of
 from fishkern.layers.packed_grads import PackedEmbeddingGrads, PackedOuterProductGrads, PackedPositionGrads
+from fishkern.layers.parts import Part, of_part
 from fishkern.layers.path_plan import Plan
 from fishkern.layers.quantized import (
     gradient_kept,
@@ -74,6 +75,7 @@ __all__ = [
     "PackedEmbeddingGrads",
     "PackedOuterProductGrads",
     "PackedPositionGrads",
+    "Part",
     "PerExampleGrads",
     "Plan",
     "PositionGrads",
@@ -108,6 +110,7 @@ __all__ = [
     "join",
     "leave_out",
     "linear_maps",
+    "of_part",
     "own_parameters",
     "scored_tensors",
     "served_by_rule",

@@ -28,6 +28,7 @@ from fishkern.layers.grads import (
     where_counted,
 )
 from fishkern.layers.hooks import Arrival, Hooks
+from fishkern.layers.parts import Part, of_part, parts_of, sites_inside, why_whole
 from fishkern.layers.routed import Routed
 from fishkern.layers.rows import Rows
 from fishkern.layers.rules import factored
@@ -123,6 +124,45 @@ class Capture:
         finally:
             self._hooks.active = self._weighing = False
         self._uses.finish()
+
+    def taps(self, head: nn.Module) -> bool:
+        """Tell whether gradients of a head are captured.
+
+        Args:
+            head: A module.
+
+        Returns:
+            Whether a site is the head or inside it.
+        """
+        return bool(sites_inside(head, self._sites))
+
+    def why_whole(self, head: nn.Module) -> str | None:
+        """Say why a head must run on all examples at once, see :func:`fishkern.layers.parts.why_whole`."""
+        return why_whole(head, self._sites, squares=self._squares)
+
+    def parts(self, num_rows: int, num_positions: int, most: int) -> Iterator[Part]:
+        """Divide the batch into parts of whole examples, see :func:`fishkern.layers.parts.parts_of`."""
+        return parts_of(num_rows, num_positions, self._documents, most)
+
+    @contextmanager
+    def part(self, part: Part) -> Iterator[None]:
+        """Take the gradients that arrive inside the ``with`` block for those of some of the examples.
+
+        Args:
+            part: Whose they are.
+
+        Yields:
+            Nothing.
+        """
+        whole = self._num_examples, self._counted, self._rows, self._documents
+        self._num_examples, self._rows = part.num_examples, Rows(part.num_examples)
+        self._counted = None if self._counted is None else of_part(self._counted, part)
+        self._documents = part.documents
+        try:
+            with self._uses.part(part.examples):
+                yield
+        finally:
+            self._num_examples, self._counted, self._rows, self._documents = whole
 
     def _begin(self, num_examples: int, counted: Tensor | None) -> None:
         self._num_examples, self._counted = num_examples, counted

@@ -12,7 +12,8 @@ For its addition to them, the embedding later needs the head's gradient only at 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from fishkern.layers.embedding import Embedding
 from fishkern.layers.grads import DenseGrads, OuterProductGrads, PerExampleGrads, TiedRows, join
 from fishkern.layers.packed_grads import PackedOuterProductGrads
 from fishkern.layers.site import Layout, Site
+from fishkern.layers.unsupported import UnsupportedModuleError
 from fishkern.ops import embedding_rows
 
 Sink = Callable[[str, PerExampleGrads], None]
@@ -63,7 +65,8 @@ class Uses:
         self._calls: Counter[Site] = Counter()
         self._tokens: dict[str, list[Tensor]] = defaultdict(list)
         self._received: dict[str, list[PerExampleGrads]] = defaultdict(list)
-        self._heads: dict[str, tuple[Tensor, Tensor]] = {}
+        self._heads: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        self._part: slice | None = None  # of the examples, whose head's gradients are delivered
         self.withheld: set[str] = set()
 
     def note_call(self, site: Site, args: tuple, kwargs: Mapping[str, Any]) -> None:
@@ -98,6 +101,28 @@ class Uses:
         self._heads.clear()
         self.withheld.clear()
 
+    @contextmanager
+    def part(self, examples: slice) -> Iterator[None]:
+        """Take what is delivered inside the ``with`` block for gradients of some of the examples, of a head alone.
+
+        Args:
+            examples: Their numbers.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            UnsupportedModuleError: A parameter is used elsewhere, in a way that forbids to deliver it in parts.
+        """
+        before = set(self._received)
+        self._part = examples
+        try:
+            yield
+            for key in self._received.keys() - before:  # of a module that also has calls without a gradient
+                self._close_part(key)
+        finally:
+            self._part = None
+
     def withhold(self, site: Site) -> None:
         """Deliver no gradient of a site's parameters in this backward pass.
 
@@ -125,7 +150,7 @@ class Uses:
         of_linear = isinstance(grads, OuterProductGrads | PackedOuterProductGrads)
         if self._squares and of_linear and self._is_only_head(key):
             self._sink(key, grads)
-            self._heads[key] = self._head_rows(key, grads)
+            self._heads[key].append(self._head_rows(key, grads))
             return
         received = self._received[key]
         received.append(grads)
@@ -140,8 +165,18 @@ class Uses:
     def _close(self, key: str) -> None:
         grads = join(self._received.pop(key))
         if key in self._heads:
-            grads = TiedRows(grads, *self._heads.pop(key))
+            pairs, rows = zip(*self._heads.pop(key), strict=True)
+            grads = TiedRows(grads, torch.cat(pairs), torch.cat(rows))
         self._sink(key, grads)
+
+    def _close_part(self, key: str) -> None:
+        if any(isinstance(site.layer, Embedding) for site in self._by_key[key]):
+            raise UnsupportedModuleError(
+                f"{key} is used by the head and elsewhere, in a way that the first examples did not show, so its "
+                "gradients cannot be added part by part: form the logits whole, with "
+                "likelihood=fishkern.CausalLM(logits_bytes=None)."
+            )
+        self._close(key)
 
     def _is_only_head(self, key: str) -> bool:
         """Tell whether all other uses of a parameter are embeddings of one kind, with known tokens of each example."""
@@ -157,10 +192,15 @@ class Uses:
         return heads == 1 and batched and alike and of_examples
 
     def _head_rows(self, key: str, grads: OuterProductGrads | PackedOuterProductGrads) -> tuple[Tensor, Tensor]:
+        """Keep the head's gradient at the rows of the tokens of its examples."""
         N, documents = self._num_examples, self._documents
+        first, end = (0, N) if self._part is None else (self._part.start, self._part.stop)
         if documents is not None:
-            tokens, offsets = documents.packed(self._tokens[key][0]), documents.offsets()
+            borders = documents.offsets()
+            tokens = documents.packed(self._tokens[key][0])[borders[first] : borders[end]]
+            offsets = borders[first : end + 1] - borders[first]
         else:
-            tokens, offsets = torch.cat([indices.reshape(N, -1) for indices in self._tokens[key]], dim=1), None
+            tokens = torch.cat([indices.reshape(N, -1)[first:end] for indices in self._tokens[key]], dim=1)
+            offsets = None
         example, row, _ = embedding_rows(tokens, grads.output_grads.new_zeros(*tokens.shape, 0), offsets=offsets)
-        return example * grads.shape[0] + row, grads.rows(example, row)
+        return (first + example) * grads.shape[0] + row, grads.rows(example, row)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.statistics.batches import Batch, Examples, another_reading
+from fishkern.statistics.chunked_head import ChunkedHead, chunked_head, logits_of_answer
 from fishkern.statistics.cutting import answering_parts
 from fishkern.statistics.drawn import Drawn, LossFunction, losses_by_function
+from fishkern.statistics.head_logits import Onlooker
 from fishkern.statistics.labels import UnknownLabelError
 from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
 from fishkern.statistics.likelihood_argument import checked_likelihood, described
@@ -47,6 +49,7 @@ class Answering:
         self._likelihood = checked_likelihood(likelihood)
         self._named = likelihood is not None
         self._usual = 1
+        self._head: ChunkedHead | None = None
         self.prepared = False
 
     def begin(self, batch: Examples) -> None:
@@ -57,7 +60,33 @@ class Answering:
         """
         if not self.prepared:
             self.prepare(batch)
+        if self._head is not None:
+            self._head.said = None
         self._usual = batch.num_examples
+
+    def awaits(self, batch: Examples) -> bool:
+        """Tell whether a batch is the first one whose logits are large.
+
+        Args:
+            batch: A batch; the first one of the data has been prepared for.
+
+        Returns:
+            Whether :meth:`meet` has to find out if the model runs without them.
+        """
+        return self._head is not None and self._head.awaits(batch)
+
+    def meet(self, batch: Examples) -> None:
+        """Find out whether the model runs without its logits.
+
+        Args:
+            batch: The first batch whose logits are large.
+        """
+        self._head.meet(batch)
+
+    @property
+    def said_of_logits(self) -> str | None:
+        """How large logits were computed, in words; ``None`` if none were large."""
+        return None if self._head is None else self._head.said
 
     def prepare(self, batch: Examples) -> None:
         """Recognise the likelihood, and compare the loss of one example with the model's own.
@@ -99,7 +128,10 @@ class Answering:
         handle = self._model.register_forward_hook(lambda _, args, outputs: returned.append(outputs))
         try:
             self._likelihood = self._likelihood.settled(self._model, example.copied())
-            answer = self._likelihood.predictive(self._model, example.copied())
+            self._head = chunked_head(self._model, self._likelihood)
+            with nullcontext([]) if self._head is None else self._head.confirming() as logits:
+                answer = self._likelihood.predictive(self._model, example.copied())
+                logits += logits_of_answer(answer)
         except UnknownLabelError as error:
             raise error.at(f"row 0 of a batch of {self._usual}") from None
         finally:
@@ -123,9 +155,21 @@ class Answering:
         """The likelihood, for the provenance."""
         return described(self._likelihood)
 
-    def __call__(self, batch: Examples) -> Predictive | Tensor:
+    def __call__(self, batch: Examples, onlooker: Onlooker | None = None) -> Predictive | Tensor:
+        """Run the model on a batch.
+
+        Args:
+            batch: The batch.
+            onlooker: Looks on meanwhile, and in the backward pass.
+
+        Returns:
+            Its distribution or its losses ``[N]``.
+
+        Raises:
+            ValueError: A function gives no loss for each example, or a likelihood no distribution of packed documents.
+        """
         if isinstance(self._likelihood, Likelihood):
-            answer = self._likelihood.predictive(self._model, batch.copied())
+            answer = self._predictive(batch.copied(), onlooker)
             if batch.documents is not None and not isinstance(answer, PackedCategorical):
                 raise ValueError(
                     f"{type(self._likelihood).__name__} gives a {type(answer).__name__} of rows, and the rows of this "
@@ -140,6 +184,11 @@ class Answering:
         if not isinstance(losses, Tensor) or losses.shape != (N,):
             raise ValueError(_not_one_for_each(losses, N) + another_reading((batch.cut_from or batch).content))
         return losses
+
+    def _predictive(self, batch: Batch, onlooker: Onlooker | None) -> Predictive:
+        if self._head is None:
+            return self._likelihood.predictive(self._model, batch)
+        return self._head.predictive(batch, onlooker)
 
 
 def _not_one_for_each(losses: object, N: int) -> str:

@@ -114,7 +114,7 @@ class CapturedPass:
             capturing = capture_of(plan.sites, add, batch.documents, **parts)
             with only_trainable(looped.values()), capturing as capture:
                 with capture.forward(batch.num_examples, self._planner.counted(batch)), strays.watched():
-                    answer = self._answer(batch)
+                    answer = self._answer(batch, capture)
                 for number, (objective, last) in enumerate(with_last(self._estimator.objectives(answer, batch.places))):
                     if objective is None:
                         continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fishkern.layers import UnsupportedModuleError
 from fishkern.statistics.batches import Examples, another_reading
@@ -12,12 +12,12 @@ Value = TypeVar("Value")
 
 
 def answering_parts(
-    answer: Callable[[Examples], Value], whole: Callable[[Examples], object] | None = None
-) -> Callable[[Examples], Value]:
+    answer: Callable[..., Value], whole: Callable[[Examples], object] | None = None
+) -> Callable[..., Value]:
     """Make errors that come from cutting a batch say so.
 
     Args:
-        answer: Runs the model on examples.
+        answer: Runs the model on examples; it may take more arguments.
         whole: Runs it on a whole batch; ``None`` if ``answer`` does.
 
     Returns:
@@ -25,9 +25,9 @@ def answering_parts(
         a part of it; an error of the whole batch is raised unchanged.
     """
 
-    def answered(batch: Examples) -> Value:
+    def answered(batch: Examples, *more: Any) -> Value:
         try:
-            return answer(batch)
+            return answer(batch, *more)
         except UnsupportedModuleError:
             raise
         except Exception as error:  # any error of a model whose rows belong together
@@ -39,7 +39,7 @@ def answering_parts(
     return answered
 
 
-def _takes(answer: Callable[[Examples], Value], batch: Examples) -> bool:
+def _takes(answer: Callable[..., Value], batch: Examples) -> bool:
     try:
         answer(batch)
     except Exception:  # the caller raises the first error, not this one

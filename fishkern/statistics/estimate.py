@@ -148,7 +148,7 @@ def estimate(
         count=passed[0].counts.units,
         provenance={
             "definition": {**estimator.definition, "likelihood": description, **hosts.alterations(model)},
-            "runs": [_described(request, passed, ranks, options.likelihood, check=options.check)],
+            "runs": [_described(request, passed, ranks, options.likelihood, answering, check=options.check)],
         },
         coverage=coverage_of(request, paths),
     )
@@ -201,7 +201,7 @@ def _note_zeros(results: Mapping[str, Any]) -> None:
 
 
 def _described(
-    request: Request, passed: Sequence[Passed], ranks: Ranks, likelihood: object, *, check: bool
+    request: Request, passed: Sequence[Passed], ranks: Ranks, likelihood: object, answering: Answering, *, check: bool
 ) -> dict[str, Any]:
     """Describe the passes for the provenance."""
     counts, note = passed[0].counts, passed[0].note
@@ -218,5 +218,6 @@ def _described(
         "torch": torch.__version__,
         **estimator.settings,
         **({"draws_seed": likelihood.seed} if isinstance(likelihood, Drawn) else {}),
+        **({"logits": said} if (said := answering.said_of_logits) else {}),
         **({"note": note} if note else {}),
     }

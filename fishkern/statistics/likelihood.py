@@ -16,12 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
+from fishkern.arguments import at_least
 from fishkern.statistics.batches import Batch
 from fishkern.statistics.borders import document_numbers
+from fishkern.statistics.head_logits import HeadLogits
 from fishkern.statistics.labels import as_tensor, in_words, shaped
 from fishkern.statistics.outputs import call, logits_of
 from fishkern.statistics.packing import documents_of, inside_documents
 from fishkern.statistics.predictive import Bernoulli, Categorical, Gaussian, PackedCategorical, Predictive
+
+LOGITS_BYTES = 2**28
+"""The most bytes of logits in memory at a time, by default."""
+
+# What a model is not given with a batch: it would compute a loss of the batch, and with a fused loss (Liger) no logits.
+_WITHHELD = ("labels", "shift_labels", "skip_logits")
 
 
 @dataclass(frozen=True)
@@ -77,11 +85,43 @@ class Likelihood(ABC):
         return None
 
 
+@dataclass(frozen=True)
 class CausalLM(Likelihood):
-    """Next-token prediction: the logits at ``t`` predict the label at ``t + 1``."""
+    """Next-token prediction: the logits at ``t`` predict the label at ``t + 1``.
+
+    Args:
+        reduction: ``"mean"`` over an example's label positions, or ``"sum"``.
+        logits_bytes: The most bytes that the logits of a batch take, in the dtype of the losses. Larger ones are
+            computed in chunks of this size where the model's head is recognised, and give the same statistics. ``None``
+            forms them whole in any case.
+
+    Raises:
+        ValueError: ``reduction`` has another value, or ``logits_bytes`` is below 1.
+    """
+
+    logits_bytes: int | None = LOGITS_BYTES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_bytes(self.logits_bytes)
 
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
-        logits = _logits(model, batch)
+        return self.of_logits(read_logits(model, batch), model, batch)
+
+    def of_logits(self, logits: Tensor | HeadLogits, model: nn.Module, batch: Batch) -> Predictive:
+        """Make the distribution from logits.
+
+        Args:
+            logits: ``[N, T, V]``.
+            model: As for :meth:`predictive`.
+            batch: As for :meth:`predictive`.
+
+        Returns:
+            The distribution for the batch's examples.
+
+        Raises:
+            ValueError: There are no labels, or not one for each position.
+        """
         if isinstance(batch, Mapping) and "shift_labels" in batch:
             return _by_position(
                 logits, inside_documents(as_tensor(batch["shift_labels"]), batch), self.reduction, batch
@@ -133,22 +173,31 @@ class TokenClassification(Likelihood):
             return self
         if hosts.task(model) is not None:
             return replace(self, class_axis=-1)
-        logits, labels = self._run(model, batch)
-        return replace(self, class_axis=_class_axis(logits, labels))
+        logits = read_logits(model, batch)
+        return replace(self, class_axis=_class_axis(logits, _labels(batch, "token classification")))
 
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
-        logits, labels = self._run(model, batch)
+        return self.of_logits(read_logits(model, batch), model, batch)
+
+    def of_logits(self, logits: Tensor | HeadLogits, model: nn.Module, batch: Batch) -> Predictive:
+        """Make the distribution from logits.
+
+        Args:
+            logits: ``[N, ..., C]``, or as :attr:`class_axis` says.
+            model: As for :meth:`predictive`.
+            batch: As for :meth:`predictive`.
+
+        Returns:
+            The distribution for the batch's examples.
+        """
+        labels = _labels(batch, "token classification")
         axis = self.class_axis
         if axis is None:
             axis = -1 if hosts.task(model) is not None else _class_axis(logits, labels)
-        return _by_position(logits.movedim(axis, -1), labels, self.reduction, batch)
+        return _by_position(logits if axis == -1 else logits.movedim(axis, -1), labels, self.reduction, batch)
 
     def labelled(self, batch: Batch) -> Tensor:
         return _labels(batch, "token classification").flatten(1) != -100
-
-    def _run(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits = _logits(model, batch)
-        return logits, _labels(batch, "token classification")
 
 
 @dataclass(frozen=True)
@@ -158,9 +207,18 @@ class MaskedLM(TokenClassification):
     Args:
         reduction: ``"mean"`` over an example's label positions, or ``"sum"``.
         class_axis: As in :class:`TokenClassification`, but by default for logits ``[N, T, V]``.
+        logits_bytes: As in :class:`CausalLM`.
+
+    Raises:
+        ValueError: An argument has another value.
     """
 
     class_axis: Literal[-1, 1] | None = -1
+    logits_bytes: int | None = LOGITS_BYTES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_bytes(self.logits_bytes)
 
 
 class Seq2SeqLM(Likelihood):
@@ -170,7 +228,7 @@ class Seq2SeqLM(Likelihood):
         labels = _labels(batch, "sequence-to-sequence modelling")
         # the model makes the decoder's inputs from the labels
         more = {"labels": labels if labels.is_floating_point() else labels.long()}
-        logits = _logits(model, batch, **(more if hosts.accepts(model, "labels") else {}))
+        logits = read_logits(model, batch, **(more if hosts.accepts(model, "labels") else {}))
         return _by_position(logits, labels, self.reduction)
 
 
@@ -178,7 +236,7 @@ class Classification(Likelihood):
     """One class for each example: logits ``[N, C]``, labels ``[N]``."""
 
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
-        logits = _logits(model, batch)
+        logits = read_logits(model, batch)
         if logits.ndim != 2 or logits.shape[1] == 1:
             one_each = " One logit for each example is a yes or no, fishkern.MultiLabel(), or a number to be met, "
             way_out = f"{one_each}fishkern.Regression()." if logits.ndim in (1, 2) else ""
@@ -215,7 +273,7 @@ class Regression(Likelihood):
     labels_are_numbers = True
 
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
-        return Gaussian(_logits(model, batch), _optional_labels(batch), self.reduction == "mean")
+        return Gaussian(read_logits(model, batch), _optional_labels(batch), self.reduction == "mean")
 
 
 class MultiLabel(Likelihood):
@@ -224,7 +282,7 @@ class MultiLabel(Likelihood):
     labels_are_numbers = True
 
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
-        return Bernoulli(_logits(model, batch), _optional_labels(batch), self.reduction == "mean")
+        return Bernoulli(read_logits(model, batch), _optional_labels(batch), self.reduction == "mean")
 
 
 _BY_TASK: dict[hosts.Task, type[Likelihood]] = {
@@ -276,8 +334,21 @@ def task_of(model: nn.Module, batch: Batch) -> hosts.Task | None:
     return None if hosts.task(model) is None else hosts.task(model, _optional_labels(batch))
 
 
-def _logits(model: nn.Module, batch: Batch, **more: Tensor) -> Tensor:
-    (logits,) = logits_of(call(model, batch, without=("labels", "shift_labels"), **more), model)
+def read_logits(model: nn.Module, batch: Batch, **more: Tensor) -> Tensor:
+    """Run a model without its labels, and read its logits.
+
+    Args:
+        model: The model.
+        batch: As for :meth:`Likelihood.predictive`.
+        more: Further arguments of the model.
+
+    Returns:
+        Its logits, in float32 at least, with the examples first.
+
+    Raises:
+        ValueError: It returns none, or of another number of examples.
+    """
+    (logits,) = logits_of(call(model, batch, without=_WITHHELD, **more), model)
     labels = _optional_labels(batch)
     N = len(labels) if labels is not None and labels.ndim else len(logits)  # without labels nothing to compare with
     if len(logits) != N:
@@ -289,7 +360,7 @@ def _logits(model: nn.Module, batch: Batch, **more: Tensor) -> Tensor:
     return logits
 
 
-def _by_position(logits: Tensor, labels: Any, reduction: str, batch: Batch = ()) -> Categorical:
+def _by_position(logits: Tensor | HeadLogits, labels: Any, reduction: str, batch: Batch = ()) -> Categorical:
     """Make the distribution of one label for each position, of any number of axes; packed rows, of each document."""
     if logits.ndim < 3:
         raise ValueError(
@@ -306,7 +377,12 @@ def _by_position(logits: Tensor, labels: Any, reduction: str, batch: Batch = ())
             )
         documents = documents_of(batch, labels != -100)
         return PackedCategorical(logits, labels, reduction == "mean", documents=documents)
-    return Categorical(logits.flatten(1, -2), labels.flatten(1), reduction == "mean")
+    return Categorical(logits if logits.ndim == 3 else logits.flatten(1, -2), labels.flatten(1), reduction == "mean")
+
+
+def _check_bytes(logits_bytes: int | None) -> None:
+    if logits_bytes is not None:
+        at_least(1, logits_bytes, "logits_bytes")
 
 
 def _class_axis(logits: Tensor, labels: Tensor) -> Literal[-1, 1]:

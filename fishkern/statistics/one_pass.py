@@ -16,6 +16,7 @@ from fishkern.statistics.batches import Examples
 from fishkern.statistics.captured_pass import CapturedPass
 from fishkern.statistics.cutting import answering_parts
 from fishkern.statistics.data import Data, Progress
+from fishkern.statistics.head_logits import Onlooker
 from fishkern.statistics.independence import Independence
 from fishkern.statistics.known import Known
 from fishkern.statistics.planning import Planner
@@ -113,6 +114,8 @@ class OnePass:
             one_pass, independence = self._begin(entered)
             with OwnRandomness(next(iter(self.requested.values())).device).drawing():
                 self.answering.begin(batch)
+                if self.answering.awaits(batch):
+                    self.answering.meet(batch)
                 one_pass.prepare(batch)
             self._keep(independence, entered)
         return one_pass.paths
@@ -130,6 +133,9 @@ class OnePass:
                     self.known.demand_structure(batch)
                 with randomness.aside():
                     self.answering.begin(batch)
+            if self.answering.awaits(batch):
+                with randomness.aside():
+                    self.answering.meet(batch)
             with randomness.drawing():  # the model's draws, not those of the data, come from the pass's own stream
                 one_pass.run(batch)
             units += self.estimator.units(batch.num_examples)
@@ -140,9 +146,9 @@ class OnePass:
     def _begin(self, entered: Entered) -> tuple[AutogradPass | CapturedPass, Independence]:
         answer_parts = answering_parts(self.answering)
 
-        def answer(batch: Examples) -> Predictive | Tensor:
+        def answer(batch: Examples, *onlooker: Onlooker) -> Predictive | Tensor:
             entered.restore()
-            return answer_parts(batch)
+            return answer_parts(batch, *onlooker)
 
         by_labels = self.estimator.definition.get("fisher_type", "empirical") == "empirical"
         independence = Independence(self.model, answer, Precision(self.model), by_labels=by_labels)
@@ -155,7 +161,7 @@ class OnePass:
             self.known.keep(independence, entered.connection)
 
     def _pass(
-        self, answer: Callable[[Examples], Predictive | Tensor], entered: Entered, independence: Independence
+        self, answer: Callable[..., Predictive | Tensor], entered: Entered, independence: Independence
     ) -> AutogradPass | CapturedPass:
         common = (self.requested, answer, self.estimator, self.states)
         joint = {"independence": independence, "connection": entered.connection, "known": self.known}

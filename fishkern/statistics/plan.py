@@ -49,6 +49,8 @@ class PassPlan:
             ``"estimator"``, its own operations; and ``"set-up"``, once.
         examples: ``N`` of the batch; 0 without one.
         unknown: What only a run can tell, in words.
+        logits: How logits above the limit of the likelihood are computed (:class:`fishkern.CausalLM`), in words; empty
+            if they are below it, or there is no limit.
     """
 
     model: str
@@ -63,6 +65,7 @@ class PassPlan:
     flops: Mapping[str, int]
     examples: int
     unknown: tuple[str, ...]
+    logits: str = ""
 
     @property
     def peak_bytes(self) -> int:
@@ -92,6 +95,7 @@ class PassPlan:
         if self.examples:
             whole, own = self.flops["pass"], self.flops["estimator"]
             lines += [f"FLOPs of a batch: {whole:.2e}, of which {own:.2e} by the estimator"]
+        lines += [f"logits: {self.logits}"] if self.logits else []
         return "\n".join([*lines, f"{ONLY_A_RUN}:", *(f"  - {one}" for one in self.unknown)])
 
 
@@ -231,6 +235,7 @@ def _planned(
         flops=flops,
         examples=examples.num_examples if examples else 0,
         unknown=tuple(_unknown(model, rehearsals, paths, examples)),
+        logits=next((said for one in rehearsals if (said := one.answering.said_of_logits)), ""),
     )
 
 

@@ -25,6 +25,7 @@ from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.coverage import slowest_paths
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
+from fishkern.statistics.head_logits import Survey
 from fishkern.statistics.independence import Independence
 from fishkern.statistics.known import Kind, Known
 from fishkern.statistics.predictive import Predictive
@@ -32,7 +33,7 @@ from fishkern.statistics.self_check import disagreements
 from fishkern.statistics.states import States, without_factors
 from fishkern.warning import warn_caller
 
-Answer = Callable[[Examples], Predictive | Tensor]
+Answer = Callable[..., Predictive | Tensor]  # of examples, and of who looks on while the model runs
 
 _BYTES_OF_SQUARES = 2**28
 """Without ``of_gradient``, the self-check needs the squares of the parameters: this many bytes of them at a time."""
@@ -201,11 +202,12 @@ class Planner:
     def _make_plan(self, kind: Kind, few: Examples) -> Plan:
         """Survey two examples, or the one of a batch of one, and compare them with ordinary autograd."""
         compares = self._independence.awaits(few)
+        surveying = Survey(self._parameters.values())
         number = 0  # of the objective: type-2 has one for each label of a position
 
         def losses() -> Tensor:
             nonlocal number
-            answer = self._answer(few)
+            answer = self._answer(few, surveying)
             number, objective = widest(self._estimator.objectives(answer, few.places))
             check_finite(objective, few.places)
             if compares:
@@ -318,7 +320,7 @@ class Planner:
         with capture_of(plan.sites, add_own, few.documents, **parts) as capture:
             counted = self.counted(few)
             with capture.forward(few.num_examples, counted), strays.watched():
-                answer = self._answer(few)
+                answer = self._answer(few, capture)
             objective = next(islice(self._estimator.objectives(answer, few.places), number, None))
             check_finite(objective, few.places)
             capture.backward(objective)

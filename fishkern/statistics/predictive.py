@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fishkern.layers import Documents
+from fishkern.statistics.head_logits import HeadLogits, drawn
 from fishkern.statistics.labels import class_labels, values_like, yes_or_no_like
 
 _LEAST = 1e-7  # how far 2u - 1 must stay from -1 and 1, about the rounding of float32
@@ -68,7 +69,7 @@ class Categorical(Predictive):
     """One of ``C`` classes at each of ``L`` positions.
 
     Args:
-        logits: ``[N, L, C]``, float32 or float64.
+        logits: ``[N, L, C]``, float32 or float64; or what stands for them where they would be too large.
         labels: ``[N, L]``, integers of any width; ``None`` if the data has none: then every position counts.
         mean: Divide by the number of positions that count, else sum.
         ignore_index: Label of a position that does not count.
@@ -78,7 +79,7 @@ class Categorical(Predictive):
             among the classes.
     """
 
-    logits: Tensor
+    logits: Tensor | HeadLogits
     labels: Tensor | None
     mean: bool
     ignore_index: int = -100
@@ -97,10 +98,16 @@ class Categorical(Predictive):
         return len(self.logits)
 
     @property
-    def _counted(self) -> Tensor:
+    def _labelled(self) -> Tensor:
+        """Which positions of the logits count, ``[N, L]``, bool."""
         if self.labels is None:
             return torch.ones(self.logits.shape[:2], dtype=torch.bool, device=self.logits.device)
         return self.labels != self.ignore_index
+
+    @property
+    def _counted(self) -> Tensor:
+        """Which positions of the examples count, ``[N, L]``, bool."""
+        return self._labelled
 
     def _reduced(self, nll: Tensor) -> Tensor:
         counted = self._counted
@@ -108,9 +115,15 @@ class Categorical(Predictive):
         return total / counted.sum(1) if self.mean else total
 
     def _at(self, labels: Tensor) -> Tensor:
+        return self._reduced(self._by_example(self._nll(labels)))
+
+    def _nll(self, labels: Tensor) -> Tensor:
+        """Compute ``-log p`` of a label at each position of the logits; at those that do not count, anything."""
+        if isinstance(self.logits, HeadLogits):
+            return self.logits.losses(labels, self._labelled)
         rows = self.logits.flatten(0, 1)  # classes last: a transpose would copy the logits
         nll = F.cross_entropy(rows, labels.flatten(), ignore_index=self.ignore_index, reduction="none")
-        return self._reduced(self._by_example(nll.view(labels.shape)))
+        return nll.view(labels.shape)
 
     def _by_example(self, values: Tensor) -> Tensor:
         """Arrange one value for each position by examples, ``[N, L]``."""
@@ -120,6 +133,30 @@ class Categorical(Predictive):
         """Take the logits of one position of each example, ``[N, C]``."""
         return self.logits[:, position]
 
+    def _places_at(self, position: int) -> Tensor:
+        """Find one position of each example in the flattened logits, ``[N]``."""
+        N, L = self.logits.shape[:2]
+        return torch.arange(N, device=self.logits.device) * L + position
+
+    def _log_p_at(self, position: int) -> Iterator[Tensor]:
+        """Compute log-probabilities at one position of each example.
+
+        Yields:
+            First all, ``[N, C]``, without a gradient; then those of each class in turn, ``[N]``, differentiable.
+        """
+        logits = self.logits
+        if not isinstance(logits, HeadLogits):
+            log_p = self._logits_at(position).log_softmax(-1)
+            yield log_p.detach()
+            yield from (log_p[:, label] for label in range(log_p.shape[-1]))
+            return
+        places = self._places_at(position)
+        yield logits.at(places).log_softmax(-1)
+        marked = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
+        marked.view(-1)[places[self._counted[:, position]]] = True
+        for label in range(logits.num_classes):
+            yield -logits.losses(torch.full_like(marked, label, dtype=torch.int64), marked).flatten()[places]
+
     def losses(self) -> Tensor:
         return self._at(_given(self.labels))
 
@@ -128,9 +165,10 @@ class Categorical(Predictive):
         return self.logits.shape[1]
 
     def drawn_losses(self, uniform: Tensor) -> Tensor:
-        cumulative = self.logits.detach().softmax(-1).cumsum(-1)
-        drawn = (cumulative <= uniform[..., None].to(cumulative)).sum(-1).clamp_max(self.logits.shape[-1] - 1)
-        return self._at(drawn)
+        if isinstance(self.logits, HeadLogits):
+            nll = self.logits.drawn_losses(uniform.to(self.logits.device), self._labelled)
+            return self._reduced(self._by_example(nll))
+        return self._at(drawn(self.logits.detach(), uniform))
 
     @property
     def label_passes(self) -> int:
@@ -147,11 +185,11 @@ class Categorical(Predictive):
             if position not in positions:
                 yield from [None] * self.logits.shape[2]
                 continue
-            log_p = self._logits_at(position).log_softmax(-1)
+            values = self._log_p_at(position)
             # E (grad log p)^2 = sum_c p_c (grad log p_c)^2, so each term is the square of sqrt(p_c) grad log p_c
-            root_p = torch.where(counted[:, position, None], (log_p.detach() / 2).exp(), 0.0)
-            for label in range(log_p.shape[-1]):
-                yield -weight * root_p[:, label] * log_p[:, label]
+            root_p = torch.where(counted[:, position, None], (next(values) / 2).exp(), 0.0)
+            for root, log_p in zip(root_p.unbind(-1), values, strict=True):
+                yield -weight * root * log_p
 
 
 @dataclass(frozen=True)
@@ -161,7 +199,7 @@ class PackedCategorical(Categorical):
     What is small is padded to ``[N, L]``, ``L`` positions of the longest document; the logits stay where they are.
 
     Args:
-        logits: ``[R, T, C]``, float32 or float64.
+        logits: ``[R, T, C]``, float32 or float64; or what stands for them where they would be too large.
         labels: ``[R, T]``, integers of any width.
         mean: Divide by the number of a document's positions that count, else sum.
         ignore_index: Label of a position that does not count.
@@ -198,7 +236,10 @@ class PackedCategorical(Categorical):
         return values.flatten()[self._places]  # past the end of a document comes what does not count
 
     def _logits_at(self, position: int) -> Tensor:
-        return self.logits.flatten(0, 1)[self._places[:, position]]
+        return self.logits.flatten(0, 1)[self._places_at(position)]
+
+    def _places_at(self, position: int) -> Tensor:
+        return self._places[:, position]
 
     @property
     def draws_per_example(self) -> int:

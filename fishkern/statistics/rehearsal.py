@@ -29,6 +29,7 @@ from fishkern.statistics.base import Estimator, ParameterInfo, sums
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.captured_pass import CapturedPass
 from fishkern.statistics.coverage import ONLY_A_RUN
+from fishkern.statistics.head_logits import Onlooker, Survey
 from fishkern.statistics.independence import Independence
 from fishkern.statistics.planning import Answer, Planner
 from fishkern.statistics.positions import counted_positions
@@ -118,14 +119,17 @@ class Rehearsal:
         asked: set[str] = set()
         with undisturbed(self.model, self.requested.values()) as entered:
 
-            def answer(examples: Examples) -> Predictive | Tensor:
+            def answer(examples: Examples, *onlooker: Onlooker) -> Predictive | Tensor:
                 entered.restore()
                 with self.mode.noting(asked):
-                    return self.answering(examples)
+                    return self.answering(examples, *onlooker)
 
             if not self.answering.prepared:
                 with self._phase("loss of one example"):
                     self.answering.prepare(batch)
+            if self.answering.awaits(batch):
+                with self._phase("logits of one example"):
+                    self.answering.meet(batch)
             if self.estimator.reads in ("sums", "batches"):
                 self._run_by_autograd(batch, answer, entered, states)
             else:
@@ -157,12 +161,13 @@ class Rehearsal:
             connection=entered.connection,
         )
         few = batch.take(0, min(2, batch.num_examples))
+        surveying = Survey(self.requested.values())
 
         number = 0
 
         def losses() -> Tensor:
             nonlocal number
-            number, objective = first(self.estimator.objectives(answer(few), few.places))
+            number, objective = first(self.estimator.objectives(answer(few, surveying), few.places))
             return objective
 
         with self._phase("survey"), independence.precision.noting():
