@@ -37,6 +37,7 @@ from fishkern.layers.quantized import (
 from fishkern.layers.reentrant import Connection
 from fishkern.layers.routed import RoutedBiasGrads, RoutedGrads, Routes
 from fishkern.layers.router import Router
+from fishkern.layers.row_order import ONE_EACH, RowOrder
 from fishkern.layers.rules import LAYERS
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Layout, Site
@@ -48,6 +49,7 @@ from fishkern.layers.watch import watch
 
 __all__ = [
     "LAYERS",
+    "ONE_EACH",
     "AdaptedExperts",
     "Arrival",
     "Call",
@@ -84,6 +86,7 @@ __all__ = [
     "RoutedGrads",
     "Router",
     "Routes",
+    "RowOrder",
     "Scale",
     "Site",
     "Span",

@@ -152,7 +152,7 @@ class Capture:
         """Give every example its own row of an output that all share, so that each row gets its own gradient."""
         if site.layout is not Layout.SHARED:
             return None
-        return lambda output: output.expand(self._num_examples, *output.shape[1:])
+        return lambda output: output.expand(site.order.count(self._num_examples), *output.shape[1:])
 
     def _receive(self, arrival: Arrival) -> None:
         if self._weighing:
@@ -182,37 +182,61 @@ class Capture:
 
     def _is_one_row_for_all(self, arrival: Arrival) -> bool:
         lengths = {_rows(grad) for grad in arrival.grads if grad is not None}
-        return arrival.site.layout is Layout.BATCHED and lengths == {1} and self._num_examples > 1
+        several = arrival.site.order.count(self._num_examples) > 1
+        return arrival.site.layout is Layout.BATCHED and lengths == {1} and several
 
     def _receive_by_rule(self, arrival: Arrival) -> None:
         site, N = arrival.site, self._num_examples
         if site.layout is Layout.SHARED:
-            saved = [one.expand(N, *one.shape[1:]) if _rows(one) == 1 else one for one in arrival.saved]
+            rows = site.order.count(N)
+            saved = [one.expand(rows, *one.shape[1:]) if _rows(one) == 1 else one for one in arrival.saved]
             arrival = arrival._replace(saved=saved)
-        for key, grads in arrival.per_example_grads():
-            grads = grads.unflattened(N) if site.layout is Layout.FLATTENED else grads
-            counts = self._counted is not None
-            self._deliver(key, self._with_counted(key, grads, _arrived(arrival)) if counts else grads)
+        several = site.layout is Layout.FLATTENED or site.order.per_example > 1
+        counted = self._counted_of_examples(site)
+        for key, grads in self._by_example(arrival).per_example_grads():
+            grads = grads.unflattened(N) if several else grads
+            if counted is not None:
+                grads = self._with_counted(arrival, key, grads, counted)
+            self._deliver(key, grads)
 
-    def _with_counted(self, key: str, grads: PerExampleGrads, output_grads: Tensor) -> PerExampleGrads:
+    def _by_example(self, arrival: Arrival) -> Arrival:
+        """Put the rows of a call into the order of the examples, where each has several."""
+        order, N = arrival.site.order, self._num_examples
+        if order.adjacent:
+            return arrival
+        rows = {_rows(grad) for grad in arrival.grads if grad is not None}
+        saved = [order.by_example(one, N) if _rows(one) in rows else one for one in arrival.saved]
+        grads = [None if grad is None else order.by_example(grad, N) for grad in arrival.grads]
+        return arrival._replace(saved=saved, grads=grads)
+
+    def _counted_of_examples(self, site: Site) -> Tensor | None:
+        """Say which positions of the examples count: where an example has several rows, of all of them."""
+        counted, order = self._counted, site.order
+        of_rows = counted is not None and counted.shape[0] == order.count(self._num_examples)
+        return order.joined(counted, self._num_examples) if of_rows else counted
+
+    def _with_counted(
+        self, arrival: Arrival, key: str, grads: PerExampleGrads, of_positions: Tensor
+    ) -> PerExampleGrads:
         """Attach which positions count: those of the batch, or the only one of a pooler."""
         if not isinstance(grads, OuterProductGrads | EmbeddingGrads | PositionGrads | Routed):
             return grads
         T = grads.num_terms() // grads.num_examples
-        if T == 1:
+        if arrival.site.order.per_example == T:
             return grads
-        if self._counted.shape[1] == T:
-            return replace(grads, counted=self._counted)
-        counted = self._spread(grads, output_grads) if isinstance(grads, PositionGrads) else None
+        if of_positions.shape == (grads.num_examples, T):
+            return replace(grads, counted=of_positions)
+        of_heads = isinstance(grads, PositionGrads)
+        counted = self._spread(grads, _arrived(arrival), of_positions) if of_heads else None
         if counted is None:
             raise UnsupportedModuleError(
                 f"{key} runs at {T} positions, and attention_mask or labels say of "
-                f"{self._counted.shape[1]} which count. Give batches without padding, count positions='all', or leave "
+                f"{of_positions.shape[1]} which count. Give batches without padding, count positions='all', or leave "
                 "the parameter out with parameters=."
             )
         return replace(grads, counted=counted)
 
-    def _spread(self, grads: PositionGrads, output_grads: Tensor) -> Tensor | None:
+    def _spread(self, grads: PositionGrads, output_grads: Tensor, of_positions: Tensor) -> Tensor | None:
         """Spread which positions count over the heads at each of them, where a norm runs at every head.
 
         An axis as long as there are positions may be that of the heads. So terms of positions that do not count must be
@@ -221,17 +245,18 @@ class Capture:
         Args:
             grads: Terms of a norm, ``[N, T H, D]`` or ``[N, H T, D]``.
             output_grads: The gradient that they are made of, with these axes apart.
+            of_positions: Which positions count, ``[N, T]``.
 
         Returns:
             ``[N, T H]`` or ``[N, H T]``; ``None`` if there is no such axis.
         """
-        N, T = self._counted.shape
+        N, T = of_positions.shape
         axes = output_grads.shape[1 : output_grads.ndim - grads.terms.ndim + 2]
         for axis, size in enumerate(axes):
             if size != T or axes.numel() != grads.terms.shape[1]:
                 continue
             ones = [T if place == axis else 1 for place in range(len(axes))]
-            counted = self._counted.view(N, *ones).expand(N, *axes).reshape(N, -1)
+            counted = of_positions.view(N, *ones).expand(N, *axes).reshape(N, -1)
             if not bool(where_counted(grads.terms, ~counted).any()):
                 return counted
         return None
@@ -241,17 +266,17 @@ class Capture:
         with self._hooks.paused():  # the second run must not report the hooked modules inside
             for n in range(self._num_examples):
                 pairs = zip(arrival.saved, site.sliced, strict=True)
-                tensors = [_copied(self._part(tensor, n)) if sliced else tensor for tensor, sliced in pairs]
-                output_grads = [None if grad is None else self._part(grad, n) for grad in arrival.grads]
+                tensors = [_copied(self._part(site, tensor, n)) if sliced else tensor for tensor, sliced in pairs]
+                output_grads = [None if grad is None else self._part(site, grad, n) for grad in arrival.grads]
                 if self._factors:
                     self._receive_factors(site, arrival.call.thaw(tensors), output_grads)
                     continue
                 for name, grad in module_grads(arrival.call.thaw(tensors), output_grads, site.keys).items():
                     self._deliver(site.keys[name], DenseGrads(grad[None]))
 
-    def _part(self, tensor: Tensor, n: int) -> Tensor:
+    def _part(self, site: Site, tensor: Tensor, n: int) -> Tensor:
         """Take the part of an example of a tensor that has one for each."""
-        return tensor[n : n + 1]
+        return tensor[site.order.rows(n, self._num_examples)]
 
     def _receive_factors(self, site: Site, call: Call, output_grads: Sequence[Tensor | None]) -> None:
         """Deliver the factors of linear maps inside a host, whose call gives the whole gradient of one example."""
@@ -270,7 +295,7 @@ class Capture:
             return all(self._rows.are_as_many(site, grad) for grad in grads if grad is not None)
         lengths = {tensor.shape[0] for tensor, sliced in zip(saved, site.sliced, strict=False) if sliced}
         lengths |= {grad.shape[0] for grad in grads if grad is not None}
-        alike = len(saved) == len(site.sliced) and lengths == {self._num_examples}
+        alike = len(saved) == len(site.sliced) and lengths == {site.order.count(self._num_examples)}
         # a second call would bring a part of the same gradient, which the square cannot take apart
         return alike and self._uses.calls(site) == 1
 

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fishkern.layers.documents import Documents
 from fishkern.layers.reentrant import segment, stays
-from fishkern.layers.tap import Entered, FrozenCall, copied, frozen_call, tapped
+from fishkern.layers.row_order import ONE_EACH, RowOrder, orders
+from fishkern.layers.tap import Entered, FrozenCall, copied, frozen_call, leading_shape, tapped
 
 # The same model computes the same losses, up to sums in another order where an axis is longer: some tens of roundings.
 _SAME_LOSS = 64  # in units of the dtype's rounding
@@ -60,7 +61,7 @@ class Record:
         calls: Each call, with its tensors, and its output.
         touched: The non-zero rows of each output gradient.
         columns: The non-zero columns of each output gradient ``[T, N, ...]``; ``None`` for one of another shape.
-        lengths: For each call ``T`` of the enclosing module's input ``[N, T, ...]``, where there is one.
+        lengths: For each call ``T`` of the enclosing module's input ``[G N, T, ...]``, where there is one.
         block: That module.
         whole: For each call, whether it gets that module's input, merely reshaped.
         entered: For each call, the same with its tensors as they are before the hooks on its input run.
@@ -114,12 +115,14 @@ class Observation:
         around: For each of these modules, those that were running at every one of its calls, itself included.
         checkpointing: Modules around segments under reentrant checkpointing.
         again: Runs the model once more and keeps copies of the inputs and outputs of some modules.
+        order: Which rows of the model's input each example has; ``None`` where the gradients leave it open.
     """
 
     records: dict[nn.Module, Record]
     around: dict[nn.Module, set[nn.Module]]
     checkpointing: set[nn.Module]
     again: Callable[[frozenset[nn.Module]], dict[nn.Module, Record]]
+    order: RowOrder | None = ONE_EACH
 
     def copy(self, modules: Collection[nn.Module]) -> None:
         """Replace the recorded tensors of modules by copies, where the model has written into them since.
@@ -156,9 +159,11 @@ class _Observer:
         num_examples: int,
         copying: frozenset[nn.Module] = frozenset(),
         documents: Documents | None = None,
+        rows: int | None = None,
     ) -> None:
         self._num_examples = num_examples
         self._documents = documents
+        self._rows = rows if documents is None else num_examples
         self.records: dict[nn.Module, Record] = defaultdict(Record)
         self.around: dict[nn.Module, set[nn.Module]] = {}
         self.checkpointing: set[nn.Module] = set()
@@ -187,6 +192,31 @@ class _Observer:
             for handle in handles:
                 handle.remove()
 
+    @property
+    def rows(self) -> int:
+        """How many rows the model was called on, where they may be several for each example; else ``N``."""
+        return self._num_examples if self._rows is None else self._rows
+
+    def order(self) -> RowOrder | None:
+        """Find by the rows that each loss touches where the model is left which rows each example has.
+
+        Returns:
+            The order; ``None`` where none, or more than one, agrees with the gradients.
+        """
+        leaving = [one for module, one in self.records.items() if self.around.get(module) == {module}]
+        reached = [
+            touched
+            for record in leaving or self.records.values()
+            for touched in record.touched
+            if touched.rows == self.rows and len(touched.nonzero)
+        ]
+        fitting = [
+            order
+            for order in orders(self.rows, self._num_examples)
+            if all(owned(touched, order.owners(self._num_examples)) for touched in reached)
+        ]
+        return fitting[0] if len(fitting) == 1 or (fitting and not reached) else None
+
     def backward(self, losses: Tensor) -> None:
         self._recomputes = True
         with self.hooked():  # checkpointing recomputes segments here, whose gradients are recorded as well
@@ -196,10 +226,18 @@ class _Observer:
 
     def _note_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._inputs[module] = Entered((args, kwargs))
+        if self._rows is None:
+            self._rows = self._rows_of(leading_shape((args, kwargs)))
         if module in self._paths:
             arguments = copied((args, kwargs)) if module in self._copying else (args, kwargs)
             running = _Running(module, arguments, _versions(_tensors(arguments)), torch.is_grad_enabled())
             self._running.append(running)
+
+    def _rows_of(self, shape: torch.Size) -> int:
+        """Count the rows that the model is called on, by the shape of its first input."""
+        N = self._num_examples
+        second = len(shape) in (2, 3) and shape[1] == N  # as recurrent modules take them, [T, N, ...]
+        return shape[0] if shape and shape[0] > N and shape[0] % N == 0 and not second else N
 
     def _ended(self, module: nn.Module) -> _Running:
         """Remove a module from those that run."""
@@ -216,7 +254,7 @@ class _Observer:
         if not torch.is_grad_enabled() and module not in self._copying:
             return None
         if module in self.shared and isinstance(output, Tensor):
-            output = output.expand(self._num_examples, *output.shape[1:])
+            output = output.expand(self.rows, *output.shape[1:])
         record = self.records[module]
         receive = partial(self._receive, record, len(record.calls))
         record.block, length = self._enclosing(self._paths[module])
@@ -264,13 +302,13 @@ class _Observer:
         return frozenset(axis for axis in fitting if self._documents.touched(grad, axis) <= {self._example})
 
     def _enclosing(self, path: str) -> tuple[nn.Module | None, int | None]:
-        """Find the nearest enclosing module whose input is ``[N, T, ...]``, and ``T``."""
+        """Find the nearest enclosing module whose input is ``[G N, T, ...]``, and ``T``."""
         while path:
             path = path.rpartition(".")[0]
             module = self._modules[path]
             entered = self._inputs.get(module)
             rows, length = (entered and entered.rows_and_length) or (None, None)
-            if rows == self._num_examples:
+            if rows == self.rows:
                 return module, length
         return None, None
 
@@ -299,17 +337,34 @@ def observe(
     Returns:
         The records.
     """
+    common = (model, owners, losses, answered, num_examples, documents)
+    observation = _observe(*common, rows=None)
+    # an input [T, N, ...] looks like T / N rows for each example, until the gradients have come
+    return observation if observation.order is not None else _observe(*common, rows=num_examples)
+
+
+def _observe(
+    model: nn.Module,
+    owners: Mapping[str, Mapping[str, str]],
+    losses: Callable[[], Tensor],
+    answered: Callable[[Callable[[], Any]], Any],
+    num_examples: int,
+    documents: Documents | None,
+    *,
+    rows: int | None,
+) -> Observation:
+    """Observe a model on a number of rows; ``None`` for that of its input."""
     modules = dict(model.named_modules())
     observed = {path: modules[path] for owner in owners for path in upwards(owner) if path or owner == ""}
     owning = {modules[path] for path in owners}
 
     def run(shared: frozenset[nn.Module], copying: frozenset[nn.Module] = frozenset()) -> tuple[_Observer, Tensor]:
-        observer = _Observer(model, observed, shared, num_examples, copying, documents)
+        observer = _Observer(model, observed, shared, num_examples, copying, documents, rows)
         with observer.hooked():
             return observer, losses()
 
     observer, values = answered(lambda: run(frozenset()))
-    several = num_examples > 1 and documents is None  # all packed documents may be in one row
+    several = observer.rows > 1 and documents is None  # all packed documents may be in one row
     candidates = _of_all_examples(observer, owning) if several else frozenset()
     if candidates:
         expected = values.detach()
@@ -320,13 +375,13 @@ def observe(
     if late:  # calls inside a checkpointed segment are recorded only when it is recomputed
         observer, values = _expanded(run, observer.shared, late, values.detach())
         observer.backward(values)
-    shared = observer.shared
+    shared, order = observer.shared, observer.order()
     del values
 
     def again(modules: frozenset[nn.Module]) -> dict[nn.Module, Record]:
         return run(shared, modules)[0].records
 
-    return Observation(observer.records, observer.around, observer.checkpointing, again)
+    return Observation(observer.records, observer.around, observer.checkpointing, again, order)
 
 
 def _of_all_examples(observer: _Observer, owning: set[nn.Module]) -> frozenset[nn.Module]:
@@ -375,6 +430,22 @@ def _tensors(values: Any) -> list[Tensor]:
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
     """Count how often each tensor's memory has been written into; a detached tensor shares its source's count."""
     return [tensor._version for tensor in tensors if not tensor.is_inference()]
+
+
+def owned(touched: Touched, owners: Tensor, positions: int = 1) -> bool:
+    """Tell whether a loss touches no rows but those of its own example.
+
+    Args:
+        touched: The rows that it touches.
+        owners: The example of each row, ``[G N]``.
+        positions: How many rows of the gradient there are for each of these.
+
+    Returns:
+        Whether they are as many, and those touched are the example's.
+    """
+    if touched.rows != len(owners) * positions:
+        return False
+    return bool((owners.to(touched.nonzero.device)[touched.nonzero // positions] == touched.example).all())
 
 
 def upwards(path: str) -> Iterator[str]:

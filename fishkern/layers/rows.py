@@ -134,7 +134,7 @@ class Rows:
 
         Args:
             site: The site of the output.
-            grad: Gradient of the summed losses, ``[N * M, ...]``.
+            grad: Gradient of the summed losses, ``[G N M, ...]``.
 
         Returns:
             Whether the module got the whole input of its block, or each row has scaled by the weight of its example in
@@ -148,7 +148,8 @@ class Rows:
         if not probes or any(weighted is None or weighted.shape != grad.shape for weighted in probes):
             return False
         for weighted, weights in zip(probes, self._weights(grad), strict=True):
-            weights = weights.repeat_interleave(grad.shape[0] // self._num_examples)
+            owners = site.order.owners(self._num_examples).to(weights.device)
+            weights = weights[owners].repeat_interleave(grad.shape[0] // len(owners))
             expected = grad * weights.view(-1, *[1] * (grad.ndim - 1))
             gap = (weighted - expected).abs().flatten(1).amax(1)
             if not (gap <= _TOLERANCE * expected.abs().flatten(1).amax(1)).all():
@@ -163,13 +164,14 @@ class Rows:
             output: ``[rows, ...]``.
 
         Returns:
-            Whether it has ``N``, or ``N T`` where they are flattened.
+            Whether it has ``G N``, or ``G N T`` where they are flattened.
         """
-        rows, each = self._num_examples, 1
+        expected = site.order.count(self._num_examples)
+        rows, each = expected, 1
         if site.layout is Layout.FLATTENED:
             entered = self._entered.get(site.block)
             rows, each = (entered and entered.rows_and_length) or (None, None)
-        return rows == self._num_examples and output.shape[0] == rows * each
+        return rows == expected and output.shape[0] == rows * each
 
     def _weights(self, like: Tensor) -> list[Tensor]:
         return [(2.0**exponents).to(like) for exponents in self._exponents]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import nn
 
 from fishkern.layers.base import Layer
+from fishkern.layers.row_order import ONE_EACH, RowOrder
 
 
 class Layout(Enum):
@@ -31,6 +32,7 @@ class Site:
         keys: Canonical names of the requested parameters, by their names in the module.
         layout: Whose rows they are.
         block: For ``FLATTENED``: the enclosing module whose input ``[N, T, ...]`` says ``T``.
+        order: Which rows an example has, where it has several: then there are ``G N`` instead of ``N``.
         sliced: For the generic path: which tensors of a call have the example axis.
         picked: Whether the rows are picked from the positions of the examples (a pooler's first token, an expert's
             tokens). Their number may then depend on the data, so whose rows they are is checked on every batch.
@@ -46,6 +48,7 @@ class Site:
     keys: Mapping[str, str]
     layout: Layout
     block: nn.Module | None = None
+    order: RowOrder = ONE_EACH
     sliced: tuple[bool, ...] = ()
     picked: bool = False
     rewritten: bool = False
