@@ -77,7 +77,7 @@ class Capture:
 
     def __enter__(self) -> Capture:
         self._hooks.__enter__()
-        for block in {site.block for site in self._sites if site.layout is Layout.FLATTENED}:
+        for block in {site.block for site in self._sites if site.block is not None and _counts_rows(site)}:
             self._handles.append(block.register_forward_pre_hook(self._note_input, with_kwargs=True))
         return self
 
@@ -152,7 +152,7 @@ class Capture:
         """Give every example its own row of an output that all share, so that each row gets its own gradient."""
         if site.layout is not Layout.SHARED:
             return None
-        return lambda output: output.expand(site.order.count(self._num_examples), *output.shape[1:])
+        return lambda output: output.expand(self._rows.running(site), *output.shape[1:])
 
     def _receive(self, arrival: Arrival) -> None:
         if self._weighing:
@@ -168,11 +168,12 @@ class Capture:
             self._uses.withhold(site)
             return
         # Rows that follow the data: hold this batch back, and let the survey find another path for the module.
-        if not self._has_the_rows(arrival) or (
-            site.picked and not self._rows.are_the_examples(site, _arrived(arrival))
-        ):
+        as_many = self._has_the_rows(arrival)
+        if not as_many or (site.picked and not self._rows.are_the_examples(site, _arrived(arrival))):
             self._uses.withhold(site)
-            self.distrusted.add(site.path)
+            # examples of several rows may have more or fewer in another batch, which the survey of that batch shows
+            if as_many or site.order.per_example == 1:
+                self.distrusted.add(site.path)
             return
         with arrival.without_autocast():
             if site.layer is None:
@@ -307,6 +308,11 @@ def _arrived(arrival: Arrival) -> Tensor:
 
 def _rows(tensor: Tensor) -> int | None:
     return tensor.shape[0] if tensor.ndim else None
+
+
+def _counts_rows(site: Site) -> bool:
+    """Tell whether a module around a site says how many rows there are, or positions in them."""
+    return site.layout in (Layout.FLATTENED, Layout.SHARED)
 
 
 def _copied(tensor: Tensor) -> Tensor:

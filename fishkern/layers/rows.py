@@ -173,6 +173,19 @@ class Rows:
             rows, each = (entered and entered.rows_and_length) or (None, None)
         return rows == expected and output.shape[0] == rows * each
 
+    def running(self, site: Site) -> int:
+        """Count the rows that the model runs on, for an output of which each gets its own copy.
+
+        Args:
+            site: Its site.
+
+        Returns:
+            Those of the input of the module around the site, where there is one; else ``G N``.
+        """
+        entered = self._entered.get(site.block)
+        rows, _ = (entered and entered.rows_and_length) or (site.order.count(self._num_examples), None)
+        return rows
+
     def _weights(self, like: Tensor) -> list[Tensor]:
         return [(2.0**exponents).to(like) for exponents in self._exponents]
 

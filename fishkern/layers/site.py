@@ -31,7 +31,8 @@ class Site:
         layer: Its rule; ``None`` for the generic path, which runs the module once more for each example.
         keys: Canonical names of the requested parameters, by their names in the module.
         layout: Whose rows they are.
-        block: For ``FLATTENED``: the enclosing module whose input ``[N, T, ...]`` says ``T``.
+        block: The enclosing module whose input ``[G N, T, ...]`` says ``T`` for ``FLATTENED``, and how many rows share
+            an output for ``SHARED``.
         order: Which rows an example has, where it has several: then there are ``G N`` instead of ``N``.
         sliced: For the generic path: which tensors of a call have the example axis.
         picked: Whether the rows are picked from the positions of the examples (a pooler's first token, an expert's

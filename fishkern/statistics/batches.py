@@ -105,6 +105,11 @@ class Examples:
         return None
 
     @property
+    def num_rows(self) -> int:
+        """How many rows the model runs on."""
+        return self.num_examples
+
+    @property
     def few(self) -> Examples:
         """The first two examples, or the only one."""
         return self.take(0, min(2, self.num_examples))
@@ -204,8 +209,8 @@ class Reader:
         shared: Entries that all examples share: patterns of names, or positions in a tuple.
         only_pairs: Refuse tuples other than ``(inputs, labels)``: nothing would use the other entries.
         dropped: Keys of a mapping to withhold from the model.
-        packed: Reads a batch, its number and what is shared as packed rows, or gives ``None`` where each row is one
-            example; ``None`` if rows are examples in any case.
+        packed: Reads a batch, its number and what is shared as packed rows, or as examples of several rows, or gives
+            ``None`` where each row is one example; ``None`` if rows are examples in any case.
 
     Attributes:
         withheld: Those of ``dropped`` that a batch contained.

@@ -21,12 +21,14 @@ from fishkern.statistics.likelihood import (
     Seq2SeqLM,
     TokenClassification,
 )
+from fishkern.statistics.preference import Preference
 
 # Suffix of a likelihood in the provenance if the number of the batch's labels was withheld from the model.
 OWN_TOKENS = ", own tokens"
 
 _KINDS = (
     CausalLM, MaskedLM, Seq2SeqLM, Classification, Regression, MultiLabel, TokenClassification, QuestionAnswering,
+    Preference,
 )  # fmt: skip
 # other names in use, in lower case without hyphens
 _SYNONYMS: dict[str, type[Likelihood]] = {
@@ -39,6 +41,7 @@ _SYNONYMS: dict[str, type[Likelihood]] = {
     "mse": Regression,
     "bce": MultiLabel,
     "multilabelclassification": MultiLabel,
+    "dpo": Preference,
 }
 _BY_TORCH_LOSS: dict[str, tuple[type[Likelihood], str]] = {
     "crossentropy": (Classification, "cross_entropy"),
@@ -94,10 +97,10 @@ def described(likelihood: Likelihood | LossFunction | Drawn | None) -> str:
         likelihood: A likelihood or loss function.
 
     Returns:
-        Its kind and reduction, or the function's name.
+        Its own description, or the function's name.
     """
     if isinstance(likelihood, Likelihood):
-        return f"{type(likelihood).__name__}(reduction={likelihood.reduction!r})"
+        return likelihood.description
     if isinstance(likelihood, Drawn):
         return f"function {_name(likelihood.function)}, drawn for each example"
     return f"function {_name(likelihood)}"

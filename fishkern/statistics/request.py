@@ -31,6 +31,8 @@ from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.likelihood import Likelihood, recognise_likelihood
 from fishkern.statistics.packing import PackedExamples, document_numbers, packed_examples
+from fishkern.statistics.pairs import refuse_unnamed_pairs
+from fishkern.statistics.preference import Preference
 from fishkern.statistics.states import without_factors
 
 
@@ -290,16 +292,20 @@ def reader_for(model: nn.Module, likelihood: Likelihood | LossFunction | Drawn |
 
     Returns:
         The reader. A loss function gets the whole batch, and its rows are the examples. A model does not get the number
-        of the batch's items, because it would divide the loss of each example by it; packed rows are read as documents.
+        of the batch's items, because it would divide the loss of each example by it; packed rows are read as documents,
+        and the rows of preference pairs as pairs.
     """
     if not (likelihood is None or isinstance(likelihood, Likelihood)):
         return Reader(shared)
 
     def packed(content: Batch, number: int, is_shared: Callable[[Place], bool]) -> PackedExamples | None:
+        if likelihood is None:
+            refuse_unnamed_pairs(content, number)
         labelled = _labelled(model, likelihood, content, number)
         return None if labelled is None else packed_examples(content, labelled, number, is_shared)
 
-    return Reader(shared, only_pairs=True, dropped=("num_items_in_batch",), packed=packed)
+    several = likelihood.read if isinstance(likelihood, Preference) else packed
+    return Reader(shared, only_pairs=True, dropped=("num_items_in_batch",), packed=several)
 
 
 def _labelled(model: nn.Module, likelihood: Likelihood | None, content: Batch, number: int) -> Tensor | None:
