@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fishkern.layers import Documents
+from fishkern.layers import ONE_EACH, Documents, RowOrder
 from fishkern.statistics.contents import (
     Batch,
     Place,
@@ -58,6 +58,7 @@ class Examples:
         cut_from: The batch that this one is a part of.
         documents: For packed rows, the documents that are its examples; ``None`` for others.
         dropped: For packed rows, how many documents in them have no label, padding included.
+        order: Which rows an example has, where it has several.
     """
 
     content: Batch
@@ -68,6 +69,7 @@ class Examples:
     cut_from: Examples | None = None
     documents: Documents | None = None
     dropped: int = 0
+    order: RowOrder = ONE_EACH
 
     def take(self, start: int, stop: int) -> Examples:
         """Take some examples of the batch, with their padding.
@@ -107,7 +109,7 @@ class Examples:
     @property
     def num_rows(self) -> int:
         """How many rows the model runs on."""
-        return self.num_examples
+        return self.order.count(self.num_examples)
 
     @property
     def few(self) -> Examples:

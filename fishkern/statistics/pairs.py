@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fishkern.layers import RowOrder
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.contents import Batch, Place, is_array, is_single
 from fishkern.statistics.packing import document_numbers
+
+ORDERS = {"halves": RowOrder(2, adjacent=False), "interleaved": RowOrder(2, adjacent=True)}
+"""Which rows are those of a pair: all chosen answers before all rejected ones, or each pair after the other."""
 
 _ROWS = ("input_ids", "inputs_embeds")
 _EXPECTED = (
@@ -23,21 +27,32 @@ class PairedExamples(Examples):
     """A batch whose examples have two rows each.
 
     Args:
-        order: Which rows are those of an example.
         of_rows: Places of the entries with two rows for each example; ``by_rows`` has these, and those with one.
     """
 
-    order: RowOrder = field(kw_only=True)
     of_rows: frozenset[Place] = field(kw_only=True)
-
-    @property
-    def num_rows(self) -> int:
-        return self.order.count(self.num_examples)
 
     def _cut(self, place: Place, leaf: Any, rows: slice) -> Any:
         if place not in self.of_rows:
             return super()._cut(place, leaf, rows)
         return leaf[self.order.indices(rows.start, rows.stop, self.num_examples)]
+
+
+def pair_reader(rows: str) -> Callable[[Batch, int, Callable[[Place], bool]], PairedExamples]:
+    """Make a function that reads batches of pairs, for a :class:`fishkern.statistics.batches.Reader`.
+
+    Args:
+        rows: ``"halves"`` or ``"interleaved"``.
+
+    Returns:
+        :func:`paired_examples` with this order.
+
+    Raises:
+        ValueError: ``rows`` is something else.
+    """
+    if rows not in ORDERS:
+        raise ValueError(f"the rows of pairs are {' or '.join(map(repr, ORDERS))}, got {rows!r}.")
+    return partial(paired_examples, order=ORDERS[rows])
 
 
 def paired_examples(content: Batch, number: int, is_shared: Callable[[Place], bool], order: RowOrder) -> PairedExamples:

@@ -10,16 +10,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fishkern.layers import RowOrder
 from fishkern.statistics.batches import Batch
 from fishkern.statistics.contents import Place, rebuilt
 from fishkern.statistics.labels import as_tensor
 from fishkern.statistics.likelihood import CausalLM, Likelihood
-from fishkern.statistics.pairs import PairedExamples, paired_examples
+from fishkern.statistics.pairs import ORDERS, PairedExamples, paired_examples
 from fishkern.statistics.predictive import Bernoulli, Predictive
 from fishkern.statistics.preference_losses import LOGITS, LOSSES, WITHOUT_REFERENCE, PairLogps, PairLoss
 
-_ORDERS = {"halves": RowOrder(2, adjacent=False), "interleaved": RowOrder(2, adjacent=True)}
 _OWN = ("completion_mask", "labels")
 
 
@@ -77,7 +75,7 @@ class Preference(Likelihood):
         names = self.reference_logps
         if names is not None and (len(names) != 2 or not all(isinstance(name, str) for name in names)):
             raise ValueError(f"reference_logps names two entries of a batch, or is None; got {names!r}.")
-        if self.rows not in _ORDERS:
+        if self.rows not in ORDERS:
             raise ValueError(f"rows must be 'halves' or 'interleaved', got {self.rows!r}.")
 
     @property
@@ -100,7 +98,7 @@ class Preference(Likelihood):
         if isinstance(content, Mapping):
             others = {key: value for key, value in content.items() if key not in _OWN}
             content = rebuilt(content, {**others, "labels": self._labels(content)})
-        return paired_examples(content, number, is_shared, _ORDERS[self.rows])
+        return paired_examples(content, number, is_shared, ORDERS[self.rows])
 
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
         logps = self._pair_logps(model, batch)

@@ -428,3 +428,49 @@ def test_verify_speaks_of_pairs():
     report = fk.verify(made(), [collated(pairs())], likelihood=fk.Preference(BETA))
     assert report.ok, report
     assert report.examples == len(pairs())
+
+
+@ORDERS
+def test_online(order):
+    """In training the loss of a step is its mean over pairs, and a pair's share is of both rows."""
+    model, data, losses = made("llama-tied"), pairs(), losses_of_rows(order)
+    rows = "interleaved" if order.adjacent else "halves"
+    truth = squares_alone(model, data)
+    model.train()
+    with fk.OnlineFisher(model, pairs=rows) as online:
+        losses(model, of_columns(data)).mean().backward()
+    statistics = online.statistics
+    assert statistics.count == len(data)
+    assert statistics.provenance["definition"]["example"] == "pair"
+    assert worst_error(statistics, truth)[0] < 1e-6
+    assert paths(statistics) == {"fused"}
+    with pytest.raises(ValueError, match="do not count the same"):
+        fk.OnlineFisher(model).load_state_dict(online.state_dict())
+
+
+def test_online_with_picked_rows():
+    """Rows ``[G N, D]`` inside ``[G N, T, D]`` are judged in training by what the model returns."""
+    model, N = Reward().double().train(), 5
+    ids = torch.randint(zoo.V, (2 * N, 6), generator=torch.Generator().manual_seed(3))
+
+    def losses(model: nn.Module, ids: Tensor) -> Tensor:
+        chosen, rejected = model(input_ids=ids).chunk(2)
+        return -F.logsigmoid(chosen - rejected)
+
+    truth = squares_alone(model, range(N), lambda model, n: losses(model, ids[[n, N + n]])[0])
+    with fk.OnlineFisher(model, pairs="halves") as online:
+        losses(model, ids).mean().backward()
+    assert worst_error(online.statistics, truth)[0] < 1e-6
+
+
+class Reward(nn.Module):
+    """One score for each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.pool = nn.Embedding(zoo.V, 6), nn.Linear(6, 6)
+        self.score = nn.Linear(6, 1, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.score(self.pool(self.embed(input_ids).mean(1)).tanh())[:, 0]
