@@ -79,6 +79,8 @@ class Capture:
         self._hooks.__enter__()
         for block in {site.block for site in self._sites if site.block is not None and _counts_rows(site)}:
             self._handles.append(block.register_forward_pre_hook(self._note_input, with_kwargs=True))
+        for entry in {site.entry for site in self._sites if site.entry is not None}:
+            self._handles.append(entry.register_forward_hook(self._note_entry))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -118,6 +120,7 @@ class Capture:
             # Checkpointed segments are recomputed here, and must run with their taps in place; no gradient is received.
             self._hooks.active = self._weighing = True
             self._rows.weigh(losses)
+            self._rows.prove(losses, {site.order for site in self._sites if site.entry is not None})
             self._weighing = False
             losses.sum().backward(retain_graph=retain_graph)
         finally:
@@ -145,6 +148,10 @@ class Capture:
         if self._hooks.active:
             self._rows.note_input(module, args, kwargs)
 
+    def _note_entry(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._hooks.active and self._hooks.forward:
+            self._rows.note_left(output)
+
     def _note_output(self, site: Site) -> Callable[[Tensor], None] | None:
         return (lambda output: self._rows.note_picked(site, output)) if site.picked else None
 
@@ -168,8 +175,8 @@ class Capture:
             self._uses.withhold(site)
             return
         # Rows that follow the data: hold this batch back, and let the survey find another path for the module.
-        as_many = self._has_the_rows(arrival)
-        if not as_many or (site.picked and not self._rows.are_the_examples(site, _arrived(arrival))):
+        as_many, proved = self._has_the_rows(arrival), site.entry is None or self._rows.are_proved(site.order)
+        if not (as_many and proved) or (site.picked and not self._rows.are_the_examples(site, _arrived(arrival))):
             self._uses.withhold(site)
             # examples of several rows may have more or fewer in another batch, which the survey of that batch shows
             if as_many or site.order.per_example == 1:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,39 +18,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fishkern.layers.documents import Documents
 from fishkern.layers.reentrant import segment, stays
-from fishkern.layers.row_order import ONE_EACH, RowOrder, orders
+from fishkern.layers.row_order import ONE_EACH, RowOrder
 from fishkern.layers.tap import Entered, FrozenCall, copied, frozen_call, leading_shape, tapped
+from fishkern.layers.touched import Touched, TouchedColumns, order_of
 
 # The same model computes the same losses, up to sums in another order where an axis is longer: some tens of roundings.
 _SAME_LOSS = 64  # in units of the dtype's rounding
-
-
-class Touched(NamedTuple):
-    """The rows of an output gradient that are not zero.
-
-    Attributes:
-        call: Number of the call that the output is of.
-        example: Number of the example whose loss was back-propagated.
-        rows: How many rows the gradient has; ``None`` for a scalar.
-        nonzero: Which of them are not zero, ``[U, 1]``, int64.
-    """
-
-    call: int
-    example: int
-    rows: int | None
-    nonzero: Tensor
-
-
-class TouchedColumns(NamedTuple):
-    """The columns (second axis) of an output gradient that are not zero.
-
-    Attributes:
-        example: Number of the example whose loss was back-propagated.
-        nonzero: Which columns are not zero, ``[U, 1]``, int64.
-    """
-
-    example: int
-    nonzero: Tensor
 
 
 @dataclass
@@ -115,6 +88,7 @@ class Observation:
         around: For each of these modules, those that were running at every one of its calls, itself included.
         checkpointing: Modules around segments under reentrant checkpointing.
         again: Runs the model once more and keeps copies of the inputs and outputs of some modules.
+        entry: The module that was called first, on whose rows ``order`` speaks of.
         order: Which rows of the model's input each example has; ``None`` where the gradients leave it open.
     """
 
@@ -122,6 +96,7 @@ class Observation:
     around: dict[nn.Module, set[nn.Module]]
     checkpointing: set[nn.Module]
     again: Callable[[frozenset[nn.Module]], dict[nn.Module, Record]]
+    entry: nn.Module | None = None
     order: RowOrder | None = ONE_EACH
 
     def copy(self, modules: Collection[nn.Module]) -> None:
@@ -164,6 +139,7 @@ class _Observer:
         self._num_examples = num_examples
         self._documents = documents
         self._rows = rows if documents is None else num_examples
+        self.entry: nn.Module | None = None
         self.records: dict[nn.Module, Record] = defaultdict(Record)
         self.around: dict[nn.Module, set[nn.Module]] = {}
         self.checkpointing: set[nn.Module] = set()
@@ -204,18 +180,8 @@ class _Observer:
             The order; ``None`` where none, or more than one, agrees with the gradients.
         """
         leaving = [one for module, one in self.records.items() if self.around.get(module) == {module}]
-        reached = [
-            touched
-            for record in leaving or self.records.values()
-            for touched in record.touched
-            if touched.rows == self.rows and len(touched.nonzero)
-        ]
-        fitting = [
-            order
-            for order in orders(self.rows, self._num_examples)
-            if all(owned(touched, order.owners(self._num_examples)) for touched in reached)
-        ]
-        return fitting[0] if len(fitting) == 1 or (fitting and not reached) else None
+        reached = [one for record in leaving or self.records.values() for one in record.touched]
+        return order_of(reached, self.rows, self._num_examples)
 
     def backward(self, losses: Tensor) -> None:
         self._recomputes = True
@@ -226,6 +192,8 @@ class _Observer:
 
     def _note_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._inputs[module] = Entered((args, kwargs))
+        if self.entry is None:
+            self.entry = module
         if self._rows is None:
             self._rows = self._rows_of(leading_shape((args, kwargs)))
         if module in self._paths:
@@ -375,13 +343,13 @@ def _observe(
     if late:  # calls inside a checkpointed segment are recorded only when it is recomputed
         observer, values = _expanded(run, observer.shared, late, values.detach())
         observer.backward(values)
-    shared, order = observer.shared, observer.order()
+    shared, entry, order = observer.shared, observer.entry, observer.order()
     del values
 
     def again(modules: frozenset[nn.Module]) -> dict[nn.Module, Record]:
         return run(shared, modules)[0].records
 
-    return Observation(observer.records, observer.around, observer.checkpointing, again, order)
+    return Observation(observer.records, observer.around, observer.checkpointing, again, entry, order)
 
 
 def _of_all_examples(observer: _Observer, owning: set[nn.Module]) -> frozenset[nn.Module]:
@@ -430,22 +398,6 @@ def _tensors(values: Any) -> list[Tensor]:
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
     """Count how often each tensor's memory has been written into; a detached tensor shares its source's count."""
     return [tensor._version for tensor in tensors if not tensor.is_inference()]
-
-
-def owned(touched: Touched, owners: Tensor, positions: int = 1) -> bool:
-    """Tell whether a loss touches no rows but those of its own example.
-
-    Args:
-        touched: The rows that it touches.
-        owners: The example of each row, ``[G N]``.
-        positions: How many rows of the gradient there are for each of these.
-
-    Returns:
-        Whether they are as many, and those touched are the example's.
-    """
-    if touched.rows != len(owners) * positions:
-        return False
-    return bool((owners.to(touched.nonzero.device)[touched.nonzero // positions] == touched.example).all())
 
 
 def upwards(path: str) -> Iterator[str]:

@@ -12,12 +12,13 @@ from torch.utils._pytree import tree_flatten
 
 from fishkern.layers.base import Call, Layer
 from fishkern.layers.generic import has_example_axis, same_rows_alone, tensors_of
-from fishkern.layers.observe import Observation, Record, owned, upwards
+from fishkern.layers.observe import Observation, Record, upwards
 from fishkern.layers.path_plan import Plan
 from fishkern.layers.row_order import ONE_EACH, RowOrder
 from fishkern.layers.rules import LAYERS
 from fishkern.layers.site import Idle, Layout, Site
 from fishkern.layers.tap import FrozenCall, floating_places, leading_shape
+from fishkern.layers.touched import owned
 
 # Modules of torch that have their examples on the second axis unless they are made with batch_first.
 _SECOND_AXIS = (
@@ -40,6 +41,7 @@ class Planner:
         observation: Observation,
         distrusted: Collection[str],
         num_examples: int,
+        order: RowOrder = ONE_EACH,
     ) -> None:
         self._modules = dict(model.named_modules())
         self._places: dict[nn.Module, list[str]] = defaultdict(list)  # of a module object, as often as it is registered
@@ -54,6 +56,8 @@ class Planner:
         self._records = observation.records
         self._num_examples = num_examples
         self._order = observation.order or ONE_EACH
+        # a batch of pairs says itself which rows are whose; those of one example are all its own
+        self._entry = None if order == self._order or num_examples == 1 else observation.entry
 
     def plan(self) -> Plan:
         """Make the plan.
@@ -136,7 +140,7 @@ class Planner:
             names = layer.covers(module) & remaining.keys() if several <= layer.several else frozenset()
             if names and (names := self._confirmed(layer, record, names)):
                 keys = {name: remaining.pop(name) for name in sorted(names)}
-                site = Site(path, module, layer, keys, layout, record.block, self._order_of(record), settled=settled)
+                site = Site(path, module, layer, keys, layout, record.block, settled=settled, **self._dealt(record))
                 more = {"picked": picked, "rewritten": record.input_rewritten, "axis": self._axis(record)}
                 sites.append(replace(site, **more))
         return sites
@@ -180,6 +184,11 @@ class Planner:
         outputs = [output for _, output in record.calls]
         ones = {one.shape[0] if one.ndim else None for output in outputs for one in _floating(output)}
         return ONE_EACH if ones == {self._num_examples} else self._order
+
+    def _dealt(self, record: Record) -> dict[str, Any]:
+        """Say of a site which rows its examples have, and where that is checked."""
+        order = self._order_of(record)
+        return {"order": order, "entry": self._entry if order.per_example > 1 else None}
 
     def _axis(self, record: Record) -> int:
         """Say which axis of an output is that of the positions, which matters for packed rows alone."""
@@ -286,7 +295,7 @@ class Planner:
         record = self._records[self._modules[path]]
         call, _ = last_call(record, entered=True)
         sliced = tuple(self._is_sliced(record, tensor) for tensor in tensors_of(call))
-        more = {"order": self._order_of(record), "sliced": sliced, "rewritten": record.input_rewritten}
+        more = {"sliced": sliced, "rewritten": record.input_rewritten, **self._dealt(record)}
         return Site(path, self._modules[path], None, dict(keys), Layout.BATCHED, **more)
 
 

@@ -34,6 +34,8 @@ class Site:
         block: The enclosing module whose input ``[G N, T, ...]`` says ``T`` for ``FLATTENED``, and how many rows share
             an output for ``SHARED``.
         order: Which rows an example has, where it has several: then there are ``G N`` instead of ``N``.
+        entry: For examples of several rows: the module that was called on all of them, by whose output it is checked on
+            every batch whose they are, since their numbers may follow the data; ``None`` where the batch says it.
         sliced: For the generic path: which tensors of a call have the example axis.
         picked: Whether the rows are picked from the positions of the examples (a pooler's first token, an expert's
             tokens). Their number may then depend on the data, so whose rows they are is checked on every batch.
@@ -50,6 +52,7 @@ class Site:
     layout: Layout
     block: nn.Module | None = None
     order: RowOrder = ONE_EACH
+    entry: nn.Module | None = None
     sliced: tuple[bool, ...] = ()
     picked: bool = False
     rewritten: bool = False

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fishkern as fk
 from fishkern.layers import RowOrder
+from fishkern.layers.rows import Rows
 from tests.support import zoo
 from tests.support.oracle import worst_error
 from tests.support.pairs import Pair, Wide, collated, interleaved, pairs, rows_alone
@@ -411,6 +412,35 @@ def test_groups_of_another_size():
             warnings.simplefilter("ignore")  # what was one row for each example does not become several
             wide = fk.estimate(model, batches, Wide(), likelihood=losses)
         assert worst_error(wide, truth)[0] < 1e-10
+
+
+@pytest.mark.parametrize("adjacent", [True, False], ids=["adjacent", "apart"])
+def test_rows_whose_numbers_follow_the_data(adjacent, monkeypatch):
+    """Two rows for each of the first examples, later one and three: as many in all, and other examples' own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(zoo.V, 6), nn.Linear(6, 5), nn.Tanh()).double()
+    ids = torch.randint(zoo.V, (4, 3, 6), generator=torch.Generator().manual_seed(3))
+    counts = torch.tensor([[2, 2], [1, 3]])
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        ids, counts = batch
+        places = [(n, g) for n, count in enumerate(counts.tolist()) for g in range(count)]
+        if not adjacent:
+            places.sort(key=lambda place: place[1])
+        scores = model(torch.stack([ids[place] for place in places])).square().sum((1, 2))
+        owners = torch.tensor([n for n, _ in places])
+        return torch.zeros(len(ids), dtype=scores.dtype).index_add(0, owners, scores)
+
+    def alone(model: nn.Module, n: int) -> Tensor:
+        return model(ids[n, : counts.flatten()[n]]).square().sum()
+
+    batches = [(ids[:2], counts[0]), (ids[2:], counts[1])]
+    truth = squares_alone(model, range(4), alone)
+    with pytest.warns(UserWarning, match="take the slow exact path"):
+        wide = fk.estimate(model, batches, Wide(), likelihood=losses)
+    assert worst_error(wide, truth)[0] < 1e-10
+    monkeypatch.setattr(Rows, "are_proved", lambda self, order: True)  # planted: the first batch speaks for all
+    assert worst_error(fk.estimate(model, batches, Wide(), likelihood=losses), truth)[0] > 1e-2
 
 
 def test_the_model_comes_back_as_found():
