@@ -288,6 +288,7 @@ def observe(
     answered: Callable[[Callable[[], Any]], Any],
     num_examples: int,
     documents: Documents | None = None,
+    order: RowOrder = ONE_EACH,
 ) -> Observation:
     """Run the model on a few examples, back-propagate the loss of each alone, and record what happens at its modules.
 
@@ -301,12 +302,13 @@ def observe(
             (:meth:`fishkern.layers.reentrant.Connection.answered`).
         num_examples: 2, or 1.
         documents: The examples, if they are documents of packed rows.
+        order: Which rows an example has, as far as the batch says it.
 
     Returns:
         The records.
     """
     common = (model, owners, losses, answered, num_examples, documents)
-    observation = _observe(*common, rows=None)
+    observation = _observe(*common, rows=None if order == ONE_EACH else order.count(num_examples))
     # an input [T, N, ...] looks like T / N rows for each example, until the gradients have come
     return observation if observation.order is not None else _observe(*common, rows=num_examples)
 

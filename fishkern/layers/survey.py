@@ -62,7 +62,7 @@ def survey(
         The plan.
     """
     hooked, owners = _owners(model, keys)
-    observation = observe(model, owners, losses, answered, num_examples, documents)
+    observation = observe(model, owners, losses, answered, num_examples, documents, order)
 
     def planner() -> Planner:
         if documents is not None:
@@ -84,6 +84,7 @@ def foresee(
     *,
     answered: Callable[[Callable[[], Any]], Any] = lambda run: run(),
     num_examples: int = 2,
+    order: RowOrder = ONE_EACH,
 ) -> Plan:
     """Foresee the plan of a survey from a model without values, whose gradients do not show whose rows they are.
 
@@ -96,13 +97,14 @@ def foresee(
         losses: As for :func:`survey`.
         answered: As for :func:`survey`.
         num_examples: As for :func:`survey`.
+        order: As for :func:`survey`.
 
     Returns:
         The plan. Its loop holds, with the reason, every parameter of which only a run can tell the path.
     """
     hooked, owners = _owners(model, keys)
-    observation = observe(model, owners, losses, answered, num_examples)
-    return _Foreseeing(model, owners, observation, (), num_examples).plan().with_loop(hooked)
+    observation = observe(model, owners, losses, answered, num_examples, order=order)
+    return _Foreseeing(model, owners, observation, (), num_examples, order).plan().with_loop(hooked)
 
 
 def served_by_rule(model: nn.Module, keys: Mapping[str, Tensor]) -> frozenset[str]:

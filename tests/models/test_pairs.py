@@ -185,6 +185,13 @@ def test_batch_size_and_order_change_nothing():
         assert worst_error(fk.estimate(model, batches, Wide(), likelihood=likelihood), truth)[0] < 1e-10
 
 
+def test_rows_as_long_as_there_are_pairs():
+    """``[4, 2]`` of two pairs might be ``[T, N]`` of two examples: the batch says that it is not."""
+    model, data = made(), pairs(((1, 1, 1), (1, 1, 1), (1, 1, 1)))
+    wide = fk.estimate(model, [collated(data)], Wide(), likelihood=fk.Preference(BETA))
+    assert worst_error(wide, squares_alone(model, data))[0] < 1e-10
+
+
 def test_max_examples_cuts_pairs():
     model, data = made(), pairs()
     for rows, together in (("halves", collated), ("interleaved", interleaved)):
