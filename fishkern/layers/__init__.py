@@ -38,6 +38,7 @@ from fishkern.layers.quantized import (
 from fishkern.layers.reentrant import Connection
 from fishkern.layers.routed import RoutedBiasGrads, RoutedGrads, Routes
 from fishkern.layers.router import Router
+from fishkern.layers.row_order import ONE_EACH, RowOrder
 from fishkern.layers.rules import LAYERS
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Layout, Site
@@ -49,6 +50,7 @@ from fishkern.layers.watch import watch
 
 __all__ = [
     "LAYERS",
+    "ONE_EACH",
     "AdaptedExperts",
     "Arrival",
     "Call",
@@ -86,6 +88,7 @@ __all__ = [
     "RoutedGrads",
     "Router",
     "Routes",
+    "RowOrder",
     "Scale",
     "Site",
     "Span",

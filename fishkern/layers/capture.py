@@ -78,8 +78,10 @@ class Capture:
 
     def __enter__(self) -> Capture:
         self._hooks.__enter__()
-        for block in {site.block for site in self._sites if site.layout is Layout.FLATTENED}:
+        for block in {site.block for site in self._sites if site.block is not None and _counts_rows(site)}:
             self._handles.append(block.register_forward_pre_hook(self._note_input, with_kwargs=True))
+        for entry in {site.entry for site in self._sites if site.entry is not None}:
+            self._handles.append(entry.register_forward_hook(self._note_entry))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -119,6 +121,7 @@ class Capture:
             # Checkpointed segments are recomputed here, and must run with their taps in place; no gradient is received.
             self._hooks.active = self._weighing = True
             self._rows.weigh(losses)
+            self._rows.prove(losses, {site.order for site in self._sites if site.entry is not None})
             self._weighing = False
             losses.sum().backward(retain_graph=retain_graph)
         finally:
@@ -185,6 +188,10 @@ class Capture:
         if self._hooks.active:
             self._rows.note_input(module, args, kwargs)
 
+    def _note_entry(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._hooks.active and self._hooks.forward:
+            self._rows.note_left(output)
+
     def _note_output(self, site: Site) -> Callable[[Tensor], None] | None:
         return (lambda output: self._rows.note_picked(site, output)) if site.picked else None
 
@@ -192,7 +199,7 @@ class Capture:
         """Give every example its own row of an output that all share, so that each row gets its own gradient."""
         if site.layout is not Layout.SHARED:
             return None
-        return lambda output: output.expand(self._num_examples, *output.shape[1:])
+        return lambda output: output.expand(self._rows.running(site), *output.shape[1:])
 
     def _receive(self, arrival: Arrival) -> None:
         if self._weighing:
@@ -208,11 +215,12 @@ class Capture:
             self._uses.withhold(site)
             return
         # Rows that follow the data: hold this batch back, and let the survey find another path for the module.
-        if not self._has_the_rows(arrival) or (
-            site.picked and not self._rows.are_the_examples(site, _arrived(arrival))
-        ):
+        as_many, proved = self._has_the_rows(arrival), site.entry is None or self._rows.are_proved(site.order)
+        if not (as_many and proved) or (site.picked and not self._rows.are_the_examples(site, _arrived(arrival))):
             self._uses.withhold(site)
-            self.distrusted.add(site.path)
+            # examples of several rows may have more or fewer in another batch, which the survey of that batch shows
+            if as_many or site.order.per_example == 1:
+                self.distrusted.add(site.path)
             return
         with arrival.without_autocast():
             if site.layer is None:
@@ -222,37 +230,61 @@ class Capture:
 
     def _is_one_row_for_all(self, arrival: Arrival) -> bool:
         lengths = {_rows(grad) for grad in arrival.grads if grad is not None}
-        return arrival.site.layout is Layout.BATCHED and lengths == {1} and self._num_examples > 1
+        several = arrival.site.order.count(self._num_examples) > 1
+        return arrival.site.layout is Layout.BATCHED and lengths == {1} and several
 
     def _receive_by_rule(self, arrival: Arrival) -> None:
         site, N = arrival.site, self._num_examples
         if site.layout is Layout.SHARED:
-            saved = [one.expand(N, *one.shape[1:]) if _rows(one) == 1 else one for one in arrival.saved]
+            rows = site.order.count(N)
+            saved = [one.expand(rows, *one.shape[1:]) if _rows(one) == 1 else one for one in arrival.saved]
             arrival = arrival._replace(saved=saved)
-        for key, grads in arrival.per_example_grads():
-            grads = grads.unflattened(N) if site.layout is Layout.FLATTENED else grads
-            counts = self._counted is not None
-            self._deliver(key, self._with_counted(key, grads, _arrived(arrival)) if counts else grads)
+        several = site.layout is Layout.FLATTENED or site.order.per_example > 1
+        counted = self._counted_of_examples(site)
+        for key, grads in self._by_example(arrival).per_example_grads():
+            grads = grads.unflattened(N) if several else grads
+            if counted is not None:
+                grads = self._with_counted(arrival, key, grads, counted)
+            self._deliver(key, grads)
 
-    def _with_counted(self, key: str, grads: PerExampleGrads, output_grads: Tensor) -> PerExampleGrads:
+    def _by_example(self, arrival: Arrival) -> Arrival:
+        """Put the rows of a call into the order of the examples, where each has several."""
+        order, N = arrival.site.order, self._num_examples
+        if order.adjacent:
+            return arrival
+        rows = {_rows(grad) for grad in arrival.grads if grad is not None}
+        saved = [order.by_example(one, N) if _rows(one) in rows else one for one in arrival.saved]
+        grads = [None if grad is None else order.by_example(grad, N) for grad in arrival.grads]
+        return arrival._replace(saved=saved, grads=grads)
+
+    def _counted_of_examples(self, site: Site) -> Tensor | None:
+        """Say which positions of the examples count: where an example has several rows, of all of them."""
+        counted, order = self._counted, site.order
+        of_rows = counted is not None and counted.shape[0] == order.count(self._num_examples)
+        return order.joined(counted, self._num_examples) if of_rows else counted
+
+    def _with_counted(
+        self, arrival: Arrival, key: str, grads: PerExampleGrads, of_positions: Tensor
+    ) -> PerExampleGrads:
         """Attach which positions count: those of the batch, or the only one of a pooler."""
         if not isinstance(grads, OuterProductGrads | EmbeddingGrads | PositionGrads | Routed):
             return grads
         T = grads.num_terms() // grads.num_examples
-        if T == 1:
+        if arrival.site.order.per_example == T:
             return grads
-        if self._counted.shape[1] == T:
-            return replace(grads, counted=self._counted)
-        counted = self._spread(grads, output_grads) if isinstance(grads, PositionGrads) else None
+        if of_positions.shape == (grads.num_examples, T):
+            return replace(grads, counted=of_positions)
+        of_heads = isinstance(grads, PositionGrads)
+        counted = self._spread(grads, _arrived(arrival), of_positions) if of_heads else None
         if counted is None:
             raise UnsupportedModuleError(
                 f"{key} runs at {T} positions, and attention_mask or labels say of "
-                f"{self._counted.shape[1]} which count. Give batches without padding, count positions='all', or leave "
+                f"{of_positions.shape[1]} which count. Give batches without padding, count positions='all', or leave "
                 "the parameter out with parameters=."
             )
         return replace(grads, counted=counted)
 
-    def _spread(self, grads: PositionGrads, output_grads: Tensor) -> Tensor | None:
+    def _spread(self, grads: PositionGrads, output_grads: Tensor, of_positions: Tensor) -> Tensor | None:
         """Spread which positions count over the heads at each of them, where a norm runs at every head.
 
         An axis as long as there are positions may be that of the heads. So terms of positions that do not count must be
@@ -261,17 +293,18 @@ class Capture:
         Args:
             grads: Terms of a norm, ``[N, T H, D]`` or ``[N, H T, D]``.
             output_grads: The gradient that they are made of, with these axes apart.
+            of_positions: Which positions count, ``[N, T]``.
 
         Returns:
             ``[N, T H]`` or ``[N, H T]``; ``None`` if there is no such axis.
         """
-        N, T = self._counted.shape
+        N, T = of_positions.shape
         axes = output_grads.shape[1 : output_grads.ndim - grads.terms.ndim + 2]
         for axis, size in enumerate(axes):
             if size != T or axes.numel() != grads.terms.shape[1]:
                 continue
             ones = [T if place == axis else 1 for place in range(len(axes))]
-            counted = self._counted.view(N, *ones).expand(N, *axes).reshape(N, -1)
+            counted = of_positions.view(N, *ones).expand(N, *axes).reshape(N, -1)
             if not bool(where_counted(grads.terms, ~counted).any()):
                 return counted
         return None
@@ -281,17 +314,17 @@ class Capture:
         with self._hooks.paused():  # the second run must not report the hooked modules inside
             for n in range(self._num_examples):
                 pairs = zip(arrival.saved, site.sliced, strict=True)
-                tensors = [_copied(self._part(tensor, n)) if sliced else tensor for tensor, sliced in pairs]
-                output_grads = [None if grad is None else self._part(grad, n) for grad in arrival.grads]
+                tensors = [_copied(self._part(site, tensor, n)) if sliced else tensor for tensor, sliced in pairs]
+                output_grads = [None if grad is None else self._part(site, grad, n) for grad in arrival.grads]
                 if self._factors:
                     self._receive_factors(site, arrival.call.thaw(tensors), output_grads)
                     continue
                 for name, grad in module_grads(arrival.call.thaw(tensors), output_grads, site.keys).items():
                     self._deliver(site.keys[name], DenseGrads(grad[None]))
 
-    def _part(self, tensor: Tensor, n: int) -> Tensor:
+    def _part(self, site: Site, tensor: Tensor, n: int) -> Tensor:
         """Take the part of an example of a tensor that has one for each."""
-        return tensor[n : n + 1]
+        return tensor[site.order.rows(n, self._num_examples)]
 
     def _receive_factors(self, site: Site, call: Call, output_grads: Sequence[Tensor | None]) -> None:
         """Deliver the factors of linear maps inside a host, whose call gives the whole gradient of one example."""
@@ -310,7 +343,7 @@ class Capture:
             return all(self._rows.are_as_many(site, grad) for grad in grads if grad is not None)
         lengths = {tensor.shape[0] for tensor, sliced in zip(saved, site.sliced, strict=False) if sliced}
         lengths |= {grad.shape[0] for grad in grads if grad is not None}
-        alike = len(saved) == len(site.sliced) and lengths == {self._num_examples}
+        alike = len(saved) == len(site.sliced) and lengths == {site.order.count(self._num_examples)}
         # a second call would bring a part of the same gradient, which the square cannot take apart
         return alike and self._uses.calls(site) == 1
 
@@ -322,6 +355,11 @@ def _arrived(arrival: Arrival) -> Tensor:
 
 def _rows(tensor: Tensor) -> int | None:
     return tensor.shape[0] if tensor.ndim else None
+
+
+def _counts_rows(site: Site) -> bool:
+    """Tell whether a module around a site says how many rows there are, or positions in them."""
+    return site.layout in (Layout.FLATTENED, Layout.SHARED)
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fishkern.layers.base import Call
 from fishkern.layers.documents import Documents
 from fishkern.layers.quantized import is_wrapped
+from fishkern.layers.row_order import ONE_EACH, RowOrder
 from fishkern.layers.tap import floating_places
 from fishkern.layers.unsupported import without_gradient
 
@@ -78,7 +79,9 @@ def host_outputs(output: Any, output_grads: Sequence[Tensor | None]) -> list[tup
 
 
 @torch.no_grad()
-def same_rows_alone(call: Call, output: Any, num_examples: int, documents: Documents | None = None) -> bool:
+def same_rows_alone(
+    call: Call, output: Any, num_examples: int, documents: Documents | None = None, order: RowOrder = ONE_EACH
+) -> bool:
     """Check that a module that runs on the rows of one example alone returns that example's rows.
 
     Args:
@@ -86,6 +89,7 @@ def same_rows_alone(call: Call, output: Any, num_examples: int, documents: Docum
         output: The module's output.
         num_examples: How many examples it was called on.
         documents: The examples, if they are documents of packed rows: then its positions are compared.
+        order: Which rows an example has, where it has several.
 
     Returns:
         Whether it does; ``False`` also if an argument is an object with a state, which the first run has changed.
@@ -96,12 +100,12 @@ def same_rows_alone(call: Call, output: Any, num_examples: int, documents: Docum
     expected, _ = tree_flatten(output)
 
     def is_cut(tensor: Tensor) -> bool:
-        return has_example_axis(tensor, num_examples) if documents is None else documents.fit(tensor)
+        return has_example_axis(tensor, order.count(num_examples)) if documents is None else documents.fit(tensor)
 
     def part(tensor: Tensor, n: int) -> Tensor:
         if not is_cut(tensor):
             return tensor
-        return tensor[n : n + 1] if documents is None else documents.cut(tensor, n)
+        return tensor[order.rows(n, num_examples)] if documents is None else documents.cut(tensor, n)
 
     for n in range(num_examples):
         row = [part(leaf, n).clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # it may write into them
@@ -128,17 +132,17 @@ def _is_stateful(leaf: Any) -> bool:
     return leaf is not None and not isinstance(leaf, Tensor | nn.Module | bool | int | float | str | torch.dtype)
 
 
-def has_example_axis(tensor: Tensor, num_examples: int) -> bool:
-    """Tell by its size whether a tensor of a call holds one row for each example.
+def has_example_axis(tensor: Tensor, rows: int) -> bool:
+    """Tell by its size whether a tensor of a call holds the rows of the examples.
 
     Args:
         tensor: Any tensor; :func:`same_rows_alone` checks the answer.
-        num_examples: How many examples the module was called on.
+        rows: How many rows the module was called on.
 
     Returns:
         Whether its first axis has that length.
     """
-    return tensor.ndim > 0 and tensor.shape[0] == num_examples
+    return tensor.ndim > 0 and tensor.shape[0] == rows
 
 
 def tensors_of(call: Call) -> list[Tensor]:

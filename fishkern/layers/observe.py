@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,38 +18,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fishkern.layers.documents import Documents
 from fishkern.layers.reentrant import segment, stays
-from fishkern.layers.tap import Entered, FrozenCall, copied, frozen_call, tapped
+from fishkern.layers.row_order import ONE_EACH, RowOrder
+from fishkern.layers.tap import Entered, FrozenCall, copied, frozen_call, leading_shape, tapped
+from fishkern.layers.touched import Touched, TouchedColumns, order_of
 
 # The same model computes the same losses, up to sums in another order where an axis is longer: some tens of roundings.
 _SAME_LOSS = 64  # in units of the dtype's rounding
-
-
-class Touched(NamedTuple):
-    """The rows of an output gradient that are not zero.
-
-    Attributes:
-        call: Number of the call that the output is of.
-        example: Number of the example whose loss was back-propagated.
-        rows: How many rows the gradient has; ``None`` for a scalar.
-        nonzero: Which of them are not zero, ``[U, 1]``, int64.
-    """
-
-    call: int
-    example: int
-    rows: int | None
-    nonzero: Tensor
-
-
-class TouchedColumns(NamedTuple):
-    """The columns (second axis) of an output gradient that are not zero.
-
-    Attributes:
-        example: Number of the example whose loss was back-propagated.
-        nonzero: Which columns are not zero, ``[U, 1]``, int64.
-    """
-
-    example: int
-    nonzero: Tensor
 
 
 @dataclass
@@ -60,7 +34,7 @@ class Record:
         calls: Each call, with its tensors, and its output.
         touched: The non-zero rows of each output gradient.
         columns: The non-zero columns of each output gradient ``[T, N, ...]``; ``None`` for one of another shape.
-        lengths: For each call ``T`` of the enclosing module's input ``[N, T, ...]``, where there is one.
+        lengths: For each call ``T`` of the enclosing module's input ``[G N, T, ...]``, where there is one.
         block: That module.
         whole: For each call, whether it gets that module's input, merely reshaped.
         entered: For each call, the same with its tensors as they are before the hooks on its input run.
@@ -114,12 +88,16 @@ class Observation:
         around: For each of these modules, those that were running at every one of its calls, itself included.
         checkpointing: Modules around segments under reentrant checkpointing.
         again: Runs the model once more and keeps copies of the inputs and outputs of some modules.
+        entry: The module that was called first, on whose rows ``order`` speaks of.
+        order: Which rows of the model's input each example has; ``None`` where the gradients leave it open.
     """
 
     records: dict[nn.Module, Record]
     around: dict[nn.Module, set[nn.Module]]
     checkpointing: set[nn.Module]
     again: Callable[[frozenset[nn.Module]], dict[nn.Module, Record]]
+    entry: nn.Module | None = None
+    order: RowOrder | None = ONE_EACH
 
     def copy(self, modules: Collection[nn.Module]) -> None:
         """Replace the recorded tensors of modules by copies, where the model has written into them since.
@@ -156,9 +134,12 @@ class _Observer:
         num_examples: int,
         copying: frozenset[nn.Module] = frozenset(),
         documents: Documents | None = None,
+        rows: int | None = None,
     ) -> None:
         self._num_examples = num_examples
         self._documents = documents
+        self._rows = rows if documents is None else num_examples
+        self.entry: nn.Module | None = None
         self.records: dict[nn.Module, Record] = defaultdict(Record)
         self.around: dict[nn.Module, set[nn.Module]] = {}
         self.checkpointing: set[nn.Module] = set()
@@ -187,6 +168,21 @@ class _Observer:
             for handle in handles:
                 handle.remove()
 
+    @property
+    def rows(self) -> int:
+        """How many rows the model was called on, where they may be several for each example; else ``N``."""
+        return self._num_examples if self._rows is None else self._rows
+
+    def order(self) -> RowOrder | None:
+        """Find by the rows that each loss touches where the model is left which rows each example has.
+
+        Returns:
+            The order; ``None`` where none, or more than one, agrees with the gradients.
+        """
+        leaving = [one for module, one in self.records.items() if self.around.get(module) == {module}]
+        reached = [one for record in leaving or self.records.values() for one in record.touched]
+        return order_of(reached, self.rows, self._num_examples)
+
     def backward(self, losses: Tensor) -> None:
         self._recomputes = True
         with self.hooked():  # checkpointing recomputes segments here, whose gradients are recorded as well
@@ -196,10 +192,20 @@ class _Observer:
 
     def _note_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._inputs[module] = Entered((args, kwargs))
+        if self.entry is None:
+            self.entry = module
+        if self._rows is None:
+            self._rows = self._rows_of(leading_shape((args, kwargs)))
         if module in self._paths:
             arguments = copied((args, kwargs)) if module in self._copying else (args, kwargs)
             running = _Running(module, arguments, _versions(_tensors(arguments)), torch.is_grad_enabled())
             self._running.append(running)
+
+    def _rows_of(self, shape: torch.Size) -> int:
+        """Count the rows that the model is called on, by the shape of its first input."""
+        N = self._num_examples
+        second = len(shape) in (2, 3) and shape[1] == N  # as recurrent modules take them, [T, N, ...]
+        return shape[0] if shape and shape[0] > N and shape[0] % N == 0 and not second else N
 
     def _ended(self, module: nn.Module) -> _Running:
         """Remove a module from those that run."""
@@ -216,7 +222,7 @@ class _Observer:
         if not torch.is_grad_enabled() and module not in self._copying:
             return None
         if module in self.shared and isinstance(output, Tensor):
-            output = output.expand(self._num_examples, *output.shape[1:])
+            output = output.expand(self.rows, *output.shape[1:])
         record = self.records[module]
         receive = partial(self._receive, record, len(record.calls))
         record.block, length = self._enclosing(self._paths[module])
@@ -264,13 +270,13 @@ class _Observer:
         return frozenset(axis for axis in fitting if self._documents.touched(grad, axis) <= {self._example})
 
     def _enclosing(self, path: str) -> tuple[nn.Module | None, int | None]:
-        """Find the nearest enclosing module whose input is ``[N, T, ...]``, and ``T``."""
+        """Find the nearest enclosing module whose input is ``[G N, T, ...]``, and ``T``."""
         while path:
             path = path.rpartition(".")[0]
             module = self._modules[path]
             entered = self._inputs.get(module)
             rows, length = (entered and entered.rows_and_length) or (None, None)
-            if rows == self._num_examples:
+            if rows == self.rows:
                 return module, length
         return None, None
 
@@ -282,6 +288,7 @@ def observe(
     answered: Callable[[Callable[[], Any]], Any],
     num_examples: int,
     documents: Documents | None = None,
+    order: RowOrder = ONE_EACH,
 ) -> Observation:
     """Run the model on a few examples, back-propagate the loss of each alone, and record what happens at its modules.
 
@@ -295,21 +302,39 @@ def observe(
             (:meth:`fishkern.layers.reentrant.Connection.answered`).
         num_examples: 2, or 1.
         documents: The examples, if they are documents of packed rows.
+        order: Which rows an example has, as far as the batch says it.
 
     Returns:
         The records.
     """
+    common = (model, owners, losses, answered, num_examples, documents)
+    observation = _observe(*common, rows=None if order == ONE_EACH else order.count(num_examples))
+    # an input [T, N, ...] looks like T / N rows for each example, until the gradients have come
+    return observation if observation.order is not None else _observe(*common, rows=num_examples)
+
+
+def _observe(
+    model: nn.Module,
+    owners: Mapping[str, Mapping[str, str]],
+    losses: Callable[[], Tensor],
+    answered: Callable[[Callable[[], Any]], Any],
+    num_examples: int,
+    documents: Documents | None,
+    *,
+    rows: int | None,
+) -> Observation:
+    """Observe a model on a number of rows; ``None`` for that of its input."""
     modules = dict(model.named_modules())
     observed = {path: modules[path] for owner in owners for path in upwards(owner) if path or owner == ""}
     owning = {modules[path] for path in owners}
 
     def run(shared: frozenset[nn.Module], copying: frozenset[nn.Module] = frozenset()) -> tuple[_Observer, Tensor]:
-        observer = _Observer(model, observed, shared, num_examples, copying, documents)
+        observer = _Observer(model, observed, shared, num_examples, copying, documents, rows)
         with observer.hooked():
             return observer, losses()
 
     observer, values = answered(lambda: run(frozenset()))
-    several = num_examples > 1 and documents is None  # all packed documents may be in one row
+    several = observer.rows > 1 and documents is None  # all packed documents may be in one row
     candidates = _of_all_examples(observer, owning) if several else frozenset()
     if candidates:
         expected = values.detach()
@@ -320,13 +345,13 @@ def observe(
     if late:  # calls inside a checkpointed segment are recorded only when it is recomputed
         observer, values = _expanded(run, observer.shared, late, values.detach())
         observer.backward(values)
-    shared = observer.shared
+    shared, entry, order = observer.shared, observer.entry, observer.order()
     del values
 
     def again(modules: frozenset[nn.Module]) -> dict[nn.Module, Record]:
         return run(shared, modules)[0].records
 
-    return Observation(observer.records, observer.around, observer.checkpointing, again)
+    return Observation(observer.records, observer.around, observer.checkpointing, again, entry, order)
 
 
 def _of_all_examples(observer: _Observer, owning: set[nn.Module]) -> frozenset[nn.Module]:

@@ -58,7 +58,7 @@ class PackedCapture(Capture):
         sizes = [T if place == axis else 1 for place in range(1, len(axes) + 1)]
         return self._counted.view(R, *sizes).expand(R, *axes).reshape(R, -1)
 
-    def _part(self, tensor: Tensor, n: int) -> Tensor:
+    def _part(self, site: Site, tensor: Tensor, n: int) -> Tensor:
         return self._documents.cut(tensor, n)
 
     def _has_the_rows(self, arrival: Arrival) -> bool:

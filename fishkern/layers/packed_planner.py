@@ -52,8 +52,8 @@ class PackedPlanner(Planner):
     def _touches_apart(self, record: Record) -> bool:
         return any(len(one.nonzero) for one in record.touched) and 1 in (record.axes or ())
 
-    def _runs_alone(self, call: Call, output: Any) -> bool:
+    def _runs_alone(self, record: Record, call: Call, output: Any) -> bool:
         return same_rows_alone(call, output, self._num_examples, self._documents)
 
-    def _is_sliced(self, tensor: Tensor) -> bool:
+    def _is_sliced(self, record: Record, tensor: Tensor) -> bool:
         return self._documents.fit(tensor)

@@ -51,7 +51,8 @@ class Plan:
         """What computes each parameter outside of the loop: of every use the site, but for whether it is settled."""
         uses: dict[str, set[tuple[Any, ...]]] = defaultdict(set)
         for site in self.sites:
-            how = (site.path, site.layer, site.layout, site.block, site.sliced, site.picked, site.rewritten, site.axis)
+            how = (site.path, site.layer, site.layout, site.block, site.order, site.entry)
+            how += (site.sliced, site.picked, site.rewritten, site.axis)
             for name, key in site.keys.items():
                 uses[key].add((name, *how))
         return {key: frozenset(each) for key, each in uses.items()}

@@ -14,9 +14,11 @@ from fishkern.layers.base import Call, Layer
 from fishkern.layers.generic import has_example_axis, same_rows_alone, tensors_of
 from fishkern.layers.observe import Observation, Record, upwards
 from fishkern.layers.path_plan import Plan
+from fishkern.layers.row_order import ONE_EACH, RowOrder
 from fishkern.layers.rules import LAYERS
 from fishkern.layers.site import Idle, Layout, Site
 from fishkern.layers.tap import FrozenCall, floating_places, leading_shape
+from fishkern.layers.touched import owned
 
 # Modules of torch that have their examples on the second axis unless they are made with batch_first.
 _SECOND_AXIS = (
@@ -39,6 +41,7 @@ class Planner:
         observation: Observation,
         distrusted: Collection[str],
         num_examples: int,
+        order: RowOrder = ONE_EACH,
     ) -> None:
         self._modules = dict(model.named_modules())
         self._places: dict[nn.Module, list[str]] = defaultdict(list)  # of a module object, as often as it is registered
@@ -52,6 +55,9 @@ class Planner:
         self._owners = owners
         self._records = observation.records
         self._num_examples = num_examples
+        self._order = observation.order or ONE_EACH
+        # a batch of pairs says itself which rows are whose; those of one example are all its own
+        self._entry = None if order == self._order or num_examples == 1 else observation.entry
 
     def plan(self) -> Plan:
         """Make the plan.
@@ -134,7 +140,7 @@ class Planner:
             names = layer.covers(module) & remaining.keys() if several <= layer.several else frozenset()
             if names and (names := self._confirmed(layer, record, names)):
                 keys = {name: remaining.pop(name) for name in sorted(names)}
-                site = Site(path, module, layer, keys, layout, record.block, settled=settled)
+                site = Site(path, module, layer, keys, layout, record.block, settled=settled, **self._dealt(record))
                 more = {"picked": picked, "rewritten": record.input_rewritten, "axis": self._axis(record)}
                 sites.append(replace(site, **more))
         return sites
@@ -159,18 +165,30 @@ class Planner:
             return None, False
         rows = {one.shape[0] for tensors in outputs for one in tensors}
         lengths = {record.lengths[call] for call in calls}
-        N = self._num_examples
-        if rows == {N} and all(bool((one.nonzero == one.example).all()) for one in touched):
+        order = self._order_of(record)
+        R, owners = order.count(self._num_examples), order.owners(self._num_examples)
+        if rows == {R} and all(owned(one, owners) for one in touched):
             inputs = {leading_shape((call.tensors,)) for call, _ in (record.calls[call] for call in sorted(calls))}
-            # The observer has expanded outputs that all examples share, so that these have N rows as well. The input
+            # The observer has expanded outputs that all examples share, so that these have R rows as well. The input
             # still shows it: a call on one row, such as the positions [1, T] of an embedding.
-            once_for_all = N > 1 and {shape[0] for shape in inputs if shape} == {1}
+            once_for_all = R > 1 and {shape[0] for shape in inputs if shape} == {1}
             return (Layout.SHARED if once_for_all else Layout.BATCHED), bool(touched)
         if len(rows) == len(lengths) == 1 and None not in lengths:
             (length,) = lengths
-            if rows == {N * length} and all(bool((one.nonzero // length == one.example).all()) for one in touched):
+            if rows == {R * length} and all(owned(one, owners, length) for one in touched):
                 return Layout.FLATTENED, bool(touched)
         return None, False
+
+    def _order_of(self, record: Record) -> RowOrder:
+        """Say which rows of a module an example has: those of the model's input, or one each, where there are ``N``."""
+        outputs = [output for _, output in record.calls]
+        ones = {one.shape[0] if one.ndim else None for output in outputs for one in _floating(output)}
+        return ONE_EACH if ones == {self._num_examples} else self._order
+
+    def _dealt(self, record: Record) -> dict[str, Any]:
+        """Say of a site which rows its examples have, and where that is checked."""
+        order = self._order_of(record)
+        return {"order": order, "entry": self._entry if order.per_example > 1 else None}
 
     def _axis(self, record: Record) -> int:
         """Say which axis of an output is that of the positions, which matters for packed rows alone."""
@@ -249,23 +267,23 @@ class Planner:
         if record.output_rewritten or (record.input_rewritten and not record.was_rewritten):
             self.rewritten.add(module)
             return False
-        return self._runs_alone(*last_call(record, entered=True))
+        return self._runs_alone(record, *last_call(record, entered=True))
 
     def _touches_apart(self, record: Record) -> bool:
         """Tell whether the gradients at a module are not zero, and there at the rows of their own example alone."""
         touched = [rows for rows in record.touched if len(rows.nonzero)]
-        N = self._num_examples
-        return bool(touched) and all(one.rows == N and bool((one.nonzero == one.example).all()) for one in touched)
+        owners = self._order_of(record).owners(self._num_examples)
+        return bool(touched) and all(owned(one, owners) for one in touched)
 
-    def _runs_alone(self, call: Call, output: Any) -> bool:
-        return same_rows_alone(call, output, self._num_examples)
+    def _runs_alone(self, record: Record, call: Call, output: Any) -> bool:
+        return same_rows_alone(call, output, self._num_examples, order=self._order_of(record))
 
-    def _is_sliced(self, tensor: Tensor) -> bool:
+    def _is_sliced(self, record: Record, tensor: Tensor) -> bool:
         """Tell whether a tensor of a call of a host is cut for each example."""
-        return has_example_axis(tensor, self._num_examples)
+        return has_example_axis(tensor, self._order_of(record).count(self._num_examples))
 
     def _are_picked(self, record: Record) -> bool:
-        """Tell whether a module gets rows ``[N, features]`` inside a module that got ``[N, T, ...]``, ``N > 1``."""
+        """Tell whether a module gets rows ``[G N, features]`` inside one that got ``[G N, T, ...]``, ``N > 1``."""
         if self._num_examples == 1:
             return False
         call, output = record.calls[-1]
@@ -276,9 +294,9 @@ class Planner:
     def _generic_site(self, path: str, keys: Mapping[str, str]) -> Site:
         record = self._records[self._modules[path]]
         call, _ = last_call(record, entered=True)
-        sliced = tuple(map(self._is_sliced, tensors_of(call)))
-        rewritten = record.input_rewritten
-        return Site(path, self._modules[path], None, dict(keys), Layout.BATCHED, sliced=sliced, rewritten=rewritten)
+        sliced = tuple(self._is_sliced(record, tensor) for tensor in tensors_of(call))
+        more = {"sliced": sliced, "rewritten": record.input_rewritten, **self._dealt(record)}
+        return Site(path, self._modules[path], None, dict(keys), Layout.BATCHED, **more)
 
 
 def _is_batch_first(module: nn.Module) -> bool:

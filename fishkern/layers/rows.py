@@ -15,13 +15,15 @@ bfloat16. With more examples the exponents are the digits of the example's numbe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from fishkern.layers.row_order import RowOrder
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.tap import Entered
 from fishkern.layers.unsupported import UnsupportedModuleError
@@ -48,6 +50,8 @@ class Rows:
         self._exponents: list[Tensor] = []
         self._weighted: dict[Site, list[Tensor | None]] = {}
         self._verdicts: dict[Site, bool] = {}
+        self._left: list[Tensor] = []
+        self._proved: dict[RowOrder, bool] = {}
 
     def note_input(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Note the input ``[N, T, ...]`` of a module, for the flattened calls inside it.
@@ -93,16 +97,63 @@ class Rows:
         if not picked:
             return
         outputs = [output for _, output in picked]
-        base = min(_DIGITS.get(output.dtype, _DIGITS_OF_OTHERS) for output in outputs)
-        numbers = torch.arange(self._num_examples, device=losses.device)
-        self._exponents, self._weighted = [], {site: [] for site, _ in picked}
-        # one probe for each digit of the example's number; shifted by half the base, which keeps the weights around 1
-        while not self._exponents or numbers.any():
-            self._exponents.append(numbers % base - base // 2)
-            weighted = (self._weights(losses)[-1] * losses).sum()
-            for (site, _), grad in zip(picked, _grads_at(outputs, weighted, training=training), strict=True):
+        self._exponents, self._weighted = self._exponents_for(outputs, losses.device), {site: [] for site, _ in picked}
+        for weights in self._weights(losses):
+            grads = _grads_at(outputs, (weights * losses).sum(), training=training)
+            for (site, _), grad in zip(picked, grads, strict=True):
                 self._weighted[site].append(grad)
+
+    def note_left(self, output: Any) -> None:
+        """Note what a module returns that was called on several rows for each example.
+
+        Args:
+            output: Any nest.
+        """
+        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.ndim]
+        self._left += [leaf for leaf in leaves if leaf.requires_grad]
+
+    def prove(self, losses: Tensor, orders: Collection[RowOrder]) -> None:
+        """Prove by what has left these modules whose the rows of the batch are.
+
+        Args:
+            losses: ``[N]``; the graph is kept.
+            orders: Which rows the survey has found an example to have.
+        """
+        for order in orders - self._proved.keys():
+            left = [one for one in self._left if len(one) == order.count(self._num_examples)]
+            self._proved[order] = bool(left) and self._are_in_order(left, losses, order)
+        self._left.clear()
+
+    def are_proved(self, order: RowOrder) -> bool:
+        """Tell whether the rows of the batch lie in an order.
+
+        Args:
+            order: One of those to be proved.
+
+        Returns:
+            Whether they do.
+        """
+        return self._proved.get(order, False)
+
+    def _are_in_order(self, left: Sequence[Tensor], losses: Tensor, order: RowOrder) -> bool:
+        grads = _grads_at(left, losses.sum(), training=False)
+        owners = order.owners(self._num_examples).to(losses.device)
+        for exponents in self._exponents_for(left, losses.device):
+            weights = (2.0**exponents).to(losses)
+            weighted = _grads_at(left, (weights * losses).sum(), training=False)
+            pairs = [(one, two) for one, two in zip(grads, weighted, strict=True) if one is not None]
+            if not pairs or not all(_are_scaled(one, two, weights[owners]) for one, two in pairs):
+                return False
+        return True
+
+    def _exponents_for(self, outputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """Say by which powers of two the losses are weighted: one set for each digit of an example's number."""
+        base = min(_DIGITS.get(output.dtype, _DIGITS_OF_OTHERS) for output in outputs)
+        numbers, exponents = torch.arange(self._num_examples, device=device), []
+        while not exponents or numbers.any():
+            exponents.append(numbers % base - base // 2)  # which keeps the weights around 1
             numbers = numbers // base
+        return exponents
 
     @property
     def any_picked(self) -> bool:
@@ -134,7 +185,7 @@ class Rows:
 
         Args:
             site: The site of the output.
-            grad: Gradient of the summed losses, ``[N * M, ...]``.
+            grad: Gradient of the summed losses, ``[G N M, ...]``.
 
         Returns:
             Whether the module got the whole input of its block, or each row has scaled by the weight of its example in
@@ -148,10 +199,8 @@ class Rows:
         if not probes or any(weighted is None or weighted.shape != grad.shape for weighted in probes):
             return False
         for weighted, weights in zip(probes, self._weights(grad), strict=True):
-            weights = weights.repeat_interleave(grad.shape[0] // self._num_examples)
-            expected = grad * weights.view(-1, *[1] * (grad.ndim - 1))
-            gap = (weighted - expected).abs().flatten(1).amax(1)
-            if not (gap <= _TOLERANCE * expected.abs().flatten(1).amax(1)).all():
+            owners = site.order.owners(self._num_examples).to(weights.device)
+            if not _are_scaled(grad, weighted, weights[owners].repeat_interleave(grad.shape[0] // len(owners))):
                 return False
         return True
 
@@ -163,16 +212,37 @@ class Rows:
             output: ``[rows, ...]``.
 
         Returns:
-            Whether it has ``N``, or ``N T`` where they are flattened.
+            Whether it has ``G N``, or ``G N T`` where they are flattened.
         """
-        rows, each = self._num_examples, 1
+        expected = site.order.count(self._num_examples)
+        rows, each = expected, 1
         if site.layout is Layout.FLATTENED:
             entered = self._entered.get(site.block)
             rows, each = (entered and entered.rows_and_length) or (None, None)
-        return rows == self._num_examples and output.shape[0] == rows * each
+        return rows == expected and output.shape[0] == rows * each
+
+    def running(self, site: Site) -> int:
+        """Count the rows that the model runs on, for an output of which each gets its own copy.
+
+        Args:
+            site: Its site.
+
+        Returns:
+            Those of the input of the module around the site, where there is one; else ``G N``.
+        """
+        entered = self._entered.get(site.block)
+        rows, _ = (entered and entered.rows_and_length) or (site.order.count(self._num_examples), None)
+        return rows
 
     def _weights(self, like: Tensor) -> list[Tensor]:
         return [(2.0**exponents).to(like) for exponents in self._exponents]
+
+
+def _are_scaled(grad: Tensor, weighted: Tensor, weights: Tensor) -> bool:
+    """Tell whether each row of a gradient has scaled by a weight."""
+    expected = grad * weights.to(grad).view(-1, *[1] * (grad.ndim - 1))
+    gap = (weighted - expected).unsqueeze(-1).abs().flatten(1).amax(1)
+    return bool((gap <= _TOLERANCE * expected.unsqueeze(-1).abs().flatten(1).amax(1)).all())
 
 
 def _grads_at(outputs: Sequence[Tensor], weighted: Tensor, *, training: bool) -> Sequence[Tensor | None]:

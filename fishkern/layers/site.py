@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import nn
 
 from fishkern.layers.base import Layer
+from fishkern.layers.row_order import ONE_EACH, RowOrder
 
 
 class Layout(Enum):
@@ -30,7 +31,11 @@ class Site:
         layer: Its rule; ``None`` for the generic path, which runs the module once more for each example.
         keys: Canonical names of the requested parameters, by their names in the module.
         layout: Whose rows they are.
-        block: For ``FLATTENED``: the enclosing module whose input ``[N, T, ...]`` says ``T``.
+        block: The enclosing module whose input ``[G N, T, ...]`` says ``T`` for ``FLATTENED``, and how many rows share
+            an output for ``SHARED``.
+        order: Which rows an example has, where it has several: then there are ``G N`` instead of ``N``.
+        entry: For examples of several rows: the module that was called on all of them, by whose output it is checked on
+            every batch whose they are, since their numbers may follow the data; ``None`` where the batch says it.
         sliced: For the generic path: which tensors of a call have the example axis.
         picked: Whether the rows are picked from the positions of the examples (a pooler's first token, an expert's
             tokens). Their number may then depend on the data, so whose rows they are is checked on every batch.
@@ -46,6 +51,8 @@ class Site:
     keys: Mapping[str, str]
     layout: Layout
     block: nn.Module | None = None
+    order: RowOrder = ONE_EACH
+    entry: nn.Module | None = None
     sliced: tuple[bool, ...] = ()
     picked: bool = False
     rewritten: bool = False

@@ -1,10 +1,11 @@
 """The survey: decide which path computes each parameter, and which rows of each call belong to which example.
 
 Nothing is guessed from shapes. The model runs on two examples, the loss of each is back-propagated alone, and the rows
-of a call where the output gradient is not zero are the example's rows. A parameter without a rule, or whose rows cannot
-be assigned to examples, takes the generic path: the smallest enclosing module that keeps the example axis, its host,
-runs once more for each example. Without a host it takes a loop over the whole model. If the first batch holds one
-example, the model runs on that one, and the plan serves batches of one.
+of a call where the output gradient is not zero are the example's rows: one, or several where the model runs on several
+for each example, side by side or ``N`` apart (:class:`fishkern.layers.row_order.RowOrder`). A parameter without a rule,
+or whose rows cannot be assigned to examples, takes the generic path: the smallest enclosing module that keeps the
+example axis, its host, runs once more for each example. Without a host it takes a loop over the whole model. If the
+first batch holds one example, the model runs on that one, and the plan serves batches of one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fishkern.layers.packed_planner import PackedPlanner
 from fishkern.layers.path_plan import Plan
 from fishkern.layers.planner import Planner, last_call
 from fishkern.layers.quantized import own_weights
+from fishkern.layers.row_order import ONE_EACH, RowOrder
 from fishkern.layers.rules import LAYERS, rule_of
 from fishkern.layers.sample import confirmed_on_sample
 from fishkern.layers.site import Layout
@@ -41,6 +43,7 @@ def survey(
     answered: Callable[[Callable[[], Any]], Any] = lambda run: run(),
     num_examples: int = 2,
     documents: Documents | None = None,
+    order: RowOrder = ONE_EACH,
 ) -> Plan:
     """Decide which path computes each parameter.
 
@@ -52,17 +55,19 @@ def survey(
         answered: Calls a function that runs the model (:meth:`fishkern.layers.reentrant.Connection.answered`).
         num_examples: 2; or 1, for a plan that serves batches of one.
         documents: The examples, if they are documents of packed rows; the plan serves batches of such rows.
+        order: Which rows an example has, as far as the batches say it: where they say one row, and the model runs on
+            several for each example, it is checked on every batch whose they are.
 
     Returns:
         The plan.
     """
     hooked, owners = _owners(model, keys)
-    observation = observe(model, owners, losses, answered, num_examples, documents)
+    observation = observe(model, owners, losses, answered, num_examples, documents, order)
 
     def planner() -> Planner:
         if documents is not None:
             return PackedPlanner(model, owners, observation, distrusted, documents)
-        return Planner(model, owners, observation, distrusted, num_examples)
+        return Planner(model, owners, observation, distrusted, num_examples, order)
 
     first = planner()
     plan = first.plan()
@@ -79,6 +84,7 @@ def foresee(
     *,
     answered: Callable[[Callable[[], Any]], Any] = lambda run: run(),
     num_examples: int = 2,
+    order: RowOrder = ONE_EACH,
 ) -> Plan:
     """Foresee the plan of a survey from a model without values, whose gradients do not show whose rows they are.
 
@@ -91,13 +97,14 @@ def foresee(
         losses: As for :func:`survey`.
         answered: As for :func:`survey`.
         num_examples: As for :func:`survey`.
+        order: As for :func:`survey`.
 
     Returns:
         The plan. Its loop holds, with the reason, every parameter of which only a run can tell the path.
     """
     hooked, owners = _owners(model, keys)
-    observation = observe(model, owners, losses, answered, num_examples)
-    return _Foreseeing(model, owners, observation, (), num_examples).plan().with_loop(hooked)
+    observation = observe(model, owners, losses, answered, num_examples, order=order)
+    return _Foreseeing(model, owners, observation, (), num_examples, order).plan().with_loop(hooked)
 
 
 def served_by_rule(model: nn.Module, keys: Mapping[str, Tensor]) -> frozenset[str]:

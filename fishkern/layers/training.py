@@ -20,6 +20,7 @@ from fishkern.layers.grads import PerExampleGrads
 from fishkern.layers.hooks import Arrival
 from fishkern.layers.path_plan import Plan
 from fishkern.layers.reentrant import is_cut_off, segment, why_cut_off
+from fishkern.layers.row_order import ONE_EACH, RowOrder
 from fishkern.layers.site import Site
 from fishkern.layers.strays import Strays
 from fishkern.layers.unsupported import UnsupportedModuleError, leave_out
@@ -75,6 +76,7 @@ class TrainingCapture(Capture):
         self.current: TrainingPass | None = None
         self.noted = noted
         self._plan = plan
+        self._order = ONE_EACH
         self._strays = Strays(plan.sites, plan.idle)
         self._watching = ExitStack()
         self._arrived: Counter[Site] = Counter()
@@ -91,13 +93,15 @@ class TrainingCapture(Capture):
         self.drop()
         super().__exit__(*exception)
 
-    def begin(self, num_examples: int) -> None:
+    def begin(self, num_examples: int, order: RowOrder = ONE_EACH) -> None:
         """Begin a pass: the model's forward pass follows.
 
         Args:
             num_examples: ``N`` of the batch.
+            order: Which rows an example has, where it has several.
         """
         self._begin(num_examples, None)
+        self._order = order
         self._arrived.clear()
         self.current = TrainingPass(num_examples)
         self._hooks.begin()
@@ -195,10 +199,12 @@ class TrainingCapture(Capture):
         super()._deliver(key, grads)
 
     def _judge(self, output: Any) -> None:
-        losses = stand_in_losses(output, self._num_examples)
+        losses = stand_in_losses(output, self._num_examples, self._order)
         if losses is None:
             picked = sorted(key for site in self._sites if site.picked for key in site.keys.values())
-            raise UnsupportedModuleError(f"{no_rows_in_output(self._num_examples)} {leave_out(picked)}")
+            raise UnsupportedModuleError(
+                f"{no_rows_in_output(self._order.count(self._num_examples))} {leave_out(picked)}"
+            )
         self._weighing = True
         try:
             self._rows.judge(losses)
@@ -238,7 +244,7 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def stand_in_losses(output: Any, num_examples: int) -> Tensor | None:
+def stand_in_losses(output: Any, num_examples: int, order: RowOrder = ONE_EACH) -> Tensor | None:
     """Make a number of what each example has at a model's output, which depends on all of it.
 
     Whatever loss is computed of these outputs, its gradient comes back on the same ways.
@@ -246,32 +252,33 @@ def stand_in_losses(output: Any, num_examples: int) -> Tensor | None:
     Args:
         output: What the model returned.
         num_examples: ``N``.
+        order: Which rows an example has, where it has several.
 
     Returns:
-        ``[N]``; ``None`` if no part of the output has one row for each example and requires a gradient.
+        ``[N]``; ``None`` if no part of the output has the rows of the examples and requires a gradient.
     """
     total = None
     for leaf in tree_leaves(output):
         tensor = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad
-        if tensor and leaf.ndim and leaf.shape[0] == num_examples and leaf.numel():
-            rows = leaf.reshape(num_examples, -1).to(accumulates_in(leaf.dtype))
+        if tensor and leaf.ndim and leaf.shape[0] == order.count(num_examples) and leaf.numel():
+            rows = order.by_example(leaf, num_examples).reshape(num_examples, -1).to(accumulates_in(leaf.dtype))
             # weights without a pattern, so that what sums up to a constant (a softmax, a normalised row) does not here
             part = (rows * torch.arange(rows.shape[1], device=rows.device).to(rows.dtype).cos()).sum(1)
             total = part if total is None else total + part
     return total
 
 
-def no_rows_in_output(num_examples: int) -> str:
+def no_rows_in_output(rows: int) -> str:
     """Say that nothing in a model's output tells the examples apart.
 
     Args:
-        num_examples: ``N`` of the batch.
+        rows: How many rows the batch has.
 
     Returns:
         Sentences for an error message.
     """
     return (
-        f"the model returned no tensor with one row for each of {num_examples} examples, by which it is established "
+        f"the model returned no tensor with one row for each of {rows} of its input, by which it is established "
         "whose rows pass through its modules: let it return its logits [N, ...] besides a loss."
     )
 

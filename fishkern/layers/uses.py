@@ -82,7 +82,12 @@ class Uses:
             # only a shared table can be tied to a head, whose rows at these tokens are needed later
             if isinstance(site.layer, Embedding) and len(self._by_key[key]) > 1:
                 indices = args[0] if args else next(iter(kwargs.values()))
-                self._tokens[key].append(indices.detach())
+                self._tokens[key].append(self._of_examples(site, indices.detach()))
+
+    def _of_examples(self, site: Site, indices: Tensor) -> Tensor:
+        """Join the tokens of the rows of each example, where it has several."""
+        rows = site.order.count(self._num_examples)
+        return site.order.joined(indices, self._num_examples) if indices.ndim > 1 and len(indices) == rows else indices
 
     def calls(self, site: Site) -> int:
         """Count the calls of a module.

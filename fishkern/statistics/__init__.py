@@ -26,6 +26,8 @@ from fishkern.statistics.merge import merge
 from fishkern.statistics.online import OnlineFisher
 from fishkern.statistics.plan import PassPlan, plan
 from fishkern.statistics.predictive import Bernoulli, Categorical, Gaussian, PackedCategorical, Predictive
+from fishkern.statistics.preference import Preference
+from fishkern.statistics.preference_losses import PairLogps
 from fishkern.statistics.prepared import Prepared, prepare
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.sketched_fisher import SketchedFisher
@@ -59,9 +61,11 @@ __all__ = [
     "MultiLabel",
     "OnlineFisher",
     "PackedCategorical",
+    "PairLogps",
     "ParameterInfo",
     "PassPlan",
     "Predictive",
+    "Preference",
     "Prepared",
     "QuestionAnswering",
     "Regression",

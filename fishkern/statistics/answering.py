@@ -248,6 +248,8 @@ def _compare_with_own_loss(
     Returns:
         Why a recognised loss cannot be used, or ``None``.
     """
+    if not likelihood.has_own_loss:
+        return None
     own = None
     # the model may not accept the labels of a named loss: then there is no loss of its own to compare with
     with suppress(IndexError, RuntimeError, TypeError, ValueError) if named else nullcontext():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fishkern.layers import Documents
+from fishkern.layers import ONE_EACH, Documents, RowOrder
 from fishkern.statistics.contents import (
     Batch,
     Place,
@@ -59,6 +59,7 @@ class Examples:
         cut_from: The batch that this one is a part of.
         documents: For packed rows, the documents that are its examples; ``None`` for others.
         dropped: For packed rows, how many documents in them have no label, padding included.
+        order: Which rows an example has, where it has several.
     """
 
     content: Batch
@@ -69,6 +70,7 @@ class Examples:
     cut_from: Examples | None = None
     documents: Documents | None = None
     dropped: int = 0
+    order: RowOrder = ONE_EACH
 
     def take(self, start: int, stop: int) -> Examples:
         """Take some examples of the batch, with their padding.
@@ -104,6 +106,11 @@ class Examples:
         It may keep them apart by one set of entries and not by another, and in one row but not in several.
         """
         return None
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows the model runs on."""
+        return self.order.count(self.num_examples)
 
     @property
     def few(self) -> Examples:
@@ -207,8 +214,8 @@ class Reader:
         shared: Entries that all examples share: patterns of names, or positions in a tuple.
         only_pairs: Refuse tuples other than ``(inputs, labels)``: nothing would use the other entries.
         dropped: Keys of a mapping to withhold from the model.
-        packed: Reads a batch, its number and what is shared as packed rows, or gives ``None`` where each row is one
-            example; ``None`` if rows are examples in any case.
+        packed: Reads a batch, its number and what is shared as packed rows, or as examples of several rows, or gives
+            ``None`` where each row is one example; ``None`` if rows are examples in any case.
 
     Attributes:
         withheld: Those of ``dropped`` that a batch contained.

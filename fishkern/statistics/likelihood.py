@@ -45,9 +45,17 @@ class Likelihood(ABC):
     labels_are_numbers: ClassVar[bool] = False
     """Whether the labels are target values instead of class numbers."""
 
+    has_own_loss: ClassVar[bool] = True
+    """Whether a model that knows the task returns this loss itself, with which it is then compared."""
+
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {self.reduction!r}.")
+
+    @property
+    def description(self) -> str:
+        """What it is the likelihood of, for the provenance: only statistics of one description merge."""
+        return f"{type(self).__name__}(reduction={self.reduction!r})"
 
     @abstractmethod
     def predictive(self, model: nn.Module, batch: Batch) -> Predictive:
@@ -80,7 +88,8 @@ class Likelihood(ABC):
             batch: As for :meth:`predictive`.
 
         Returns:
-            ``[N, T]``, bool; ``None`` if labels do not belong to positions of the input.
+            ``[N, T]``, bool, of all rows where examples have several; ``None`` if labels do not belong to positions of
+            the input.
         """
         return None
 

@@ -21,6 +21,7 @@ from fishkern.statistics.likelihood import (
     Seq2SeqLM,
     TokenClassification,
 )
+from fishkern.statistics.preference import Preference
 from fishkern.statistics.token_losses import TokenLosses
 
 # Suffix of a likelihood in the provenance if the number of the batch's labels was withheld from the model.
@@ -28,6 +29,7 @@ OWN_TOKENS = ", own tokens"
 
 _KINDS = (
     CausalLM, MaskedLM, Seq2SeqLM, Classification, Regression, MultiLabel, TokenClassification, QuestionAnswering,
+    Preference,
 )  # fmt: skip
 # other names in use, in lower case without hyphens
 _SYNONYMS: dict[str, type[Likelihood]] = {
@@ -40,6 +42,7 @@ _SYNONYMS: dict[str, type[Likelihood]] = {
     "mse": Regression,
     "bce": MultiLabel,
     "multilabelclassification": MultiLabel,
+    "dpo": Preference,
 }
 _BY_TORCH_LOSS: dict[str, tuple[type[Likelihood], str]] = {
     "crossentropy": (Classification, "cross_entropy"),
@@ -95,10 +98,10 @@ def described(likelihood: Likelihood | LossFunction | Drawn | None) -> str:
         likelihood: A likelihood or loss function.
 
     Returns:
-        Its kind and reduction, or the function's name.
+        Its own description, or the function's name.
     """
     if isinstance(likelihood, Likelihood):
-        return f"{type(likelihood).__name__}(reduction={likelihood.reduction!r})"
+        return likelihood.description
     if isinstance(likelihood, Drawn):
         return f"function {_name(likelihood.function)}, drawn for each example"
     if isinstance(likelihood, TokenLosses):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from fishkern.statistics.coverage import slowest_paths
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.gradient_check import GradientCheck
 from fishkern.statistics.model_call import ModelCall, read_batch, read_call
+from fishkern.statistics.pairs import pair_reader
 from fishkern.statistics.request import Options, coverage_of, request_of
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.running_mean import RunningMean
@@ -77,12 +78,14 @@ class OnlineFisher:
         scaler: A ``torch.amp.GradScaler`` by whose scale the loss is multiplied. A step with infinite or NaN gradients,
             which the scaler skips, is then left out, and without a scaler raises.
         shared: Arguments of the model that all examples share, as for :func:`fishkern.estimate`.
+        pairs: Where an example is a pair of answers, how its rows lie in a batch: ``"halves"``, first all chosen and
+            then all rejected ones, or ``"interleaved"``. ``None``: each row is an example.
         check: Whether to compare, in the first step, the sum of the examples' gradients with ``.grad``.
         backend: ``None`` for the current default, see :mod:`fishkern.backend`.
 
     Raises:
         TypeError: ``model`` is not a module, or ``accumulation_steps`` no integer.
-        ValueError: ``decay`` or ``accumulation_steps`` is out of range, or there are no parameters.
+        ValueError: ``decay``, ``accumulation_steps`` or ``pairs`` is out of range, or there are no parameters.
         UnsupportedModuleError: The model is sharded, scripted, dispatched or replicated in threads.
         RuntimeError: It runs under ``torch.inference_mode()``.
 
@@ -101,6 +104,7 @@ class OnlineFisher:
         accumulation_steps: int = 1,
         scaler: Any = None,
         shared: Shared = None,
+        pairs: Literal["halves", "interleaved"] | None = None,
         check: bool = True,
         backend: Backend | None = None,
     ) -> None:
@@ -125,7 +129,8 @@ class OnlineFisher:
         self._batch = batch
         self._scaler = scaler
         self._scale = 1.0
-        self._reader = Reader(shared, dropped=_DROPPED)
+        self._pairs = pairs
+        self._reader = Reader(shared, dropped=_DROPPED, packed=None if pairs is None else pair_reader(pairs))
         self._calls = 0
         self._evaluating_calls = 0
         self._check = GradientCheck(self._requested) if check else None
@@ -221,6 +226,7 @@ class OnlineFisher:
         self._end_pass()
         paths = {name: list(path) for name, path in self._paths.items()}
         own = {"accumulation_steps": self._accumulation_steps, "paths": paths, "checked": self._checked}
+        own |= {} if self._pairs is None else {"pairs": True}
         return own | self._mean.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -230,12 +236,17 @@ class OnlineFisher:
             state: From :meth:`state_dict` of an OnlineFisher of the same parameters and settings; copied.
 
         Raises:
-            ValueError: It is of another decay, other accumulation steps or other parameters.
+            ValueError: It is of another decay, other accumulation steps, other examples or other parameters.
         """
         if state["accumulation_steps"] != self._accumulation_steps:
             raise ValueError(
                 f"the state is of accumulation_steps={state['accumulation_steps']}, and this OnlineFisher has "
                 f"{self._accumulation_steps}."
+            )
+        if state.get("pairs", False) != (self._pairs is not None):
+            raise ValueError(
+                "the state and this OnlineFisher do not count the same: one has pairs for examples and the other rows. "
+                "Make it with pairs= as that of the state."
             )
         self._mean.load_state_dict(state)
         self._paths = slowest_paths([{name: tuple(path) for name, path in state["paths"].items()}])
@@ -247,6 +258,7 @@ class OnlineFisher:
             "estimator": "OnlineFisher",
             "fisher_type": "empirical",
             "unit": "example",
+            **({} if self._pairs is None else {"example": "pair"}),
             "gradient": "of an example's share of the step's loss, times the number of the step's examples",
             "mean": "running over steps, bias-corrected",
             "decay": self._mean.decay,
@@ -291,7 +303,7 @@ class OnlineFisher:
         if self._unchecked:
             self._check.begin()
         self._capture.noted = self._check.note if self._unchecked else None
-        self._capture.begin(call.num_examples)
+        self._capture.begin(call.num_examples, call.examples.order)
         self._running = True
 
     def _after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -369,6 +381,9 @@ def _pre_hooks(model: nn.Module) -> Iterator[Any]:
 def _signature(plan: Plan) -> object:
     """Say in what two plans differ."""
     return [
-        (site.path, site.layer, tuple(site.keys.items()), site.layout, site.picked, site.rewritten, site.settled)
+        (
+            *(site.path, site.layer, tuple(site.keys.items())),
+            *(site.layout, site.order, site.picked, site.rewritten, site.settled),
+        )
         for site in plan.sites
     ] + [(one.path, one.key) for one in plan.idle]

@@ -87,6 +87,10 @@ class PackedExamples(Examples):
     def has_neighbours(self) -> bool:
         return True  # a lone document has dropped ones beside it
 
+    @property
+    def num_rows(self) -> int:
+        return self.documents.shape[0]
+
     @cached_property
     def _telling(self) -> tuple[str, int]:
         """What shows a leak best, and the number of the document: followed by another one, or behind what is none.

@@ -224,6 +224,7 @@ class Planner:
                 answered=self._connection.answered,
                 num_examples=few.num_examples,
                 documents=few.documents,
+                order=few.order,
             )
         self.refuse_stored(key for key, (path, _) in plan.paths.items() if path != "fused")
         known, checks = self._known, self._check

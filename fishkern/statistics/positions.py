@@ -22,7 +22,8 @@ def counted_positions(model: nn.Module, estimator: Estimator, answering: Answeri
         batch: Its ``attention_mask`` or its labels say which these are.
 
     Returns:
-        ``[N, T]``, for packed rows ``[R, T]``, bool; ``None`` where all count or nobody asks.
+        ``[N, T]``, for packed rows ``[R, T]``, for examples of several rows ``[G N, T]``, bool; ``None`` where all
+        count or nobody asks.
 
     Raises:
         UnsupportedModuleError: The model has an encoder and a decoder, and there is padding in one of them.
@@ -50,7 +51,7 @@ def _attended(batch: Examples) -> Tensor | None:
     mask = batch.inputs.get("attention_mask")
     if mask is None:
         return None
-    rows = batch.num_examples if batch.documents is None else batch.documents.shape[0]
+    rows = batch.num_rows
     if batch.documents is not None and isinstance(mask, Tensor) and mask.ndim == 4:
         return None  # it says which positions see each other, and packed documents have no padding
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] not in (1, rows):

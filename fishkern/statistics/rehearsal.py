@@ -172,8 +172,8 @@ class Rehearsal:
 
         with self._phase("survey"), independence.precision.noting():
             keys = {parameter: key for key, parameter in self.requested.items()}
-            answered = entered.connection.answered
-            plan = foresee(self.model, keys, losses, answered=answered, num_examples=few.num_examples)
+            options = {"num_examples": few.num_examples, "order": few.order}
+            plan = foresee(self.model, keys, losses, answered=entered.connection.answered, **options)
         for key, (path, reason) in plan.paths.items():
             self.paths[key] = (path, reason) if path == "fused" else (ONLY_A_RUN, reason)
         if (

@@ -32,6 +32,8 @@ from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.likelihood import CausalLM, Likelihood, recognise_likelihood
 from fishkern.statistics.packing import PackedExamples, packed_examples
+from fishkern.statistics.pairs import refuse_unnamed_pairs
+from fishkern.statistics.preference import Preference
 from fishkern.statistics.states import without_factors
 from fishkern.statistics.token_losses import TokenLosses
 
@@ -293,18 +295,21 @@ def reader_for(model: nn.Module, likelihood: Likelihood | LossFunction | Drawn |
     Returns:
         The reader. A loss function gets the whole batch, and its rows are the examples. A model does not get the number
         of the batch's items, because it would divide the loss of each example by it; packed rows are read as documents,
-        and so they are for losses of tokens.
+        and so they are for losses of tokens; and the rows of preference pairs as pairs.
     """
     of_tokens = isinstance(likelihood, TokenLosses)
     chosen = CausalLM() if of_tokens else likelihood  # which says where a document has labels
 
     def packed(content: Batch, number: int, is_shared: Callable[[Place], bool]) -> PackedExamples | None:
+        if likelihood is None:
+            refuse_unnamed_pairs(content, number)
         labelled = _labelled(model, chosen, content, number)
         return None if labelled is None else packed_examples(content, labelled, number, is_shared)
 
     if not (likelihood is None or isinstance(likelihood, Likelihood)):
         return Reader(shared, packed=packed if of_tokens else None)
-    return Reader(shared, only_pairs=True, dropped=("num_items_in_batch",), packed=packed)
+    several = likelihood.read if isinstance(likelihood, Preference) else packed
+    return Reader(shared, only_pairs=True, dropped=("num_items_in_batch",), packed=several)
 
 
 def _labelled(model: nn.Module, likelihood: Likelihood | None, content: Batch, number: int) -> Tensor | None:

@@ -66,16 +66,17 @@ def plan_in_training(model: nn.Module, requested: Mapping[str, Tensor], call: Mo
 
         def losses() -> Tensor:
             again()
-            values = stand_in_losses(call.run(model), call.num_examples)
+            values = stand_in_losses(call.run(model), call.num_examples, call.examples.order)
             if values is None:
-                raise UnsupportedModuleError(no_rows_in_output(call.num_examples))
+                raise UnsupportedModuleError(no_rows_in_output(call.examples.num_rows))
             return values
 
         def output() -> None:
             again()
             call.run(model)
 
-        plan = survey(model, keys, losses, answered=connection.answered, num_examples=call.num_examples)
+        options = {"num_examples": call.num_examples, "order": call.examples.order}
+        plan = survey(model, keys, losses, answered=connection.answered, **options)
         if plan.loop:
             reasons = plan.loop
             with _noting_draws(model, device) as drawing:

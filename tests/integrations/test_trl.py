@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import fishkern as fk
 from tests.support import zoo
@@ -22,6 +23,7 @@ from fishkern.integrations.lora import FILE as INIT_FILE  # noqa: E402
 from fishkern.integrations.lora import FOLDER, InitCallback, attach_init  # noqa: E402
 from fishkern.integrations.trainer import FILE, FisherCallback, FisherMixin  # noqa: E402
 from tests.integrations.test_trainer import SHORT, assert_only_the_selection_moved, values  # noqa: E402
+from tests.support.oracle import worst_error  # noqa: E402
 from tests.support.starts import start_of  # noqa: E402
 
 
@@ -79,32 +81,83 @@ def test_sft_trains_a_lora_with_a_start(tmp_path):
 class FisherDPO(FisherMixin, trl.DPOTrainer): ...
 
 
-def test_preferences_are_trained_on_a_selection_by_answers(tmp_path):
-    """Pairs of answers are no batch for the model's own loss: the refusal says where another goes."""
+def dpo_trainer(tmp_path, select, options: dict | None = None, **own) -> FisherDPO:
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
-    pairs = {
+    rows = {
         "prompt": ["the sea", "rain on"] * 8,
         "chosen": [" falls all", " old stones"] * 8,
         "rejected": [" rain", " long night long"] * 8,
     }
+    return FisherDPO(
+        zoo.llama(vocab_size=41).model,
+        args=trl.DPOConfig(**{**SHORT, "output_dir": str(tmp_path), "bf16": False, **(options or {})}),
+        train_dataset=datasets.Dataset.from_dict(rows),
+        processing_class=zoo.tokenizer(),
+        peft_config=config,
+        select=select,
+        **own,
+    )
 
-    def dpo(**own) -> FisherDPO:
-        return FisherDPO(
-            zoo.llama(vocab_size=41).model,
-            args=trl.DPOConfig(**{**SHORT, "output_dir": str(tmp_path), "bf16": False}),
-            train_dataset=datasets.Dataset.from_dict(pairs),
-            processing_class=zoo.tokenizer(),
-            peft_config=config,
-            select=partial(fk.fish_tuning, density=0.3),
-            **own,
-        )
 
-    with pytest.raises(ValueError, match="needs 'labels'") as refused:
-        dpo().train()
+def test_preferences_are_trained_on_a_selection_by_answers(tmp_path):
+    """Pairs of answers are no batch for the model's own loss: the refusal says where another goes."""
+    select = partial(fk.fish_tuning, density=0.3)
+    with pytest.raises(ValueError, match=r"as batches of preference pairs do.*fishkern.Preference\(") as refused:
+        dpo_trainer(tmp_path, select).train()
     assert "the batches that FisherDPO trains on" in refused.value.__notes__[0]
     assert "select_data=" in refused.value.__notes__[0]
-    trainer = dpo(select_data=[zoo.text_batch(8, 7)])
+    trainer = dpo_trainer(tmp_path, select, select_data=[zoo.text_batch(8, 7)])
     start = values(trainer.model)
     trainer.train()
+    assert_only_the_selection_moved(trainer.model, trainer.selection, start)
+
+
+LOSSES = {
+    "sigmoid": lambda margin, means: -F.logsigmoid(0.1 * margin),
+    "hinge": lambda margin, means: torch.relu(1 - 0.1 * margin),
+    "ipo": lambda margin, means: (means - 1 / (2 * 0.1)) ** 2,
+}
+
+
+def trl_loss(kind: str, model: torch.nn.Module, pair: dict) -> torch.Tensor:
+    """As ``DPOTrainer._compute_loss`` computes it, of a batch of one pair."""
+    mask = pair["completion_mask"]
+    logits = model(input_ids=pair["input_ids"], attention_mask=pair["attention_mask"]).logits
+    tokens = logits[:, :-1].log_softmax(-1).gather(-1, pair["input_ids"][:, 1:, None])[..., 0]
+    logps = (tokens * mask[:, 1:]).sum(1)
+    references = torch.cat([pair["ref_chosen_logps"], pair["ref_rejected_logps"]])
+    chosen, rejected = logps - references
+    lengths = mask.sum(1).clamp(min=1.0)
+    return LOSSES[kind](chosen - rejected, chosen / lengths[0] - rejected / lengths[1])
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_preferences_by_their_own_loss(tmp_path, kind):
+    """On the Trainer's own batches, whose reference it has computed before: equal to a loop by TRL's formula."""
+    seen: list[int] = []
+
+    def select(model, batches):
+        batches = list(batches)
+        parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        total = {name: torch.zeros_like(one) for name, one in parameters.items()}
+        for batch in batches:
+            N = len(batch["ref_chosen_logps"])
+            seen.append(N)
+            for n in range(N):
+                pair = {key: value[[n, N + n] if len(value) == 2 * N else [n]] for key, value in batch.items()}
+                grads = torch.autograd.grad(trl_loss(kind, model, pair), list(parameters.values()))
+                for name, grad in zip(parameters, grads, strict=True):
+                    total[name] += grad.square()
+        statistics = fk.estimate(model, batches, likelihood=fk.Preference(loss=kind))
+        assert {one.path for one in statistics.coverage.values()} == {"fused", "left out"}
+        assert statistics.count == sum(seen) == 16
+        assert worst_error(statistics, {key: one.double() / 16 for key, one in total.items()}, torch.float32)[0] < 1e-4
+        return fk.select(statistics, fk.GlobalTopK(density=0.3))
+
+    options = {"loss_type": kind, "precompute_ref_log_probs": True, "disable_dropout": True}
+    trainer = dpo_trainer(tmp_path, select, options)
+    start = values(trainer.model)
+    trainer.train()
+    assert max(seen) > 1
     assert_only_the_selection_moved(trainer.model, trainer.selection, start)
