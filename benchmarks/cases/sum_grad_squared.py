@@ -119,7 +119,6 @@ CASES = {
 }
 # Slow parts: rivals that store [N, O, I], or results of many GiB.
 SECONDS = {"b gate 256x16": 25, "b gate 64x1": 20, "b gate 64x4": 20, "b gate 32x128": 20, "m past 2^31": 20}
-EXPERTS = 64
 LORA_LAYERS = 32
 BACKENDS = {"fishkern": "triton", "torch": "torch"}
 
@@ -128,7 +127,6 @@ def parts(device: torch.device) -> list[Part]:
     every: dict[str, Callable[[], Iterator[Record]]] = {
         name: partial(_measure, case, device) for name, case in CASES.items()
     }
-    every["h 64 experts"] = partial(_experts, device)
     for rank in (8, 16, 64):
         every[f"g 448 lora tensors r={rank}"] = partial(_all_lora, device, rank)
     return [Part(name, run, SECONDS.get(name, 12)) for name, run in every.items()]
@@ -189,31 +187,6 @@ def error_of(result: Tensor, case: Case, x: Tensor, g: Tensor, offsets: Tensor |
     if not math.isfinite(error):
         raise FloatingPointError(f"the result of {case} is not finite")
     return error.item()
-
-
-def _experts(device: torch.device) -> Iterator[Record]:
-    """64 experts, 2048 to 1408, with 16 examples of 256 tokens that are routed unevenly: one call each."""
-    generator = torch.Generator().manual_seed(2)
-    counts = torch.poisson(torch.rand(EXPERTS, 16, generator=generator) ** 4 * 30, generator=generator).long()
-    counts[::9] = 0
-    firsts = [torch.cat([row.new_zeros(1), row.cumsum(0)]) for row in counts]
-    inputs = [
-        tuple(torch.randn(int(row.sum()), width, device=device).bfloat16() for width in (2048, 1408)) for row in counts
-    ]
-    total = torch.zeros(EXPERTS, 1408, 2048, device=device)
-
-    def run(backend: str) -> None:
-        for (x, g), offsets, out in zip(inputs, firsts, total, strict=True):
-            sum_grad_squared(x, g, offsets=offsets, out=out, backend=backend)
-
-    tokens = int(counts.sum())
-    figures = time_providers(
-        {name: partial(run, kind) for name, kind in BACKENDS.items()}, ours="fishkern", device=device
-    )
-    for provider, measured in figures.items():
-        case = {"experts": EXPERTS, "tokens": tokens, "O": 1408, "I": 2048}
-        amount = {"flops": 2 * tokens * 2048 * 1408, "bytes": tokens * (2048 + 1408) * 2 + 8 * total.numel()}
-        yield {"provider": provider, "case": case, "dtype": "bfloat16", **amount, **measured}
 
 
 def _all_lora(device: torch.device, rank: int) -> Iterator[Record]:

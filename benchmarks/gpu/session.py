@@ -27,7 +27,7 @@ from benchmarks.gpu.worker import STARTS_IN, Worker
 # The most decisive first: whether anything is right, what the machine can do, then the kernel of every pass.
 ORDER = (
     "smoke", "roofs", "sum_grad_squared", "whole_pass", "trace", "variants", "streaming_topk", "masked_adamw",
-    "group_sum_grad_squared", "project_sum_squared", "log_histogram", "siblings",
+    "group_sum_grad_squared", "expert_sum_grad_squared", "project_sum_squared", "log_histogram", "siblings",
 )  # fmt: skip
 TESTED_IN = 60.0
 

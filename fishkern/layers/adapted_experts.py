@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.layers.base import Call, Layer
-from fishkern.layers.expert_call import ExpertCall, maps_of
+from fishkern.layers.expert_call import ExpertCall, demanded, maps_of
 from fishkern.layers.experts import are_experts, grads_of
 from fishkern.layers.grads import PerExampleGrads
 from fishkern.layers.routed import RoutedGrads
@@ -42,7 +42,7 @@ class AdaptedExperts(Layer):
     def per_example_grads(
         self, call: Call, output_grads: Tensor, names: frozenset[str]
     ) -> Iterator[tuple[str, PerExampleGrads]]:
-        computed, rows = _computed(call), len(output_grads)
+        computed, rows = demanded(_computed(call), call.module), len(output_grads)
         factors = computed.factors(output_grads)
         for name, own in _own(call.module).items():
             if name in names:

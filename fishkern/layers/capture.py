@@ -8,7 +8,7 @@ assigned to examples (:mod:`fishkern.layers.rows`), and the uses of a parameter 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -222,7 +222,8 @@ class Capture:
             if as_many or site.order.per_example == 1:
                 self.distrusted.add(site.path)
             return
-        with arrival.without_autocast():
+        # a module that runs once more must not report the hooked modules inside
+        with arrival.without_autocast(), self._hooks.paused() if site.reruns else nullcontext():
             if site.layer is None:
                 self._receive_generic(arrival)
             else:
@@ -311,16 +312,15 @@ class Capture:
 
     def _receive_generic(self, arrival: Arrival) -> None:
         site = arrival.site
-        with self._hooks.paused():  # the second run must not report the hooked modules inside
-            for n in range(self._num_examples):
-                pairs = zip(arrival.saved, site.sliced, strict=True)
-                tensors = [_copied(self._part(site, tensor, n)) if sliced else tensor for tensor, sliced in pairs]
-                output_grads = [None if grad is None else self._part(site, grad, n) for grad in arrival.grads]
-                if self._factors:
-                    self._receive_factors(site, arrival.call.thaw(tensors), output_grads)
-                    continue
-                for name, grad in module_grads(arrival.call.thaw(tensors), output_grads, site.keys).items():
-                    self._deliver(site.keys[name], DenseGrads(grad[None]))
+        for n in range(self._num_examples):
+            pairs = zip(arrival.saved, site.sliced, strict=True)
+            tensors = [_copied(self._part(site, tensor, n)) if sliced else tensor for tensor, sliced in pairs]
+            output_grads = [None if grad is None else self._part(site, grad, n) for grad in arrival.grads]
+            if self._factors:
+                self._receive_factors(site, arrival.call.thaw(tensors), output_grads)
+                continue
+            for name, grad in module_grads(arrival.call.thaw(tensors), output_grads, site.keys).items():
+                self._deliver(site.keys[name], DenseGrads(grad[None]))
 
     def _part(self, site: Site, tensor: Tensor, n: int) -> Tensor:
         """Take the part of an example of a tensor that has one for each."""

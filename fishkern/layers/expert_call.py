@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from fishkern.layers.base import Call
 from fishkern.layers.routed import Routes
+from fishkern.layers.unsupported import UnsupportedModuleError
 
 # An output computed again is that of the module, up to sums in another order.
 _SAME_OUTPUT = 256  # in units of the dtype's rounding
@@ -28,6 +29,28 @@ def maps_of(module: nn.Module) -> tuple[str, str]:
         The name of the weight before the gate, or the activation, and of that behind it.
     """
     return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+
+
+def demanded(computed: ExpertCall | None, module: nn.Module) -> ExpertCall:
+    """Refuse a call that is not of the kind that was confirmed.
+
+    Args:
+        computed: The call computed again, or ``None``.
+        module: The module that was called.
+
+    Returns:
+        The call.
+
+    Raises:
+        UnsupportedModuleError: It is ``None``.
+    """
+    if computed is None:
+        raise UnsupportedModuleError(
+            f"{type(module).__name__} was called in another way than by the first examples: expected (hidden states, "
+            "index of experts, their shares) and no negative index. Call it alike in every batch, or leave its "
+            "parameters out with parameters=lambda name, parameter: ..."
+        )
+    return computed
 
 
 @dataclass(frozen=True)
@@ -64,7 +87,7 @@ class ExpertCall:
             weights: The weights and biases in force, by name.
 
         Returns:
-            Its rows; ``None`` if its arguments are others.
+            Its rows; ``None`` if its arguments are others, or the index of an expert is negative.
         """
         leaves = tree_leaves((call.args, dict(call.kwargs)))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -76,8 +99,10 @@ class ExpertCall:
         if index.numel() != len(x) * index.shape[-1]:
             return None
         expert, order = index.reshape(-1).sort(stable=True)
-        experts = torch.arange(module.num_experts, device=expert.device)
-        ends = torch.searchsorted(expert, experts, right=True).tolist()
+        experts = torch.arange(module.num_experts + 1, device=expert.device)
+        negative, *ends = torch.searchsorted(expert, experts).tolist()
+        if negative:  # kernels read such numbers in different ways
+            return None
         expert, order = expert[: ends[-1]], order[: ends[-1]]  # a number behind the last expert means none
         return cls(module, weights, call, x, expert, order // index.shape[-1], share[order], ends)
 
@@ -88,7 +113,7 @@ class ExpertCall:
             output: That of the module.
 
         Returns:
-            Whether it is the same, but for rounding.
+            Whether it is the same, but for rounding. An output of zeros shows nothing.
         """
         _, down = maps_of(self.module)
         rows = self._mapped(self._middle()[1], down) * self.share[:, None]
@@ -99,7 +124,8 @@ class ExpertCall:
             return False
         half = self.call.autocast[1] or torch.finfo(output.dtype).bits == 16
         allowed = _SAME_OUTPUT_16_BIT if half else _SAME_OUTPUT * torch.finfo(output.dtype).eps
-        return bool((again.view_as(output) - output).abs().max() <= allowed * output.abs().max())
+        largest = output.abs().max()
+        return bool((again.view_as(output) - output).abs().max() <= allowed * largest) and bool(largest)
 
     def factors(self, output_grads: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Compute the factors of the gradients of both maps.

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fishkern.layers.base import Call, Layer, is_patched
-from fishkern.layers.expert_call import ExpertCall, maps_of
+from fishkern.layers.expert_call import ExpertCall, demanded, maps_of
 from fishkern.layers.grads import PerExampleGrads
 from fishkern.layers.quantized import has_gradient_dtype, is_wrapped
 from fishkern.layers.routed import RoutedBiasGrads, RoutedGrads
@@ -40,7 +40,7 @@ class Experts(Layer):
     def per_example_grads(
         self, call: Call, output_grads: Tensor, names: frozenset[str]
     ) -> Iterator[tuple[str, PerExampleGrads]]:
-        computed = ExpertCall.of(call, call.module, call.module._parameters)
+        computed = demanded(ExpertCall.of(call, call.module, call.module._parameters), call.module)
         factors = computed.factors(output_grads)
         for name in sorted(names):
             yield name, grads_of(computed, name, factors, len(output_grads))

@@ -7,8 +7,8 @@ expert, and by position within each, so those of one expert and one example lie 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fishkern.backend import Backend
-from fishkern.layers.grads import PerExampleGrads
-from fishkern.ops import sum_grad_squared
+from fishkern.layers.grads import PerExampleGrads, add_result_
+from fishkern.ops import expert_sum_grad_squared
 from fishkern.ops.dtypes import accumulates_in
 
 
@@ -38,9 +38,14 @@ class Routes:
     num_examples: int
 
     def groups(self) -> tuple[Tensor, Tensor, Tensor]:
-        """List the groups of rows of one expert and one example: expert, example and number of rows, each ``[U]``."""
+        """List the groups of rows of one expert and one example: expert, example and number of rows.
+
+        Returns:
+            Each ``[U]``, on the CPU.
+        """
         example = self.position // (self.num_positions // self.num_examples)
         group, counts = (self.expert * self.num_examples + example).unique_consecutive(return_counts=True)
+        group, counts = torch.stack([group, counts]).cpu()
         return group // self.num_examples, group % self.num_examples, counts
 
 
@@ -117,14 +122,10 @@ class RoutedGrads(Routed):
     def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
         if not len(self.output_grads):
             return
-        of_expert = defaultdict(list)
-        experts, _, counts = (one.tolist() for one in self.routes.groups())
-        for expert, count in zip(experts, counts, strict=True):
-            of_expert[expert].append(count)
-        by_expert, start = self._by_expert(total), 0
-        for expert, counts in of_expert.items():
-            rows = slice(start, start := start + sum(counts))
-            _add_expert(by_expert[expert], self.activations[rows], self.output_grads[rows], counts, backend)
+        expert, _, counts = self.routes.groups()
+        total, options = self._by_expert(total), {"expert": expert, "offsets": F.pad(counts.cumsum(0), (1, 0))}
+        run = partial(expert_sum_grad_squared, self.activations, self.output_grads, len(total), **options)
+        add_result_(total, partial(run, backend=backend), self.output_grads)
 
     def _of_rows(self, rows: slice) -> Tensor:
         dtype = accumulates_in(self.output_grads.dtype)
@@ -141,37 +142,14 @@ class RoutedBiasGrads(Routed):
         expert, _, counts = self.routes.groups()
         squares = _sums(self.output_grads.to(total.dtype), counts).square_()
         expert, counts = expert.unique_consecutive(return_counts=True)
-        self._by_expert(total)[expert] += _sums(squares, counts)
+        self._by_expert(total)[expert.to(total.device)] += _sums(squares, counts)
 
     def _of_rows(self, rows: slice) -> Tensor:
         return self.output_grads[rows].sum(0, dtype=accumulates_in(self.output_grads.dtype))
 
 
-def _add_expert(total: Tensor, x: Tensor, g: Tensor, counts: list[int], backend: Backend | None) -> None:
-    """Add the squares of one expert, which got so many rows of each of some examples."""
-    # where an example has one row, (g x)^2 = g^2 x^2: one matrix product for all such examples
-    alone = torch.tensor([count == 1 for count in counts for _ in range(count)])
-    if alone.all():
-        _add(total, x[:, None], g[:, None], None, backend)
-        return
-    if alone.any():
-        rows = alone.nonzero()[:, 0].to(x.device)
-        _add(total, x[rows, None], g[rows, None], None, backend)
-        rows = alone.logical_not_().nonzero()[:, 0].to(x.device)
-        x, g = x[rows], g[rows]
-    offsets = torch.tensor([0, *(count for count in counts if count > 1)]).cumsum(0)
-    _add(total, x, g, offsets, backend)
-
-
-def _add(total: Tensor, x: Tensor, g: Tensor, offsets: Tensor | None, backend: Backend | None) -> None:
-    """Add the squares, in place if the operation works in the accumulator's dtype."""
-    if total.dtype == accumulates_in(g.dtype):
-        sum_grad_squared(x, g, offsets=offsets, out=total, backend=backend)
-    else:
-        total += sum_grad_squared(x, g, offsets=offsets, backend=backend)
-
-
 def _sums(rows: Tensor, counts: Tensor) -> Tensor:
     """Sum rows that follow each other, so many at a time, each sum from its first row to its last."""
     # not index_add_, whose atomic additions race on a GPU; a bag is summed by one thread
-    return F.embedding_bag(torch.arange(len(rows), device=rows.device), rows, counts.cumsum(0) - counts, mode="sum")
+    firsts = (counts.cumsum(0) - counts).to(rows.device)
+    return F.embedding_bag(torch.arange(len(rows), device=rows.device), rows, firsts, mode="sum")

@@ -15,7 +15,9 @@ from fishkern.layers.base import Call, Layer, is_patched
 from fishkern.layers.generic import host_outputs, module_grads
 from fishkern.layers.grads import OuterProductGrads, PerExampleGrads, PositionGrads
 from fishkern.layers.quantized import has_gradient_dtype, is_wrapped
+from fishkern.layers.unsupported import UnsupportedModuleError
 
+_MAP = ("weight", "bias")
 _CASTS = (Tensor.to, Tensor.type, Tensor.float, Tensor.double)
 _SAME_GRADIENT = 1e-3
 _SAME_GRADIENT_16_BIT = 0.05
@@ -32,10 +34,11 @@ class Router(Layer):
     several = True
 
     def covers(self, module: nn.Module) -> frozenset[str]:
-        own = dict(module.named_parameters())
+        # others may be there, such as a correction of the choice, which gets no gradient
+        own = {name: one for name, one in module._parameters.items() if name in _MAP and one is not None}
         weight = own.get("weight")
         plain = all(has_gradient_dtype(one) and not is_wrapped(one) for one in own.values())
-        fits = weight is not None and weight.ndim == 2 and own.keys() <= {"weight", "bias"} and plain
+        fits = weight is not None and weight.ndim == 2 and plain
         return frozenset(own) if fits and not is_patched(module) else frozenset()
 
     def confirms(self, call: Call, output: Any, names: frozenset[str]) -> frozenset[str]:
@@ -46,12 +49,15 @@ class Router(Layer):
         floating = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         # a different weight for each entry, so that no two errors cancel in the sum over positions
         grads = [torch.linspace(1, 2, one.numel(), device=one.device).view_as(one).to(one.dtype) for one in floating]
-        if (at_logits := _at_logits(call, grads)) is None or at_logits.x.shape[:-1] != at_logits.grads.shape[:-1]:
+        at_logits = _at_logits(call, grads)
+        if at_logits is None or at_logits.grads is None or at_logits.x.shape[:-1] != at_logits.grads.shape[:-1]:
             return frozenset()
         expected = module_grads(call, grads, {name: name for name in names})
         x, g = (one.flatten(0, -2).double() for one in (at_logits.x, at_logits.grads))
         actual = {"weight": g.mT @ x, "bias": g.sum(0)}
-        half = call.autocast[1] or any(torch.finfo(one.dtype).bits == 16 for one in (*floating, at_logits.x))
+        # a cast of the weight may be what is mapped, and autograd's gradient is rounded to the weight's own dtype
+        rounded = (*floating, at_logits.x, *expected.values())
+        half = call.autocast[1] or any(torch.finfo(one.dtype).bits == 16 for one in rounded)
         allowed = _SAME_GRADIENT_16_BIT if half else _SAME_GRADIENT
         same = all(
             name in expected and (actual[name] - expected[name]).abs().max() <= allowed * expected[name].abs().max()
@@ -64,6 +70,12 @@ class Router(Layer):
     ) -> Iterator[tuple[str, PerExampleGrads]]:
         rows = next(len(grad) for grad in output_grads if grad is not None)
         if (at_logits := _at_logits(call, output_grads)) is None:
+            raise UnsupportedModuleError(
+                f"{type(call.module).__name__} maps its input once by its weight in the first examples, and not so "
+                "here. Let it do the same in every batch, or leave its parameters out with "
+                "parameters=lambda name, parameter: ..."
+            )
+        if at_logits.grads is None:
             return  # no gradient goes on to the logits
         dtype = torch.promote_types(at_logits.grads.dtype, call.module.weight.dtype)
         x, g = (one.reshape(rows, -1, one.shape[-1]).to(dtype) for one in (at_logits.x, at_logits.grads))
@@ -74,14 +86,14 @@ class Router(Layer):
 
 
 class _AtLogits(NamedTuple):
-    """Input of the linear map, ``[..., I]``, and gradient at its output, ``[..., O]``."""
+    """Input of the linear map, ``[..., I]``, and gradient at its output, ``[..., O]``, if any arrives there."""
 
     x: Tensor
-    grads: Tensor
+    grads: Tensor | None
 
 
 def _at_logits(call: Call, output_grads: Sequence[Tensor | None]) -> _AtLogits | None:
-    """Run a router once more; ``None`` if its weight is not used in one linear map, or no gradient arrives there."""
+    """Run a router once more; ``None`` if its weight is not used in one linear map."""
     uses = _Uses(call.module.weight)
 
     def back_propagated(output: Any) -> Tensor | None:
@@ -94,7 +106,7 @@ def _at_logits(call: Call, output_grads: Sequence[Tensor | None]) -> _AtLogits |
 
     with torch.enable_grad(), uses:
         grads = call.run(then=back_propagated)
-    return None if grads is None else _AtLogits(uses.found[0][0], grads)
+    return _AtLogits(uses.found[0][0], grads) if len(uses.found) == 1 else None
 
 
 class _Uses(TorchFunctionMode):

@@ -196,7 +196,8 @@ class Rows:
         if site in self._verdicts:
             return self._verdicts[site]
         probes = self._weighted.get(site, [])
-        if not probes or any(weighted is None or weighted.shape != grad.shape for weighted in probes):
+        several_calls = len(probes) != len(self._exponents)
+        if not probes or several_calls or any(weighted is None or weighted.shape != grad.shape for weighted in probes):
             return False
         for weighted, weights in zip(probes, self._weights(grad), strict=True):
             owners = site.order.owners(self._num_examples).to(weights.device)

@@ -1,6 +1,7 @@
 """Operations from tensors to tensors: contracts, checks and PyTorch references. No ``nn.Module`` is known here."""
 
 from fishkern.ops.embedding_sum_grad_squared import embedding_rows, embedding_sum_grad_squared
+from fishkern.ops.expert_sum_grad_squared import expert_sum_grad_squared
 from fishkern.ops.group_sum_grad_squared import group_sum_grad_squared
 from fishkern.ops.log_histogram import log_histogram
 from fishkern.ops.masked_adamw import masked_adamw_
@@ -13,6 +14,7 @@ from fishkern.ops.sum_position_grad_squared import sum_position_grad_squared
 __all__ = [
     "embedding_rows",
     "embedding_sum_grad_squared",
+    "expert_sum_grad_squared",
     "group_sum_grad_squared",
     "log_histogram",
     "masked_adamw_",

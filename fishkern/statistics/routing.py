@@ -5,13 +5,29 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fishkern.layers import are_experts
+from fishkern.layers.training import in_backward
+
+
+class Choices(NamedTuple):
+    """Choices of experts in a batch, compared with those of its examples alone.
+
+    Args:
+        compared: How often a position chose experts, each time it came to a module of experts.
+        changed: How many of these choices fell on other experts than alone.
+        unmatched: Names of modules of experts that were called on other numbers of positions in the batch than alone,
+            or another number of times, so that their choices are not compared.
+    """
+
+    compared: int
+    changed: int
+    unmatched: tuple[str, ...]
 
 
 class Routing:
@@ -22,13 +38,14 @@ class Routing:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._experts = [module for module in model.modules() if are_experts(module)]
-        self._sent: dict[nn.Module, Tensor] = {}
-        self._alone: dict[nn.Module, list[Tensor]] = defaultdict(list)
+        self._experts = {module: name for name, module in model.named_modules() if are_experts(module)}
+        self._sent: dict[nn.Module, list[Tensor]] = defaultdict(list)
+        self._alone: dict[nn.Module, list[list[Tensor]]] = defaultdict(list)
+        self._examples = 0
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """Note the calls inside the ``with`` block; of several calls of a module the last counts."""
+        """Note the calls inside the ``with`` block, but not those that activation checkpointing repeats."""
         handles = [module.register_forward_pre_hook(self._note, with_kwargs=True) for module in self._experts]
         try:
             yield
@@ -38,26 +55,32 @@ class Routing:
 
     def end_example(self) -> None:
         """Note that the latest calls were those of an example alone."""
-        for module, index in self._sent.items():
-            self._alone[module].append(index)
+        self._examples += 1
+        for module, calls in self._sent.items():
+            self._alone[module].append(calls)
         self._sent.clear()
 
-    def changed(self) -> tuple[int, int]:
+    def choices(self) -> Choices:
         """Compare the latest calls, of a batch, with those of its examples alone.
 
         Returns:
-            How many choices, of a position at a module, fell on other experts, and of how many.
+            What they have in common.
         """
         changed = total = 0
-        for module, together in self._sent.items():
-            alone = torch.cat([*self._alone[module], together[:0]])
-            if alone.shape == together.shape:
-                changed += int((alone != together).any(-1).sum())
-                total += len(together)
-        return changed, total
+        unmatched = []
+        for module, name in self._experts.items():
+            together, alone = self._sent.get(module, []), self._alone.get(module, [])
+            calls = [torch.cat(calls) for calls in zip(*alone, strict=False)]
+            same = len(alone) in (0, self._examples) and {len(calls) for calls in alone} <= {len(together)}
+            if not same or [call.shape for call in calls] != [call.shape for call in together]:
+                unmatched.append(name)
+                continue
+            changed += sum(int((one != other).any(-1).sum()) for one, other in zip(calls, together, strict=True))
+            total += sum(map(len, together))
+        return Choices(total, changed, tuple(unmatched))
 
     def _note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         leaves = tree_leaves((args, kwargs))
         index = next((one for one in leaves if isinstance(one, Tensor) and not one.is_floating_point()), None)
-        if index is not None:
-            self._sent[module] = index.detach().flatten(0, -2).sort(-1).values  # their order does not matter
+        if index is not None and not in_backward():
+            self._sent[module].append(index.detach().flatten(0, -2).sort(-1).values)  # their order does not matter

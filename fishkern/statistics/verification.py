@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from fishkern.names import listed
+
 SLACK = 2
 """This multiple of the model's own batch noise is allowed, because it is measured on fewer examples than the error."""
 SHOWN = 12
@@ -56,6 +58,8 @@ class Verification:
         noise_overlap: The same between the model's own gradients in a batch and alone.
         choices: On the examples of the noise, how often a position chose experts, each time it came to such a module.
         changed_choices: How many of these choices were others in a batch than alone.
+        unmatched_choices: Modules of experts whose choices are not compared, because they were called on other numbers
+            of positions in the batch than alone, or another number of times.
         loop_seconds: Time of the loop.
         estimate_seconds: Time of ``estimate``, its survey and self-check included; ``None`` for given statistics.
         largest: Largest entry, in magnitude, of the loop's statistics.
@@ -73,6 +77,7 @@ class Verification:
     noise_overlap: float
     choices: int
     changed_choices: int
+    unmatched_choices: tuple[str, ...]
     loop_seconds: float
     estimate_seconds: float | None
     largest: float
@@ -165,6 +170,11 @@ class Verification:
             lines.append(
                 f"{self.changed_choices} of {self.choices} choices of experts are others in a batch than alone"
                 f"{', which no rounding explains' if self.changed_choices else ''}"
+            )
+        if self.unmatched_choices:
+            lines.append(
+                "choices of experts not compared, since the calls in a batch are others than alone: "
+                f"{listed(self.unmatched_choices)}"
             )
         if self.estimate_seconds is not None:
             lines.append(f"fishkern took {self.estimate_seconds:.2f} s, the loop {self.loop_seconds:.2f} s")

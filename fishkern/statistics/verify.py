@@ -57,7 +57,7 @@ def verify(
     rounding plus twice that noise. Noise too large to be rounding is a failure: the examples of a batch interact. So is
     a loop without any gradient. Rounding is that of the coarsest dtype that a parameter or a module's output has.
     Where a position chooses other experts in a batch than alone, its gradients differ by more than rounding; the report
-    counts such choices on the same examples.
+    counts such choices on the same examples, and names modules of experts whose calls do not match.
 
     Cost: the loop, once, and one backward pass of the first batch for each of its examples. Memory: two float32
     accumulators for each parameter, three for the first batch; one gradient at a time.
@@ -120,7 +120,7 @@ def verify(
         _run_alone(loop, data, progress if callable(progress) else lambda done, total: None)
         loop_seconds = _clock(model) - start
         truth = loop.results(examples)
-    changed, choices = routing.changed()
+    choices = routing.choices()
     # a tensor subclass may say that it requires a gradient, and still get none
     for name in [name for name in comparable if is_wrapped(named[name]) and name not in loop.arrived]:
         del comparable[name], truth[name]
@@ -137,8 +137,9 @@ def verify(
         density=density,
         overlap=overlap(statistics.blocks if isinstance(statistics, Statistics) else statistics, truth, density),
         noise_overlap=noise.overlap,
-        choices=choices,
-        changed_choices=changed,
+        choices=choices.compared,
+        changed_choices=choices.changed,
+        unmatched_choices=choices.unmatched,
         largest=max(map(largest, truth.values())),
         loop_seconds=loop_seconds,
         estimate_seconds=estimate_seconds,

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks.cases import (
+    expert_sum_grad_squared,
     group_sum_grad_squared,
     log_histogram,
     masked_adamw,
@@ -324,6 +325,35 @@ def test_groups_in_small(name, monkeypatch):
     assert records["fishkern"]["bytes"] == 5 * 6 * (24 + 20) * 4 + 8 * results["fishkern"].numel()
     for provider in ("torch", "unreduced"):
         torch.testing.assert_close(results[provider], results["fishkern"], rtol=1e-5, atol=1e-5)
+
+
+@ON_A_CPU
+def test_experts_in_small(monkeypatch):
+    """Every provider of them adds the same sums; ours has its error in the record."""
+    pytest.importorskip("triton")
+    case = expert_sum_grad_squared.ExpertCase(E=3, O=24, I=20, N=2, rows=9)
+    inputs = case.inputs(CPU)
+    monkeypatch.setattr(type(case), "inputs", lambda self, device: in_float32(inputs))
+    results = {}
+
+    def in_float32(inputs):
+        return {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
+
+    def called_once(providers, *, ours, device):
+        total = providers["fishkern"].keywords["out"]
+        for provider, run in providers.items():
+            total.zero_()
+            run()
+            results[provider] = total.clone()
+        return {provider: {"ms": {}} for provider in providers}
+
+    monkeypatch.setattr(expert_sum_grad_squared, "time_providers", called_once)
+    records = {record["provider"]: record for record in expert_sum_grad_squared._measure(case, CPU)}
+    assert float(records["fishkern"]["error"]) < 1e-6
+    for provider in ("torch", "each_expert"):
+        torch.testing.assert_close(results[provider], results["fishkern"], rtol=1e-5, atol=1e-5)
+    assert not results["fishkern"][0].any()
+    assert results["fishkern"][1:].all()
 
 
 @ON_A_CPU

@@ -16,6 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE, LAUNCHER = "kernels/_sum_grad_squared_device.py", "kernels/sum_grad_squared.py"
+EXPERTS, EXPERTS_DEVICE = "kernels/expert_sum_grad_squared.py", "kernels/_expert_sum_grad_squared_device.py"
+CHUNKS = "kernels/_chunks.py"
 GRAMS = "kernels/_group_by_grams.py"
 GROUP, GROUP_DEVICE = "kernels/group_sum_grad_squared.py", "kernels/_group_sum_grad_squared_device.py"
 PROJECT, PROJECT_DEVICE = "kernels/project_sum_squared.py", "kernels/_project_sum_squared_device.py"
@@ -30,6 +32,10 @@ TESTS = {
     "sum_grad_squared": (
         ["tests/kernels/test_sum_grad_squared.py", "tests/ops/test_sum_grad_squared.py"],
         "not torch and not memory",
+    ),
+    "expert_sum_grad_squared": (
+        ["tests/kernels/test_expert_sum_grad_squared.py", "tests/ops/test_expert_sum_grad_squared.py"],
+        "not torch and not reference",
     ),
     "group_sum_grad_squared": (
         ["tests/kernels/test_group_sum_grad_squared.py", "tests/ops/test_group_sum_grad_squared.py"],
@@ -71,6 +77,34 @@ SUM_GRAD_SQUARED: Planted = {
     "strides of activations ignored": (PROBLEM, '"stride_xi": x[-1]', '"stride_xi": 1'),
     "few positions: the second forgotten": (DEVICE, "tl.static_range(T)", "tl.static_range(1)"),
 }
+EXPERT_SUM_GRAD_SQUARED: Planted = {
+    "all experts the first": (EXPERTS_DEVICE, "e = tl.program_id(1)", "e = tl.program_id(1) * 0"),
+    "chunks of the next expert": (
+        EXPERTS_DEVICE, "cuts, row, column, e, N", "cuts, row, column, (e + 1) % parts, N"
+    ),
+    "results of the experts over each other": (
+        EXPERTS_DEVICE, "_store_tile(out, total, e, row,", "_store_tile(out, total, e * 0, row,"
+    ),
+    "experts of one chunk skipped": (
+        EXPERTS_DEVICE, "tl.load(cuts + e) == tl.load(cuts + e + 1)", "tl.load(cuts + e) >= tl.load(cuts + e + 1) - 1"
+    ),
+    "groups of the expert before": (
+        CHUNKS,
+        "searchsorted(expert.to(offsets).long(), numbers)",
+        "searchsorted(expert.to(offsets).long(), numbers - 1)",
+    ),
+    "an expert's first group lost": (
+        CHUNKS,
+        "searchsorted(expert.to(offsets).long(), numbers)]",
+        "searchsorted(expert.to(offsets).long(), numbers, right=True)]",
+    ),
+    "stride of the experts ignored": (
+        EXPERTS, '"stride_op": out.strides[0]', '"stride_op": out.shape[1] * out.shape[2]'
+    ),
+    "results overwritten": (EXPERTS, '"ADD": problem.add', '"ADD": False'),
+    "results not initialised": (EXPERTS, "add = out is not None", "add = True"),
+    "sides exchanged, but not the result's": (EXPERTS, "out=self.out.mT)", "out=self.out.mT.contiguous())"),
+}  # fmt: skip
 GROUP_SUM_GRAD_SQUARED: Planted = {
     "rows of a tile summed for columns": (
         GROUP_DEVICE,
@@ -220,6 +254,7 @@ MASKED_SGD: Planted = {
 }  # fmt: skip
 MUTANTS: dict[str, Planted] = {
     "sum_grad_squared": SUM_GRAD_SQUARED,
+    "expert_sum_grad_squared": EXPERT_SUM_GRAD_SQUARED,
     "group_sum_grad_squared": GROUP_SUM_GRAD_SQUARED,
     "project_sum_squared": PROJECT_SUM_SQUARED,
     "streaming_topk": STREAMING_TOPK,

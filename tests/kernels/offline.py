@@ -39,6 +39,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fishkern.kernels import expert_sum_grad_squared as experts
 from fishkern.kernels import group_sum_grad_squared as group
 from fishkern.kernels import project_sum_squared as projections
 from fishkern.kernels import streaming_topk as topk
@@ -75,10 +76,11 @@ class Case:
     tf32: bool = False
     T: int = 512
     by: str | None = None  # groups that are summed over, else none
+    experts: bool = False
 
     def __str__(self) -> str:
         tiles = "x".join(map(str, list(self.config.constants.values())[:3])) if self.config else f"T={self.T}"
-        options = {"packed": self.packed, "mean": self.mean, "tf32": self.tf32}
+        options = {"packed": self.packed, "mean": self.mean, "tf32": self.tf32, "experts": self.experts}
         words = [name for name, value in options.items() if value] + ([f"by {self.by}"] if self.by else [])
         return " ".join([self.on.family, NAMES[self.dtype], self.loads, tiles, *words])
 
@@ -87,7 +89,7 @@ class Case:
         O, I = 4096 + odd, (self.config.BLOCK_I if self.config else 4096) - odd
         x, g = (torch.empty(8, self.T, width, dtype=self.dtype, device="meta") for width in (I, O))
         offsets = None
-        if self.packed:
+        if self.packed or self.experts:
             x, g, offsets = x.flatten(0, 1), g.flatten(0, 1), torch.arange(9) * self.T
         if self.loads == "vectors" and self.on is H100:
             g = torch.empty(*g.mT.shape, dtype=self.dtype, device="meta").mT  # position last, as convolutions have it
@@ -95,6 +97,9 @@ class Case:
             rows = self.by == "row"
             sums = torch.empty(O if rows else I, device="meta")
             return group.launches(group.Operands(x, g, offsets, sums, rows=rows), self.on, self.config)[0]
+        if self.experts:
+            operands = experts.Operands(x, g, torch.arange(8) // 2, offsets, torch.empty(4, O, I, device="meta"))
+            return experts.launch_of(operands, self.on, self.config)
         out = torch.empty(O, I, device="meta")
         grad_out = torch.empty(O, I, device="meta") if self.mean else None
         operands = Operands(x, g, offsets, out, grad_out, allow_tf32=self.tf32)
@@ -115,6 +120,8 @@ def cases(every: bool) -> Iterator[Case | Projected | Recorded]:
             yield Case(on, dtype, loads, config)
             if every or (best and itemsize == 2 and on is not MI300):
                 yield Case(on, dtype, loads, config, packed=True)
+            if widest and (every or (best and itemsize == 2)):
+                yield Case(on, dtype, loads, config, experts=True)
             if every or best:
                 yield Case(on, dtype, loads, config, by="row")
             if itemsize == 2 and (best or (every and widest)):

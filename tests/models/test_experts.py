@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from tests.support.exactness import LIMIT, assert_exact, paths
 from tests.support.oracle import squares_one_by_one, worst_error
 
 pytest.importorskip("transformers")
+
+expert_squares = import_module("fishkern.ops.expert_sum_grad_squared")  # the package's attribute is the function
 
 
 def is_of_experts(name: str) -> bool:
@@ -202,15 +205,14 @@ def test_experts_behind_a_change_of_their_blocks_input_are_checked_on_every_batc
     assert "fused" in assert_tower(Normed(), sizes=(3, 2))
 
 
-add_expert, factors = routed._add_expert, expert_call.ExpertCall.factors
+by_expert, factors = expert_squares._by_expert, expert_call.ExpertCall.factors
 grads_of_experts = experts.Experts.per_example_grads
 
 
-def one_example_fewer(total, x, g, counts, backend):
+def one_example_fewer(expert, offsets):
     """Of each expert."""
-    rows = sum(counts[:-1])
-    if rows:
-        add_expert(total, x[:rows], g[:rows], counts[:-1], backend)
+    for e, of_expert, lengths in by_expert(expert, offsets):
+        yield e, slice(of_expert.start, of_expert.stop - lengths[-1]), lengths[:-1]
 
 
 def share_twice(self, grads):
@@ -228,7 +230,7 @@ def swapped(self, *args):
 
 
 PLANTED = {
-    "one example fewer": (routed, "_add_expert", one_example_fewer),
+    "one example fewer": (expert_squares, "_by_expert", one_example_fewer),
     "positions for examples": (routed.Routed, "unflattened", lambda self, N: self),
     "a share twice": (expert_call.ExpertCall, "factors", share_twice),
     "no share": (expert_call.ExpertCall, "factors", without_share),

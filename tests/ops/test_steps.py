@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.engine.memory import peak_allocated
 from fishkern.digests import digest
+from fishkern.ops.expert_sum_grad_squared import expert_sum_grad_squared_torch
 from fishkern.ops.group_sum_grad_squared import group_sum_grad_squared_torch
 from fishkern.ops.project_sum_squared import project_sum_squared_torch
 from fishkern.ops.sum_grad_squared import sum_grad_squared_torch
@@ -46,6 +47,13 @@ def squared(N, T, I, O, dtype=torch.float32, **options):
 
 def grouped(N, T, I, O, by, dtype=torch.float32):
     return partial(group_sum_grad_squared_torch, *factors(N, T, I, O, dtype), by=by)
+
+
+def sent(groups: dict[int, list[int]], I, O, dtype=torch.float32, **options):
+    """Rows that were sent to four experts, so many for each example."""
+    call = packed([length for lengths in groups.values() for length in lengths], I, O, dtype)
+    expert = torch.tensor([e for e, lengths in groups.items() for _ in lengths])
+    return partial(expert_sum_grad_squared_torch, **call, num_experts=4, expert=expert, **options)
 
 
 def as_strided(N, T, I, O, K):
@@ -83,6 +91,11 @@ CALLS = {
     "squares added to a tensor": squared(4, 64, 512, 512, out=torch.zeros(512, 512)),
     "squares of packed examples": partial(sum_grad_squared_torch, **packed([3, 400, 0, 70], 512, 300, BFLOAT16)),
     "squares of no example": squared(0, 3, 64, 64),
+    "squares of experts": sent({0: [3, 40, 1, 1], 1: [60, 80], 3: [1] * 200}, 512, 300),
+    "squares of experts, by one row and by several": sent({2: [1] * 300 + [100, 150, 2]}, 300, 200, BFLOAT16),
+    "squares of experts added to a tensor": sent({0: [30, 1], 2: [500]}, 700, 400, out=torch.zeros(4, 400, 700)),
+    "squares of experts in bfloat16": sent({1: [300, 200]}, 700, 400, BFLOAT16),
+    "squares of experts without rows": sent({}, 64, 64),
     "groups by row": grouped(8, 128, 1024, 768, "row"),
     "groups by column": grouped(8, 128, 1024, 768, "column"),
     "groups by tensor": grouped(8, 128, 1024, 768, "tensor"),

@@ -486,3 +486,28 @@ def test_choices_of_experts_that_change_in_a_batch_are_counted(moved):
     (line,) = [line for line in found.summary if "choices" in line]
     assert line.startswith(f"{2 * moved} of 42 choices of experts are others in a batch than alone")
     assert ("no rounding" in line) == bool(moved) == (not found.ok)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_experts_whose_calls_do_not_match_are_named(times):
+    """Planted: in a batch, the experts of the first layer are called twice, each time with half of the shares."""
+    specimen = zoo.mixtral()
+    experts = specimen.model.model.layers[0].mlp.experts
+
+    class Halved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = experts
+
+        def forward(self, rows, index, shares):
+            calls = times if len(rows) > 7 else 1
+            return sum(self.inside(rows, index, shares / calls) for _ in range(calls))
+
+    specimen.model.model.layers[0].mlp.experts = Halved()
+    found = fk.verify(specimen.model, [specimen.batch(3, 7)])
+    assert found.ok
+    assert found.choices == (2 if times == 1 else 1) * 3 * 7
+    assert found.changed_choices == 0
+    name = "model.layers.0.mlp.experts.inside"
+    assert found.unmatched_choices == (() if times == 1 else (name,))
+    assert sum("not compared, since the calls" in line and name in line for line in found.summary) == times - 1

@@ -234,6 +234,7 @@ def _driver() -> None:
 def _small() -> None:
     """Sizes that two cores can allocate, off the tiles as the real ones are."""
     from benchmarks.cases import (
+        expert_sum_grad_squared,
         group_sum_grad_squared,
         log_histogram,
         masked_adamw,
@@ -257,7 +258,9 @@ def _small() -> None:
     layers = sum_grad_squared, group_sum_grad_squared, project_sum_squared
     for cases in (*(module.CASES for module in layers), smoke.LAYERS, variants.CASES):
         cases.update({name: shorter(case) for name, case in cases.items()})
-    sum_grad_squared.EXPERTS, sum_grad_squared.LORA_LAYERS = 3, 1
+    sum_grad_squared.LORA_LAYERS = 1
+    experts = {name: replace(case, E=3, O=70, I=40, N=2) for name, case in expert_sum_grad_squared.CASES.items()}
+    expert_sum_grad_squared.CASES.update(experts)
 
     def tiny(case: Workload) -> Workload:
         sizes = dict(layers=1, hidden=16, intermediate=24, vocabulary=31, heads=4, key_heads=2)
