@@ -33,8 +33,8 @@ class Step(NamedTuple):
 def in_one_step(describe: Callable[P, Step]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a plan take an operation as one step.
 
-    Tensors without values say whom to tell: their ``fake_mode`` has a function ``take`` then. With all other tensors
-    the operation runs.
+    Tensors without values say whom to tell: their ``fake_mode`` has a function ``take`` then. The first tensor of a
+    call is asked, since tensors with and without values do not mix; with values the operation runs.
 
     Args:
         describe: Takes the arguments of the operation, and describes what a call of it takes.
@@ -46,13 +46,13 @@ def in_one_step(describe: Callable[P, Step]) -> Callable[[Callable[P, R]], Calla
     def decorate(operation: Callable[P, R]) -> Callable[P, R]:
         @wraps(operation)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            for value in (*args, *kwargs.values()):
-                take = getattr(getattr(value, "fake_mode", None), "take", None)
-                if take is not None:
-                    step = describe(*args, **kwargs)
-                    take(step)
-                    return step.result
-            return operation(*args, **kwargs)
+            first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            take = getattr(getattr(first, "fake_mode", None), "take", None)
+            if take is None:
+                return operation(*args, **kwargs)
+            step = describe(*args, **kwargs)
+            take(step)
+            return step.result
 
         run.describe = describe
         return run

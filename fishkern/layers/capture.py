@@ -34,7 +34,7 @@ from fishkern.layers.rows import Rows
 from fishkern.layers.rules import factored
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.unsupported import UnsupportedModuleError
-from fishkern.layers.uses import Sink, Uses
+from fishkern.layers.uses import Sink, Uses, sites_by_key
 
 
 class Capture:
@@ -55,6 +55,7 @@ class Capture:
 
     def __init__(self, sites: Sequence[Site], sink: Sink, *, squares: bool = True, factors: bool = False) -> None:
         self._sites = sites
+        self._by_key = sites_by_key(sites)
         self._sink = sink
         self._squares = squares
         self._factors = factors
@@ -171,7 +172,7 @@ class Capture:
         self._num_examples, self._counted = num_examples, counted
         self._rows = Rows(num_examples)
         options = {"squares": self._squares, "documents": self._documents}
-        self._uses = Uses(self._sites, self._sink, num_examples=num_examples, **options)
+        self._uses = Uses(self._by_key, self._sink, num_examples=num_examples, **options)
 
     def _mark(self) -> Any:
         """Say which pass a call belongs to: here there is one at a time."""

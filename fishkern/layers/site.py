@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import nn
@@ -59,12 +60,12 @@ class Site:
     axis: int = 1
     settled: bool = True
 
-    @property
+    @cached_property
     def reads_input(self) -> bool:
         """Whether the tensors of a call are saved until its backward."""
         return self.layer is None or self.layer.reads_input(frozenset(self.keys))
 
-    @property
+    @cached_property
     def reruns(self) -> bool:
         """Whether the module runs once more to get the gradients."""
         return self.layer is None or self.layer.reruns

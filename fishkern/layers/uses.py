@@ -12,7 +12,7 @@ For its addition to them, the embedding later needs the head's gradient only at 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,11 +30,27 @@ from fishkern.ops import embedding_rows
 Sink = Callable[[str, PerExampleGrads], None]
 
 
+def sites_by_key(sites: Iterable[Site]) -> dict[str, list[Site]]:
+    """List the sites of each parameter.
+
+    Args:
+        sites: All sites.
+
+    Returns:
+        Those of each, by canonical name.
+    """
+    of: dict[str, list[Site]] = defaultdict(list)
+    for site in sites:
+        for key in site.keys.values():
+            of[key].append(site)
+    return dict(of)
+
+
 class Uses:
     """The uses of each parameter in one forward pass and its backward passes.
 
     Args:
-        sites: All sites.
+        sites: The sites of each parameter, by canonical name (:func:`sites_by_key`).
         sink: Called with a parameter's canonical name and its per-example gradients.
         squares: Whether the sink only adds squares, which may then be delivered in parts.
         num_examples: ``N`` of the batch.
@@ -47,17 +63,14 @@ class Uses:
 
     def __init__(
         self,
-        sites: Sequence[Site],
+        sites: Mapping[str, Sequence[Site]],
         sink: Sink,
         *,
         squares: bool,
         num_examples: int,
         documents: Documents | None = None,
     ) -> None:
-        self._by_key: dict[str, list[Site]] = defaultdict(list)
-        for site in sites:
-            for key in site.keys.values():
-                self._by_key[key].append(site)
+        self._by_key = sites
         self._sink = sink
         self._squares = squares
         self._num_examples = num_examples

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 
+@cache
 def accumulates_in(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which values of a dtype are multiplied, summed and squared.
 
