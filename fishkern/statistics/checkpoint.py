@@ -105,8 +105,8 @@ class Checkpoint:
                 return cls(facts, metadata["likelihood"], place, planned, tensors)
         except ValueError as error:
             raise ValueError(
-                f"checkpoint= names the file of an unfinished estimate, from which it goes on: {error} Or give another "
-                "name, to begin at the first batch."
+                f"there is no unfinished estimate in {path}, which checkpoint= names: {error} Or give another name, to "
+                "begin at the first batch."
             ) from None
 
 
@@ -167,5 +167,7 @@ def _check_tensors(place: Place, planned: list[int], tensors: Mapping[str, Store
     """Refuse a file that lacks what it must have by its own header."""
     if not place.batches or not planned or planned[0] != 0 or planned[-1] >= place.batches:
         raise ValueError("it has counted nothing")
-    if tensors["digests"].shape != (place.batches, 16):
+    if tensors["digests"].shape != (place.batches, 16) or tensors["digests"].dtype != torch.uint8:
         raise ValueError("it lacks digests of its batches")
+    if any(f"generator 0 {what}" not in tensors for what in ("own", *(f"planned {number}" for number in planned))):
+        raise ValueError("it lacks states of generators")

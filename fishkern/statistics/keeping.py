@@ -144,7 +144,7 @@ class Keeper:
         batches = iter(data)
         stored = Checkpoint.read(self._path)
         if stored is not None:
-            self._demand_same_call(stored)
+            self._demand_same_call(stored, running.states)
             yield from self._again(stored, batches, data, running)
             batches = self._go_on(stored, batches, data, running)
             report.go_on(data.examples)
@@ -269,10 +269,15 @@ class Keeper:
             hashed.update(part)
         return hashed.digest()
 
-    def _demand_same_call(self, stored: Checkpoint) -> None:
+    def _demand_same_call(self, stored: Checkpoint, states: States) -> None:
         if stored.facts != self._facts:
             changes = in_brief(changes_in_words(stored.facts, self._facts), 600)
             raise ValueError(f"{self._path} is the checkpoint of another call: {changes}. {_advice(self._path)}")
+        for name in states.names:
+            for number, total in enumerate(sums(states[name])):
+                kept = stored.tensors.get(_key(number, name))
+                if kept is None or (kept.shape, kept.dtype) != (total.shape, total.dtype):
+                    raise ValueError(f"{self._path} is damaged: it lacks sums of {name}. {_advice(self._path)}")
 
     def _demand_end(self, batches: Iterator[Examples], data: Data) -> None:
         """Refuse data that goes on where it has ended before; a loader with a state may begin anew there."""

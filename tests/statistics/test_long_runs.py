@@ -429,7 +429,7 @@ def test_a_file_of_something_else_is_not_touched(part):
         file = part.with_name(name)
         file.touch()
         content = file.read_bytes()
-        with pytest.raises(ValueError, match=r"checkpoint= names the file of an unfinished estimate.*another name"):
+        with pytest.raises(ValueError, match=r"there is no unfinished estimate in .*another name"):
             of("empirical", small(), data(), checkpoint=file)
         assert file.read_bytes() == content
 
