@@ -65,6 +65,7 @@ from fishkern.statistics import (
     merge,
     plan,
     prepare,
+    union,
     verify,
 )
 
@@ -144,6 +145,7 @@ __all__ = [
     "prepare",
     "select",
     "tr_pts",
+    "union",
     "use_backend",
     "verify",
     "why_not_triton",
