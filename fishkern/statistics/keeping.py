@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fishkern.files import check_target, in_brief
+from fishkern.files import check_target, in_brief, remove_leftovers
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.autograd_pass import AutogradPass
 from fishkern.statistics.base import sums
@@ -142,6 +142,7 @@ class Keeper:
             OSError: The file cannot be written; an older one is unchanged.
         """
         batches = iter(data)
+        remove_leftovers(self._path)  # each may be as large as the checkpoint
         stored = Checkpoint.read(self._path)
         if stored is not None:
             self._demand_same_call(stored, running.states)
@@ -149,7 +150,7 @@ class Keeper:
             batches = self._go_on(stored, batches, data, running)
             report.go_on(data.examples)
             if stored.place.ended:
-                self._demand_end(batches, data)
+                self._demand_end(stored, batches, data)
                 return
         saved = time.monotonic()
         learned = _learned(data, running)
@@ -188,7 +189,7 @@ class Keeper:
         """Read the batches of the checkpoint, compare them, and give those on which plans depend."""
         digests = stored.tensors["digests"].read().numpy()
         # a loader with a state is set to its place afterwards
-        count = stored.planned[-1] + 1 if data.has_state else stored.place.batches
+        count = stored.planned[-1] + 1 if _is_restored(data, stored) else stored.place.batches
         for number in range(count):
             batch = next(batches, None)
             if batch is None:
@@ -227,7 +228,7 @@ class Keeper:
         one_pass.connected = place.connected
         running.units, self._batch_size = place.units, place.batch_size
         running.randomness.go_on(_generators(stored, "own"))
-        if data.has_state:
+        if _is_restored(data, stored):
             batches.close()
             self._state = {name: stored.tensors[name].read() for name in ("loader", "users")}
             counted = {"examples": place.examples, "batches": place.batches, "dropped": place.dropped}
@@ -279,9 +280,9 @@ class Keeper:
                 if kept is None or (kept.shape, kept.dtype) != (total.shape, total.dtype):
                     raise ValueError(f"{self._path} is damaged: it lacks sums of {name}. {_advice(self._path)}")
 
-    def _demand_end(self, batches: Iterator[Examples], data: Data) -> None:
+    def _demand_end(self, stored: Checkpoint, batches: Iterator[Examples], data: Data) -> None:
         """Refuse data that goes on where it has ended before; a loader with a state may begin anew there."""
-        if not data.has_state and next(batches, None) is not None:
+        if not _is_restored(data, stored) and next(batches, None) is not None:
             raise ValueError(
                 f"the data ended after {len(self._digests)} batches when {self._path} was written, and goes on. "
                 f"{_advice(self._path)}"
@@ -301,6 +302,11 @@ def _generators(stored: Checkpoint, what: str) -> list[Tensor]:
 def _state_of(data: Data) -> dict[str, Tensor]:
     """Return the state of a loader that has one, and that of the generator from which it may draw."""
     return {"loader": packed(data.state(), "the loader"), "users": torch.get_rng_state()} if data.has_state else {}
+
+
+def _is_restored(data: Data, stored: Checkpoint) -> bool:
+    """Tell whether a loader with a state takes its place from the file; the loader of then may have had none."""
+    return data.has_state and "loader" in stored.tensors
 
 
 def _learned(data: Data, running: Running) -> Hashable:

@@ -361,6 +361,24 @@ def test_a_loader_with_a_state_is_restored(part):
     assert loader.given == [0, 1, 4, 5]  # the first two are those on which the plans depend
 
 
+def test_a_loader_with_a_state_and_one_without_take_over_from_each_other(part):
+    class Silent(Stateful):
+        def read(self):
+            for number, batch in enumerate(self.batches[self.at :]):
+                if number == self.fails_at:
+                    raise Broken
+                self.at += 1
+                self.given.append(self.at)
+                yield batch
+
+    whole = of("mc", small(), data())
+    interrupt(part, 3, "mc")
+    with pytest.raises(Broken):
+        of("mc", small(), Silent(data(), fails_at=5), checkpoint=part)
+    assert unfinished(part).batches == 5
+    assert_same(of("mc", small(), data(), checkpoint=part), whole)
+
+
 def test_a_state_of_a_loader_that_cannot_be_kept_is_refused_at_once(part):
     class Opaque(Stateful):
         def state_dict(self):
@@ -411,6 +429,22 @@ def test_a_full_disk_loses_nothing(part, monkeypatch, at):
     assert os.listdir(part.parent) == ["fisher.part"]
     assert unfinished(part).batches == 3
     assert_same(of("mc", small(), data(), checkpoint=part), whole)
+
+
+def test_what_a_kill_during_a_write_has_left_is_removed(part):
+    interrupt(part, 3)
+    left = part.with_name(".fisher.part.0123abcd.tmp")
+    left.write_bytes(b"half")
+    others = [part.with_name(name) for name in (".fisher.part.rank-1.0123abcd.tmp", ".fisher.party.0123abcd.tmp")]
+    for other in others:
+        other.touch()
+    assert_same(of("empirical", small(), data(), checkpoint=part), of("empirical", small(), data()))
+    assert sorted(part.parent.iterdir()) == sorted(others)
+    long = part.with_name("x" * 60)
+    others.append(part.with_name(f".{'x' * 40}.0123abcd.tmp"))  # of another rank, perhaps
+    others[-1].touch()
+    assert of("empirical", small(), data(), checkpoint=long).count == sum(SIZES)
+    assert sorted(part.parent.iterdir()) == sorted(others)
 
 
 def test_a_full_disk_does_not_hide_why_the_data_ended(part, monkeypatch):
@@ -521,4 +555,4 @@ def test_a_process_that_is_killed_at_ten_points_ends_in_the_same_bits(tmp_path, 
     first, *killed, last = forked(KILLED, cases, imports="import torch._dynamo, fishkern")
     assert [one.returncode for one in (first, *killed, last)] == [0, *[-9] * 10, 0], (first.stderr, last.stderr)
     assert load(resumed["saved"]) == load(whole["saved"])
-    assert not Path(common["part"]).exists()
+    assert sorted(os.listdir(tmp_path)) == ["resumed.safetensors", "whole.safetensors"]
