@@ -67,6 +67,7 @@ from fishkern.statistics import (
     merge,
     plan,
     prepare,
+    union,
     verify,
 )
 
@@ -148,6 +149,7 @@ __all__ = [
     "prepare",
     "select",
     "tr_pts",
+    "union",
     "use_backend",
     "verify",
     "why_not_triton",

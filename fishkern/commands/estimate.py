@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +14,17 @@ from typer import Option
 
 import fishkern as fk
 from fishkern.commands.options import Json, Workload, with_options
-from fishkern.commands.output import checked_path, console, next_command, progress, rows_in_words, size_on_disk
+from fishkern.commands.output import (
+    checked_path,
+    console,
+    next_command,
+    note,
+    progress,
+    rows_in_words,
+    size_on_disk,
+)
 from fishkern.commands.workload import Prepared, checked_device, fitting, likelihood_of, predicate, prepare, with_origin
+from fishkern.statistics import unfinished
 
 
 @with_options
@@ -47,6 +58,11 @@ def estimate(
     accumulate_on: Annotated[
         str, Option(metavar="NAME", help="Device of the sums, such as cpu; by default the model's.")
     ] = "",
+    save_every: Annotated[
+        float | None,
+        Option(min=0, metavar="SECONDS", help="Save unfinished sums so often.", show_default="never"),
+    ] = None,
+    restart: Annotated[bool, Option("--restart", help="Discard unfinished sums.")] = False,
     json_: Json = False,
 ) -> None:
     """Estimate the exact diagonal Fisher of a model on data.
@@ -56,6 +72,9 @@ def estimate(
     Rows are drawn at random with the seed, or read from the start with --first.
 
     The file records how it was made: fishkern show FILE.
+
+    With --save-every the same command goes on after an interruption, with the same result as without; until the end
+    the sums are beside FILE, with the suffix .part.
     """
     target = checked_path(out)
     recipe = _recipe(fisher_type, unit, mc_samples, max_label_passes, draws=draws, seed=work.seed)
@@ -65,8 +84,18 @@ def estimate(
     prepared = prepare(work, samples)
     likelihood = likelihood_of(reduction, prepared.described["task"])
     total = len(prepared.examples)
+    part = target.with_suffix(".part")
+    if restart:
+        part.unlink(missing_ok=True)
+    before = None if save_every is None else unfinished(part)
+    if before is not None:
+        note(f"going on from {part}: {before.examples:,} of {total:,} examples counted")
+    sizes: list[int] = []
 
     def run(size: int) -> tuple[fk.Statistics, int]:
+        if sizes:  # the last one did not fit, and sums of batches of another size do not go on
+            part.unlink(missing_ok=True)
+        sizes.append(size)
         statistics = fk.estimate(
             prepared.model,
             prepared.batches(size),
@@ -76,12 +105,14 @@ def estimate(
             accumulate_on=accumulate_on or None,
             check=not no_check,
             progress=lambda done, _: report(done, total),
+            **({} if save_every is None else {"checkpoint": part, "save_every": save_every}),
         )
         return statistics, size
 
     start = time.perf_counter()
-    with progress("estimating", "examples") as report:
-        statistics, batch_size = fitting(run, work.batch_size, prepared.device, total)
+    begun, size = (0, work.batch_size) if before is None else (before.examples, work.batch_size or before.batch_size)
+    with _saying_how_to_go_on(part, saves=save_every is not None), progress("estimating", "examples", begun) as report:
+        statistics, batch_size = fitting(run, size, prepared.device, total)
     seconds = time.perf_counter() - start
     statistics = with_origin(statistics, {**prepared.described, "batch_size": batch_size, "from": work.model})
     path = statistics.save(target)
@@ -90,6 +121,16 @@ def estimate(
         print(json.dumps(result, indent=2))
     else:
         _show(result, path, total / seconds)
+
+
+@contextmanager
+def _saying_how_to_go_on(part: Path, *, saves: bool) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if saves and part.exists():
+            note("the same command goes on from there")
+        raise
 
 
 def _recipe(

@@ -25,6 +25,10 @@ _PHRASES = (
     (r"pass token_layers=\[\]", "give --token-layers none"),
     (r"\bPass likelihood=", "In Python, pass likelihood="),
     (r"choose a scaling such as 1 or 2", "choose an --alpha that is a multiple of the rank"),
+    (r"Make the call that \S+ is of, or delete it", "Give the options of then, or --restart"),
+    (r", which checkpoint= names", ""),
+    (r"Or give another name, to begin", "Or give another --out, or --restart to begin"),
+    (r"Seed the sampler, as by DataLoader\(.*?\)\)\. ", ""),
     (r"\bmax_examples\b", "--samples"),
     (r"\bcheck=False\b", "--no-check"),
 )

@@ -5,10 +5,10 @@
 ``name.safetensors.index.json``), and the header says what they are.
 """
 
-from fishkern.files.atomic import atomic_write, check_target
-from fishkern.files.loading import Format, check_format, files_of, format_of, open_tensors
+from fishkern.files.atomic import atomic_write, check_target, remove_leftovers
+from fishkern.files.loading import Format, check_format, files_of, format_of, open_one, open_tensors
 from fishkern.files.parsing import checked_shape, in_brief, parsing, read_count, read_json
-from fishkern.files.saving import check_cast, save_tensors
+from fishkern.files.saving import check_cast, save_tensors, write_one
 from fishkern.files.tensors import PIECE, AnyTensor, StoredTensor, pieces
 
 __all__ = [
@@ -24,10 +24,13 @@ __all__ = [
     "files_of",
     "format_of",
     "in_brief",
+    "open_one",
     "open_tensors",
     "parsing",
     "pieces",
     "read_count",
     "read_json",
+    "remove_leftovers",
     "save_tensors",
+    "write_one",
 ]

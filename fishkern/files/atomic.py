@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import IO, Any, Literal
+
+_LONGEST = 40  # characters of its name that a temporary file has, since a name has at most 255 bytes
 
 
 @contextmanager
@@ -32,7 +35,7 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["wb", "w"] = "wb") 
     """
     check_target(path)
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name[:40]}.{token_hex(4)}.tmp")  # cut: a name has at most 255 bytes
+    temporary = path.with_name(f"{_prefix(path)}{token_hex(4)}.tmp")
     try:
         try:  # "x" fails where "w" would write into a file that is there
             file = open(temporary, mode.replace("w", "x"), encoding="utf-8" if mode == "w" else None)  # noqa: SIM115
@@ -52,6 +55,26 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["wb", "w"] = "wb") 
         with suppress(OSError):
             temporary.unlink()
     sync(path.parent)
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Remove what killed processes have left behind of a file that only one process at a time writes.
+
+    Args:
+        path: As given to :func:`atomic_write`. Of a name that is cut there, nothing is removed, since it may be that of
+            another file.
+    """
+    path = Path(os.path.realpath(path))
+    if len(path.name) > _LONGEST:
+        return
+    for left in path.parent.glob(f"{glob.escape(_prefix(path))}????????.tmp"):
+        with suppress(OSError):
+            left.unlink()
+
+
+def _prefix(path: Path) -> str:
+    """Say how the names of temporary files begin."""
+    return f".{path.name[:_LONGEST]}."
 
 
 def check_target(path: str | os.PathLike[str], name: str = "") -> None:

@@ -66,13 +66,13 @@ def save_tensors(
     shards = _shards(tensors, dtype, max_shard_size)
     try:
         if len(shards) <= 1:
-            _write(single, tensors, metadata, dtype)
+            write_one(single, tensors, metadata, dtype)
             index.unlink(missing_ok=True)  # an older sharded set is the valid one up to here
             sync(single.parent)
             return single
         weight_map = {}
         for file, shard in zip(_free_names(single, len(shards)), shards, strict=True):
-            _write(file, shard, metadata | {"index": index.name}, dtype)
+            write_one(file, shard, metadata | {"index": index.name}, dtype)
             weight_map |= dict.fromkeys(shard, file.name)
         total_size = sum(_nbytes(tensor, dtype) for tensor in tensors.values())
         with atomic_write(index, "w") as file:
@@ -82,10 +82,21 @@ def save_tensors(
         _remove_stale(single, index, format)
 
 
-def _write(
-    path: Path, tensors: Mapping[str, AnyTensor], metadata: Mapping[str, str], dtype: torch.dtype | None
+def write_one(
+    path: Path, tensors: Mapping[str, AnyTensor], metadata: Mapping[str, str], dtype: torch.dtype | None = None
 ) -> None:
-    """Write one ``.safetensors`` file piece by piece; ``safetensors.torch.save_file`` needs all of it in memory."""
+    """Write one file in the format of safetensors, piece by piece; safetensors' own function needs all in memory.
+
+    Args:
+        path: The file, whatever its suffix.
+        tensors: The tensors by name.
+        metadata: All entries of the header.
+        dtype: Cast to this dtype; ``None`` keeps each tensor's own.
+
+    Raises:
+        OSError: As in :func:`atomic_write`.
+        ValueError: A value overflows ``dtype``, or a non-zero one becomes zero in float16.
+    """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():

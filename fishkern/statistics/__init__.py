@@ -1,6 +1,7 @@
 """Model and batches in, statistics out."""
 
 from fishkern.statistics.base import Constant, Estimator, ParameterInfo
+from fishkern.statistics.checkpoint import unfinished
 from fishkern.statistics.coverage import Covered
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.diagonal_kronecker import DiagonalKronecker
@@ -32,6 +33,7 @@ from fishkern.statistics.prepared import Prepared, prepare
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.sketched_fisher import SketchedFisher
 from fishkern.statistics.token_losses import TokenLosses
+from fishkern.statistics.union import union
 from fishkern.statistics.verification import Compared, Verification
 from fishkern.statistics.verify import verify
 
@@ -79,5 +81,7 @@ __all__ = [
     "merge",
     "plan",
     "prepare",
+    "unfinished",
+    "union",
     "verify",
 ]

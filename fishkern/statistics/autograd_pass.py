@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 from torch import Tensor, nn
 
@@ -57,6 +57,11 @@ class AutogradPass:
         self.paths = dict.fromkeys(parameters, ("sketch" if of_examples else "batch", ""))
         self.connected = False
         self.loss: Tensor | float = 0.0
+
+    @property
+    def learned(self) -> Hashable:
+        """What changes when a batch shows something on which later ones depend."""
+        return self._independence.learned, self._connection.connected
 
     def prepare(self, batch: Examples) -> None:
         """Do what comes before the first batch, and meet the segments under reentrant checkpointing.

@@ -244,6 +244,11 @@ class Reader:
         self._unused = list(patterns)
         self.withheld: set[str] = set()
 
+    @property
+    def learned(self) -> Hashable:
+        """What changes when a batch settles how later ones are read."""
+        return len(self._settled)
+
     def __call__(self, raw: Any, number: int) -> Examples:
         """Read a batch.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -61,6 +61,11 @@ class CapturedPass:
     def paths(self) -> Mapping[str, tuple[str, str]]:
         """Path and reason for each parameter."""
         return self._planner.paths
+
+    @property
+    def learned(self) -> Hashable:
+        """What changes when a batch shows something on which later ones depend."""
+        return self._planner.learned
 
     def prepare(self, batch: Examples) -> None:
         """Do what comes before the first batch.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +46,7 @@ class Data:
         self.examples = 0
         self.batches = 0
         self.dropped = 0
+        self._users: Tensor | None = None
 
     @property
     def total(self) -> int | None:
@@ -54,9 +55,47 @@ class Data:
         sizes = [size for size in (known, self._shard.size) if size is not None]
         return min(sizes, default=None)
 
+    @property
+    def learned(self) -> Hashable:
+        """What changes when a batch settles how later ones are read."""
+        return self._reader.learned
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the iterable knows where it is, as torchdata's ``StatefulDataLoader`` does."""
+        # accelerate's loaders have the methods in any case, and a loader inside that may lack them
+        inner = getattr(self._batches, "base_dataloader", self._batches)
+        return all(callable(getattr(inner, name, None)) for name in ("state_dict", "load_state_dict"))
+
+    def state(self) -> Any:
+        """Return where the iterable is, after the batches given so far.
+
+        Returns:
+            What its ``state_dict()`` gives.
+        """
+        return self._batches.state_dict()
+
+    def go_on(self, state: Any, users: Tensor, *, examples: int, batches: int, dropped: int) -> None:
+        """Let the next iteration go on where an earlier one was.
+
+        Args:
+            state: From :meth:`state`.
+            users: State of the user's generator then, from which the data may draw.
+            examples: Number of examples given by then.
+            batches: Number of batches.
+            dropped: Number of documents without a label.
+        """
+        self._batches.load_state_dict(state)
+        self._users = users
+        self.examples, self.batches, self.dropped = examples, batches, dropped
+
     def __iter__(self) -> Iterator[Examples]:
         limit = self._shard.limit
-        for raw in self._batches:
+        raws = iter(self._batches)
+        if self._users is not None:  # here, since the iterable itself may draw when an iteration begins
+            torch.set_rng_state(self._users)
+            self._users = None
+        for raw in raws:
             batch = self._reader(raw, self.batches)
             if batch.documents is not None and self._shard.by_rows:
                 raise ValueError(
@@ -118,6 +157,16 @@ class Progress:
         self._total = total
         self._number, self._passes = number, passes
         self._start = self._shown = time.monotonic()
+        self._begun = 0
+
+    def go_on(self, begun: int) -> None:
+        """Begin where an earlier run was.
+
+        Args:
+            begun: Number of examples that it had done.
+        """
+        self._start, self._begun = time.monotonic(), begun
+        self(begun)
 
     def __call__(self, done: int) -> None:
         if callable(self._report):
@@ -125,9 +174,9 @@ class Progress:
             self._report(before + done, None if self._total is None else self._passes * self._total)
         elif self._report and time.monotonic() - self._shown > 0.2:
             self._shown = time.monotonic()
-            rate = done / (self._shown - self._start)
+            rate = (done - self._begun) / (self._shown - self._start)
             of_total = f"/{self._total}" if self._total else ""
-            remaining = f", {(self._total - done) / rate:.0f} s left" if self._total else ""
+            remaining = f", {(self._total - done) / rate:.0f} s left" if self._total and rate else ""
             which = f" (pass {self._number + 1} of {self._passes})" if self._passes > 1 else ""
             sys.stderr.write(f"\restimating{which}: {done}{of_total} examples, {rate:.1f}/s{remaining}\033[K")
             sys.stderr.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,11 +16,13 @@ from fishkern.backend import Backend
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.base import Estimator, sums
 from fishkern.statistics.batches import Shared
+from fishkern.statistics.call_facts import facts_of_call
 from fishkern.statistics.choosing import Requested
 from fishkern.statistics.coverage import slowest_paths
 from fishkern.statistics.data import Data, Progress
 from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.held import Held
+from fishkern.statistics.keeping import LongRun
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.likelihood_argument import OWN_TOKENS
 from fishkern.statistics.notes import note_own_tokens
@@ -49,6 +52,8 @@ def estimate(
     progress: bool | Callable[[int, int | None], None] = False,
     shared: Shared = None,
     prepared: Prepared | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    save_every: float = 600,
 ) -> Statistics | Held:
     """Estimate a statistic of a model's gradients over data.
 
@@ -92,6 +97,14 @@ def estimate(
         prepared: From :func:`fishkern.prepare`, which has done what comes before the first batch. ``estimator``,
             ``likelihood``, ``parameters``, ``accumulate_on``, ``backend`` and ``shared`` are then as prepared where
             they are ``None``, and so is ``check`` in any case.
+        checkpoint: File of a checkpoint, such as ``"fisher.part"``, written every so often and removed at the end. If
+            it is there, the call goes on from it, to the bits of a call that was never interrupted: it reads the
+            batches that were counted and compares them, or restores a loader that has ``state_dict`` and
+            ``load_state_dict``. The pass must be the same: estimator, parameters, weights, structure of the model,
+            likelihood, ``check``, ``max_examples``, backend, version of torch. Several ranks or passes have a file
+            each, with a suffix. The file takes the memory of the accumulators; all weights and batches are read for
+            their digests.
+        save_every: Seconds between two writes of the checkpoint. It is written as well when ``batches`` raises.
 
     Returns:
         The mean over examples. Its coverage says which path computed each parameter.
@@ -100,10 +113,12 @@ def estimate(
         TypeError: A batch is neither a mapping nor a pair, or an argument is of another type than described.
         ValueError: There are no data, no trainable parameters or no labels; a loss is not finite or is not the model's
             own; the examples of a batch interact, or the model does not keep the documents of packed rows apart; an
-            entry of a batch cannot be assigned to examples; or model, batch or request are not those of ``prepared``.
+            entry of a batch cannot be assigned to examples; model, batch or request are not those of ``prepared``; or
+            call or data are not those of the checkpoint.
         UnsupportedModuleError: The gradients of a module cannot be exact; the message says how to avoid it.
         RuntimeError: It runs under ``torch.inference_mode()``; or another rank has failed, or estimates other
             parameters.
+        OSError: The checkpoint cannot be written; one that was written before is unchanged.
     """
     model = hosts.unwrap(model)
     if not isinstance(prepared, Prepared | None):
@@ -118,12 +133,15 @@ def estimate(
         request = request_of(model, options, max_examples)
         if prepared is not None:
             prepared.demand_request(request, options)
+        backend = backends.current() if options.backend is None else options.backend
+        if checkpoint is not None:
+            long_run = LongRun(checkpoint, save_every, len(request.groups), ranks)
+            facts = facts_of_call(request, options, backend, max_examples, ranks)
     _refuse_one_reading(request, batches)
     estimator, groups = request.estimator, request.groups
     ranks.demand_equal({key: tuple(info.shape) for key, info in request.infos.items()}, "the parameters to estimate")
     reader = reader_for(model, options.likelihood, options.shared)
     answering = Answering(model, options.likelihood) if prepared is None else prepared.answering
-    backend = backends.current() if options.backend is None else options.backend
     results: dict[str, Any] = {}
     paths: dict[str, tuple[str, str]] = {}
     passed: list[Passed] = []
@@ -133,7 +151,8 @@ def estimate(
         states = States({name: request.infos[name] for name in names}, estimator, backend)
         part = {name: request.tensors[name] for name in names}
         known = None if prepared is None else prepared.known[number]
-        one = OnePass(model, part, estimator, states, answering, options.check, known)
+        keeper = None if checkpoint is None else long_run.keeper(number, facts, states)
+        one = OnePass(model, part, estimator, states, answering, options.check, known, keeper)
         passed.append(one.over(data, ranks, report))
         paths |= slowest_paths(ranks.gathered(passed[-1].paths))
         results |= _results(states, estimator, ranks, passed[-1].counts.units)
@@ -142,7 +161,7 @@ def estimate(
     _note_zeros(results)
     note_own_tokens(reader.withheld - (set() if prepared is None else prepared.withheld))
     description = f"{answering.description}{OWN_TOKENS if reader.withheld else ''}"
-    return estimator.collect(
+    collected = estimator.collect(
         model,
         results,
         count=passed[0].counts.units,
@@ -152,6 +171,9 @@ def estimate(
         },
         coverage=coverage_of(request, paths),
     )
+    if checkpoint is not None:
+        long_run.remove()
+    return collected
 
 
 def _refuse_one_reading(request: Request, batches: Iterable[Any]) -> None:

@@ -211,6 +211,22 @@ class Held(Mapping[str, Part]):
             coverage=renamed(self._coverage, fn),
         )
 
+    def to(self, device: str | torch.device) -> Self:
+        """Bring every tensor to a device, also those on disk.
+
+        Args:
+            device: Such as ``"cuda"`` or ``"cpu"``.
+
+        Returns:
+            A new result; tensors that are there already are not copied.
+        """
+        return type(self)(
+            {entry: self._read(entry).to(device) for entry in self._entries},
+            count=self.count,
+            provenance=self.provenance,
+            coverage=self._coverage,
+        )
+
     @classmethod
     def mean(cls, parts: Sequence[Self], shares: Sequence[float], definition: Mapping[str, Any]) -> Self:
         """Take the weighted mean of results of different data, whose definitions, names and shapes are equal.

@@ -57,6 +57,11 @@ class Independence:
         self._alone: list[float] = []
         self.note: str | None = None
 
+    @property
+    def learned(self) -> Hashable:
+        """What changes when examples have been compared."""
+        return len(self._compared), self.note
+
     def awaits(self, few: Examples) -> bool:
         """Tell whether examples of such a batch have yet to be compared.
 

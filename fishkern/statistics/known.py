@@ -7,17 +7,16 @@ the data) is found out in each pass anew, so that it adds the same bits as one t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fishkern.digests import exact_digest
 from fishkern.layers import Connection, Plan
 from fishkern.statistics.batches import Examples
-from fishkern.statistics.contents import is_array, is_single, is_structure, items_of
+from fishkern.statistics.contents import bytes_of
 from fishkern.statistics.independence import Independence
 from fishkern.statistics.structure import Facts, demand_same, facts_of_batch
 
@@ -163,7 +162,7 @@ class Known:
 
     def _digest(self, few: Examples) -> bytes | None:
         hashed = blake2b(repr(self._checkpointing).encode(), digest_size=16)
-        for part in _parts(few.content):
+        for part in bytes_of(few.content):
             if part is None:
                 return None
             hashed.update(part)
@@ -173,19 +172,3 @@ class Known:
 def _described(plan: Plan) -> tuple[Any, ...]:
     """Describe all of a plan that decides what is added, and to what rounding."""
     return plan.uses, plan.unsettled, plan.loop.keys(), plan.reused, set(plan.idle)
-
-
-def _parts(value: Any) -> Iterator[bytes | None]:
-    """Give the bytes of a nest piece by piece; ``None`` where a value has none that say what it is."""
-    if isinstance(value, Tensor):
-        yield exact_digest(value) if type(value) is Tensor and value.layout is torch.strided else None
-    elif is_structure(value) or isinstance(value, list):
-        items = list(items_of(value))
-        yield repr((isinstance(value, Mapping), [key for key, _ in items])).encode()
-        for _, item in items:
-            yield from _parts(item)
-    elif is_array(value):
-        plain = hasattr(value, "tobytes") and getattr(value.dtype, "hasobject", True) is False
-        yield repr((value.dtype, value.shape)).encode() + value.tobytes() if plain else None
-    else:
-        yield repr(value).encode() if is_single(value) else None

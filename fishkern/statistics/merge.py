@@ -35,7 +35,9 @@ def merge(a: Result, b: Result | None = None, *more: Result, weights: Sequence[f
             all 0.
     """
     parts = (a, b, *more)
-    _check_statistics(parts)
+    check_results(parts, "merge")
+    if None in parts[1:]:
+        raise TypeError("merge takes two statistics or more: merge(a, b).")
     for part in parts[1:]:
         _check_mergeable(a, part)
     shares = _shares(parts, weights)
@@ -50,19 +52,28 @@ def merge(a: Result, b: Result | None = None, *more: Result, weights: Sequence[f
     return type(a).mean(parts, shares, definition)
 
 
-def _check_statistics(parts: Sequence[object]) -> None:
+def check_results(parts: Sequence[object], function: str) -> None:
+    """Refuse anything but results of one kind.
+
+    Args:
+        parts: The arguments of the caller; ``None`` is passed over.
+        function: The name of the caller.
+
+    Raises:
+        TypeError: There are none, one is not a result, or they are of several kinds.
+    """
+    if not parts:
+        raise TypeError(f"{function} takes statistics one by one: {function}(a, b).")
     others = [part for part in parts if part is not None and not isinstance(part, Held)]
     if others and isinstance(others[0], list | tuple):
-        raise TypeError("merge takes statistics one by one: merge(*parts), not merge(parts).")
+        raise TypeError(f"{function} takes statistics one by one: {function}(*parts), not {function}(parts).")
     if others:
         raise TypeError(
-            f"merge takes statistics, such as estimate gives, got {type(others[0]).__name__}. To average models, "
+            f"{function} takes statistics, such as estimate gives, got {type(others[0]).__name__}. To average models, "
             "weight each by its statistics."
         )
     if kinds := {type(part).__name__ for part in parts if part is not None and type(part) is not type(parts[0])}:
-        raise TypeError(f"merge takes results of one kind, got {type(parts[0]).__name__} and {', '.join(kinds)}.")
-    if None in parts[1:]:
-        raise TypeError("merge takes two statistics or more: merge(a, b).")
+        raise TypeError(f"{function} takes results of one kind, got {type(parts[0]).__name__} and {', '.join(kinds)}.")
 
 
 def _shares(parts: Sequence[Held], weights: Sequence[float] | None) -> list[float]:
@@ -78,12 +89,29 @@ def _shares(parts: Sequence[Held], weights: Sequence[float] | None) -> list[floa
     return shares
 
 
-def _check_mergeable(a: Held, b: Held) -> None:
-    ours, theirs = a.provenance["definition"], b.provenance["definition"]
+def check_definitions(a: Held, b: Held, do: str, apart_from: Sequence[str] = ()) -> None:
+    """Refuse results of different definitions.
+
+    Args:
+        a: A result.
+        b: Another one.
+        do: What results of one definition do, such as ``"merge"``.
+        apart_from: Entries of the definitions that may differ.
+
+    Raises:
+        ValueError: They differ; the message says in what.
+    """
+    ours, theirs = (
+        {key: value for key, value in one.provenance["definition"].items() if key not in apart_from} for one in (a, b)
+    )
     if ours != theirs:
         keys = [key for key in (ours | theirs) if key not in ours or key not in theirs or ours[key] != theirs[key]]
         values = [f"{key} ({_shown(ours, key)} and {_shown(theirs, key)})" for key in keys]
-        raise ValueError(f"only statistics of one definition merge; these differ in {', '.join(values)}.")
+        raise ValueError(f"only statistics of one definition {do}; these differ in {', '.join(values)}.")
+
+
+def _check_mergeable(a: Held, b: Held) -> None:
+    check_definitions(a, b, "merge")
     for some, others in ((a, b), (b, a)):
         if missing := [name for name in some if name not in others]:
             raise ValueError(f"only statistics of the same parameters merge; one lacks {listed(missing)}.")

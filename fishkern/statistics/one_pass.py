@@ -18,6 +18,7 @@ from fishkern.statistics.cutting import answering_parts
 from fishkern.statistics.data import Data, Progress
 from fishkern.statistics.head_logits import Onlooker
 from fishkern.statistics.independence import Independence
+from fishkern.statistics.keeping import Keeper, Running
 from fishkern.statistics.known import Known
 from fishkern.statistics.planning import Planner
 from fishkern.statistics.positions import counted_positions
@@ -68,6 +69,7 @@ class OnePass:
         answering: Runs the model on a batch.
         check: As for :func:`fishkern.estimate`.
         known: What earlier passes have found out, and this one adds to; ``None`` if no later one will ask.
+        keeper: Writes the checkpoint, from which the pass goes on; ``None`` for none.
     """
 
     model: nn.Module
@@ -77,6 +79,7 @@ class OnePass:
     answering: Answering
     check: bool
     known: Known | None = None
+    keeper: Keeper | None = None
 
     def over(self, data: Data, ranks: Ranks, report: Progress) -> Passed:
         """Add every batch, on every rank.
@@ -126,8 +129,8 @@ class OnePass:
         """Add this rank's batches; return the number of units, the pass, and what is known of its precision."""
         one_pass, independence = self._begin(entered)
         randomness = OwnRandomness(data.device)
-        units = 0
-        for batch in data:
+        running = Running(one_pass, self.states, self.answering, randomness)
+        for batch in data if self.keeper is None else self.keeper.over(data, running, report):
             if data.batches == 1:
                 if self.known is not None:
                     self.known.demand_structure(batch)
@@ -138,10 +141,10 @@ class OnePass:
                     self.answering.meet(batch)
             with randomness.drawing():  # the model's draws, not those of the data, come from the pass's own stream
                 one_pass.run(batch)
-            units += self.estimator.units(batch.num_examples)
+            running.units += self.estimator.units(batch.num_examples)
             report(data.examples)
         self._keep(independence, entered)
-        return units, one_pass, independence
+        return running.units, one_pass, independence
 
     def _begin(self, entered: Entered) -> tuple[AutogradPass | CapturedPass, Independence]:
         answer_parts = answering_parts(self.answering)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from itertools import islice
 
 import torch
@@ -89,6 +89,7 @@ class Planner:
         self._first: dict[Kind, range] = {}  # places of the first batch that got a plan of each kind
         self._plans: dict[Kind, Plan] = {}
         self._strayed: dict[str, str] = {}
+        self._revision = 0
         self._announced: set[str] = set() if known is None else known.announced
         stored = stored_weights(model)
         self._stored = {key for key in parameters.keys() & stored.keys() if not is_wrapped(parameters[key])}
@@ -122,7 +123,13 @@ class Planner:
                     self._known.keep(self._independence, self._connection)
                     self._known.learn(kind, few, plan, self.distrusted)
             self._plans[kind] = plan
+            self._revision += 1
         return self._plans[kind]
+
+    @property
+    def learned(self) -> Hashable:
+        """What changes when a batch shows something on which the plans of later ones depend."""
+        return self._revision, len(self.distrusted)
 
     def take(self, plan: Plan) -> None:
         """Take a plan as given, for all batches.
@@ -135,6 +142,7 @@ class Planner:
     def forget(self) -> None:
         """Discard the plans, so that the next batch is surveyed again."""
         self._plans.clear()
+        self._revision += 1
         self._contradicted = True
 
     def note_strays(self, strays: Mapping[str, str]) -> None:
@@ -145,6 +153,7 @@ class Planner:
         """
         self.refuse_stored(strays)
         self._strayed |= strays
+        self._revision += 1
         self._plans = {kind: plan.with_loop(strays) for kind, plan in self._plans.items()}
         self._announce(Plan((), strays))
 

@@ -49,6 +49,22 @@ class OwnRandomness:
         finally:
             self._states = states
 
+    def now(self) -> list[torch.Tensor]:
+        """Return the states of the pass's own stream: of the CPU's generator, and on a GPU also of its own.
+
+        Returns:
+            For each generator ``[S]``, uint8.
+        """
+        return self._current() if self._states is None else list(self._states)
+
+    def go_on(self, states: list[torch.Tensor]) -> None:
+        """Let the pass's own stream go on from other states.
+
+        Args:
+            states: From :meth:`now`.
+        """
+        self._states = list(states)
+
     def _current(self) -> list[torch.Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]
 

@@ -119,12 +119,25 @@ def demand_same(before: Facts, now: Facts) -> None:
     """
     if before == now:
         return
+    raise ValueError(
+        f"this pass was prepared for something else: {changes_in_words(before, now)}. Undo that, or prepare again with "
+        "fishkern.prepare(model, batch, ...)."
+    )
+
+
+def changes_in_words(before: Facts, now: Facts) -> str:
+    """Say in what two structures differ.
+
+    Args:
+        before: Facts.
+        now: The same, later.
+
+    Returns:
+        The first few differences, and how many more there are.
+    """
     changes = [text for _, group in groupby(_changes(before, now), itemgetter(0)) for text in _shortened(group)]
     more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
-    raise ValueError(
-        f"this pass was prepared for something else: {'; '.join(changes[:_SHOWN])}{more}. Undo that, or prepare again "
-        "with fishkern.prepare(model, batch, ...)."
-    )
+    return f"{'; '.join(changes[:_SHOWN])}{more}"
 
 
 def _changes(before: Facts, now: Facts) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import fishkern as fk
-from tests.support.command import command, fresh
+from fishkern.statistics.captured_pass import CapturedPass
+from tests.support.command import command, fresh, refused
 
 
 def estimated(capsys, tmp_path, *arguments: object, samples: int = 6) -> tuple[fk.Statistics, dict, str]:
@@ -136,6 +137,78 @@ def test_a_batch_that_does_not_fit_is_halved(capsys, tmp_path, models, rows, mon
     status, _, error = command(capsys, "estimate", *arguments, "--batch-size", 4, "--out", tmp_path / "b")
     assert status == 2
     assert "smaller --batch-size" in error
+
+
+@pytest.fixture
+def pressed(monkeypatch):
+    """Control-C is pressed in the batch of this number, counted over all calls."""
+
+    class Pressed:
+        at, runs = None, 0
+
+    run = CapturedPass.run
+
+    def press(self, batch):
+        Pressed.runs += 1
+        if Pressed.runs == Pressed.at:
+            raise KeyboardInterrupt
+        return run(self, batch)
+
+    monkeypatch.setattr(CapturedPass, "run", press)
+    return Pressed
+
+
+def test_an_interrupted_estimate_goes_on(capsys, tmp_path, models, rows, pressed):
+    arguments = ("estimate", models / "llama", "--data", rows / "text.jsonl", "--samples", 10, "--fisher-type", "mc")
+    assert command(capsys, *arguments, "--batch-size", 2, "--out", tmp_path / "whole.safetensors")[0] == 0
+    arguments = (*arguments, "--out", tmp_path / "fisher.safetensors", "--save-every", 0)
+    pressed.runs, pressed.at = 0, 4
+    status, output, error = command(capsys, *arguments, "--batch-size", 2)
+    assert (status, output) == (130, "")
+    assert "the same command goes on from there" in error
+    assert (tmp_path / "fisher.part").exists()
+    other = refused(capsys, *arguments, "--batch-size", 3)
+    assert "batch 0 is not the one" in other
+    assert "Give the options of then, or --restart to begin at the first batch." in other
+    pressed.runs = 0
+    status, _, error = command(capsys, *arguments)  # with the batch size of then
+    assert (status, pressed.runs) == (0, 3)  # of the first batch, which makes the plan, and of the last two
+    assert f"going on from {tmp_path / 'fisher.part'}: 6 of 10 examples counted" in error
+    whole, resumed = (fk.Statistics.load(tmp_path / f"{name}.safetensors") for name in ("whole", "fisher"))
+    assert resumed == whole
+    assert not (tmp_path / "fisher.part").exists()
+
+
+def test_an_unfinished_estimate_is_discarded_on_demand_only(capsys, tmp_path, models, rows, pressed):
+    arguments = ("estimate", models / "llama", "--data", rows / "text.jsonl", "--samples", 8, "--batch-size", 2)
+    arguments = (*arguments, "--out", tmp_path / "fisher.safetensors", "--save-every", 0)
+    pressed.at = 3
+    assert command(capsys, *arguments)[0] == 130
+    assert "is the checkpoint of another call: the argument check was True" in refused(capsys, *arguments, "--no-check")
+    assert (tmp_path / "fisher.part").exists()
+    pressed.runs, pressed.at = 0, None
+    status, _, error = command(capsys, *arguments, "--no-check", "--restart")
+    assert (status, pressed.runs) == (0, 4), error
+    (tmp_path / "fisher.part").write_text("notes")
+    message = refused(capsys, *arguments)
+    assert message.startswith(f"fishkern: there is no unfinished estimate in {tmp_path / 'fisher.part'}: ")
+    assert "Or give another --out, or --restart to begin at the first batch." in message
+
+
+def test_sums_of_a_batch_that_did_not_fit_are_not_gone_on_from(capsys, tmp_path, models, rows, monkeypatch):
+    run, sizes = CapturedPass.run, []
+
+    def small_memory(self, batch):
+        sizes.append(batch.num_examples)
+        if len(sizes) == 2:  # the second batch of eight
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self, batch)
+
+    monkeypatch.setattr(CapturedPass, "run", small_memory)
+    arguments = (models / "llama", "--data", rows / "text.jsonl", "--save-every", 0)
+    statistics, found, _ = estimated(capsys, tmp_path, *arguments, samples=12)
+    assert sizes == [8, 4, 4, 4, 4]
+    assert (found["batch_size"], statistics.count) == (4, 12)
 
 
 @pytest.fixture

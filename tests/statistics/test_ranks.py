@@ -121,10 +121,27 @@ failures = {
     "not dealt": message(lambda: fk.estimate(model, DataLoader(data, 4), **options)),
     "after all that": message(lambda: fk.estimate(model, dealt(), **options)),
 }
+class Breaking(DataLoader):
+    def __iter__(self):
+        for number, batch in enumerate(super().__iter__()):
+            if (rank, number) == (1, 1):
+                raise ConnectionError("gone")
+            yield batch
+
+resumed = {}
+for name, recipe in {"mc": fk.DiagonalFisher("mc"), "passes": fk.DirectionEnergy(layers_per_pass=1)}.items():
+    given = dict(options, estimator=recipe, parameters="*.weight")
+    whole = fk.estimate(model, dealt(batch_size=2), **given)
+    given["checkpoint"] = folder / f"{name}.part"
+    breaking = Breaking(data, 2, sampler=DistributedSampler(data, shuffle=False))
+    failed = message(lambda: fk.estimate(model, breaking, **given))
+    left = sorted(path.name for path in folder.glob(f"{name}.part*.rank-{rank}"))
+    equal = fk.estimate(model, dealt(batch_size=2), **given) == whole
+    resumed[name] = [failed, left, equal, len(list(folder.glob(f"{name}.part*.rank-{rank}")))]
 expected = dict.fromkeys(["ddp", "accelerate", "own parts", "one has none"], "exact")
 expected |= dict.fromkeys(["prepared", "prepared, one on other data"], "exact")
 expected |= {"accelerate, few": "three", "sketched": "exact"}  # with one example in a batch a sketch is exact
-report = {"failures": failures}
+report = {"failures": failures, "resumed": resumed}
 for name, found in together.items():
     truth = alone[expected.get(name, name)]
     gap = max((found.blocks[key] - one).abs().max() / one.abs().max() for key, one in truth.blocks.items())
@@ -229,6 +246,19 @@ def test_a_failure_ends_all(reports):
     assert one["another batch"].startswith("RuntimeError: rank 1 failed with ValueError: this pass was prepared for")
     assert "the entry '1' was a tensor of int64 with 1 axes and is a tensor of int32" in other["another batch"]
     assert one["after all that"] is other["after all that"] is None
+
+
+def test_ranks_go_on_from_their_checkpoints(reports):
+    """Rank 1 fails in its second batch, when rank 0 is further or has ended; each has a file of its own."""
+    for rank, report in enumerate(reports):
+        for name, first in (("mc", f"mc.part.rank-{rank}"), ("passes", f"passes.part.pass-1.rank-{rank}")):
+            failed, left, equal, afterwards = report["resumed"][name]
+            assert (
+                failed == "ConnectionError: gone" if rank else failed.startswith("RuntimeError: rank 1 failed with Con")
+            )
+            assert left == [first]
+            assert equal
+            assert not afterwards
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 3])

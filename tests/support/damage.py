@@ -20,6 +20,7 @@ from fishkern import adapters
 from fishkern.freezing.saved import FreezerState
 from fishkern.selection import load_start, save_start
 from fishkern.statistics import Covered
+from fishkern.statistics.checkpoint import Checkpoint
 from fishkern.tokens import TokenReduction
 
 DEEP = '{"a":' * 20_000 + "1" + "}" * 20_000
@@ -201,6 +202,22 @@ def load_freezer(path: Path) -> None:
     state.to_plain()
 
 
+def write_checkpoint(path: Path) -> Path:
+    def breaking():
+        yield torch.ones(2, 40), torch.tensor([0, 1])
+        raise ConnectionError
+
+    try:
+        fk.estimate(small_model(), breaking(), likelihood=fk.Classification(), checkpoint=path)
+    except ConnectionError:
+        return path
+
+
+def load_checkpoint(path: Path) -> None:
+    for tensor in Checkpoint.read(path).tensors.values():
+        tensor.read()
+
+
 LOADERS = {
     "statistics": Loader(lambda path: read_all(path, lazy=False), lambda path: statistics().save(path)),
     "lazy statistics": Loader(lambda path: read_all(path, lazy=True), lambda path: statistics().save(path)),
@@ -222,6 +239,7 @@ LOADERS = {
     "token reduction": Loader(
         TokenReduction.load, lambda path: TokenReduction([1, 3], 0.7).save(path.with_suffix(".json"))
     ),
+    "checkpoint": Loader(load_checkpoint, write_checkpoint),
     "MaskedAdamW": Loader(load_optimizer(fk.MaskedAdamW), write_optimizer(fk.MaskedAdamW)),
     "MaskedSGD": Loader(load_optimizer(fk.MaskedSGD), write_optimizer(fk.MaskedSGD)),
 }
