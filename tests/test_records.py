@@ -316,11 +316,15 @@ FREEZING_ARMS = {
 }
 
 
-def test_what_freezing_is_worth():
+FREEZING_TASKS = {"MiniLM, SST-2, LoRA": "minilm-sst2-lora", "MiniLM, SST-2, all weights": "minilm-sst2"}
+
+
+@pytest.mark.parametrize("head", FREEZING_TASKS)
+def test_what_freezing_is_worth(head):
     """Three seeds of each arm, at the rate that it has chosen."""
-    rows = cells_of(section_of("freezing.md", "What it is worth"), "MiniLM, SST-2, LoRA")
+    rows = cells_of(section_of("freezing.md", "What it is worth"), head)
     assert [row[0] for row in rows] == list(FREEZING_ARMS)
-    runs = [r for r in records("freezing") if r["setting"]["task"] == "minilm-sst2-lora" and r["seed"] < 3]
+    runs = [r for r in records("freezing") if r["setting"]["task"] == FREEZING_TASKS[head] and r["seed"] < 3]
     for name, *cells in rows:
         own = [run for run in runs if run["arm"] == FREEZING_ARMS[name]]
         assert len(own) == 3
