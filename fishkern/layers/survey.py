@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from fishkern.layers.documents import Documents
 from fishkern.layers.observe import Record, observe
 from fishkern.layers.packed_planner import PackedPlanner
 from fishkern.layers.path_plan import Plan
-from fishkern.layers.planner import Planner, last_call
+from fishkern.layers.planner import Planner, Whole, last_call
 from fishkern.layers.quantized import own_weights
 from fishkern.layers.rules import LAYERS, rule_of
 from fishkern.layers.sample import confirmed_on_sample
@@ -41,6 +42,7 @@ def survey(
     answered: Callable[[Callable[[], Any]], Any] = lambda run: run(),
     num_examples: int = 2,
     documents: Documents | None = None,
+    whole: Whole = nullcontext,
 ) -> Plan:
     """Decide which path computes each parameter.
 
@@ -52,6 +54,7 @@ def survey(
         answered: Calls a function that runs the model (:meth:`fishkern.layers.reentrant.Connection.answered`).
         num_examples: 2; or 1, for a plan that serves batches of one.
         documents: The examples, if they are documents of packed rows; the plan serves batches of such rows.
+        whole: Lets a module run once more, see :data:`fishkern.layers.planner.Whole`.
 
     Returns:
         The plan.
@@ -61,8 +64,8 @@ def survey(
 
     def planner() -> Planner:
         if documents is not None:
-            return PackedPlanner(model, owners, observation, distrusted, documents)
-        return Planner(model, owners, observation, distrusted, num_examples)
+            return PackedPlanner(model, owners, observation, distrusted, documents, whole)
+        return Planner(model, owners, observation, distrusted, num_examples, whole)
 
     first = planner()
     plan = first.plan()

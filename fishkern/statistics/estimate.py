@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fishkern import backend as backends
 from fishkern import hosts
 from fishkern.backend import Backend
 from fishkern.statistics.answering import Answering
-from fishkern.statistics.base import Estimator, sums
+from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Shared
 from fishkern.statistics.choosing import Requested
 from fishkern.statistics.coverage import slowest_paths
@@ -27,6 +28,9 @@ from fishkern.statistics.one_pass import OnePass, Passed
 from fishkern.statistics.prepared import Prepared
 from fishkern.statistics.request import Options, Request, coverage_of, reader_for, request_of
 from fishkern.statistics.result import Statistics
+from fishkern.statistics.sharded_pass import ShardedPass, check_sharded
+from fishkern.statistics.sharded_states import ShardedStates
+from fishkern.statistics.sharding import Sharding
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
 from fishkern.warning import warn_caller
@@ -115,7 +119,10 @@ def estimate(
         if prepared is not None:
             prepared.demand_model(model)
             options = prepared.completed(options)
-        request = request_of(model, options, max_examples)
+        sharding = _sharding_of(model, ranks)
+        request = request_of(model, options, max_examples, fsdp2=sharding is not None)
+        if sharding is not None:
+            check_sharded(request.estimator)
         if prepared is not None:
             prepared.demand_request(request, options)
     _refuse_one_reading(request, batches)
@@ -130,16 +137,21 @@ def estimate(
     for number, names in enumerate(groups):
         data = Data(batches, reader, request.device, max_examples, ranks)
         report = Progress(progress if ranks.rank == 0 else False, data.total, number, len(groups))
-        states = States({name: request.infos[name] for name in names}, estimator, backend)
+        infos = {name: request.infos[name] for name in names}
         part = {name: request.tensors[name] for name in names}
         known = None if prepared is None else prepared.known[number]
-        one = OnePass(model, part, estimator, states, answering, options.check, known)
+        if sharding is None:
+            states = States(infos, estimator, backend)
+            one = OnePass(model, part, estimator, states, answering, options.check, known)
+        else:
+            states = ShardedStates(infos, estimator, backend, sharding=sharding)
+            one = ShardedPass(model, part, estimator, states, answering, options.check, sharding=sharding)
         passed.append(one.over(data, ranks, report))
         paths |= slowest_paths(ranks.gathered(passed[-1].paths))
-        results |= _results(states, estimator, ranks, passed[-1].counts.units)
+        results |= _results(states, ranks, passed[-1].counts.units)
     results = {name: results[name] for name in request.tensors}
     _demand_same_data(passed, ranks)
-    _note_zeros(results)
+    _note_zeros(results, ranks)
     note_own_tokens(reader.withheld - (set() if prepared is None else prepared.withheld))
     description = f"{answering.description}{OWN_TOKENS if reader.withheld else ''}"
     return estimator.collect(
@@ -152,6 +164,13 @@ def estimate(
         },
         coverage=coverage_of(request, paths),
     )
+
+
+def _sharding_of(model: nn.Module, ranks: Ranks) -> Sharding | None:
+    """Describe how FSDP2 shards a model, if it does; what shards it in another way is refused later."""
+    if not hosts.units(model) or hosts.sharded(model, fsdp2=True):
+        return None
+    return Sharding(model, ranks)
 
 
 def _refuse_one_reading(request: Request, batches: Iterable[Any]) -> None:
@@ -179,25 +198,31 @@ def _demand_same_data(passed: Sequence[Passed], ranks: Ranks) -> None:
             )
 
 
-def _results(states: States, estimator: Estimator, ranks: Ranks, units: int) -> dict[str, Any]:
+def _results(states: States, ranks: Ranks, units: int) -> dict[str, Any]:
     """Reduce each state over the ranks and turn it into the statistic, one at a time."""
-    results = {}
+    results: dict[str, Any] = {}
+    infinite: list[str] = []
+    dtypes = {key: states.info(key).value.dtype for key in states.names}
     for key in states.names:
-        state = states.pop(key)  # states are freed one by one as results take their place
-        for total in sums(state):
-            ranks.sum_(total)
-        results[key] = estimator.result(state, units)
-        if not all(bool(leaf.isfinite().all()) for leaf in tree_leaves(results[key]) if isinstance(leaf, Tensor)):
-            raise ValueError(
-                f"the statistic of {key} is not finite although every loss is: its gradients overflow in "
-                f"{states.info(key).value.dtype}. Run the model in float32 or bfloat16."
-            )
+        results[key] = states.result(key, ranks, units)  # states are freed one by one as results take their place
+        if not all(bool(leaf.isfinite().all()) for leaf in _tensors(results[key])):
+            infinite.append(key)
+    if infinite := list(chain.from_iterable(ranks.gathered(infinite))):  # a rank may hold a part of a statistic
+        raise ValueError(
+            f"the statistic of {infinite[0]} is not finite although every loss is: its gradients overflow in "
+            f"{dtypes[infinite[0]]}. Run the model in float32 or bfloat16."
+        )
     return results
 
 
-def _note_zeros(results: Mapping[str, Any]) -> None:
-    if not any(bool(leaf.any()) for leaf in tree_leaves(results) if isinstance(leaf, Tensor)):
+def _note_zeros(results: Mapping[str, Any], ranks: Ranks) -> None:
+    if not any(ranks.gathered(any(bool(leaf.any()) for leaf in _tensors(results)))):
         warn_caller("every entry is exactly zero: no parameter moves this loss.")
+
+
+def _tensors(results: Any) -> list[Tensor]:
+    """List the tensors of a nest of results, of sharded ones the local parts."""
+    return [hosts.local_part(leaf) for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
 
 
 def _described(

@@ -124,18 +124,34 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def sum_(self, tensor: Tensor) -> None:
+    def sum_(self, tensor: Tensor, group: Any = None) -> None:
         """Replace a tensor by its sum over the ranks.
 
         Args:
             tensor: Of the same shape and dtype on every rank.
+            group: A process group of some of the ranks; ``None`` for all.
         """
+        self._reduce_(tensor, "SUM", group)
+
+    def largest(self, tensor: Tensor) -> Tensor:
+        """Find the largest value of each entry over the ranks.
+
+        Args:
+            tensor: Of the same shape and dtype on every rank; changed in place.
+
+        Returns:
+            The tensor.
+        """
+        self._reduce_(tensor, "MAX")
+        return tensor
+
+    def _reduce_(self, tensor: Tensor, operation: str, group: Any = None) -> None:
         if self.count == 1:
             return
         reduced = tensor
         if tensor.device.type == "cpu" and dist.get_backend() == "nccl":  # which works on GPUs only
             reduced = tensor.cuda()
-        dist.all_reduce(reduced)
+        dist.all_reduce(reduced, getattr(dist.ReduceOp, operation), group=group)
         if reduced is not tensor:
             tensor.copy_(reduced)
 
