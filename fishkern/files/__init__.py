@@ -6,6 +6,7 @@
 """
 
 from fishkern.files.atomic import atomic_write, check_target
+from fishkern.files.gathering import is_sharded, write_from_ranks
 from fishkern.files.loading import Format, check_format, files_of, format_of, open_tensors
 from fishkern.files.parsing import checked_shape, in_brief, parsing, read_count, read_json
 from fishkern.files.saving import check_cast, save_tensors
@@ -24,10 +25,12 @@ __all__ = [
     "files_of",
     "format_of",
     "in_brief",
+    "is_sharded",
     "open_tensors",
     "parsing",
     "pieces",
     "read_count",
     "read_json",
     "save_tensors",
+    "write_from_ranks",
 ]

@@ -68,16 +68,12 @@ def sharded(model: nn.Module, *, fsdp2: bool = False) -> str | None:
         The reason and what to do, or ``None`` if every process has all of them.
     """
     whole = "Load the whole model in each process, wrapped in DistributedDataParallel or not at all"
-    fully = (
-        ", or shard it by FSDP2 (torch.distributed.fsdp.fully_shard; in accelerate fsdp_version: 2)" if fsdp2 else ""
-    )
+    fully = ", or shard it by FSDP2 (fully_shard of torch; fsdp_version: 2 of accelerate)" if fsdp2 else ""
     for name, module in model.named_modules():
         kinds = {base.__name__ for base in type(module).__mro__}
         if "FullyShardedDataParallel" in kinds or ("FSDPModule" in kinds and not fsdp2):
-            return (
-                f"FSDP shards the parameters of {name or 'the model'!r}. {whole}, and shard it after the "
-                f"estimate{fully}"
-            )
+            of = repr(name) if name else "'the model'"
+            return f"FSDP shards the parameters of {of}. {whole}, and shard it after the estimate{fully}"
     if (size := getattr(base_model(unwrap(model)), "_tp_size", None) or 1) > 1:
         return f"transformers has split it over {size} processes. {whole}, without tp_plan={fully}"
     owned = set(FullySharded(model).parameters()) if fsdp2 else ()

@@ -30,7 +30,7 @@ from fishkern.statistics.request import Options, Request, coverage_of, reader_fo
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.sharded_pass import ShardedPass, check_sharded
 from fishkern.statistics.sharded_states import ShardedStates
-from fishkern.statistics.sharding import Sharding
+from fishkern.statistics.sharding import sharding_of
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
 from fishkern.warning import warn_caller
@@ -119,8 +119,8 @@ def estimate(
         if prepared is not None:
             prepared.demand_model(model)
             options = prepared.completed(options)
-        sharding = _sharding_of(model, ranks)
-        request = request_of(model, options, max_examples, fsdp2=sharding is not None)
+        sharding = sharding_of(model, ranks)
+        request = request_of(model, options, max_examples, fsdp2=True)
         if sharding is not None:
             check_sharded(request.estimator)
         if prepared is not None:
@@ -164,13 +164,6 @@ def estimate(
         },
         coverage=coverage_of(request, paths),
     )
-
-
-def _sharding_of(model: nn.Module, ranks: Ranks) -> Sharding | None:
-    """Describe how FSDP2 shards a model, if it does; what shards it in another way is refused later."""
-    if not hosts.units(model) or hosts.sharded(model, fsdp2=True):
-        return None
-    return Sharding(model, ranks)
 
 
 def _refuse_one_reading(request: Request, batches: Iterable[Any]) -> None:

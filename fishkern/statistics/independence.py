@@ -159,7 +159,9 @@ class Independence:
     def _values(self, answer: Predictive | Tensor) -> list[float]:
         """Return the losses at the data's labels, or else at labels that rounding cannot change."""
         if self._by_labels or isinstance(answer, Tensor):
-            return self._agreed((losses_of(answer) + 0.0).tolist())  # + 0.0 turns -0.0, which prints differently, into 0.0
+            return self._agreed(
+                (losses_of(answer) + 0.0).tolist()
+            )  # + 0.0 turns -0.0, which prints differently, into 0.0
         if isinstance(answer, Categorical):
             # u = 0 draws the first class of non-zero probability, which rounding does not change
             draws = torch.zeros(answer.num_examples, answer.draws_per_example, dtype=torch.float64)

@@ -145,9 +145,7 @@ class OnePass:
             return answer_parts(batch)
 
         by_labels = self.estimator.definition.get("fisher_type", "empirical") == "empirical"
-        independence = Independence(
-            self.model, answer, Precision(self.model), by_labels=by_labels, agreed=self._agreed
-        )
+        independence = Independence(self.model, answer, Precision(self.model), by_labels=by_labels, agreed=self._agreed)
         if self.known is not None:
             self.known.begin(self.model, independence, entered.connection)
         return self._pass(answer, entered, independence), independence

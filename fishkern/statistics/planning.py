@@ -152,6 +152,11 @@ class Planner:
         self._plans.clear()
         self._contradicted = True
 
+    @property
+    def strayed(self) -> Mapping[str, str]:
+        """Why parameters take the loop whose module was called from outside its host, by canonical name."""
+        return self._strayed
+
     def note_strays(self, strays: Mapping[str, str]) -> None:
         """Move parameters whose module is called from outside its host to the loop, from this batch on.
 

@@ -7,7 +7,7 @@ ordinary autograd, on the same examples on every rank: FSDP2's gradient, a mean 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fishkern import hosts
 from fishkern.layers import Plan, UnsupportedModuleError, leave_out
 from fishkern.names import listed
+from fishkern.statistics.autograd import backward, only_trainable, take_grad
 from fishkern.statistics.autograd_pass import AutogradPass
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples
@@ -64,8 +65,8 @@ class ShardedPass(OnePass):
     sharding: Sharding | None = None  # always given; a field after those with defaults needs one
 
     def over(self, data: Data, ranks: Ranks, report: Progress) -> Passed:
-        units = self.sharding.units
-        with units.differentiating(list(self.requested.values())), units.watched(self.states.exchange):
+        sharding = self.sharding
+        with sharding.differentiating(self.requested), sharding.units.watched(self.states.exchange):
             return super().over(data, ranks, report)
 
     def _run(self, data: Data, entered: Entered, report: Progress) -> tuple[int, CapturedPass, Independence]:
@@ -88,7 +89,7 @@ class ShardedPass(OnePass):
         while True:
             with ranks.failing_together():
                 batch = next(batches, None)
-            kinds = ranks.gathered(None if batch is None else Kind(batch.num_examples == 1, batch.kind))
+            kinds = ranks.gathered(None if batch is None else _kind(batch))
             if not any(kind is not None for kind in kinds):
                 return
             if spare is None:
@@ -96,12 +97,8 @@ class ShardedPass(OnePass):
                 with ranks.failing_together(), randomness.aside():
                     self.answering.begin(spare)
                 self.sharding.units.reshard()  # a forward pass alone leaves the outermost unit whole
-            for rank, kind in enumerate(kinds):
-                if kind is not None and not one_pass.planner.has_plan(kind):
-                    few = one_pass.shared(batch, rank)
-                    with ranks.failing_together(), randomness.drawing():
-                        plan = one_pass.planner.plan_for(few)
-                    ranks.demand_equal(_described(plan), "the paths of parameters")
+            with randomness.drawing():
+                one_pass.plan(batch, kinds)
             yield (spare, False) if batch is None else (batch, True)
 
     def _pass(
@@ -161,7 +158,7 @@ class ShardedCapture(CapturedPass):
         self.planner = planner
         self._sharding = sharding
         self._device = hosts.runs_on(next(iter(parameters.values())))
-        self._looped: set[str] = set()
+        self._looped: dict[str, Collection[int] | None] = {}
 
     def run(self, batch: Examples, *, own: bool = True) -> None:
         """Add one batch of each rank.
@@ -172,17 +169,36 @@ class ShardedCapture(CapturedPass):
         """
         ranks, planner = self._sharding.ranks, self.planner
         planner.begun = True
-        withheld = ranks.gathered(self._captured(planner.plan_for(batch), batch, own=own))
+        withheld = self._captured(planner.plan_for(batch), batch, own=own)
         if not any(withheld):
             return
         # as on one device: a gradient arrived where the survey saw none, or rows follow the data; a batch in which that
         # happened is surveyed
         planner.forget()
+        kinds = ranks.gathered(_kind(batch))
+        self.plan(batch, [kind if each else None for kind, each in zip(kinds, withheld, strict=True)])
+        self.plan(batch, kinds)
         keys = sorted({key for each in withheld for key in each})
-        few = self.shared(batch, next(rank for rank, each in enumerate(withheld) if each))
         only = {key: withheld[ranks.rank].get(key, set()) for key in keys}
-        again = ranks.gathered(self._captured(planner.plan_for(few).only(keys), batch, own=own, only=only))
-        _refuse_slow({key: "its rows cannot be assigned to examples" for each in again for key in each})
+        again = self._captured(planner.plan_for(batch).only(keys), batch, own=own, only=only)
+        if any(again):
+            self._loop_together(batch, again)
+            planner.note_looped(sorted({key for each in again for key in each}), batch)
+
+    def plan(self, batch: Examples | None, kinds: Sequence[Kind | None]) -> None:
+        """Make plans for all ranks, each on the first examples of a rank.
+
+        Args:
+            batch: This rank's batch.
+            kinds: The kind of each rank's batch; ``None`` where it has none.
+        """
+        ranks = self._sharding.ranks
+        for rank, kind in enumerate(kinds):
+            if kind is not None and not self.planner.has_plan(kind):
+                few = self.shared(batch, rank)
+                with ranks.failing_together():
+                    plan = self.planner.plan_for(few)
+                ranks.demand_equal(_described(plan), "the paths of parameters")
 
     def shared(self, batch: Examples | None, rank: int) -> Examples:
         """Give all ranks the first examples of a batch of one of them.
@@ -201,51 +217,69 @@ class ShardedCapture(CapturedPass):
 
     def _captured(
         self, plan: Plan, batch: Examples, *, own: bool, only: Objectives | None = None
-    ) -> dict[str, set[int]]:
-        """Capture a batch of each rank; what is held back of one that does not count is left."""
-        _refuse_slow(plan.loop)
+    ) -> list[dict[str, set[int]]]:
+        """Capture a batch of each rank, and say what each holds back; of one that does not count, nothing."""
+        ranks = self._sharding.ranks
         _refuse_nested(plan, self._sharding)
-        self._looped.clear()
-        loss = self.loss
-        with self._sharding.apart(counts=own):
+        self._looped, loss = {}, self.loss
+        with ranks.failing_together(), self._sharding.apart(counts=own):
             withheld = dict(self._capture(plan, batch, only))
-        for each in self._sharding.ranks.gathered(sorted(self._looped)):
-            _refuse_slow(dict.fromkeys(each, "its module is called where the first examples did not call it"))
-        if own:
-            return withheld
-        self.loss = loss
-        return {}
+        if not own:
+            withheld, self.loss, self._looped = {}, loss, {}
+        ended = ranks.gathered((withheld, self._looped, dict(self.planner.strayed)))
+        if strayed := {key: reason for _, _, reasons in ended for key, reason in reasons.items()}:
+            with ranks.failing_together():
+                self.planner.note_strays(strayed)
+        self._loop_together(batch, [looped for _, looped, _ in ended])
+        return [each for each, _, _ in ended]
 
     def _loop(self, batch: Examples, keys: Iterable[str], only: Objectives | None) -> None:
-        self._looped.update(keys)  # all ranks end together, once this one has taken part in the backward pass
+        # all ranks loop together, once each has taken part in the backward pass
+        self._looped = {key: None if only is None else set(only[key]) for key in keys}
+
+    def _loop_together(self, batch: Examples, looped: Sequence[Mapping[str, Collection[int] | None]]) -> None:
+        """Run every example of every rank alone, on all ranks at once: FSDP2's mean of gradients is then its own."""
+        ranks = self._sharding.ranks
+        for rank, wanted in enumerate(looped):
+            if not wanted:
+                continue
+            self.planner.refuse_whole(wanted)
+            whole = replace(batch.to(torch.device("cpu")), cut_from=None) if ranks.rank == rank else None
+            parameters = {key: self._parameters[key] for key in wanted}
+            with only_trainable(parameters.values()):
+                for one in ranks.gathered(whole)[rank].to(self._device).singly():
+                    for number, (objective, last) in enumerate(self._noted(self._answer(one), one)):
+                        if objective is not None:
+                            backward(objective.sum(), retain_graph=not last)
+                            self._add_single(parameters, number, wanted)
+
+    def _add_single(
+        self, parameters: Mapping[str, nn.Parameter], number: int, wanted: Mapping[str, Collection[int] | None]
+    ) -> None:
+        for key, parameter in parameters.items():
+            grad, numbers = take_grad(parameter), wanted[key]
+            if grad is not None and (numbers is None or number in numbers):
+                self._states.add_single(key, grad)
 
     def _noted(self, answer: Predictive | Tensor, batch: Examples) -> Iterator[tuple[Tensor | None, bool]]:
-        """Give the objectives; all ranks have equally many, and an error of one ends all before the backward pass."""
+        """Give the objectives, equally many on all ranks; an error of one ends all before the backward pass."""
         objectives = super()._noted(answer, batch)
-        ranks, ended = self._sharding.ranks, False
-        while not ended:
-            with ranks.failing_together():
+        while True:
+            with self._sharding.ranks.failing_together():
                 found = next(objectives, None)
-            ended = found is None
-            ranks.demand_equal(ended, "whether a batch has another objective")
-            if found is not None:
-                yield found
+            if found is None:
+                return
+            yield found
+
+
+def _kind(batch: Examples) -> Kind:
+    return Kind(batch.num_examples == 1, batch.kind)
 
 
 def _described(plan: Plan) -> list[tuple[str, str, list[str]]]:
     """Describe a plan in values that can be compared between ranks."""
     sites = [(site.path, type(site.layer).__name__, sorted(site.keys.values())) for site in plan.sites]
     return [*sites, *(("", "loop", [key]) for key in sorted(plan.loop))]
-
-
-def _refuse_slow(loop: Mapping[str, str]) -> None:
-    """Refuse parameters that only a loop over single examples computes."""
-    if loop:
-        reasons = "; ".join(f"{key}: {reason}" for key, reason in list(loop.items())[:8])
-        raise UnsupportedModuleError(
-            f"{listed(sorted(loop))} would take the slow path, one pass over the model for each example, which is not "
-            f"available where FSDP2 shards the parameters ({reasons}). {leave_out(sorted(loop))}"
-        )
 
 
 def _refuse_nested(plan: Plan, sharding: Sharding) -> None:

@@ -86,6 +86,17 @@ class ShardedStates(States):
             pending.whole = torch.zeros(self._whole_shapes[name], dtype=info.dtype, device=grads.device)
         self._estimator.update_(pending.whole, grads, self._parameters[name], self._backend)
 
+    def add_single(self, name: str, grad: Tensor) -> None:
+        """Add the gradient of an example that all ranks run.
+
+        Args:
+            name: Canonical name of its parameter.
+            grad: The local shard of it.
+        """
+        part = self._parts.get(name)
+        if (self._sharding.ranks.rank if part is None else part.replica) == 0:
+            super().add_single(name, grad)
+
     def exchange(self) -> None:
         """Add up over the ranks what any of them has to add. A collective operation."""
         if not self._parts:

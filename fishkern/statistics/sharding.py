@@ -7,8 +7,8 @@ replica adds up its own ranks' examples, and the replicas are added once, at the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,11 @@ class Part:
     def count(self) -> int:
         """Number of parts."""
         return dist.get_world_size(self.group)
+
+    @property
+    def replica(self) -> int:
+        """Number of the replica that this rank belongs to."""
+        return 0 if self.replicas is None else dist.get_rank(self.replicas)
 
     def add_(self, state: Tensor, fill: Fill) -> None:
         """Add the squares of all ranks of a replica to their parts. A collective operation.
@@ -160,9 +165,7 @@ class Sharding:
         self.units.reshard()  # a forward pass without a backward pass leaves parameters whole
         sharded = set(self.units.parameters())
         names = {one: name for name, one in hosts.named_parameters(model).items()}
-        self._parts: dict[nn.Parameter, Part] = {
-            one: _part(names[one], one, ranks) for one in names if one in sharded
-        }
+        self._parts: dict[nn.Parameter, Part] = {one: _part(names[one], one, ranks) for one in names if one in sharded}
         self.counts = self.alike = True
 
     @property
@@ -186,6 +189,32 @@ class Sharding:
         finally:
             self.counts = self.alike = True
 
+    def differentiating(self, parameters: Mapping[str, nn.Parameter]) -> AbstractContextManager[None]:
+        """Prepare the units for passes with frozen weights, and leave them as found.
+
+        Args:
+            parameters: Those whose gradients autograd forms in between, by canonical name.
+
+        Returns:
+            A context.
+        """
+        return self.units.differentiating(list(parameters.values()))
+
+    def gathered(self, parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gather what all ranks hold of something of the parameters' shapes. A collective operation.
+
+        Args:
+            parameters: By canonical name.
+            values: This rank's part of each.
+
+        Returns:
+            Whole tensors, on every rank.
+        """
+        parts = {name: self.part(parameters[name]) for name in values}
+        return {
+            name: one if parts[name] is None else parts[name].placed(one).full_tensor() for name, one in values.items()
+        }
+
     def part(self, parameter: Tensor) -> Part | None:
         """Find the part of a parameter that this rank holds.
 
@@ -196,6 +225,25 @@ class Sharding:
             The part; ``None`` if every rank holds the whole.
         """
         return self._parts.get(parameter)
+
+
+def sharding_of(model: nn.Module, ranks: Ranks) -> Sharding | None:
+    """Describe how FSDP2 shards a model.
+
+    Args:
+        model: Without running wrappers.
+        ranks: All ranks.
+
+    Returns:
+        The description; ``None`` where it shards nothing, or where the model is refused for another reason.
+
+    Raises:
+        UnsupportedModuleError: As for :class:`Sharding`.
+        ValueError: Likewise.
+    """
+    if not hosts.units(model) or hosts.sharded(model, fsdp2=True):
+        return None
+    return Sharding(model, ranks)
 
 
 def _part(name: str, parameter: Any, ranks: Ranks) -> Part:

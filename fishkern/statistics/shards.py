@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch import distributed as dist
 
@@ -165,15 +166,16 @@ class Ranks:
         Raises:
             RuntimeError: Another rank has failed; the message says which, and its error.
         """
+        failure = error = None
         try:
             yield
-        except Exception as error:
-            self.gathered(f"{type(error).__name__}: {error}")
-            raise
-        # every rank gathers once, failed or not: a rank that skipped it would leave the others waiting
-        for rank, failure in enumerate(self.gathered(None)):
-            if failure is not None:
-                raise RuntimeError(f"rank {rank} failed with {failure}")
+        except Exception as raised:
+            failure, error = f"{type(raised).__name__}: {raised}", raised
+        # every rank takes part, failed or not: a rank that skipped it would leave the others waiting
+        if self.largest(torch.tensor(int(failure is not None))).item():
+            for rank, one in enumerate(self.gathered(failure)):
+                if one is not None:
+                    raise error or RuntimeError(f"rank {rank} failed with {one}")
 
     def demand_equal(self, value: Any, what: str) -> None:
         """Raise if a value differs between ranks.
