@@ -8,7 +8,7 @@ assigned to examples (:mod:`fishkern.layers.rows`), and the uses of a parameter 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,8 @@ from fishkern.layers.site import Layout, Site
 from fishkern.layers.unsupported import UnsupportedModuleError
 from fishkern.layers.uses import Sink, Uses
 
+Deferring = Callable[[], AbstractContextManager[Any]]
+
 
 class Capture:
     """Hooks on the sites of a model, for the time of a ``with`` block.
@@ -45,6 +47,7 @@ class Capture:
         squares: Whether the sink only adds squares. If so, those of a head that shares its weight with an embedding are
             delivered first, and the embedding's addition to them later; otherwise both are delivered as one gradient.
         factors: Whether the sink reads activations and output gradients, which then also come out of hosts.
+        deferring: Makes a context for what is computed during backward, which may keep an error until that has ended.
 
     Attributes:
         distrusted: Paths of modules whose rows turned out not to be the examples' own.
@@ -52,7 +55,16 @@ class Capture:
 
     _documents: Documents | None = None  # of a batch of packed rows
 
-    def __init__(self, sites: Sequence[Site], sink: Sink, *, squares: bool = True, factors: bool = False) -> None:
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        sink: Sink,
+        *,
+        squares: bool = True,
+        factors: bool = False,
+        deferring: Deferring = nullcontext,
+    ) -> None:
+        self._deferring = deferring
         self._sites = sites
         self._sink = sink
         self._squares = squares
@@ -174,7 +186,7 @@ class Capture:
             self._uses.withhold(site)
             self.distrusted.add(site.path)
             return
-        with arrival.without_autocast():
+        with arrival.without_autocast(), self._deferring():
             if site.layer is None:
                 self._receive_generic(arrival)
             else:

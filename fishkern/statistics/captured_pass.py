@@ -111,7 +111,11 @@ class CapturedPass:
         withheld: dict[str, set[int]] = defaultdict(set)
         reached = set(looped)
         if plan.sites:
-            parts = {"squares": self._estimator.reads == "squares", "factors": self._estimator.reads_factors}
+            parts = {
+                "squares": self._estimator.reads == "squares",
+                "factors": self._estimator.reads_factors,
+                "deferring": self._states.deferring,
+            }
             capturing = capture_of(plan.sites, add, batch.documents, **parts)
             with only_trainable(looped.values()), capturing as capture:
                 with capture.forward(batch.num_examples, self._planner.counted(batch)), strays.watched():

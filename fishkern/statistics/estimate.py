@@ -64,7 +64,9 @@ def estimate(
 
     Under an initialised process group every rank estimates on its own part of the data, as a ``DistributedSampler`` or
     accelerate splits it; sums and counts are reduced, examples that the sampler repeats to even out the ranks count
-    once, and every rank gets the same statistics.
+    once, and every rank gets the same statistics. Where FSDP2 shards the model (``fully_shard`` over all ranks), each
+    rank gets the part that belongs to its shards, as ``DTensor``, and all take the same steps: one that has no batch
+    left runs examples that do not count.
 
     Cost of the default: one forward and one backward pass, without the weights' ordinary gradients; memory for the
     activations of a training step and one float32 accumulator for each requested parameter.
@@ -107,7 +109,7 @@ def estimate(
             entry of a batch cannot be assigned to examples; or model, batch or request are not those of ``prepared``.
         UnsupportedModuleError: The gradients of a module cannot be exact; the message says how to avoid it.
         RuntimeError: It runs under ``torch.inference_mode()``; or another rank has failed, or estimates other
-            parameters.
+            parameters, or plans other paths for them.
     """
     model = hosts.unwrap(model)
     if not isinstance(prepared, Prepared | None):

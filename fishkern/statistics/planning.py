@@ -336,7 +336,11 @@ class Planner:
 
         if not plan.sites:
             return set()
-        parts = {"squares": estimator.reads == "squares", "factors": estimator.reads_factors}
+        parts = {
+            "squares": estimator.reads == "squares",
+            "factors": estimator.reads_factors,
+            "deferring": states.deferring,
+        }
         with capture_of(plan.sites, add_own, few.documents, **parts) as capture:
             counted = self.counted(few)
             with capture.forward(few.num_examples, counted), strays.watched():

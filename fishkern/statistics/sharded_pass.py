@@ -226,12 +226,14 @@ class ShardedCapture(CapturedPass):
             withheld = dict(self._capture(plan, batch, only))
         if not own:
             withheld, self.loss, self._looped = {}, loss, {}
-        ended = ranks.gathered((withheld, self._looped, dict(self.planner.strayed)))
-        if strayed := {key: reason for _, _, reasons in ended for key, reason in reasons.items()}:
+        ended = ranks.gathered((withheld, self._looped, dict(self.planner.strayed), set(self.planner.distrusted)))
+        every_withheld, every_looped, every_strayed, every_distrusted = zip(*ended, strict=True)
+        self.planner.distrusted.update(*every_distrusted)
+        if strayed := {key: reason for reasons in every_strayed for key, reason in reasons.items()}:
             with ranks.failing_together():
                 self.planner.note_strays(strayed)
-        self._loop_together(batch, [looped for _, looped, _ in ended])
-        return [each for each, _, _ in ended]
+        self._loop_together(batch, every_looped)
+        return list(every_withheld)
 
     def _loop(self, batch: Examples, keys: Iterable[str], only: Objectives | None) -> None:
         # all ranks loop together, once each has taken part in the backward pass

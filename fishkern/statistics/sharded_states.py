@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -70,21 +71,24 @@ class ShardedStates(States):
         infos = {name: replace(self._parameters[name], shape=self._whole_shapes[name]) for name in names}
         return ShardedStates(infos, estimator, self._backend, sharding=self._sharding)
 
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Keep an error until :meth:`complete`: in the middle of backward the other ranks wait for this one.
+
+        Yields:
+            Nothing.
+        """
+        try:
+            yield
+        except Exception as error:  # any: a rank that raised it here would leave the others waiting
+            self._error = self._error or error
+
     def add(self, name: str, grads: PerExampleGrads) -> None:
-        if name not in self._parts:
-            if self._sharding.counts:
+        with self.deferring():
+            if name in self._parts:
+                self._keep(name, grads)
+            elif self._sharding.counts:
                 super().add(name, grads)
-            return
-        if not self._sharding.speaks:
-            return
-        pending = self._pending.setdefault(name, _Pending())
-        if columns_of(grads, slice(0, 0)) is not None:
-            pending.grads.append(grads)
-            return
-        if pending.whole is None:
-            info = self._parameters[name]
-            pending.whole = torch.zeros(self._whole_shapes[name], dtype=info.dtype, device=grads.device)
-        self._estimator.update_(pending.whole, grads, self._parameters[name], self._backend)
 
     def add_single(self, name: str, grad: Tensor) -> None:
         """Add the gradient of an example that all ranks run.
@@ -110,9 +114,10 @@ class ShardedStates(States):
 
     def complete(self) -> None:
         self.exchange()
+        error, self._error = self._error, None
         with self._sharding.ranks.failing_together():
-            if self._error is not None:
-                raise self._error
+            if error is not None:
+                raise error
 
     def largest(self, values: Tensor) -> float:
         largest = super().largest(values)
@@ -130,16 +135,25 @@ class ShardedStates(States):
         super().zero_()
         self._pending.clear()
 
-    def _fill(self, name: str, pending: _Pending, block: Tensor, columns: Columns | None) -> None:
-        """Add this rank's squares to a block; an error waits until all ranks can end."""
-        if self._error is not None:
+    def _keep(self, name: str, grads: PerExampleGrads) -> None:
+        """Keep gradients until the ranks exchange what they have to add."""
+        if not self._sharding.speaks:
             return
-        try:
+        pending = self._pending.setdefault(name, _Pending())
+        if columns_of(grads, slice(0, 0)) is not None:
+            pending.grads.append(grads)
+            return
+        if pending.whole is None:
+            info = self._parameters[name]
+            pending.whole = torch.zeros(self._whole_shapes[name], dtype=info.dtype, device=grads.device)
+        self._estimator.update_(pending.whole, grads, self._parameters[name], self._backend)
+
+    def _fill(self, name: str, pending: _Pending, block: Tensor, columns: Columns | None) -> None:
+        """Add this rank's squares to a block."""
+        with self.deferring():
             for grads in pending.grads:
                 part = grads if columns is None else columns_of(grads, columns)
                 self._estimator.update_(block, part, self._parameters[name], self._backend)
             if pending.whole is not None:
                 whole = pending.whole
                 block += whole if columns is None else whole.flatten(1)[:, columns]
-        except Exception as error:  # raised by complete(), on all ranks: meanwhile the others wait for this one
-            self._error = error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class States:
 
     Attributes:
         read_at_once: Whether autograd's gradient of a parameter may be read as soon as it arrives.
+        deferring: Makes a context for what is computed during backward; an error in it may be raised by
+            :meth:`complete` only.
 
     Raises:
         ValueError: An initial state is not all zeros, or has a dtype or device that it must not have.
@@ -34,6 +37,7 @@ class States:
     """
 
     read_at_once = True
+    deferring: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __init__(
         self, parameters: Mapping[str, ParameterInfo], estimator: Estimator, backend: Backend | None = None
