@@ -118,7 +118,8 @@ class FullySharded:
         Returns:
             Their paths.
         """
-        return [path for path, unit in self._units.items() if unit is not module and unit in set(module.modules())]
+        inside = set(module.modules()) - {module}
+        return [path for path, unit in self._units.items() if unit in inside]
 
     @contextmanager
     def differentiating(self, parameters: Collection[nn.Parameter]) -> Iterator[None]:
@@ -133,10 +134,10 @@ class FullySharded:
         Yields:
             Nothing.
         """
+        self.reshard()
         required = {one: one.requires_grad for one in (*self._model.parameters(), *parameters)}
         groups = [group for unit in self._units.values() for group in _groups(unit)]
         factors = [group.gradient_divide_factor for group in groups]
-        self.reshard()
         for unit in self._top:
             unit._get_fsdp_state()._lazy_init()
         try:

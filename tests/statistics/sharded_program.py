@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fishkern as fk
 from fishkern.layers import Linear
 from fishkern.statistics import sharding
+from tests.support import zoo
 from tests.support.oracle import next_token, squares_one_by_one, worst_error
 
 CASES: dict[str, Callable[[], Any]] = {}
@@ -104,6 +105,18 @@ def compared(
     }  # fmt: skip
 
 
+def like_whole(
+    model: nn.Module, whole: nn.Module, batches: list[Any], recipe: fk.Estimator | None = None, **options: Any
+) -> dict[str, Any]:
+    """Compare with an estimate of the whole model, of which every rank holds a copy, on the same batches."""
+    statistics = fk.estimate(model, iter(batches), recipe, **options)
+    expected = fk.estimate(whole, iter(batches), recipe, **options)
+    truth = {name: one.double() for name, one in expected.items()}
+    error, _ = worst_error({name: statistics.full(name) for name in truth}, truth)
+    paths = sorted({covered.path for covered in statistics.coverage.values()})
+    return {"error": error, "paths": paths, "count": statistics.count, "examples": expected.count}
+
+
 def in_blocks(run: Callable[[], Any]) -> Any:
     with patch.object(sharding, "_BLOCK", 2**10):
         return run()
@@ -154,16 +167,34 @@ def _() -> dict[str, Any]:
     return {"error": error, "paths": paths, "count": statistics.count, "examples": len(data()["labels"])}
 
 
-@case("positions")
+CASES |= {
+    "positions": lambda: like_whole(sharded(llama()), llama(), dealt(data()), fk.DiagonalFisher(unit="position")),
+    "mc": lambda: like_whole(sharded(llama()), llama(), dealt(data()), fk.DiagonalFisher("mc", mc_samples=2)),
+}
+
+
+@case("packed")
 def _() -> dict[str, Any]:
-    recipe = fk.DiagonalFisher(unit="position")
-    statistics = fk.estimate(sharded(llama()), dealt(data()), recipe)
-    alone = fk.estimate(llama(), [data()], recipe)
-    error, _ = worst_error(
-        {name: statistics.full(name) for name in alone}, {name: alone[name].double() for name in alone}
-    )
-    paths = sorted({covered.path for covered in statistics.coverage.values()})
-    return {"error": error, "paths": paths, "count": statistics.count, "examples": alone.count // world}
+    """Each rank has a row of three documents, of lengths of its own, and then one of two."""
+
+    def packed(*lengths: int) -> dict[str, Tensor]:
+        places = torch.cat([torch.arange(length) for length in lengths])[None]
+        ids = torch.randint(1, 31, places.shape, generator=torch.Generator().manual_seed(rank))
+        return {"input_ids": ids, "labels": ids.clone(), "position_ids": places}
+
+    return like_whole(sharded(llama(tie=True)), llama(tie=True), [packed(4, 3 + rank, 2), packed(3, 5)])
+
+
+@case("experts")
+def _() -> dict[str, Any]:
+    """Experts that the tokens of one rank may not reach."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(2)
+        return zoo.mixtral().model.double().eval()
+
+    batch = zoo.text_batch(2 * world, 5)
+    return like_whole(sharded(net()), net(), dealt(batch))
 
 
 class Gated(nn.Module):
@@ -182,18 +213,10 @@ class Gated(nn.Module):
 
 @case("gated")
 def _() -> dict[str, Any]:
-    x = torch.randn(3 * world, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    x[:, 0] = torch.where(torch.arange(len(x)) == 2 * world + 1, 1.0, -1.0)  # of the second rank alone
-    y = torch.arange(len(x)) % 3
-    mesh = init_device_mesh("cpu", (world,))
-    own = [(x[rank::world][n : n + 1], y[rank::world][n : n + 1]) for n in range(3)]
-    model = fully_shard(Gated().eval(), mesh=mesh)
-    statistics = fk.estimate(model, iter(own), likelihood=fk.Classification())
-    alone = fk.estimate(Gated().eval(), [(x, y)], likelihood=fk.Classification())
-    full = {name: statistics.full(name) for name in alone}
-    error, _ = worst_error(full, {name: alone[name].double() for name in alone})
-    paths = sorted({covered.path for covered in statistics.coverage.values()})
-    return {"error": error, "paths": paths, "count": statistics.count, "examples": alone.count // world}
+    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    x[:, 0] = torch.tensor([-1.0, 1.0 if rank == 1 else -1.0, -1.0])  # the second batch of the second rank alone
+    batches = [(x[n : n + 1], torch.tensor([n])) for n in range(3)]
+    return like_whole(sharded(Gated().eval()), Gated().eval(), batches, likelihood=fk.Classification())
 
 
 class Bent(nn.Module):
@@ -214,16 +237,9 @@ def _() -> dict[str, Any]:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), Bent(), nn.Linear(5, 3)).double().eval()
 
-    x = torch.randn(2 * world, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    y = torch.arange(len(x)) % 3
-    model = net()
-    fully_shard(model[2], mesh=init_device_mesh("cpu", (world,)))
-    model = fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
-    statistics = fk.estimate(model, iter([(x[rank::world], y[rank::world])]), likelihood=fk.Classification())
-    alone = fk.estimate(net(), [(x, y)], likelihood=fk.Classification())
-    full = {name: statistics.full(name) for name in alone}
-    error, _ = worst_error(full, {name: alone[name].double() for name in alone})
-    return {"error": error, "paths": sorted({covered.path for covered in statistics.coverage.values()})}
+    x = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    batches = [(x, torch.tensor([rank % 3, 1]))]
+    return like_whole(sharded(net(), own=("2",)), net(), batches, likelihood=fk.Classification())
 
 
 class Reusing(nn.Module):

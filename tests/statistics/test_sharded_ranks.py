@@ -47,6 +47,7 @@ def launched(world: int, folder: Path, cases: Sequence[str]) -> list[dict]:
 
 
 MORE = ["checkpointed", "checkpointed reentrantly", "checkpointed by torch", "lora", "lora, all", "positions", "gated"]
+MORE += ["mc", "packed", "experts"]
 PLANTED = ["no reduction, unchecked", "mean, unchecked"]
 
 
