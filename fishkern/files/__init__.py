@@ -6,6 +6,7 @@
 """
 
 from fishkern.files.atomic import atomic_write, check_target, remove_leftovers
+from fishkern.files.gathering import is_sharded, write_from_ranks
 from fishkern.files.loading import Format, check_format, files_of, format_of, open_one, open_tensors
 from fishkern.files.parsing import checked_shape, in_brief, parsing, read_count, read_json
 from fishkern.files.saving import check_cast, save_tensors, write_one
@@ -24,6 +25,7 @@ __all__ = [
     "files_of",
     "format_of",
     "in_brief",
+    "is_sharded",
     "open_one",
     "open_tensors",
     "parsing",
@@ -32,5 +34,6 @@ __all__ = [
     "read_json",
     "remove_leftovers",
     "save_tensors",
+    "write_from_ranks",
     "write_one",
 ]

@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, ClassVar, TypeAlias
+from typing import IO, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 PIECE = 2**20  # entries in memory at once: 4 MiB of float32, which fit into the cache of a CPU
 
@@ -108,16 +109,38 @@ def pieces(tensor: AnyTensor, numel: int = PIECE) -> Iterator[Tensor]:
     """Iterate over a tensor in flat pieces, in memory or on disk.
 
     Args:
-        tensor: In memory or on disk.
+        tensor: In memory or on disk. A ``DTensor``, of which each process holds a part, is read by all of them
+            together, and each gets every piece.
         numel: Entries per piece.
 
     Yields:
         ``[numel]`` (the last one shorter), the entries in row-major order; views where the tensor is contiguous.
     """
-    if isinstance(tensor, StoredTensor):
+    if hasattr(tensor, "pieces"):
         yield from tensor.pieces(numel)
+    elif hasattr(tensor, "device_mesh"):
+        yield from _gathered(tensor, numel)
     elif tensor.numel():
         yield from tensor.detach().reshape(-1).split(numel)
+
+
+def _gathered(tensor: Any, numel: int) -> Iterator[Tensor]:
+    """Gather a ``DTensor`` piece by piece, on all processes that hold parts of it."""
+    split = [place for place, one in enumerate(tensor.placements) if one.is_shard()]
+    if [tensor.placements[place].dim for place in split] != [0]:
+        yield from pieces(tensor.full_tensor(), numel)
+        return
+    mesh, local = tensor.device_mesh, tensor.detach().to_local().reshape(-1)
+    chunk = -(-tensor.shape[0] // mesh.size(split[0])) * tensor.shape[1:].numel()  # as torch.chunk deals the rows
+    start = chunk * mesh.get_local_rank(split[0])
+    for first in range(0, tensor.numel(), numel):
+        piece = local.new_zeros(min(numel, tensor.numel() - first))
+        low, high = max(first, start), min(first + len(piece), start + len(local))
+        if low < high:
+            piece[low - first : high - first] = local[low - start : high - start]
+        # bytes add up to the same bits, since all but one process have zeros there
+        dist.all_reduce(piece.view(torch.uint8), group=mesh.get_group(split[0]))
+        yield piece
 
 
 def stamp_of(file: IO[bytes]) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from fishkern.hosts import modes
 from fishkern.hosts.alterations import alterations
 from fishkern.hosts.blocks import Layer, layer_of, stack_of, stacks
 from fishkern.hosts.calls import accepts, call_options
+from fishkern.hosts.fully_sharded import FullySharded, local_part, runs_on, units
 from fishkern.hosts.heads import Head, head_of
 from fishkern.hosts.insertion import Branch, InsertionPoints, Wrapper, insert, insertion_points, remove
 from fishkern.hosts.modes import connected_inputs, evaluation_mode
@@ -21,6 +22,7 @@ from fishkern.hosts.wrappers import base_model, named_parameters, unwrap
 __all__ = [
     "HEADS",
     "Branch",
+    "FullySharded",
     "Head",
     "InsertionPoints",
     "Layer",
@@ -39,16 +41,19 @@ __all__ = [
     "insertion_points",
     "is_head",
     "layer_of",
+    "local_part",
     "lost_prefix",
     "merged_adapter",
     "modes",
     "named_parameters",
     "padding_token",
     "remove",
+    "runs_on",
     "scripted",
     "sharded",
     "stack_of",
     "stacks",
     "task",
+    "units",
     "unwrap",
 ]

@@ -12,6 +12,7 @@ from collections.abc import Container
 import torch
 from torch import nn
 
+from fishkern.hosts.fully_sharded import FullySharded
 from fishkern.hosts.modes import checkpoints_itself
 from fishkern.hosts.wrappers import base_model, unwrap
 from fishkern.names import without_wrappers
@@ -56,26 +57,31 @@ def dispatched(model: nn.Module) -> str | None:
     return None
 
 
-def sharded(model: nn.Module) -> str | None:
+def sharded(model: nn.Module, *, fsdp2: bool = False) -> str | None:
     """Say how a model's parameters are split over processes.
 
     Args:
         model: A module.
+        fsdp2: Whether the caller serves what FSDP2 shards, so that this is no reason.
 
     Returns:
         The reason and what to do, or ``None`` if every process has all of them.
     """
     whole = "Load the whole model in each process, wrapped in DistributedDataParallel or not at all"
+    fully = ", or shard it by FSDP2 (fully_shard of torch; fsdp_version: 2 of accelerate)" if fsdp2 else ""
     for name, module in model.named_modules():
-        if any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule") for base in type(module).__mro__):
-            return f"FSDP shards the parameters of {name or 'the model'!r}. {whole}, and shard it after the estimate"
+        kinds = {base.__name__ for base in type(module).__mro__}
+        if "FullyShardedDataParallel" in kinds or ("FSDPModule" in kinds and not fsdp2):
+            of = repr(name) if name else "'the model'"
+            return f"FSDP shards the parameters of {of}. {whole}, and shard it after the estimate{fully}"
     if (size := getattr(base_model(unwrap(model)), "_tp_size", None) or 1) > 1:
-        return f"transformers has split it over {size} processes. {whole}, without tp_plan="
+        return f"transformers has split it over {size} processes. {whole}, without tp_plan={fully}"
+    owned = set(FullySharded(model).parameters()) if fsdp2 else ()
     for name, parameter in model.named_parameters():
-        if any(base.__name__ == "DTensor" for base in type(parameter).__mro__):
-            return f"{name} is a DTensor, split over processes. {whole}, and split it after the estimate"
+        if any(base.__name__ == "DTensor" for base in type(parameter).__mro__) and parameter not in owned:
+            return f"{name} is a DTensor, split over processes. {whole}, and split it after the estimate{fully}"
         if hasattr(parameter, "ds_id"):
-            return f"DeepSpeed's ZeRO-3 has partitioned {name}. {whole}, or use ZeRO stage 2"
+            return f"DeepSpeed's ZeRO-3 has partitioned {name}. {whole}, or use ZeRO stage 2{fully}"
     return None
 
 

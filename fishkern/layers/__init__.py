@@ -4,6 +4,7 @@ from fishkern.layers.adapted_experts import AdaptedExperts
 from fishkern.layers.as_found import as_found
 from fishkern.layers.base import Call, Layer, own_parameters
 from fishkern.layers.capture import Capture
+from fishkern.layers.columns import Columns, columns_of
 from fishkern.layers.convolution import Convolution
 from fishkern.layers.documents import Documents, Span
 from fishkern.layers.embedding import Embedding
@@ -27,6 +28,7 @@ from fishkern.layers.packed_capture import PackedCapture, capture_of
 from fishkern.layers.packed_grads import PackedEmbeddingGrads, PackedOuterProductGrads, PackedPositionGrads
 from fishkern.layers.parts import Part, of_part
 from fishkern.layers.path_plan import Plan
+from fishkern.layers.planner import Whole
 from fishkern.layers.quantized import (
     gradient_kept,
     has_gradient_dtype,
@@ -55,6 +57,7 @@ __all__ = [
     "Arrival",
     "Call",
     "Capture",
+    "Columns",
     "Connection",
     "Conv1D",
     "Convolution",
@@ -99,9 +102,11 @@ __all__ = [
     "TwinB",
     "Twins",
     "UnsupportedModuleError",
+    "Whole",
     "are_experts",
     "as_found",
     "capture_of",
+    "columns_of",
     "foresee",
     "gradient_kept",
     "group_shape",

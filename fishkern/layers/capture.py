@@ -8,7 +8,7 @@ assigned to examples (:mod:`fishkern.layers.rows`), and the uses of a parameter 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,8 @@ from fishkern.layers.site import Layout, Site
 from fishkern.layers.unsupported import UnsupportedModuleError
 from fishkern.layers.uses import Sink, Uses, sites_by_key
 
+Deferring = Callable[[], AbstractContextManager[Any]]
+
 
 class Capture:
     """Hooks on the sites of a model, for the time of a ``with`` block.
@@ -46,6 +48,7 @@ class Capture:
         squares: Whether the sink only adds squares. If so, those of a head that shares its weight with an embedding are
             delivered first, and the embedding's addition to them later; otherwise both are delivered as one gradient.
         factors: Whether the sink reads activations and output gradients, which then also come out of hosts.
+        deferring: Makes a context for what is computed during backward, which may keep an error until that has ended.
 
     Attributes:
         distrusted: Paths of modules whose rows turned out not to be the examples' own.
@@ -53,7 +56,16 @@ class Capture:
 
     _documents: Documents | None = None  # of a batch of packed rows
 
-    def __init__(self, sites: Sequence[Site], sink: Sink, *, squares: bool = True, factors: bool = False) -> None:
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        sink: Sink,
+        *,
+        squares: bool = True,
+        factors: bool = False,
+        deferring: Deferring = nullcontext,
+    ) -> None:
+        self._deferring = deferring
         self._sites = sites
         self._by_key = sites_by_key(sites)
         self._sink = sink
@@ -224,7 +236,8 @@ class Capture:
                 self.distrusted.add(site.path)
             return
         # a module that runs once more must not report the hooked modules inside
-        with arrival.without_autocast(), self._hooks.paused() if site.reruns else nullcontext():
+        once_more = self._hooks.paused() if site.reruns else nullcontext()
+        with arrival.without_autocast(), once_more, self._deferring():
             if site.layer is None:
                 self._receive_generic(arrival)
             else:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fishkern.layers.capture import Capture
+from fishkern.layers.capture import Capture, Deferring
 from fishkern.layers.documents import Documents
 from fishkern.layers.grads import PerExampleGrads, PositionGrads
 from fishkern.layers.hooks import Arrival
@@ -28,13 +29,22 @@ class PackedCapture(Capture):
         documents: The documents of the batch, ``N``, whose losses are back-propagated.
         squares: As for :class:`Capture`.
         factors: As for :class:`Capture`; the gradients of each document are then delivered alone, unpacked.
+        deferring: As for :class:`Capture`.
     """
 
     def __init__(
-        self, sites: Sequence[Site], sink: Sink, documents: Documents, *, squares: bool = True, factors: bool = False
+        self,
+        sites: Sequence[Site],
+        sink: Sink,
+        documents: Documents,
+        *,
+        squares: bool = True,
+        factors: bool = False,
+        deferring: Deferring = nullcontext,
     ) -> None:
         self._documents = documents
-        super().__init__(sites, one_by_one(sink) if factors else sink, squares=squares, factors=factors)
+        sink = one_by_one(sink) if factors else sink
+        super().__init__(sites, sink, squares=squares, factors=factors, deferring=deferring)
 
     def _is_one_row_for_all(self, arrival: Arrival) -> bool:
         return False  # all documents of a batch may be in one row
@@ -72,7 +82,13 @@ class PackedCapture(Capture):
 
 
 def capture_of(
-    sites: Sequence[Site], sink: Sink, documents: Documents | None, *, squares: bool = True, factors: bool = False
+    sites: Sequence[Site],
+    sink: Sink,
+    documents: Documents | None,
+    *,
+    squares: bool = True,
+    factors: bool = False,
+    deferring: Deferring = nullcontext,
 ) -> Capture:
     """Make the capture for a batch.
 
@@ -82,10 +98,10 @@ def capture_of(
         documents: The documents of packed rows; ``None`` for any other batch.
         squares: As for :class:`Capture`.
         factors: As for :class:`Capture`.
+        deferring: As for :class:`Capture`.
 
     Returns:
         Hooks that are not in place yet.
     """
-    if documents is None:
-        return Capture(sites, sink, squares=squares, factors=factors)
-    return PackedCapture(sites, sink, documents, squares=squares, factors=factors)
+    options = {"squares": squares, "factors": factors, "deferring": deferring}
+    return Capture(sites, sink, **options) if documents is None else PackedCapture(sites, sink, documents, **options)

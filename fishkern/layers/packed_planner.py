@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from fishkern.layers.base import Call
 from fishkern.layers.documents import Documents
 from fishkern.layers.generic import same_rows_alone
 from fishkern.layers.observe import Observation, Record
-from fishkern.layers.planner import Planner
+from fishkern.layers.planner import Planner, Whole
 from fishkern.layers.site import Layout
 
 
@@ -25,8 +26,9 @@ class PackedPlanner(Planner):
         observation: Observation,
         distrusted: Collection[str],
         documents: Documents,
+        whole: Whole = nullcontext,
     ) -> None:
-        super().__init__(model, owners, observation, distrusted, documents.count)
+        super().__init__(model, owners, observation, distrusted, documents.count, whole=whole)
         self._documents = documents
 
     def _layout(self, record: Record) -> tuple[Layout | None, bool]:

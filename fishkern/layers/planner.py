@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,10 @@ _SECOND_AXIS = (
 )  # fmt: skip
 
 
+Whole = Callable[[nn.Module], AbstractContextManager[Any]]
+"""Lets a module run once more outside of the model's own passes: where its parameters are sharded, it gathers them."""
+
+
 class Planner:
     """Turns the records of an observation into sites.
 
@@ -42,7 +47,9 @@ class Planner:
         distrusted: Collection[str],
         num_examples: int,
         order: RowOrder = ONE_EACH,
+        whole: Whole = nullcontext,
     ) -> None:
+        self._whole = whole
         self._modules = dict(model.named_modules())
         self._places: dict[nn.Module, list[str]] = defaultdict(list)  # of a module object, as often as it is registered
         self._by_any_path = dict(model.named_modules(remove_duplicate=False))
@@ -138,7 +145,10 @@ class Planner:
         remaining = dict(requested)
         for layer in LAYERS:
             names = layer.covers(module) & remaining.keys() if several <= layer.several else frozenset()
-            if names and (names := self._confirmed(layer, record, names)):
+            if names:
+                with self._whole(module):
+                    names = self._confirmed(layer, record, names)
+            if names:
                 keys = {name: remaining.pop(name) for name in sorted(names)}
                 site = Site(path, module, layer, keys, layout, record.block, settled=settled, **self._dealt(record))
                 more = {"picked": picked, "rewritten": record.input_rewritten, "axis": self._axis(record)}
@@ -267,7 +277,8 @@ class Planner:
         if record.output_rewritten or (record.input_rewritten and not record.was_rewritten):
             self.rewritten.add(module)
             return False
-        return self._runs_alone(record, *last_call(record, entered=True))
+        with self._whole(module):
+            return self._runs_alone(record, *last_call(record, entered=True))
 
     def _touches_apart(self, record: Record) -> bool:
         """Tell whether the gradients at a module are not zero, and there at the rows of their own example alone."""

@@ -46,10 +46,10 @@ def is_wrapped(tensor: Tensor) -> bool:
 
     Returns:
         Whether it is; autograd may give it no gradient even if it requires one. torch's tensors without values are not:
-        they stand for ordinary ones.
+        they stand for ordinary ones. Nor are shards (``DTensor``), whose modules compute with ordinary ones.
     """
     own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    return own and not hasattr(tensor, "fake_mode")
+    return own and not hasattr(tensor, "fake_mode") and not hasattr(tensor, "device_mesh")
 
 
 def is_stored(tensor: Tensor) -> bool:
@@ -62,7 +62,7 @@ def is_stored(tensor: Tensor) -> bool:
         Whether it holds integers or float8, or has its own arithmetic and is not a shard.
     """
     numbers = not has_gradient_dtype(tensor) and not tensor.is_complex()
-    return numbers or (is_wrapped(tensor) and not hasattr(tensor, "device_mesh"))
+    return numbers or is_wrapped(tensor)
 
 
 def stored_weight(module: nn.Module) -> str | None:

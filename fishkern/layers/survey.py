@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from fishkern.layers.documents import Documents
 from fishkern.layers.observe import Record, observe
 from fishkern.layers.packed_planner import PackedPlanner
 from fishkern.layers.path_plan import Plan
-from fishkern.layers.planner import Planner, last_call
+from fishkern.layers.planner import Planner, Whole, last_call
 from fishkern.layers.quantized import own_weights
 from fishkern.layers.row_order import ONE_EACH, RowOrder
 from fishkern.layers.rules import LAYERS, rule_of
@@ -44,6 +45,7 @@ def survey(
     num_examples: int = 2,
     documents: Documents | None = None,
     order: RowOrder = ONE_EACH,
+    whole: Whole = nullcontext,
 ) -> Plan:
     """Decide which path computes each parameter.
 
@@ -57,6 +59,7 @@ def survey(
         documents: The examples, if they are documents of packed rows; the plan serves batches of such rows.
         order: Which rows an example has, as far as the batches say it: where they say one row, and the model runs on
             several for each example, it is checked on every batch whose they are.
+        whole: Lets a module run once more, see :data:`fishkern.layers.planner.Whole`.
 
     Returns:
         The plan.
@@ -66,8 +69,8 @@ def survey(
 
     def planner() -> Planner:
         if documents is not None:
-            return PackedPlanner(model, owners, observation, distrusted, documents)
-        return Planner(model, owners, observation, distrusted, num_examples, order)
+            return PackedPlanner(model, owners, observation, distrusted, documents, whole)
+        return Planner(model, owners, observation, distrusted, num_examples, order, whole)
 
     first = planner()
     plan = first.plan()

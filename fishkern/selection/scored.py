@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fishkern.files import AnyTensor, StoredTensor
+from fishkern.files import AnyTensor, StoredTensor, is_sharded
 from fishkern.names import without_wrappers
 from fishkern.selection.base import Rule, matching
 from fishkern.statistics import FactoredStatistics, Held, Statistics
@@ -28,6 +28,8 @@ def scores_of(statistics: Statistics | FactoredStatistics | Mapping[str, AnyTens
     """
     if isinstance(statistics, Statistics):
         _refuse_groups(statistics)
+        for name, score in statistics.blocks.items():
+            _check_score(name, score)
         return dict(statistics.blocks)
     if isinstance(statistics, FactoredStatistics):
         return dict(statistics)
@@ -93,6 +95,12 @@ def _check_score(name: str, score: object) -> None:
         raise TypeError(f"scores are floating tensors, {name} is {score.dtype}: cast it.")
     if isinstance(score, StoredTensor):
         return
+    if is_sharded(score):
+        raise TypeError(
+            f"the scores of {name} are sharded over processes, and select ranks whole ones: save the statistics on all "
+            "ranks, and select from the file on each, fishkern.Statistics.load(path, lazy=True), or from "
+            "statistics.whole() where that fits into memory."
+        )
     if score.is_nested or score.layout != torch.strided:
         what = "nested" if score.is_nested else str(score.layout)
         raise TypeError(f"scores are dense tensors, {name} is {what}: make it dense, as by to_dense().")

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from fishkern import hosts
 from fishkern.ops.dtypes import accumulates_in
 
 Value = TypeVar("Value")
@@ -52,10 +53,12 @@ def take_grad(parameter: nn.Parameter) -> Tensor | None:
         parameter: A leaf after backward; its ``grad`` is empty afterwards.
 
     Returns:
-        The gradient, dense, or ``None`` if none arrived.
+        The gradient, dense, or ``None`` if none arrived; of a sharded parameter, the local shard.
     """
     grad, parameter.grad = parameter.grad, None
-    return grad.to_dense() if grad is not None and grad.is_sparse else grad
+    if grad is None:
+        return None
+    return grad.to_dense() if grad.is_sparse else hosts.local_part(grad)
 
 
 def check_finite(objective: Tensor, examples: range) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from fishkern.statistics.autograd import backward, check_finite, only_trainable,
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.planning import Answer, Planner
+from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.states import States
 
 Objectives = Mapping[str, Collection[int]]
@@ -115,17 +116,21 @@ class CapturedPass:
         withheld: dict[str, set[int]] = defaultdict(set)
         reached = set(looped)
         if plan.sites:
-            parts = {"squares": self._estimator.reads == "squares", "factors": self._estimator.reads_factors}
+            parts = {
+                "squares": self._estimator.reads == "squares",
+                "factors": self._estimator.reads_factors,
+                "deferring": self._states.deferring,
+            }
             capturing = capture_of(plan.sites, add, batch.documents, **parts)
             with only_trainable(looped.values()), capturing as capture:
                 with capture.forward(batch.num_examples, self._planner.counted(batch)), strays.watched():
                     answer = self._answer(batch, capture)
-                for number, (objective, last) in enumerate(with_last(self._estimator.objectives(answer, batch.places))):
+                for number, (objective, last) in enumerate(self._noted(answer, batch)):
                     if objective is None:
                         continue
-                    self._note(objective, batch)
                     self.loss = self.loss + summed(objective)  # read once, at the end
                     capture.backward(objective, retain_graph=not last)
+                    self._states.complete()
                     for key in capture.withheld - strays.reasons.keys():
                         if only is None or number in only[key]:
                             withheld[key].add(number)
@@ -158,6 +163,13 @@ class CapturedPass:
                             raise without_gradient(key, parameter)
                         if grad is not None and (only is None or number in only[key]):
                             self._states.add(key, DenseGrads(grad[None]))
+
+    def _noted(self, answer: Predictive | Tensor, batch: Examples) -> Iterator[tuple[Tensor | None, bool]]:
+        """Give the objectives of a batch, checked, and whether each is the last."""
+        for objective, last in with_last(self._estimator.objectives(answer, batch.places)):
+            if objective is not None:
+                self._note(objective, batch)
+            yield objective, last
 
     def _note(self, objective: Tensor, batch: Examples) -> None:
         check_finite(objective, batch.places)

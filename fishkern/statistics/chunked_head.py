@@ -61,6 +61,8 @@ class ChunkedHead:
         self._dtype = torch.float32
         self._tried = False
         self._why = None if self._head else "the model has no head that is known (get_output_embeddings, lm_head)"
+        if hosts.units(model):
+            self._why = "the model is sharded, and its head has its weights in the model's own forward pass alone"
         self.said: str | None = None
 
     @contextmanager
@@ -89,7 +91,10 @@ class ChunkedHead:
         finally:
             for handle in handles:
                 handle.remove()
-        self._why = self._differs(seen, logits[0]) if logits else "the likelihood gives no logits"
+        if logits:
+            self._why = self._why or self._differs(seen, logits[0])
+        else:
+            self._why = "the likelihood gives no logits"
 
     def awaits(self, batch: Examples) -> bool:
         """Tell whether it is still to be tried if the model runs without the logits of a batch.

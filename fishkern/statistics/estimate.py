@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from fishkern import backend as backends
 from fishkern import hosts
 from fishkern.backend import Backend
 from fishkern.statistics.answering import Answering
-from fishkern.statistics.base import Estimator, sums
+from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Shared
 from fishkern.statistics.call_facts import facts_of_call
 from fishkern.statistics.choosing import Requested
@@ -30,6 +31,9 @@ from fishkern.statistics.one_pass import OnePass, Passed
 from fishkern.statistics.prepared import Prepared
 from fishkern.statistics.request import Options, Request, coverage_of, reader_for, request_of
 from fishkern.statistics.result import Statistics
+from fishkern.statistics.sharded_pass import ShardedPass, check_sharded
+from fishkern.statistics.sharded_states import ShardedStates
+from fishkern.statistics.sharding import sharding_of
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
 from fishkern.warning import warn_caller
@@ -65,7 +69,9 @@ def estimate(
 
     Under an initialised process group every rank estimates on its own part of the data, as a ``DistributedSampler`` or
     accelerate splits it; sums and counts are reduced, examples that the sampler repeats to even out the ranks count
-    once, and every rank gets the same statistics.
+    once, and every rank gets the same statistics. Where FSDP2 shards the model (``fully_shard`` over all ranks), each
+    rank gets the part that belongs to its shards, as ``DTensor``, and all take the same steps: one that has no batch
+    left runs examples that do not count.
 
     Cost of the default: one forward and one backward pass, without the weights' ordinary gradients; memory for the
     activations of a training step and one float32 accumulator for each requested parameter.
@@ -117,7 +123,7 @@ def estimate(
             call or data are not those of the checkpoint.
         UnsupportedModuleError: The gradients of a module cannot be exact; the message says how to avoid it.
         RuntimeError: It runs under ``torch.inference_mode()``; or another rank has failed, or estimates other
-            parameters.
+            parameters, or plans other paths for them.
         OSError: The checkpoint cannot be written; one that was written before is unchanged.
     """
     model = hosts.unwrap(model)
@@ -130,7 +136,16 @@ def estimate(
         if prepared is not None:
             prepared.demand_model(model)
             options = prepared.completed(options)
-        request = request_of(model, options, max_examples)
+        sharding = sharding_of(model, ranks)
+        request = request_of(model, options, max_examples, fsdp2=True)
+        if sharding is not None:
+            check_sharded(request.estimator)
+            if checkpoint is not None:
+                raise ValueError(
+                    "checkpoint= is not built for sharded models, whose sums lie on several ranks: leave it out, or "
+                    "estimate groups of parameters one after the other (parameters=), save each, and join them by "
+                    "fishkern.union."
+                )
         if prepared is not None:
             prepared.demand_request(request, options)
         backend = backends.current() if options.backend is None else options.backend
@@ -148,17 +163,22 @@ def estimate(
     for number, names in enumerate(groups):
         data = Data(batches, reader, request.device, max_examples, ranks)
         report = Progress(progress if ranks.rank == 0 else False, data.total, number, len(groups))
-        states = States({name: request.infos[name] for name in names}, estimator, backend)
+        infos = {name: request.infos[name] for name in names}
         part = {name: request.tensors[name] for name in names}
         known = None if prepared is None else prepared.known[number]
-        keeper = None if checkpoint is None else long_run.keeper(number, facts, states)
-        one = OnePass(model, part, estimator, states, answering, options.check, known, keeper)
+        if sharding is None:
+            states = States(infos, estimator, backend)
+            keeper = None if checkpoint is None else long_run.keeper(number, facts, states)
+            one = OnePass(model, part, estimator, states, answering, options.check, known, keeper)
+        else:
+            states = ShardedStates(infos, estimator, backend, sharding=sharding)
+            one = ShardedPass(model, part, estimator, states, answering, options.check, sharding=sharding)
         passed.append(one.over(data, ranks, report))
         paths |= slowest_paths(ranks.gathered(passed[-1].paths))
-        results |= _results(states, estimator, ranks, passed[-1].counts.units)
+        results |= _results(states, ranks, passed[-1].counts.units)
     results = {name: results[name] for name in request.tensors}
     _demand_same_data(passed, ranks)
-    _note_zeros(results)
+    _note_zeros(results, ranks)
     note_own_tokens(reader.withheld - (set() if prepared is None else prepared.withheld))
     description = f"{answering.description}{OWN_TOKENS if reader.withheld else ''}"
     collected = estimator.collect(
@@ -201,25 +221,31 @@ def _demand_same_data(passed: Sequence[Passed], ranks: Ranks) -> None:
             )
 
 
-def _results(states: States, estimator: Estimator, ranks: Ranks, units: int) -> dict[str, Any]:
+def _results(states: States, ranks: Ranks, units: int) -> dict[str, Any]:
     """Reduce each state over the ranks and turn it into the statistic, one at a time."""
-    results = {}
+    results: dict[str, Any] = {}
+    infinite: list[str] = []
+    dtypes = {key: states.info(key).value.dtype for key in states.names}
     for key in states.names:
-        state = states.pop(key)  # states are freed one by one as results take their place
-        for total in sums(state):
-            ranks.sum_(total)
-        results[key] = estimator.result(state, units)
-        if not all(bool(leaf.isfinite().all()) for leaf in tree_leaves(results[key]) if isinstance(leaf, Tensor)):
-            raise ValueError(
-                f"the statistic of {key} is not finite although every loss is: its gradients overflow in "
-                f"{states.info(key).value.dtype}. Run the model in float32 or bfloat16."
-            )
+        results[key] = states.result(key, ranks, units)  # states are freed one by one as results take their place
+        if not all(bool(leaf.isfinite().all()) for leaf in _tensors(results[key])):
+            infinite.append(key)
+    if infinite := list(chain.from_iterable(ranks.gathered(infinite))):  # a rank may hold a part of a statistic
+        raise ValueError(
+            f"the statistic of {infinite[0]} is not finite although every loss is: its gradients overflow in "
+            f"{dtypes[infinite[0]]}. Run the model in float32 or bfloat16."
+        )
     return results
 
 
-def _note_zeros(results: Mapping[str, Any]) -> None:
-    if not any(bool(leaf.any()) for leaf in tree_leaves(results) if isinstance(leaf, Tensor)):
+def _note_zeros(results: Mapping[str, Any], ranks: Ranks) -> None:
+    if not any(ranks.gathered(any(bool(leaf.any()) for leaf in _tensors(results)))):
         warn_caller("every entry is exactly zero: no parameter moves this loss.")
+
+
+def _tensors(results: Any) -> list[Tensor]:
+    """List the tensors of a nest of results, of sharded ones the local parts."""
+    return [hosts.local_part(leaf) for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
 
 
 def _described(

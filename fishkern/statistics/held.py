@@ -22,12 +22,14 @@ from fishkern.files import (
     StoredTensor,
     check_cast,
     in_brief,
+    is_sharded,
     open_tensors,
     parsing,
     pieces,
     read_count,
     read_json,
     save_tensors,
+    write_from_ranks,
 )
 from fishkern.names import renamed, without_wrappers
 from fishkern.statistics.choosing import near
@@ -271,6 +273,9 @@ class Held(Mapping[str, Part]):
         step: if saving is interrupted, either the old or the new one loads, complete. Results that were loaded lazily
         from the same name must be loaded again afterwards.
 
+        Where the entries are sharded over ranks, all of them call it, and the first writes the same file that one
+        process alone would.
+
         Args:
             path: ``name.safetensors`` (or ``name``; the suffix is added). Its folder must exist.
             dtype: ``None`` for that of the tensors, which is float32 (or what :attr:`KEEPS` adds). To halve the size
@@ -287,6 +292,7 @@ class Held(Mapping[str, Part]):
             OSError: The folder is missing or read-only, or the disk is full.
             ValueError: ``dtype`` or ``max_shard_size`` is none of the above, or an entry overflows ``dtype`` or becomes
                 zero in float16; the message names the entry.
+            RuntimeError: The rank that writes has failed.
         """
         dtype = self._dtype if dtype is None else dtype
         if dtype not in (*self.KEEPS, torch.bfloat16, torch.float16):
@@ -298,9 +304,10 @@ class Held(Mapping[str, Part]):
             "provenance": self._provenance,
             "coverage": json.dumps(coverage),
         }
-        return save_tensors(
-            path, self._entries, format=self.FORMAT, metadata=metadata, dtype=dtype, max_shard_size=max_shard_size
-        )
+        options = {"format": self.FORMAT, "metadata": metadata, "dtype": dtype, "max_shard_size": max_shard_size}
+        if any(map(is_sharded, self._entries.values())):
+            return write_from_ranks(self._entries, lambda tensors: save_tensors(path, tensors, **options))
+        return save_tensors(path, self._entries, **options)
 
     @classmethod
     def _dtype_of(cls, tensors: Mapping[str, AnyTensor]) -> torch.dtype:

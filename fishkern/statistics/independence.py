@@ -34,6 +34,7 @@ class Independence:
         answer: Runs it on examples.
         precision: The dtypes that it computes in, which set the tolerance.
         by_labels: Whether the estimator uses the losses at the data's labels.
+        agreed: Gives the losses to compare, where several ranks run the same examples and must judge alike.
 
     Attributes:
         precision: As given.
@@ -47,7 +48,9 @@ class Independence:
         precision: Precision,
         *,
         by_labels: bool,
+        agreed: Callable[[list[float]], list[float]] = lambda losses: losses,
     ) -> None:
+        self._agreed = agreed
         self._model = model
         self._answer = answer
         self._by_labels = by_labels
@@ -161,12 +164,14 @@ class Independence:
     def _values(self, answer: Predictive | Tensor) -> list[float]:
         """Return the losses at the data's labels, or else at labels that rounding cannot change."""
         if self._by_labels or isinstance(answer, Tensor):
-            return (losses_of(answer) + 0.0).tolist()  # + 0.0 turns -0.0, which prints differently, into 0.0
+            return self._agreed(
+                (losses_of(answer) + 0.0).tolist()
+            )  # + 0.0 turns -0.0, which prints differently, into 0.0
         if isinstance(answer, Categorical):
             # u = 0 draws the first class of non-zero probability, which rounding does not change
             draws = torch.zeros(answer.num_examples, answer.draws_per_example, dtype=torch.float64)
-            return answer.drawn_losses(draws).tolist()
-        return sum(values.abs() for values in answer.label_losses() if values is not None).tolist()
+            return self._agreed(answer.drawn_losses(draws).tolist())
+        return self._agreed(sum(values.abs() for values in answer.label_losses() if values is not None).tolist())
 
     def _equal(self, one: Sequence[float], other: Sequence[float]) -> bool:
         scale = max((abs(value) for value in (*one, *other) if math.isfinite(value)), default=0.0)

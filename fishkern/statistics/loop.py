@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from fishkern import hosts
 from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.autograd import backward, check_finite, take_grad, with_last
@@ -20,6 +21,7 @@ from fishkern.statistics.likelihood import Likelihood, recognise_likelihood, tas
 from fishkern.statistics.outputs import own_loss
 from fishkern.statistics.precision import Precision
 from fishkern.statistics.predictive import Predictive
+from fishkern.statistics.sharding import Sharding
 from fishkern.statistics.states import States
 from fishkern.statistics.undisturbed import Entered, undisturbed
 
@@ -32,6 +34,7 @@ class Loop:
         parameters: The parameters to differentiate by, by canonical name.
         likelihood: As for :func:`fishkern.estimate`.
         estimator: A recipe of single examples.
+        sharding: How FSDP2 shards the model; ``None`` where it does not. All ranks then run the same examples.
 
     Attributes:
         estimator: The recipe.
@@ -46,7 +49,9 @@ class Loop:
         parameters: Mapping[str, nn.Parameter],
         likelihood: Likelihood | LossFunction | Drawn | None,
         estimator: Estimator,
+        sharding: Sharding | None = None,
     ) -> None:
+        self._sharding = sharding
         self._model = model
         self._parameters = parameters
         self._likelihood = likelihood
@@ -54,7 +59,7 @@ class Loop:
         self._answering: Answering | None = None
         self._entered: Entered | None = None
         self._totals: States | None = None
-        self.device = next(iter(parameters.values())).device
+        self.device = hosts.runs_on(next(iter(parameters.values())))
         self.precision = Precision(model)
         self.arrived: set[str] = set()
 
@@ -63,8 +68,10 @@ class Loop:
         """Add hooks to the parameters, and leave the model as found at the end."""
         names = {parameter: name for name, parameter in self._parameters.items()}
         devices = [self.device] if self.device.type == "cuda" else []
+        differentiating = nullcontext() if self._sharding is None else self._sharding.differentiating(self._parameters)
         with (
             torch.random.fork_rng(devices),
+            differentiating,
             undisturbed(self._model, self._parameters.values(), checkpointing=False) as self._entered,
             self.precision.noting(),
         ):
@@ -72,6 +79,8 @@ class Loop:
             try:
                 for parameter in names:
                     parameter.requires_grad_(True)
+                    if self._sharding is not None:
+                        continue  # FSDP2's gradients are read after the backward pass
                     handles.append(parameter.register_post_accumulate_grad_hook(lambda p: self._add(names[p], p)))
                 yield
             finally:
@@ -89,11 +98,12 @@ class Loop:
         """
         states, self._totals = self._states(), None
         units = examples * self.estimator.units(1)
-        return {name: self.estimator.result(states.pop(name), units) for name in self._parameters}
+        results = {name: self.estimator.result(states.pop(name), units) for name in self._parameters}
+        return results if self._sharding is None else self._sharding.gathered(self._parameters, results)
 
     def add_alone(self, row: Examples) -> None:
         """Add one example. For the empirical Fisher, use the loss that the model itself returns, if it returns one."""
-        self._entered.restore()
+        self._restore()
         try:
             answer = self._entered.connection.answered(lambda: self._answer_alone(row))
         except UnknownLabelError as error:
@@ -102,7 +112,7 @@ class Loop:
 
     def add_in_batch(self, batch: Examples) -> None:
         """Add each example, its loss back-propagated through the whole batch."""
-        self._entered.restore()
+        self._restore()
         self._add_objectives(self._answer(batch), batch.places)
 
     def _add_objectives(self, answer: Predictive | Tensor, places: range) -> None:
@@ -112,6 +122,9 @@ class Loop:
             check_finite(objective, places)
             for n, value in enumerate(objective):
                 backward(value, retain_graph=not last or n + 1 < len(objective))
+                if self._sharding is not None:
+                    for name, parameter in self._parameters.items():
+                        self._add(name, parameter)
 
     def _answer_alone(self, row: Examples) -> Predictive | Tensor:
         losses = self._own_loss(row.copied())
@@ -138,11 +151,18 @@ class Loop:
         """Return the current states; they are made only when needed, to save memory."""
         if self._totals is None:
             infos = {
-                name: ParameterInfo(name, value, value.shape, accumulates_in(value.dtype), value.device)
+                name: ParameterInfo(
+                    name, value, hosts.local_part(value).shape, accumulates_in(value.dtype), value.device
+                )
                 for name, value in self._parameters.items()
             }
             self._totals = States(infos, self.estimator)
         return self._totals
+
+    def _restore(self) -> None:
+        self._entered.restore()
+        if self._sharding is not None:
+            self._sharding.units.reshard()
 
     def _add(self, name: str, parameter: nn.Parameter) -> None:
         grad = take_grad(parameter)

@@ -154,10 +154,14 @@ class OnePass:
             return answer_parts(batch, *onlooker)
 
         by_labels = self.estimator.definition.get("fisher_type", "empirical") == "empirical"
-        independence = Independence(self.model, answer, Precision(self.model), by_labels=by_labels)
+        independence = Independence(self.model, answer, Precision(self.model), by_labels=by_labels, agreed=self._agreed)
         if self.known is not None:
             self.known.begin(self.model, independence, entered.connection)
         return self._pass(answer, entered, independence), independence
+
+    def _agreed(self, losses: list[float]) -> list[float]:
+        """Give the losses by which all ranks judge whether examples interact: each has examples of its own."""
+        return losses
 
     def _keep(self, independence: Independence, entered: Entered) -> None:
         if self.known is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import nullcontext
 from itertools import islice
 
 import torch
@@ -14,6 +15,7 @@ from fishkern.layers import (
     Plan,
     Strays,
     UnsupportedModuleError,
+    Whole,
     capture_of,
     is_wrapped,
     leave_out,
@@ -54,6 +56,7 @@ class Planner:
         independence: Checks that the loss of an example is its own.
         connection: Lets gradients reach segments under reentrant checkpointing.
         known: What earlier passes have found out; ``None`` for nothing, and to keep nothing.
+        whole: Lets a module run once more, see :data:`fishkern.layers.Whole`.
 
     Attributes:
         paths: The slowest path that each parameter has taken so far, and the reason.
@@ -74,7 +77,9 @@ class Planner:
         independence: Independence,
         connection: Connection,
         known: Known | None = None,
+        whole: Whole = nullcontext,
     ) -> None:
+        self._whole = whole
         self.counted = counted
         self._model = model
         self._parameters = parameters
@@ -131,6 +136,17 @@ class Planner:
         """What changes when a batch shows something on which the plans of later ones depend."""
         return self._revision, len(self.distrusted)
 
+    def has_plan(self, kind: Kind) -> bool:
+        """Tell whether batches of a kind have a plan.
+
+        Args:
+            kind: Of a batch.
+
+        Returns:
+            Whether they do, or use that of batches of several.
+        """
+        return kind in self._plans or kind._replace(lone=False) in self._plans
+
     def take(self, plan: Plan) -> None:
         """Take a plan as given, for all batches.
 
@@ -144,6 +160,11 @@ class Planner:
         self._plans.clear()
         self._revision += 1
         self._contradicted = True
+
+    @property
+    def strayed(self) -> Mapping[str, str]:
+        """Why parameters take the loop whose module was called from outside its host, by canonical name."""
+        return self._strayed
 
     def note_strays(self, strays: Mapping[str, str]) -> None:
         """Move parameters whose module is called from outside its host to the loop, from this batch on.
@@ -234,6 +255,7 @@ class Planner:
                 num_examples=few.num_examples,
                 documents=few.documents,
                 order=few.order,
+                whole=self._whole,
             )
         self.refuse_stored(key for key, (path, _) in plan.paths.items() if path != "fused")
         known, checks = self._known, self._check
@@ -298,14 +320,14 @@ class Planner:
         keys: Iterable[str],
     ) -> dict[str, str]:
         """Capture the gradients of some parameters, and compare them with ordinary autograd."""
-        withheld = self._captured_once(plan, few, states.add, estimator, number)
+        withheld = self._captured_once(plan, few, states, estimator, number)
         return disagreements(
             {key: self._parameters[key] for key in keys if key not in withheld},
             states,
             estimator,
             objective,
             few,
-            reused=plan.reused,
+            reused=plan.reused if states.read_at_once else keys,
             half=self._independence.precision.half,
         )
 
@@ -313,7 +335,7 @@ class Planner:
         self,
         plan: Plan,
         few: Examples,
-        add: Callable[[str, PerExampleGrads], None],
+        states: States,
         estimator: Estimator,
         number: int,
     ) -> set[str]:
@@ -322,11 +344,15 @@ class Planner:
 
         def add_own(key: str, grads: PerExampleGrads) -> None:
             if key not in strays.reasons and key not in self._stored:
-                add(key, grads)
+                states.add(key, grads)
 
         if not plan.sites:
             return set()
-        parts = {"squares": estimator.reads == "squares", "factors": estimator.reads_factors}
+        parts = {
+            "squares": estimator.reads == "squares",
+            "factors": estimator.reads_factors,
+            "deferring": states.deferring,
+        }
         with capture_of(plan.sites, add_own, few.documents, **parts) as capture:
             counted = self.counted(few)
             with capture.forward(few.num_examples, counted), strays.watched():
@@ -334,6 +360,7 @@ class Planner:
             objective = next(islice(self._estimator.objectives(answer, few.places), number, None))
             check_finite(objective, few.places)
             capture.backward(objective)
+            states.complete()
             self.distrusted |= capture.distrusted
             withheld = set(capture.withheld - strays.reasons.keys())
         if strays.reasons:

@@ -76,16 +76,17 @@ class Request:
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
-        return next(iter(self.tensors.values())).device
+        return hosts.runs_on(next(iter(self.tensors.values())))
 
 
-def request_of(model: nn.Module, options: Options, max_examples: int | None = None) -> Request:
+def request_of(model: nn.Module, options: Options, max_examples: int | None = None, *, fsdp2: bool = False) -> Request:
     """Work out what is asked for, or refuse it.
 
     Args:
         model: Without running wrappers.
         options: What the caller asks for.
         max_examples: As for :func:`fishkern.estimate`.
+        fsdp2: Whether FSDP2 may shard the model.
 
     Returns:
         The request.
@@ -94,7 +95,7 @@ def request_of(model: nn.Module, options: Options, max_examples: int | None = No
         ValueError: There are no such parameters, or the estimator does not give each of them one pass.
     """
     estimator = DiagonalFisher() if options.estimator is None else options.estimator
-    check_estimable(model, estimator, max_examples)
+    check_estimable(model, estimator, max_examples, fsdp2=fsdp2)
     maps = linear_maps(model) if estimator.reads_factors else {}
     tensors = requested_tensors(model, options.parameters, estimator, maps)
     infos = parameter_infos(model, tensors, estimator, options.accumulate_on, maps)
@@ -105,7 +106,12 @@ def request_of(model: nn.Module, options: Options, max_examples: int | None = No
 
 
 def check_estimable(
-    model: nn.Module, estimator: Estimator, max_examples: int | None = None, *, on_meta: bool = False
+    model: nn.Module,
+    estimator: Estimator,
+    max_examples: int | None = None,
+    *,
+    on_meta: bool = False,
+    fsdp2: bool = False,
 ) -> None:
     """Refuse what no pass can be made of.
 
@@ -114,6 +120,7 @@ def check_estimable(
         estimator: The recipe.
         max_examples: As for :func:`estimate`.
         on_meta: Whether all of its parameters may be on the meta device.
+        fsdp2: Whether FSDP2 may shard it.
 
     Raises:
         TypeError: The estimator is something else.
@@ -134,7 +141,7 @@ def check_estimable(
             "estimate takes gradients, which torch.inference_mode() rules out, also for parameters made under it: call "
             "it, and load the model, outside (torch.no_grad() does no harm)."
         )
-    if reason := hosts.sharded(model) or hosts.scripted(model) or hosts.lost_prefix(model):
+    if reason := hosts.sharded(model, fsdp2=fsdp2) or hosts.scripted(model) or hosts.lost_prefix(model):
         raise UnsupportedModuleError(f"{reason}.")
     whole_on_meta = on_meta and all(parameter.is_meta for parameter in model.parameters())
     if not whole_on_meta and (reason := hosts.dispatched(model)):

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fishkern.files import Format, StoredTensor
+from fishkern.files import Format, StoredTensor, is_sharded
 from fishkern.statistics.held import Held
 
 
@@ -16,7 +16,8 @@ class Statistics(Held[Tensor]):
     A read-only mapping from the canonical name (:func:`fishkern.names.without_wrappers`) to a float32 tensor, in the
     model's order. Its shape is the parameter's, or the estimator's own, such as one number for each row.
     ``provenance["definition"]`` says what a unit is (an example, a batch) and which Fisher this is.
-    ``==`` compares contents, with the runs in any order.
+    ``==`` compares contents, with the runs in any order. Where FSDP2 shards the parameters, the tensors are sharded
+    alike: see :meth:`full`, and ``==`` and :meth:`save` are called on all ranks.
 
     Args:
         tensors: The statistic by parameter name, floating; not copied if float32 already. Wrappers are removed from
@@ -43,6 +44,35 @@ class Statistics(Held[Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         (entry,) = self._entries_of(name)
         return self._read(entry)
+
+    def full(self, name: str) -> Tensor:
+        """Return the whole tensor of a name, also where the model's parameters were sharded.
+
+        For such a name ``statistics[name]`` is a ``DTensor`` of the parameter's placements, whose ``to_local()`` this
+        rank holds. Gathering the parts is a collective operation: every rank calls it.
+
+        Args:
+            name: A name.
+
+        Returns:
+            An ordinary tensor, on every rank.
+
+        Raises:
+            KeyError: There is nothing for that name.
+        """
+        tensor = self[name]
+        return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+    def whole(self) -> Statistics:
+        """Gather sharded tensors, each as :meth:`full` does.
+
+        Returns:
+            Statistics of ordinary tensors, on every rank; these ones if they are that already.
+        """
+        if not any(map(is_sharded, self.blocks.values())):
+            return self
+        tensors = {name: self.full(name) for name in self}
+        return Statistics(tensors, count=self.count, provenance=self.provenance, coverage=self.coverage)
 
     def __repr__(self) -> str:
         definition = self.provenance["definition"]

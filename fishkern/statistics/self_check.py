@@ -65,7 +65,9 @@ def disagreements(
     captured = {
         key: one
         for key, one in parameters.items()
-        if key not in comparison.grad_squares and not is_wrapped(one) and any(bool(s.any()) for s in sums(states[key]))
+        if key not in comparison.grad_squares
+        and not is_wrapped(one)
+        and any(states.largest(total) != 0 for total in sums(states[key]))
     }
     if captured:
         _refuse_without_gradient(captured, objective, few)
@@ -106,9 +108,9 @@ class _Comparison:
             if added is None:  # not a function of a gradient: there is nothing to compare with
                 totals[place].zero_()
             else:
-                scales[place] += _largest(added)
+                scales[place] += self.states.largest(added)
                 totals[place].sub_(added.to(totals[place]))
-        self.grad_squares[key] = self.grad_squares.get(key, 0.0) + _largest(grad) ** 2
+        self.grad_squares[key] = self.grad_squares.get(key, 0.0) + self.states.largest(grad) ** 2
 
     def error(self, key: str, parameter: nn.Parameter) -> float | None:
         """Return the relative error of a parameter, or ``None`` if it is within rounding."""
@@ -117,7 +119,7 @@ class _Comparison:
         scales = self.scales.get(key, [0.0] * len(totals))
         worst = None
         for place, (total, scale) in enumerate(zip(totals, scales, strict=True)):
-            error = _largest(total)
+            error = self.states.largest(total)
             # "not <=" instead of ">", so that NaN fails; the rounding, which takes a tensor, only where it may decide
             if not error <= tolerance * scale and not error <= tolerance * scale + self._rounding(key, place):
                 relative = error / scale if scale else float("inf")
@@ -132,7 +134,7 @@ class _Comparison:
         size = steps * eps * max(self.grad_squares.values(), default=0.0) ** 0.5
         grad = torch.full((), size, dtype=info.dtype, device=info.value.device).expand(info.shape)
         added = self._added(key, grad)[place]
-        return 0.0 if added is None else _largest(added)
+        return 0.0 if added is None else self.states.largest(added)
 
     def _added(self, key: str, grad: Tensor) -> list[Tensor | None]:
         return added_to(self.states[key], self.estimator.of_gradient(grad, self.states.info(key)))
@@ -189,11 +191,3 @@ def _refuse_without_gradient(parameters: Mapping[str, nn.Parameter], objective: 
             f"a gradient arrives at the modules of {listed(cut)}, and ordinary autograd gives none to the parameters: "
             f"the modules compute without gradients, or detach them. {leave_out(cut, by_autograd=False)}"
         )
-
-
-def _largest(values: Tensor) -> float:
-    """Find the largest magnitude, without a tensor of magnitudes."""
-    if not values.numel():
-        return 0.0
-    low, high = values.aminmax()
-    return torch.maximum(-low, high).item()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch import distributed as dist
 
@@ -124,18 +125,34 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def sum_(self, tensor: Tensor) -> None:
+    def sum_(self, tensor: Tensor, group: Any = None) -> None:
         """Replace a tensor by its sum over the ranks.
 
         Args:
             tensor: Of the same shape and dtype on every rank.
+            group: A process group of some of the ranks; ``None`` for all.
         """
+        self._reduce_(tensor, "SUM", group)
+
+    def largest(self, tensor: Tensor) -> Tensor:
+        """Find the largest value of each entry over the ranks.
+
+        Args:
+            tensor: Of the same shape and dtype on every rank; changed in place.
+
+        Returns:
+            The tensor.
+        """
+        self._reduce_(tensor, "MAX")
+        return tensor
+
+    def _reduce_(self, tensor: Tensor, operation: str, group: Any = None) -> None:
         if self.count == 1:
             return
         reduced = tensor
         if tensor.device.type == "cpu" and dist.get_backend() == "nccl":  # which works on GPUs only
             reduced = tensor.cuda()
-        dist.all_reduce(reduced)
+        dist.all_reduce(reduced, getattr(dist.ReduceOp, operation), group=group)
         if reduced is not tensor:
             tensor.copy_(reduced)
 
@@ -149,15 +166,16 @@ class Ranks:
         Raises:
             RuntimeError: Another rank has failed; the message says which, and its error.
         """
+        failure = error = None
         try:
             yield
-        except Exception as error:
-            self.gathered(f"{type(error).__name__}: {error}")
-            raise
-        # every rank gathers once, failed or not: a rank that skipped it would leave the others waiting
-        for rank, failure in enumerate(self.gathered(None)):
-            if failure is not None:
-                raise RuntimeError(f"rank {rank} failed with {failure}")
+        except Exception as raised:
+            failure, error = f"{type(raised).__name__}: {raised}", raised
+        # every rank takes part, failed or not: a rank that skipped it would leave the others waiting
+        if self.largest(torch.tensor(int(failure is not None))).item():
+            for rank, one in enumerate(self.gathered(failure)):
+                if one is not None:
+                    raise error or RuntimeError(f"rank {rank} failed with {one}")
 
     def demand_equal(self, value: Any, what: str) -> None:
         """Raise if a value differs between ranks.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fishkern.backend import Backend
 from fishkern.layers import OuterProductGrads, PerExampleGrads, UnsupportedModuleError, leave_out
 from fishkern.statistics.base import Constant, Estimator, ParameterInfo, State, sums
+from fishkern.statistics.shards import Ranks
 
 
 class States:
@@ -23,10 +26,18 @@ class States:
         estimator: Makes the states, and adds to them.
         backend: Passed on to the operations.
 
+    Attributes:
+        read_at_once: Whether autograd's gradient of a parameter may be read as soon as it arrives.
+        deferring: Makes a context for what is computed during backward; an error in it may be raised by
+            :meth:`complete` only.
+
     Raises:
         ValueError: An initial state is not all zeros, or has a dtype or device that it must not have.
         TypeError: The estimator's definition is not JSON, or a state contains something else than tensors.
     """
+
+    read_at_once = True
+    deferring: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __init__(
         self, parameters: Mapping[str, ParameterInfo], estimator: Estimator, backend: Backend | None = None
@@ -106,6 +117,39 @@ class States:
         """
         parameter = self._parameters[name]
         self._add(name, grad.device, lambda state: self._estimator.add_single_(state, grad, parameter))
+
+    def complete(self) -> None:
+        """End a backward pass: what was added is in the states from here on."""
+
+    def largest(self, values: Tensor) -> float:
+        """Find the largest magnitude of something of a state's shape, without a tensor of magnitudes.
+
+        Args:
+            values: Any tensor.
+
+        Returns:
+            The magnitude; 0 where there are no entries.
+        """
+        if not values.numel():
+            return 0.0
+        low, high = values.aminmax()
+        return torch.maximum(-low, high).item()
+
+    def result(self, name: str, ranks: Ranks, count: int) -> Any:
+        """Remove a state, and turn its sum over all ranks into the statistic.
+
+        Args:
+            name: Canonical name of its parameter.
+            ranks: All ranks.
+            count: Number of units of all ranks together.
+
+        Returns:
+            What the estimator gives.
+        """
+        state = self.pop(name)
+        for total in sums(state):
+            ranks.sum_(total)
+        return self._estimator.result(state, count)
 
     def zero_(self) -> None:
         """Set every sum to zero."""

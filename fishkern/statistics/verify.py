@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,9 @@ from fishkern.statistics.loop import Loop
 from fishkern.statistics.request import reader_for
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.routing import Routing
+from fishkern.statistics.sharded_pass import check_sharded
+from fishkern.statistics.sharding import sharding_of
+from fishkern.statistics.shards import Ranks
 from fishkern.statistics.verification import Verification
 
 _NOISE_EXAMPLES = 8
@@ -58,6 +62,9 @@ def verify(
     a loop without any gradient. Rounding is that of the coarsest dtype that a parameter or a module's output has.
     Where a position chooses other experts in a batch than alone, its gradients differ by more than rounding; the report
     counts such choices on the same examples, and names modules of experts whose calls do not match.
+
+    Where FSDP2 shards the model, every rank calls it with its own batches, and all of them run every example. The loop
+    then forms its sums on the shards, and each parameter is compared whole, on every rank.
 
     Cost: the loop, once, and one backward pass of the first batch for each of its examples. Memory: two float32
     accumulators for each parameter, three for the first batch; one gradient at a time.
@@ -88,25 +95,32 @@ def verify(
         UnsupportedModuleError: As :func:`estimate`.
     """
     model = hosts.unwrap(model)
-    if reason := hosts.sharded(model) or hosts.scripted(model):
+    ranks = Ranks()
+    if reason := hosts.sharded(model, fsdp2=True) or hosts.scripted(model):
         raise UnsupportedModuleError(f"{reason}.")
+    sharding = sharding_of(model, ranks)
     estimator = DiagonalFisher() if estimator is None else estimator
     check_recipe(estimator)
     likelihood = checked_likelihood(likelihood)
-    data = _read(batches, max_examples, reader_for(model, likelihood, shared))
+    if sharding is not None:
+        _check_on_shards(estimator, max_examples)
+    with ranks.failing_together() if sharding is not None else nullcontext():
+        data = _read(batches, max_examples, reader_for(model, likelihood, shared))
+    own, data = data, data if sharding is None else _of_all_ranks(data, ranks)
     examples = sum(batch.num_examples for batch in data)
     estimate_seconds = None
     if statistics is None:
         options = {"estimator": estimator, "likelihood": likelihood, "parameters": parameters, "shared": shared}
-        statistics, estimate_seconds = _estimated(model, data, progress=progress is True, **options)
+        statistics, estimate_seconds = _estimated(model, own, progress=progress is True, **options)
     elif isinstance(statistics, Statistics):
         check_kind(statistics, estimator, examples)
     check_names(statistics)
+    statistics = statistics.whole() if isinstance(statistics, Statistics) else statistics
     named = scored_tensors(model)
     requested = _requested(named, statistics, parameters)
     included = [name for name in requested if name in statistics]
     comparable = _comparable(model, named, included)
-    loop = Loop(model, comparable, likelihood, estimator)
+    loop = Loop(model, comparable, likelihood, estimator, sharding)
     with loop.collecting():
         if estimate_seconds is None:
             check_loss(statistics, model, likelihood, next(_rows(data, loop.device)))
@@ -144,6 +158,23 @@ def verify(
         loop_seconds=loop_seconds,
         estimate_seconds=estimate_seconds,
     )
+
+
+def _check_on_shards(estimator: Estimator, max_examples: int | None) -> None:
+    check_sharded(estimator)
+    if max_examples is not None:
+        raise ValueError("max_examples counts the examples of one process, and FSDP2 shards: give fewer batches.")
+
+
+def _of_all_ranks(data: Sequence[Examples], ranks: Ranks) -> list[Examples]:
+    """Give every rank the examples of all: FSDP2's gradient is a mean over ranks, which must all run the same one."""
+    cpu = torch.device("cpu")
+    parts = ranks.gathered([replace(batch.to(cpu), cut_from=None) for batch in data])
+    batches, place = [], 0
+    for batch in (batch for part in parts for batch in part):
+        batches.append(replace(batch, places=range(place, place + batch.num_examples)))
+        place += batch.num_examples
+    return batches
 
 
 def _estimated(model: nn.Module, data: Sequence[Examples], **options: Any) -> tuple[Statistics, float]:

@@ -1,4 +1,7 @@
-"""Models with sharded parameters are refused by name, and the same models in one piece are served."""
+"""Models with sharded parameters are refused by name where they are not served, and the same in one piece are served.
+
+What FSDP2 shards is served by ``estimate`` and ``verify``: ``tests/statistics/test_sharded_ranks.py``.
+"""
 
 from __future__ import annotations
 
@@ -60,35 +63,69 @@ def zero3() -> nn.Module:
     return model
 
 
+FSDP2 = "fully_shard of torch; fsdp_version: 2"
 SHARDED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "FSDP2": (fsdp2, "FSDP shards the parameters of 'the model'.*DistributedDataParallel"),
-    "FSDP2 of a part": (fsdp2_inside, "FSDP shards the parameters of '2'"),
     "FSDP1": (lambda: fsdp1(False), "FSDP shards the parameters of 'the model'"),
     "FSDP1 with its names": (lambda: fsdp1(True), "FSDP shards the parameters of 'the model'"),
     "parallelize_module": (split_by_torch, "0.weight is a DTensor, split over processes.*whole model"),
     "tp_plan": (split_by_transformers, "split it over 2 processes.*without tp_plan="),
     "ZeRO-3": (zero3, "ZeRO-3 has partitioned 0.weight.*ZeRO stage 2"),
 }
+FULLY = {
+    "FSDP2": (fsdp2, "FSDP shards the parameters of 'the model'.*DistributedDataParallel"),
+    "FSDP2 of a part": (fsdp2_inside, "FSDP shards the parameters of '2'"),
+}
+
+
+def of_the_whole() -> tuple[fk.Statistics, fk.Selection]:
+    statistics = fk.estimate(net(), BATCHES, likelihood=fk.Classification())
+    return statistics, fk.select(statistics, fk.GlobalTopK(density=0.5))
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")
 @pytest.mark.parametrize("case", SHARDED)
 def test_a_sharded_model_is_refused_by_name(case):
     make, words = SHARDED[case]
-    model, whole = make(), net()
-    likelihood = fk.Classification()
-    statistics = fk.estimate(whole, BATCHES, likelihood=likelihood)
-    selection = fk.select(statistics, fk.GlobalTopK(density=0.5))
-    calls = [
+    model, likelihood = make(), fk.Classification()
+    statistics, selection = of_the_whole()
+    estimates = [
         lambda: fk.estimate(model, BATCHES, likelihood=likelihood),
         lambda: fk.estimate(model, BATCHES, fk.SketchedFisher(), likelihood=likelihood, parameters="all"),
         lambda: fk.verify(model, BATCHES, statistics, likelihood=likelihood),
+    ]
+    others = [
         lambda: fk.MaskedAdamW(model, selection, lr=1e-3),
         lambda: fk.fish_tuning(model, BATCHES, density=0.5, pool="model", likelihood=likelihood, order="random"),
     ]
-    for call in calls:
+    for call in [*estimates, *others]:
         with pytest.raises(fk.UnsupportedModuleError, match=words):
             call()
+    with pytest.raises(fk.UnsupportedModuleError, match=FSDP2):
+        estimates[0]()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_scatter_tensor` is deprecated:FutureWarning")
+@pytest.mark.parametrize("case", FULLY)
+def test_what_fsdp2_shards_is_estimated_and_refused_by_name_elsewhere(case):
+    make, words = FULLY[case]
+    model, likelihood = make(), fk.Classification()
+    statistics, selection = of_the_whole()
+    found = fk.estimate(model, BATCHES, likelihood=likelihood)
+    for name in statistics:
+        torch.testing.assert_close(found.full(name), statistics[name])
+    with pytest.raises(fk.UnsupportedModuleError, match="SketchedFisher.* is not computed on shards"):
+        fk.estimate(model, BATCHES, fk.SketchedFisher(), likelihood=likelihood)
+    for call in [
+        lambda: fk.prepare(model, BATCHES[0], likelihood=likelihood),
+        lambda: fk.MaskedAdamW(model, selection, lr=1e-3),
+        lambda: fk.fish_tuning(model, BATCHES, density=0.5, pool="model", likelihood=likelihood, order="random"),
+    ]:
+        with pytest.raises(fk.UnsupportedModuleError, match=words):
+            call()
+    with pytest.raises(TypeError, match=r"are sharded over processes.*statistics.whole\(\)"):
+        fk.select(found, fk.GlobalTopK(density=0.5))
+    expected = fk.select(found.whole(), fk.GlobalTopK(density=0.5))
+    assert all(torch.equal(expected.indices(name), selection.indices(name)) for name in statistics)
 
 
 def test_a_wrapper_that_keeps_parameters_whole_is_served():

@@ -1,0 +1,297 @@
+"""A pass over data with a model that FSDP2 shards: all ranks take the same steps, each on its own examples.
+
+Every forward and backward pass of such a model is a collective operation. So the ranks agree before each step: on the
+batch (a rank without one runs examples that do not count), on plans, on errors. Plans are made, and compared with
+ordinary autograd, on the same examples on every rank: FSDP2's gradient, a mean over ranks, is then theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fishkern import hosts
+from fishkern.layers import Plan, UnsupportedModuleError, leave_out
+from fishkern.names import listed
+from fishkern.statistics.autograd import backward, only_trainable, take_grad
+from fishkern.statistics.autograd_pass import AutogradPass
+from fishkern.statistics.base import Estimator
+from fishkern.statistics.batches import Examples
+from fishkern.statistics.captured_pass import CapturedPass, Objectives
+from fishkern.statistics.data import Data, Progress
+from fishkern.statistics.diagonal_fisher import DiagonalFisher
+from fishkern.statistics.head_logits import Onlooker
+from fishkern.statistics.independence import Independence
+from fishkern.statistics.known import Kind
+from fishkern.statistics.one_pass import OnePass, Passed
+from fishkern.statistics.planning import Planner
+from fishkern.statistics.predictive import Predictive
+from fishkern.statistics.randomness import OwnRandomness
+from fishkern.statistics.sharded_states import ShardedStates
+from fishkern.statistics.sharding import Sharding
+from fishkern.statistics.shards import Ranks
+from fishkern.statistics.undisturbed import Entered
+
+
+def check_sharded(estimator: Estimator) -> None:
+    """Refuse recipes that are not computed on sharded parameters.
+
+    Args:
+        estimator: The recipe.
+
+    Raises:
+        UnsupportedModuleError: It is another one than the diagonal Fisher of examples or positions.
+    """
+    if not isinstance(estimator, DiagonalFisher) or estimator.unit == "batch" or estimator.fisher_type == "type-2":
+        kind = estimator.definition.get("estimator", type(estimator).__name__)
+        options = {key: estimator.definition[key] for key in ("fisher_type", "unit") if key in estimator.definition}
+        raise UnsupportedModuleError(
+            f"FSDP2 shards the parameters, and {kind}({', '.join(f'{k}={v!r}' for k, v in options.items())}) is not "
+            "computed on shards: expected DiagonalFisher of unit='example' or 'position' and of fisher_type="
+            "'empirical' or 'mc'. Load the whole model in each process for others."
+        )
+
+
+@dataclass
+class ShardedPass(OnePass):
+    """One pass over the data with a sharded model.
+
+    Args:
+        sharding: How the model is sharded.
+    """
+
+    sharding: Sharding | None = None  # always given; a field after those with defaults needs one
+
+    def over(self, data: Data, ranks: Ranks, report: Progress) -> Passed:
+        sharding = self.sharding
+        with sharding.differentiating(self.requested), sharding.units.watched(self.states.exchange):
+            return super().over(data, ranks, report)
+
+    def _run(self, data: Data, entered: Entered, report: Progress) -> tuple[int, CapturedPass, Independence]:
+        one_pass, independence = self._begin(entered)
+        randomness = OwnRandomness(data.device)
+        units = 0
+        for batch, own in self._in_step(data, one_pass, randomness):
+            with randomness.drawing():
+                one_pass.run(batch, own=own)
+            units += self.estimator.units(batch.num_examples) if own else 0
+            report(data.examples)
+        return units, one_pass, independence
+
+    def _in_step(
+        self, data: Data, one_pass: ShardedCapture, randomness: OwnRandomness
+    ) -> Iterator[tuple[Examples, bool]]:
+        """Give each rank its next batch, and whether it is its own, until no rank has one."""
+        ranks, batches = self.sharding.ranks, iter(data)
+        spare: Examples | None = None
+        while True:
+            with ranks.failing_together():
+                batch = next(batches, None)
+            kinds = ranks.gathered(None if batch is None else _kind(batch))
+            if not any(kind is not None for kind in kinds):
+                return
+            if spare is None:
+                spare = one_pass.shared(batch, next(rank for rank, kind in enumerate(kinds) if kind is not None))
+                with ranks.failing_together(), randomness.aside():
+                    self.answering.begin(spare)
+                self.sharding.units.reshard()  # a forward pass alone leaves the outermost unit whole
+            with randomness.drawing():
+                one_pass.plan(batch, kinds)
+            yield (spare, False) if batch is None else (batch, True)
+
+    def _pass(
+        self, answer: Callable[[Examples], Predictive | Tensor], entered: Entered, independence: Independence
+    ) -> AutogradPass | CapturedPass:
+        together = self._together(answer)
+        planner = Planner(
+            self.model,
+            self.requested,
+            together,
+            self.estimator,
+            self.states,
+            counted=lambda batch: None,
+            check=self.check,
+            independence=independence,
+            connection=entered.connection,
+            whole=self.sharding.units.whole,
+        )
+        return ShardedCapture(self.requested, together, self.estimator, self.states, planner, self.sharding)
+
+    def _together(self, answer: Callable[[Examples], Predictive | Tensor]) -> Callable[[Examples], Predictive | Tensor]:
+        """Run the model on all ranks: an error on one of them ends the step on all."""
+
+        def answered(batch: Examples, *onlooker: Onlooker) -> Predictive | Tensor:
+            self.sharding.units.reshard()  # so that this run sees which parameters require a gradient
+            with self.sharding.ranks.failing_together(), self.sharding.units.followed():
+                return answer(batch, *onlooker)
+
+        return answered
+
+
+class ShardedCapture(CapturedPass):
+    """Capture by plans that all ranks share.
+
+    Args:
+        parameters: As for :class:`CapturedPass`.
+        answer: As for :class:`CapturedPass`.
+        estimator: As for :class:`CapturedPass`.
+        states: As for :class:`CapturedPass`.
+        planner: As for :class:`CapturedPass`.
+        sharding: How the model is sharded.
+
+    Attributes:
+        planner: As given.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        answer: Callable[[Examples], Predictive | Tensor],
+        estimator: Estimator,
+        states: ShardedStates,
+        planner: Planner,
+        sharding: Sharding,
+    ) -> None:
+        super().__init__(parameters, answer, estimator, states, planner)
+        self.planner = planner
+        self._sharding = sharding
+        self._device = hosts.runs_on(next(iter(parameters.values())))
+        self._looped: dict[str, Collection[int] | None] = {}
+
+    def run(self, batch: Examples, *, own: bool = True) -> None:
+        """Add one batch of each rank.
+
+        Args:
+            batch: This rank's batch.
+            own: Whether it counts.
+        """
+        ranks, planner = self._sharding.ranks, self.planner
+        planner.begun = True
+        withheld = self._captured(planner.plan_for(batch), batch, own=own)
+        if not any(withheld):
+            return
+        # as on one device: a gradient arrived where the survey saw none, or rows follow the data; a batch in which that
+        # happened is surveyed
+        planner.forget()
+        kinds = ranks.gathered(_kind(batch))
+        self.plan(batch, [kind if each else None for kind, each in zip(kinds, withheld, strict=True)])
+        self.plan(batch, kinds)
+        keys = sorted({key for each in withheld for key in each})
+        only = {key: withheld[ranks.rank].get(key, set()) for key in keys}
+        again = self._captured(planner.plan_for(batch).only(keys), batch, own=own, only=only)
+        if any(again):
+            self._loop_together(batch, again)
+            planner.note_looped(sorted({key for each in again for key in each}), batch)
+
+    def plan(self, batch: Examples | None, kinds: Sequence[Kind | None]) -> None:
+        """Make plans for all ranks, each on the first examples of a rank.
+
+        Args:
+            batch: This rank's batch.
+            kinds: The kind of each rank's batch; ``None`` where it has none.
+        """
+        ranks = self._sharding.ranks
+        for rank, kind in enumerate(kinds):
+            if kind is not None and not self.planner.has_plan(kind):
+                few = self.shared(batch, rank)
+                with ranks.failing_together():
+                    plan = self.planner.plan_for(few)
+                ranks.demand_equal(_described(plan), "the paths of parameters")
+
+    def shared(self, batch: Examples | None, rank: int) -> Examples:
+        """Give all ranks the first examples of a batch of one of them.
+
+        Args:
+            batch: This rank's batch.
+            rank: The rank whose batch it is.
+
+        Returns:
+            The examples, on this rank's device.
+        """
+        ranks, few = self._sharding.ranks, None
+        if ranks.rank == rank:
+            few = replace(batch.few.to(torch.device("cpu")), cut_from=None)
+        return ranks.gathered(few)[rank].to(self._device)
+
+    def _captured(
+        self, plan: Plan, batch: Examples, *, own: bool, only: Objectives | None = None
+    ) -> list[dict[str, set[int]]]:
+        """Capture a batch of each rank, and say what each holds back; of one that does not count, nothing."""
+        ranks = self._sharding.ranks
+        _refuse_nested(plan, self._sharding)
+        self._looped, loss = {}, self.loss
+        with ranks.failing_together(), self._sharding.apart(counts=own):
+            withheld = dict(self._capture(plan, batch, only))
+        if not own:
+            withheld, self.loss, self._looped = {}, loss, {}
+        ended = ranks.gathered((withheld, self._looped, dict(self.planner.strayed), set(self.planner.distrusted)))
+        every_withheld, every_looped, every_strayed, every_distrusted = zip(*ended, strict=True)
+        self.planner.distrusted.update(*every_distrusted)
+        if strayed := {key: reason for reasons in every_strayed for key, reason in reasons.items()}:
+            with ranks.failing_together():
+                self.planner.note_strays(strayed)
+        self._loop_together(batch, every_looped)
+        return list(every_withheld)
+
+    def _loop(self, batch: Examples, keys: Iterable[str], only: Objectives | None) -> None:
+        # all ranks loop together, once each has taken part in the backward pass
+        self._looped = {key: None if only is None else set(only[key]) for key in keys}
+
+    def _loop_together(self, batch: Examples, looped: Sequence[Mapping[str, Collection[int] | None]]) -> None:
+        """Run every example of every rank alone, on all ranks at once: FSDP2's mean of gradients is then its own."""
+        ranks = self._sharding.ranks
+        for rank, wanted in enumerate(looped):
+            if not wanted:
+                continue
+            self.planner.refuse_whole(wanted)
+            whole = replace(batch.to(torch.device("cpu")), cut_from=None) if ranks.rank == rank else None
+            parameters = {key: self._parameters[key] for key in wanted}
+            with only_trainable(parameters.values()):
+                for one in ranks.gathered(whole)[rank].to(self._device).singly():
+                    for number, (objective, last) in enumerate(self._noted(self._answer(one), one)):
+                        if objective is not None:
+                            backward(objective.sum(), retain_graph=not last)
+                            self._add_single(parameters, number, wanted)
+
+    def _add_single(
+        self, parameters: Mapping[str, nn.Parameter], number: int, wanted: Mapping[str, Collection[int] | None]
+    ) -> None:
+        for key, parameter in parameters.items():
+            grad, numbers = take_grad(parameter), wanted[key]
+            if grad is not None and (numbers is None or number in numbers):
+                self._states.add_single(key, grad)
+
+    def _noted(self, answer: Predictive | Tensor, batch: Examples) -> Iterator[tuple[Tensor | None, bool]]:
+        """Give the objectives, equally many on all ranks; an error of one ends all before the backward pass."""
+        objectives = super()._noted(answer, batch)
+        while True:
+            with self._sharding.ranks.failing_together():
+                found = next(objectives, None)
+            if found is None:
+                return
+            yield found
+
+
+def _kind(batch: Examples) -> Kind:
+    return Kind(batch.num_examples == 1, batch.kind)
+
+
+def _described(plan: Plan) -> list[tuple[str, str, list[str]]]:
+    """Describe a plan in values that can be compared between ranks."""
+    sites = [(site.path, type(site.layer).__name__, sorted(site.keys.values())) for site in plan.sites]
+    return [*sites, *(("", "loop", [key]) for key in sorted(plan.loop))]
+
+
+def _refuse_nested(plan: Plan, sharding: Sharding) -> None:
+    """Refuse modules that run once more for each example and have modules inside that are sharded on their own."""
+    for site in plan.sites:
+        if site.layer is None and (inside := sharding.units.units_inside(site.module)):
+            raise UnsupportedModuleError(
+                f"{listed(sorted(site.keys.values()))}: {site.path} runs once more for each example, and FSDP2 shards "
+                f"{listed(inside)} inside it on their own, whose parameters it gathers at other times. Call "
+                f"fully_shard on {site.path} alone, or leave these parameters out. "
+                f"{leave_out(sorted(site.keys.values()), by_autograd=False)}"
+            )

@@ -1,0 +1,159 @@
+"""The states of sharded parameters: each rank adds up the entries of its shard, over the examples of all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishkern.backend import Backend
+from fishkern.layers import Columns, PerExampleGrads, columns_of
+from fishkern.statistics.base import Estimator, ParameterInfo
+from fishkern.statistics.sharding import Sharding
+from fishkern.statistics.shards import Ranks
+from fishkern.statistics.states import States
+
+
+@dataclass
+class _Pending:
+    """What has been added on this rank and not yet exchanged.
+
+    Args:
+        grads: Gradients of which columns can be taken.
+        whole: The squares of all others, of the whole parameter; ``None`` if there are none.
+    """
+
+    grads: list[PerExampleGrads] = field(default_factory=list)
+    whole: Tensor | None = None
+
+
+class ShardedStates(States):
+    """States of parameters, of sharded ones the local shard.
+
+    What is added waits until all ranks are at the same point of their backward passes (:meth:`exchange`): where an
+    example does not reach a module, its rank has nothing to add there, and takes part with zeros.
+
+    Args:
+        parameters: As for :class:`States`.
+        estimator: Its states have the parameter's shape, and it adds to any part of the columns alike.
+        backend: As for :class:`States`.
+        sharding: How the model is sharded.
+    """
+
+    read_at_once = False
+
+    def __init__(
+        self,
+        parameters: Mapping[str, ParameterInfo],
+        estimator: Estimator,
+        backend: Backend | None = None,
+        *,
+        sharding: Sharding,
+    ) -> None:
+        self._sharding = sharding
+        self._parts = {key: part for key, info in parameters.items() if (part := sharding.part(info.value)) is not None}
+        self._whole_shapes = {key: info.shape for key, info in parameters.items()}
+        self._pending: dict[str, _Pending] = {}
+        self._error: Exception | None = None
+        local = {
+            key: replace(info, shape=self._parts[key].shape) if key in self._parts else info
+            for key, info in parameters.items()
+        }
+        super().__init__(local, estimator, backend)
+
+    def of_the_same_kind(self, estimator: Estimator, names: Collection[str]) -> ShardedStates:
+        infos = {name: replace(self._parameters[name], shape=self._whole_shapes[name]) for name in names}
+        return ShardedStates(infos, estimator, self._backend, sharding=self._sharding)
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Keep an error until :meth:`complete`: in the middle of backward the other ranks wait for this one.
+
+        Yields:
+            Nothing.
+        """
+        try:
+            yield
+        except Exception as error:  # any: a rank that raised it here would leave the others waiting
+            self._error = self._error or error
+
+    def add(self, name: str, grads: PerExampleGrads) -> None:
+        with self.deferring():
+            if name in self._parts:
+                self._keep(name, grads)
+            elif self._sharding.counts:
+                super().add(name, grads)
+
+    def add_single(self, name: str, grad: Tensor) -> None:
+        """Add the gradient of an example that all ranks run.
+
+        Args:
+            name: Canonical name of its parameter.
+            grad: The local shard of it.
+        """
+        part = self._parts.get(name)
+        if (self._sharding.ranks.rank if part is None else part.replica) == 0:
+            super().add_single(name, grad)
+
+    def exchange(self) -> None:
+        """Add up over the ranks what any of them has to add. A collective operation."""
+        if not self._parts:
+            return
+        names = list(self._parts)
+        flags = torch.tensor([name in self._pending for name in names], dtype=torch.uint8)
+        for name, has_any in zip(names, self._sharding.ranks.largest(flags).tolist(), strict=True):
+            if has_any:
+                pending = self._pending.pop(name, _Pending())
+                self._parts[name].add_(self._states[name], partial(self._fill, name, pending))
+
+    def complete(self) -> None:
+        self.exchange()
+        error, self._error = self._error, None
+        with self._sharding.ranks.failing_together():
+            if error is not None:
+                raise error
+
+    def largest(self, values: Tensor) -> float:
+        largest = super().largest(values)
+        largest = float("inf") if math.isnan(largest) else largest  # a maximum over ranks may lose NaN
+        return self._sharding.ranks.largest(torch.tensor(largest, dtype=torch.float64)).item()
+
+    def result(self, name: str, ranks: Ranks, count: int) -> Any:
+        if (part := self._parts.get(name)) is None:
+            return super().result(name, ranks, count)
+        state = self.pop(name)
+        part.sum_over_replicas_(state, ranks)
+        return part.placed(self._estimator.result(state, count))
+
+    def zero_(self) -> None:
+        super().zero_()
+        self._pending.clear()
+
+    def _keep(self, name: str, grads: PerExampleGrads) -> None:
+        """Keep gradients until the ranks exchange what they have to add."""
+        if not self._sharding.speaks:
+            return
+        pending = self._pending.setdefault(name, _Pending())
+        if columns_of(grads, slice(0, 0)) is not None:
+            pending.grads.append(grads)
+            return
+        if pending.whole is None:
+            info = self._parameters[name]
+            pending.whole = torch.zeros(self._whole_shapes[name], dtype=info.dtype, device=grads.device)
+        self._estimator.update_(pending.whole, grads, self._parameters[name], self._backend)
+
+    def _fill(self, name: str, pending: _Pending, block: Tensor, columns: Columns | None) -> None:
+        """Add this rank's squares to a block."""
+        with self.deferring():
+            for grads in pending.grads:
+                part = grads if columns is None else columns_of(grads, columns)
+                self._estimator.update_(block, part, self._parameters[name], self._backend)
+            if pending.whole is not None:
+                whole = pending.whole
+                block += whole if columns is None else whole.flatten(1)[:, columns]

@@ -1,0 +1,274 @@
+"""Parameters that FSDP2 shards: which part of each a rank holds, and the sum over ranks of what they all add to it.
+
+Every rank computes its own examples' squares of the whole parameter, some columns at a time, and the sum over ranks is
+scattered: each rank gets the entries of its shard (reduce-scatter). Where replicas hold the same shards (HSDP), each
+replica adds up its own ranks' examples, and the replicas are added once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from fishkern import hosts
+from fishkern.layers import Columns, UnsupportedModuleError, has_gradient_dtype
+from fishkern.statistics.shards import Ranks
+
+_BLOCK = 2**26
+"""Squares of the whole parameter are formed in blocks of about this many bytes."""
+
+# torch 2.13 has renamed it
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+
+Fill = Callable[[Tensor, Columns | None], None]
+"""Adds a rank's squares to a block of zeros ``[shape[0], C]``: those of some columns, or of the whole parameter."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The part of a parameter that this rank holds.
+
+    Args:
+        parameter: The sharded parameter, a ``DTensor``.
+        axis: The axis along which it is sharded, 0 or 1.
+        group: The ranks that hold one replica of it.
+        replicas: The ranks that hold the same part; ``None`` if there is one replica.
+    """
+
+    parameter: nn.Parameter
+    axis: int
+    group: Any
+    replicas: Any
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the local shard."""
+        return hosts.local_part(self.parameter).shape
+
+    @property
+    def count(self) -> int:
+        """Number of parts."""
+        return dist.get_world_size(self.group)
+
+    @property
+    def replica(self) -> int:
+        """Number of the replica that this rank belongs to."""
+        return 0 if self.replicas is None else dist.get_rank(self.replicas)
+
+    def add_(self, state: Tensor, fill: Fill) -> None:
+        """Add the squares of all ranks of a replica to their parts. A collective operation.
+
+        Args:
+            state: Of :attr:`shape`; changed in place.
+            fill: Adds this rank's squares to a block.
+        """
+        device = hosts.runs_on(self.parameter)
+        add_ = self._add_rows_ if self.axis == 0 else self._add_columns_
+        add_(state, fill, device)
+
+    def sum_over_replicas_(self, state: Tensor, ranks: Ranks) -> None:
+        """Replace a state by its sum over the replicas.
+
+        Args:
+            state: Of :attr:`shape`.
+            ranks: All ranks.
+        """
+        if self.replicas is not None:
+            ranks.sum_(state, self.replicas)
+
+    def placed(self, values: Tensor) -> Tensor:
+        """Make a distributed tensor of the parts.
+
+        Args:
+            values: This rank's part, of :attr:`shape`.
+
+        Returns:
+            A ``DTensor`` of the parameter's shape, mesh and placements.
+        """
+        from torch.distributed.tensor import DTensor  # torch itself imports it with the first sharded model only
+
+        one = self.parameter
+        options = {"run_check": False, "shape": one.shape, "stride": one.stride()}
+        return DTensor.from_local(values.view(self.shape), one.device_mesh, one.placements, **options)
+
+    def _add_rows_(self, state: Tensor, fill: Fill, device: torch.device) -> None:
+        """Each rank holds some rows, and a block is a range of columns."""
+        shape = self.parameter.shape
+        rows, width = shape[0], shape[1:].numel()
+        chunk = -(-rows // self.count)  # as torch.chunk deals them: the last ranks may hold fewer, or none
+        local = state.view(len(state), width)
+        step = self._step(self.count * chunk, width, state.dtype)
+        for first in range(0, width, step):
+            columns = slice(first, min(first + step, width))
+            count = columns.stop - first
+            block = torch.zeros(self.count * chunk, count, dtype=state.dtype, device=device)
+            fill(block[:rows].view(shape) if count == width else block[:rows], None if count == width else columns)
+            local[:, columns] += self._scattered(block.view(self.count, chunk, count))[: len(state)].to(state.device)
+
+    def _add_columns_(self, state: Tensor, fill: Fill, device: torch.device) -> None:
+        """Each rank holds equally many columns, and a block is a range of those of every rank."""
+        shape = self.parameter.shape
+        rows, width = shape[0], shape[1:].numel()
+        chunk = width // self.count  # FSDP2 shards an axis other than the first evenly alone
+        local = state.view(rows, chunk)
+        step = self._step(self.count * rows, chunk, state.dtype)
+        for first in range(0, chunk, step):
+            mine = slice(first, min(first + step, chunk))
+            count = mine.stop - first
+            columns = torch.arange(width, device=device).view(self.count, chunk)[:, mine].flatten()
+            block = torch.zeros(rows, len(columns), dtype=state.dtype, device=device)
+            fill(block.view(shape) if count == chunk else block, None if count == chunk else columns)
+            parts = block.view(rows, self.count, count).transpose(0, 1).contiguous()
+            local[:, mine] += self._scattered(parts).to(state.device)
+
+    def _scattered(self, parts: Tensor) -> Tensor:
+        """Sum the parts over ranks, ``[count, ...]``, and give this rank's."""
+        mine = torch.empty_like(parts[0])
+        _reduce_scatter(mine, parts.flatten(0, 1), group=self.group)
+        return mine
+
+    @staticmethod
+    def _step(rows: int, width: int, dtype: torch.dtype) -> int:
+        """Choose how many columns make up a block."""
+        return min(max(1, _BLOCK // max(1, rows * dtype.itemsize)), max(1, width))
+
+
+class Sharding:
+    """How FSDP2 shards a model over the ranks.
+
+    Args:
+        model: Without running wrappers; FSDP2 shards some of it.
+        ranks: All ranks.
+
+    Attributes:
+        units: The units of the model.
+        ranks: As given.
+        counts: Whether the examples that this rank runs count.
+        alike: Whether all ranks run the same examples, as they do before the first batch and for single gradients.
+
+    Raises:
+        UnsupportedModuleError: It is sharded in a way that is not supported.
+        ValueError: It is in the middle of gradient accumulation.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        self.units = hosts.FullySharded(model)
+        self.ranks = ranks
+        if reason := self.units.why_not_ready():
+            raise ValueError(f"{reason}.")
+        self.units.reshard()  # a forward pass without a backward pass leaves parameters whole
+        sharded = set(self.units.parameters())
+        names = {one: name for name, one in hosts.named_parameters(model).items()}
+        self._parts: dict[nn.Parameter, Part] = {one: _part(names[one], one, ranks) for one in names if one in sharded}
+        self.counts = self.alike = True
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank adds to sharded states: of ranks with the same examples, the first of each replica does."""
+        return self.counts and (not self.alike or all(dist.get_rank(part.group) == 0 for part in self._parts.values()))
+
+    @contextmanager
+    def apart(self, *, counts: bool) -> Iterator[None]:
+        """Say that inside the ``with`` block each rank runs its own examples.
+
+        Args:
+            counts: Whether those of this rank count.
+
+        Yields:
+            Nothing.
+        """
+        self.counts, self.alike = counts, False
+        try:
+            yield
+        finally:
+            self.counts = self.alike = True
+
+    def differentiating(self, parameters: Mapping[str, nn.Parameter]) -> AbstractContextManager[None]:
+        """Prepare the units for passes with frozen weights, and leave them as found.
+
+        Args:
+            parameters: Those whose gradients autograd forms in between, by canonical name.
+
+        Returns:
+            A context.
+        """
+        return self.units.differentiating(list(parameters.values()))
+
+    def gathered(self, parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gather what all ranks hold of something of the parameters' shapes. A collective operation.
+
+        Args:
+            parameters: By canonical name.
+            values: This rank's part of each.
+
+        Returns:
+            Whole tensors, on every rank.
+        """
+        parts = {name: self.part(parameters[name]) for name in values}
+        return {
+            name: one if parts[name] is None else parts[name].placed(one).full_tensor() for name, one in values.items()
+        }
+
+    def part(self, parameter: Tensor) -> Part | None:
+        """Find the part of a parameter that this rank holds.
+
+        Args:
+            parameter: A parameter of the model.
+
+        Returns:
+            The part; ``None`` if every rank holds the whole.
+        """
+        return self._parts.get(parameter)
+
+
+def sharding_of(model: nn.Module, ranks: Ranks) -> Sharding | None:
+    """Describe how FSDP2 shards a model.
+
+    Args:
+        model: Without running wrappers.
+        ranks: All ranks.
+
+    Returns:
+        The description; ``None`` where it shards nothing, or where the model is refused for another reason.
+
+    Raises:
+        UnsupportedModuleError: As for :class:`Sharding`.
+        ValueError: Likewise.
+    """
+    if not hosts.units(model) or hosts.sharded(model, fsdp2=True):
+        return None
+    return Sharding(model, ranks)
+
+
+def _part(name: str, parameter: Any, ranks: Ranks) -> Part:
+    mesh, placements = parameter.device_mesh, parameter.placements
+    split = [place for place, one in enumerate(placements) if one.is_shard()]
+    replicated = [place for place, one in enumerate(placements) if one.is_replicate()]
+    if len(split) != 1 or len(replicated) != len(placements) - 1 or len(replicated) > 1:
+        raise UnsupportedModuleError(
+            f"{name} is sharded as {tuple(placements)} over a mesh of {mesh.ndim} axes: expected FSDP2's fully_shard "
+            "over one axis, or over two of which one replicates (HSDP), without tensor parallel beside it."
+        )
+    axis = placements[split[0]].dim
+    if axis > 1:
+        raise UnsupportedModuleError(
+            f"{name} is sharded along its axis {axis}: expected 0 or 1, as shard_placement_fn= may give them."
+        )
+    if mesh.size() != ranks.count:
+        raise UnsupportedModuleError(
+            f"{name} is sharded over {mesh.size()} of {ranks.count} processes: expected all of them, since each has "
+            "examples of its own. Shard over a mesh of all processes."
+        )
+    if not has_gradient_dtype(parameter):
+        raise UnsupportedModuleError(
+            f"{name} is stored as {parameter.dtype} and sharded: quantised weights are served whole. Load the whole "
+            "model in each process."
+        )
+    replicas = mesh.get_group(replicated[0]) if replicated else None
+    return Part(parameter, axis, mesh.get_group(split[0]), replicas)
