@@ -15,6 +15,7 @@ from fishkern.hosts.refusals import (
     scripted,
     sharded,
 )
+from fishkern.hosts.rotary import LengthLimit, length_limits
 from fishkern.hosts.tasks import HEADS, Task, is_head, padding_token, task
 from fishkern.hosts.wrappers import base_model, named_parameters, unwrap
 
@@ -24,6 +25,7 @@ __all__ = [
     "Head",
     "InsertionPoints",
     "Layer",
+    "LengthLimit",
     "Task",
     "Wrapper",
     "accepts",
@@ -39,6 +41,7 @@ __all__ = [
     "insertion_points",
     "is_head",
     "layer_of",
+    "length_limits",
     "lost_prefix",
     "merged_adapter",
     "modes",
