@@ -71,7 +71,7 @@ class TokenLosses:
         if weights and weights[0].shape != losses.shape:
             raise ValueError(_other_shape(f"weights {tuple(weights[0].shape)}", f"{list(losses.shape)}"))
         terms = losses * weights[0] if weights else losses
-        if documents is not None:
+        if documents is not None and batch.cut_from is None:  # in a part only the labels of the others are taken away
             _refuse_outside(terms, documents)
         total = _summed(terms, documents)
         return total / _summed(weights[0], documents) if weights else total

@@ -222,3 +222,18 @@ def test_losses_that_would_count_nowhere_are_refused(padding):
     place = "position 17 of row 1" if padding else "position 7 of row 0"
     with pytest.raises(ValueError, match=f"gives a loss to {place} .* so it would count nowhere"):
         fk.estimate(made(), [batch], likelihood=fk.TokenLosses(with_more))
+
+
+def test_a_function_that_reads_weights_and_no_labels():
+    """In a part of several rows the labels of other documents are -100, and their weights stay."""
+    docs, model = documents(), made()
+    batch = weighed(in_rows(docs, ROWS))
+    batch["weights"] = batch["weights"] * ((batch["labels"] != -100) & (batch["position_ids"] != 0))
+
+    def by_weights(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[:, :-1]
+        losses = F.cross_entropy(logits.mT, batch["input_ids"][:, 1:], reduction="none")
+        return F.pad(losses, (0, 1)), F.pad(batch["weights"][:, 1:], (0, 1))
+
+    statistics = fk.estimate(model, [batch], Wide(), likelihood=fk.TokenLosses(by_weights))
+    assert worst(statistics, loop(model, docs, mean=True)) < 1e-10
