@@ -16,6 +16,7 @@ from fishkern.hosts.refusals import (
     scripted,
     sharded,
 )
+from fishkern.hosts.rotary import LengthLimit, length_limits
 from fishkern.hosts.tasks import HEADS, Task, is_head, padding_token, task
 from fishkern.hosts.wrappers import base_model, named_parameters, unwrap
 
@@ -26,6 +27,7 @@ __all__ = [
     "Head",
     "InsertionPoints",
     "Layer",
+    "LengthLimit",
     "Task",
     "Wrapper",
     "accepts",
@@ -41,6 +43,7 @@ __all__ = [
     "insertion_points",
     "is_head",
     "layer_of",
+    "length_limits",
     "local_part",
     "lost_prefix",
     "merged_adapter",

@@ -44,6 +44,9 @@ Select = Callable[[nn.Module, Iterable[Any]], Selection | SelectionAndReduction]
 
 FILE = "selection.safetensors"
 
+# of whose Trainers the loss is the model's own unless an argument says otherwise (pairs of answers are refused)
+_OWN_LOSS = ("transformers", "trl")
+
 _log = logging.getLogger(__name__)
 
 
@@ -170,7 +173,8 @@ class FisherMixin:
     :class:`fishkern.MaskedAdamW` with the options of the arguments, and with their exceptions from weight decay.
 
     The scores are those of the model's own loss, or of the ``likelihood`` that ``select`` is given. They do not include
-    what else the Trainer does to a loss (``compute_loss_func``, label smoothing), and a warning says so.
+    what else the Trainer does to a loss (``compute_loss_func``, a ``compute_loss`` of its own, label smoothing), and a
+    warning says so.
 
     Args:
         args: The Trainer's own.
@@ -183,6 +187,7 @@ class FisherMixin:
 
     Raises:
         TypeError: ``select`` is neither a function nor a rule.
+        ValueError: The Trainer is given an optimizer.
     """
 
     def __init__(
@@ -190,6 +195,12 @@ class FisherMixin:
     ) -> None:
         self._select, self._select_data = _checked(select), select_data
         super().__init__(*args, **kwargs)
+        if self.optimizer is not None or getattr(self, "optimizer_cls_and_kwargs", None) is not None:
+            raise ValueError(
+                "FisherMixin makes the optimizer of what it selects, and this Trainer was given one: leave optimizers= "
+                "and optimizer_cls_and_kwargs= out. To train a selection that you have, use a plain Trainer, "
+                "optimizers=(fishkern.MaskedAdamW(model, selection), None) and FisherCallback(selection)."
+            )
         self._checkpoint: str | None = None
         self._callback: FisherCallback | None = None
 
@@ -294,7 +305,9 @@ class FisherMixin:
             raise
 
     def _warn_of_another_loss(self) -> None:
+        whose = type(self).compute_loss.__module__.partition(".")[0]
         ways = {
+            f"{type(self).__name__}.compute_loss": whose not in _OWN_LOSS,
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
             f"label_smoothing_factor={self.args.label_smoothing_factor}": bool(self.args.label_smoothing_factor),
             "loss_type='dft'": getattr(self.args, "loss_type", None) == "dft",  # of TRL's SFTTrainer

@@ -98,7 +98,7 @@ class ExpertCall:
         x, share = floating[0].reshape(-1, floating[0].shape[-1]), floating[1].reshape(-1)
         if index.numel() != len(x) * index.shape[-1]:
             return None
-        expert, order = index.reshape(-1).sort(stable=True)
+        expert, order = index.reshape(-1).long().sort(stable=True)
         experts = torch.arange(module.num_experts + 1, device=expert.device)
         negative, *ends = torch.searchsorted(expert, experts).tolist()
         if negative:  # kernels read such numbers in different ways

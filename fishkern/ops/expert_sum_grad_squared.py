@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fishkern.arguments import at_least
 from fishkern.backend import Backend, choose
 from fishkern.ops._arguments import accumulator, check_linear
 from fishkern.ops.sum_grad_squared import sum_grad_squared_torch
@@ -58,8 +59,10 @@ def expert_sum_grad_squared(
     Raises:
         ValueError: Shapes, dtypes or devices are not as described, ``offsets`` do not ascend from 0 to ``S``,
             ``expert`` does not ascend within 0 to ``E - 1``, or entries of ``out`` share a place.
+        TypeError: ``num_experts`` is not an integer.
         BackendUnavailableError: Triton was named, and cannot run.
     """
+    num_experts = at_least(0, num_experts, "num_experts")
     check_linear(activations, output_grads, offsets)
     _check_experts(expert, num_experts, len(offsets) - 1)
     given = [] if out is None else [out]

@@ -107,7 +107,9 @@ def is_pairs(mask: Any, T: int) -> bool:
 def _attended(mask: Tensor) -> Tensor:
     """Say which keys get a weight from a query in any head, ``[R or 1, T, T]``, bool."""
     if mask.is_floating_point():  # added to the scores, of which only differences count
-        mask = mask > mask.amax(-1, keepdim=True) - _HIDES
+        best = mask.amax(-1, keepdim=True)
+        # where all keys are hidden by one large number, which absorbs the scores, they all get the same weight
+        mask = (mask > best - _HIDES) | ((mask == best) & best.isfinite())
     mask = mask != 0
     return mask.any(1) if mask.ndim == 4 else mask
 
@@ -182,7 +184,7 @@ def _starts_of_borders(borders: Tensor, R: int, T: int) -> Tensor:
             "that packs the rows."
         )
     starts = torch.zeros(R * T, dtype=torch.bool)
-    starts[ends[:-1]] = True
+    starts[[end for end in ends if end < R * T]] = True  # the last border may be repeated, for a table of one length
     return starts.view(R, T)
 
 

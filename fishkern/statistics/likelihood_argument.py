@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from fishkern.statistics.contents import is_single
 from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.likelihood import (
     CausalLM,
@@ -160,7 +161,14 @@ def _takes_two(signature: inspect.Signature) -> bool:
 
 
 def _name(function: Any) -> str:
+    if isinstance(function, functools.partial):  # with what is bound, so that others do not merge with it
+        bound = [*map(_shown, function.args), *(f"{key}={_shown(value)}" for key, value in function.keywords.items())]
+        return f"partial({', '.join([_name(function.func), *bound])})"
     return getattr(function, "__qualname__", type(function).__name__)
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if is_single(value) else type(value).__name__
 
 
 def _plain(word: str) -> str:

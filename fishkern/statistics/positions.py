@@ -9,6 +9,7 @@ from fishkern.layers import UnsupportedModuleError
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples
+from fishkern.statistics.borders import is_pairs
 from fishkern.statistics.likelihood import Likelihood
 
 
@@ -52,7 +53,7 @@ def _attended(batch: Examples) -> Tensor | None:
     if mask is None:
         return None
     rows = batch.num_rows
-    if batch.documents is not None and isinstance(mask, Tensor) and mask.ndim == 4:
+    if batch.documents is not None and is_pairs(mask, batch.documents.shape[1]):
         return None  # it says which positions see each other, and packed documents have no padding
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] not in (1, rows):
         found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__

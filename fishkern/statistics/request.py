@@ -30,6 +30,7 @@ from fishkern.statistics.contents import Batch, Place
 from fishkern.statistics.coverage import Covered
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
+from fishkern.statistics.lengths import check_lengths
 from fishkern.statistics.likelihood import CausalLM, Likelihood, recognise_likelihood
 from fishkern.statistics.packing import PackedExamples, packed_examples
 from fishkern.statistics.pairs import refuse_unnamed_pairs
@@ -311,7 +312,10 @@ def reader_for(model: nn.Module, likelihood: Likelihood | LossFunction | Drawn |
         if likelihood is None:
             refuse_unnamed_pairs(content, number)
         labelled = _labelled(model, chosen, content, number)
-        return None if labelled is None else packed_examples(content, labelled, number, is_shared)
+        examples = None if labelled is None else packed_examples(content, labelled, number, is_shared)
+        if examples is not None:
+            check_lengths(model, examples, number)
+        return examples
 
     if not (likelihood is None or isinstance(likelihood, Likelihood)):
         return Reader(shared, packed=packed if of_tokens else None)

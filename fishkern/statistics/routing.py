@@ -83,4 +83,5 @@ class Routing:
         leaves = tree_leaves((args, kwargs))
         index = next((one for one in leaves if isinstance(one, Tensor) and not one.is_floating_point()), None)
         if index is not None and not in_backward():
-            self._sent[module].append(index.detach().flatten(0, -2).sort(-1).values)  # their order does not matter
+            chosen = index.detach().reshape(-1, index.shape[-1] if index.ndim > 1 else 1)
+            self._sent[module].append(chosen.sort(-1).values)  # their order does not matter

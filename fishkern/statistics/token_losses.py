@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.layers import Documents
+from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics.batches import Batch, Examples
 from fishkern.statistics.borders import document_numbers
 from fishkern.statistics.contents import rebuilt
@@ -28,9 +29,13 @@ class TokenLosses:
     In packed rows the examples are the documents with a label, and the first token of a document, which nothing
     predicts, has the label -100 in what the function gets.
 
+    Sums are in float32 at least, whatever the dtype of what the function gives. A weight counts in the mean wherever it
+    is not 0, so it must be 0 at the label -100 as well. In packed rows only documents with a label are examples, so a
+    loss elsewhere would count nowhere, and is refused.
+
     Args:
-        function: ``(model, batch) -> losses [N, T]``, 0 where a token does not count; or a pair ``(losses, weights)``
-            of this shape. For packed rows ``[R, T]``, those of the batch.
+        function: ``(model, batch) -> losses [N, T]``, 0 where a token does not count; or a pair ``(losses, weights)``,
+            both of this shape. For packed rows ``[R, T]``, those of the batch.
 
     Raises:
         TypeError: ``function`` is not callable.
@@ -55,16 +60,21 @@ class TokenLosses:
             ``[N]``.
 
         Raises:
-            ValueError: The function gives something of another shape.
+            ValueError: The function gives something of another shape, or in packed rows a loss to a position that is of
+                no document with a label.
         """
         documents, content = batch.documents, batch.copied()
         returned = self.function(model, content if documents is None else _without_first_labels(content))
         pair = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned,)
         shape = None if documents is None else documents.shape
         losses, *weights = (_checked(values, batch.num_examples, shape) for values in pair)
-        if not weights:
-            return _summed(losses, documents)
-        return _summed(losses * weights[0], documents) / _summed(weights[0], documents)
+        if weights and weights[0].shape != losses.shape:
+            raise ValueError(_other_shape(f"weights {tuple(weights[0].shape)}", f"{list(losses.shape)}"))
+        terms = losses * weights[0] if weights else losses
+        if documents is not None and batch.cut_from is None:  # in a part only the labels of the others are taken away
+            _refuse_outside(terms, documents)
+        total = _summed(terms, documents)
+        return total / _summed(weights[0], documents) if weights else total
 
 
 def _checked(values: Any, N: int, shape: tuple[int, int] | None) -> Tensor:
@@ -72,12 +82,28 @@ def _checked(values: Any, N: int, shape: tuple[int, int] | None) -> Tensor:
     if isinstance(values, Tensor) and values.ndim == 2:
         sizes = tuple(values.shape)
         if sizes == shape or (shape is None and sizes[0] == N):
-            return values
+            return values.to(accumulates_in(values.dtype))
     got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-    raise ValueError(
+    raise ValueError(_other_shape(got, expected))
+
+
+def _other_shape(got: Any, expected: str) -> str:
+    return (
         f"the function of fishkern.TokenLosses must give a loss for each token, {expected}, or a pair (losses, "
         f"weights) of this shape; got {got}. (Where the labels are shifted by one, pad: F.pad(losses, (0, 1)).)"
     )
+
+
+def _refuse_outside(terms: Tensor, documents: Documents) -> None:
+    """Refuse losses that would be added to no document."""
+    outside = (documents.numbers < 0).to(terms.device)
+    if bool((lost := (terms.detach() != 0) & outside).any()):
+        row, place = lost.nonzero()[0].tolist()
+        raise ValueError(
+            f"the function of fishkern.TokenLosses gives a loss to position {place} of row {row} of packed rows, which "
+            "is padding or of a document without a label, so it would count nowhere. Return 0 where the labels of the "
+            "batch that the function gets are -100, or give labels to each document that counts."
+        )
 
 
 def _summed(values: Tensor, documents: Documents | None) -> Tensor:

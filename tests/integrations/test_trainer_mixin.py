@@ -235,3 +235,18 @@ def test_two_processes_select_and_train_as_one(tmp_path):
             torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-4)
             kept = ~one.mask(name) if name in one else torch.ones_like(value, dtype=torch.bool)
             assert torch.equal(value[kept], start[name][kept]), name
+
+
+@pytest.mark.parametrize("given", ["optimizers", "optimizer_cls_and_kwargs"])
+def test_an_optimizer_of_the_users_is_refused(tmp_path, given):
+    """Everything would be trained by it, or it would be left out."""
+    model = adapted()
+    own = (torch.optim.SGD(model.parameters(), lr=0.1), None) if given == "optimizers" else (torch.optim.SGD, {})
+    with pytest.raises(ValueError, match="makes the optimizer of what it selects.*leave optimizers="):
+        selecting(tmp_path, model, own={given: own})
+
+
+def test_a_compute_loss_of_the_users_is_warned_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(FisherTrainer, "compute_loss", lambda self, *args: None, raising=False)
+    with pytest.warns(UserWarning, match=r"does not train the model's own loss \(FisherTrainer.compute_loss\)"):
+        selecting(tmp_path, adapted()).create_optimizer()

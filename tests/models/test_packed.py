@@ -727,3 +727,19 @@ def test_the_model_comes_back_as_found():
         assert one.requires_grad == before[name][0]
         assert one.grad is None
         assert torch.equal(one, before[name][1])
+
+
+class Masked(Mixed):
+    """Takes a mask, and separates by position_ids."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None) -> object:
+        return super().forward(input_ids, position_ids)
+
+
+def test_a_mask_of_pairs_without_heads_marks_no_padding():
+    """Statistics of factors count the positions that attention_mask marks, and packed documents have no padding."""
+    docs, model = documents(), Masked(nn.Linear(6, 6)).double()
+    plain, options = flat(docs), {"estimator": fk.DiagonalKronecker(), "likelihood": fk.CausalLM()}
+    masked = {**plain, "attention_mask": apart(plain)[:, 0]}
+    expected = {name: value.double() for name, value in fk.estimate(model, [plain], **options).items()}
+    assert worst(fk.estimate(model, [masked], **options), expected) < 1e-6

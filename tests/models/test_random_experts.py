@@ -236,3 +236,37 @@ def test_routers_in_bfloat16_are_served():
     router.__class__ = type("Cast", (plain,), {"forward": forward})
     statistics = fk.estimate(model, batches((3, 4)), likelihood=lambda model, batch: losses(model, batch).float())
     assert statistics.coverage["blocks.0.router.weight"].path == "fused"
+
+
+class Called(Mixture):
+    """Calls its experts in another way, which ``change`` says."""
+
+    def __init__(self, change) -> None:
+        super().__init__(random.Random(0))
+        self.router.dropping, self.moved, self.change = False, False, change
+
+    def forward(self, x):
+        rows = x.view(-1, D)
+        _, shares, index = self.router(rows)
+        return x + self.experts(rows, *self.change(index, shares)).view_as(x)
+
+
+class OfOne(Experts):
+    """Of one expert for each position, whose index and share have one axis."""
+
+    def forward(self, x, index, shares):
+        return super().forward(x, index[:, None], shares[:, None])
+
+
+@pytest.mark.parametrize("kind", ["int32", "one axis"])
+def test_an_index_of_another_kind(kind):
+    torch.manual_seed(0)
+    if kind == "int32":
+        model = Tower(Called(lambda index, shares: (index.int(), shares)))
+    else:
+        model = Tower(Called(lambda index, shares: (index[:, 0], shares[:, 0])))
+        model.blocks[0].experts = OfOne(random.Random(0))
+    served = assert_equals_loop(model.double(), batches((3, 4), (2, 5)))
+    assert served["blocks.0.experts.down_proj"] == ("fused" if kind == "int32" else "generic")
+    report = fk.verify(model, batches((3, 4)), likelihood=losses)
+    assert (report.ok, report.choices, report.unmatched_choices) == (True, 12, ())

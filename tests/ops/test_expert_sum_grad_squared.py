@@ -233,3 +233,9 @@ def test_refused(change, message):
     call = arguments(torch.ones(3, 4), torch.ones(3, 5), 2, torch.tensor([0, 1]), torch.tensor([0, 1, 3]))
     with pytest.raises(ValueError, match=message):
         expert_sum_grad_squared(**(call | change))
+
+
+@pytest.mark.parametrize("number, error", [(2.0, TypeError), (-1, ValueError)])
+def test_the_number_of_experts_is_checked(number, error):
+    with pytest.raises(error, match="num_experts must be"):
+        expert_sum_grad_squared(**(make(*CALLS["no group"]) | {"num_experts": number}))

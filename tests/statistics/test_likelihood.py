@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import fishkern as fk
 from fishkern.statistics.likelihood import recognise_likelihood
+from fishkern.statistics.likelihood_argument import described
 from tests.support import zoo
 from tests.support.exactness import LIMIT
 from tests.support.oracle import row, squares_one_by_one, worst_error
@@ -265,3 +266,18 @@ def test_a_function_gives_what_the_model_alone_does_not():
     truth = squares_one_by_one(model, [batch], lambda model, row: model(**row).loss)
     error, name = worst_error(statistics, truth)
     assert error < LIMIT[torch.float64], name
+
+
+def test_a_partial_function_is_described_with_what_is_bound():
+    """Else statistics of two losses that differ in an argument alone would merge."""
+
+    def losses(model, batch, **options):
+        raise AssertionError
+
+    def words(**options) -> str:
+        return described(partial(losses, **options))
+
+    name = losses.__qualname__
+    assert words(at_label=True, kind="dft") == f"function partial({name}, at_label=True, kind='dft')"
+    assert words(weights=torch.ones(3)) == f"function partial({name}, weights=Tensor)"
+    assert described(fk.TokenLosses(partial(losses, 2))) == f"function partial({name}, 2), of each token"

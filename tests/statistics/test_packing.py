@@ -54,6 +54,11 @@ BORDERS = {
     "a mask of pairs": batch(attention_mask=torch.ones(2, 1, 6, 6, dtype=torch.bool)),
     "seq_idx": {"input_ids": IDS, "labels": IDS, "seq_idx": torch.tensor([[5, 5, 5, 0, 0, 7], [1, 1, 1, 1, 2, 2]])},
     "cu_seq_lens": {"input_ids": IDS, "labels": IDS, "cu_seq_lens_k": torch.tensor([0, 3, 5, 6, 10, 12])},
+    "cu_seq_lens of one length": {
+        "input_ids": IDS,
+        "labels": IDS,
+        "cu_seq_lens_q": torch.tensor([0, 3, 5, 6, 6, 10, 12, 12, 12]),
+    },
     "cu_seq_lens first": batch(cu_seq_lens_q=torch.tensor([0, 3, 5, 6, 10, 12]), position_ids=POSITIONS * 0),
 }
 
@@ -299,3 +304,15 @@ def test_what_begins_above_the_lowest_position_is_looked_at():
     one = {key: value[:1] for key, value in batch(position_ids=torch.tensor([[0, 1, 7, 8, 2, 3]] * 2)).items()}
     assert read(one).few.documents == Documents((1, 6), (Span(0, 0, 2), Span(0, 2, 4)))
     assert read(one).few.content["labels"].tolist() == [[1, 2, 3, 4, -100, -100]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_query_from_which_a_finite_number_hides_all_keys_sees_them_all(dtype):
+    """The scores are lost in the rounding of the number, so that all get the same weight."""
+    mask = torch.zeros(2, 1, 6, 6, dtype=dtype).masked_fill(~SAME, torch.finfo(dtype).min)
+    assert read(batch(attention_mask=mask)).num_examples == 4
+    mask[1, :, 2] = torch.finfo(dtype).min
+    with pytest.raises(ValueError, match="position 2 of row 1 attend to position 4"):
+        read(batch(attention_mask=mask))
+    mask[1, :, 2] = -torch.inf  # of which sdpa makes zeros, and eager attention NaN
+    assert read(batch(attention_mask=mask)).num_examples == 4

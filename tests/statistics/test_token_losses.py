@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fishkern as fk
+from fishkern.statistics.batches import Examples
 from tests.models.test_packed import ROWS, Document, Wide, documents, flat, in_rows, made, worst
 from tests.support import zoo
 
@@ -178,3 +179,61 @@ def test_a_model_of_rewards(named):
     options = {"likelihood": fk.Regression()} if named else {}
     statistics = fk.estimate(model, [batch], Wide(), **options)
     assert worst(statistics, total) < 1e-10
+
+
+def test_weights_of_another_shape_are_refused():
+    """One weight for each row would make the mean a sum."""
+
+    def of_rows(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
+        losses, weights = token_losses(model, batch)
+        return losses, weights[:, :1]
+
+    with pytest.raises(ValueError, match=r"this shape; got weights \(6, 1\)"):
+        fk.estimate(made(), [weighed(padded(documents()))], likelihood=fk.TokenLosses(of_rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_are_not_in_16_bits(dtype):
+    """Of 700 weights of a third, bfloat16 sums lose more than a thousandth, and losses of 200 overflow float16."""
+
+    def of_16_bits(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
+        losses = model.weight.expand(1, 700) * 200
+        return losses.to(dtype), torch.full((1, 700), 1 / 3, dtype=dtype)
+
+    model, batch = nn.Linear(1, 1, bias=False), Examples({"x": torch.ones(1, 1)}, 1, range(1))
+    nn.init.ones_(model.weight)
+    loss = fk.TokenLosses(of_16_bits)(model, batch)
+    assert loss.dtype is torch.float32
+    torch.testing.assert_close(loss, torch.tensor([200.0]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("padding", [False, True], ids=["a document without labels", "padding"])
+def test_losses_that_would_count_nowhere_are_refused(padding):
+    docs = documents()
+    if not padding:
+        docs[1].labels[:] = -100
+    batch = weighed(in_rows(docs, ROWS) if padding else flat(docs))
+    batch["more"] = torch.zeros(batch["labels"].shape)
+    batch["more"][(1, slice(17, None)) if padding else (0, slice(7, 11))] = 1
+
+    def with_more(model: nn.Module, batch: dict) -> Tensor:
+        return weighted_sum(model, batch) + batch["more"]
+
+    place = "position 17 of row 1" if padding else "position 7 of row 0"
+    with pytest.raises(ValueError, match=f"gives a loss to {place} .* so it would count nowhere"):
+        fk.estimate(made(), [batch], likelihood=fk.TokenLosses(with_more))
+
+
+def test_a_function_that_reads_weights_and_no_labels():
+    """In a part of several rows the labels of other documents are -100, and their weights stay."""
+    docs, model = documents(), made()
+    batch = weighed(in_rows(docs, ROWS))
+    batch["weights"] = batch["weights"] * ((batch["labels"] != -100) & (batch["position_ids"] != 0))
+
+    def by_weights(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[:, :-1]
+        losses = F.cross_entropy(logits.mT, batch["input_ids"][:, 1:], reduction="none")
+        return F.pad(losses, (0, 1)), F.pad(batch["weights"][:, 1:], (0, 1))
+
+    statistics = fk.estimate(model, [batch], Wide(), likelihood=fk.TokenLosses(by_weights))
+    assert worst(statistics, loop(model, docs, mean=True)) < 1e-10
