@@ -20,7 +20,7 @@ from fishkern.layers.grads import (
     join,
 )
 from fishkern.layers.groups import Groups, group_shape, group_squares
-from fishkern.layers.hooks import Arrival, Hooks
+from fishkern.layers.hooks import Arrival, Hooks, hooks_of_others
 from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear, weight_shape
 from fishkern.layers.linear_maps import LinearMap, linear_maps
@@ -113,6 +113,7 @@ __all__ = [
     "group_squares",
     "has_gradient_dtype",
     "hooked_parameters",
+    "hooks_of_others",
     "is_stored",
     "is_wrapped",
     "join",

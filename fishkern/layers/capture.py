@@ -27,7 +27,7 @@ from fishkern.layers.grads import (
     PositionGrads,
     where_counted,
 )
-from fishkern.layers.hooks import Arrival, Hooks
+from fishkern.layers.hooks import Arrival, Hooks, hooks_of_others
 from fishkern.layers.parts import Part, of_part, parts_of, sites_inside, why_whole
 from fishkern.layers.routed import Routed
 from fishkern.layers.rows import Rows
@@ -134,12 +134,17 @@ class Capture:
             # Checkpointed segments are recomputed here, and must run with their taps in place; no gradient is received.
             self._hooks.active = self._weighing = True
             self._rows.weigh(losses)
-            self._rows.prove(losses, {site.order for site in self._sites if site.entry is not None})
+            self._rows.prove(losses, {(site.entry, site.order) for site in self._sites if site.entry is not None})
             self._weighing = False
             losses.sum().backward(retain_graph=retain_graph)
         finally:
             self._hooks.active = self._weighing = False
         self._uses.finish()
+
+    @property
+    def anchor(self) -> Tensor:
+        """A leaf on which the output of every captured call depends."""
+        return self._hooks.anchor
 
     def taps(self, head: nn.Module) -> bool:
         """Tell whether gradients of a head are captured.
@@ -203,7 +208,7 @@ class Capture:
 
     def _note_entry(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._hooks.active and self._hooks.forward:
-            self._rows.note_left(output)
+            self._rows.note_left(module, output)
 
     def _note_output(self, site: Site) -> Callable[[Tensor], None] | None:
         return (lambda output: self._rows.note_picked(site, output)) if site.picked else None
@@ -227,8 +232,14 @@ class Capture:
         if self._is_one_row_for_all(arrival):  # a plan for batches of one cannot tell that from one row for each
             self._uses.withhold(site)
             return
-        # Rows that follow the data: hold this batch back, and let the survey find another path for the module.
-        as_many, proved = self._has_the_rows(arrival), site.entry is None or self._rows.are_proved(site.order)
+        # Rows that follow the data, or a module that is no longer what it was: hold this batch back, and let the survey
+        # find another path for the module.
+        if site.reruns and arrival.hooks != hooks_of_others(site.module):
+            self._uses.withhold(site)
+            self.distrusted.add(site.path)
+            return
+        as_many = self._has_the_rows(arrival)
+        proved = site.entry is None or self._rows.are_proved(site.entry, site.order)
         if not (as_many and proved) or (site.picked and not self._rows.are_the_examples(site, _arrived(arrival))):
             self._uses.withhold(site)
             # examples of several rows may have more or fewer in another batch, which the survey of that batch shows
@@ -285,10 +296,10 @@ class Capture:
         if not isinstance(grads, OuterProductGrads | EmbeddingGrads | PositionGrads | Routed):
             return grads
         T = grads.num_terms() // grads.num_examples
-        if arrival.site.order.per_example == T:
-            return grads
         if of_positions.shape == (grads.num_examples, T):
             return replace(grads, counted=of_positions)
+        if arrival.site.order.per_example == T:
+            return grads
         of_heads = isinstance(grads, PositionGrads)
         counted = self._spread(grads, _arrived(arrival), of_positions) if of_heads else None
         if counted is None:

@@ -30,6 +30,7 @@ class Arrival(NamedTuple):
         saved: The tensors of the call, as its module saw them; empty if the site's rule does not read them.
         grads: Gradient of each floating tensor of the output; ``None`` where none arrived.
         mark: What ``marked`` of the hooks said when the call was made.
+        hooks: Where the site runs once more, what :func:`hooks_of_others` listed when the call was made.
     """
 
     site: Site
@@ -37,6 +38,7 @@ class Arrival(NamedTuple):
     saved: Sequence[Tensor]
     grads: Sequence[Tensor | None]
     mark: Any = None
+    hooks: tuple[int, ...] = ()
 
     @property
     def thawed(self) -> Call:
@@ -75,6 +77,7 @@ class Hooks:
         marked: Called at every call that is reported; what it returns is the mark of the gradients that arrive there.
 
     Attributes:
+        anchor: A leaf that requires a gradient, on which the output of every tapped call depends.
         active: Whether calls and gradients are reported. If not, the hooks do nothing.
         forward: Whether a forward pass is running, as opposed to checkpointing's recomputation in backward.
     """
@@ -95,7 +98,7 @@ class Hooks:
         self._prepare = prepare
         self._on_output = on_output
         self._marked = marked
-        self._anchor = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros((), requires_grad=True)
         self._entered: dict[Site, list[tuple[tuple, dict[str, Any]]]] = {}
         self._handles: list[Any] = []
         self.active = False
@@ -177,11 +180,12 @@ class Hooks:
                 output = prepare(output)
             call = frozen_call(module, args, kwargs, keep=site.reads_input)
             mark = self._marked()
+            hooks = hooks_of_others(module) if site.reruns else ()
 
             def receive(saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-                self._report(Arrival(site, call, saved, grads, mark))
+                self._report(Arrival(site, call, saved, grads, mark, hooks))
 
-            output = tapped(output, self._anchor, receive, call)
+            output = tapped(output, self.anchor, receive, call)
             if self.forward and on_output is not None:
                 on_output(output)
             return output
@@ -192,3 +196,24 @@ class Hooks:
     def _report(self, arrival: Arrival) -> None:
         if self.active and not all(grad is None for grad in arrival.grads):
             self._arrived(arrival)
+
+
+def hooks_of_others(module: nn.Module) -> tuple[int, ...]:
+    """List the hooks on a module and inside it that are not this package's.
+
+    A model may put hooks on its modules for the time of a forward pass (PEFT does, for ``adapter_names``). A module
+    that runs once more afterwards then computes something else.
+
+    Args:
+        module: The module.
+
+    Returns:
+        Their numbers, each of which torch gives once.
+    """
+    registers = (hooks for one in module.modules() for hooks in (one._forward_pre_hooks, one._forward_hooks))
+    return tuple(
+        number
+        for hooks in registers
+        for number, hook in hooks.items()
+        if not str(getattr(hook, "__module__", "")).startswith("fishkern.")
+    )

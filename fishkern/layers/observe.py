@@ -173,15 +173,18 @@ class _Observer:
         """How many rows the model was called on, where they may be several for each example; else ``N``."""
         return self._num_examples if self._rows is None else self._rows
 
-    def order(self) -> RowOrder | None:
+    def order(self, said: RowOrder) -> RowOrder | None:
         """Find by the rows that each loss touches where the model is left which rows each example has.
+
+        Args:
+            said: The order that the batch says.
 
         Returns:
             The order; ``None`` where none, or more than one, agrees with the gradients.
         """
         leaving = [one for module, one in self.records.items() if self.around.get(module) == {module}]
         reached = [one for record in leaving or self.records.values() for one in record.touched]
-        return order_of(reached, self.rows, self._num_examples)
+        return order_of(reached, self.rows, self._num_examples, said)
 
     def backward(self, losses: Tensor) -> None:
         self._recomputes = True
@@ -307,7 +310,7 @@ def observe(
     Returns:
         The records.
     """
-    common = (model, owners, losses, answered, num_examples, documents)
+    common = (model, owners, losses, answered, num_examples, documents, order)
     observation = _observe(*common, rows=None if order == ONE_EACH else order.count(num_examples))
     # an input [T, N, ...] looks like T / N rows for each example, until the gradients have come
     return observation if observation.order is not None else _observe(*common, rows=num_examples)
@@ -320,6 +323,7 @@ def _observe(
     answered: Callable[[Callable[[], Any]], Any],
     num_examples: int,
     documents: Documents | None,
+    said: RowOrder,
     *,
     rows: int | None,
 ) -> Observation:
@@ -345,7 +349,7 @@ def _observe(
     if late:  # calls inside a checkpointed segment are recorded only when it is recomputed
         observer, values = _expanded(run, observer.shared, late, values.detach())
         observer.backward(values)
-    shared, entry, order = observer.shared, observer.entry, observer.order()
+    shared, entry, order = observer.shared, observer.entry, observer.order(said)
     del values
 
     def again(modules: frozenset[nn.Module]) -> dict[nn.Module, Record]:

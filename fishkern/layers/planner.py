@@ -65,6 +65,7 @@ class Planner:
         self._order = observation.order or ONE_EACH
         # a batch of pairs says itself which rows are whose; those of one example are all its own
         self._entry = None if order == self._order or num_examples == 1 else observation.entry
+        self._inside = frozenset() if self._entry is None else frozenset(self._entry.modules())
 
     def plan(self) -> Plan:
         """Make the plan.
@@ -150,7 +151,8 @@ class Planner:
                     names = self._confirmed(layer, record, names)
             if names:
                 keys = {name: remaining.pop(name) for name in sorted(names)}
-                site = Site(path, module, layer, keys, layout, record.block, settled=settled, **self._dealt(record))
+                dealt = self._dealt(path, record)
+                site = Site(path, module, layer, keys, layout, record.block, settled=settled, **dealt)
                 more = {"picked": picked, "rewritten": record.input_rewritten, "axis": self._axis(record)}
                 sites.append(replace(site, **more))
         return sites
@@ -195,10 +197,18 @@ class Planner:
         ones = {one.shape[0] if one.ndim else None for output in outputs for one in _floating(output)}
         return ONE_EACH if ones == {self._num_examples} else self._order
 
-    def _dealt(self, record: Record) -> dict[str, Any]:
+    def _dealt(self, path: str, record: Record) -> dict[str, Any]:
         """Say of a site which rows its examples have, and where that is checked."""
         order = self._order_of(record)
-        return {"order": order, "entry": self._entry if order.per_example > 1 else None}
+        checked = order.per_example > 1 and self._entry is not None
+        return {"order": order, "entry": self._entry_of(self._modules[path]) if checked else None}
+
+    def _entry_of(self, module: nn.Module) -> nn.Module:
+        """Find the outermost module around one: a loss function may call parts of a model, and order rows between."""
+        if module in self._inside:
+            return self._entry
+        around = self._around.get(module, {module})
+        return next((one for one in around if self._around.get(one) == {one}), module)
 
     def _axis(self, record: Record) -> int:
         """Say which axis of an output is that of the positions, which matters for packed rows alone."""
@@ -306,7 +316,7 @@ class Planner:
         record = self._records[self._modules[path]]
         call, _ = last_call(record, entered=True)
         sliced = tuple(self._is_sliced(record, tensor) for tensor in tensors_of(call))
-        more = {"sliced": sliced, "rewritten": record.input_rewritten, **self._dealt(record)}
+        more = {"sliced": sliced, "rewritten": record.input_rewritten, **self._dealt(path, record)}
         return Site(path, self._modules[path], None, dict(keys), Layout.BATCHED, **more)
 
 

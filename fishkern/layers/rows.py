@@ -15,6 +15,7 @@ bfloat16. With more examples the exponents are the digits of the example's numbe
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -50,8 +51,8 @@ class Rows:
         self._exponents: list[Tensor] = []
         self._weighted: dict[Site, list[Tensor | None]] = {}
         self._verdicts: dict[Site, bool] = {}
-        self._left: list[Tensor] = []
-        self._proved: dict[RowOrder, bool] = {}
+        self._left: dict[nn.Module, list[Tensor]] = defaultdict(list)
+        self._proved: dict[tuple[nn.Module, RowOrder], bool] = {}
 
     def note_input(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Note the input ``[N, T, ...]`` of a module, for the flattened calls inside it.
@@ -103,37 +104,39 @@ class Rows:
             for (site, _), grad in zip(picked, grads, strict=True):
                 self._weighted[site].append(grad)
 
-    def note_left(self, output: Any) -> None:
+    def note_left(self, module: nn.Module, output: Any) -> None:
         """Note what a module returns that was called on several rows for each example.
 
         Args:
+            module: The module.
             output: Any nest.
         """
         leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.ndim]
-        self._left += [leaf for leaf in leaves if leaf.requires_grad]
+        self._left[module] += [leaf for leaf in leaves if leaf.requires_grad]
 
-    def prove(self, losses: Tensor, orders: Collection[RowOrder]) -> None:
+    def prove(self, losses: Tensor, orders: Collection[tuple[nn.Module, RowOrder]]) -> None:
         """Prove by what has left these modules whose the rows of the batch are.
 
         Args:
             losses: ``[N]``; the graph is kept.
-            orders: Which rows the survey has found an example to have.
+            orders: These modules, and which rows the survey has found an example to have in them.
         """
-        for order in orders - self._proved.keys():
-            left = [one for one in self._left if len(one) == order.count(self._num_examples)]
-            self._proved[order] = bool(left) and self._are_in_order(left, losses, order)
+        for module, order in orders - self._proved.keys():
+            left = [one for one in self._left[module] if len(one) == order.count(self._num_examples)]
+            self._proved[module, order] = bool(left) and self._are_in_order(left, losses, order)
         self._left.clear()
 
-    def are_proved(self, order: RowOrder) -> bool:
+    def are_proved(self, module: nn.Module, order: RowOrder) -> bool:
         """Tell whether the rows of the batch lie in an order.
 
         Args:
-            order: One of those to be proved.
+            module: A module that was called on them.
+            order: One of those to be proved of it.
 
         Returns:
             Whether they do.
         """
-        return self._proved.get(order, False)
+        return self._proved.get((module, order), False)
 
     def _are_in_order(self, left: Sequence[Tensor], losses: Tensor, order: RowOrder) -> bool:
         grads = _grads_at(left, losses.sum(), training=False)

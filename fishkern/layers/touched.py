@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fishkern.layers.row_order import RowOrder, orders
+from fishkern.layers.row_order import ONE_EACH, RowOrder, orders
 
 
 class Touched(NamedTuple):
@@ -54,20 +54,23 @@ def owned(touched: Touched, owners: Tensor, positions: int = 1) -> bool:
     return bool((owners.to(touched.nonzero.device)[touched.nonzero // positions] == touched.example).all())
 
 
-def order_of(reached: Iterable[Touched], rows: int, num_examples: int) -> RowOrder | None:
+def order_of(reached: Iterable[Touched], rows: int, num_examples: int, said: RowOrder = ONE_EACH) -> RowOrder | None:
     """Find which rows each example has by the rows that its loss touches.
 
     Args:
         reached: What losses of the examples touch; of other numbers of rows it is ignored.
         rows: The number of rows.
         num_examples: ``N``.
+        said: The order that the batch says.
 
     Returns:
-        The order; the first possible one where nothing is touched, and ``None`` where none, or more than one, agrees
-        with what is.
+        The order: that of the batch if it agrees with what is touched, else the first possible one where nothing is,
+        and ``None`` where none, or more than one, agrees.
     """
     reached = [one for one in reached if one.rows == rows and len(one.nonzero)]
     fitting = [
         order for order in orders(rows, num_examples) if all(owned(one, order.owners(num_examples)) for one in reached)
     ]
+    if said in fitting:
+        return said
     return fitting[0] if len(fitting) == 1 or (fitting and not reached) else None

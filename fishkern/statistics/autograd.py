@@ -19,7 +19,8 @@ def only_trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Let only these parameters require a gradient; the caller has frozen all others.
 
     Args:
-        parameters: The parameters; their ``grad`` is empty before and after.
+        parameters: The parameters; their ``grad`` is emptied before and after. A loss function that switches adapters
+            off and on lets them require gradients, so that an earlier backward pass may have left some.
 
     Yields:
         Nothing.
@@ -28,6 +29,7 @@ def only_trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
+            parameter.grad = None
         yield
     finally:
         for parameter in parameters:

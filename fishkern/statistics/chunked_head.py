@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
+from fishkern.layers import hooks_of_others
 from fishkern.statistics.batches import Batch, Examples
 from fishkern.statistics.head_logits import HeadLogits, Onlooker
 from fishkern.statistics.likelihood import CausalLM, MaskedLM, TokenClassification, read_logits
@@ -28,7 +29,10 @@ _COPIES = frozenset(
 )
 _ROUNDINGS = 16  # by which values of the same products may differ, in another order of sums; in 16 bits fewer
 _ROUNDINGS_16_BIT = 4
+_HALF = (torch.float16, torch.bfloat16)
 _LOOKED_AT = 8  # positions of the confirming call
+_GRADIENT_ROUNDINGS = 2**10  # of the gradient at the hidden states, a sum over all classes
+_GRADIENT_ROUNDINGS_16_BIT = 8
 _SEVERAL_CALLS = "the model calls its head several times, or with something else than hidden states [N, T, H]"
 
 
@@ -57,9 +61,10 @@ class ChunkedHead:
         self._likelihood = likelihood
         self._most = likelihood.logits_bytes
         self._head = hosts.head_of(model)
-        self._num_classes = 0
+        self._num_classes = self._positions = 0  # of the logits of the first example
         self._dtype = torch.float32
         self._tried = False
+        self._meanwhile: str | None = None
         self._why = None if self._head else "the model has no head that is known (get_output_embeddings, lm_head)"
         if hosts.units(model):
             self._why = "the model is sharded, and its head has its weights in the model's own forward pass alone"
@@ -106,7 +111,8 @@ class ChunkedHead:
             Whether they may be above the limit, and nothing speaks against it so far.
         """
         # the model may add positions of its own (prompt tuning); a try that was not needed does no harm
-        return self._why is None and not self._tried and self._are_large(2 * _num_positions(batch.content))
+        most = 2 * _num_positions(batch.content) + batch.num_examples * self._positions
+        return self._why is None and not self._tried and self._are_large(most)
 
     def meet(self, batch: Examples) -> None:
         """Try whether the model runs without its logits.
@@ -135,14 +141,15 @@ class ChunkedHead:
             self.said = f"in chunks of {self._most} bytes"
         elif logits.nbytes > self._most:
             of_onlooker = onlooker and self._head and onlooker.why_whole(self._head.module)
-            self.said = f"whole: {why or of_onlooker or 'a later batch calls the head otherwise'}"
+            self.said = f"whole: {why or of_onlooker or self._meanwhile or 'a later batch calls the head otherwise'}"
         return self._likelihood.of_logits(logits, self._model, batch)
 
     def _of_hidden(self, kept: list[Tensor], logits: Tensor, onlooker: Onlooker | None) -> HeadLogits:
-        if len(kept) != 1 or logits.shape != (len(kept[0]), 1, self._num_classes):
+        fits = len(kept) == 1 and logits.shape == (len(kept[0]), 1, self._num_classes)
+        if not fits or not self._equals(kept[0][:, -1:], logits):
             raise ValueError(
-                f"the head of {type(self._model).__name__} was called otherwise than on the first example, so its "
-                "logits cannot be computed in chunks: form them whole, with "
+                f"{type(self._model).__name__} calls its head, or changes its logits, otherwise than on the first "
+                "example, so they cannot be computed in chunks: form them whole, with "
                 f"likelihood=fishkern.{type(self._likelihood).__name__}(logits_bytes=None)."
             )
         head, size = self._head, self._num_classes * self._dtype.itemsize
@@ -156,6 +163,7 @@ class ChunkedHead:
         if why is not None:
             yield kept
             return
+        self._meanwhile, outside = None, hooks_of_others(self._head.module)
 
         def cut(module: nn.Module, args: tuple) -> tuple | None:
             hidden = args[0] if len(args) == 1 else None
@@ -163,6 +171,9 @@ class ChunkedHead:
                 return None
             large = always or self._are_large(hidden.shape[:-1].numel())
             if not large or (onlooker is not None and onlooker.why_whole(module) is not None):
+                return None
+            if hooks_of_others(module) != outside:  # a chunk would run without them
+                self._meanwhile = "the model puts hooks on its head while it runs"
                 return None
             kept.append(hidden)
             return (hidden[:, -1:],)
@@ -186,7 +197,8 @@ class ChunkedHead:
             return _SEVERAL_CALLS
         if logits.ndim != 3 or logits.shape[:2] != hidden.shape[:2]:
             return f"the head gets {list(hidden.shape)}, and the logits are {list(logits.shape)}"
-        self._num_classes, self._dtype = logits.shape[-1], logits.dtype
+        self._positions, self._num_classes = logits.shape[1:]
+        self._dtype = logits.dtype
         if unknown := _between(logits.grad_fn, node) - _COPIES - self._head.operations:
             return (
                 f"between its head and the logits the model computes what is not known ({', '.join(sorted(unknown))})"
@@ -194,18 +206,42 @@ class ChunkedHead:
         others = _leaves(logits.grad_fn, hidden.grad_fn) - set(self._head.module.parameters())
         if others:
             return "the logits depend on other parameters than those of the head, not through its input alone"
-        places = torch.linspace(0, logits.shape[1] - 1, min(_LOOKED_AT, logits.shape[1])).round().long()
-        return None if self._equals(hidden[:, places], logits[:, places]) else "the logits are not what the head gives"
+        return self._differs_elsewhere(hidden, logits)
+
+    @torch.enable_grad()
+    def _differs_elsewhere(self, hidden: Tensor, logits: Tensor) -> str | None:
+        """Say why the head gives other logits, or another gradient, for states at other places, or return ``None``."""
+        # among other states, and in a row of another length: a chunk has neither their places nor their neighbours
+        T = logits.shape[1]
+        places = torch.linspace(0, T - 1, max(1, min(_LOOKED_AT, T // 2))).round().long()
+        expected = logits[:, places]
+        states = hidden[:, places].detach()
+        states = torch.stack([states.flip(1) / 2, states], 2).flatten(1, 2).requires_grad_()
+        try:
+            output = self._head.module(states)
+        except Exception as error:  # any error of a head that takes no other positions than those of the text
+            return f"the head does not run on positions of its own ({type(error).__name__})"
+        values = self._head.then(output).to(logits.dtype)[:, 1::2]
+        if values.shape != expected.shape:
+            return "the logits are not what the head gives"
+        half = output.dtype in _HALF
+        if not _same(values, expected, output.dtype, _ROUNDINGS_16_BIT if half else _ROUNDINGS):
+            return "the logits are not what the head gives for each position alone"
+        weights = torch.linspace(-1, 1, values.numel(), dtype=values.dtype, device=values.device).view_as(values)
+        (own,) = torch.autograd.grad(values, states, weights, materialize_grads=True)
+        (given,) = torch.autograd.grad(expected, hidden, weights, retain_graph=True, materialize_grads=True)
+        roundings = _GRADIENT_ROUNDINGS_16_BIT if half else _GRADIENT_ROUNDINGS
+        if not _same(own[:, 1::2], given[:, places], output.dtype, roundings):
+            return "the gradient that arrives at the head is not that of the logits"
+        return None
 
     @torch.no_grad()
     def _equals(self, hidden: Tensor, logits: Tensor) -> bool:
+        """Tell whether the head gives these logits, in a call of the same shape."""
         output = self._head.module(hidden)
         values = self._head.then(output).to(logits.dtype)
-        if values.shape != logits.shape:
-            return False
-        half = output.dtype in (torch.float16, torch.bfloat16)
-        allowed = (_ROUNDINGS_16_BIT if half else _ROUNDINGS) * torch.finfo(output.dtype).eps
-        return bool(((values - logits).abs() <= allowed * logits.abs().max()).all())
+        roundings = _ROUNDINGS_16_BIT if output.dtype in _HALF else _ROUNDINGS
+        return values.shape == logits.shape and _same(values, logits, output.dtype, roundings)
 
     def _fails_on(self, example: Batch) -> str | None:
         """Say why the model cannot be run without its logits, or return ``None``."""
@@ -215,7 +251,9 @@ class ChunkedHead:
         except Exception as error:  # any error of a model that does more with its logits
             what = next(iter(str(error).strip().splitlines()), "without a message")
             return f"the model does not run with the logits of one position ({type(error).__name__}: {what})"
-        if len(kept) != 1 or logits.shape[1] != 1 or not self._equals(kept[0][:, -1:].detach(), logits):
+        if self._meanwhile:
+            return self._meanwhile
+        if len(kept) != 1 or logits.shape[1] != 1 or not self._equals(kept[0][:, -1:], logits):
             return "the model gives other logits where its head gets one position"
         return None
 
@@ -247,6 +285,14 @@ def logits_of_answer(answer: Any) -> list[Tensor]:
         One tensor ``[N, T, V]``, or none.
     """
     return [answer.logits] if isinstance(answer, Categorical) and isinstance(answer.logits, Tensor) else []
+
+
+def _same(one: Tensor, other: Tensor, dtype: torch.dtype, roundings: int) -> bool:
+    """Tell whether values are the same but for some roundings of a dtype, relative to the largest finite one."""
+    one, other = one.detach(), other.detach()
+    finite = torch.where(other.isfinite(), other, 0.0)
+    near = (one - other).abs() <= roundings * torch.finfo(dtype).eps * finite.abs().max()
+    return bool((near | (one == other) | (one.isnan() & other.isnan())).all())
 
 
 def _num_positions(batch: Batch) -> int:

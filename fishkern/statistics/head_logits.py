@@ -30,7 +30,13 @@ class Onlooker(Protocol):
 
 
 class Taps(Onlooker, Protocol):
-    """Who captures gradients of the head, if any."""
+    """Who captures gradients of the head, if any.
+
+    Attributes:
+        anchor: A leaf on which the output of every captured call depends.
+    """
+
+    anchor: Tensor
 
     def parts(self, num_rows: int, num_positions: int, most: int) -> Iterator[Part]:
         """Divide a batch into parts of whole examples."""
@@ -149,7 +155,8 @@ class HeadLogits:
     def _losses(self, counted: Tensor, labels: Tensor, uniform: Tensor | None) -> Tensor:
         inputs = [one for one in self.head.parameters() if one.requires_grad]
         if captures := self.onlooker is not None and self.onlooker.taps(self.head):
-            inputs = [torch.zeros((), requires_grad=True), *inputs]  # where the hidden states need no gradient
+            # the hidden states may need no gradient, and a module in the head may be called on something else
+            inputs = [self.onlooker.anchor, *inputs]
         given = labels.to(self.device), uniform, counted.to(self.device)
         return _Losses.apply(self, captures, *given, self.hidden, *inputs)
 

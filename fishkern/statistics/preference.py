@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from fishkern import hosts
 from fishkern.statistics.batches import Batch
 from fishkern.statistics.contents import Place, rebuilt
 from fishkern.statistics.labels import as_tensor
@@ -126,14 +127,26 @@ class Preference(Likelihood):
 
         Returns:
             Of the chosen and of the rejected answers, the sums over their tokens, ``[N]`` each.
-        """
-        rows = -CausalLM(reduction="sum").predictive(model, self._rows(batch)).losses()
-        return self._chosen_and_rejected(rows)
 
-    def _pair_logps(self, model: nn.Module, batch: Batch) -> PairLogps:
-        chosen, rejected = self.logps(model, batch)
-        tokens = (self._labels(batch) != -100).sum(1).clamp_min(1).to(chosen)
-        return PairLogps(chosen, rejected, *self._references(batch, chosen), *self._chosen_and_rejected(tokens))
+        Raises:
+            ValueError: The model has an encoder and a decoder, or the batch does not say which tokens are the answers'.
+        """
+        logps = self._pair_logps(model, batch, referring=False)
+        return logps.chosen, logps.rejected
+
+    def _pair_logps(self, model: nn.Module, batch: Batch, *, referring: bool = True) -> PairLogps:
+        base = hosts.base_model(model)
+        if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                f"{type(base).__name__} has an encoder and a decoder, and Preference reads pairs of a model that "
+                "continues its prompt: pass a function (model, batch) -> losses [N] that computes the loss."
+            )
+        rows = CausalLM(reduction="sum").predictive(model, self._rows(batch))
+        chosen, rejected = self._chosen_and_rejected(-rows.losses())
+        # the first token of a row has no log-probability, unless the model puts positions of its own before it
+        tokens = self._chosen_and_rejected((rows.labels != -100).sum(1).clamp_min(1).to(chosen))
+        references = self._references(batch, chosen) if referring else [torch.zeros_like(chosen)] * 2
+        return PairLogps(chosen, rejected, *references, *tokens)
 
     def _references(self, batch: Batch, like: Tensor) -> tuple[Tensor, Tensor]:
         if self.reference_logps is None or not self._has_reference:
@@ -168,9 +181,20 @@ class Preference(Likelihood):
                 "preference pairs need a 'completion_mask' or 'labels' in every batch, which say which tokens are "
                 "those of the answers: take TRL's DataCollatorForPreference, or make them as it does."
             )
-        if batch.get("labels") is not None:
-            return as_tensor(batch["labels"])
-        ids, mask = (as_tensor(batch[key]) for key in marked)
+        if entries.get("shift_labels") is not None:
+            raise ValueError(
+                "the tokens of answers are those that 'completion_mask' or 'labels' mark, and this batch has "
+                "'shift_labels' as well: leave them out."
+            )
+        labels, mask = (None if entries.get(key) is None else as_tensor(entries[key]) for key in _OWN[::-1])
+        if labels is not None and (mask is None or torch.equal(labels.cpu() != -100, mask.cpu() != 0)):
+            return labels
+        if labels is not None:
+            raise ValueError(
+                "'labels' and 'completion_mask' of preference pairs mark other tokens: give one of the two, or the "
+                "label -100 where the mask is 0 and there alone."
+            )
+        ids = as_tensor(entries["input_ids"])
         if ids.shape != mask.shape:
             raise ValueError(
                 f"completion_mask must be of the shape of input_ids, {tuple(ids.shape)}, got {tuple(mask.shape)}."

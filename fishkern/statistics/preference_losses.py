@@ -21,8 +21,9 @@ class PairLogps:
         rejected: By the model, ``[N]``, differentiable.
         reference_chosen: By the reference model, ``[N]``; zeros where there is none.
         reference_rejected: By the reference model, ``[N]``; zeros where there is none.
-        chosen_tokens: How many tokens the chosen answer has, ``[N]``, at least 1.
-        rejected_tokens: How many tokens the rejected answer has, ``[N]``, at least 1.
+        chosen_tokens: How many log-probabilities ``chosen`` is the sum of, ``[N]``, at least 1: one for each token of
+            the answer but for the first one of a row, which nothing predicts.
+        rejected_tokens: The same of ``rejected``.
     """
 
     chosen: Tensor
@@ -126,7 +127,8 @@ def orpo_losses(logps: PairLogps, beta: float) -> Tensor:
         ``[N]``.
     """
     chosen, rejected = logps.means
-    odds = (chosen - rejected) - ((-chosen.exp()).log1p() - (-rejected.exp()).log1p())
+    # log(1 - p) by expm1: 1 - exp(log p) has no digits left where an answer is nearly certain
+    odds = (chosen - rejected) - ((-chosen.expm1()).log() - (-rejected.expm1()).log())
     return -chosen - beta * F.logsigmoid(odds)
 
 

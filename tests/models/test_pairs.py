@@ -217,7 +217,7 @@ def test_wrongly_joined_rows_are_found(monkeypatch):
 def test_a_wrong_order_of_rows_does_not_pass_the_survey(monkeypatch):
     from fishkern.layers.observe import _Observer
 
-    monkeypatch.setattr(_Observer, "order", lambda self: INTERLEAVED)
+    monkeypatch.setattr(_Observer, "order", lambda self, said: INTERLEAVED)
     model, data = made(), pairs()
     with pytest.warns(UserWarning, match="21 parameter.* take the slow exact path"):
         wide = fk.estimate(model, [collated(data)], Wide(), likelihood=fk.Preference(BETA), check=False)
@@ -238,6 +238,61 @@ def test_rows_in_no_order_take_the_loop():
     with pytest.warns(UserWarning, match="21 parameter.* take the slow exact path"):
         wide = fk.estimate(model, [of_columns(data)], Wide(), likelihood=losses)
     assert worst_error(wide, squares_alone(model, data))[0] < 1e-10
+
+
+def test_a_head_that_gets_its_rows_in_another_order_later():
+    """A loss that calls parts of the model: what leaves the first part says nothing of the rows of the second."""
+    model, data = made(), pairs()
+
+    def losses(model: nn.Module, batch: dict) -> Tensor:
+        N = len(batch["chosen_ids"])
+        ids, mask, counted = (
+            torch.cat([batch[f"chosen_{key}"], batch[f"rejected_{key}"]]) for key in ("ids", "mask", "counted")
+        )
+        rows = torch.arange(2 * N) if N == 2 else torch.arange(2 * N).view(2, N).mT.flatten()
+        hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        logits = model.lm_head(hidden[rows])[:, :-1].log_softmax(-1)
+        logps = (logits.gather(-1, ids[rows, 1:, None])[..., 0] * counted[rows, 1:]).sum(1)
+        chosen, rejected = torch.zeros_like(logps).index_copy(0, rows, logps).view(2, N)
+        return -F.logsigmoid(BETA * ((chosen - rejected) - (batch["reference"][:, 0] - batch["reference"][:, 1])))
+
+    with pytest.warns(UserWarning, match="1 parameter.* take the slow exact path"):
+        wide = fk.estimate(model, [of_columns(data[:2]), of_columns(data[2:])], Wide(), likelihood=losses)
+    assert worst_error(wide, squares_alone(model, data))[0] < 1e-10
+
+
+@pytest.mark.parametrize("saved", [None, ["lm_head"]], ids=["lora", "a trained head"])
+def test_the_reference_by_switching_the_adapter_off(saved):
+    """PEFT then lets the adapter's parameters require gradients, which autograd forms beside those of the examples."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=saved)
+    model, data = peft.get_peft_model(made(), config).double().eval(), pairs()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_A" not in name:
+            nn.init.normal_(parameter, std=0.2)
+
+    def losses(model: nn.Module, batch: dict) -> Tensor:
+        names = ("ids", "mask", "counted")
+        rows = [torch.cat([batch[f"chosen_{key}"], batch[f"rejected_{key}"]]) for key in names]
+        with torch.no_grad(), model.disable_adapter():
+            reference = row_logps(model, *rows).view(2, -1)
+        (chosen, rejected) = row_logps(model, *rows).view(2, -1) - reference
+        return -F.logsigmoid(BETA * (chosen - rejected))
+
+    def alone(model: nn.Module, pair: Pair) -> Tensor:
+        with torch.no_grad(), model.disable_adapter():
+            reference = rows_alone(model, pair)
+        chosen, rejected = (one - other for one, other in zip(rows_alone(model, pair), reference, strict=True))
+        return -F.logsigmoid(BETA * (chosen - rejected))
+
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    batches = [of_columns(data[:4]), of_columns(data[4:])]
+    wide = fk.estimate(model, batches, Wide(), likelihood=losses)
+    truth = {fk.canonical_name(name): value for name, value in squares_alone(model, data, alone).items()}
+    assert worst_error(wide, truth)[0] < 1e-10
+    assert before == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert "loop" not in paths(fk.estimate(model, batches, likelihood=losses))
 
 
 def test_first_pairs_without_a_gradient():
@@ -446,7 +501,7 @@ def test_rows_whose_numbers_follow_the_data(adjacent, monkeypatch):
     with pytest.warns(UserWarning, match="take the slow exact path"):
         wide = fk.estimate(model, batches, Wide(), likelihood=losses)
     assert worst_error(wide, truth)[0] < 1e-10
-    monkeypatch.setattr(Rows, "are_proved", lambda self, order: True)  # planted: the first batch speaks for all
+    monkeypatch.setattr(Rows, "are_proved", lambda self, module, order: True)  # planted: the first batch speaks for all
     assert worst_error(fk.estimate(model, batches, Wide(), likelihood=losses), truth)[0] > 1e-2
 
 

@@ -531,6 +531,124 @@ def test_a_plan_needs_less_with_chunks():
     assert peaks[1] < peaks[0] / 4
 
 
+class OddHead(nn.Module):
+    """A head that is more than a product with a weight at each position."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.proj = how, nn.Linear(24, V, bias=False)
+        self.by_place = nn.Parameter(torch.randn(T, V)) if how == "a bias of each place" else None
+        self.table = nn.Embedding(1, V) if how == "a module called on something else" else None
+
+    def forward(self, hidden):
+        if self.how == "a mean over positions":
+            return self.proj(hidden - hidden.mean(1, keepdim=True))
+        if self.how == "the position before":
+            return self.proj(hidden + F.pad(hidden, (0, 0, 1, -1)))
+        logits = self.proj(hidden)
+        if self.by_place is not None:
+            return logits + self.by_place[: hidden.shape[1]]
+        return logits if self.table is None else logits + self.table(torch.zeros(hidden.shape[:2], dtype=torch.long))
+
+
+def with_head(how: str) -> nn.Module:
+    model = made("llama")
+    torch.manual_seed(1)
+    model.lm_head = OddHead(how).double().eval()
+    return model
+
+
+@pytest.mark.parametrize("how", ["a bias of each place", "a mean over positions", "the position before"])
+def test_a_head_that_looks_at_places_gets_all_of_them(how):
+    """Also where the first example is short enough to be looked at whole."""
+    model, batch, estimator = with_head(how), zoo.text_batch(N, T), Wide()
+    options = {"parameters": "*q_proj*", "likelihood": fk.CausalLM(logits_bytes=9 * POSITION)}
+    found = fk.estimate(model, [batch], estimator, **options)
+    assert estimator.logits == "whole: the logits are not what the head gives for each position alone"
+    truth = squares_one_by_one(model, [batch], next_token)
+    assert worst(found, {name: truth[name] for name in found}) < EXACT
+
+
+def test_a_module_in_the_head_that_does_not_get_the_hidden_states():
+    """No gradient of them passes through it, and the check by autograd is off."""
+    model, batch, estimator = with_head("a module called on something else"), zoo.text_batch(N, T), Wide()
+    found = fk.estimate(model, [batch], estimator, likelihood=fk.CausalLM(logits_bytes=9 * POSITION), check=False)
+    assert estimator.logits.startswith("in chunks")
+    assert worst(found, squares_one_by_one(model, [batch], next_token)) < EXACT
+
+
+def test_a_gradient_that_is_changed_on_its_way_to_the_head():
+    """By a hook on the logits, which leaves no trace in autograd's graph."""
+
+    def halve(module, args, output):
+        if output.logits.requires_grad:
+            output.logits.register_hook(lambda grad: grad / 2)
+
+    model, batch, estimator = made("llama"), zoo.text_batch(N, T), Wide()
+    model.register_forward_hook(halve)
+    options = {"likelihood": fk.CausalLM(logits_bytes=9 * POSITION), "check": False}
+    found = fk.estimate(model, [batch], estimator, **options)
+    assert estimator.logits == "whole: the gradient that arrives at the head is not that of the logits"
+    assert worst(found, squares_one_by_one(model, [batch], next_token)) < EXACT
+
+
+class Tempered(transformers.LlamaForCausalLM):
+    """Divides its logits where the batch says so."""
+
+    def forward(self, input_ids=None, attention_mask=None, temperature=None, **kwargs):
+        logits = self.lm_head(self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0])
+        logits = logits if temperature is None else logits / temperature[:, None, None]
+        return transformers.modeling_outputs.CausalLMOutput(logits=logits)
+
+
+def test_logits_that_a_later_batch_changes_are_refused():
+    torch.manual_seed(0)
+    model = Tempered(zoo.llama().model.config).double().eval()
+    batches = [zoo.text_batch(N, T), {**zoo.text_batch(N, T, seed=1), "temperature": torch.full((N,), 2.0).double()}]
+    options = {"parameters": "*q_proj*", "likelihood": fk.CausalLM(logits_bytes=9 * POSITION)}
+    with pytest.raises(ValueError, match="changes its logits, otherwise than on the first example"):
+        fk.estimate(model, batches, Wide(), **options)
+
+
+@pytest.mark.parametrize("limit", [None, 9 * POSITION], ids=["whole", "in chunks"])
+@pytest.mark.parametrize("parameters", ["*q_proj*lora*", None], ids=["layers", "all"])
+def test_an_adapter_for_each_row(parameters, limit):
+    """PEFT puts hooks on the layers for the time of the call, and the first two rows take the active adapter."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    model = peft.get_peft_model(made("llama"), config, adapter_name="a")
+    model.add_adapter("b", config)
+    for name, parameter in model.double().named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    batch, estimator = {**zoo.text_batch(N, T), "adapter_names": ["a", "a", "b", "a", "b"]}, Wide()
+    options = {"parameters": parameters, "likelihood": fk.CausalLM(logits_bytes=limit)}
+    slow = pytest.warns(UserWarning, match="take the slow exact path") if parameters is None else nullcontext()
+    with slow:
+        found = fk.estimate(model.eval(), [batch], estimator, **options)
+    if limit is not None:
+        assert estimator.logits == "whole: the model puts hooks on its head while it runs"
+    parameters = {name: one for name, one in model.named_parameters() if name in found}
+    truth = {name: torch.zeros_like(one) for name, one in parameters.items()}
+    for n in range(N):
+        loss = next_token(model, {key: value[n : n + 1] for key, value in batch.items()})
+        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for name, grad in zip(parameters, grads, strict=True):
+            truth[name] += 0 if grad is None else grad.square() / N
+    assert worst(found, truth) < EXACT
+
+
+def test_many_positions_of_the_models_own():
+    """More than the text has: they count where it is decided whether logits are large."""
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=30)
+    model, batch, estimator = peft.get_peft_model(made("llama"), config).double(), zoo.text_batch(N, 4), Wide()
+    with pytest.warns(UserWarning, match="take the slow exact path"):
+        fk.estimate(model, [batch], estimator, likelihood=fk.CausalLM(logits_bytes=2 * N * 4 * POSITION))
+    assert estimator.logits.startswith("in chunks")
+
+
 # Planted errors: each must make the comparison above fail.
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import fishkern as fk
 from fishkern.statistics import PairLogps
+from fishkern.statistics.preference_losses import orpo_losses
 from tests.support import zoo
 from tests.support.oracle import worst_error
 from tests.support.pairs import Pair, Wide, collated, interleaved, pairs, rows_alone
@@ -119,6 +120,64 @@ def test_statistics_are_those_of_the_pairs_alone(case, model):
     data = pairs()
     wide = fk.estimate(model, [collated(data)], Wide(), likelihood=likelihood)
     assert worst_error(wide, squares_alone(model, alone, data))[0] < 1e-10
+
+
+@pytest.mark.parametrize("loss", ["simpo", "ipo"])
+def test_means_are_over_the_tokens_that_are_predicted(loss, model):
+    """Nothing predicts the first token of a row, which without a prompt is one of the answer."""
+    data = [Pair([], one.prompt + one.chosen, one.rejected + one.prompt, one.reference) for one in pairs()]
+    losses = fk.Preference(BETA, loss=loss).predictive(model, collated(data)).losses()
+
+    def mean(text: list[int]) -> Tensor:
+        log_p = model(input_ids=torch.tensor([text])).logits[0, :-1].log_softmax(-1)
+        return log_p.gather(1, torch.tensor(text[1:])[:, None]).mean()
+
+    for one, found in zip(data, losses, strict=True):
+        chosen, rejected = mean(one.chosen), mean(one.rejected)
+        expected = -sigmoid(BETA * (chosen - rejected)).log()
+        if loss == "ipo":
+            chosen = chosen - one.reference[0] / (len(one.chosen) - 1)
+            rejected = rejected - one.reference[1] / (len(one.rejected) - 1)
+            expected = (chosen - rejected - 1 / (2 * BETA)) ** 2
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("log_p", [-1e-5, -1e-3, -0.5, -3.0])
+def test_orpo_of_an_answer_that_is_nearly_certain(log_p):
+    """In float32 the odds ratio keeps its digits where p is nearly one."""
+
+    def grad(dtype: torch.dtype) -> Tensor:
+        chosen = torch.tensor([log_p], dtype=dtype, requires_grad=True)
+        ones, zeros = torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype)
+        orpo_losses(PairLogps(chosen, torch.full_like(ones, -0.7), zeros, zeros, ones, ones), 0.5).sum().backward()
+        return chosen.grad.double()
+
+    torch.testing.assert_close(grad(torch.float32), grad(torch.float64), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("rows", ["halves", "interleaved"])
+def test_answers_without_tokens_leave_it_open_whose_rows_are_whose(rows, model):
+    """The first two pairs have a gradient in one row each, which fits both orders: the likelihood says which it is."""
+    data = pairs()
+    data[0] = Pair(data[0].prompt, data[0].chosen, [], data[0].reference)
+    data[1] = Pair(data[1].prompt, [], data[1].rejected, data[1].reference)
+    together = interleaved if rows == "interleaved" else collated
+    statistics = fk.estimate(model, [together(data)], likelihood=fk.Preference(BETA, rows=rows))
+    assert {one.path for one in statistics.coverage.values()} == {"fused"}
+    wide = fk.estimate(model, [together(data)], Wide(), likelihood=fk.Preference(BETA, rows=rows))
+    assert worst_error(wide, squares_alone(model, dpo, data))[0] < 1e-10
+
+
+def test_refused_marks_and_models(model):
+    batch, likelihood = collated(pairs()), fk.Preference(BETA)
+    with pytest.raises(ValueError, match="has 'shift_labels' as well"):
+        fk.estimate(model, [{**batch, "shift_labels": batch["input_ids"]}], likelihood=likelihood)
+    with pytest.raises(ValueError, match="mark other tokens"):
+        fk.estimate(model, [{**batch, "labels": batch["input_ids"]}], likelihood=likelihood)
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    assert fk.estimate(model, [{**batch, "labels": labels}], likelihood=likelihood).count == len(pairs())
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration has an encoder and a decoder"):
+        fk.estimate(zoo.t5().model.eval(), [batch], likelihood=likelihood)
 
 
 def test_rows_in_the_wrong_order_are_other_pairs(model):
