@@ -40,6 +40,10 @@ WITHOUT = {
     "masked_rows": "a few numbers",
     "frozen_layers": "a few numbers",
     "online": "six numbers",
+    "packed": "a few numbers",
+    "pairs": "a few numbers",
+    "logits": "four numbers",
+    "experts": "nine numbers",
 }
 
 
