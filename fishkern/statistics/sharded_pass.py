@@ -120,6 +120,9 @@ class ShardedPass(OnePass):
         )
         return ShardedCapture(self.requested, together, self.estimator, self.states, planner, self.sharding)
 
+    def _agreed(self, losses: list[float]) -> list[float]:
+        return self.sharding.ranks.gathered(losses)[0]  # of the same examples, whose last bits may differ on devices
+
     def _together(self, answer: Callable[[Examples], Predictive | Tensor]) -> Callable[[Examples], Predictive | Tensor]:
         """Run the model on all ranks: an error on one of them ends the step on all."""
 
