@@ -50,6 +50,7 @@ class ChunkedHead:
 
     Attributes:
         said: How logits above the limit were computed last, in words; ``None`` if there were none.
+        tried: Whether the model was run without its logits, on the first batch with large ones.
     """
 
     def __init__(self, model: nn.Module, likelihood: CausalLM | MaskedLM) -> None:
@@ -59,7 +60,7 @@ class ChunkedHead:
         self._head = hosts.head_of(model)
         self._num_classes = 0
         self._dtype = torch.float32
-        self._tried = False
+        self.tried = False
         self._why = None if self._head else "the model has no head that is known (get_output_embeddings, lm_head)"
         if hosts.units(model):
             self._why = "the model is sharded, and its head has its weights in the model's own forward pass alone"
@@ -106,7 +107,7 @@ class ChunkedHead:
             Whether they may be above the limit, and nothing speaks against it so far.
         """
         # the model may add positions of its own (prompt tuning); a try that was not needed does no harm
-        return self._why is None and not self._tried and self._are_large(2 * _num_positions(batch.content))
+        return self._why is None and not self.tried and self._are_large(2 * _num_positions(batch.content))
 
     def meet(self, batch: Examples) -> None:
         """Try whether the model runs without its logits.
@@ -114,7 +115,7 @@ class ChunkedHead:
         Args:
             batch: Some batch, of which one example runs.
         """
-        self._tried = True
+        self.tried = True
         self._why = self._fails_on(batch.take(0, 1).copied())
 
     def predictive(self, batch: Batch, onlooker: Onlooker | None) -> Predictive:
@@ -127,7 +128,7 @@ class ChunkedHead:
         Returns:
             The distribution; of :class:`fishkern.statistics.head_logits.HeadLogits` if the logits are above the limit.
         """
-        why = self._why if self._tried or self._why else "the model was not tried without them"
+        why = self._why if self.tried or self._why else "the model was not tried without them"
         with self._cut(why, onlooker) as kept:
             logits = read_logits(self._model, batch)
         if kept:
