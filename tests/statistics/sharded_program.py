@@ -378,6 +378,9 @@ def _() -> dict[str, Any]:
             second[key][:] = value
         return [batches[0], second]
 
+    def own_things() -> list[dict[str, Any]]:
+        return [{**batches[0], "things": [lambda: None]}] if rank == 1 else []
+
     def inside() -> None:
         calls = [0]
 
@@ -418,12 +421,17 @@ def _() -> dict[str, Any]:
         "forward": message(lambda: fk.estimate(model, changed("input_ids", 99))),
         "inside": message(inside),
         "loss": message(lambda: fk.estimate(model, changed("labels", -100), likelihood=nan_without_labels)),
+        "pickle": message(lambda: fk.estimate(model, own_things(), likelihood=of_text)),
         "empty": message(lambda: fk.estimate(model, [])),
         "another recipe": message(lambda: fk.estimate(model, batches, fk.SketchedFisher())),
         "error afterwards": compared(model, llama())["error"],
     }
     model.set_requires_gradient_sync(False)
     return messages | {"accumulating": message(lambda: fk.estimate(model, batches))}
+
+
+def of_text(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    return fk.CausalLM().predictive(model, {key: batch[key] for key in ("input_ids", "labels")}).losses()
 
 
 def nan_without_labels(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
