@@ -63,6 +63,7 @@ def _pieces(value: Any, met: set[int]) -> Iterator[bytes]:
     elif None not in (known := list(bytes_of(value))):
         yield from known
     else:
+        yield from _pieces(getattr(value, "__wrapped__", None), met)  # as functools.cache has it
         kind = type(value)
         yield f"{kind.__module__}.{kind.__qualname__}".encode()
         if isinstance(call := getattr(kind, "__call__", None), FunctionType):  # noqa: B004

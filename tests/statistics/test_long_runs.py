@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fishkern as fk
 from fishkern.statistics.checkpoint import Checkpoint, unfinished
+from fishkern.statistics.likelihood_identity import identity_of
 from tests.support.forked import forked
 from tests.support.own_estimators import OWN
 
@@ -304,6 +306,8 @@ def test_a_function_of_the_same_name_with_another_code_is_refused(part):
     losses.__qualname__ = losses_at(1.0).__qualname__
     interrupt(part, 3, likelihood=losses_at(1.0))
     for other in (losses_at(2.0), losses):
+        assert identity_of(partial(other)) != identity_of(partial(losses_at(1.0)))
+        assert identity_of(cache(other)) != identity_of(cache(losses_at(1.0)))
         with pytest.raises(
             ValueError, match=r"likelihood was function (\S+) with the code \w+ and is function \1 with"
         ):
