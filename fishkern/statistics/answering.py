@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
@@ -84,9 +84,23 @@ class Answering:
         self._head.meet(batch)
 
     @property
+    def learned(self) -> Hashable:
+        """What changes when a batch settles how the logits of later ones are computed."""
+        return self._head is not None and self._head.tried
+
+    @property
     def said_of_logits(self) -> str | None:
         """How large logits were computed, in words; ``None`` if none were large."""
         return None if self._head is None else self._head.said
+
+    def go_on(self, said: str | None) -> None:
+        """Go on where an earlier run was.
+
+        Args:
+            said: :attr:`said_of_logits` then.
+        """
+        if self._head is not None:
+            self._head.said = said
 
     def prepare(self, batch: Examples) -> None:
         """Recognise the likelihood, and compare the loss of one example with the model's own.

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from fishkern.backend import Backend
 from fishkern.digests import exact_digest
 from fishkern.statistics.base import Constant
-from fishkern.statistics.drawn import Drawn
+from fishkern.statistics.likelihood_identity import identity_of
 from fishkern.statistics.request import Options, Request
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
@@ -27,7 +27,7 @@ _OF_DEVICES = "the device of"
 def facts_of_call(
     request: Request, options: Options, backend: Backend | None, max_examples: int | None, ranks: Ranks
 ) -> Facts:
-    """Describe all that the sums of a pass depend on, except for the data and the likelihood that they show.
+    """Describe all that the sums of a pass depend on, except for the data and what they show of the likelihood.
 
     Args:
         request: What is asked for.
@@ -42,6 +42,7 @@ def facts_of_call(
     estimator = request.estimator
     facts: Facts = {
         ("the argument", "estimator"): (type(estimator).__name__, estimator.definition, estimator.settings),
+        ("the argument", "likelihood"): identity_of(options.likelihood),
         ("the argument", "check"): options.check,
         ("the argument", "max_examples"): max_examples,
         ("the argument", "backend"): backend,
@@ -50,8 +51,6 @@ def facts_of_call(
         ("the number of", "ranks"): ranks.count,
         ("the version of", "torch"): torch.__version__,
     }
-    if isinstance(options.likelihood, Drawn):
-        facts["the argument", "seed of fishkern.Drawn"] = options.likelihood.seed
     for name, info in request.infos.items():
         facts["the statistic of", name] = f"{info.dtype} {list(info.shape)} on {info.device.type}"
     for fact, value in facts_of_model(request.model).items():

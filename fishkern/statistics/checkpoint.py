@@ -29,6 +29,7 @@ class Place(NamedTuple):
         batch_size: Number of examples in the first batch.
         connected: Whether a loss depended on the parameters.
         ended: Whether the data has ended.
+        logits: How large logits were computed, in words; ``None`` if none were large.
     """
 
     units: int
@@ -38,6 +39,7 @@ class Place(NamedTuple):
     batch_size: int
     connected: bool
     ended: bool
+    logits: str | None
 
 
 @dataclass(frozen=True, eq=False)

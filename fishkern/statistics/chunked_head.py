@@ -54,6 +54,7 @@ class ChunkedHead:
 
     Attributes:
         said: How logits above the limit were computed last, in words; ``None`` if there were none.
+        tried: Whether the model was run without its logits, on the first batch with large ones.
     """
 
     def __init__(self, model: nn.Module, likelihood: CausalLM | MaskedLM) -> None:
@@ -63,7 +64,7 @@ class ChunkedHead:
         self._head = hosts.head_of(model)
         self._num_classes = self._positions = 0  # of the logits of the first example
         self._dtype = torch.float32
-        self._tried = False
+        self.tried = False
         self._meanwhile: str | None = None
         self._why = None if self._head else "the model has no head that is known (get_output_embeddings, lm_head)"
         if hosts.units(model):
@@ -112,7 +113,7 @@ class ChunkedHead:
         """
         # the model may add positions of its own (prompt tuning); a try that was not needed does no harm
         most = 2 * _num_positions(batch.content) + batch.num_examples * self._positions
-        return self._why is None and not self._tried and self._are_large(most)
+        return self._why is None and not self.tried and self._are_large(most)
 
     def meet(self, batch: Examples) -> None:
         """Try whether the model runs without its logits.
@@ -120,7 +121,7 @@ class ChunkedHead:
         Args:
             batch: Some batch, of which one example runs.
         """
-        self._tried = True
+        self.tried = True
         self._why = self._fails_on(batch.take(0, 1).copied())
 
     def predictive(self, batch: Batch, onlooker: Onlooker | None) -> Predictive:
@@ -133,7 +134,7 @@ class ChunkedHead:
         Returns:
             The distribution; of :class:`fishkern.statistics.head_logits.HeadLogits` if the logits are above the limit.
         """
-        why = self._why if self._tried or self._why else "the model was not tried without them"
+        why = self._why if self.tried or self._why else "the model was not tried without them"
         with self._cut(why, onlooker) as kept:
             logits = read_logits(self._model, batch)
         if kept:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from fishkern import backend as backends
 from fishkern import hosts
 from fishkern.backend import Backend
+from fishkern.names import listed
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Shared
@@ -25,7 +26,7 @@ from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.held import Held
 from fishkern.statistics.keeping import LongRun
 from fishkern.statistics.likelihood import Likelihood
-from fishkern.statistics.likelihood_argument import OWN_TOKENS
+from fishkern.statistics.likelihood_argument import OWN_TOKENS, described
 from fishkern.statistics.notes import note_own_tokens
 from fishkern.statistics.one_pass import OnePass, Passed
 from fishkern.statistics.prepared import Prepared
@@ -122,8 +123,8 @@ def estimate(
             entry of a batch cannot be assigned to examples; model, batch or request are not those of ``prepared``; or
             call or data are not those of the checkpoint.
         UnsupportedModuleError: The gradients of a module cannot be exact; the message says how to avoid it.
-        RuntimeError: It runs under ``torch.inference_mode()``; or another rank has failed, or estimates other
-            parameters, or plans other paths for them.
+        RuntimeError: It runs under ``torch.inference_mode()``; or another rank has failed, or has other arguments
+            (estimator, likelihood, parameters, ``check``, ``max_examples``), or plans other paths.
         OSError: The checkpoint cannot be written; one that was written before is unchanged.
     """
     model = hosts.unwrap(model)
@@ -152,9 +153,9 @@ def estimate(
         if checkpoint is not None:
             long_run = LongRun(checkpoint, save_every, len(request.groups), ranks)
             facts = facts_of_call(request, options, backend, max_examples, ranks)
+    _demand_same_request(request, options, max_examples, ranks)
     _refuse_one_reading(request, batches)
     estimator, groups = request.estimator, request.groups
-    ranks.demand_equal({key: tuple(info.shape) for key, info in request.infos.items()}, "the parameters to estimate")
     reader = reader_for(model, options.likelihood, options.shared)
     answering = Answering(model, options.likelihood) if prepared is None else prepared.answering
     results: dict[str, Any] = {}
@@ -180,7 +181,7 @@ def estimate(
     _demand_same_data(passed, ranks)
     _note_zeros(results, ranks)
     note_own_tokens(reader.withheld - (set() if prepared is None else prepared.withheld))
-    description = f"{answering.description}{OWN_TOKENS if reader.withheld else ''}"
+    description = _description(answering, withheld=bool(reader.withheld), ranks=ranks)
     collected = estimator.collect(
         model,
         results,
@@ -194,6 +195,31 @@ def estimate(
     if checkpoint is not None:
         long_run.remove()
     return collected
+
+
+def _demand_same_request(request: Request, options: Options, max_examples: int | None, ranks: Ranks) -> None:
+    """Refuse ranks that do not ask for the same: sums of several recipes are none, and the ranks take other steps."""
+    estimator, likelihood = request.estimator, options.likelihood
+    asked = {
+        "the parameters to estimate": {key: tuple(info.shape) for key, info in request.infos.items()},
+        "the estimator": f"{type(estimator).__name__} {estimator.definition} {estimator.settings}",
+        "the likelihood": None if likelihood is None else described(likelihood),
+        "check": options.check,
+        "max_examples": max_examples,
+    }
+    for what, value in asked.items():
+        ranks.demand_equal(value, what)
+
+
+def _description(answering: Answering, *, withheld: bool, ranks: Ranks) -> str:
+    """Describe the likelihood, which a rank without data has not seen, as all ranks have met it."""
+    texts, of_tokens = zip(
+        *ranks.gathered((answering.description if answering.prepared else None, withheld)), strict=True
+    )
+    known = {text for text in texts if text is not None}
+    if len(known) != 1:
+        raise RuntimeError(f"the ranks have recognised several likelihoods: {listed(sorted(known))}.")
+    return f"{known.pop()}{OWN_TOKENS if any(of_tokens) else ''}"
 
 
 def _refuse_one_reading(request: Request, batches: Iterable[Any]) -> None:
@@ -252,7 +278,10 @@ def _described(
     request: Request, passed: Sequence[Passed], ranks: Ranks, likelihood: object, answering: Answering, *, check: bool
 ) -> dict[str, Any]:
     """Describe the passes for the provenance."""
-    counts, note = passed[0].counts, passed[0].note
+    counts = passed[0].counts
+    notes, every_logits = zip(*ranks.gathered((passed[0].note, answering.said_of_logits)), strict=True)
+    note = next(filter(None, notes), None)
+    logits = "; ".join(dict.fromkeys(filter(None, every_logits)))
     estimator = request.estimator
     return {
         "model": type(request.model).__name__,
@@ -266,6 +295,6 @@ def _described(
         "torch": torch.__version__,
         **estimator.settings,
         **({"draws_seed": likelihood.seed} if isinstance(likelihood, Drawn) else {}),
-        **({"logits": said} if (said := answering.said_of_logits) else {}),
+        **({"logits": logits} if logits else {}),
         **({"note": note} if note else {}),
     }

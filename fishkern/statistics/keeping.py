@@ -226,6 +226,7 @@ class Keeper:
         if "loss" in stored.tensors:
             one_pass.loss = stored.tensors["loss"].read().to(data.device)
         one_pass.connected = place.connected
+        running.answering.go_on(place.logits)
         running.units, self._batch_size = place.units, place.batch_size
         running.randomness.go_on(_generators(stored, "own"))
         if _is_restored(data, stored):
@@ -250,7 +251,7 @@ class Keeper:
         for what, generators in [("own", running.randomness.now()), *self._named_generators()]:
             tensors |= {f"generator {number} {what}": state for number, state in enumerate(generators)}
         counted = (running.units, data.examples, data.batches, data.dropped)
-        place = Place(*counted, self._batch_size, one_pass.connected, ended)
+        place = Place(*counted, self._batch_size, one_pass.connected, ended, running.answering.said_of_logits)
         likelihood = running.answering.description
         tensors |= self._state
         Checkpoint(self._facts, likelihood, place, sorted(self._planned), tensors).write(self._path)
@@ -310,7 +311,7 @@ def _is_restored(data: Data, stored: Checkpoint) -> bool:
 
 
 def _learned(data: Data, running: Running) -> Hashable:
-    return data.learned, running.one_pass.learned
+    return data.learned, running.answering.learned, running.one_pass.learned
 
 
 def _unreadable(batch: Examples) -> str:

@@ -83,11 +83,11 @@ def checked_likelihood(likelihood: Any) -> Likelihood | LossFunction | Drawn | N
         raise TypeError(f"{_EXPECTED}, got {likelihood!r:.80}.")
     signature = _signature(likelihood)
     if signature is not None and not _takes_two(signature):
-        raise TypeError(f"{_EXPECTED}, got {_name(likelihood)}{signature}.")
+        raise TypeError(f"{_EXPECTED}, got {name_of_function(likelihood)}{signature}.")
     if signature is not None and next(iter(signature.parameters)) in _OUTPUTS:
         raise TypeError(
-            f"{_EXPECTED}, got {_name(likelihood)}{signature}: write lambda model, batch: the_loss(model(batch[0]), "
-            "batch[1]), with one value for each example."
+            f"{_EXPECTED}, got {name_of_function(likelihood)}{signature}: write lambda model, batch: "
+            "the_loss(model(batch[0]), batch[1]), with one value for each example."
         )
     return likelihood
 
@@ -104,10 +104,10 @@ def described(likelihood: Likelihood | LossFunction | Drawn | None) -> str:
     if isinstance(likelihood, Likelihood):
         return likelihood.description
     if isinstance(likelihood, Drawn):
-        return f"function {_name(likelihood.function)}, drawn for each example"
+        return f"function {name_of_function(likelihood.function)}, drawn for each example"
     if isinstance(likelihood, TokenLosses):
-        return f"function {_name(likelihood.function)}, of each token"
-    return f"function {_name(likelihood)}"
+        return f"function {name_of_function(likelihood.function)}, of each token"
+    return f"function {name_of_function(likelihood)}"
 
 
 def _written(kind: type[Likelihood]) -> str:
@@ -160,10 +160,18 @@ def _takes_two(signature: inspect.Signature) -> bool:
     return True
 
 
-def _name(function: Any) -> str:
+def name_of_function(function: Any) -> str:
+    """Name a function, for the provenance.
+
+    Args:
+        function: A function or another object that can be called.
+
+    Returns:
+        Its name, with what ``functools.partial`` binds; that of the class of another object.
+    """
     if isinstance(function, functools.partial):  # with what is bound, so that others do not merge with it
         bound = [*map(_shown, function.args), *(f"{key}={_shown(value)}" for key, value in function.keywords.items())]
-        return f"partial({', '.join([_name(function.func), *bound])})"
+        return f"partial({', '.join([name_of_function(function.func), *bound])})"
     return getattr(function, "__qualname__", type(function).__name__)
 
 

@@ -88,7 +88,9 @@ class Preference(Likelihood):
 
     @property
     def _loss(self) -> str:
-        return repr(self.loss) if isinstance(self.loss, str) else getattr(self.loss, "__qualname__", repr(self.loss))
+        if isinstance(self.loss, str):
+            return repr(self.loss)
+        return getattr(self.loss, "__qualname__", type(self.loss).__name__)  # no address, which is another elsewhere
 
     @property
     def _has_reference(self) -> bool:

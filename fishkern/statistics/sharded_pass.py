@@ -7,6 +7,7 @@ ordinary autograd, on the same examples on every rank: FSDP2's gradient, a mean 
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -120,6 +121,9 @@ class ShardedPass(OnePass):
         )
         return ShardedCapture(self.requested, together, self.estimator, self.states, planner, self.sharding)
 
+    def _agreed(self, losses: list[float]) -> list[float]:
+        return self.sharding.ranks.gathered(losses)[0]  # of the same examples, whose last bits may differ on devices
+
     def _together(self, answer: Callable[[Examples], Predictive | Tensor]) -> Callable[[Examples], Predictive | Tensor]:
         """Run the model on all ranks: an error on one of them ends the step on all."""
 
@@ -211,10 +215,15 @@ class ShardedCapture(CapturedPass):
         Returns:
             The examples, on this rank's device.
         """
-        ranks, few = self._sharding.ranks, None
-        if ranks.rank == rank:
-            few = replace(batch.few.to(torch.device("cpu")), cut_from=None)
-        return ranks.gathered(few)[rank].to(self._device)
+        return self._sent(batch.few if self._sharding.ranks.rank == rank else None, rank)
+
+    def _sent(self, examples: Examples | None, rank: int) -> Examples:
+        """Send examples of one rank to all; an error of pickling them ends all."""
+        content = b""
+        with self._sharding.ranks.failing_together():
+            if examples is not None:
+                content = _pickled(replace(examples.to(torch.device("cpu")), cut_from=None))
+        return pickle.loads(self._sharding.ranks.gathered(content)[rank]).to(self._device)
 
     def _captured(
         self, plan: Plan, batch: Examples, *, own: bool, only: Objectives | None = None
@@ -247,10 +256,10 @@ class ShardedCapture(CapturedPass):
             if not wanted:
                 continue
             self.planner.refuse_whole(wanted)
-            whole = replace(batch.to(torch.device("cpu")), cut_from=None) if ranks.rank == rank else None
+            whole = self._sent(batch if ranks.rank == rank else None, rank)
             parameters = {key: self._parameters[key] for key in wanted}
             with only_trainable(parameters.values()):
-                for one in ranks.gathered(whole)[rank].to(self._device).singly():
+                for one in whole.singly():
                     for number, (objective, last) in enumerate(self._noted(self._answer(one), one)):
                         if objective is not None:
                             backward(objective.sum(), retain_graph=not last)
@@ -273,6 +282,16 @@ class ShardedCapture(CapturedPass):
             if found is None:
                 return
             yield found
+
+
+def _pickled(examples: Examples) -> bytes:
+    try:
+        return pickle.dumps(examples)
+    except Exception as error:  # of several kinds, by what does not pickle
+        raise TypeError(
+            f"with a sharded model all ranks run some examples of each, so batches must hold what pickles, and pickle "
+            f"says: {error}. Give tensors, lists and plain values, or objects of classes that a module defines."
+        ) from error
 
 
 def _kind(batch: Examples) -> Kind:

@@ -15,7 +15,7 @@ from fishkern.statistics.merge import check_definitions, check_results
 Result = TypeVar("Result", bound=Held)
 
 # What describes how a run went, and not what it was of: parts of one model may differ in it.
-_HOW = frozenset(("dtype", "batches", "batch_size", "passes", "ranks", "checked", "torch", "note"))
+_HOW = frozenset(("dtype", "batches", "batch_size", "passes", "ranks", "checked", "torch", "note", "logits"))
 
 
 def union(*statistics: Result) -> Result:

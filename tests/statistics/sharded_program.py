@@ -23,8 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fishkern as fk
 from fishkern.layers import Linear
-from fishkern.statistics import sharding
-from tests.support import zoo
+from fishkern.statistics import independence, sharding
+from fishkern.statistics.base import losses_of
+from tests.support import pairs, zoo
 from tests.support.oracle import next_token, squares_one_by_one, worst_error
 
 CASES: dict[str, Callable[[], Any]] = {}
@@ -183,6 +184,38 @@ def _() -> dict[str, Any]:
         return {"input_ids": ids, "labels": ids.clone(), "position_ids": places}
 
     return like_whole(sharded(llama(tie=True)), llama(tie=True), [packed(4, 3 + rank, 2), packed(3, 5)])
+
+
+@case("pairs")
+def _() -> dict[str, Any]:
+    """Each example has two rows, the chosen ones before the rejected ones; the ranks have unequal numbers."""
+    own = pairs.pairs()[rank::world]
+    batches = [pairs.collated(own[:2]), *(pairs.collated([one]) for one in own[2:])]
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return zoo.llama().model.double().eval()
+
+    return like_whole(sharded(net()), net(), batches, likelihood=fk.Preference())
+
+
+@case("large logits")
+def _() -> dict[str, Any]:
+    """A head in chunks would need its weights outside of the model's forward pass."""
+    return like_whole(sharded(llama()), llama(), dealt(data()), likelihood=fk.CausalLM(logits_bytes=64))
+
+
+@case("judged alike")
+def _() -> dict[str, Any]:
+    """The losses of the first examples differ on the second rank, as if its device rounded otherwise."""
+    calls = [0]
+
+    def rounded(answer: Any) -> Tensor:
+        calls[0] += 1
+        return losses_of(answer) * (1 + rank * calls[0])
+
+    with patch.object(independence, "losses_of", rounded):
+        return compared(sharded(llama()), llama())
 
 
 @case("experts")
@@ -345,6 +378,9 @@ def _() -> dict[str, Any]:
             second[key][:] = value
         return [batches[0], second]
 
+    def own_things() -> list[dict[str, Any]]:
+        return [{**batches[0], "things": [lambda: None]}] if rank == 1 else []
+
     def inside() -> None:
         calls = [0]
 
@@ -385,12 +421,17 @@ def _() -> dict[str, Any]:
         "forward": message(lambda: fk.estimate(model, changed("input_ids", 99))),
         "inside": message(inside),
         "loss": message(lambda: fk.estimate(model, changed("labels", -100), likelihood=nan_without_labels)),
+        "pickle": message(lambda: fk.estimate(model, own_things(), likelihood=of_text)),
         "empty": message(lambda: fk.estimate(model, [])),
         "another recipe": message(lambda: fk.estimate(model, batches, fk.SketchedFisher())),
         "error afterwards": compared(model, llama())["error"],
     }
     model.set_requires_gradient_sync(False)
     return messages | {"accumulating": message(lambda: fk.estimate(model, batches))}
+
+
+def of_text(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    return fk.CausalLM().predictive(model, {key: batch[key] for key in ("input_ids", "labels")}).losses()
 
 
 def nan_without_labels(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

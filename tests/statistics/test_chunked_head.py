@@ -18,6 +18,7 @@ from fishkern.hosts import heads
 from fishkern.layers import capture, parts
 from fishkern.layers.uses import Uses
 from fishkern.statistics import head_logits
+from fishkern.statistics.checkpoint import Checkpoint
 from tests.models import test_packed as rows
 from tests.models.test_quantized import Packed
 from tests.support import zoo
@@ -696,3 +697,41 @@ def test_rows_of_a_tied_weight_that_belong_to_another_part_show(monkeypatch):
     monkeypatch.setattr(Uses, "part", first_part)
     with pytest.raises(IndexError):  # rows of some examples are missing
         error_with(monkeypatch, "llama, tied", 2 * T * POSITION)
+
+
+def texts(*lengths: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    ids = [torch.randint(1, V, (2, length), generator=generator) for length in lengths]
+    return [{"input_ids": one, "labels": one.clone()} for one in ids]
+
+
+def test_a_pass_that_goes_on_after_its_large_logits_knows_of_them(tmp_path):
+    """The batch on which the model was tried without its logits is tried once more."""
+
+    def breaking():
+        yield from batches[:3]
+        raise ConnectionError
+
+    batches, options = texts(3, 9, 3, 9), {"likelihood": fk.CausalLM(logits_bytes=12 * POSITION)}
+    model = zoo.llama().model.double().eval()
+    expected = fk.estimate(model, batches, **options)
+    assert expected.provenance["runs"][0]["logits"].startswith("in chunks")
+    for last in (3, 4):
+        options["checkpoint"] = tmp_path / "fisher.part"
+        expected = fk.estimate(model, batches[:last], **options)
+        with pytest.raises(ConnectionError):
+            fk.estimate(model, breaking(), **options)
+        assert Checkpoint.read(tmp_path / "fisher.part").planned == [0, 1]
+        assert fk.estimate(model, batches[:last], **options) == expected
+    with pytest.raises(ConnectionError):
+        fk.estimate(model, breaking(), **options)
+    with pytest.raises(ValueError, match=r"likelihood was CausalLM\(.*logits_bytes=\d+\) and is .*logits_bytes=None\)"):
+        fk.estimate(model, batches, **options | {"likelihood": whole()})
+
+
+def test_parts_with_logits_in_chunks_and_whole_form_a_union():
+    model = zoo.llama().model.double().eval()
+    ways = {"model.norm.*": fk.CausalLM(logits_bytes=POSITION), "*q_proj*": whole()}
+    parts = [fk.estimate(model, texts(5), likelihood=way, parameters=name) for name, way in ways.items()]
+    (run,) = fk.union(*parts).provenance["runs"]
+    assert run["logits"] == [f"in chunks of {POSITION} bytes", None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fishkern as fk
 from fishkern.statistics.checkpoint import Checkpoint, unfinished
+from fishkern.statistics.likelihood_identity import identity_of
 from tests.support.forked import forked
 from tests.support.own_estimators import OWN
 
@@ -224,7 +226,7 @@ def test_drawn_losses_go_on(part):
     whole = fk.estimate(small(), data(), **options)
     with pytest.raises(Broken):
         fk.estimate(small(), breaking(data(), 3), checkpoint=part, **options)
-    with pytest.raises(ValueError, match=r"the argument seed of fishkern.Drawn was 2 and is 3"):
+    with pytest.raises(ValueError, match=r"likelihood was Drawn\(.*seed=2\) and is .*seed=3\)"):
         fk.estimate(small(), data(), checkpoint=part, likelihood=fk.Drawn(losses, seed=3))
     assert_same(fk.estimate(small(), data(), checkpoint=part, **options), whole)
 
@@ -277,15 +279,43 @@ def test_another_call_is_refused_by_name_and_the_checkpoint_stays(part, what):
     assert_same(fk.estimate(small(), data(), **options), fk.estimate(small(), data(), **options | {"checkpoint": None}))
 
 
-def test_another_likelihood_is_refused_when_the_first_batch_has_shown_it(part):
-    interrupt(part, 3)
-
+def losses_at(scale: float):
     def losses(model, batch):
-        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return scale * F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
-    message = r"fisher\.part is of the likelihood Classification.*, and this call has function"
+    return losses
+
+
+def test_another_likelihood_is_refused(part):
+    interrupt(part, 3)
+    message = r"the argument likelihood was Classification.* and is function losses_at.*losses with the code"
     with pytest.raises(ValueError, match=message):
-        of("empirical", small(), data(), checkpoint=part, likelihood=losses)
+        of("empirical", small(), data(), checkpoint=part, likelihood=losses_at(1.0))
+
+
+def test_a_function_of_the_same_name_with_another_code_is_refused(part):
+    def losses(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none").square()
+
+    def counting(model, batch):
+        nonlocal calls
+        calls += 1
+        return losses_at(1.0)(model, batch)
+
+    calls = 0
+    losses.__qualname__ = losses_at(1.0).__qualname__
+    interrupt(part, 3, likelihood=losses_at(1.0))
+    for other in (losses_at(2.0), losses):
+        assert identity_of(partial(other)) != identity_of(partial(losses_at(1.0)))
+        assert identity_of(cache(other)) != identity_of(cache(losses_at(1.0)))
+        with pytest.raises(
+            ValueError, match=r"likelihood was function (\S+) with the code \w+ and is function \1 with"
+        ):
+            of("empirical", small(), data(), checkpoint=part, likelihood=other)
+    whole = of("empirical", small(), data(), likelihood=losses_at(1.0))
+    assert_same(of("empirical", small(), data(), checkpoint=part, likelihood=losses_at(1.0)), whole)
+    interrupt(part, 3, likelihood=counting)
+    assert of("empirical", small(), data(), checkpoint=part, likelihood=counting).count == sum(SIZES)
 
 
 def test_the_first_batch_that_differs_is_named(part):

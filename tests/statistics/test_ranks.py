@@ -118,6 +118,11 @@ failures = {
     "nan": message(lambda: fk.estimate(model, dealt(), likelihood=broken)),
     "parameters": message(lambda: fk.estimate(
         model, dealt(), parameters=lambda name, _: name.startswith(str(2 * rank)), **options)),
+    "recipes": message(lambda: fk.estimate(
+        model, dealt(), fk.DiagonalFisher("mc" if rank else "empirical"), **options)),
+    "likelihoods": message(lambda: fk.estimate(
+        model, dealt(), likelihood=fk.Classification(reduction="sum" if rank else "mean"))),
+    "checks": message(lambda: fk.estimate(model, dealt(), check=rank == 0, **options)),
     "not dealt": message(lambda: fk.estimate(model, DataLoader(data, 4), **options)),
     "after all that": message(lambda: fk.estimate(model, dealt(), **options)),
 }
@@ -148,6 +153,7 @@ for name, found in together.items():
     run = found.provenance["runs"][0]
     same = {key: covered.path for key, covered in found.coverage.items() if covered.path != "left out"}
     report[name] = [gap.item(), found.count, truth.count, run["examples"], run["ranks"], sorted(set(same.values()))]
+report["likelihoods"] = sorted({one.provenance["definition"]["likelihood"] for one in together.values()})
 report["selected"] = [[s.count, *(s.indices("0.weight").tolist())] for s in selections]
 report["bits"] = sum(value.double().sum().item() for value in together["exact"].values())
 (folder / f"{rank}.json").write_text(json.dumps(report))
@@ -227,6 +233,11 @@ def test_the_ranks_hold_the_same_bits(reports):
     assert reports[0]["bits"] == reports[1]["bits"]
 
 
+def test_the_ranks_say_the_same_of_the_likelihood(reports):
+    """Also one that has no data."""
+    assert [report["likelihoods"] for report in reports] == [["Classification(reduction='mean')"]] * 2
+
+
 def test_the_ranks_select_the_same(reports):
     assert reports[0]["selected"] == reports[1]["selected"]
     assert all("differ in the digest of the selection" in report["failures"]["selection"] for report in reports)
@@ -238,6 +249,9 @@ def test_a_failure_ends_all(reports):
     assert other["nan"].startswith("ValueError: the loss of example 1 ")
     assert "differ in the parameters to estimate" in one["parameters"]
     assert "differ in the parameters to estimate" in other["parameters"]
+    for what, named in {"recipes": "the estimator", "likelihoods": "the likelihood", "checks": "check"}.items():
+        assert one[what].startswith(f"RuntimeError: rank 0 and rank 1 differ in {named}: ")
+        assert other[what].startswith(f"RuntimeError: rank 1 and rank 0 differ in {named}: ")
     assert "would see all of this DataLoader's data" in one["not dealt"]
     assert all("differ in whether a prepared pass is given" in report["prepared on one"] for report in (one, other))
     assert one["frozen on one"].startswith("RuntimeError: rank 1 failed with ValueError: this pass was prepared for")

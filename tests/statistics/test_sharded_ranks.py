@@ -47,7 +47,7 @@ def launched(world: int, folder: Path, cases: Sequence[str]) -> list[dict]:
 
 
 MORE = ["checkpointed", "checkpointed reentrantly", "checkpointed by torch", "lora", "lora, all", "positions", "gated"]
-MORE += ["mc", "packed", "experts"]
+MORE += ["mc", "packed", "experts", "pairs", "large logits"]
 PLANTED = ["no reduction, unchecked", "mean, unchecked"]
 
 
@@ -57,6 +57,7 @@ def two(tmp_path_factory) -> list[dict]:
         "whole",
         "tied, in blocks",
         "unequal",
+        "judged alike",
         "looped",
         "failures",
         "mixed",
@@ -68,7 +69,7 @@ def two(tmp_path_factory) -> list[dict]:
     return launched(2, tmp_path_factory.mktemp("two"), cases)
 
 
-@pytest.mark.parametrize("case", ["whole", "tied, in blocks", "unequal"])
+@pytest.mark.parametrize("case", ["whole", "tied, in blocks", "unequal", "judged alike"])
 def test_two_ranks_give_what_the_loop_gives(two, case):
     for report in two:
         assert report[case]["error"] < 2e-7  # the mean is rounded to float32
@@ -95,6 +96,7 @@ def test_one_ranks_failure_ends_all(two):
         "forward": "IndexError: index out of range in self",
         "inside": "MemoryError: no room",
         "loss": "ValueError: the loss of example 3 ",
+        "pickle": "TypeError: with a sharded model all ranks run some examples of each, so batches must hold",
     }
     for case, message in expected.items():
         assert second[case].startswith(message)
