@@ -712,7 +712,7 @@ def test_a_pass_that_goes_on_after_its_large_logits_knows_of_them(tmp_path):
         yield from batches[:3]
         raise ConnectionError
 
-    batches, options = texts(3, 9, 3, 9), {"likelihood": fk.CausalLM(logits_bytes=12 * POSITION)}
+    batches, options = texts(3, 12, 3, 12), {"likelihood": fk.CausalLM(logits_bytes=18 * POSITION)}
     model = zoo.llama().model.double().eval()
     expected = fk.estimate(model, batches, **options)
     assert expected.provenance["runs"][0]["logits"].startswith("in chunks")
