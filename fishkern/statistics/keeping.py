@@ -14,12 +14,12 @@ import time
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
-from numbers import Real
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fishkern import arguments
 from fishkern.files import check_target, in_brief, remove_leftovers
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.autograd_pass import AutogradPass
@@ -68,19 +68,21 @@ class LongRun:
 
     Raises:
         OSError: The path cannot name a file, or its folder is missing.
-        ValueError: ``every`` is not a number of at least 0.
+        ValueError: ``every`` is below 0 or not finite.
+        TypeError: ``every`` is not a number.
     """
 
     def __init__(self, path: str | os.PathLike[str], every: float, passes: int, ranks: Ranks) -> None:
-        if isinstance(every, bool) or not isinstance(every, Real) or not 0 <= every < math.inf:
-            raise ValueError(f"save_every must be a number of seconds, at least 0, got {every!r:.80}.")
+        seconds = arguments.number(every, "save_every")
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"save_every must be a number of seconds, at least 0, got {seconds:g}.")
         check_target(path, "fisher.part")
         path = Path(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"the folder {path.parent} of checkpoint={str(path)!r} does not exist: create it.")
         of_rank = f".rank-{ranks.rank}" if ranks.count > 1 else ""
         of_pass = [f".pass-{number + 1}" if passes > 1 else "" for number in range(passes)]
-        self._every = float(every)
+        self._every = seconds
         self._paths = [path.with_name(f"{path.name}{one}{of_rank}") for one in of_pass]
         # a pass that has ended is kept as long as others may fail
         self._keeps_end = passes > 1 or ranks.count > 1
