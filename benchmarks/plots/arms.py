@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from benchmarks.studies.comparing.runs import CHOOSING_SEED, end
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Runs = list[dict[str, Any]]
 
@@ -28,6 +29,27 @@ def grouped(records: Runs) -> list[Runs]:
 def arms_of(runs: Runs) -> list[str]:
     """The arms with counted runs, in the order of their first one."""
     return list(dict.fromkeys(run["arm"] for run in runs if run["seed"] != CHOOSING_SEED))
+
+
+def drawn(records: Runs, title: str, row: Callable[[list[Axes], Runs], None]) -> Figure:
+    """Draw the counted runs: for each setting a row of five panels, which ``row`` fills.
+
+    Args:
+        records: All of a file; the runs that chose a learning rate are left out.
+        title: Above the picture.
+        row: Takes the panels and the runs of one setting.
+
+    Returns:
+        The picture.
+    """
+    runs = [record for record in records if record["quantity"] == "run" and record["seed"] != CHOOSING_SEED]
+    groups = grouped(style.newest(runs, "setting", "model", "arm", "lr", "seed"))
+    heights = [1.5 + 0.22 * len(arms_of(group)) for group in groups]
+    figure = style.figure(0.9 + sum(heights), width=16.0, title=title)
+    grid = figure.subplots(len(groups), 5, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axes, group in zip(grid, groups, strict=True):
+        row(list(axes), group)
+    return style.finish(figure, runs)
 
 
 def finals(runs: Runs, figure: str) -> dict[str, list[float]]:

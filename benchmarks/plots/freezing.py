@@ -9,9 +9,8 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from benchmarks.plots import style
-from benchmarks.plots.arms import Runs, arms_of, differences, dots, finals, grouped, lines
+from benchmarks.plots.arms import Runs, arms_of, differences, dots, drawn, finals, lines
 from benchmarks.rivals.providers import GREY, ORANGE, OURS, VERMILION
-from benchmarks.studies.comparing.runs import CHOOSING_SEED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,16 +25,7 @@ SHIFTS = ("inverted", "blurred", "noisy")
 
 def draw(records: Runs) -> Figure:
     """Draw a row for each task."""
-    runs = [record for record in records if record["quantity"] == "run" and record["seed"] != CHOOSING_SEED]
-    groups = grouped(style.newest(runs, "setting", "model", "arm", "lr", "seed"))
-    heights = [1.5 + 0.22 * len(arms_of(group)) for group in groups]
-    figure = style.figure(
-        0.9 + sum(heights), width=16.0, title="Freezing at equal times, controls at equal kept entries"
-    )
-    grid = figure.subplots(len(groups), 5, squeeze=False, gridspec_kw={"height_ratios": heights})
-    for axes, group in zip(grid, groups, strict=True):
-        row(list(axes), group)
-    return style.finish(figure, runs)
+    return drawn(records, "Freezing at equal times, controls at equal kept entries", row)
 
 
 def row(axes: list[Axes], runs: Runs) -> None:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benchmarks.plots import style
-from benchmarks.plots.arms import Runs, arms_of, differences, dots, finals, grouped
+from benchmarks.plots.arms import Runs, arms_of, differences, dots, drawn, finals
 from benchmarks.rivals.providers import GREY, ORANGE, OURS, VERMILION
-from benchmarks.studies.comparing.runs import CHOOSING_SEED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,16 +23,7 @@ COLOURS |= dict.fromkeys(("random", "global", "dense", "drawn", "dense-0.7", "dr
 
 def draw(records: Runs) -> Figure:
     """Draw a row for each setting."""
-    runs = [record for record in records if record["quantity"] == "run" and record["seed"] != CHOOSING_SEED]
-    groups = grouped(style.newest(runs, "setting", "model", "arm", "lr", "seed"))
-    heights = [1.5 + 0.22 * len(arms_of(group)) for group in groups]
-    figure = style.figure(
-        0.9 + sum(heights), width=16.0, title="Connections and tokens of a vision transformer, at equal search"
-    )
-    grid = figure.subplots(len(groups), 5, squeeze=False, gridspec_kw={"height_ratios": heights})
-    for axes, group in zip(grid, groups, strict=True):
-        row(list(axes), group)
-    return style.finish(figure, runs)
+    return drawn(records, "Connections and tokens of a vision transformer, at equal search", row)
 
 
 def row(axes: list[Axes], runs: Runs) -> None:
