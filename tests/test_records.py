@@ -1,4 +1,4 @@
-"""Every figure in the README, and of what the pages on starts and freezing measured, is in a committed record."""
+"""Every figure on the page of measurements, and of what other pages say was measured, is in a committed record."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
 PROVIDERS = ("fishkern", "one_by_one", "vmap_grad")
 # What differed from the commit was the file of records alone, to which the comparison itself had added its first ones.
 # That counted as a change of the sources then.
@@ -25,12 +26,12 @@ def records(name: str) -> list[dict]:
     return committed
 
 
-def text_of(section: str, level: str = "### ") -> str:
+def text_of(section: str, level: str = "## ") -> str:
     """The text below a heading, up to the next one of its level or above."""
-    return re.search(rf"^{level}{section}$(.*?)(^#{{2,{len(level) - 1}}} |\Z)", README, re.MULTILINE | re.DOTALL)[1]
+    return re.search(rf"^{level}{section}$(.*?)(^#{{2,{len(level) - 1}}} |\Z)", PAGE, re.MULTILINE | re.DOTALL)[1]
 
 
-def rows_of(section: str, level: str = "### ") -> list[list[str]]:
+def rows_of(section: str, level: str = "## ") -> list[list[str]]:
     """The cells of every table row of a subsection, without the heads."""
     lines = text_of(section, level).splitlines()
     heads = {n - 1 for n, line in enumerate(lines) if line.startswith("|---")}
@@ -45,8 +46,7 @@ TABLES = {"Whole pass", *OF_LIBRARIES, "What exactness buys", "FISH-Tuning", "Ex
 
 def test_every_table_of_measurements_is_tested():
     """The tests below go through all tables that there are."""
-    chapter = re.search(r"^## What was measured$(.*?)^## ", README, re.MULTILINE | re.DOTALL)[1]
-    sections = re.split(r"^####? ", chapter, flags=re.MULTILINE)
+    sections = re.split(r"^###? ", PAGE, flags=re.MULTILINE)
     assert {section.splitlines()[0] for section in sections if "\n|---" in section} == TABLES
 
 
@@ -98,7 +98,7 @@ def test_selection_of_fish_tuning():
     (record,) = records("fish_tuning")
     ours, loop = record["seconds"].values()
     said = f"takes {ours:.1f} s against the loop's {loop:.1f} s, and selects the same entries"
-    assert said in " ".join(README.split())
+    assert said in " ".join(PAGE.split())
     assert record["overlap"] == 1.0
 
 
@@ -108,7 +108,7 @@ def test_the_model_of_the_picture():
     assert said == {round(record["weights"] / 1e6) for record in records("demonstration") if "weights" in record}
 
 
-WAYS = {  # the names of the README by those of the records
+WAYS = {  # the names of the page by those of the records
     "`fk.estimate`": "fishkern",
     "`fk.estimate(check=False)`": "fishkern_unchecked",
     "batch-size-1 loop": "one_by_one",
@@ -130,7 +130,7 @@ def of_rivals(kind: str, way: str, quantity: str) -> dict[int, dict]:
 
 @pytest.mark.parametrize(
     ("kind", "row"),
-    [(kind, row) for section, kind in (("A LLaMA", "llama"), ("A BERT", "bert")) for row in rows_of(section, "#### ")],
+    [(kind, row) for section, kind in (("A LLaMA", "llama"), ("A BERT", "bert")) for row in rows_of(section, "### ")],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_other_libraries(kind, row):
@@ -158,7 +158,7 @@ def test_what_is_said_of_other_libraries():
     assert f"at most {max(errors):.1e}" in section
 
 
-@pytest.mark.parametrize("row", rows_of("Known failures", "#### "), ids=lambda row: f"{row[0]}, {row[1]}")
+@pytest.mark.parametrize("row", rows_of("Known failures", "### "), ids=lambda row: f"{row[0]}, {row[1]}")
 def test_known_failures(row):
     library, what, came = row
     name, version = library.rsplit(" ", 1)
@@ -167,7 +167,7 @@ def test_known_failures(row):
     assert (record["outcome"] in ("wrong", "incomplete"), record["fishkern outcome"]) == (True, "right")
 
 
-OVERLAPS = {  # the names of the README by those of the study
+OVERLAPS = {  # the names of the page by those of the study
     "two exact ones, of other examples": "exact, other examples",
     "square of the gradient of 2 examples": "batch gradient, N = 2",
     "square of the gradient of 8 examples": "batch gradient, N = 8",

@@ -32,7 +32,7 @@ PLOTS = {
 WITHOUT = {
     "failures": "a table, which the command prints",
     "token_reduction": "a few numbers",
-    "fish_tuning": "one measurement, which the README tells",
+    "fish_tuning": "one measurement, which the page of measurements tells",
     "training_step": "two numbers",
     "host_time": "six numbers",
     "group_fisher": "a few numbers",

@@ -57,7 +57,7 @@ def test_seconds_and_what_is_recorded_of_them():
     ],
 )
 def test_cases_of_the_records(name, cases):
-    """A case that changes must be recorded again: `plot` and the README would otherwise mix two cases."""
+    """A case that changes must be recorded again: `plot` and the pages would otherwise mix two cases."""
     recorded = [record["case"] for record in read(RESULTS / "cpu-2-cores" / f"{name}.jsonl")]
     assert recorded
     assert all(case in cases for case in recorded)
