@@ -47,13 +47,13 @@ def test_a_short_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     check_the_file_is_there_and_loads(done.output, folder)
     check_the_table_names_layers_and_modules(done.output, folder)
     check_the_verification_holds(done.output, folder)
-    check_every_way_trains_as_many_entries_and_learns(done.output, folder)
+    check_a_part_is_tuned_with_less_and_learns(done.output, folder)
     check_the_last_line_says_what_to_try(done.output, folder)
 
 
 def check_the_file_is_there_and_loads(output: str, folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
-    assert names - {"fisher.png", "tuning.png"} == {"fisher.safetensors"}
+    assert names - {"fisher.png", "tuning.png"} == {"fisher.safetensors", "delta.safetensors"}
     if find_spec("matplotlib"):
         for name in ("fisher.png", "tuning.png"):
             assert (folder / name).read_bytes().startswith(b"\x89PNG")
@@ -80,13 +80,20 @@ def check_the_verification_holds(output: str, folder: Path) -> None:
     assert "the largest 0.5% of all entries: 100.00% the same" in output
 
 
-def check_every_way_trains_as_many_entries_and_learns(output: str, folder: Path) -> None:
+def check_a_part_is_tuned_with_less_and_learns(output: str, folder: Path) -> None:
     rows = {cells[0].strip(): cells[1:] for cells in (line.strip("│").split("│") for line in output.splitlines())
-            if cells[0].strip() in ("Fisher", "random", "reverse", "plain LoRA")}  # fmt: skip
-    assert len(rows) == 4
-    assert len({cells[0] for cells in rows.values()}) == 1  # trained
-    assert len({cells[1] for cells in rows.values()}) == 1  # before: PiSSA changes nothing
-    assert all(float(cells[2]) < float(cells[1]) for cells in rows.values())
+            if cells[0].strip().startswith(("everything", "2% by"))}  # fmt: skip
+    assert len(rows) == 3
+    everything, *parts = ([float(cell.replace(",", "").split()[0]) for cell in cells] for cells in rows.values())
+    total = sum(value.numel() for value in fk.Statistics.load(folder / "fisher.safetensors").values())
+    delta = fk.Delta.load(folder / "delta.safetensors")
+    assert everything[:3] == [total, round(8 * total / 1e6, 2), round(4 * total / 1e6, 2)]
+    for trained, state, kept, before, after in parts:
+        assert trained == delta.selection.count == int(0.02 * total)
+        assert state < everything[1] / 10
+        assert kept == round((folder / "delta.safetensors").stat().st_size / 1e6, 2) < everything[2] / 10
+        assert before == everything[3]  # nothing has changed
+        assert after < before
 
 
 def check_the_last_line_says_what_to_try(output: str, folder: Path) -> None:

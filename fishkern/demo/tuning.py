@@ -1,12 +1,10 @@
-"""The last step of the demo: an adapter is trained on text of another kind, its entries chosen in four ways."""
+"""The last step of the demo: the model is tuned on text of another kind, all of it, and two percent of it."""
 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from rich.table import Table
@@ -16,12 +14,11 @@ import fishkern as fk
 from fishkern.demo.model import WINDOW, WINDOWS, evaluate, windows
 from fishkern.demo.text import read_code
 
-ORDERS = {"Fisher": "largest", "random": "random", "reverse": "smallest"}
-PLAIN = "plain LoRA"
-RANK = 4  # of the adapter that entries are chosen from; plain LoRA has rank 1, and every arm trains as many entries
+ALL, FISHER, RANDOM = "everything, torch's AdamW", "2% by Fisher, MaskedAdamW", "2% by chance, MaskedAdamW"
+DENSITY = 0.02
+RATES = (1e-3, 4e-3)  # each arm is trained at both, and the better one is shown
 FISHER_EXAMPLES = 128
-MEASURED = 64  # held-out rows
-LEARNING_RATE = 3e-3
+MEASURED = 128  # held-out rows: half of them choose the rate
 
 Batch = dict[str, Tensor]
 Report = Callable[[int, int], None]
@@ -29,124 +26,126 @@ Report = Callable[[int, int], None]
 
 @dataclass
 class Arm:
-    """One way to choose the entries, and how it did.
+    """One way to tune the model, and how it did.
 
     Attributes:
-        trained: Number of trained entries.
-        selecting: Seconds that the selection took.
+        model: The trained model.
+        selection: What was trained; ``None`` for everything.
+        state_bytes: Of the optimizer's state.
         curve: Steps, and bits per byte of the held-out source after them.
+        choice: Bits per byte of other held-out rows at the end, by which the learning rate is chosen.
     """
 
-    trained: int
-    selecting: float
-    curve: list[tuple[int, float]] = field(default_factory=list)
+    model: nn.Module
+    selection: fk.Selection | None
+    state_bytes: int
+    curve: list[tuple[int, float]]
+    choice: float
 
 
 def compare(model: nn.Module, steps: int, seed: int, report: Report) -> dict[str, Arm]:
-    """Train the adapter once for each arm, on the same rows of Python source in the same order.
+    """Tune copies of a model on the same rows of Python source in the same order, once for each arm and learning rate.
 
     Args:
         model: A causal language model over bytes; left as it is.
-        steps: Of training, for each arm.
-        seed: Of the adapter, the rows, and the random arm.
-        report: Called with the steps done so far, and the steps of all arms.
+        steps: Of training, for each arm and learning rate.
+        seed: Of the rows, and of what is chosen by chance.
+        report: Called with the steps done so far, and all steps.
 
     Returns:
-        The arms by name; plain LoRA comes last.
+        The arms by name, each at the better of its learning rates.
     """
-    text, others = read_code()
-    held_out = _held_out_batches(others, next(model.parameters()).device)
-    names = [*ORDERS, PLAIN]
-    total = steps * len(names)
+    task = _Task(model, *_source(model), steps, seed)
+    selections = {
+        ALL: None,
+        FISHER: fk.select(fk.estimate(model, task.examples()), fk.GlobalTopK(density=DENSITY)),
+        RANDOM: fk.select(dict(model.named_parameters()), fk.Random(density=DENSITY, seed=seed)),
+    }
+    runs = [(name, rate) for name in selections for rate in RATES]
     arms: dict[str, Arm] = {}
+    for n, (name, rate) in enumerate(runs):
 
-    def report_step(step: int) -> None:
-        report(steps * len(arms) + step, total)
+        def report_step(step: int, before: int = n * steps) -> None:
+            report(before + step, len(runs) * steps)
 
-    for name in names:
-        arms[name] = _train_arm(name, model, text, held_out, steps=steps, seed=seed, report=report_step)
+        arm = task.trained(selections[name], rate, report_step)
+        arms[name] = min(arms.get(name, arm), arm, key=lambda one: one.choice)
     return arms
 
 
-def comparison_table(arms: dict[str, Arm]) -> Table:
-    """Show how the arms did.
+def comparison_table(arms: dict[str, Arm], delta_bytes: int) -> Table:
+    """Show what the arms took, and how they did.
 
     Args:
         arms: What :func:`compare` returned.
+        delta_bytes: Size of the file with the trained values of an arm that trains some entries.
 
     Returns:
         The table.
     """
     table = Table()
-    table.add_column("chosen by", no_wrap=True)
-    for heading in ("trained", "bits per byte before", "after", "seconds to select"):
+    table.add_column("trained", no_wrap=True)
+    for heading in ("entries", "optimizer state", "file to keep", "bits per byte before", "after"):
         table.add_column(heading, justify="right")
     for name, arm in arms.items():
-        first, last = arm.curve[0][1], arm.curve[-1][1]
-        selecting = "" if name == PLAIN else f"{arm.selecting:.2f}"
-        table.add_row(name, f"{arm.trained:,}", f"{first:.3f}", f"{last:.3f}", selecting)
+        parameters = list(arm.model.parameters())
+        trained = sum(one.numel() for one in parameters) if arm.selection is None else arm.selection.count
+        kept = sum(one.nbytes for one in parameters) if arm.selection is None else delta_bytes
+        sizes = [f"{size / 1e6:.2f} MB" for size in (arm.state_bytes, kept)]
+        table.add_row(name, f"{trained:,}", *sizes, f"{arm.curve[0][1]:.3f}", f"{arm.curve[-1][1]:.3f}")
     return table
 
 
-def _train_arm(
-    name: str,
-    model: nn.Module,
-    text: Tensor,
-    held_out: list[Batch],
-    *,
-    steps: int,
-    seed: int,
-    report: Callable[[int], None],
-) -> Arm:
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    adapted = _adapted(model, 1 if name == PLAIN else RANK, seed)
-    # Plain LoRA draws them as well, so that every arm trains on the same rows.
-    examples = [_batch(rows) for rows in windows(text, FISHER_EXAMPLES, generator).to(device).split(32)]
-    start = time.perf_counter()
-    selection = _select(name, adapted, examples, seed)
-    arm = Arm(selection.count, time.perf_counter() - start)
-    optimizer = fk.MaskedAdamW(adapted, selection, lr=LEARNING_RATE, weight_decay=0.0, max_grad_norm=1.0)
-    arm.curve.append((0, evaluate(adapted, held_out)))
-    for step in range(1, steps + 1):
-        adapted.train()
-        batch = _batch(windows(text, WINDOWS, generator).to(device))
-        adapted(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % max(1, steps // 6) == 0 or step == steps:
-            arm.curve.append((step, evaluate(adapted, held_out)))
-        report(step)
-    return arm
+@dataclass(frozen=True)
+class _Task:
+    """What all arms share: the model that they begin with, the rows, and the number of steps."""
+
+    model: nn.Module
+    text: Tensor
+    held_out: list[Batch]
+    steps: int
+    seed: int
+
+    def examples(self) -> list[Batch]:
+        """Rows to estimate on, in batches of 32."""
+        return [_batch(rows) for rows in self._drawn(FISHER_EXAMPLES, self.seed).split(32)]
+
+    def trained(self, selection: fk.Selection | None, rate: float, report: Callable[[int], None]) -> Arm:
+        """Train a copy of the model: all of it, or what is selected."""
+        model = copy.deepcopy(self.model)
+        if selection is None:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+        else:
+            optimizer = fk.MaskedAdamW(model, selection, lr=rate, weight_decay=0.0)
+        curve = [(0, evaluate(model, self.held_out[::2]))]
+        rows = self._drawn(self.steps * WINDOWS, self.seed + 1).split(WINDOWS)
+        for step, row in enumerate(rows, 1):
+            model.train()
+            model(**_batch(row)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % max(1, self.steps // 6) == 0 or step == self.steps:
+                curve.append((step, evaluate(model, self.held_out[::2])))
+            report(step)
+        return Arm(model, selection, _state_bytes(optimizer), curve, evaluate(model, self.held_out[1::2]))
+
+    def _drawn(self, count: int, seed: int) -> Tensor:
+        rows = windows(self.text, count, torch.Generator().manual_seed(seed))
+        return rows.to(next(self.model.parameters()).device)
 
 
-def _select(name: str, adapted: nn.Module, examples: list[Batch], seed: int) -> fk.Selection:
-    if name == PLAIN:
-        trainable = {key: value for key, value in adapted.named_parameters() if value.requires_grad}
-        return fk.Selection({key: value.shape for key, value in trainable.items()}, {}, whole=trainable)
-    return fk.fish_tuning(adapted, examples, match=_lora(1), order=ORDERS[name], seed=seed)
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    if isinstance(optimizer, fk.MaskedAdamW):
+        return optimizer.state_bytes
+    return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
 
 
-def _held_out_batches(source: Tensor, device: torch.device) -> list[Batch]:
-    rows = source[: len(source) // WINDOW * WINDOW].view(-1, WINDOW)
-    spread = rows[:: max(1, len(rows) // MEASURED)][:MEASURED].to(device)
-    return [_batch(part) for part in spread.split(32)]
-
-
-def _lora(rank: int) -> Any:
-    import peft
-
-    return peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights="pissa", task_type="CAUSAL_LM"
-    )
-
-
-def _adapted(model: nn.Module, rank: int, seed: int) -> nn.Module:
-    import peft
-
-    with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(seed)  # that of the CPU: only it is restored
-        return peft.get_peft_model(copy.deepcopy(model), _lora(rank))
+def _source(model: nn.Module) -> tuple[Tensor, list[Batch]]:
+    """Python source to train on, and batches of other files."""
+    text, others = read_code()
+    rows = others[: len(others) // WINDOW * WINDOW].view(-1, WINDOW)
+    spread = rows[:: max(1, len(rows) // MEASURED)][:MEASURED].to(next(model.parameters()).device)
+    return text, [_batch(part) for part in spread.split(max(1, len(spread) // 8))]
 
 
 def _batch(ids: Tensor) -> Batch:
