@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fishkern.files.gathering import is_sharded
-from fishkern.files.tensors import AnyTensor
+from fishkern.files.tensors import PIECE, AnyTensor, StoredTensor
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,19 @@ class Region:
             indices = indices // size
         return inside
 
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Find where the part's entries follow on each other in the whole tensor.
+
+        Yields:
+            Flat ``(start, stop)`` of each run, ascending; none of an empty part.
+        """
+        _, start, stop = self._axes()[-1]
+        if not self.sizes.numel():
+            return
+        length = stop - start
+        for first in self.in_whole(torch.arange(0, self.sizes.numel(), length)).tolist():
+            yield first, first + length
+
     def _axes(self) -> list[tuple[int, int, int]]:
         """Give size, start and stop of each axis; one that is whole is joined to the axis before it."""
         axes = [(1, 0, 1)]
@@ -149,6 +163,26 @@ def region_of(name: str, tensor: AnyTensor) -> Region:
     if (held := tensor.to_local().shape) != region.sizes:
         raise ValueError(_unserved(name, tensor, f"this process holds {tuple(held)}, expected {tuple(region.sizes)}"))
     return region
+
+
+def read_region(stored: StoredTensor, region: Region, dtype: torch.dtype) -> Tensor:
+    """Read this process's part of a tensor on disk, and nothing else of it.
+
+    Args:
+        stored: The whole tensor.
+        region: The part.
+        dtype: To convert to.
+
+    Returns:
+        A new tensor of the part's shape, on the CPU.
+    """
+    part = torch.empty(region.sizes, dtype=dtype)
+    rest = part.view(-1)
+    runs = ((range(start, stop, PIECE), stop) for start, stop in region.spans())
+    for piece in stored.spans((first, min(first + PIECE, stop)) for firsts, stop in runs for first in firsts):
+        rest[: len(piece)] = piece
+        rest = rest[len(piece) :]
+    return part
 
 
 def _unserved(name: str, tensor: Any, reason: str) -> str:

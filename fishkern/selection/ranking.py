@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fishkern.arguments import one_of
-from fishkern.backend import Backend, BackendUnavailableError
+from fishkern.backend import Backend, BackendUnavailableError, choose
 from fishkern.files import AnyTensor, pieces
-from fishkern.ops.streaming_topk import ORDERS, NaNScoreError, Order, topk_with_threshold
+from fishkern.ops.streaming_topk import ORDERS, NaNScoreError, Order, streaming_topk_torch, topk_with_threshold
 from fishkern.selection._topk_on_ranks import topk_on_ranks
 from fishkern.selection.budgeted import Budgeted
 from fishkern.selection.shards import Shards
@@ -63,7 +63,7 @@ def topk(
     """
     check_ordered(scores)
     if isinstance(scores, Shards):
-        if backend == "triton":
+        if choose(streaming_topk_torch, backend) is not streaming_topk_torch:
             raise BackendUnavailableError(
                 "the top-k of scores that are sharded over processes cannot run on Triton. Ask for 'auto' or 'torch'."
             )

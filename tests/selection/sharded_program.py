@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fishkern as fk
-from fishkern.files import Region
+from fishkern.files import Region, StoredTensor
 from fishkern.selection import _topk_on_ranks
 from fishkern.selection.shards import Shards
 
@@ -184,7 +184,8 @@ def rules(layout: str, names: list[str], kinds: tuple[str, ...] = ("random", "ma
 
 CASES |= {f"rules on {layout}": lambda layout=layout: rules(layout, list(RULES)) for layout in ("rows", "mixed")}
 CASES["rules on replicated"] = lambda: rules("replicated", list(RULES))
-WITHOUT_ROWS = [name for name in RULES if not name.startswith(("per row", "contribution"))]
+WITHOUT_ROWS = [name for name in RULES if not name.startswith(("per row", "n of m", "contribution"))]
+CASES["groups in columns"] = lambda: rules("columns", ["n of m"])  # even numbers of columns on two ranks
 CASES["rules on columns"] = lambda: rules("columns", WITHOUT_ROWS)
 
 
@@ -295,6 +296,10 @@ def _() -> dict[str, str]:
     def whole_on_each(value: float) -> dict[str, Tensor]:
         return {**parts, "layers.0.weight": torch.full((13, 12), value)}
 
+    def by_default() -> None:
+        with fk.use_backend("triton"):
+            top(parts)
+
     broken = with_nan(("layers.1.weight", 64 * 36 - 1), ("layers.1.weight", 36 * 40), ("layers.0.bias", 29))
     columns, sums = placed("columns", whole), DTensor.from_local(torch.rand(4, 4), mesh, [Partial()])
     found, expected = fk.select(parts, fk.GlobalTopK(k=9)), fk.select(whole, fk.GlobalTopK(k=9))
@@ -316,6 +321,7 @@ def _() -> dict[str, str]:
         "groups in columns": message(lambda: fk.select(columns, fk.NofM(1, 4, never=VECTORS))),
         "partial sums": message(lambda: top({"w": sums})),
         "triton": message(lambda: top(parts, backend="triton")),
+        "triton by default": message(by_default),
         "negative sums": message(
             lambda: fk.select(
                 placed("rows", {"w": torch.arange(-9.0, 3.0).view(6, 2)}), fk.ContributionTopK(top=1.0, share="sum")
@@ -363,10 +369,30 @@ def _() -> dict[str, bool]:
     fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
     own = [(inputs[rank::world], labels[rank::world])]
     statistics = fk.estimate(model, iter(own), likelihood=fk.Classification())
+    stored = fk.Statistics.load(statistics.save(folder / "statistics"), lazy=True)
+    read, spans = [0], StoredTensor.spans
+
+    def counting(tensor: StoredTensor, *args: Any, **options: Any) -> Any:
+        for piece in spans(tensor, *args, **options):
+            read[0] += len(piece)
+            yield piece
+
+    with patch.object(StoredTensor, "spans", counting):
+        loaded = stored.sharded_as(model)
+    own_entries = sum(one.to_local().numel() for one in statistics.values())
+    alike = all(
+        torch.equal(loaded[name].to_local(), one.to_local()) and loaded[name].placements == one.placements
+        for name, one in statistics.items()
+    )
     selection = fk.select(statistics, fk.GlobalTopK(density=0.3))
     selection.check(model)
     whole = fk.select(statistics.whole(), fk.GlobalTopK(density=0.3))
-    return {"equal": selection.gathered() == whole, "provenance": selection.provenance == whole.provenance}
+    return {
+        "equal": selection.gathered() == whole,
+        "provenance": selection.provenance == whole.provenance,
+        "loaded": alike and fk.select(loaded, fk.GlobalTopK(density=0.3)) == selection,
+        "own part read": read[0] == own_entries,
+    }
 
 
 def planted(target: Any, name: str, wrong: Callable[..., Any], layout: str) -> bool:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fishkern.files import Region, region_of
+from fishkern.files import Format, Region, open_tensors, read_region, region_of, save_tensors
+
+FORMAT = Format("fishkern.test", version=1, saved_by="the test")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("regions")
 
 
 @st.composite
@@ -28,6 +37,17 @@ def test_numbers_in_the_part_and_in_the_whole(region: Region):
     assert torch.equal(region.in_part(own), places)
     assert torch.equal(region.holds(numbers.view(-1)), torch.isin(numbers.view(-1), own))
     assert region.is_whole == (own.numel() == numbers.numel() and region.sizes == region.shape)
+
+
+@settings(max_examples=15)
+@given(regions())
+def test_a_part_is_read_from_disk_alone(folder: Path, region: Region):
+    whole = torch.arange(region.shape.numel(), dtype=torch.float32).view(region.shape)
+    save_tensors(folder / "one", {"before": torch.ones(3), "w": whole}, format=FORMAT, metadata={})
+    _, stored = open_tensors(folder / "one", format=FORMAT)
+    part = read_region(stored["w"], region, torch.float64)
+    assert torch.equal(part, whole[tuple(slice(*bounds) for bounds in region.ranges)].double())
+    assert sum(stop - start for start, stop in region.spans()) == part.numel()
 
 
 @given(regions(), st.integers(1, 6))

@@ -19,7 +19,8 @@ def folders(tmp_path_factory) -> dict[int, Path]:
 
 @pytest.fixture(scope="module")
 def two(folders) -> list[dict]:
-    cases = ["top of rows", "rules on mixed", "contract of columns", "files of rows", "failures", "bytes", "estimated"]
+    cases = ["top of rows", "rules on mixed", "groups in columns", "contract of columns", "files of rows", "failures"]
+    cases += ["bytes", "estimated"]
     return launched(PROGRAM, 2, folders[2], [*cases, *PLANTED])
 
 
@@ -40,13 +41,13 @@ def agree(reports: list[dict], case: str) -> None:
     assert [report[case] for report in reports] == [[]] * len(reports)
 
 
-@pytest.mark.parametrize("case", ["top of rows", "rules on mixed", "contract of columns"])
+@pytest.mark.parametrize("case", ["top of rows", "rules on mixed", "groups in columns", "contract of columns"])
 def test_two_ranks_select_what_one_process_does(two, case):
     agree(two, case)
 
 
 def test_the_statistics_of_a_sharded_model_are_selected_from(two):
-    assert all(report["estimated"] == {"equal": True, "provenance": True} for report in two)
+    assert all(all(report["estimated"].values()) for report in two)
 
 
 def test_the_file_is_that_of_one_process(two):
@@ -85,6 +86,7 @@ def test_an_error_ends_all_ranks_alike(two):
         "groups in columns": "ValueError: each rank holds a part of every row of layers.0.weight, from which 4",
         "partial sums": "ValueError: w is distributed as (Partial(sum),) over a mesh of 2 processes: Shard and",
         "triton": "BackendUnavailableError: the top-k of scores that are sharded over processes cannot run on Triton",
+        "triton by default": "BackendUnavailableError: the top-k of scores that are sharded over processes cannot run",
         "with a whole one": "ValueError: one selection has this rank's entries alone",
         "a whole one with it": "ValueError: one selection has this rank's entries alone",
         "in two ways": "ValueError: one selection has what was selected of ",
