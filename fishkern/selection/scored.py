@@ -56,10 +56,9 @@ def pool_of(statistics: Scored, rule: Rule) -> tuple[Mapping[str, AnyTensor], li
             scores = Shards(scores)
             ranked = scores.only(ranked)
     if on_shards:
-        about = [(name, list(score.shape), str(score.dtype)) for name, score in scores.items()]
-        ranks.demand_equal(json.dumps(rule.settings), "the rule")
+        about = [(n, list(one.shape), str(one.dtype), str(getattr(one, "placements", ""))) for n, one in scores.items()]
         digest = blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
-        ranks.demand_equal(digest, "the digest of the scores' names, shapes and dtypes")
+        ranks.demand_equal([rule.settings, digest], "the rule, or the scores' names, shapes, dtypes or placements")
     return scores, always, ranked
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launched import launched
+from tests.support.ranks import launched
 
 PROGRAM = "tests.selection.sharded_program"
 PLANTED = ["ties counted twice", "numbers of the part", "own scores alone", "equal ones of each rank"]
@@ -19,14 +19,14 @@ def folders(tmp_path_factory) -> dict[int, Path]:
 
 @pytest.fixture(scope="module")
 def two(folders) -> list[dict]:
-    cases = ["top of rows", "rules on mixed", "groups in columns", "contract of columns", "files of rows", "failures"]
+    cases = ["top of rows", "groups in columns", "contract of columns", "files of rows", "failures"]
     cases += ["bytes", "estimated"]
     return launched(PROGRAM, 2, folders[2], [*cases, *PLANTED])
 
 
 @pytest.fixture(scope="module")
 def three(folders) -> list[dict]:
-    cases = ["top of rows", "top of columns", "top of mixed", "rules on rows", "rules on columns", "rules on mixed"]
+    cases = ["all kinds", "top of columns", "top of mixed", "rules on rows", "rules on columns", "rules on mixed"]
     cases += ["contract of rows", "contract of mixed", "files of rows", "files of mixed", "estimated"]
     return launched(PROGRAM, 3, folders[3], cases)
 
@@ -41,7 +41,7 @@ def agree(reports: list[dict], case: str) -> None:
     assert [report[case] for report in reports] == [[]] * len(reports)
 
 
-@pytest.mark.parametrize("case", ["top of rows", "rules on mixed", "groups in columns", "contract of columns"])
+@pytest.mark.parametrize("case", ["top of rows", "groups in columns", "contract of columns"])
 def test_two_ranks_select_what_one_process_does(two, case):
     agree(two, case)
 
@@ -114,7 +114,7 @@ def test_an_error_ends_all_ranks_alike(two):
 @pytest.mark.parametrize(
     "case",
     [
-        *("top of rows", "top of columns", "top of mixed", "rules on rows", "rules on columns", "rules on mixed"),
+        *("all kinds", "top of columns", "top of mixed", "rules on rows", "rules on columns", "rules on mixed"),
         *("contract of rows", "contract of mixed"),
     ],
 )
