@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,12 +62,15 @@ KINDS = ["random", "many equal", "mostly zero", "all equal", "negative", "bfloat
 COUNTS = [1, 17, TOTAL // 3, TOTAL - 1, TOTAL]
 
 
+@cache  # each one has groups and threads of its own
+def mesh_of(layout: str) -> DeviceMesh:
+    if layout in ("replicated", "grid"):
+        return init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("one", "other"))
+    return init_device_mesh("cpu", (world,))
+
+
 def placed(layout: str, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The scores as each rank holds them: parts, and in a mixed layout every other one whole."""
-    if layout in ("replicated", "grid"):
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("one", "other"))
-    else:
-        mesh = init_device_mesh("cpu", (world,))
 
     def placements(ndim: int) -> list[Any]:
         last = Shard(min(1, ndim - 1))
@@ -77,7 +81,7 @@ def placed(layout: str, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: one
         if layout == "mixed" and number % 2
-        else distribute_tensor(one, mesh, placements(one.ndim), src_data_rank=None)
+        else distribute_tensor(one, mesh_of(layout), placements(one.ndim), src_data_rank=None)
         for number, (name, one) in enumerate(whole.items())
     }
 
@@ -259,7 +263,6 @@ class First(fk.Rule):
 def _() -> dict[str, str]:
     whole = scores()
     parts = placed("rows", whole)
-    mesh = init_device_mesh("cpu", (world,))
 
     def with_nan(*at: tuple[str, int]) -> dict[str, Tensor]:
         changed = {name: one.clone() for name, one in whole.items()}
@@ -290,7 +293,7 @@ def _() -> dict[str, str]:
             top(parts)
 
     broken = with_nan(("layers.1.weight", 64 * 36 - 1), ("layers.1.weight", 36 * 40), ("layers.0.bias", 29))
-    columns, sums = placed("columns", whole), DTensor.from_local(torch.rand(4, 4), mesh, [Partial()])
+    columns, sums = placed("columns", whole), DTensor.from_local(torch.rand(4, 4), mesh_of("rows"), [Partial()])
     found, expected = fk.select(parts, fk.GlobalTopK(k=9)), fk.select(whole, fk.GlobalTopK(k=9))
     messages = {
         "nan": message(lambda: top(placed("rows", broken))),
@@ -355,7 +358,7 @@ def _() -> dict[str, bool]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 4)).eval()
     inputs, labels = torch.randn(4 * world, 7), torch.arange(4 * world) % 4
-    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    fully_shard(model, mesh=mesh_of("rows"))
     own = [(inputs[rank::world], labels[rank::world])]
     statistics = fk.estimate(model, iter(own), likelihood=fk.Classification())
     stored = fk.Statistics.load(statistics.save(folder / "statistics"), lazy=True)
