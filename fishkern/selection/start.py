@@ -48,7 +48,7 @@ def bound_to_start(selection: Selection, model: nn.Module) -> Selection:
             if not selected.is_all
         },
     }
-    return Selection.from_entries(entries, provenance={**selection.provenance, **start})
+    return selection.with_provenance(**start)
 
 
 def check_start(
