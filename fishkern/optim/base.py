@@ -233,6 +233,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 continue
             bucket.own(self.state, grads)
             bucket.advance(grads)
+            if not bucket.count:  # the selected entries are in the shards of other ranks
+                continue
             factor = None if scale is None else scale.to(bucket.device)
             if self._is_fused(bucket):
                 step_fused(bucket, grads, factor, partial(self._update_fused_, group=group))

@@ -39,6 +39,7 @@ class Bucket:
     Attributes:
         parameters: As given.
         params: What is stepped: the parameters, of sharded ones the local shards.
+        count: ``K``, how many entries of all of them are selected; of shards maybe none.
 
     Args:
         parameters: ``P`` parameters of one dtype and device.
@@ -63,7 +64,7 @@ class Bucket:
         self.dtype, self.device = params[0].dtype, params[0].device
         self._contiguous = [param.is_contiguous() for param in params]
         self._sizes = [one.entries.count for one in selected]
-        K = sum(self._sizes)
+        self.count = K = sum(self._sizes)
         self.flat = {
             name: torch.zeros(K, dtype=torch.float32 if with_master else self.dtype, device=self.device)
             for name in (*names, *(["master"] if with_master else []))
