@@ -108,8 +108,8 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, *,
     return still
 
 
-def oracle(model: nn.Module, masks: dict[str, Tensor], steps: range, kind: type, norm: float, **options: Any) -> None:
-    """Train in one process by the formulas of AdamW and SGD, on the entries under masks."""
+def oracle(model: nn.Module, masks: dict[str, Tensor], steps: range, kind: type, norm: float, **options: Any) -> float:
+    """Train in one process by the formulas of AdamW and SGD, on the entries under masks; the last norm."""
     lr, decay, kept = options["lr"], options.get("weight_decay", 0.0), {}
     parameters = dict(model.named_parameters())
     for t in range(1, len(steps) + 1):
@@ -131,6 +131,7 @@ def oracle(model: nn.Module, masks: dict[str, Tensor], steps: range, kind: type,
                 kept[name] = m = g if last is None else options["momentum"] * last + damped * g
                 move = lr * (g + options["momentum"] * m if options.get("nesterov") else m)
             w -= move * mask
+    return total
 
 
 def error_of(model: nn.Module, expected: nn.Module) -> float:
@@ -151,19 +152,24 @@ def compared(
     optimizer = kind(model, selection, max_grad_norm=NORM, **options)
     start = weights(alone)
     still = trained(model, optimizer, range(STEPS))
-    oracle(alone, {name: selection.mask(name) for name in start}, range(STEPS), kind, NORM, **options)
+    norm = oracle(alone, _masks(selection), range(STEPS), kind, NORM, **options)
     moved = max(float((one - start[name]).abs().max()) for name, one in weights(alone).items())
     held = sum(one["exp_avg"].numel() for one in optimizer.state.values() if "exp_avg" in one)
     return {
-        "error": error_of(model, alone), "still": still, "moved": moved, "norm": optimizer.grad_norm.item(),
+        "error": error_of(model, alone), "still": still, "moved": moved, "norm": [optimizer.grad_norm.item(), norm],
         "held": held, "selected": selection.count,
     }  # fmt: skip
+
+
+def by_sgd(**sharding: Any) -> dict[str, Any]:
+    """Train by SGD, whose steps follow the norm; those of AdamW hardly do."""
+    return compared(kind=fk.MaskedSGD, options=SGD, **sharding)
 
 
 CASES |= {
     "adamw, listed": compared,
     "adamw, ranges": lambda: compared(select=ranges),
-    "sgd, listed": lambda: compared(kind=fk.MaskedSGD, options=SGD),
+    "sgd, listed": by_sgd,
     "nesterov, ranges": lambda: compared(select=ranges, kind=fk.MaskedSGD, options=NESTEROV),
     "replicated": lambda: compared(replicas=2),
     "replicated, ranges": lambda: compared(select=ranges, replicas=2),
@@ -439,8 +445,8 @@ def _planted(where: Any, name: str, wrong: Callable[..., Any], run: Callable[[],
 
 
 CASES |= {
-    "norm of the own part": lambda: _planted(clipping, "_norm_of_all", _of_own_part, compared),
-    "replicas counted": lambda: _planted(hosts.Share, "_exchanged", _over_all, lambda: compared(replicas=2)),
+    "norm of the own part": lambda: _planted(clipping, "_norm_of_all", _of_own_part, by_sgd),
+    "replicas counted": lambda: _planted(hosts.Share, "_exchanged", _over_all, lambda: by_sgd(replicas=2)),
     "global index in the shard": lambda: _planted(local, "_to_shard", _as_if_whole, compared),
     "local index in a file": lambda: _planted(local, "in_whole", _as_in_shard, lambda: _message(CASES["state"])),
 }
