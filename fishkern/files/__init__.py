@@ -9,6 +9,7 @@ from fishkern.files.atomic import atomic_write, check_target, remove_leftovers
 from fishkern.files.gathering import is_sharded, write_from_ranks
 from fishkern.files.loading import Format, check_format, files_of, format_of, open_one, open_tensors
 from fishkern.files.parsing import checked_shape, in_brief, parsing, read_count, read_json
+from fishkern.files.region import Region, read_region, region_of
 from fishkern.files.saving import check_cast, save_tensors, write_one
 from fishkern.files.tensors import PIECE, AnyTensor, StoredTensor, pieces
 
@@ -16,6 +17,7 @@ __all__ = [
     "PIECE",
     "AnyTensor",
     "Format",
+    "Region",
     "StoredTensor",
     "atomic_write",
     "check_cast",
@@ -32,6 +34,8 @@ __all__ = [
     "pieces",
     "read_count",
     "read_json",
+    "read_region",
+    "region_of",
     "remove_leftovers",
     "save_tensors",
     "write_from_ranks",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeAlias
@@ -64,13 +64,32 @@ class StoredTensor:
             FileNotFoundError: The file is gone.
             RuntimeError: The file has changed since it was opened.
         """
+        starts = range(start, self.numel(), numel)
+        yield from self.spans(((first, min(first + numel, self.numel())) for first in starts), buffers=buffers)
+
+    def spans(
+        self, spans: Iterable[tuple[int, int]], *, buffers: Iterator[bytearray] | None = None
+    ) -> Iterator[Tensor]:
+        """Read some parts of the tensor, one in memory at a time, and nothing else of the file.
+
+        Args:
+            spans: Flat ``(start, stop)`` of each.
+            buffers: As for :meth:`pieces`.
+
+        Yields:
+            ``[stop - start]``, of the dtype on disk, on the CPU.
+
+        Raises:
+            FileNotFoundError: The file is gone.
+            RuntimeError: The file has changed since it was opened.
+        """
         if not self.path.is_file():
             raise FileNotFoundError(errno.ENOENT, f"{self.path} is gone since it was opened: load it again.")
         # Unbuffered, so that the bytes go straight into the memory of the piece.
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.offset + start * self.dtype.itemsize)
-            for first in range(start, self.numel(), numel):
-                nbytes = min(numel, self.numel() - first) * self.dtype.itemsize
+            for start, stop in spans:
+                file.seek(self.offset + start * self.dtype.itemsize)
+                nbytes = (stop - start) * self.dtype.itemsize
                 buffer = bytearray(nbytes) if buffers is None else next(buffers)
                 # Checked at each piece: a file that is rewritten in place would mix the values of two saves.
                 if stamp_of(file) != self.stamp or not _read_into(file, memoryview(buffer)[:nbytes]):

@@ -298,6 +298,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 "reselect takes a selection out of the same pool, with the same names and shapes: select again from "
                 "statistics of the same parameters, or make another optimizer."
             )
+        selection.check(self._named())
         groups = [{"params": list(zip(g["param_names"], g["params"], strict=True))} for g in self.param_groups]
         settle(groups, selection, "train", frozen=self.frozen)  # which only checks: the rest was settled before
         if freeze and not selection.count and all(name in selection for name, _ in self._named()):

@@ -13,6 +13,7 @@ from fishkern.selection.random import Random
 from fishkern.selection.ranges import Columns, Rows
 from fishkern.selection.result import Selection
 from fishkern.selection.select import select
+from fishkern.selection.sharded import ShardedSelection
 from fishkern.selection.start import bound_to_start, check_start, load_start, open_start, save_start
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Rows",
     "Rule",
     "Selection",
+    "ShardedSelection",
     "apply_delta",
     "bound_to_start",
     "check_start",

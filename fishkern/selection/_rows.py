@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fishkern.files import PIECE, AnyTensor, pieces
 from fishkern.ops.streaming_topk import Order
-from fishkern.selection.ranking import check_ordered, no_rank
+from fishkern.selection.ranking import check_ordered, no_rank, refuse_nan
+from fishkern.selection.shards import Shards
 
 
 def widths_of(scores: Mapping[str, AnyTensor]) -> dict[str, int]:
@@ -38,7 +39,8 @@ def topk_of_rows(
     """Select the first scores of each row; of equal ones, those of smaller index.
 
     Args:
-        scores: By name, in memory or on disk; read once.
+        scores: By name, in memory or on disk; read once. Of :class:`~fishkern.selection.shards.Shards` the indices are
+            those of this rank's entries.
         counts: How many of each row, by name; at most its width.
         widths: How many neighbours are a row, by name; a divisor of the parameter's size.
         order: Which scores come first.
@@ -48,10 +50,12 @@ def topk_of_rows(
         position alone.
 
     Raises:
-        ValueError: A score is NaN; its parameter is named.
+        ValueError: A score is NaN, or what is a row here is split over ranks; its parameter is named.
         TypeError: Scores are of a dtype that torch does not sort, such as float8.
     """
     check_ordered(scores)
+    if isinstance(scores, Shards):
+        return _on_ranks(scores, counts, widths, order)
     selected, zeros = {}, []
     for name, score in scores.items():
         parts = list(_parts(name, score, counts[name], widths[name], order))
@@ -59,6 +63,26 @@ def topk_of_rows(
         if any(by_position for _, by_position in parts):
             zeros.append(name)
     return selected, zeros
+
+
+def _on_ranks(
+    shards: Shards, counts: Mapping[str, int], widths: Mapping[str, int], order: Order
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Select as :func:`topk_of_rows`, each rank from its own rows. A collective operation."""
+    refuse_nan(shards)
+    with shards.together():
+        for name, region in shards.regions.items():
+            if region.splits(widths[name]):
+                raise ValueError(
+                    f"each rank holds a part of every row of {name}, from which {widths[name]} entries are ranked "
+                    "together: shard along the first axis (Shard(0)), or save the statistics, and select from the "
+                    "file on every rank."
+                )
+        parts = {name: shards.part(name) for name in shards}
+        selected, zeros = topk_of_rows(parts, counts, widths, order)
+        selected = {name: shards.regions[name].in_whole(indices) for name, indices in selected.items()}
+    zeros_of_any = {name for names in shards.gathered(zeros) for name in names}
+    return selected, [name for name in shards if name in zeros_of_any]
 
 
 def some_rows(zeros: list[str], scores: Iterable[str]) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from hashlib import blake2b
 
+from fishkern.files import Region
+from fishkern.selection.entries import Entries
 from fishkern.selection.result import Selection
 from fishkern.statistics.shards import Ranks
 
@@ -17,14 +20,39 @@ def check_agreement(selection: Selection) -> None:
     Raises:
         RuntimeError: Two ranks differ.
     """
-    Ranks().demand_equal(_digest(selection), "the digest of the selection")
+    entries = {name: selection.entries(name) for name in selection.names}
+    Ranks().demand_equal(_digest(entries), "the digest of the selection")
 
 
-def _digest(selection: Selection) -> str:
+def check_replicas(entries: Mapping[str, Entries], regions: Mapping[str, Region]) -> None:
+    """Check that ranks which hold the same part of parameters have selected the same entries of it.
+
+    Args:
+        entries: Of this rank, by name.
+        regions: The part of each parameter that this rank holds.
+
+    Raises:
+        RuntimeError: Two ranks differ.
+    """
+    whole = {name: one for name, one in entries.items() if regions[name].is_whole}
+    parts = {name: one for name, one in entries.items() if not regions[name].is_whole}
+    held = repr([(name, regions[name].ranges) for name in parts])
+    own = {"": _digest(whole), blake2b(held.encode(), digest_size=16).hexdigest(): _digest(parts)}
+    first: dict[str, tuple[int, str]] = {}
+    for rank, digests in enumerate(Ranks().gathered(own)):
+        for part, digest in digests.items():
+            before, expected = first.setdefault(part, (rank, digest))
+            if digest != expected:  # which all ranks see
+                raise RuntimeError(
+                    f"rank {before} and rank {rank} hold the same scores, and have selected different entries of "
+                    "them: the values differ. Give all ranks the same statistics."
+                )
+
+
+def _digest(entries: Mapping[str, Entries]) -> str:
     digest = blake2b(digest_size=16)
-    for name in selection.names:
-        entries = selection.entries(name)
-        digest.update(f"{name} {entries.is_all} ".encode())
-        if not entries.is_all:
-            digest.update(entries.indices().numpy().tobytes())
+    for name, selected in entries.items():
+        digest.update(f"{name} {selected.is_all} ".encode())
+        if not selected.is_all:
+            digest.update(selected.indices().numpy().tobytes())
     return digest.hexdigest()

@@ -33,20 +33,25 @@ class Rule(ABC):
         streams: Whether :meth:`choose` takes scores on disk as :class:`~fishkern.files.StoredTensor`, to read them
             piece by piece. If not, a score is read whole whenever it is looked up. False for a class that defines
             ``choose`` and does not set it.
+        on_shards: Whether :meth:`choose` takes scores of which each rank holds a part,
+            :class:`~fishkern.selection.shards.Shards`, and gives the indices of this rank's own entries. If not, such
+            scores are refused. False for a class that defines ``choose`` and does not set it.
 
     Raises:
         ValueError: A pattern is not a string.
     """
 
     streams: ClassVar[bool] = False
+    on_shards: ClassVar[bool] = False
 
     always: Patterns = field(default=(), kw_only=True)
     never: Patterns = field(default=(), kw_only=True)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "choose" in vars(cls) and "streams" not in vars(cls):  # the inherited value is about another choose
-            cls.streams = False
+        for name in ("streams", "on_shards") if "choose" in vars(cls) else ():
+            if name not in vars(cls):  # the inherited value is about another choose
+                setattr(cls, name, False)
 
     def __post_init__(self) -> None:
         for name in ("always", "never"):
@@ -68,7 +73,8 @@ class Rule(ABC):
         """Choose among the parameters that are neither selected always nor never.
 
         Args:
-            scores: By name, floating tensors; where the rule :attr:`streams`, also tensors on disk.
+            scores: By name, floating tensors; where the rule :attr:`streams`, also tensors on disk; where it says
+                :attr:`on_shards`, also :class:`~fishkern.selection.shards.Shards`.
             total: Coordinates of the whole pool, those selected always or never included.
             backend: Passed on to the operation.
 

@@ -23,8 +23,16 @@ from fishkern.selection.base import Rule
 from fishkern.selection.budgeted import density_of
 from fishkern.selection.budgeted import share as share_of
 from fishkern.selection.contributions import Contributions, LayerContribution, connections_of
-from fishkern.selection.ranking import check_ordered, num_non_zero, position_decides, topk, warn_of_zeros
-from fishkern.selection.scored import scores_of, split_off
+from fishkern.selection.ranking import (
+    check_ordered,
+    count_selected,
+    num_non_zero,
+    position_decides,
+    topk,
+    warn_of_zeros,
+)
+from fishkern.selection.scored import pool_of, split_off
+from fishkern.selection.shards import Shards
 from fishkern.statistics import FactoredStatistics, Statistics
 from fishkern.warning import warn_caller
 
@@ -92,6 +100,7 @@ class ContributionTopK(Rule):
     """
 
     streams: ClassVar[bool] = True
+    on_shards: ClassVar[bool] = True
 
     top: float | None = None
     density: float | None = None
@@ -134,8 +143,7 @@ class ContributionTopK(Rule):
             ValueError: As in :func:`fishkern.select`.
             TypeError: As in :func:`fishkern.select`.
         """
-        pool = scores_of(scores)
-        _, ranked = split_off(self, pool)
+        pool, _, ranked = pool_of(scores, self)
         return self._contributions(ranked, sum(score.numel() for score in pool.values()), backend)
 
     def check(self, parameters: Mapping[str, AnyTensor]) -> None:
@@ -181,7 +189,8 @@ class ContributionTopK(Rule):
             weights = self._weights(layers, counts)
         else:
             top, indices = self.top, self._top_set(scores, backend)
-            counts = [sum(len(indices[name]) for name in layer.names) for layer in layers]
+            selected = count_selected(scores, indices)
+            counts = [sum(selected[name] for name in layer.names) for layer in layers]
             weights = self._sums(scores, layers, indices) if self.share == "sum" else self._weights(layers, counts)
         summed = sum(weights)
         per_row = connections_of(weights, self.least_per_row, self.most_per_row)
@@ -210,9 +219,9 @@ class ContributionTopK(Rule):
     def _sums(
         self, scores: Mapping[str, AnyTensor], layers: Sequence[RankedLayer], indices: Mapping[str, Tensor]
     ) -> list[Fraction]:
-        return [
-            sum((exact_sum(name, scores[name], indices[name]) for name in layer.names), Fraction(0)) for layer in layers
-        ]
+        shards = scores if isinstance(scores, Shards) else None
+        sums = {name: exact_sum(name, scores[name], indices[name], shards=shards) for name in scores}
+        return [sum((sums[name] for name in layer.names), Fraction(0)) for layer in layers]
 
     def _top_set(self, scores: Mapping[str, AnyTensor], backend: Backend | None) -> dict[str, Tensor]:
         """Select the top set, and warn where the position of zeros decides."""
@@ -248,6 +257,11 @@ class ContributionTopK(Rule):
         self, scores: Mapping[str, AnyTensor], layers: Sequence[RankedLayer], total: int
     ) -> tuple[float, list[int]]:
         """Find the top set that selects the density, and how much of each layer is in it."""
+        if isinstance(scores, Shards):
+            raise ValueError(
+                "ContributionTopK solves density= by following scores in their order, which is not done on scores that "
+                "are sharded over processes: give top=, or save the statistics, and select from the file on every rank."
+            )
         target, asked = self._target(layers, total)
         steps = Steps.of([layer.rows for layer in layers], self.most_per_row)
         available = sum(layer.numel for layer in layers)
@@ -282,7 +296,7 @@ class ContributionTopK(Rule):
 
     def _warn_of_zeros(self, scores: Mapping[str, AnyTensor], size: int) -> None:
         """Warn if the position of zeros decides which are in the top set."""
-        non_zero, available = num_non_zero(scores.values()), sum(score.numel() for score in scores.values())
+        non_zero, available = num_non_zero(scores), sum(score.numel() for score in scores.values())
         if position_decides(self.order, size, non_zero, available):
             count = non_zero if self.order == "largest" else available - non_zero
             warn_of_zeros(self.order, f"a top set of {size:,}", "the pool", count)

@@ -192,6 +192,7 @@ def delta(model: nn.Module, selection: Selection) -> Delta:
     Raises:
         ValueError: The selection does not fit the model.
     """
+    selection = selection.gathered()
     selection.check(model)
     named = named_tensors(model)
     digests = {name: _digest_of_others(selection, name, named[name]) for name in selection.names}
@@ -244,18 +245,13 @@ def apply_delta(model: nn.Module, delta: Delta, *, check: bool = True) -> Delta:
 
 
 def _taken(named: Mapping[str, Tensor], selection: Selection, digests: Mapping[str, str]) -> Delta:
-    values, entries = {}, {name: selection.entries(name) for name in selection.names}
+    values = {}
     for name, count in selection.counts.items():
         if count:
             own, share = own_entries(selection, name, named[name])
-            values[name] = own.gather(hosts.local_part(named[name]))
-            if share is not None:
-                join = Joined(own, share)
-                values[name] = join(values[name])
-                if entries[name].count < count:  # those of this rank alone
-                    entries[name] = join.entries
-            values[name] = values[name].to("cpu", copy=True)
-    return Delta(Selection.from_entries(entries, provenance=selection.provenance), values, digests)
+            held = own.gather(hosts.local_part(named[name]))
+            values[name] = (held if share is None else Joined(own, share)(held)).to("cpu", copy=True)
+    return Delta(selection, values, digests)
 
 
 def _digest_of_others(selection: Selection, name: str, parameter: Tensor) -> str:

@@ -33,6 +33,7 @@ class GlobalTopK(TopK):
     """
 
     streams: ClassVar[bool] = True
+    on_shards: ClassVar[bool] = True
 
     def choose(
         self, scores: Mapping[str, AnyTensor], total: int, backend: Backend | None = None
@@ -41,7 +42,7 @@ class GlobalTopK(TopK):
         k = self.budget_of_pool(total, available)
         indices, threshold = topk(scores, k, self.order, backend)
         if threshold == 0:  # ties at any other score are no sign that the data do not rank
-            non_zero = num_non_zero(scores.values())
+            non_zero = num_non_zero(scores)
             if position_decides(self.order, k, non_zero, available):
                 count = non_zero if self.order == "largest" else available - non_zero
                 warn_of_zeros(self.order, f"k={k:,}", "the pool", count)

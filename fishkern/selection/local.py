@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fishkern import hosts
+from fishkern.files import Region
 from fishkern.hosts import Share
 from fishkern.ops.streaming_topk import index_dtype
 from fishkern.selection.entries import Entries
@@ -61,11 +62,7 @@ def in_whole(entries: Entries, share: Share) -> Tensor:
     Returns:
         Flat indices ``[K]``, ascending, on the CPU, of the dtype that the whole parameter's have.
     """
-    local = entries.indices().long()
-    width, size, own = share.shape[share.axis + 1 :].numel(), share.shape[share.axis], share.stop - share.start
-    block = max(own * width, 1)  # entries of the shard for each index of the axes before
-    numbers = local // block * (size * width) + local % block + share.start * width
-    return numbers.to(index_dtype(share.shape.numel()))
+    return _region(share).in_whole(entries.indices().long()).to(index_dtype(share.shape.numel()))
 
 
 def own_values(values: Tensor, entries: Entries, share: Share) -> Tensor:
@@ -100,14 +97,22 @@ def own_entries(selection: Selection, name: str, parameter: Tensor) -> tuple[Ent
         ValueError: The parameter is sharded in another way than FSDP2 does.
     """
     entries, share = selection.entries(name), hosts.share_of(name, parameter)
-    return (entries if share is None else in_shard(entries, share)), share
+    if share is None:
+        return entries, None
+    if selection.is_sharded and selection.counts[name] == parameter.numel():
+        return Entries.all(share.local_shape), share  # which a sharded selection has as ranges
+    return in_shard(entries, share), share
 
 
 def _to_shard(numbers: Tensor, share: Share) -> Tensor:
     """Give the numbers in the shard of entries that the rank holds; the inverse of :func:`in_whole`."""
-    width, size, own = share.shape[share.axis + 1 :].numel(), share.shape[share.axis], share.stop - share.start
-    block = max(size * width, 1)
-    return numbers // block * (own * width) + numbers % block - share.start * width
+    return _region(share).in_part(numbers)
+
+
+def _region(share: Share) -> Region:
+    ends = [(0, size) for size in share.shape]
+    ends[share.axis] = (share.start, share.stop)
+    return Region(share.shape, tuple(ends))
 
 
 def _range(share: Share) -> Ranges:

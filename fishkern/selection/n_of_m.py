@@ -39,6 +39,7 @@ class NofM(Rule):
     """
 
     streams: ClassVar[bool] = True
+    on_shards: ClassVar[bool] = True
 
     n: int
     m: int

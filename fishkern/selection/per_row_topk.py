@@ -36,6 +36,7 @@ class PerRowTopK(TopK):
     """
 
     streams: ClassVar[bool] = True
+    on_shards: ClassVar[bool] = True
 
     def choose(
         self, scores: Mapping[str, AnyTensor], total: int, backend: Backend | None = None

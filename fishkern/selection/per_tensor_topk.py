@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor
-from fishkern.selection.ranking import TopK, num_non_zero, position_decides, topk, warn_of_zeros
+from fishkern.selection.ranking import TopK, num_non_zero, of_one, position_decides, topk, warn_of_zeros
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class PerTensorTopK(TopK):
     """
 
     streams: ClassVar[bool] = True
+    on_shards: ClassVar[bool] = True
 
     def choose(
         self, scores: Mapping[str, AnyTensor], total: int, backend: Backend | None = None
@@ -43,9 +44,10 @@ class PerTensorTopK(TopK):
         zeros = []
         for name, score in scores.items():
             k = self.budget_of(score.numel())
-            indices, threshold = topk({name: score}, k, self.order, backend)
+            alone = of_one(scores, name)
+            indices, threshold = topk(alone, k, self.order, backend)
             selected |= indices
-            if threshold == 0 and position_decides(self.order, k, num_non_zero([score]), score.numel()):
+            if threshold == 0 and position_decides(self.order, k, num_non_zero(alone), score.numel()):
                 zeros.append(name)
         if zeros:
             budget = f"density={self.density}" if self.k is None else f"k={self.k:,}"

@@ -14,6 +14,7 @@ from fishkern.arguments import integer
 from fishkern.backend import Backend
 from fishkern.files import AnyTensor
 from fishkern.selection.budgeted import Budgeted
+from fishkern.selection.shards import Shards
 
 # From this share on, a mark for every coordinate takes no more memory than a list of the drawn ones, and needs no sort.
 _MARKED_SHARE = 1 / 16
@@ -40,6 +41,7 @@ class Random(Budgeted):
     """
 
     streams: ClassVar[bool] = True
+    on_shards: ClassVar[bool] = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,7 +61,8 @@ class Random(Budgeted):
         for name, start, end in zip(names, [0, *ends], ends, strict=False):
             low, high = torch.searchsorted(drawn, torch.tensor([start, end])).tolist()
             inside = drawn[low:high] - start
-            selected[name] = inside if fewer else _others(inside, end - start)
+            chosen = inside if fewer else _others(inside, end - start)
+            selected[name] = scores.own(name, chosen) if isinstance(scores, Shards) else chosen
         return selected
 
 

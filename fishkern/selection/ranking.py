@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fishkern.arguments import one_of
-from fishkern.backend import Backend
+from fishkern.backend import Backend, BackendUnavailableError, choose
 from fishkern.files import AnyTensor, pieces
-from fishkern.ops.streaming_topk import ORDERS, NaNScoreError, Order, topk_with_threshold
+from fishkern.ops.streaming_topk import ORDERS, NaNScoreError, Order, streaming_topk_torch, topk_with_threshold
+from fishkern.selection._topk_on_ranks import topk_on_ranks
 from fishkern.selection.budgeted import Budgeted
+from fishkern.selection.shards import Shards
 from fishkern.warning import warn_caller
 
 
@@ -46,7 +48,7 @@ def topk(
     """Select the ``k`` first scores of several parameters together.
 
     Args:
-        scores: By name.
+        scores: By name. Of :class:`~fishkern.selection.shards.Shards` the indices are those of this rank's entries.
         k: How many.
         order: Which come first.
         backend: See :func:`fishkern.ops.streaming_topk`.
@@ -57,8 +59,16 @@ def topk(
     Raises:
         ValueError: A score is NaN; its parameter is named.
         TypeError: Scores are of a dtype that torch does not sort, such as float8.
+        BackendUnavailableError: Triton was named, and cannot run.
     """
     check_ordered(scores)
+    if isinstance(scores, Shards):
+        if choose(streaming_topk_torch, backend) is not streaming_topk_torch:
+            raise BackendUnavailableError(
+                "the top-k of scores that are sharded over processes cannot run on Triton. Ask for 'auto' or 'torch'."
+            )
+        refuse_nan(scores)
+        return topk_on_ranks(scores, k, order)
     names = list(scores)
     try:
         indices, threshold = topk_with_threshold(list(scores.values()), k, order=order, backend=backend)
@@ -97,16 +107,58 @@ def no_rank(name: str, index: int) -> str:
     )
 
 
-def num_non_zero(scores: Iterable[AnyTensor]) -> int:
+def refuse_nan(shards: Shards) -> None:
+    """Refuse scores that have no rank, on all ranks alike.
+
+    Args:
+        shards: The scores.
+
+    Raises:
+        ValueError: A score is NaN; its parameter is named.
+    """
+    if (first := shards.first_nan()) is not None:
+        raise ValueError(no_rank(*first))
+
+
+def of_one(scores: Mapping[str, AnyTensor], name: str) -> Mapping[str, AnyTensor]:
+    """Give the scores of one parameter.
+
+    Args:
+        scores: By name.
+        name: The parameter's.
+
+    Returns:
+        A mapping of the same kind with this name alone.
+    """
+    return scores.only([name]) if isinstance(scores, Shards) else {name: scores[name]}
+
+
+def count_selected(scores: Mapping[str, AnyTensor], indices: Mapping[str, Tensor]) -> dict[str, int]:
+    """Count what was selected of each parameter, on all ranks together.
+
+    Args:
+        scores: By name.
+        indices: Flat indices by name; names may be missing.
+
+    Returns:
+        The counts of all names.
+    """
+    return scores.counts(indices) if isinstance(scores, Shards) else {n: len(indices.get(n, ())) for n in scores}
+
+
+def num_non_zero(scores: Mapping[str, AnyTensor]) -> int:
     """Count the scores that are not zero.
 
     Args:
-        scores: In memory or on disk; read once.
+        scores: By name, in memory or on disk; read once.
 
     Returns:
         Their number.
     """
-    return sum(int(piece.count_nonzero()) for score in scores for piece in pieces(score))
+    if not isinstance(scores, Shards):
+        return sum(int(piece.count_nonzero()) for score in scores.values() for piece in pieces(score))
+    own = (int(piece.count_nonzero()) for name in scores.counted() for _, piece in scores.pieces(name))
+    return int(scores.summed(lambda: torch.tensor(sum(own))))
 
 
 def position_decides(order: Order, k: int, non_zero: int, total: int) -> bool:

@@ -91,7 +91,7 @@ class Selection(Frozen):
             TypeError: ``provenance`` is not JSON.
             ValueError: Two names become one without wrappers.
         """
-        selection = cls.__new__(cls)
+        selection = Selection.__new__(Selection)  # also for a subclass, which has more to hold
         selection._hold(renamed(entries, without_wrappers), provenance or {})
         return selection
 
@@ -149,6 +149,11 @@ class Selection(Frozen):
     def k(self) -> int | None:
         """How many the rule chose, without those of ``always``; ``None`` where it was not a single rule."""
         return self.provenance.get("k")
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this rank has the entries of its own parts alone, as a :class:`fishkern.ShardedSelection` does."""
+        return False
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -366,6 +371,14 @@ class Selection(Frozen):
                 "adapt the selection with rename() or restrict()."
             )
 
+    def gathered(self) -> Selection:
+        """Give the selection of all ranks together.
+
+        Returns:
+            This one; of a :class:`fishkern.ShardedSelection` an ordinary one, on every rank.
+        """
+        return self
+
     def save(self, path: str | os.PathLike[str], *, max_shard_size: str | int | None = "5GB") -> Path:
         """Save as ``.safetensors``, whose header says what it is (pool, rule, k, digest of the statistics).
 
@@ -420,6 +433,11 @@ class Selection(Frozen):
         return {name: ours.shared(other._entries[name]) for name, ours in self._entries.items() if name in other}
 
     def _check_shapes(self, other: Selection) -> None:
+        if self.is_sharded != other.is_sharded:
+            raise ValueError(
+                "one selection has this rank's entries alone, and the other one those of all ranks: give "
+                "selection.gathered() for the former, on all ranks."
+            )
         for name, shape in self.shapes.items():
             if name in other and (theirs := other._entries[name].shape) != shape:
                 raise ValueError(

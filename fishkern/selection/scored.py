@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import nullcontext
+from hashlib import blake2b
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,10 +14,55 @@ from torch import Tensor
 from fishkern.files import AnyTensor, StoredTensor, is_sharded
 from fishkern.names import without_wrappers
 from fishkern.selection.base import Rule, matching
+from fishkern.selection.shards import Shards
 from fishkern.statistics import FactoredStatistics, Held, Statistics
+from fishkern.statistics.shards import Ranks
+
+Scored: TypeAlias = Statistics | FactoredStatistics | Mapping[str, AnyTensor]
 
 
-def scores_of(statistics: Statistics | FactoredStatistics | Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
+def pool_of(statistics: Scored, rule: Rule) -> tuple[Mapping[str, AnyTensor], list[str], Mapping[str, AnyTensor]]:
+    """Check what a rule is to sort by, and separate what it chooses from. Of shards a collective operation.
+
+    Args:
+        statistics: See :func:`fishkern.select`.
+        rule: The rule.
+
+    Returns:
+        The scores of the whole pool by canonical name, not read; the names that are selected whole; and the scores of
+        what is neither selected whole nor never. Where ranks hold parts of any of them, both are
+        :class:`~fishkern.selection.shards.Shards`.
+
+    Raises:
+        TypeError: It is not a rule or has a field that is not JSON, they are not a mapping of floating tensors with
+            values, or they are shards, and the rule takes none.
+        ValueError: Two names become one without wrappers, statistics are of groups of entries, or patterns do not fit.
+        RuntimeError: The ranks differ in what they select from, or another rank has failed.
+    """
+    if not isinstance(statistics, Held) and callable(getattr(statistics, "items", None)):
+        statistics = dict(statistics.items())  # once, since it may read
+    ranks, on_shards = Ranks(), _on_shards(statistics)
+    with ranks.failing_together() if on_shards else nullcontext():
+        _check_rule(rule)
+        scores: Mapping[str, AnyTensor] = scores_of(statistics)
+        always, ranked = split_off(rule, scores)
+        if on_shards:
+            if not rule.on_shards:
+                raise TypeError(
+                    f"the scores are sharded over processes, and {type(rule).__name__} does not say on_shards = True: "
+                    "save the statistics on all ranks, and select from the file on each, "
+                    "fishkern.Statistics.load(path, lazy=True), or from statistics.whole() where that fits into memory."
+                )
+            scores = Shards(scores)
+            ranked = scores.only(ranked)
+    if on_shards:
+        about = [(n, list(one.shape), str(one.dtype), str(getattr(one, "placements", ""))) for n, one in scores.items()]
+        digest = blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
+        ranks.demand_equal([rule.settings, digest], "the rule, or the scores' names, shapes, dtypes or placements")
+    return scores, always, ranked
+
+
+def scores_of(statistics: Scored) -> dict[str, AnyTensor]:
     """Check what a rule is to sort by, and give it by name.
 
     Args:
@@ -74,6 +123,22 @@ def split_off(rule: Rule, scores: Mapping[str, AnyTensor]) -> tuple[list[str], d
     return always, {name: score for name, score in scores.items() if name not in decided}
 
 
+def _check_rule(rule: Rule) -> None:
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule must be a selection rule such as GlobalTopK(density=0.005), got {rule!r}.")
+    try:
+        json.dumps(rule.settings, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        what = type(rule).__name__
+        raise TypeError(f"{what} must hold plain values, for the header of a file: {error}.") from None
+
+
+def _on_shards(statistics: object) -> bool:
+    """Tell whether each rank holds a part of some scores, without reading any."""
+    scores = statistics.blocks if isinstance(statistics, Held) else statistics
+    return isinstance(scores, Mapping) and any(map(is_sharded, scores.values()))
+
+
 def _refuse_groups(statistics: Statistics) -> None:
     """Refuse statistics that hold something else than a score for each entry, such as one for each row."""
     for name, shape in statistics.shapes.items():
@@ -95,12 +160,6 @@ def _check_score(name: str, score: object) -> None:
         raise TypeError(f"scores are floating tensors, {name} is {score.dtype}: cast it.")
     if isinstance(score, StoredTensor):
         return
-    if is_sharded(score):
-        raise TypeError(
-            f"the scores of {name} are sharded over processes, and select ranks whole ones: save the statistics on all "
-            "ranks, and select from the file on each, fishkern.Statistics.load(path, lazy=True), or from "
-            "statistics.whole() where that fits into memory."
-        )
     if score.is_nested or score.layout != torch.strided:
         what = "nested" if score.is_nested else str(score.layout)
         raise TypeError(f"scores are dense tensors, {name} is {what}: make it dense, as by to_dense().")

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from fishkern.backend import Backend
-from fishkern.files import AnyTensor, StoredTensor
+from fishkern.files import AnyTensor
 from fishkern.selection.base import Rule
+from fishkern.selection.ranking import count_selected
 from fishkern.selection.result import Selection
-from fishkern.selection.scored import scores_of, split_off
+from fishkern.selection.scored import Scored, pool_of
+from fishkern.selection.sharded import sharded_selection
+from fishkern.selection.shards import Shards, read_at
 from fishkern.statistics import FactoredStatistics, Statistics
 
 _DIGESTED = 256  # scores of each parameter that the digest covers
 
 
 def select(
-    statistics: Statistics | FactoredStatistics | Mapping[str, AnyTensor],
+    statistics: Scored,
     rule: Rule,
     *,
     backend: Backend | None = None,
@@ -35,6 +38,8 @@ def select(
         statistics: What the rule sorts by: statistics, or any mapping from names to floating tensors, in memory or
             :class:`~fishkern.files.StoredTensor`. Every name in it belongs to the pool. Scores of a mapping may be
             negative; their sign counts. Of factored statistics the score of every entry is formed first, in float32.
+            Where any of them is a ``DTensor``, as in the statistics of a model that FSDP2 shards, all ranks call it
+            together; others are then whole and alike on every rank.
         rule: How to choose, for example ``GlobalTopK(density=0.005)``.
         backend: ``None`` for the current default, see :mod:`fishkern.backend`. Rules of rows (:class:`PerRowTopK`,
             :class:`NofM`) and :class:`Random` have no operation that it would choose.
@@ -42,7 +47,8 @@ def select(
     Returns:
         The selection. Its provenance holds the rule, ``k`` (what the rule chose, without ``always``) and a digest of
         the statistics: over names, shapes, provenance and 256 scores of each parameter. It distinguishes statistics
-        from each other, and is not a checksum.
+        from each other, and is not a checksum. Of ``DTensor`` scores it is a :class:`ShardedSelection`: what one
+        process would select of the whole, of which each rank has the entries that it holds.
 
     Raises:
         TypeError: ``rule`` is not a rule or has a field that is not JSON, ``statistics`` is not a mapping, an entry is
@@ -50,25 +56,20 @@ def select(
         ValueError: ``k`` exceeds what can be chosen from, a pattern matches nothing, a score is NaN, two names
             become one without wrappers, statistics are of groups of entries, or the rule selects from a parameter whose
             scores it did not get.
+        RuntimeError: Another rank has failed, or ranks differ in the rule or in scores that they all hold.
     """
-    if not isinstance(rule, Rule):
-        raise TypeError(f"rule must be a selection rule such as GlobalTopK(density=0.005), got {rule!r}.")
-    try:
-        json.dumps(rule.settings, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        what = type(rule).__name__
-        raise TypeError(f"{what} must hold plain values, for the header of a file: {error}.") from None
-    scores = scores_of(statistics)
-    shapes = {name: score.shape for name, score in scores.items()}
-    always, ranked = split_off(rule, scores)
+    scores, always, ranked = pool_of(statistics, rule)
     total = sum(score.numel() for score in scores.values())
     indices, about = rule.choose_and_report(ranked if rule.streams else _OnAccess(ranked), total, backend)
     _check_indices(f"{type(rule).__name__}.choose", indices, ranked)
     described = {"digest": _digest(statistics, scores)}
     if isinstance(statistics, Statistics | FactoredStatistics):
         described |= {"count": statistics.count, "definition": statistics.provenance["definition"]}
-    k = sum(map(len, indices.values()))
+    k = sum(count_selected(ranked, indices).values())
     provenance = {"rule": rule.settings, "k": k, "statistics": described, **about}
+    if isinstance(scores, Shards):
+        return sharded_selection(scores.regions, indices, whole=always, provenance=provenance)
+    shapes = {name: score.shape for name, score in scores.items()}
     return Selection(shapes, indices, whole=always, provenance=provenance)
 
 
@@ -110,16 +111,13 @@ def _digest(statistics: Mapping[str, AnyTensor], scores: Mapping[str, AnyTensor]
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(statistics, Statistics | FactoredStatistics):
         digest.update(json.dumps([statistics.count, statistics.provenance], sort_keys=True).encode())
+    starts = {name: max(0, score.numel() - _DIGESTED) // 2 for name, score in scores.items()}
+    places = {name: range(start, min(start + _DIGESTED, scores[name].numel())) for name, start in starts.items()}
+    if isinstance(scores, Shards):
+        parts = scores.read(places)
+    else:
+        parts = {name: read_at(score, places[name]) for name, score in scores.items()}
     for name, score in sorted(scores.items()):
         digest.update(json.dumps([name, list(score.shape)]).encode())
-        middle = max(0, score.numel() - _DIGESTED) // 2
-        if score.numel():
-            part = _part(score, middle)
-            digest.update(part.float().cpu().numpy().tobytes())
+        digest.update(parts[name].numpy().tobytes())
     return f"blake2b:{digest.hexdigest()}"
-
-
-def _part(score: AnyTensor, start: int) -> Tensor:
-    if isinstance(score, StoredTensor):
-        return next(score.pieces(_DIGESTED, start=start))
-    return score.reshape(-1)[start : start + _DIGESTED]

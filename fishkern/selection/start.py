@@ -49,6 +49,7 @@ def bound_to_start(selection: Selection, model: nn.Module) -> Selection:
     Raises:
         ValueError: The selection does not fit the model.
     """
+    selection = selection.gathered()
     selection.check(model)
     named = named_tensors(model)
     start = {
@@ -130,6 +131,7 @@ def save_start(model: nn.Module, selection: Selection, path: str | os.PathLike[s
     Raises:
         ValueError: The selection does not fit the model, or was made for other values.
     """
+    selection = selection.gathered()
     selection.check(model)
     check_start(selection, model)
     named = named_tensors(model)

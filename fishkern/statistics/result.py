@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from fishkern.files import Format, StoredTensor, is_sharded
+from fishkern import hosts
+from fishkern.files import AnyTensor, Format, StoredTensor, is_sharded, read_region, region_of
 from fishkern.statistics.held import Held
 
 
@@ -17,7 +19,8 @@ class Statistics(Held[Tensor]):
     model's order. Its shape is the parameter's, or the estimator's own, such as one number for each row.
     ``provenance["definition"]`` says what a unit is (an example, a batch) and which Fisher this is.
     ``==`` compares contents, with the runs in any order. Where FSDP2 shards the parameters, the tensors are sharded
-    alike: see :meth:`full`, and ``==`` and :meth:`save` are called on all ranks.
+    alike: see :meth:`full`, and ``==`` and :meth:`save` are called on all ranks. :meth:`sharded_as` makes such
+    statistics of a file.
 
     Args:
         tensors: The statistic by parameter name, floating; not copied if float32 already. Wrappers are removed from
@@ -74,6 +77,26 @@ class Statistics(Held[Tensor]):
         tensors = {name: self.full(name) for name in self}
         return Statistics(tensors, count=self.count, provenance=self.provenance, coverage=self.coverage)
 
+    def sharded_as(self, model: nn.Module) -> Statistics:
+        """Take of each tensor the part of the parameter that this rank holds; nothing is exchanged between ranks.
+
+        Statistics that were loaded lazily are read from disk, by each rank its part alone.
+
+        Args:
+            model: Sharded by FSDP2, with the parameters of these statistics. A parameter that is not sharded keeps the
+                whole tensor.
+
+        Returns:
+            Statistics in memory, whose tensors are distributed as the parameters are and on their devices.
+
+        Raises:
+            ValueError: A parameter is missing, has another shape, or is distributed in a way that is not served; or a
+                tensor is sharded already.
+        """
+        parameters = hosts.named_parameters(model, remove_duplicate=False)
+        tensors = {name: _part_of(name, one, parameters.get(name)) for name, one in self.blocks.items()}
+        return Statistics(tensors, count=self.count, provenance=self.provenance, coverage=self.coverage)
+
     def __repr__(self) -> str:
         definition = self.provenance["definition"]
         unit = definition.get("unit", "unit")
@@ -89,6 +112,26 @@ class Statistics(Held[Tensor]):
         if any(isinstance(entry, StoredTensor) for entry in self._entries.values()):
             parts.append("on disk")
         return f"Statistics({', '.join(filter(None, parts))})"
+
+
+def _part_of(name: str, tensor: AnyTensor, parameter: Any) -> Tensor:
+    """Take of a whole tensor, in memory or on disk, what this rank holds of a parameter."""
+    if is_sharded(tensor):
+        raise ValueError(f"the statistics of {name} are sharded already: take those of whole(), or save and load them.")
+    if parameter is None or parameter.shape != tensor.shape:
+        there = "no such parameter" if parameter is None else f"it as {tuple(parameter.shape)}"
+        raise ValueError(f"the statistics hold {name} {tuple(tensor.shape)}, and the model has {there}.")
+    region, device = region_of(name, parameter), hosts.local_part(parameter).device
+    if isinstance(tensor, StoredTensor):
+        part = read_region(tensor, region, torch.float32).to(device)
+    else:
+        part = tensor[tuple(slice(*bounds) for bounds in region.ranges)].to(device, copy=True)
+    if not is_sharded(parameter):
+        return part
+    from torch.distributed.tensor import DTensor  # torch itself imports it with the first sharded model only
+
+    options = {"run_check": False, "shape": tensor.shape, "stride": torch.empty(tensor.shape, device="meta").stride()}
+    return DTensor.from_local(part, parameter.device_mesh, parameter.placements, **options)
 
 
 def _counted(number: int, noun: str) -> str:

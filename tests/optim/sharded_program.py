@@ -190,6 +190,36 @@ def first_row(model: nn.Module) -> fk.Selection:
     return fk.Selection(shapes, {"0.weight": torch.tensor([1, 5, 13])})
 
 
+@case("selected on ranks")
+def _() -> dict[str, Any]:
+    """A selection of which each rank has its own entries, against that of one process."""
+    model, alone, again = sharded(net()), net(), sharded(net())
+    scores = {name: parameter.detach().abs() for name, parameter in model.named_parameters()}
+    rule = fk.GlobalTopK(density=0.3, always="0.bias")
+    own = fk.select(scores, rule)
+    selection = fk.select({name: parameter.detach().abs() for name, parameter in alone.named_parameters()}, rule)
+    by_own = fk.MaskedAdamW(model, own, max_grad_norm=NORM, **ADAMW)
+    by_whole = fk.MaskedAdamW(again, selection, max_grad_norm=NORM, **ADAMW)
+    for one, optimizer in ((model, by_own), (again, by_whole)):
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            loss_of(one, step, own=True).backward()
+            optimizer.step()
+    oracle(alone, _masks(selection), range(STEPS), fk.MaskedAdamW, NORM, **ADAMW)
+    state = by_own.state_dict()
+    alike = _alike(state, by_whole.state_dict())
+    by_own.load_state_dict(by_whole.state_dict())
+    ours, theirs = fk.delta(model, own).save(folder / f"own-{rank}"), fk.delta(again, selection)
+    return {
+        "sharded": own.is_sharded, "error": error_of(model, alone), "alike": alike,
+        "loaded": _alike(by_own.state_dict(), state),
+        "bytes": ours.read_bytes() == theirs.save(folder / f"whole-{rank}").read_bytes(),
+        "changed": list(by_own.reselect(own)) == [own.count, 0, 0],
+        "bound": bound_to_start(own, model).count == own.count,
+        "another model": _message(lambda: fk.MaskedAdamW(net(), own, **ADAMW)),
+    }  # fmt: skip
+
+
 CASES["one rank alone"] = lambda: compared(select=first_row)
 
 

@@ -56,7 +56,7 @@ def test_a_shard_numbers_the_entries_that_slicing_the_whole_gives(shape):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict]:
     cases = ["adamw, listed", "adamw, ranges", "sgd, listed", "one rank alone", "resumed", "state", "groups", "16 bits"]
-    cases += ["mixed precision", "offloaded", "delta", "start", "refusals"]
+    cases += ["mixed precision", "offloaded", "delta", "start", "refusals", "selected on ranks"]
     cases += ["norm of the own part", "global index in the shard", "local index in a file"]
     return launched(PROGRAM, 2, tmp_path_factory.mktemp("two"), cases)
 
@@ -95,6 +95,18 @@ def test_the_state_is_that_of_one_process_through_changes_of_the_selection(two):
         assert report["state"]["again"]
         assert report["state"]["frozen"]
         assert report["state"]["without gradient"]
+
+
+def test_a_selection_of_which_each_rank_has_its_own_entries(two):
+    for report in (one["selected on ranks"] for one in two):
+        assert report["sharded"]
+        assert report["error"] < 1e-12
+        assert report["alike"]
+        assert report["loaded"]
+        assert report["bytes"]
+        assert report["changed"]
+        assert report["bound"]
+        assert "shard the model as it was for the scores" in report["another model"]
 
 
 def test_groups_schedules_and_parameters_outside_the_pool(two):
@@ -167,7 +179,7 @@ def test_a_checkpoint_goes_on_on_another_number_of_ranks(handed_on):
 @pytest.fixture(scope="module")
 def three(tmp_path_factory) -> list[dict]:
     cases = ["adamw, listed", "adamw, ranges", "sgd, listed", "nesterov, ranges", "one rank alone", "kept", "resumed"]
-    cases += ["state", "groups", "delta", "start"]
+    cases += ["state", "groups", "delta", "start", "selected on ranks"]
     return launched(PROGRAM, 3, tmp_path_factory.mktemp("three"), cases)
 
 
@@ -186,6 +198,7 @@ def test_states_deltas_and_starts_of_three_ranks(three):
     test_groups_schedules_and_parameters_outside_the_pool(three)
     test_a_delta_has_the_bytes_of_one_process(three)
     test_the_start_is_recognised_on_shards(three)
+    test_a_selection_of_which_each_rank_has_its_own_entries(three)
 
 
 @pytest.fixture(scope="module")
