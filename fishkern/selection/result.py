@@ -371,6 +371,20 @@ class Selection(Frozen):
                 "adapt the selection with rename() or restrict()."
             )
 
+    def with_provenance(self, **entries: Any) -> Selection:
+        """Say more of where the selection comes from.
+
+        Args:
+            entries: Entries of the provenance, JSON; they replace those of the same name.
+
+        Returns:
+            A selection of the same coordinates.
+
+        Raises:
+            TypeError: They are not JSON.
+        """
+        return Selection.from_entries(self._entries, provenance={**self.provenance, **entries})
+
     def gathered(self) -> Selection:
         """Give the selection of all ranks together.
 

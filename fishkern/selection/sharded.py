@@ -166,6 +166,10 @@ class ShardedSelection(Selection):
         regions, counts = (dict(zip(named.names, of.values(), strict=True)) for of in (self._regions, self._counts))
         return ShardedSelection(named._entries, regions, counts, provenance=named.provenance)
 
+    def with_provenance(self, **entries: Any) -> ShardedSelection:
+        provenance = {**self.provenance, **entries}
+        return ShardedSelection(self._entries, self._regions, self._counts, provenance=provenance)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Selection):
             return NotImplemented

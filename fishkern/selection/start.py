@@ -49,9 +49,8 @@ def bound_to_start(selection: Selection, model: nn.Module) -> Selection:
     Raises:
         ValueError: The selection does not fit the model.
     """
-    selection = selection.gathered()
-    selection.check(model)
     named = named_tensors(model)
+    selection.check(model)
     start = {
         "start": {name: _digest(named[name]) for name in selection.names},
         "start_unselected": {
@@ -60,8 +59,7 @@ def bound_to_start(selection: Selection, model: nn.Module) -> Selection:
             if count < selection.shapes[name].numel() or not count
         },
     }
-    entries = {name: selection.entries(name) for name in selection.names}
-    return Selection.from_entries(entries, provenance={**selection.provenance, **start})
+    return selection.with_provenance(**start)
 
 
 def check_start(

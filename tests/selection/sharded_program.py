@@ -212,6 +212,8 @@ def contract(layout: str) -> list[str]:
         "restricted": same(one.restrict("layers.*") | other.restrict("head*"),
                            all_of_one.restrict("layers.*") | all_of_other.restrict("head*")),
         "renamed": one.rename(short).gathered() == all_of_one.rename(short) and one.rename(short).counts["embed"] > 0,
+        "provenance": one.with_provenance(a=1).gathered().provenance == {**all_of_one.provenance, "a": 1}
+        and one.with_provenance(a=1) == one,
         "overlap": one.overlap(other) == all_of_one.overlap(all_of_other),
         "overlaps": one.overlap_by_parameter(other) == all_of_one.overlap_by_parameter(all_of_other),
         "equal": one == fk.select(parts, rule) and one != other and one != all_of_one,
