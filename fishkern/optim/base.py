@@ -79,11 +79,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
     takes them or :meth:`zero_grad` drops them (``model.zero_grad()`` cannot). ``clip_grad_norm_`` and a ``GradScaler``
     do not see them, hence ``max_grad_norm``; the first step without it warns.
 
+    Where FSDP2 shards the parameters, each rank steps the selected entries of its shards and keeps state of these
+    alone, in :attr:`state` by their place in the shard. The norm of ``max_grad_norm`` is that over all ranks. ``step``,
+    :meth:`state_dict`, :meth:`load_state_dict` and :meth:`reselect` are collective operations then: every rank calls
+    them. Gradients are not released, since FSDP2 itself reduces and frees them.
+
     ``torch.compile`` runs ``step`` as it is, uncompiled.
 
     Args:
         model_or_named_parameters: A model, its ``named_parameters()``, or groups of them.
-        selection: What moves. Each name of its pool must be among the parameters.
+        selection: What moves. Each name of its pool must be among the parameters. On shards it is either the same on
+            all ranks, or a :class:`fishkern.ShardedSelection` of the same parts.
         defaults: Options of the algorithm, for groups that do not set them.
         outside: What to do with trainable parameters outside the pool: ``"error"`` raises, ``"freeze"`` sets their
             ``requires_grad`` to False, ``"train"`` trains them whole.
@@ -102,8 +108,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         TypeError: A parameter has no name.
         ValueError: Selection and parameters do not fit, a trainable parameter is outside the pool, a selected one is
             frozen, nothing would move, or an option is out of range.
-        UnsupportedModuleError: A model is given that, as it is, does not see PEFT's prefix, or is sharded; or the
-            selection's pool holds a quantised weight.
+        UnsupportedModuleError: A model is given that, as it is, does not see PEFT's prefix, or is sharded by other
+            means than FSDP2; or the selection's pool holds a quantised weight.
     """
 
     fused_on: ClassVar[tuple[str, ...]] = ()
