@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,9 +33,21 @@ def digest(tensor: Tensor) -> tuple[float, float]:
     Returns:
         Both, computed in float64 on the CPU.
     """
+    return digest_of_pieces(tensor.detach().flatten().split(_PIECE))
+
+
+def digest_of_pieces(pieces: Iterable[Tensor]) -> tuple[float, float]:
+    """Compute the digest of a tensor that comes in pieces, such as one of which several ranks hold parts.
+
+    Args:
+        pieces: Its entries in row-major order, 2^20 of them in each piece but the last.
+
+    Returns:
+        What :func:`digest` gives for the tensor.
+    """
     generator = torch.Generator().manual_seed(0)
     squares = signed = 0.0
-    for piece in tensor.detach().flatten().split(_PIECE):
+    for piece in pieces:
         values = piece.double().cpu()
         signs = torch.randint(0, 2, values.shape, generator=generator).mul_(2).sub_(1)
         squares += values.square().sum().item()

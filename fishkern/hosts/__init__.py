@@ -4,7 +4,7 @@ from fishkern.hosts import modes
 from fishkern.hosts.alterations import alterations
 from fishkern.hosts.blocks import Layer, layer_of, stack_of, stacks
 from fishkern.hosts.calls import accepts, call_options
-from fishkern.hosts.fully_sharded import FullySharded, local_part, runs_on, units
+from fishkern.hosts.fully_sharded import FullySharded, local_part, reshard, runs_on, units
 from fishkern.hosts.heads import Head, head_of
 from fishkern.hosts.insertion import Branch, InsertionPoints, Wrapper, insert, insertion_points, remove
 from fishkern.hosts.modes import connected_inputs, evaluation_mode
@@ -17,6 +17,7 @@ from fishkern.hosts.refusals import (
     sharded,
 )
 from fishkern.hosts.rotary import LengthLimit, length_limits
+from fishkern.hosts.shares import Share, placed, share_of
 from fishkern.hosts.tasks import HEADS, Task, is_head, padding_token, task
 from fishkern.hosts.wrappers import base_model, named_parameters, unwrap
 
@@ -28,6 +29,7 @@ __all__ = [
     "InsertionPoints",
     "Layer",
     "LengthLimit",
+    "Share",
     "Task",
     "Wrapper",
     "accepts",
@@ -50,10 +52,13 @@ __all__ = [
     "modes",
     "named_parameters",
     "padding_token",
+    "placed",
     "remove",
+    "reshard",
     "runs_on",
     "scripted",
     "sharded",
+    "share_of",
     "stack_of",
     "stacks",
     "task",

@@ -33,6 +33,16 @@ def units(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if _is_unit(module)}
 
 
+def reshard(model: nn.Module) -> None:
+    """Let every process hold its shards alone, as between training steps: a forward pass alone may leave it whole.
+
+    Args:
+        model: A module; one that FSDP2 does not shard is left as it is.
+    """
+    if units(model):
+        FullySharded(model).reshard()
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """Give the part of a tensor that this process holds.
 

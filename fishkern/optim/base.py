@@ -6,14 +6,16 @@ import math
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fishkern import backend
+from fishkern import backend, hosts
 from fishkern.arguments import one_of
+from fishkern.hosts import Share
 from fishkern.names import listed
 from fishkern.optim.clipping import clipped
 from fishkern.optim.compact import Bucket, Operands, apart, bytes_of, carried_over
@@ -22,8 +24,10 @@ from fishkern.optim.fused import FusedOperands, step_fused
 from fishkern.optim.groups import OUTSIDE, Group, Outside, Parameters, all_named, named_groups, settle
 from fishkern.optim.release import ReleasedGrads, dense, to_release
 from fishkern.optim.selected import Selected, key_bytes
-from fishkern.optim.state_dict import loaded, loaded_frozen
+from fishkern.optim.state_dict import loaded, loaded_frozen, whole_state
 from fishkern.selection import Entries, Selection, check_start
+from fishkern.selection.local import own_entries
+from fishkern.statistics.shards import Ranks
 from fishkern.warning import warn_caller
 
 
@@ -75,11 +79,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
     takes them or :meth:`zero_grad` drops them (``model.zero_grad()`` cannot). ``clip_grad_norm_`` and a ``GradScaler``
     do not see them, hence ``max_grad_norm``; the first step without it warns.
 
+    Where FSDP2 shards the parameters, each rank steps the selected entries of its shards and keeps state of these
+    alone, in :attr:`state` by their place in the shard. The norm of ``max_grad_norm`` is that over all ranks. ``step``,
+    :meth:`state_dict`, :meth:`load_state_dict` and :meth:`reselect` are collective operations then: every rank calls
+    them. Gradients are not released, since FSDP2 itself reduces and frees them.
+
     ``torch.compile`` runs ``step`` as it is, uncompiled.
 
     Args:
         model_or_named_parameters: A model, its ``named_parameters()``, or groups of them.
-        selection: What moves. Each name of its pool must be among the parameters.
+        selection: What moves. Each name of its pool must be among the parameters. On shards it is either the same on
+            all ranks, or a :class:`fishkern.ShardedSelection` of the same parts.
         defaults: Options of the algorithm, for groups that do not set them.
         outside: What to do with trainable parameters outside the pool: ``"error"`` raises, ``"freeze"`` sets their
             ``requires_grad`` to False, ``"train"`` trains them whole.
@@ -98,8 +108,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         TypeError: A parameter has no name.
         ValueError: Selection and parameters do not fit, a trainable parameter is outside the pool, a selected one is
             frozen, nothing would move, or an option is out of range.
-        UnsupportedModuleError: A model is given that, as it is, does not see PEFT's prefix, or is sharded; or the
-            selection's pool holds a quantised weight.
+        UnsupportedModuleError: A model is given that, as it is, does not see PEFT's prefix, or is sharded by other
+            means than FSDP2; or the selection's pool holds a quantised weight.
     """
 
     fused_on: ClassVar[tuple[str, ...]] = ()
@@ -216,7 +226,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._warn_of_clipping()
         self._warn_of_missing()
         work = [
-            (bucket, group, self._grads_of(bucket.params))
+            (bucket, group, self._grads_of(bucket.parameters))
             for group, buckets in zip(self.param_groups, self._current_buckets(), strict=True)
             for bucket in buckets
         ]
@@ -229,6 +239,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 continue
             bucket.own(self.state, grads)
             bucket.advance(grads)
+            if not bucket.count:  # the selected entries are in the shards of other ranks
+                continue
             factor = None if scale is None else scale.to(bucket.device)
             if self._is_fused(bucket):
                 step_fused(bucket, grads, factor, partial(self._update_fused_, group=group))
@@ -292,6 +304,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 "reselect takes a selection out of the same pool, with the same names and shapes: select again from "
                 "statistics of the same parameters, or make another optimizer."
             )
+        selection.check(self._named())
         groups = [{"params": list(zip(g["param_names"], g["params"], strict=True))} for g in self.param_groups]
         settle(groups, selection, "train", frozen=self.frozen)  # which only checks: the rest was settled before
         if freeze and not selection.count and all(name in selection for name, _ in self._named()):
@@ -300,17 +313,22 @@ class MaskedOptimizer(torch.optim.Optimizer):
         set_frozen_(self.param_groups, to_freeze(self._named(), selection, before, freeze=freeze))
         if set(self.frozen) - set(before):
             self._expected = [(name, p) for name, p in self._named() if name not in self.frozen and p in self.state]
-        staying = 0
+        kept = 0
+        counts = selection.counts
         for name, parameter in self._named():
             if name in selection:
-                new, old = self._reached(selection.entries(name), parameter), self.selection.entries(name)
-                moved, count = carried_over(self.state.pop(parameter, {}), old, new, parameter)
-                staying += count
-                if moved:
+                new, (old, _) = self._reached(selection, name, parameter), self._own(self.selection, name, parameter)
+                staying = old.shared(new.entries)
+                if new.share is not None:
+                    staying = int(new.share.gathered(torch.tensor([staying])).sum())
+                kept += staying
+                state, local = self.state.pop(parameter, {}), hosts.local_part(parameter.detach())
+                added = counts[name] - staying
+                if moved := carried_over(state, old, new, local, staying=staying, added=added):
                     self.state[parameter] = moved
             elif parameter in self.state:  # its views would keep the memory of all others
                 self.state[parameter] = apart(self.state[parameter])
-        reselected = Reselected(staying, self.selection.count - staying, selection.count - staying)
+        reselected = Reselected(kept, self.selection.count - kept, selection.count - kept)
         self.selection, self._at_start = selection, False
         self._attach()
         return reselected
@@ -340,31 +358,55 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             numbers = len(self._names(group))
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                entries = selection.entries(name) if name in selection else Entries.all(parameter.shape)
-                if not entries.count:
+                (entries, _), local = self._own(selection, name, parameter), hosts.local_part(parameter.detach())
+                if not _moving(selection.counts, name, parameter):
                     continue
                 master = self._has_master(parameter.dtype)
                 each = 4 * (numbers + 1) if master else numbers * parameter.dtype.itemsize
                 each += 4 * ("start" in self.state.get(parameter, {}))
-                nbytes += entries.count * each + 4 + key_bytes(entries, parameter, with_master=master)  # 4 of the step
+                nbytes += entries.count * each + 4 + key_bytes(entries, local, with_master=master)  # 4 of the step
         return nbytes
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state and the options of the groups, as torch's optimizers do.
+
+        Where parameters are sharded this is a collective operation: every rank gets the state of all selected entries,
+        in the numbering of whole parameters, which is that of one process and loads on any number of ranks.
+
+        Returns:
+            ``"state"`` by number of the parameter, ``"param_groups"``.
+        """
+        own = self.state
+        selected = {name: self._selected(name, parameter) for name, parameter in self._named()}
+        self.state = whole_state(own, dict(self._named()), selected, self.selection)
+        try:
+            return super().state_dict()
+        finally:
+            self.state = own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, for the same selection, by the parameters' names; nothing is cast.
 
+        Where parameters are sharded every rank calls it, and takes the entries that it holds.
+
         Args:
-            state_dict: Of an optimizer of this class.
+            state_dict: Of an optimizer of this class, on any number of ranks.
 
         Raises:
             ValueError: Its groups, names or entries differ.
+            RuntimeError: They differ on another rank alone.
         """
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         selected = {name: self._selected(name, parameter) for name, parameter in self._named()}
-        state, groups = loaded(state_dict, self.param_groups, selected)
+        sharded = any(one.share is not None for one in selected.values())
+        with Ranks().failing_together() if sharded else nullcontext():
+            state, groups = loaded(state_dict, self.param_groups, selected)
+            frozen = loaded_frozen(state_dict, self.selection)
         before = set(self.frozen)
-        set_frozen_(groups, loaded_frozen(state_dict, selected))
+        set_frozen_(groups, frozen)
         self.__setstate__({"state": state, "param_groups": groups})
         if set(self.frozen) != before:
             self._attach()  # what is frozen has no gradient to release
@@ -397,11 +439,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if self._buckets is not None and all(bucket.fits() for buckets in self._buckets for bucket in buckets):
             return self._buckets
         self._buckets = []
+        counts = self.selection.counts
         for group in self.param_groups:
             parts: dict[_Kind, list[tuple[Tensor, Selected]]] = defaultdict(list)
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 selected = self._selected(name, parameter)
-                if selected.entries.count:
+                if _moving(counts, name, parameter):  # maybe on other ranks alone: the state of all has the same keys
                     parts[self._kind_of(parameter, selected)].append((parameter, selected))
             self._buckets.append(
                 [
@@ -422,12 +465,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def _kind_of(self, parameter: Tensor, selected: Selected) -> _Kind:
         requested = self._settings["fused"]
         as_rows = selected.entries.ranges is not None  # ranges of every row, too; a parameter selected whole has none
-        in_place = selected.indices is None and parameter.is_contiguous()
+        local = hosts.local_part(parameter.detach())
+        in_place = selected.indices is None and local.is_contiguous() and selected.entries.count > 0
         return _Kind(
             dtype=parameter.dtype,
             device=parameter.device,
             long_indices=selected.indices is not None and selected.indices.dtype == torch.int64,
-            fused=(as_rows if requested is None else requested) and in_place and parameter.device.type in self.fused_on,
+            fused=(as_rows if requested is None else requested) and in_place and local.device.type in self.fused_on,
             has_starts="start" in self.state.get(parameter, {}),
         )
 
@@ -438,12 +482,29 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def _grads_of(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         grads = [parameter.grad for parameter in parameters]
-        for parameter, grad in zip(parameters, grads, strict=True):
-            if grad is not None and grad.layout is not torch.strided:
-                dense(next(name for name, other in self._named() if other is parameter), grad)
+        for number, (parameter, grad) in enumerate(zip(parameters, grads, strict=True)):
+            if grad is None:
+                continue
+            if type(grad) is not Tensor:
+                self._check_placed(parameter, grad)
+                grads[number] = grad = hosts.local_part(grad)
+            if grad.layout is not torch.strided:
+                dense(self._name_of(parameter), grad)
         if self._released is None or not self._released.grads:
             return grads
         return [self._released.grads.get(p, grad) for p, grad in zip(parameters, grads, strict=True)]
+
+    def _check_placed(self, parameter: Tensor, grad: Tensor) -> None:
+        """Refuse a gradient of which a rank holds another part than of the parameter."""
+        ours, theirs = (getattr(one, "placements", None) for one in (parameter, grad))
+        if ours != theirs:
+            raise ValueError(
+                f"{self._name_of(parameter)} is sharded as {ours} and its gradient as {theirs}: both must be alike, as "
+                "under FSDP2."
+            )
+
+    def _name_of(self, parameter: Tensor) -> str:
+        return next(name for name, other in self._named() if other is parameter)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.param_groups:
@@ -451,15 +512,22 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def _selected(self, name: str, parameter: Tensor) -> Selected:
         """Tell which entries of a parameter move; outside the pool it moves whole."""
-        if name not in self.selection:
-            return Selected(Entries.all(parameter.shape), None)
-        selected = self._memo.get(name)
-        if selected is None or not selected.fits(parameter, with_master=self._has_master(parameter.dtype)):
-            selected = self._memo[name] = self._reached(self.selection.entries(name), parameter)
+        local, selected = hosts.local_part(parameter.detach()), self._memo.get(name)
+        alike = selected is not None and (selected.share is None) is not hasattr(parameter, "device_mesh")
+        if not alike or not selected.fits(local, with_master=self._has_master(parameter.dtype)):
+            selected = self._memo[name] = self._reached(self.selection, name, parameter)
         return selected
 
-    def _reached(self, entries: Entries, parameter: Tensor) -> Selected:
-        return Selected.of(entries, parameter, with_master=self._has_master(parameter.dtype))
+    def _reached(self, selection: Selection, name: str, parameter: Tensor) -> Selected:
+        entries, share = self._own(selection, name, parameter)
+        local = hosts.local_part(parameter.detach())
+        return Selected.of(entries, local, share, with_master=self._has_master(parameter.dtype))
+
+    def _own(self, selection: Selection, name: str, parameter: Tensor) -> tuple[Entries, Share | None]:
+        """Give the selected entries of a parameter, of a sharded one those of the local shard, by their place in it."""
+        if name not in selection:
+            return Entries.all(hosts.local_part(parameter.detach()).shape), hosts.share_of(name, parameter)
+        return own_entries(selection, name, parameter)
 
     def _attach(self) -> None:
         """Put on the hooks of this selection, and forget how the state was laid out."""
@@ -507,3 +575,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 "release_grads=False, or train in bfloat16 without a scaler."
             )
         self._released.check_exchanged()
+
+
+def _moving(counts: Mapping[str, int], name: str, parameter: Tensor) -> bool:
+    """Tell whether any entry of a parameter moves, on whatever rank; outside the pool it moves whole."""
+    return counts.get(name, parameter.numel()) > 0

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fishkern import hosts
 from fishkern.optim.selected import ENTRIES, Selected
 from fishkern.selection import Entries
 
@@ -35,9 +36,14 @@ class Bucket:
     ``state[parameter]`` holds views of it. Values that are there instead, because they were loaded or put there by
     hand, are copied in and replaced by the views (:meth:`own`), so ``optimizer.state`` is always what counts.
 
+    Attributes:
+        parameters: As given.
+        params: What is stepped: the parameters, of sharded ones the local shards.
+        count: ``K``, how many entries of all of them are selected; of shards maybe none.
+
     Args:
-        params: ``P`` parameters of one dtype and device.
-        selected: The selected entries of each; indices of one dtype.
+        parameters: ``P`` parameters of one dtype and device.
+        selected: The selected entries of each, of sharded ones those of the local shard; indices of one dtype.
         names: What the algorithm keeps for each selected entry, such as ``("exp_avg", "exp_avg_sq")``.
         with_master: Keep the weights in float32 as well, and all else in float32.
         fused: Whether torch's fused update is to step it; then no parameter has indices, and all are contiguous.
@@ -45,18 +51,20 @@ class Bucket:
 
     def __init__(
         self,
-        params: Sequence[Tensor],
+        parameters: Sequence[Tensor],
         selected: Sequence[Selected],
         names: Sequence[str],
         *,
         with_master: bool,
         fused: bool,
     ) -> None:
-        self.params, self.selected, self.fused = list(params), list(selected), fused
+        self.parameters, self.selected, self.fused = list(parameters), list(selected), fused
+        self.params = params = [hosts.local_part(parameter) for parameter in parameters]
+        self._sharded = any(param is not parameter for param, parameter in zip(params, parameters, strict=True))
         self.dtype, self.device = params[0].dtype, params[0].device
         self._contiguous = [param.is_contiguous() for param in params]
         self._sizes = [one.entries.count for one in selected]
-        K = sum(self._sizes)
+        self.count = K = sum(self._sizes)
         self.flat = {
             name: torch.zeros(K, dtype=torch.float32 if with_master else self.dtype, device=self.device)
             for name in (*names, *(["master"] if with_master else []))
@@ -85,6 +93,8 @@ class Bucket:
         Returns:
             Whether all of them have.
         """
+        if self._sharded:
+            self.params = [hosts.local_part(parameter) for parameter in self.parameters]
         for param, contiguous in zip(self.params, self._contiguous, strict=True):  # all() would take twice as long
             if param.dtype is not self.dtype or param.device != self.device or param.is_contiguous() is not contiguous:
                 return False
@@ -97,10 +107,10 @@ class Bucket:
             states: ``optimizer.state``, which makes an empty one where there is none.
             grads: The gradient of each parameter; one without is left alone.
         """
-        for i, (param, views, grad) in enumerate(zip(self.params, self._views, grads, strict=True)):
+        for i, (parameter, views, grad) in enumerate(zip(self.parameters, self._views, grads, strict=True)):
             if grad is None:
                 continue
-            state = states[param]
+            state = states[parameter]
             # As after every step but the first. Nothing here is called twice, since all of it costs the host.
             if len(state) != len(views) or not all(map(is_, views.values(), state.values())):
                 self._take_over(i, state)
@@ -208,7 +218,9 @@ class Bucket:
         return Operands(params, pieces, indices, self.steps[self._owners])
 
 
-def carried_over(state: dict[str, Any], old: Entries, new: Selected, param: Tensor) -> tuple[dict[str, Any], int]:
+def carried_over(
+    state: dict[str, Any], old: Entries, new: Selected, param: Tensor, *, staying: int, added: int
+) -> dict[str, Any]:
     """Move one parameter's state to another selection of its entries.
 
     Entries that stay keep theirs, the others begin with zeros and count their updates from here.
@@ -217,21 +229,24 @@ def carried_over(state: dict[str, Any], old: Entries, new: Selected, param: Tens
         state: ``optimizer.state[param]``; may be empty.
         old: The entries it belongs to.
         new: The entries that it is to belong to.
-        param: The parameter.
+        param: The parameter, or the local shard of one.
+        staying: How many entries of the whole parameter stay.
+        added: How many entries of the whole parameter come in.
 
     Returns:
-        The new state, empty where none of the entries with state stays, and how many entries stay.
+        The new state, empty where none of the entries with state stays. That of every rank has the same keys, and the
+        same step.
     """
-    count, staying = new.entries.count, old.shared(new.entries)
+    count = new.entries.count
     if not state or staying == 0:
-        return {}, staying
+        return {}
     values = {name: tensor for name, tensor in state.items() if name not in ("step", "start", *ENTRIES)}
     moved: dict[str, Tensor] = {
         name: new.gather(param).to(tensor.dtype, copy=True) if name == "master" else tensor.new_zeros(count)
         for name, tensor in values.items()
     }
     step = state["step"].clone()
-    if staying < count or "start" in state:
+    if added or "start" in state:
         # The step is the parameter's. An entry that comes in now has done none of its updates: it starts at this one.
         values["start"] = state.get("start", torch.zeros(old.count, device=param.device))
         moved["start"] = step.to(param.device).repeat(count)
@@ -239,9 +254,9 @@ def carried_over(state: dict[str, Any], old: Entries, new: Selected, param: Tens
         source, target = _on(param.device, before), _on(param.device, after)
         for name, tensor in values.items():
             moved[name][target] = tensor[source]
-    if "start" in moved and bool((moved["start"] == moved["start"][0]).all()):
+    if "start" in moved and new.share is None and bool((moved["start"] == moved["start"][0]).all()):
         step -= moved.pop("start")[0].to(step.device)  # one age for all again, with which rows are fused
-    return {"step": step, **moved, **new.key()}, staying
+    return {"step": step, **moved, **new.key()}
 
 
 def apart(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,12 +34,13 @@ def named_groups(parameters: Parameters, selection: Selection) -> list[Group]:
         TypeError: A parameter has no name.
         ValueError: A parameter or a name comes twice.
         UnsupportedModuleError: The model, as it is, does not see PEFT's prefix, so that training it has no effect, or
-            has its adapter merged; or it is sharded, or the pool holds a quantised weight.
+            has its adapter merged; or it is sharded by other means than FSDP2, or the pool holds a quantised weight.
     """
     if isinstance(parameters, nn.Module):
+        hosts.reshard(parameters)
         moving = {name for name, count in selection.counts.items() if count}
         lost = hosts.lost_prefix(parameters) or hosts.merged_adapter(parameters, moving)
-        if reason := hosts.sharded(parameters) or lost:
+        if reason := hosts.sharded(parameters, fsdp2=True) or lost:
             raise UnsupportedModuleError(f"{reason}.")
         _refuse_stored(key for key in stored_weights(hosts.unwrap(parameters)) if key in selection)
         groups = [{"params": _of_model(parameters, selection)}]
@@ -92,7 +93,7 @@ def settle(
 
     Raises:
         ValueError: A trainable parameter is outside the pool and ``outside`` is ``"error"``; a selected one is frozen,
-            complex or sharded.
+            complex, or sharded in another way than FSDP2 does.
     """
     strangers = [(n, p) for n, p in all_named(groups) if n not in selection and p.requires_grad]
     if strangers and outside == "error":
@@ -114,8 +115,7 @@ def settle(
     for name, parameter in trained:
         if not parameter.is_floating_point():
             raise ValueError(f"{name} is {parameter.dtype}, and only floating parameters are trained.")
-        if hasattr(parameter, "device_mesh"):
-            raise ValueError(f"{name} is sharded over processes (a DTensor), which masked optimizers do not support.")
+        hosts.share_of(name, parameter)
     handled = {name for name, _ in trained} | {name for name, _ in all_named(groups) if name in selection}
     return [{**group, "params": [(n, p) for n, p in group["params"] if n in handled]} for group in groups]
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fishkern.names import listed
 from fishkern.ops.dtypes import accumulates_in
 from fishkern.optim.selected import Selected
 
@@ -84,13 +85,22 @@ def to_release(
             several processes train.
 
     Returns:
-        Those to hand to :class:`ReleasedGrads`.
+        Those to hand to :class:`ReleasedGrads`; none that is sharded, whose gradients FSDP2 itself reduces and frees.
+
+    Raises:
+        ValueError: ``release`` is ``True``, and a parameter is sharded.
     """
+    moving = list(moving)
+    if release and (sharded := [name for name, _, selected in moving if selected.share is not None]):
+        raise ValueError(
+            f"{len(sharded)} parameters are sharded ({listed(sharded)}), and FSDP2 reduces their gradients itself: "
+            "leave release_grads= out."
+        )
     if release is None and several_processes():
         release = False
     entries = []
     for name, parameter, selected in moving:
-        if not selected.entries.is_all and parameter.requires_grad:
+        if selected.share is None and not selected.entries.is_all and parameter.requires_grad:
             large = parameter.numel() > LARGE and selected.entries.count <= LITTLE * parameter.numel()
             if large if release is None else release:
                 entries.append((name, parameter, selected))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fishkern.hosts import Share
 from fishkern.ops.streaming_topk import index_dtype
 from fishkern.selection import Entries
 
@@ -16,40 +17,47 @@ ENTRIES = ("indices", "rows")  # keys of a state that say which entries it is of
 class Selected(NamedTuple):
     """The selected entries of a parameter, and how a step reaches them.
 
+    Of a parameter that is sharded, everything here is about the local shard, as if that were the parameter.
+
     Attributes:
         entries: The selected entries.
         indices: Their flat indices ``[K]`` on the parameter's device, by which they are gathered; ``None`` where they
             are reached as views: all entries, or ranges of rows.
+        share: Which part of the whole parameter the shard is; ``None`` where it is not sharded.
     """
 
     entries: Entries
     indices: Tensor | None
+    share: Share | None = None
 
     @classmethod
-    def of(cls, entries: Entries, parameter: Tensor, *, with_master: bool) -> Selected:
+    def of(cls, entries: Entries, parameter: Tensor, share: Share | None = None, *, with_master: bool) -> Selected:
         """Find out how a step reaches the entries of a parameter, and list those that it gathers.
 
         Args:
             entries: The selected entries.
-            parameter: The parameter.
+            parameter: The parameter, or the local shard of one.
+            share: Which part of the parameter the shard is.
             with_master: Whether its 16-bit weights have a master.
 
         Returns:
             The entries, with indices where they are needed.
         """
         needed = _needs_indices(entries, parameter, with_master)
-        return cls(entries, entries.indices().to(parameter.device) if needed else None)
+        return cls(entries, entries.indices().to(parameter.device) if needed else None, share)
 
     def fits(self, parameter: Tensor, *, with_master: bool) -> bool:
         """Tell whether a parameter still has the dtype, device and layout that this was made for.
 
         Args:
-            parameter: The parameter.
+            parameter: The parameter, or the local shard of one.
             with_master: Whether its 16-bit weights have a master.
 
         Returns:
             Whether :meth:`of` would give the same.
         """
+        if self.entries.shape != parameter.shape:
+            return False
         if _needs_indices(self.entries, parameter, with_master):
             return self.indices is not None and self.indices.device == parameter.device
         return self.indices is None

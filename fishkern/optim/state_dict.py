@@ -1,4 +1,4 @@
-"""From a saved state to the state of an optimizer: by name, for the same entries, and nothing cast."""
+"""Between saved state and that of an optimizer: by name, for the same entries, whole on any number of ranks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishkern.hosts import Share
 from fishkern.names import listed
 from fishkern.optim.frozen import FROZEN, frozen_in
 from fishkern.optim.selected import ENTRIES, Selected
-from fishkern.selection import Entries, Rows
+from fishkern.selection import Entries, Rows, Selection
+from fishkern.selection.local import Joined, in_shard, own_values
 
 
 def loaded(
@@ -29,7 +31,7 @@ def loaded(
         state_dict: What ``state_dict()`` of a masked optimizer gave, or with names in the place of its numbers, as
             ``torch.distributed.checkpoint`` has it.
         groups: The groups of the optimizer that loads it.
-        selected: Of each name the entries that move.
+        selected: Of each name the entries that move, of a sharded parameter those of the local shard.
 
     Returns:
         State by parameter, copied to its device, and groups with the saved options; one that is newer than the state
@@ -54,7 +56,9 @@ def loaded(
     state: defaultdict[Tensor, Any] = defaultdict(dict)
     for name, parameter in own.items():
         if saved := state_dict["state"].get(keys[name]):
-            _check_entries(name, parameter, saved, selected[name].entries)
+            if (share := selected[name].share) is not None:
+                saved = _in_shard(name, saved, share)
+            _check_entries(name, saved, selected[name].entries)
             values = {
                 key: value.detach().to(parameter.device, copy=True) if isinstance(value, Tensor) else value
                 for key, value in saved.items()
@@ -96,12 +100,12 @@ def _options(number: int, own: Mapping[str, Any], saved: Mapping[str, Any]) -> d
     return {**own, **options, "params": own["params"], "param_names": own["param_names"]}
 
 
-def loaded_frozen(state_dict: Mapping[str, Any], selected: Mapping[str, Selected]) -> frozenset[str]:
+def loaded_frozen(state_dict: Mapping[str, Any], selection: Selection) -> frozenset[str]:
     """Read which parameters the optimizer had frozen when its state was saved.
 
     Args:
         state_dict: As :func:`loaded` takes it, and has checked it.
-        selected: Of each name the entries that move.
+        selection: What moves.
 
     Returns:
         Their names; none for a state from before there was such a thing.
@@ -115,7 +119,7 @@ def loaded_frozen(state_dict: Mapping[str, Any], selected: Mapping[str, Selected
         if not isinstance(names, list | tuple) or not all(name in group["param_names"] for name in names):
             raise ValueError("the state is damaged: 'frozen' of a group lists names of its parameters.")
     frozen = frozen_in(groups)
-    if moving := [name for name in frozen if selected[name].entries.count]:
+    if moving := [name for name in frozen if selection.counts.get(name, 1)]:
         raise ValueError(
             f"the state is of a training in which {listed(moving)} had stopped, and something of it is selected here: "
             "make the optimizer with the selection that was in use when the state was saved."
@@ -138,7 +142,53 @@ def _of_a_kind(own: object, saved: object) -> bool:
     return number and (math.isfinite(saved) if isinstance(saved, float) else abs(saved) < 2**63)
 
 
-def _check_entries(name: str, parameter: Tensor, saved: object, entries: Entries) -> None:
+def whole_state(
+    state: Mapping[Tensor, dict[str, Any]],
+    named: Mapping[str, Tensor],
+    selected: Mapping[str, Selected],
+    selection: Selection,
+) -> Mapping[Tensor, dict[str, Any]]:
+    """Join the state that ranks keep for the selected entries of their shards. A collective operation.
+
+    Args:
+        state: ``optimizer.state``, of which every rank has the same parameters and keys.
+        named: The parameters by name.
+        selected: Of each the selected entries, of a sharded one those of the local shard.
+        selection: What is selected.
+
+    Returns:
+        The state by parameter as one process would keep it; of parameters that are not sharded the given one.
+    """
+    whole = dict(state)
+    for name, parameter in named.items():
+        own, share = state.get(parameter), selected[name].share
+        if own and share is not None:
+            join = Joined(selected[name].entries, share)
+            entries = selection.entries(name) if name in selection else join.entries
+            entries = entries if entries.count == join.entries.count else join.entries
+            values = {
+                key: join(value) if isinstance(value, Tensor) and value.ndim else value
+                for key, value in own.items()
+                if key not in ENTRIES
+            }
+            whole[parameter] = values | Selected(entries, entries.indices().to(own["step"].device)).key()
+    return whole
+
+
+def _in_shard(name: str, saved: Mapping[str, Any], share: Share) -> dict[str, Any]:
+    """Take from a saved state of a whole parameter that of the entries in the local shard."""
+    entries = _saved_entries(share.shape, saved) if isinstance(saved, Mapping) else None
+    if entries is None:
+        raise ValueError(_of_others(name))
+    _check_entries(name, saved, entries)
+    values = {
+        key: own_values(value, entries, share) if value.ndim else value
+        for key, value in ((key, torch.as_tensor(value)) for key, value in saved.items() if key not in ENTRIES)
+    }
+    return {**values, "indices": in_shard(entries, share).indices()}
+
+
+def _check_entries(name: str, saved: object, entries: Entries) -> None:
     if not isinstance(saved, Mapping) or not all(isinstance(value, Tensor | int | float) for value in saved.values()):
         raise ValueError(f"the state of {name} is damaged: it is a tensor for each of its keys.")
     step = torch.as_tensor(saved.get("step", 0))
@@ -146,25 +196,29 @@ def _check_entries(name: str, parameter: Tensor, saved: object, entries: Entries
         raise ValueError(f"the state of {name} is damaged: step is the number of its updates.")
     values = {key: value for key, value in saved.items() if key not in ("step", *ENTRIES)}
     sized = all(isinstance(value, Tensor) and tuple(value.shape) == (entries.count,) for value in values.values())
-    if not _are_saved(entries, saved) or not sized:
-        raise ValueError(
-            f"the state of {name} belongs to other entries than are selected here: make the optimizer with the "
-            "selection that was in use when the state was saved."
-        )
+    if _saved_entries(entries.shape, saved) != entries or not sized:
+        raise ValueError(_of_others(name))
     if odd := [key for key, value in values.items() if value.is_complex() or value.dtype == torch.bool]:
         raise ValueError(f"the state of {name} is damaged: {odd[0]} is {values[odd[0]].dtype}.")
 
 
-def _are_saved(entries: Entries, saved: Mapping[str, Any]) -> bool:
-    """Tell whether a saved state is of these entries, listed or in ranges of rows."""
+def _saved_entries(shape: torch.Size, saved: Mapping[str, Any]) -> Entries | None:
+    """Read which entries a saved state is of, listed or in ranges of rows; ``None`` if it does not say."""
     if "rows" not in saved and "indices" not in saved:
-        return entries.is_all
-    said = saved["rows" if "rows" in saved else "indices"]
+        return Entries.all(shape)
+    said = saved["indices" if "indices" in saved else "rows"]
     if not isinstance(said, Tensor) or said.dtype not in (torch.int32, torch.int64):
-        return False
-    if "rows" not in saved:
-        return torch.equal(entries.indices().long(), said.cpu().long())
+        return None
+    if "indices" in saved and not bool((said[1:] > said[:-1]).all()):
+        return None
     try:
-        return Entries.of(entries.shape, Rows(*said.tolist())) == entries
+        return Entries.of(shape, said if "indices" in saved else Rows(*said.tolist()))
     except (TypeError, ValueError):
-        return False
+        return None
+
+
+def _of_others(name: str) -> str:
+    return (
+        f"the state of {name} belongs to other entries than are selected here: make the optimizer with the selection "
+        "that was in use when the state was saved."
+    )

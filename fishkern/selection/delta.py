@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fishkern import hosts
 from fishkern.files import (
     PIECE,
     AnyTensor,
@@ -19,10 +20,10 @@ from fishkern.files import (
     in_brief,
     open_tensors,
     parsing,
+    pieces,
     read_json,
     save_tensors,
 )
-from fishkern.selection.entries import Entries
 from fishkern.selection.format import (
     TENSORS,
     Form,
@@ -33,6 +34,7 @@ from fishkern.selection.format import (
     read_provenance,
 )
 from fishkern.selection.frozen import Frozen
+from fishkern.selection.local import Joined, own_entries, own_values, without
 from fishkern.selection.result import Selection
 from fishkern.selection.start import named_tensors
 
@@ -177,7 +179,8 @@ def _read_values(name: str, shape: torch.Size, stored: StoredTensor) -> Tensor:
 def delta(model: nn.Module, selection: Selection) -> Delta:
     """Take the selected values of a trained model.
 
-    The digest of what is not selected reads the whole pool once.
+    The digest of what is not selected reads the whole pool once. Of a model that FSDP2 shards every rank calls it and
+    gets the whole delta, that of one process; one of them saves it.
 
     Args:
         model: The model, after training.
@@ -189,9 +192,10 @@ def delta(model: nn.Module, selection: Selection) -> Delta:
     Raises:
         ValueError: The selection does not fit the model.
     """
+    selection = selection.gathered()
     selection.check(model)
     named = named_tensors(model)
-    digests = {name: _digest_of_others(named[name], selection.entries(name)) for name in selection.names}
+    digests = {name: _digest_of_others(selection, name, named[name]) for name in selection.names}
     return _taken(named, selection, digests)
 
 
@@ -201,7 +205,7 @@ def apply_delta(model: nn.Module, delta: Delta, *, check: bool = True) -> Delta:
 
     One delta may be followed by another of the same base and selection; to go on with that of another selection, apply
     the returned one first. ``model.save_pretrained`` then writes a plain checkpoint with the values merged. Everything
-    is checked before anything is written.
+    is checked before anything is written. Into a model that FSDP2 shards every rank writes what it holds; all call it.
 
     Args:
         model: The base model, in the dtype in which the delta was trained.
@@ -225,7 +229,7 @@ def apply_delta(model: nn.Module, delta: Delta, *, check: bool = True) -> Delta:
                     f"the delta holds {name} as {values.dtype}, the model as {named[name].dtype}: load the model with "
                     f"dtype={values.dtype}, or pass check=False to cast."
                 )
-        digests = {name: _digest_of_others(named[name], selection.entries(name)) for name in selection.names}
+        digests = {name: _digest_of_others(selection, name, named[name]) for name in selection.names}
         if differing := [name for name, digest in digests.items() if digest != delta._digests[name]]:
             raise ValueError(
                 f"the model is not the delta's base: {len(differing)} of {len(digests)} parameters differ where "
@@ -234,30 +238,35 @@ def apply_delta(model: nn.Module, delta: Delta, *, check: bool = True) -> Delta:
             )
     before = _taken(named, selection, delta._digests)
     for name, values in delta._values.items():
-        parameter = named[name]
-        selection.entries(name).scatter_(parameter, values.to(parameter.device))
+        (own, share), parameter = own_entries(selection, name, named[name]), hosts.local_part(named[name])
+        values = values if share is None else own_values(values, selection.entries(name), share)
+        own.scatter_(parameter, values.to(parameter.device))
     return before
 
 
 def _taken(named: Mapping[str, Tensor], selection: Selection, digests: Mapping[str, str]) -> Delta:
-    values = {
-        name: selection.entries(name).gather(named[name]).to("cpu", copy=True)
-        for name, count in selection.counts.items()
-        if count
-    }
+    values = {}
+    for name, count in selection.counts.items():
+        if count:
+            own, share = own_entries(selection, name, named[name])
+            held = own.gather(hosts.local_part(named[name]))
+            values[name] = (held if share is None else Joined(own, share)(held)).to("cpu", copy=True)
     return Delta(selection, values, digests)
 
 
-def _digest_of_others(parameter: Tensor, entries: Entries) -> str:
+def _digest_of_others(selection: Selection, name: str, parameter: Tensor) -> str:
     """Hash dtype and bytes, with zeros where it is selected; one that is selected whole has no bytes to hash."""
     digest = blake2b(str(parameter.dtype).encode(), digest_size=8)
-    if entries.is_all:
+    if 0 < parameter.numel() == selection.counts[name]:
         return digest.hexdigest()
-    flat = parameter.detach().contiguous().view(-1)
-    for start in range(0, len(flat), PIECE):
-        piece = flat[start : start + PIECE]
+    entries, share = own_entries(selection, name, parameter)
+    shown = parameter if share is None else without(parameter, entries, share)
+    start = 0
+    for piece in pieces(shown, PIECE):
         buffer = bytearray(piece.nbytes)
         copy = torch.frombuffer(buffer, dtype=piece.dtype).copy_(piece)
-        entries.fill_(copy, 0, start)
+        if share is None:
+            entries.fill_(copy, 0, start)
         digest.update(buffer)
+        start += len(piece)
     return digest.hexdigest()

@@ -14,10 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.digests import agree, difference, digest
-from fishkern.files import Format, StoredTensor, in_brief, open_tensors, save_tensors
+from fishkern.digests import agree, difference, digest_of_pieces
+from fishkern.files import (
+    PIECE,
+    Format,
+    StoredTensor,
+    in_brief,
+    is_sharded,
+    open_tensors,
+    pieces,
+    save_tensors,
+    write_from_ranks,
+)
 from fishkern.names import fitted
-from fishkern.selection.entries import Entries
+from fishkern.selection.local import own_entries, without
 from fishkern.selection.result import Selection
 
 FORMAT = Format("fishkern.start", version=1, saved_by="fishkern.selection.save_start")
@@ -25,6 +35,8 @@ FORMAT = Format("fishkern.start", version=1, saved_by="fishkern.selection.save_s
 
 def bound_to_start(selection: Selection, model: nn.Module) -> Selection:
     """Add to a selection a digest of the values that its pool has in a model.
+
+    Of a model that FSDP2 shards it is the digest of one process; this is a collective operation then.
 
     Args:
         selection: The selection.
@@ -37,15 +49,14 @@ def bound_to_start(selection: Selection, model: nn.Module) -> Selection:
     Raises:
         ValueError: The selection does not fit the model.
     """
-    selection.check(model)
     named = named_tensors(model)
-    entries = {name: selection.entries(name) for name in selection.names}
+    selection.check(model)
     start = {
-        "start": {name: digest(named[name]) for name in entries},
+        "start": {name: _digest(named[name]) for name in selection.names},
         "start_unselected": {
-            name: digest(_unselected(named[name], selected))
-            for name, selected in entries.items()
-            if not selected.is_all
+            name: _digest_of_others(selection, name, named[name])
+            for name, count in selection.counts.items()
+            if count < selection.shapes[name].numel() or not count
         },
     }
     return selection.with_provenance(**start)
@@ -54,7 +65,7 @@ def bound_to_start(selection: Selection, model: nn.Module) -> Selection:
 def check_start(
     selection: Selection, model: nn.Module | Iterable[tuple[str, Tensor]], *, trained: bool = False
 ) -> None:
-    """Check that a model has the values that the selection was made for.
+    """Check that a model has the values that the selection was made for; of a sharded one a collective operation.
 
     Args:
         selection: The selection; one that carries no digest passes.
@@ -71,7 +82,7 @@ def check_start(
     for name, recorded in digests.items():
         if name not in named:
             continue
-        actual = digest(named[name])
+        actual = _digest(named[name])
         if not agree(actual, recorded):
             if trained and _was_trained(selection, named):
                 return
@@ -86,22 +97,26 @@ def _was_trained(selection: Selection, named: Mapping[str, Tensor]) -> bool:
     # A parameter that is selected whole has no other entries to compare: a head alone that differs is another start.
     recorded = selection.provenance.get("start_unselected", {})
     recorded = {name: pair for name, pair in recorded.items() if name in named and name in selection}
-    unselected = {name: digest(_unselected(named[name], selection.entries(name))) for name in recorded}
+    unselected = {name: _digest_of_others(selection, name, named[name]) for name in recorded}
     unmoved = all(agree(unselected[name], pair) for name, pair in recorded.items())
     conclusive = any(norm > 0 for norm, _ in recorded.values())  # zeros are the same in every start
     start = selection.provenance["start"]
-    return unmoved and conclusive and any(not agree(digest(named[name]), start[name]) for name in recorded)
+    return unmoved and conclusive and any(not agree(_digest(named[name]), start[name]) for name in recorded)
 
 
-def _unselected(tensor: Tensor, entries: Entries) -> Tensor:
-    """Copy a parameter, ``[P]``, with zeros where it is selected."""
-    copy = tensor.detach().flatten().clone()
-    entries.fill_(copy, 0)
-    return copy
+def _digest(tensor: Tensor) -> tuple[float, float]:
+    return digest_of_pieces(pieces(tensor, PIECE))
+
+
+def _digest_of_others(selection: Selection, name: str, parameter: Tensor) -> tuple[float, float]:
+    """Compute the digest of a parameter, with zeros where it is selected."""
+    return _digest(without(parameter, *own_entries(selection, name, parameter)))
 
 
 def save_start(model: nn.Module, selection: Selection, path: str | os.PathLike[str]) -> Path:
     """Save the values that the pool of a selection has in a model.
+
+    Of a model that FSDP2 shards all ranks call it, and the first writes the file of one process.
 
     Args:
         model: The model, before its first step.
@@ -114,10 +129,14 @@ def save_start(model: nn.Module, selection: Selection, path: str | os.PathLike[s
     Raises:
         ValueError: The selection does not fit the model, or was made for other values.
     """
+    selection = selection.gathered()
     selection.check(model)
     check_start(selection, model)
     named = named_tensors(model)
-    return save_tensors(path, {name: named[name].detach() for name in selection.names}, format=FORMAT, metadata={})
+    tensors = {name: named[name].detach() for name in selection.names}
+    if any(map(is_sharded, tensors.values())):
+        return write_from_ranks(tensors, lambda fed: save_tensors(path, fed, format=FORMAT, metadata={}))
+    return save_tensors(path, tensors, format=FORMAT, metadata={})
 
 
 def load_start(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -138,7 +157,9 @@ def load_start(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"{path} {reason}.")
     with torch.no_grad():
         for name, tensor in stored.items():
-            named[name].copy_(tensor.read())
+            share, values = hosts.share_of(name, named[name]), tensor.read()
+            own = values if share is None else values.narrow(share.axis, share.start, share.stop - share.start)
+            hosts.local_part(named[name]).copy_(own)
 
 
 def open_start(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
@@ -190,6 +211,7 @@ def named_tensors(model: nn.Module | Iterable[tuple[str, Tensor]], known: Contai
         Name to parameter.
     """
     if isinstance(model, nn.Module):
+        hosts.reshard(model)
         return hosts.named_parameters(model, remove_duplicate=False)
     named = list(model)
     names = fitted([name for name, _ in named], known)

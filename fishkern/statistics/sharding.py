@@ -91,11 +91,7 @@ class Part:
         Returns:
             A ``DTensor`` of the parameter's shape, mesh and placements.
         """
-        from torch.distributed.tensor import DTensor  # torch itself imports it with the first sharded model only
-
-        one = self.parameter
-        options = {"run_check": False, "shape": one.shape, "stride": one.stride()}
-        return DTensor.from_local(values.view(self.shape), one.device_mesh, one.placements, **options)
+        return hosts.placed(values.view(self.shape), self.parameter)
 
     def _add_rows_(self, state: Tensor, fill: Fill, device: torch.device) -> None:
         """Each rank holds some rows, and a block is a range of columns."""

@@ -1,6 +1,7 @@
 """Models with sharded parameters are refused by name where they are not served, and the same in one piece are served.
 
-What FSDP2 shards is served by ``estimate`` and ``verify``: ``tests/statistics/test_sharded_ranks.py``.
+What FSDP2 shards is served by ``estimate`` and ``verify`` (``tests/statistics/test_sharded_ranks.py``) and by masked
+optimizers (``tests/optim/test_sharded.py``).
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def test_a_sharded_model_is_refused_by_name(case):
 
 @pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_scatter_tensor` is deprecated:FutureWarning")
 @pytest.mark.parametrize("case", FULLY)
-def test_what_fsdp2_shards_is_estimated_and_refused_by_name_elsewhere(case):
+def test_what_fsdp2_shards_is_estimated_and_trained_and_refused_by_name_elsewhere(case):
     make, words = FULLY[case]
     model, likelihood = make(), fk.Classification()
     statistics, selection = of_the_whole()
@@ -117,11 +118,15 @@ def test_what_fsdp2_shards_is_estimated_and_refused_by_name_elsewhere(case):
         fk.estimate(model, BATCHES, fk.SketchedFisher(), likelihood=likelihood)
     for call in [
         lambda: fk.prepare(model, BATCHES[0], likelihood=likelihood),
-        lambda: fk.MaskedAdamW(model, selection, lr=1e-3),
         lambda: fk.fish_tuning(model, BATCHES, density=0.5, pool="model", likelihood=likelihood, order="random"),
     ]:
         with pytest.raises(fk.UnsupportedModuleError, match=words):
             call()
+    optimizer = fk.MaskedAdamW(model, selection, lr=1e-3)
+    model(BATCHES[0][0]).square().sum().backward()
+    optimizer.step()
+    moved = fk.delta(model, selection)
+    assert all(not torch.equal(moved.values(n), selection.entries(n).gather(p)) for n, p in net().named_parameters())
     expected = fk.select(found.whole(), fk.GlobalTopK(density=0.5))
     assert fk.select(found, fk.GlobalTopK(density=0.5)).gathered() == expected == selection
 
