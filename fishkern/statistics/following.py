@@ -221,14 +221,17 @@ class Following:
         return int(self._units.count_nonzero()) > 1
 
     def _noise(self, counts: Sequence[int]) -> list[float]:
-        """Compute the noise of a unit for tops of several sizes, from halves; if it has grown since quarters, more."""
+        """Compute the noise of a unit for tops of several sizes, from halves, and from how it has grown to them."""
         halves = self._compared((first, [not one for one in first]) for first in _WAYS)
         noise = noise_of_unit(*halves, counts)
         if not all(self._units):
             return noise
         quarters = [[part % 4 == quarter for part in range(_PARTS)] for quarter in range(4)]
         lesser = noise_of_unit(*self._compared(combinations(quarters, 2)), counts)
-        return [one * max(1.0, one / less) if less else one for one, less in zip(noise, lesser, strict=True)]
+        return [
+            one + max(0.0, one * (one / less - 1) / math.sqrt(2)) if less else one
+            for one, less in zip(noise, lesser, strict=True)
+        ]
 
     def _compared(
         self, pairs: Iterable[tuple[list[bool], list[bool]]]

@@ -57,8 +57,8 @@ class Precision:
     the other one, ``a`` and ``b`` their units, the noise of one unit is ``c = z / sqrt(1 / a + 1 / b)`` where ``h = 2
     Phi(-z)``, averaged over these ways, and the tops of ``n`` and of ``m`` others share ``2 Phi(-c sqrt(1 / n + 1 /
     m))``. This is exact where scores fall off like a power around the top's threshold, and their errors are log-normal
-    and of one size. Squares have heavy tails, so that errors shrink more slowly than ``1 / sqrt(n)``: if ``c`` has
-    grown from quarters of the data to halves, it is taken to grow once more by that factor.
+    and of one size. Squares have heavy tails, so that errors shrink more slowly than ``1 / sqrt(n)`` at first: where
+    ``c`` has grown by some part from quarters of the data to halves, ``1 / sqrt(2)`` of that part is added once more.
 
     Args:
         count: Number of units of the mean.
