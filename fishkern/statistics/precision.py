@@ -157,11 +157,13 @@ class Precision:
         """
         counts = [values[name] for name in ("count", "batches", "total", "followed")]
         noise = dict(values["noise"])
-        numbers = [values["deviation"], *noise, *noise.values()]
+        numbers = [values["deviation"], *noise.values()]
         if not all(type(one) is int and one >= 1 for one in counts):
             raise ValueError(f"counts are integers of at least 1, got {counts}")
         if not all(type(one) in (int, float) and math.isfinite(one) and one >= 0 for one in numbers):
             raise ValueError(f"deviation and noise are numbers of at least 0, got {numbers}")
+        if not all(type(density) in (int, float) and 0 < density <= 1 for density in noise):
+            raise ValueError(f"densities are above 0 and at most 1, got {list(noise)}")
         return cls(*counts, values["deviation"], noise)
 
     def __repr__(self) -> str:
