@@ -159,7 +159,7 @@ def estimate(
                     "estimate groups of parameters one after the other (parameters=), save each, and join them by "
                     "fishkern.union."
                 )
-        goal = None if until is None else _checked_until(until, request, ranks)
+        goal = None if until is None else _checked_until(until, request, ranks, sharded=sharding is not None)
         if prepared is not None:
             prepared.demand_request(request, options)
         backend = backends.current() if options.backend is None else options.backend
@@ -220,12 +220,12 @@ def estimate(
     return collected
 
 
-def _checked_until(until: float | tuple[float, float], request: Request, ranks: Ranks) -> Until:
-    """Read ``until``, which a single process can obey: others would have to agree on where each of them stops."""
-    if ranks.count > 1:
+def _checked_until(until: float | tuple[float, float], request: Request, ranks: Ranks, *, sharded: bool) -> Until:
+    """Read ``until``, which a single process can obey: several would have to agree on where each of them stops."""
+    if sharded or ranks.count > 1:
+        where = "sharded models" if sharded else f"several ranks, and there are {ranks.count}"
         raise ValueError(
-            f"until= is not built for several ranks, and there are {ranks.count}: estimate in one process, or give "
-            "the number of examples, max_examples=."
+            f"until= is not built for {where}: estimate in one process, or give the number of examples, max_examples=."
         )
     if isinstance(request.estimator, DiagonalFisher) and len(request.groups) > 1:
         raise ValueError("until= is for a single pass over the data: give the number of examples, max_examples=.")
