@@ -12,6 +12,7 @@ from benchmarks.engine import RESULTS
 # By command, a module with main(arguments) and options of its own, and its subject.
 STUDIES = {
     "exactness": ("benchmarks.studies.exactness", "how far other squares are from the Fisher, and what that changes"),
+    "precision": ("benchmarks.studies.precision", "what statistics promise of their own top, and what is so"),
     "failures": ("benchmarks.studies.failures", "known failures of rivals, reproduced, and fishkern on the same"),
     "starts": ("benchmarks.studies.starts", "starts of low-rank adapters: FARSS, FILet, those of PEFT, and controls"),
     "freezing": ("benchmarks.studies.freezing", "what stops training: FisherAdapTune, as published, and controls"),

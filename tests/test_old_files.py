@@ -76,6 +76,13 @@ def test_statistics(files, name, lazy):
     assert loaded == samples.statistics(name)
 
 
+def test_precision(files):
+    loaded = fk.Statistics.load(files / "precision" / "statistics")
+    assert loaded == samples.precise_statistics()
+    assert loaded.precision.plain() == samples.PRECISION.plain()
+    assert loaded.precision.overlap(0.2) == pytest.approx(0.4705, abs=1e-4)
+
+
 def test_statistics_merge_with_newer_ones(files):
     loaded = fk.Statistics.load(files / "statistics" / "float32", lazy=True)
     twice = fk.merge(loaded, samples.statistics("float32"))

@@ -30,6 +30,7 @@ PLOTS = {
 }
 # Records without a picture, and why.
 WITHOUT = {
+    "precision": "a few numbers",
     "failures": "a table, which the command prints",
     "token_reduction": "a few numbers",
     "fish_tuning": "one measurement, which the page of measurements tells",

@@ -62,6 +62,20 @@ def estimate(
         float | None,
         Option(min=0, metavar="SECONDS", help="Save unfinished sums so often.", show_default="never"),
     ] = None,
+    until: Annotated[
+        float | None,
+        Option(
+            min=0,
+            max=1,
+            metavar="SHARE",
+            help="Stop before --samples, when this share of the top entries is expected to be right, such as 0.9.",
+            show_default="never",
+        ),
+    ] = None,
+    until_density: Annotated[
+        float | None,
+        Option(min=0, max=1, metavar="D", help="With --until: size of the top.", show_default="0.005"),
+    ] = None,
     restart: Annotated[bool, Option("--restart", help="Discard unfinished sums.")] = False,
     json_: Json = False,
 ) -> None:
@@ -75,7 +89,10 @@ def estimate(
 
     With --save-every the same command goes on after an interruption, with the same result as without; until the end
     the sums are beside FILE, with the suffix .part.
+
+    With --until it reads no more examples than that takes, and at most --samples.
     """
+    goal = _goal(until, until_density)
     target = checked_path(out)
     recipe = _recipe(fisher_type, unit, mc_samples, max_label_passes, draws=draws, seed=work.seed)
     if accumulate_on:
@@ -105,6 +122,7 @@ def estimate(
             accumulate_on=accumulate_on or None,
             check=not no_check,
             progress=lambda done, _: report(done, total),
+            until=goal,
             **({} if save_every is None else {"checkpoint": part, "save_every": save_every}),
         )
         return statistics, size
@@ -120,7 +138,7 @@ def estimate(
     if json_:
         print(json.dumps(result, indent=2))
     else:
-        _show(result, path, total / seconds)
+        _show(result, path, statistics.provenance["runs"][0]["examples"] / seconds)
 
 
 @contextmanager
@@ -131,6 +149,12 @@ def _saying_how_to_go_on(part: Path, *, saves: bool) -> Iterator[None]:
         if saves and part.exists():
             note("the same command goes on from there")
         raise
+
+
+def _goal(until: float | None, density: float | None) -> float | tuple[float, float] | None:
+    if until is None and density is not None:
+        raise ValueError("--until-density is the top that --until speaks of: give --until, such as --until 0.9.")
+    return until if density is None else (until, density)
 
 
 def _recipe(
@@ -157,6 +181,7 @@ def _result(statistics: fk.Statistics, path: Path, prepared: Prepared, run: dict
         "definition": statistics.provenance["definition"],
         "count": statistics.count,
         "coordinates": statistics.total,
+        **({} if (precision := statistics.precision) is None else {"precision": precision.plain()}),
         "coverage": dict(Counter(covered.path for covered in statistics.coverage.values())),
         **run,
     }
@@ -170,10 +195,20 @@ def _show(result: dict[str, Any], path: Path, rate: float) -> None:
     say(f"{'fisher':9} {_plain(result['definition'])}")
     paths = ", ".join(f"{path} {number:,}" for path, number in result["coverage"].items())
     say(f"{'covered':9} {paths} of {sum(result['coverage'].values()):,} parameters")
+    if "precision" in result:
+        say(f"{'precision':9} {_precise(fk.statistics.Precision.of_plain(result['precision']))}")
     where = f"on {result['device']}, {rate:,.1f} examples/s, batch size {result['batch_size']}"
     say(f"{'took':9} {result['seconds']:.1f} s {where}")
     say(f"{'saved':9} {path}, {size_on_disk(path)}")
     next_command("fishkern", "show", path, "--plot", f"{path.name.partition('.')[0]}.png")
+
+
+def _precise(precision: fk.statistics.Precision) -> str:
+    error = f"relative error {precision.relative_error:.2g}"
+    tops = [
+        f"{precision.overlap(one):.0%} of the top {100 * one:g} %" for one in (0.005, 0.05) if one in precision.noise
+    ]
+    return f"{error}, right are {' and '.join(tops)}" if tops else error
 
 
 def _plain(value: Any) -> str:

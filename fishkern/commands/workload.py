@@ -202,7 +202,11 @@ def with_origin(estimated: Estimated, origin: dict[str, Any]) -> Estimated:
     provenance = estimated.provenance
     provenance["runs"][0] |= origin
     return type(estimated)(
-        dict(estimated.blocks), count=estimated.count, provenance=provenance, coverage=estimated.coverage
+        dict(estimated.blocks),
+        count=estimated.count,
+        provenance=provenance,
+        coverage=estimated.coverage,
+        precision=estimated.precision,
     )
 
 

@@ -26,6 +26,7 @@ from fishkern.statistics.likelihood import (
 from fishkern.statistics.merge import merge
 from fishkern.statistics.online import OnlineFisher
 from fishkern.statistics.plan import PassPlan, plan
+from fishkern.statistics.precision import Entries, Precision
 from fishkern.statistics.predictive import Bernoulli, Categorical, Gaussian, PackedCategorical, Predictive
 from fishkern.statistics.preference import Preference
 from fishkern.statistics.preference_losses import PairLogps
@@ -51,6 +52,7 @@ __all__ = [
     "Drawn",
     "Draws",
     "Energies",
+    "Entries",
     "Estimator",
     "FactoredStatistics",
     "FactoredValues",
@@ -66,6 +68,7 @@ __all__ = [
     "PairLogps",
     "ParameterInfo",
     "PassPlan",
+    "Precision",
     "Predictive",
     "Preference",
     "Prepared",

@@ -25,7 +25,12 @@ _OF_DEVICES = "the device of"
 
 
 def facts_of_call(
-    request: Request, options: Options, backend: Backend | None, max_examples: int | None, ranks: Ranks
+    request: Request,
+    options: Options,
+    backend: Backend | None,
+    max_examples: int | None,
+    ranks: Ranks,
+    until: object = None,
 ) -> Facts:
     """Describe all that the sums of a pass depend on, except for the data and what they show of the likelihood.
 
@@ -35,6 +40,7 @@ def facts_of_call(
         backend: As for :func:`fishkern.estimate`.
         max_examples: As for :func:`fishkern.estimate`.
         ranks: The ranks that take part.
+        until: As for :func:`fishkern.estimate`.
 
     Returns:
         Facts whose values are text. Those of the weights are digests of their bits, for which all of them are read.
@@ -45,6 +51,7 @@ def facts_of_call(
         ("the argument", "likelihood"): identity_of(options.likelihood),
         ("the argument", "check"): options.check,
         ("the argument", "max_examples"): max_examples,
+        ("the argument", "until"): until,
         ("the argument", "backend"): backend,
         ("the argument", "shared"): options.shared,
         ("the device of", "the model"): request.device.type,

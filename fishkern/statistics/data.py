@@ -144,6 +144,9 @@ class Progress:
         total: Number of examples of a pass, if known.
         number: Number of the pass, from 0.
         passes: Number of passes over the data.
+
+    Attributes:
+        overlap: The expected overlap of the top with that of all further examples, for the line; ``None`` if unknown.
     """
 
     def __init__(
@@ -158,6 +161,12 @@ class Progress:
         self._number, self._passes = number, passes
         self._start = self._shown = time.monotonic()
         self._begun = 0
+        self.overlap: float | None = None
+
+    @property
+    def shows(self) -> bool:
+        """Whether there is a line."""
+        return self._report is True
 
     def go_on(self, begun: int) -> None:
         """Begin where an earlier run was.
@@ -178,7 +187,8 @@ class Progress:
             of_total = f"/{self._total}" if self._total else ""
             remaining = f", {(self._total - done) / rate:.0f} s left" if self._total and rate else ""
             which = f" (pass {self._number + 1} of {self._passes})" if self._passes > 1 else ""
-            sys.stderr.write(f"\restimating{which}: {done}{of_total} examples, {rate:.1f}/s{remaining}\033[K")
+            top = "" if self.overlap is None else f", overlap {self.overlap:.1%}"
+            sys.stderr.write(f"\restimating{which}: {done}{of_total} examples, {rate:.1f}/s{remaining}{top}\033[K")
             sys.stderr.flush()
 
     def close(self) -> None:

@@ -22,13 +22,16 @@ from fishkern.statistics.call_facts import facts_of_call
 from fishkern.statistics.choosing import Requested
 from fishkern.statistics.coverage import slowest_paths
 from fishkern.statistics.data import Data, Progress
+from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
+from fishkern.statistics.following import Following, Until, follows
 from fishkern.statistics.held import Held
 from fishkern.statistics.keeping import LongRun
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.likelihood_argument import OWN_TOKENS, described
 from fishkern.statistics.notes import note_own_tokens
 from fishkern.statistics.one_pass import OnePass, Passed
+from fishkern.statistics.precision import Precision
 from fishkern.statistics.prepared import Prepared
 from fishkern.statistics.request import Options, Request, coverage_of, reader_for, request_of
 from fishkern.statistics.result import Statistics
@@ -59,6 +62,7 @@ def estimate(
     prepared: Prepared | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     save_every: float = 600,
+    until: float | tuple[float, float] | None = None,
 ) -> Statistics | Held:
     """Estimate a statistic of a model's gradients over data.
 
@@ -113,15 +117,23 @@ def estimate(
             their digests.
         save_every: Seconds between two writes of the checkpoint. It is written as well when ``batches`` raises.
 
+        until: Stop as soon as this part of the top entries is expected to be right, such as 0.9 of the top 0.5 % of
+            all entries, or with ``(0.9, density)`` of another top: to be in the top of infinitely many such examples
+            (:meth:`Precision.overlap`). It is looked at after eight batches, and whenever there are a sixteenth more
+            examples. ``max_examples``, or the end of the data, may come first; then a warning says what was reached.
+            The examples must come in random order.
+
     Returns:
-        The mean over examples. Its coverage says which path computed each parameter.
+        The mean over examples. Its coverage says which path computed each parameter; for a :class:`DiagonalFisher` of
+        several batches its :attr:`precision <Statistics.precision>` says how far it depends on these examples.
 
     Raises:
         TypeError: A batch is neither a mapping nor a pair, or an argument is of another type than described.
         ValueError: There are no data, no trainable parameters or no labels; a loss is not finite or is not the model's
             own; the examples of a batch interact, or the model does not keep the documents of packed rows apart; an
-            entry of a batch cannot be assigned to examples; model, batch or request are not those of ``prepared``; or
-            call or data are not those of the checkpoint.
+            entry of a batch cannot be assigned to examples; model, batch or request are not those of ``prepared``;
+            call or data are not those of the checkpoint; or ``until`` is given for another recipe, several ranks, a
+            sharded model or a small pool.
         UnsupportedModuleError: The gradients of a module cannot be exact; the message says how to avoid it.
         RuntimeError: It runs under ``torch.inference_mode()``; or another rank has failed, or has other arguments
             (estimator, likelihood, parameters, ``check``, ``max_examples``), or plans other paths.
@@ -147,12 +159,13 @@ def estimate(
                     "estimate groups of parameters one after the other (parameters=), save each, and join them by "
                     "fishkern.union."
                 )
+        goal = None if until is None else _checked_until(until, request, ranks, sharded=sharding is not None)
         if prepared is not None:
             prepared.demand_request(request, options)
         backend = backends.current() if options.backend is None else options.backend
         if checkpoint is not None:
             long_run = LongRun(checkpoint, save_every, len(request.groups), ranks)
-            facts = facts_of_call(request, options, backend, max_examples, ranks)
+            facts = facts_of_call(request, options, backend, max_examples, ranks, goal)
     _demand_same_request(request, options, max_examples, ranks)
     _refuse_one_reading(request, batches)
     estimator, groups = request.estimator, request.groups
@@ -170,11 +183,16 @@ def estimate(
         if sharding is None:
             states = States(infos, estimator, backend)
             keeper = None if checkpoint is None else long_run.keeper(number, facts, states)
-            one = OnePass(model, part, estimator, states, answering, options.check, known, keeper)
+            following = (
+                Following(states, goal, watching=report.shows) if len(groups) == 1 and follows(estimator) else None
+            )
+            one = OnePass(model, part, estimator, states, answering, options.check, known, keeper, following)
         else:
+            following = None
             states = ShardedStates(infos, estimator, backend, sharding=sharding)
             one = ShardedPass(model, part, estimator, states, answering, options.check, sharding=sharding)
         passed.append(one.over(data, ranks, report))
+        precision = None if following is None else following.precision(ranks)  # of the only pass of such a recipe
         paths |= slowest_paths(ranks.gathered(passed[-1].paths))
         results |= _results(states, ranks, passed[-1].counts.units)
     results = {name: results[name] for name in request.tensors}
@@ -192,9 +210,37 @@ def estimate(
         },
         coverage=coverage_of(request, paths),
     )
+    if precision is not None:
+        contents = {name: getattr(collected, name) for name in ("count", "provenance", "coverage")}
+        collected = type(collected)(collected.blocks, **contents, precision=precision)
     if checkpoint is not None:
         long_run.remove()
+    if goal is not None:
+        _note_missed(goal, precision)
     return collected
+
+
+def _checked_until(until: float | tuple[float, float], request: Request, ranks: Ranks, *, sharded: bool) -> Until:
+    """Read ``until``, which a single process can obey: several would have to agree on where each of them stops."""
+    if sharded or ranks.count > 1:
+        where = "sharded models" if sharded else f"several ranks, and there are {ranks.count}"
+        raise ValueError(
+            f"until= is not built for {where}: estimate in one process, or give the number of examples, max_examples=."
+        )
+    if isinstance(request.estimator, DiagonalFisher) and len(request.groups) > 1:
+        raise ValueError("until= is for a single pass over the data: give the number of examples, max_examples=.")
+    return Until.of(until, request.estimator)
+
+
+def _note_missed(goal: Until, precision: Precision | None) -> None:
+    """Warn if the data, or ``max_examples``, has ended before the goal was reached."""
+    if precision is None:
+        warn_caller("until= compares batches with each other, and the data was a single one: give smaller batches.")
+    elif (overlap := precision.overlap(goal.density)) < goal.overlap:
+        warn_caller(
+            f"until= was not reached: after all {precision.count:,} examples an overlap of {overlap:.1%} of the top "
+            f"{goal.density:.2%} is expected, not {goal.overlap:.1%}. Give more examples."
+        )
 
 
 def _demand_same_request(request: Request, options: Options, max_examples: int | None, ranks: Ranks) -> None:

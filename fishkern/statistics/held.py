@@ -34,6 +34,7 @@ from fishkern.files import (
 from fishkern.names import renamed, without_wrappers
 from fishkern.statistics.choosing import near
 from fishkern.statistics.coverage import Covered, check_coverage, merged_coverage
+from fishkern.statistics.precision import Precision, merged_precision
 
 Part = TypeVar("Part")
 
@@ -51,6 +52,7 @@ class Held(Mapping[str, Part]):
         count: Number of units that the tensors are the mean of, at least 1.
         provenance: ``{"definition": {...}, "runs": [{...}, ...]}``, JSON.
         coverage: One :class:`Covered` for every parameter of the model; empty if unknown.
+        precision: How precise the mean is; ``None`` if unknown.
 
     Attributes:
         KEEPS: Dtypes that tensors keep; all of one result have the widest of them. float32 and float64 are possible.
@@ -71,6 +73,7 @@ class Held(Mapping[str, Part]):
         count: int,
         provenance: Mapping[str, Any] | None = None,
         coverage: Mapping[str, Covered] | None = None,
+        precision: Precision | None = None,
     ) -> None:
         count = operator.index(count)
         if count < 1:
@@ -89,6 +92,7 @@ class Held(Mapping[str, Part]):
         vars(self).update(
             _entries=entries, _names=names, _dtype=dtype, _count=count, _provenance=text, _coverage=coverage
         )
+        vars(self).update(_precision=precision and precision.renamed(without_wrappers))
 
     @staticmethod
     def name_of(entry: str) -> str:
@@ -116,6 +120,16 @@ class Held(Mapping[str, Part]):
     def coverage(self) -> Mapping[str, Covered]:
         """How each parameter of the model was computed, or why it was left out; read-only, empty if unknown."""
         return MappingProxyType(self._coverage)
+
+    @property
+    def precision(self) -> Precision | None:
+        """How precise the mean is, and how much of its top is right, from the examples themselves.
+
+        :func:`fishkern.estimate` gives it with a :class:`DiagonalFisher` of two batches or more, :func:`fishkern.merge`
+        without ``weights=`` that of all. Files keep the summary, without the followed entries. ``None`` for other
+        recipes, for sharded models, and after :func:`fishkern.union`, since each part knows only its own top.
+        """
+        return self._precision
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
@@ -211,6 +225,7 @@ class Held(Mapping[str, Part]):
             count=self.count,
             provenance=provenance,
             coverage=renamed(self._coverage, fn),
+            precision=self._precision and self._precision.renamed(lambda name: without_wrappers(fn(name))),
         )
 
     def to(self, device: str | torch.device) -> Self:
@@ -227,6 +242,7 @@ class Held(Mapping[str, Part]):
             count=self.count,
             provenance=self.provenance,
             coverage=self._coverage,
+            precision=self._precision,
         )
 
     @classmethod
@@ -242,6 +258,7 @@ class Held(Mapping[str, Part]):
             mean[entry] = sum_s shares_s * s[entry] / sum_s shares_s, in float64, on the first one's device; ``count``
             is the sum, ``runs`` are concatenated.
         """
+        by_counts = list(shares) == [part.count for part in parts]
         tensors = {}
         for name, shape in parts[0].shapes.items():
             tensors[name] = torch.empty(shape, dtype=parts[0]._dtype, device=parts[0].blocks[name].device)
@@ -257,6 +274,7 @@ class Held(Mapping[str, Part]):
             count=sum(part.count for part in parts),
             provenance={"definition": definition, "runs": [run for part in parts for run in part.provenance["runs"]]},
             coverage=reduce(merged_coverage, (part.coverage for part in parts)),
+            precision=merged_precision([part.precision for part in parts]) if by_counts else None,
         )
 
     def save(
@@ -303,6 +321,7 @@ class Held(Mapping[str, Part]):
             "dtype": str(dtype).removeprefix("torch."),
             "provenance": self._provenance,
             "coverage": json.dumps(coverage),
+            **({} if self._precision is None else {"precision": json.dumps(self._precision.plain())}),
         }
         options = {"format": self.FORMAT, "metadata": metadata, "dtype": dtype, "max_shard_size": max_shard_size}
         if any(map(is_sharded, self._entries.values())):
@@ -341,6 +360,7 @@ class Held(Mapping[str, Part]):
             dtype = metadata["dtype"]
             provenance = read_json(metadata["provenance"])
             coverage = {name: _covered(*entry) for name, entry in read_json(metadata["coverage"]).items()}
+            precision = Precision.of_plain(read_json(metadata["precision"])) if "precision" in metadata else None
         for name, tensor in stored.items():
             if (stored_as := str(tensor.dtype).removeprefix("torch.")) != dtype:
                 shown, said = in_brief(name, 80), in_brief(dtype, 40)
@@ -350,7 +370,7 @@ class Held(Mapping[str, Part]):
             kept = cls._dtype_of(stored)
             tensors = {name: tensor.read(kept) for name, tensor in stored.items()}
         with parsing(f"{path} holds no valid statistics"):
-            return cls(tensors, count=count, provenance=provenance, coverage=coverage)
+            return cls(tensors, count=count, provenance=provenance, coverage=coverage, precision=precision)
 
 
 def _covered(path: object, numel: object, reason: object = "") -> Covered:

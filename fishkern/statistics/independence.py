@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fishkern.statistics.base import losses_of
 from fishkern.statistics.batches import Examples
+from fishkern.statistics.computed_dtypes import ComputedDtypes
 from fishkern.statistics.packing import PackedExamples
-from fishkern.statistics.precision import Precision
 from fishkern.statistics.predictive import Categorical, Predictive
 from fishkern.statistics.separation import demand_separate
 from fishkern.warning import warn_caller
@@ -45,7 +45,7 @@ class Independence:
         self,
         model: nn.Module,
         answer: Callable[[Examples], Predictive | Tensor],
-        precision: Precision,
+        precision: ComputedDtypes,
         *,
         by_labels: bool,
         agreed: Callable[[list[float]], list[float]] = lambda losses: losses,

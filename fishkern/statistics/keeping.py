@@ -30,6 +30,7 @@ from fishkern.statistics.captured_pass import CapturedPass
 from fishkern.statistics.checkpoint import Checkpoint, Place, packed, unpacked
 from fishkern.statistics.contents import bytes_of, leaves_of, name_of
 from fishkern.statistics.data import Data, Progress
+from fishkern.statistics.following import Following
 from fishkern.statistics.randomness import OwnRandomness
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
@@ -48,6 +49,7 @@ class Running:
         answering: Knows the likelihood, after the first batch.
         randomness: The pass's own stream of random numbers.
         units: Number of units counted so far.
+        following: Follows entries of the states; ``None`` for none.
     """
 
     one_pass: AutogradPass | CapturedPass
@@ -55,6 +57,7 @@ class Running:
     answering: Answering
     randomness: OwnRandomness
     units: int = 0
+    following: Following | None = None
 
 
 class LongRun:
@@ -147,7 +150,7 @@ class Keeper:
         remove_leftovers(self._path)  # each may be as large as the checkpoint
         stored = Checkpoint.read(self._path)
         if stored is not None:
-            self._demand_same_call(stored, running.states)
+            self._demand_same_call(stored, running)
             yield from self._again(stored, batches, data, running)
             batches = self._go_on(stored, batches, data, running)
             report.go_on(data.examples)
@@ -225,6 +228,10 @@ class Keeper:
         for name in states.names:
             for number, total in enumerate(sums(states[name])):
                 total.copy_(stored.tensors[_key(number, name)].read())
+        if running.following is not None:
+            for name, tensor in running.following.tensors.items():
+                tensor.copy_(stored.tensors[name].read())
+            running.following.go_on()
         if "loss" in stored.tensors:
             one_pass.loss = stored.tensors["loss"].read().to(data.device)
         one_pass.connected = place.connected
@@ -246,6 +253,7 @@ class Keeper:
         tensors = {
             _key(number, name): total for name in states.names for number, total in enumerate(sums(states[name]))
         }
+        tensors |= {} if running.following is None else running.following.tensors
         if isinstance(one_pass.loss, Tensor):
             tensors["loss"] = one_pass.loss
         digests = torch.frombuffer(bytearray(b"".join(self._digests)), dtype=torch.uint8)
@@ -273,15 +281,23 @@ class Keeper:
             hashed.update(part)
         return hashed.digest()
 
-    def _demand_same_call(self, stored: Checkpoint, states: States) -> None:
+    def _demand_same_call(self, stored: Checkpoint, running: Running) -> None:
         if stored.facts != self._facts:
             changes = in_brief(changes_in_words(stored.facts, self._facts), 600)
             raise ValueError(f"{self._path} is the checkpoint of another call: {changes}. {_advice(self._path)}")
-        for name in states.names:
-            for number, total in enumerate(sums(states[name])):
-                kept = stored.tensors.get(_key(number, name))
-                if kept is None or (kept.shape, kept.dtype) != (total.shape, total.dtype):
-                    raise ValueError(f"{self._path} is damaged: it lacks sums of {name}. {_advice(self._path)}")
+        states, following = running.states, {} if running.following is None else running.following.tensors
+        expected = [
+            *(
+                (_key(number, name), total, name)
+                for name in states.names
+                for number, total in enumerate(sums(states[name]))
+            ),
+            *((name, tensor, "followed entries") for name, tensor in following.items()),
+        ]
+        for key, total, of in expected:
+            kept = stored.tensors.get(key)
+            if kept is None or (kept.shape, kept.dtype) != (total.shape, total.dtype):
+                raise ValueError(f"{self._path} is damaged: it lacks sums of {of}. {_advice(self._path)}")
 
     def _demand_end(self, stored: Checkpoint, batches: Iterator[Examples], data: Data) -> None:
         """Refuse data that goes on where it has ended before; a loader with a state may begin anew there."""

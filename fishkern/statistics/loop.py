@@ -14,12 +14,12 @@ from fishkern.statistics.answering import Answering
 from fishkern.statistics.autograd import backward, check_finite, take_grad, with_last
 from fishkern.statistics.base import Estimator, ParameterInfo
 from fishkern.statistics.batches import Batch, Examples
+from fishkern.statistics.computed_dtypes import ComputedDtypes
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.labels import UnknownLabelError
 from fishkern.statistics.likelihood import Likelihood, recognise_likelihood, task_of
 from fishkern.statistics.outputs import own_loss
-from fishkern.statistics.precision import Precision
 from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.sharding import Sharding
 from fishkern.statistics.states import States
@@ -60,7 +60,7 @@ class Loop:
         self._entered: Entered | None = None
         self._totals: States | None = None
         self.device = hosts.runs_on(next(iter(parameters.values())))
-        self.precision = Precision(model)
+        self.precision = ComputedDtypes(model)
         self.arrived: set[str] = set()
 
     @contextmanager

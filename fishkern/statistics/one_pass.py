@@ -14,15 +14,16 @@ from fishkern.statistics.autograd_pass import AutogradPass
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.captured_pass import CapturedPass
+from fishkern.statistics.computed_dtypes import ComputedDtypes
 from fishkern.statistics.cutting import answering_parts
 from fishkern.statistics.data import Data, Progress
+from fishkern.statistics.following import Following
 from fishkern.statistics.head_logits import Onlooker
 from fishkern.statistics.independence import Independence
 from fishkern.statistics.keeping import Keeper, Running
 from fishkern.statistics.known import Known
 from fishkern.statistics.planning import Planner
 from fishkern.statistics.positions import counted_positions
-from fishkern.statistics.precision import Precision
 from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.randomness import OwnRandomness
 from fishkern.statistics.shards import Ranks
@@ -70,6 +71,7 @@ class OnePass:
         check: As for :func:`fishkern.estimate`.
         known: What earlier passes have found out, and this one adds to; ``None`` if no later one will ask.
         keeper: Writes the checkpoint, from which the pass goes on; ``None`` for none.
+        following: Follows entries of the states, and ends the pass when they are precise enough; ``None`` for none.
     """
 
     model: nn.Module
@@ -80,6 +82,7 @@ class OnePass:
     check: bool
     known: Known | None = None
     keeper: Keeper | None = None
+    following: Following | None = None
 
     def over(self, data: Data, ranks: Ranks, report: Progress) -> Passed:
         """Add every batch, on every rank.
@@ -96,7 +99,7 @@ class OnePass:
             ValueError: The data holds no example, or the loss depends on none of the parameters.
         """
         with ranks.failing_together(), undisturbed(self.model, self.requested.values()) as entered:
-            units, one_pass, independence = self._run(data, entered, report)
+            units, one_pass, independence = self._run(data, entered, report, ranks)
         report.close()
         all_counts = ranks.gathered((units, data.examples, data.batches, data.dropped))
         counts = Counts(*(sum(each) for each in zip(*all_counts, strict=True)))
@@ -124,12 +127,12 @@ class OnePass:
         return one_pass.paths
 
     def _run(
-        self, data: Data, entered: Entered, report: Progress
+        self, data: Data, entered: Entered, report: Progress, ranks: Ranks
     ) -> tuple[int, AutogradPass | CapturedPass, Independence]:
         """Add this rank's batches; return the number of units, the pass, and what is known of its precision."""
         one_pass, independence = self._begin(entered)
         randomness = OwnRandomness(data.device)
-        running = Running(one_pass, self.states, self.answering, randomness)
+        running = Running(one_pass, self.states, self.answering, randomness, following=self.following)
         for batch in data if self.keeper is None else self.keeper.over(data, running, report):
             if data.batches == 1:
                 if self.known is not None:
@@ -141,8 +144,14 @@ class OnePass:
                     self.answering.meet(batch)
             with randomness.drawing():  # the model's draws, not those of the data, come from the pass's own stream
                 one_pass.run(batch)
-            running.units += self.estimator.units(batch.num_examples)
+            units = self.estimator.units(batch.num_examples)
+            running.units += units
+            if self.following is not None:
+                self.following.add(units, (data.batches - 1) * ranks.count + ranks.rank)
+                report.overlap = self.following.overlap
             report(data.examples)
+            if self.following is not None and self.following.reached:
+                break
         self._keep(independence, entered)
         return running.units, one_pass, independence
 
@@ -154,7 +163,8 @@ class OnePass:
             return answer_parts(batch, *onlooker)
 
         by_labels = self.estimator.definition.get("fisher_type", "empirical") == "empirical"
-        independence = Independence(self.model, answer, Precision(self.model), by_labels=by_labels, agreed=self._agreed)
+        dtypes = ComputedDtypes(self.model)
+        independence = Independence(self.model, answer, dtypes, by_labels=by_labels, agreed=self._agreed)
         if self.known is not None:
             self.known.begin(self.model, independence, entered.connection)
         return self._pass(answer, entered, independence), independence

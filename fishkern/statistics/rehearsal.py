@@ -28,12 +28,12 @@ from fishkern.statistics.autograd_pass import AutogradPass
 from fishkern.statistics.base import Estimator, ParameterInfo, sums
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.captured_pass import CapturedPass
+from fishkern.statistics.computed_dtypes import ComputedDtypes
 from fishkern.statistics.coverage import ONLY_A_RUN
 from fishkern.statistics.head_logits import Onlooker, Survey
 from fishkern.statistics.independence import Independence
 from fishkern.statistics.planning import Answer, Planner
 from fishkern.statistics.positions import counted_positions
-from fishkern.statistics.precision import Precision
 from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.states import States
 from fishkern.statistics.undisturbed import Entered, undisturbed
@@ -200,7 +200,7 @@ class Rehearsal:
 
     def _independence(self, answer: Answer) -> Independence:
         by_labels = self.estimator.definition.get("fisher_type", "empirical") == "empirical"
-        return Independence(self.model, answer, Precision(self.model), by_labels=by_labels)
+        return Independence(self.model, answer, ComputedDtypes(self.model), by_labels=by_labels)
 
     def _finish(self, states: _States) -> dict[str, Any]:
         """Turn the states into results one after the other, and look for numbers that are not finite."""

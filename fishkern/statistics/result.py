@@ -30,6 +30,7 @@ class Statistics(Held[Tensor]):
             (estimator, fisher_type, unit, likelihood, reduction, ...); each run describes one pass (model class,
             dtype, seed, batches, versions, ...).
         coverage: One :class:`Covered` for every parameter of the model, also those left out; empty if unknown.
+        precision: How precise the mean is; ``None`` if unknown.
 
     Raises:
         TypeError: An entry is not a floating tensor, ``count`` is not an integer, or ``provenance`` is not JSON.

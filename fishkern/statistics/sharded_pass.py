@@ -71,7 +71,9 @@ class ShardedPass(OnePass):
         with sharding.differentiating(self.requested), sharding.units.watched(self.states.exchange):
             return super().over(data, ranks, report)
 
-    def _run(self, data: Data, entered: Entered, report: Progress) -> tuple[int, CapturedPass, Independence]:
+    def _run(
+        self, data: Data, entered: Entered, report: Progress, ranks: Ranks
+    ) -> tuple[int, CapturedPass, Independence]:
         one_pass, independence = self._begin(entered)
         randomness = OwnRandomness(data.device)
         units = 0

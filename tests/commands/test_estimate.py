@@ -298,3 +298,17 @@ def test_labels_that_the_task_does_not_use_are_pointed_out(
     else:
         assert "note: task masked-lm comes from the model's config; the data has a column" in error
         assert suggested in error
+
+
+def test_it_stops_when_the_top_is_right(capsys, tmp_path, models, rows):
+    arguments = (models / "llama", "--data", rows / "text.jsonl", "--batch-size", 1)
+    goal = ("--until", 0.01, "--until-density", 0.2)
+    statistics, found, _ = estimated(capsys, tmp_path, *arguments, *goal, samples=12)
+    assert statistics.count == 8  # batches, before which it does not stop
+    assert found["precision"] == statistics.precision.plain()
+    assert statistics.precision.overlap(0.2) > 0.01
+
+
+def test_a_top_without_a_goal_is_refused(capsys, tmp_path, models, rows):
+    arguments = (models / "llama", "--data", rows / "text.jsonl", "--until-density", 0.2)
+    assert "give --until" in refused(capsys, "estimate", *arguments, "--out", tmp_path / "fisher")

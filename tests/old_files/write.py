@@ -36,6 +36,10 @@ def write_statistics(folder: Path) -> None:
     fk.estimate(specimen.model, [specimen.batch()]).save(folder / "tied")
 
 
+def write_precision(folder: Path) -> None:
+    samples.precise_statistics().save(folder / "statistics")
+
+
 def write_selections(folder: Path) -> None:
     for name in samples.SELECTIONS:
         samples.selection(name).save(folder / name, max_shard_size=20 if name == "shards" else None)
@@ -150,6 +154,7 @@ def interrupted_before(step: int) -> Iterator[None]:
 
 WRITERS = {
     "statistics": write_statistics,
+    "precision": write_precision,
     "selections": write_selections,
     "inits": write_inits,
     "energies": write_energies,

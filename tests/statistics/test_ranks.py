@@ -54,6 +54,8 @@ alone = {
        for name, own in {**OWN, **OTHERS}.items()},
     "three": fk.estimate(model, DataLoader(Rows(3), 3), **options),
 }
+parts = [part for first in range(2) for part in zip(*(one.split(4) for one in data[first:13:2]), strict=True)]
+of_the_same_batches = fk.estimate(model, parts, **options).precision
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 
 def dealt(rows=data, batch_size=4):
@@ -123,6 +125,7 @@ failures = {
     "likelihoods": message(lambda: fk.estimate(
         model, dealt(), likelihood=fk.Classification(reduction="sum" if rank else "mean"))),
     "checks": message(lambda: fk.estimate(model, dealt(), check=rank == 0, **options)),
+    "until": message(lambda: fk.estimate(model, dealt(), until=(0.9, 0.2), **options)),
     "not dealt": message(lambda: fk.estimate(model, DataLoader(data, 4), **options)),
     "after all that": message(lambda: fk.estimate(model, dealt(), **options)),
 }
@@ -146,7 +149,8 @@ for name, recipe in {"mc": fk.DiagonalFisher("mc"), "passes": fk.DirectionEnergy
 expected = dict.fromkeys(["ddp", "accelerate", "own parts", "one has none"], "exact")
 expected |= dict.fromkeys(["prepared", "prepared, one on other data"], "exact")
 expected |= {"accelerate, few": "three", "sketched": "exact"}  # with one example in a batch a sketch is exact
-report = {"failures": failures, "resumed": resumed}
+report = {"failures": failures, "resumed": resumed, "precision": together["exact"].precision.plain()}
+report["precision of one"] = of_the_same_batches.plain()
 for name, found in together.items():
     truth = alone[expected.get(name, name)]
     gap = max((found.blocks[key] - one).abs().max() / one.abs().max() for key, one in truth.blocks.items())
@@ -231,6 +235,14 @@ def test_two_ranks_give_what_one_gives(reports, case):
 
 def test_the_ranks_hold_the_same_bits(reports):
     assert reports[0]["bits"] == reports[1]["bits"]
+
+
+def test_the_precision_is_that_of_the_batches_of_all_ranks(reports):
+    for report in reports:
+        ours, alone = report["precision"], report["precision of one"]
+        assert (ours["count"], ours["batches"]) == (alone["count"], alone["batches"]) == (13, 4)
+        assert ours["deviation"] == pytest.approx(alone["deviation"], rel=1e-4)
+        assert "until= is not built for several ranks, and there are 2" in report["failures"]["until"]
 
 
 def test_the_ranks_say_the_same_of_the_likelihood(reports):

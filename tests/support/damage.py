@@ -58,7 +58,9 @@ def selection() -> fk.Selection:
 def statistics() -> fk.Statistics:
     tensors = {name: parameter.detach().abs() for name, parameter in small_model().named_parameters()}
     coverage = {name: Covered("fused", tensor.numel()) for name, tensor in tensors.items()}
-    return fk.Statistics(tensors, count=3, provenance={"runs": [{"seed": 0}]}, coverage=coverage)
+    precision = fk.statistics.Precision(3, 2, 2219, 2219, 1.5, {0.05: 2.5, 0.1: 1.25})
+    provenance = {"runs": [{"seed": 0}]}
+    return fk.Statistics(tensors, count=3, provenance=provenance, coverage=coverage, precision=precision)
 
 
 def optimizer(cls: type = fk.MaskedAdamW) -> torch.optim.Optimizer:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import fishkern as fk
 from fishkern.freezing import Track
 from fishkern.freezing.saved import FreezerState, Read
-from fishkern.statistics import Covered
+from fishkern.statistics import Covered, Precision
 from fishkern.tokens import TokenReduction
 from tests.support import zoo
 
@@ -75,6 +75,14 @@ def statistics(name: str) -> fk.Statistics:
     tensors = {name: numbers(name, shape).abs() for name, shape in POOL.items()}
     described = {} if name == "bare" else {"provenance": PROVENANCE, "coverage": COVERAGE}
     return fk.Statistics(tensors, count=12, **described)
+
+
+PRECISION = Precision(12, 4, 403, 403, 1.5, {0.2: 2.5})
+
+
+def precise_statistics() -> fk.Statistics:
+    tensors = {name: numbers(name, shape).abs() for name, shape in POOL.items()}
+    return fk.Statistics(tensors, count=12, provenance=PROVENANCE, coverage=COVERAGE, precision=PRECISION)
 
 
 def tied_llama() -> zoo.Specimen:
