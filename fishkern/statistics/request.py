@@ -149,8 +149,9 @@ def check_estimable(
     whole_on_meta = on_meta and all(parameter.is_meta for parameter in model.parameters())
     if not whole_on_meta and (reason := hosts.dispatched(model)):
         raise UnsupportedModuleError(
-            f"{type(model).__name__} cannot be estimated as it is dispatched: {reason}. Load it onto one device, "
-            "without device_map='auto'."
+            f"{type(model).__name__} cannot be estimated where it is: {reason}. Load it onto one device, as by "
+            "device_map={'': 0}; sums that do not fit beside it may be on the CPU or in files (accumulate_on=), or be "
+            "taken in parts (parts=). Or shard it over several GPUs by FSDP2 (fully_shard)."
         )
     if max_examples is not None and integer(max_examples, "max_examples") < 1:
         raise ValueError(f"max_examples must be at least 1, got {max_examples}.")
