@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fishkern.statistics.sharding import BLOCK
+BLOCK_BYTES = 2**26
+"""Squares of a whole parameter that FSDP2 shards are formed in blocks of about this many bytes."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def plan_for_ranks(
     """
     parameters, estimated = list(parameters), list(estimated)
     sums = [_rows(one, ranks) * _width(one) * size for one, size in estimated]
-    blocks = [min(BLOCK, ranks * local) for local in sums]
+    blocks = [min(BLOCK_BYTES, ranks * local) for local in sums]
     blocks += [ranks * _rows(one, ranks) * size for one, size in estimated]  # at least one column
     weights = [_rows(one, ranks) * _width(one) * one.element_size() for one in parameters]
     return RanksPlan(

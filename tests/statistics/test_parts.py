@@ -16,6 +16,8 @@ from fishkern.files import mapped_zeros
 from fishkern.statistics.staging import Staging
 from tests.support import zoo
 
+transformers = pytest.importorskip("transformers")
+
 ESTIMATORS = {
     "empirical": fk.DiagonalFisher(),
     "mc": fk.DiagonalFisher("mc", mc_samples=2, seed=3),
@@ -190,7 +192,7 @@ def test_places_that_are_none_are_refused(tmp_path):
 # ---- plans
 
 
-def planned(**options) -> fk.PassPlan:
+def planned_llama(**options) -> fk.PassPlan:
     specimen = zoo.FAMILIES["llama"]()
     return fk.plan(specimen.model, specimen.batch(N=2, T=4), **options)
 
@@ -198,43 +200,116 @@ def planned(**options) -> fk.PassPlan:
 @pytest.mark.parametrize("estimator", [fk.DiagonalFisher(), fk.DirectionEnergy("power")], ids=["squares", "energies"])
 def test_each_part_fits(estimator):
     """By a plan of its own, which counts what is alive when this part alone is rehearsed."""
-    whole = planned(estimator=estimator)
+    whole = planned_llama(estimator=estimator)
     memory = (whole.peak_bytes + whole.beside_bytes) // 2
     parts = whole.parts(memory)
     assert 1 < len(parts) <= 6
     assert [name for part in parts for name in part] == list(whole.paths)
-    alone = [planned(estimator=estimator, parameters=part) for part in parts]
+    alone = [planned_llama(estimator=estimator, parameters=part) for part in parts]
     assert all(one.peak_bytes <= memory for one in alone)
     assert sum(one.accumulator_bytes + one.basis_bytes for one in alone) == sum(whole.state_bytes.values())
-    together = planned(estimator=estimator, parts=parts, results_on="cuda")
+    together = planned_llama(estimator=estimator, parts=parts, results_on="cuda")
     assert together.passes == len(parts)
     assert together.peak_bytes == pytest.approx(max(one.peak_bytes for one in alone), abs=256)
     assert whole.parts(whole.peak_bytes + 64) == [list(whole.paths)]
 
 
 def test_results_of_earlier_parts_stay_beside_the_rest():
-    whole = planned()
+    whole = planned_llama()
     parts = whole.parts((whole.peak_bytes + whole.beside_bytes) // 2)
-    stay = planned(parts=parts)
-    assert stay.peak_bytes > planned(parts=parts, results_on="cuda").peak_bytes
+    stay = planned_llama(parts=parts)
+    assert stay.peak_bytes > planned_llama(parts=parts, results_on="cuda").peak_bytes
     assert stay.peak_bytes >= sum(whole.state_bytes.values())
 
 
 def test_sums_in_files_take_no_memory(tmp_path):
-    here, there = planned(), planned(accumulate_on=tmp_path, results_on=tmp_path)
+    here, there = planned_llama(), planned_llama(accumulate_on=tmp_path, results_on=tmp_path)
     assert there.accumulator_bytes == here.accumulator_bytes
     assert there.peak_bytes == pytest.approx(here.peak_bytes - here.accumulator_bytes, abs=64)
     assert len(there.parts(there.peak_bytes)) == 1
 
 
 def test_too_little_memory_is_refused():
-    whole = planned()
+    whole = planned_llama()
     with pytest.raises(ValueError, match=r"memory='1KiB' is not enough for .*embed_tokens.*Give at least"):
         whole.parts("1KiB")
     with pytest.raises(ValueError, match='memory must be a positive number of bytes or like "5GB"'):
         whole.parts("much")
     with pytest.raises(ValueError, match="depends on the batch: plan with one"):
         fk.plan(zoo.FAMILIES["llama"]().model).parts("1GB")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_ranks_by_hand(ranks):
+    """Rows are dealt out as torch.chunk does; all but the own part of the squares comes from other ranks."""
+    model = zoo.FAMILIES["llama"]().model.to(torch.bfloat16)
+    own = fk.plan(model, ranks=ranks).per_rank
+    rows = {name: len(one.chunk(ranks)[0]) for name, one in model.named_parameters()}
+    local = sum(rows[name] * one[0].numel() for name, one in model.named_parameters())
+    buffers = sum(one.nbytes for one in model.buffers())
+    assert (own.ranks, own.accumulator_bytes, own.weight_bytes) == (ranks, 4 * local, 2 * local + buffers)
+    assert (own.reduced_bytes, own.gathered_bytes) == ((ranks - 1) * 4 * local, 2 * (ranks - 1) * 2 * local)
+    assert own.block_bytes == (ranks > 1) * max(
+        4 * ranks * rows[name] * one[0].numel() for name, one in model.named_parameters()
+    )
+
+
+def test_ranks_of_an_8b_shape():
+    """The figures of the published shape: 4.0 GB of sums for each of eight ranks, and 28.1 GB received for a batch."""
+    own = fk.plan(llama_8b(), ranks=8).per_rank
+    assert own.accumulator_bytes == pytest.approx(4.02e9, rel=0.002)
+    assert own.reduced_bytes == pytest.approx(28.1e9, rel=0.002)
+    assert own.gathered_bytes == own.reduced_bytes  # two times 16 bits
+    assert own.block_bytes == 2**26
+    with pytest.raises(fk.UnsupportedModuleError, match="not computed on shards"):
+        fk.plan(llama_8b(), estimator=fk.GroupFisher(), ranks=8)
+    with pytest.raises(ValueError, match="ranks must be at least 1"):
+        fk.plan(llama_8b(), ranks=0)
+
+
+def llama_8b() -> nn.Module:
+    sizes = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=8, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def test_prices():
+    planned = planned_llama()
+    sums = planned.accumulator_bytes
+    assert planned.traffic_bytes == {"device": 0, "cpu": sums, "file": 2 * sums}
+    words = str(planned_llama(ranks=2))
+    assert "to the CPU, or" in words
+    assert "each of 2 ranks (FSDP2)" in words
+
+
+@pytest.mark.parametrize("estimator", [fk.DiagonalFisher(), fk.DirectionEnergy()], ids=["squares", "energies"])
+def test_out_of_memory_says_the_numbers_and_the_ways_out(estimator, monkeypatch):
+    """Sums of 64 TiB are asked for: torch's own error comes, with a note."""
+    large = nn.Linear(2**22, 2**22, bias=False, device="meta")
+    large.weight = nn.Parameter(torch.zeros(()).expand(2**22, 2**22))
+    if estimator != fk.DiagonalFisher():
+
+        def full(*args: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 TiB.")
+
+        large = nn.Linear(4, 3)
+        monkeypatch.setattr(fk.DirectionEnergy, "init", full)
+    with pytest.raises(RuntimeError, match="allocate") as raised:
+        fk.estimate(large, [(torch.randn(2, 4), torch.zeros(2))], estimator, likelihood=fk.Classification())
+    (note,) = raised.value.__notes__
+    for way in ("accumulate_on='cpu'", "parts=fishkern.plan(model, batch).parts('8GB')", "batches smaller"):
+        assert way in note
+    if estimator == fk.DiagonalFisher():
+        assert "The sums take 65536.00 GiB on cpu (of 17,592,186,044,416 entries of 1 parameters)" in note
+    with pytest.raises(RuntimeError, match="another error") as raised:
+        fk.estimate(nn.Linear(4, 3), failing(), likelihood=fk.Classification())
+    assert not hasattr(raised.value, "__notes__")
+
+
+def failing():
+    raise RuntimeError("another error")
+    yield
 
 
 # ---- on their way to the CPU
