@@ -281,7 +281,9 @@ def test_what_accelerate_dispatches(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     options, batches, model = {"likelihood": fk.Classification()}, [pair()], linear()
     whole = fk.estimate(model, batches, **options)
-    assert fk.estimate(accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True), batches, **options) == whole
+    hooked = fk.estimate(accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True), batches, **options)
+    for name in whole:  # another path: accelerate puts a forward of its own in front of the linear's
+        assert torch.allclose(hooked[name], whole[name], rtol=1e-5, atol=1e-7)
     two = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
     spread = accelerate.dispatch_model(two, {"0": "cpu", "1": "disk"}, offload_dir=tmp_path / "spread")
     for model in (
