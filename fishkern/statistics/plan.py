@@ -115,11 +115,11 @@ def plan(
             )
         examples = examples.with_tensors(lambda tensor: mode.input_like(tensor, device))
     sums_away = _away(storage_of(accumulate_on, "accumulate_on"), first)
-    results_away = _away(storage_of(results_on, "results_on"), first)
+    results_stay = (sums_away if results_on is None else _away(storage_of(results_on, "results_on"), first)) is None
     with torch.random.fork_rng([device] if device.type == "cuda" else []), mode.model(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of values, which there are none of
         options = Options(estimator, likelihood, parameters, accumulate_on, check, None, shared, parts, results_on)
-        rehearsals = _rehearsed(mode, model, options, examples, keeps_results=results_away is None)
+        rehearsals = _rehearsed(mode, model, options, examples, keeps_results=results_stay)
     planned = _planned(model, estimator, rehearsals, weight_bytes, examples, device, sums_away)
     if ranks is None:
         return planned

@@ -227,6 +227,8 @@ def test_sums_in_files_take_no_memory(tmp_path):
     assert there.accumulator_bytes == here.accumulator_bytes
     assert there.peak_bytes == pytest.approx(here.peak_bytes - here.accumulator_bytes, abs=64)
     assert len(there.parts(there.peak_bytes)) == 1
+    parts = here.parts((here.peak_bytes + here.beside_bytes) // 2)
+    assert planned_llama(parts=parts, accumulate_on=tmp_path).peak_bytes <= there.peak_bytes + 64  # results stay there
 
 
 def test_too_little_memory_is_refused():
