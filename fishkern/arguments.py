@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeVar
@@ -51,6 +52,27 @@ def count_of(value: Any, name: str = "k") -> int:
         TypeError: It is not an integer.
     """
     return at_least(0, value, name)
+
+
+def byte_count(value: Any, name: str) -> int:
+    """Read a size as huggingface_hub does: ``"5GB"`` is 5 * 1000**3 bytes, ``"5GiB"`` 5 * 1024**3.
+
+    Args:
+        value: A number of bytes, or such a text.
+        name: Of the argument, for the message.
+
+    Returns:
+        The number of bytes.
+
+    Raises:
+        ValueError: It is neither, or not above zero.
+    """
+    if match := re.fullmatch(r"(\d+) *(?:([KMGT])(I?)B)?", str(value).strip().upper()):
+        number, prefix, binary = match.groups()
+        nbytes = int(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " ")
+        if nbytes:
+            return nbytes
+    raise ValueError(f'{name} must be a positive number of bytes or like "5GB", "500MiB"; got {value!r}.')
 
 
 def at_least(least: int, value: Any, name: str) -> int:

@@ -417,3 +417,21 @@ def test_what_the_usual_top_trains():
     runs = [r for r in records("tr_pts") if r["arm"] == "contribution" and r["seed"] == 1000]  # each head has its own
     assert {r["setting"]["top"] for r in runs} == {0.2}
     assert {f"{100 * r['trained'] / r['of']:.2f}" for r in runs} == {said}
+
+
+def test_what_the_page_on_large_models_measured():
+    page = " ".join((ROOT / "docs" / "large-models.md").read_text(encoding="utf-8").split())
+    (measured,) = (one for one in records("parts") if one["quantity"] == "memory")
+    assert "allocate" in measured["one_pass"]
+    assert measured["parameters"] == measured["finite"] >= 3e8
+    assert measured["limit_mib"] == pytest.approx(measured["accumulators_mib"] / 2, abs=0.1)
+    assert f"a LLaMA of {measured['parameters'] / 1e6:.0f} million parameters" in page
+    assert f"in {measured['passes']} passes under a limit of {measured['limit_mib']:.0f} MiB" in page
+    assert f"half of the {measured['accumulators_mib']:,.0f} MiB of its sums" in page
+    assert f"The plan of the {measured['passes']} passes was {measured['plan_mib']:.0f} MiB" in page
+    assert f"resident memory rose by {measured['resident_peak_above_mib']:,.0f} MiB" in page
+    (large,) = (one for one in records("parts") if one.get("budget") == "16GiB")
+    assert large["plan_mib"] <= large["budget_mib"]
+    largest = f"the largest of {large['plan_mib'] / 1024:.1f} GiB"
+    assert f"a batch of {large['case']['N'] * large['case']['T']} tokens, 16 GiB above the weights" in page
+    assert f"to need {large['passes']} passes, {largest}" in page

@@ -180,7 +180,7 @@ def serve(pipe: str, limit_gib: str) -> None:
                     name, given = arguments
                     function = _named(name)
                     if limit and not limited:  # after the imports
-                        _limit_memory(limit)
+                        limit_memory(limit)
                         limited = True
                 if kind == "call":
                     value = function(*given)
@@ -218,7 +218,8 @@ def _why(error: Exception, limit_gib: float | None) -> str:
     return in_short(error)
 
 
-def _limit_memory(gib: float) -> None:
+def limit_memory(gib: float) -> None:
+    """Let this process take so much more memory than it has; files that are mapped do not count."""
     import torch
 
     from benchmarks.engine.memory import MIB, resident_mib

@@ -92,6 +92,7 @@ LLAMA_8B = Shape(32, 4096, 14336, 128256, 32, 8)  # Llama 3.1
 LLAMA_7B = Shape(32, 4096, 11008, 32000, 32)  # Llama 2
 LLAMA_1B = Shape(16, 2048, 8192, 128256, 32, 8, tied=True)  # Llama 3.2
 TINYLLAMA = Shape(22, 2048, 5632, 32000, 32, 4)  # TinyLlama 1.1B
+LLAMA_322M = Shape(20, 1024, 2816, 32000, 16)
 LLAMA_104M = Shape(12, 768, 2064, 12288, 12)
 LLAMA_32M = Shape(8, 512, 1376, 8192, 8, 4)
 LLAMA_21M = Shape(4, 512, 1376, 8192, 8)

@@ -8,6 +8,7 @@ from fishkern.commands.demo import demo
 from fishkern.commands.doctor import doctor
 from fishkern.commands.estimate import estimate
 from fishkern.commands.init import init
+from fishkern.commands.plan import plan
 from fishkern.commands.ranks import ranks
 from fishkern.commands.select import select
 from fishkern.commands.show import show
@@ -16,6 +17,7 @@ from fishkern.commands.verify import verify
 
 COMMANDS: dict[Callable[..., int | None], str] = {
     estimate: "fishkern estimate Qwen/Qwen3-0.6B --data corpus.jsonl --text body --out fisher.safetensors",
+    plan: "fishkern plan meta-llama/Llama-3.1-8B --batch-size 1 --memory 16GB --ranks 8",
     verify: "fishkern verify ./my-adapter --data ./squad --samples 32 --json report.json",
     select: "fishkern select fisher.safetensors --density 0.005 --rule global --out selection.safetensors",
     show: "fishkern show fisher.safetensors --plot fisher.png\n"

@@ -23,8 +23,8 @@ from fishkern.commands.output import (
     rows_in_words,
     size_on_disk,
 )
+from fishkern.commands.parts import demand_same_passes, discard, divided, unfinished_pass
 from fishkern.commands.workload import Prepared, checked_device, fitting, likelihood_of, predicate, prepare, with_origin
-from fishkern.statistics import unfinished
 
 
 @with_options
@@ -55,8 +55,17 @@ def estimate(
     no_check: Annotated[
         bool, Option("--no-check", help="Do not compare two examples with ordinary autograd first.")
     ] = False,
+    memory: Annotated[
+        str,
+        Option(
+            metavar="SIZE",
+            help="Most memory above the model's, such as 8GB: the data is read once for each part of the parameters "
+            "whose sums fit.",
+        ),
+    ] = "",
     accumulate_on: Annotated[
-        str, Option(metavar="NAME", help="Device of the sums, such as cpu; by default the model's.")
+        str,
+        Option(metavar="NAME", help="Device of the sums, such as cpu, or a folder for them; by default the model's."),
     ] = "",
     save_every: Annotated[
         float | None,
@@ -88,14 +97,14 @@ def estimate(
     The file records how it was made: fishkern show FILE.
 
     With --save-every the same command goes on after an interruption, with the same result as without; until the end
-    the sums are beside FILE, with the suffix .part.
+    the sums are beside FILE, with the suffix .part. With --memory it goes on in the pass where it was.
 
     With --until it reads no more examples than that takes, and at most --samples.
     """
     goal = _goal(until, until_density)
     target = checked_path(out)
     recipe = _recipe(fisher_type, unit, mc_samples, max_label_passes, draws=draws, seed=work.seed)
-    if accumulate_on:
+    if accumulate_on and not Path(accumulate_on).is_dir():
         checked_device(accumulate_on, "--accumulate-on")
     likelihood_of(reduction, work.task)
     prepared = prepare(work, samples)
@@ -103,10 +112,23 @@ def estimate(
     total = len(prepared.examples)
     part = target.with_suffix(".part")
     if restart:
-        part.unlink(missing_ok=True)
-    before = None if save_every is None else unfinished(part)
+        discard(part)
+    before = None if save_every is None else unfinished_pass(part)
     if before is not None:
-        note(f"going on from {part}: {before.examples:,} of {total:,} examples counted")
+        of_pass = f" of pass {before.number}" if before.number else ""
+        note(f"going on from {before.file}: {before.place.examples:,} of {total:,} examples{of_pass} counted")
+    options: dict[str, Any] = {
+        "likelihood": likelihood,
+        "parameters": predicate(work.parameters, prepared.model),
+        "accumulate_on": accumulate_on or None,
+        "check": not no_check,
+    }
+    saving = {} if save_every is None else {"checkpoint": part, "save_every": save_every}
+    size = work.batch_size or (None if before is None else before.place.batch_size)
+    if memory:
+        parts, size = divided(memory, prepared, recipe, options, size)
+        saving |= {"parts": parts, "results_on": target.parent} if len(parts) > 1 else {}
+    demand_same_passes(before, several="parts" in saving)
     sizes: list[int] = []
 
     def run(size: int) -> tuple[fk.Statistics, int]:
@@ -117,20 +139,17 @@ def estimate(
             prepared.model,
             prepared.batches(size),
             recipe,
-            likelihood=likelihood,
-            parameters=predicate(work.parameters, prepared.model),
-            accumulate_on=accumulate_on or None,
-            check=not no_check,
             progress=lambda done, _: report(done, total),
             until=goal,
-            **({} if save_every is None else {"checkpoint": part, "save_every": save_every}),
+            **options,
+            **saving,
         )
         return statistics, size
 
     start = time.perf_counter()
-    begun, size = (0, work.batch_size) if before is None else (before.examples, work.batch_size or before.batch_size)
+    begun = 0 if before is None else before.place.examples
     with _saying_how_to_go_on(part, saves=save_every is not None), progress("estimating", "examples", begun) as report:
-        statistics, batch_size = fitting(run, size, prepared.device, total)
+        statistics, batch_size = fitting(run, size, prepared.device, total, "--memory, which takes the sums in parts")
     seconds = time.perf_counter() - start
     statistics = with_origin(statistics, {**prepared.described, "batch_size": batch_size, "from": work.model})
     path = statistics.save(target)
@@ -146,7 +165,7 @@ def _saying_how_to_go_on(part: Path, *, saves: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if saves and part.exists():
+        if saves and unfinished_pass(part) is not None:
             note("the same command goes on from there")
         raise
 

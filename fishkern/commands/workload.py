@@ -21,6 +21,7 @@ from fishkern.integrations.models import Source
 from fishkern.integrations.tasks import TASKS, task_of_config
 from fishkern.names import listed
 from fishkern.statistics import Energies, Likelihood, Statistics
+from fishkern.statistics.out_of_memory import is_out_of_memory
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 BATCH_SIZE = {"cpu": 8}  # a guess, halved while memory does not suffice
@@ -230,7 +231,13 @@ def predicate(patterns: Sequence[str], model: nn.Module) -> Callable[[str, nn.Pa
     return (lambda name, _: any(fnmatchcase(name, pattern) for pattern in patterns)) if patterns else None
 
 
-def fitting(run: Callable[[int], Result], requested: int | None, device: torch.device, examples: int) -> Result:
+def fitting(
+    run: Callable[[int], Result],
+    requested: int | None,
+    device: torch.device,
+    examples: int,
+    or_else: str = "fewer --parameters",
+) -> Result:
     """Run with the largest batch that fits: a guess, halved while memory does not suffice.
 
     Args:
@@ -238,6 +245,7 @@ def fitting(run: Callable[[int], Result], requested: int | None, device: torch.d
         requested: The user's batch size: no other is tried.
         device: Device of the model.
         examples: How many there are.
+        or_else: What else may help.
 
     Returns:
         What ``run`` returns.
@@ -250,11 +258,11 @@ def fitting(run: Callable[[int], Result], requested: int | None, device: torch.d
         try:
             return run(size)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if requested or size == 1:
                 advice = "choose a smaller --batch-size, or leave it out" if size > 1 else (
-                    "choose a smaller --max-length, --dtype bfloat16, or fewer --parameters"
+                    f"choose a smaller --max-length, --dtype bfloat16, or {or_else}"
                 )  # fmt: skip
                 raise MemoryError(f"out of memory on {device} at a batch size of {size}: {advice}.") from None
         size //= 2  # outside of the except block, which keeps the tensors of the failed run alive
@@ -375,7 +383,3 @@ def _described(work: Inputs, encoder: Encoder, rows: Rows, count: int, fresh: li
         **({"hidden": f"15 % of the tokens, with seed {work.seed}, each by the mask"} if task == "masked-lm" else {}),
         **({"random weights": fresh} if fresh else {}),
     }
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

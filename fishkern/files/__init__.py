@@ -2,12 +2,14 @@
 
 :func:`atomic_write` is for one file of any kind. :func:`save_tensors` and :func:`open_tensors` keep named tensors as
 ``.safetensors``, in shards when large (by the convention of transformers: ``name-00001-of-00003.safetensors`` with
-``name.safetensors.index.json``), and the header says what they are.
+``name.safetensors.index.json``), and the header says what they are. :func:`mapped_zeros` is for
+values that need no name.
 """
 
 from fishkern.files.atomic import atomic_write, check_target, remove_leftovers
 from fishkern.files.gathering import is_sharded, write_from_ranks
 from fishkern.files.loading import Format, check_format, files_of, format_of, open_one, open_tensors
+from fishkern.files.mapped import mapped_zeros
 from fishkern.files.parsing import checked_shape, in_brief, parsing, read_count, read_json
 from fishkern.files.region import Region, read_region, region_of
 from fishkern.files.saving import check_cast, save_tensors, write_one
@@ -28,6 +30,7 @@ __all__ = [
     "format_of",
     "in_brief",
     "is_sharded",
+    "mapped_zeros",
     "open_one",
     "open_tensors",
     "parsing",

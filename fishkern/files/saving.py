@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishkern.arguments import byte_count
 from fishkern.files.atomic import atomic_write, check_target, sync
 from fishkern.files.loading import CODES, Format, open_one, read_header, read_index, single_and_index
 from fishkern.files.tensors import AnyTensor, pieces
@@ -149,7 +150,7 @@ def check_cast(name: str, before: Tensor, after: Tensor) -> None:
 def _shards(
     tensors: Mapping[str, AnyTensor], dtype: torch.dtype | None, max_shard_size: str | int | None
 ) -> list[dict[str, AnyTensor]]:
-    limit = math.inf if max_shard_size is None else _bytes(max_shard_size)
+    limit = math.inf if max_shard_size is None else byte_count(max_shard_size, "max_shard_size")
     shards: list[dict[str, AnyTensor]] = []
     room = 0.0
     for name, tensor in tensors.items():
@@ -164,16 +165,6 @@ def _shards(
 
 def _nbytes(tensor: AnyTensor, dtype: torch.dtype | None) -> int:
     return tensor.numel() * (dtype or tensor.dtype).itemsize
-
-
-def _bytes(size: str | int) -> int:
-    """Read a size as huggingface_hub does: ``"5GB"`` is 5 * 1000**3 bytes, ``"5GiB"`` 5 * 1024**3."""
-    if match := re.fullmatch(r"(\d+) *(?:([KMGT])(I?)B)?", str(size).strip().upper()):
-        number, prefix, binary = match.groups()
-        nbytes = int(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " ")
-        if nbytes:
-            return nbytes
-    raise ValueError(f'max_shard_size must be a positive number of bytes or like "5GB", "500MiB"; got {size!r}.')
 
 
 def _free_names(single: Path, count: int) -> list[Path]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fishkern.freezing.slices import Key
 from fishkern.selection import Selection
-from fishkern.statistics.plan import bytes_in_words
+from fishkern.statistics.pass_plan import bytes_in_words
 
 
 @dataclass(frozen=True, repr=False)

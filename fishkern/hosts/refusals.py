@@ -45,13 +45,14 @@ def dispatched(model: nn.Module) -> str | None:
     Returns:
         The reason, or ``None`` if the whole model is where its parameters are.
     """
+    for name, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if getattr(one, "offload", False) or type(one).__name__ == "CpuOffload":
+                return f"accelerate offloads the weights of {name or 'the model'!r}, which are elsewhere until it runs"
     devices = getattr(model, "hf_device_map", None)
     if devices and len(set(map(str, devices.values()))) > 1:
         return f"its hf_device_map spreads it over {sorted(set(map(str, devices.values())))}"
-    for name, module in model.named_modules():
-        hook = getattr(module, "_hf_hook", None)
-        if getattr(hook, "offload", False):
-            return f"accelerate offloads the weights of {name or 'the model'!r}"
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         return "some of its parameters are on the meta device"
     return None

@@ -134,6 +134,31 @@ def load(
     return model.to(device), fresh
 
 
+def without_values(source: Source, task: str, dtype: str = "auto") -> nn.Module:
+    """Make a model on the meta device, from its config alone.
+
+    Args:
+        source: What :func:`find` returned.
+        task: One of :data:`fishkern.integrations.tasks.TASKS`.
+        dtype: ``"auto"`` for the one that the config names, or the name of a torch dtype.
+
+    Returns:
+        The model, whose weights have no values and take no memory.
+
+    Raises:
+        ValueError: It is an adapter, or cannot serve the task.
+    """
+    import transformers
+
+    if source.adapter is not None:
+        raise ValueError(f"{source.adapter} is an adapter, of which the config says no shapes: name its base model.")
+    check_task(source, task)
+    chosen = getattr(source.config, "dtype", None) if dtype == "auto" else dtype
+    chosen = getattr(torch, chosen) if isinstance(chosen, str) else chosen
+    with torch.device("meta"):
+        return getattr(transformers, TASKS[task].auto_class).from_config(source.config, dtype=chosen or torch.float32)
+
+
 def _head_options(head: Head) -> dict[str, Any]:
     names = head.names or tuple(f"LABEL_{n}" for n in range(head.size))
     return {

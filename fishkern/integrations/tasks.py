@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fishkern.statistics import CausalLM, Likelihood, MaskedLM, Seq2SeqLM, TokenClassification
 
 
@@ -79,6 +82,32 @@ TASKS: dict[str, Task] = {
     ),
 }
 """Every task by its name. :class:`fishkern.integrations.examples.Encoder` has a method for each."""
+
+
+def example_batch(task: str, config: Any, size: int, length: int) -> dict[str, Tensor]:
+    """Make a batch of the shapes that a task has, of full rows without padding.
+
+    Args:
+        task: One of :data:`TASKS`.
+        config: A config of transformers, with the sizes of vocabulary or image.
+        size: Number of examples ``N``.
+        length: Number of tokens ``T``; images have the size of the config.
+
+    Returns:
+        Keyword arguments of the model. Tokens are drawn at random, always the same.
+    """
+    generator = torch.Generator().manual_seed(0)
+    text = config.get_text_config()
+    several = getattr(config, "problem_type", None) == "multi_label_classification"
+    single = torch.zeros(size, config.num_labels) if several else torch.zeros(size, dtype=torch.int64)
+    if getattr(config, "num_labels", 0) == 1:
+        single = torch.zeros(size)
+    if task == "image-classification":
+        height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+        return {"pixel_values": torch.zeros(size, getattr(config, "num_channels", 3), height, width), "labels": single}
+    tokens = torch.randint(1, text.vocab_size, (size, length), generator=generator)
+    labels = {"sequence-classification": single, "token-classification": torch.zeros_like(tokens)}.get(task, tokens)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
 
 
 def task_of_config(config: Any) -> str | None:

@@ -25,12 +25,14 @@ from fishkern.statistics.likelihood import (
 )
 from fishkern.statistics.merge import merge
 from fishkern.statistics.online import OnlineFisher
-from fishkern.statistics.plan import PassPlan, plan
+from fishkern.statistics.pass_plan import PassPlan
+from fishkern.statistics.plan import plan
 from fishkern.statistics.precision import Entries, Precision
 from fishkern.statistics.predictive import Bernoulli, Categorical, Gaussian, PackedCategorical, Predictive
 from fishkern.statistics.preference import Preference
 from fishkern.statistics.preference_losses import PairLogps
 from fishkern.statistics.prepared import Prepared, prepare
+from fishkern.statistics.ranks_plan import RanksPlan
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.sketched_fisher import SketchedFisher
 from fishkern.statistics.token_losses import TokenLosses
@@ -73,6 +75,7 @@ __all__ = [
     "Preference",
     "Prepared",
     "QuestionAnswering",
+    "RanksPlan",
     "Regression",
     "Seq2SeqLM",
     "SketchedFisher",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -43,6 +44,7 @@ class ParameterInfo:
         device: The device of its state.
         linear: For an estimator that reads factors: the linear map whose weight it is.
         kept: For the estimator: what it computes once of the parameter, such as a basis, by names of its own.
+        folder: Where its sums are kept in files that are mapped into memory; ``None`` for memory itself.
     """
 
     name: str
@@ -52,6 +54,7 @@ class ParameterInfo:
     device: torch.device
     linear: LinearMap | None = None
     kept: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,6 +60,8 @@ def facts_of_call(
     }
     for name, info in request.infos.items():
         facts["the statistic of", name] = f"{info.dtype} {list(info.shape)} on {info.device.type}"
+    if options.parts is not None:
+        facts |= {("the pass of", name): number for number, names in enumerate(request.groups) for name in names}
     for fact, value in facts_of_model(request.model).items():
         if fact not in _PASSING and fact[0] != _OF_DEVICES:
             facts[fact] = value

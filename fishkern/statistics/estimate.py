@@ -31,6 +31,8 @@ from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.likelihood_argument import OWN_TOKENS, described
 from fishkern.statistics.notes import note_own_tokens
 from fishkern.statistics.one_pass import OnePass, Passed
+from fishkern.statistics.out_of_memory import saying_what_sums_take
+from fishkern.statistics.parting import Parts
 from fishkern.statistics.precision import Precision
 from fishkern.statistics.prepared import Prepared
 from fishkern.statistics.request import Options, Request, coverage_of, reader_for, request_of
@@ -40,6 +42,7 @@ from fishkern.statistics.sharded_states import ShardedStates
 from fishkern.statistics.sharding import sharding_of
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
+from fishkern.statistics.storage import Storage, Where, storage_of
 from fishkern.warning import warn_caller
 
 # By which sums of losses over the same examples may differ, in another order and in other batches.
@@ -54,7 +57,9 @@ def estimate(
     likelihood: Likelihood | LossFunction | Drawn | None = None,
     parameters: Requested = None,
     max_examples: int | None = None,
-    accumulate_on: str | torch.device | None = None,
+    accumulate_on: Where = None,
+    parts: Parts = None,
+    results_on: Where = None,
     check: bool = True,
     backend: Backend | None = None,
     progress: bool | Callable[[int, int | None], None] = False,
@@ -98,7 +103,14 @@ def estimate(
             is ``[O, I]``. Patterns of canonical names. Or a predicate of canonical name and parameter (for a stored
             weight: the tensor that stores it).
         max_examples: Stop after so many examples, of all ranks together.
-        accumulate_on: Device of the accumulators; ``None`` for each parameter's own.
+        accumulate_on: Where the accumulators are: a device, or a folder, where they lie in files that are mapped into
+            memory, without a name, and end with the result. ``None`` for each parameter's device. The bits are the same
+            on one device, in memory and in files.
+        parts: Names of the parameters of each pass over the data, as :meth:`fishkern.PassPlan.parts` gives them, so
+            that the accumulators of one part are in memory at a time. The data must be the same in every pass. ``None``
+            for as few passes as the estimator takes.
+        results_on: Where the result of a pass goes when it has ended: a device, or a folder as for ``accumulate_on``;
+            ``None`` for where its accumulators are.
         check: Whether to compare with ordinary autograd. It is the only way to detect a parameter that is used without
             calling its module.
         backend: ``None`` for the current default, see :mod:`fishkern.backend`.
@@ -144,7 +156,7 @@ def estimate(
         raise TypeError(f"prepared must come from fishkern.prepare(model, batch, ...), got {prepared!r:.80}.")
     ranks = Ranks()
     ranks.demand_equal(prepared is not None, "whether a prepared pass is given")
-    options = Options(estimator, likelihood, parameters, accumulate_on, check, backend, shared)
+    options = Options(estimator, likelihood, parameters, accumulate_on, check, backend, shared, parts, results_on)
     with ranks.failing_together():
         if prepared is not None:
             prepared.demand_model(model)
@@ -153,6 +165,11 @@ def estimate(
         request = request_of(model, options, max_examples, fsdp2=True)
         if sharding is not None:
             check_sharded(request.estimator)
+            if options.parts is not None or options.results_on is not None:
+                raise ValueError(
+                    "parts= and results_on= are not built for sharded models: estimate groups of parameters one after "
+                    "the other (parameters=), save each, and join them by fishkern.union."
+                )
             if checkpoint is not None:
                 raise ValueError(
                     "checkpoint= is not built for sharded models, whose sums lie on several ranks: leave it out, or "
@@ -169,32 +186,33 @@ def estimate(
     _demand_same_request(request, options, max_examples, ranks)
     _refuse_one_reading(request, batches)
     estimator, groups = request.estimator, request.groups
+    storage = storage_of(options.results_on, "results_on")
     reader = reader_for(model, options.likelihood, options.shared)
     answering = Answering(model, options.likelihood) if prepared is None else prepared.answering
     results: dict[str, Any] = {}
     paths: dict[str, tuple[str, str]] = {}
     passed: list[Passed] = []
     for number, names in enumerate(groups):
-        data = Data(batches, reader, request.device, max_examples, ranks)
-        report = Progress(progress if ranks.rank == 0 else False, data.total, number, len(groups))
-        infos = {name: request.infos[name] for name in names}
-        part = {name: request.tensors[name] for name in names}
-        known = None if prepared is None else prepared.known[number]
-        if sharding is None:
-            states = States(infos, estimator, backend)
-            keeper = None if checkpoint is None else long_run.keeper(number, facts, states)
-            following = (
-                Following(states, goal, watching=report.shows) if len(groups) == 1 and follows(estimator) else None
-            )
-            one = OnePass(model, part, estimator, states, answering, options.check, known, keeper, following)
-        else:
+        with saying_what_sums_take(request, options):
+            data = Data(batches, reader, request.device, max_examples, ranks)
+            report = Progress(progress if ranks.rank == 0 else False, data.total, number, len(groups))
+            infos = {name: request.infos[name] for name in names}
+            part = {name: request.tensors[name] for name in names}
+            known = None if prepared is None else prepared.known[number]
             following = None
-            states = ShardedStates(infos, estimator, backend, sharding=sharding)
-            one = ShardedPass(model, part, estimator, states, answering, options.check, sharding=sharding)
-        passed.append(one.over(data, ranks, report))
-        precision = None if following is None else following.precision(ranks)  # of the only pass of such a recipe
-        paths |= slowest_paths(ranks.gathered(passed[-1].paths))
-        results |= _results(states, ranks, passed[-1].counts.units)
+            if sharding is None:
+                states = States(infos, estimator, backend)
+                keeper = None if checkpoint is None else long_run.keeper(number, facts, states)
+                if len(groups) == 1 and follows(estimator):
+                    following = Following(states, goal, watching=report.shows)
+                one = OnePass(model, part, estimator, states, answering, options.check, known, keeper, following)
+            else:
+                states = ShardedStates(infos, estimator, backend, sharding=sharding)
+                one = ShardedPass(model, part, estimator, states, answering, options.check, sharding=sharding)
+            passed.append(one.over(data, ranks, report))
+            precision = None if following is None else following.precision(ranks)
+            paths |= slowest_paths(ranks.gathered(passed[-1].paths))
+            results |= _results(states, ranks, passed[-1].counts.units, storage)
     results = {name: results[name] for name in request.tensors}
     _demand_same_data(passed, ranks)
     _note_zeros(results, ranks)
@@ -228,7 +246,7 @@ def _checked_until(until: float | tuple[float, float], request: Request, ranks: 
             f"until= is not built for {where}: estimate in one process, or give the number of examples, max_examples=."
         )
     if isinstance(request.estimator, DiagonalFisher) and len(request.groups) > 1:
-        raise ValueError("until= is for a single pass over the data: give the number of examples, max_examples=.")
+        raise ValueError("until= is for a single pass over the data, without parts=: give the number of examples, max_examples=.")
     return Until.of(until, request.estimator)
 
 
@@ -273,7 +291,7 @@ def _refuse_one_reading(request: Request, batches: Iterable[Any]) -> None:
     if len(request.groups) > 1 and isinstance(batches, Iterator):
         raise ValueError(
             f"{type(request.estimator).__name__} takes {len(request.groups)} passes over the data, and batches is an "
-            "iterator, which can be read once: give a DataLoader or a list, or estimate all layers in one pass."
+            "iterator, which can be read once: give a DataLoader or a list, or estimate everything in one pass."
         )
 
 
@@ -289,12 +307,12 @@ def _demand_same_data(passed: Sequence[Passed], ranks: Ranks) -> None:
             raise ValueError(
                 f"pass {number} of {len(passed)} saw other data than the first: {count} examples with a mean loss of "
                 f"{loss / count:.6g}, after {examples[0]} with {losses[0] / examples[0]:.6g}. Give the same data in "
-                "every pass, such as a DataLoader without shuffle, or estimate all layers in one pass."
+                "every pass, such as a DataLoader without shuffle, or estimate everything in one pass."
             )
 
 
-def _results(states: States, ranks: Ranks, units: int) -> dict[str, Any]:
-    """Reduce each state over the ranks and turn it into the statistic, one at a time."""
+def _results(states: States, ranks: Ranks, units: int, storage: Storage) -> dict[str, Any]:
+    """Reduce each state over the ranks, turn it into the statistic and put that away, one at a time."""
     results: dict[str, Any] = {}
     infinite: list[str] = []
     dtypes = {key: states.info(key).value.dtype for key in states.names}
@@ -302,6 +320,7 @@ def _results(states: States, ranks: Ranks, units: int) -> dict[str, Any]:
         results[key] = states.result(key, ranks, units)  # states are freed one by one as results take their place
         if not all(bool(leaf.isfinite().all()) for leaf in _tensors(results[key])):
             infinite.append(key)
+        results[key] = storage.keep(results[key])
     if infinite := list(chain.from_iterable(ranks.gathered(infinite))):  # a rank may hold a part of a statistic
         raise ValueError(
             f"the statistic of {infinite[0]} is not finite although every loss is: its gradients overflow in "

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
+from fishkern.arguments import at_least
 from fishkern.layers import is_wrapped, linear_maps
 from fishkern.names import listed
 from fishkern.statistics.answering import Answering
@@ -22,81 +22,23 @@ from fishkern.statistics.coverage import ONLY_A_RUN
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.likelihood import Likelihood
-from fishkern.statistics.request import check_estimable, parameter_infos, reader_for, requested_tensors
+from fishkern.statistics.parting import Parts, groups_of
+from fishkern.statistics.pass_plan import PassPlan
+from fishkern.statistics.ranks_plan import plan_for_ranks
+from fishkern.statistics.request import (
+    Options,
+    check_estimable,
+    parameter_infos,
+    reader_for,
+    requested_tensors,
+)
+from fishkern.statistics.sharded_pass import check_sharded
+from fishkern.statistics.staging import IN_FLIGHT
+from fishkern.statistics.storage import Storage, Where, storage_of
 
 if TYPE_CHECKING:
     from fishkern.statistics.rehearsal import Rehearsal
     from fishkern.statistics.valueless import Valueless
-
-
-@dataclass(frozen=True, eq=False)
-class PassPlan:
-    """What a pass will take on one device. ``print(plan)`` shows it as a table.
-
-    Args:
-        model: Class of the model.
-        estimator: Class of the estimator.
-        weight_bytes: Bytes of the model's parameters and buffers; shared ones count once.
-        accumulator_bytes: Bytes of the estimator's sums in one pass.
-        basis_bytes: Bytes of its constants, such as the bases of the layers of one pass.
-        activation_bytes: The most bytes beside these while a batch runs: what autograd and the capture keep of a
-            forward pass, and temporaries. ``None`` without a batch.
-        phases: The most bytes above the loaded model in each part of a pass, by name, in order.
-        paths: The path that computes each parameter, by canonical name: ``"fused"``, ``"sketch"``, ``"batch"``, or
-            ``"only a run can tell"``.
-        passes: Number of passes over the data.
-        flops: FLOPs of matrix products, convolutions and attention for one batch: ``"pass"``, and of these
-            ``"estimator"``, its own operations; and ``"set-up"``, once.
-        examples: ``N`` of the batch; 0 without one.
-        unknown: What only a run can tell, in words.
-        logits: How logits above the limit of the likelihood are computed (:class:`fishkern.CausalLM`), in words; empty
-            if they are below it, or there is no limit.
-    """
-
-    model: str
-    estimator: str
-    weight_bytes: int
-    accumulator_bytes: int
-    basis_bytes: int
-    activation_bytes: int | None
-    phases: Mapping[str, int]
-    paths: Mapping[str, str]
-    passes: int
-    flops: Mapping[str, int]
-    examples: int
-    unknown: tuple[str, ...]
-    logits: str = ""
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most bytes above the loaded model, over all parts of the pass."""
-        return max(self.phases.values())
-
-    @property
-    def total_bytes(self) -> int:
-        """The most bytes, those of the model included."""
-        return self.weight_bytes + self.peak_bytes
-
-    def __str__(self) -> str:
-        longest = max(self.phases, key=self.phases.__getitem__)
-        batch = f"beside these, for a batch of {self.examples}" if self.examples else "unknown without a batch"
-        rows = [
-            ("weights", self.weight_bytes, "parameters and buffers"),
-            ("accumulators", self.accumulator_bytes, "the sums of the estimator"),
-            ("bases", self.basis_bytes, "what it keeps of the weights"),
-            ("activations", self.activation_bytes, batch),
-            ("peak", self.peak_bytes, f"above the weights ({longest})"),
-            ("total", self.total_bytes, "weights and peak"),
-        ]
-        lines = [f"{self.estimator} of {self.model}: {self.passes} pass{'es' * (self.passes > 1)} over the data"]
-        lines += [f"  {name:<13}{bytes_in_words(size):>10}  {what}" for name, size, what in rows]
-        counts = Counter(self.paths.values())
-        lines += ["paths: " + ", ".join(f"{path} {count}" for path, count in counts.items())]
-        if self.examples:
-            whole, own = self.flops["pass"], self.flops["estimator"]
-            lines += [f"FLOPs of a batch: {whole:.2e}, of which {own:.2e} by the estimator"]
-        lines += [f"logits: {self.logits}"] if self.logits else []
-        return "\n".join([*lines, f"{ONLY_A_RUN}:", *(f"  - {one}" for one in self.unknown)])
 
 
 def plan(
@@ -106,9 +48,12 @@ def plan(
     *,
     likelihood: Likelihood | LossFunction | Drawn | None = None,
     parameters: Requested = None,
-    accumulate_on: str | torch.device | None = None,
+    accumulate_on: Where = None,
+    parts: Parts = None,
+    results_on: Where = None,
     check: bool = True,
     shared: Shared = None,
+    ranks: int | None = None,
 ) -> PassPlan:
     """Plan a pass of :func:`fishkern.estimate`: its bytes on one device, its passes, the path of each parameter.
 
@@ -127,10 +72,13 @@ def plan(
         estimator: The recipe; ``None`` for :class:`fishkern.DiagonalFisher`.
         likelihood: As for :func:`fishkern.estimate`.
         parameters: As for :func:`fishkern.estimate`.
-        accumulate_on: As for :func:`fishkern.estimate`. Accumulators elsewhere are left out of the peak, but for the
-            largest, whose additions are made on the model's device.
+        accumulate_on: As for :func:`fishkern.estimate`. Accumulators elsewhere are left out of the peak, but for
+            the largest few of those on another device, which are made on the model's device and copied.
+        parts: As for :func:`fishkern.estimate`.
+        results_on: As for :func:`fishkern.estimate`. Results elsewhere are left out of the peak.
         check: As for :func:`fishkern.estimate`.
         shared: As for :func:`fishkern.estimate`.
+        ranks: Also plan for so many ranks over which FSDP2 shards the model, each with such a batch.
 
     Returns:
         The plan.
@@ -139,7 +87,8 @@ def plan(
         TypeError: The batch is neither a mapping nor a pair, or an argument is of another type than described.
         ValueError: There are no trainable parameters or no labels, or an entry of the batch cannot be assigned to
             examples; or the rows of the batch are packed.
-        UnsupportedModuleError: The gradients of a module cannot be exact; the message says how to avoid it.
+        UnsupportedModuleError: The gradients of a module cannot be exact, or ``ranks`` is asked for with an estimator
+            that is not computed on shards; the message says how to avoid it.
         RuntimeError: It runs under ``torch.inference_mode()``.
     """
     # not at the top: torch's tensors without values are no public part of it
@@ -147,6 +96,8 @@ def plan(
 
     estimator = DiagonalFisher() if estimator is None else estimator
     model = hosts.unwrap(model)
+    if ranks is not None:
+        check_sharded(estimator)
     check_estimable(model, estimator, on_meta=True)
     weight_bytes = sum(map(_nbytes, [*model.parameters(), *model.buffers()]))
     maps = linear_maps(model) if estimator.reads_factors else {}
@@ -163,37 +114,40 @@ def plan(
                 "one example."
             )
         examples = examples.with_tensors(lambda tensor: mode.input_like(tensor, device))
-    elsewhere = accumulate_on is not None and not _is(first.device, torch.device(accumulate_on))
+    sums_away = _away(storage_of(accumulate_on, "accumulate_on"), first)
+    results_stay = (sums_away if results_on is None else _away(storage_of(results_on, "results_on"), first)) is None
     with torch.random.fork_rng([device] if device.type == "cuda" else []), mode.model(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of values, which there are none of
-        rehearsals = _rehearsed(mode, model, parameters, estimator, likelihood, examples, check=check)
-    return _planned(model, estimator, rehearsals, weight_bytes, examples, elsewhere=elsewhere)
+        options = Options(estimator, likelihood, parameters, accumulate_on, check, None, shared, parts, results_on)
+        rehearsals = _rehearsed(mode, model, options, examples, keeps_results=results_stay)
+    planned = _planned(model, estimator, rehearsals, weight_bytes, examples, device, sums_away)
+    if ranks is None:
+        return planned
+    requested = requested_tensors(model, parameters, estimator, maps)
+    numbers = [(one, 8 if one.dtype == torch.float64 else 4) for one in requested.values()]
+    per_rank = plan_for_ranks(at_least(1, ranks, "ranks"), model.parameters(), model.buffers(), numbers)
+    return replace(planned, per_rank=per_rank)
 
 
 def _rehearsed(
-    mode: Valueless,
-    model: nn.Module,
-    parameters: Requested,
-    estimator: Estimator,
-    likelihood: Likelihood | LossFunction | Drawn | None,
-    examples: Examples | None,
-    *,
-    check: bool,
+    mode: Valueless, model: nn.Module, options: Options, examples: Examples | None, *, keeps_results: bool
 ) -> list[Rehearsal]:
     """Rehearse each pass over the data, while the results of those before it are alive."""
     from fishkern.statistics.rehearsal import Rehearsal
 
+    estimator = options.estimator
     maps = linear_maps(model) if estimator.reads_factors else {}
-    requested = requested_tensors(model, parameters, estimator, maps)
+    requested = requested_tensors(model, options.parameters, estimator, maps)
     infos = parameter_infos(model, requested, estimator, None, maps)
-    answering = Answering(model, likelihood)
+    answering = Answering(model, options.likelihood)
     rehearsals: list[Rehearsal] = []
     results: dict[str, Any] = {}
-    for names in estimator.passes(tuple(requested)):
+    for names in groups_of(estimator, list(requested), options.parts):
         part = {name: requested[name] for name in names}
         part_infos = {name: infos.pop(name) for name in names}
-        rehearsals.append(Rehearsal(mode, model, part, part_infos, estimator, answering, check))
-        results |= rehearsals[-1].over(examples)
+        one = Rehearsal(mode, model, part, part_infos, estimator, answering, options.check, keeps_results)
+        rehearsals.append(one)
+        results |= one.over(examples)
     return rehearsals
 
 
@@ -203,18 +157,26 @@ def _planned(
     rehearsals: list[Rehearsal],
     weight_bytes: int,
     examples: Examples | None,
-    *,
-    elsewhere: bool,
+    device: torch.device,
+    sums_away: Storage | None,
 ) -> PassPlan:
     """Combine the passes: bytes are those of the pass that takes the most."""
     phases: dict[str, int] = {}
     paths: dict[str, tuple[str, str]] = {}
     activations: list[int] = []
     flops = {"pass": 0, "estimator": 0, "set-up": 0}
+    state_bytes: dict[str, int] = {}
+    beside = 0
     for one in rehearsals:
         sizes = one.sums_of.values()
-        # sums of one parameter at a time are made where its gradients are, and move to where the accumulators are
-        outside = sum(sizes) - max(sizes) if elsewhere else 0
+        # sums of a parameter are made where its gradients are, while those before it move to another device
+        moves = sums_away is not None and not _is(device, sums_away.device)
+        staged = sum(sorted(sizes)[-1 - IN_FLIGHT :]) if moves else 0
+        outside = sum(sizes) - staged if sums_away is not None else 0
+        own = {name: one.bases_of[name] + (one.sums_of[name] if sums_away is None else 0) for name in one.sums_of}
+        state_bytes |= own
+        most = max(phase.peak for phase in one.phases.values()) - outside
+        beside = max(beside, most - sum(own.values()), one.workspace)
         for name, phase in one.phases.items():
             phases[name] = max(phases.get(name, 0), phase.peak - outside)
             flops["pass" if name == "batch" else "set-up"] += phase.flops
@@ -222,12 +184,13 @@ def _planned(
                 activations.append(phase.peak - one.states)
         flops["estimator"] += one.estimating
         paths |= one.paths
+    moved = max(sum(one.sums_of.values()) for one in rehearsals)
     return PassPlan(
         model=type(model).__name__,
         estimator=type(estimator).__name__,
         weight_bytes=weight_bytes,
-        accumulator_bytes=max(sum(one.sums_of.values()) for one in rehearsals),
-        basis_bytes=max(one.bases for one in rehearsals),
+        accumulator_bytes=moved,
+        basis_bytes=max(sum(one.bases_of.values()) for one in rehearsals),
         activation_bytes=max(activations, default=None),
         phases=phases,
         paths={key: path for key, (path, _) in paths.items()},
@@ -235,6 +198,9 @@ def _planned(
         flops=flops,
         examples=examples.num_examples if examples else 0,
         unknown=tuple(_unknown(model, rehearsals, paths, examples)),
+        state_bytes=state_bytes,
+        beside_bytes=beside,
+        traffic_bytes={"device": 0, "cpu": moved, "file": 2 * moved},
         logits=next((said for one in rehearsals if (said := one.answering.said_of_logits)), ""),
     )
 
@@ -257,6 +223,14 @@ def _unknown(
     yield "what kernels and libraries take beside their results, and the slack of the allocator"
 
 
+def _away(storage: Storage, tensor: Tensor) -> Storage | None:
+    """Return a place if what is kept there takes no memory where a tensor is."""
+    device = storage.device
+    if storage.folder is None and (device is None or _is(tensor.device, device)):
+        return None
+    return storage
+
+
 def _is(device: torch.device, named: torch.device) -> bool:
     """Tell whether a tensor's device is what a user names; an accelerator without a number is the current one."""
     if device.type != named.type or device.type in ("cpu", "meta"):
@@ -269,21 +243,3 @@ def _nbytes(tensor: Tensor) -> int:
     if not is_wrapped(tensor) or not hasattr(tensor, "__tensor_flatten__"):
         return tensor.nbytes
     return sum(_nbytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-
-
-def bytes_in_words(size: int | None) -> str:
-    """Write a number of bytes in the unit that fits.
-
-    Args:
-        size: Bytes; ``None`` where they are not known.
-
-    Returns:
-        Such as ``"12 B"`` or ``"3.5 MiB"``; ``"-"`` for ``None``.
-    """
-    if size is None:
-        return "-"
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"

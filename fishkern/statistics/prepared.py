@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 
 from fishkern import backend as backends
@@ -27,6 +26,7 @@ from fishkern.statistics.one_pass import OnePass
 from fishkern.statistics.request import Options, Request, reader_for, request_of
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
+from fishkern.statistics.storage import Where
 from fishkern.statistics.structure import Facts, Labelled, demand_same, facts_of_model
 
 
@@ -123,7 +123,7 @@ def prepare(
     *,
     likelihood: Likelihood | LossFunction | Drawn | None = None,
     parameters: Requested = None,
-    accumulate_on: str | torch.device | None = None,
+    accumulate_on: Where = None,
     check: bool = True,
     backend: Backend | None = None,
     shared: Shared = None,

@@ -25,7 +25,7 @@ from fishkern.layers import PerExampleGrads, foresee, served_by_rule, stored_wei
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.autograd import first
 from fishkern.statistics.autograd_pass import AutogradPass
-from fishkern.statistics.base import Estimator, ParameterInfo, sums
+from fishkern.statistics.base import Estimator, ParameterInfo, State, sums
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.captured_pass import CapturedPass
 from fishkern.statistics.computed_dtypes import ComputedDtypes
@@ -60,10 +60,12 @@ class Rehearsal:
         estimator: The recipe.
         answering: Runs the model on a batch.
         check: As for :func:`fishkern.estimate`.
+        keeps_results: Whether results stay beside the states that are left.
 
     Attributes:
         sums_of: Bytes of the sums of each parameter.
-        bases: Bytes of the constants of all states.
+        bases_of: Bytes of the constants of each parameter's state.
+        workspace: The most bytes that making one state takes beside it.
         states: Bytes that are alive once they are made.
         phases: The parts of the pass, in order.
         paths: Path and reason for each parameter, as far as they can be foreseen.
@@ -78,8 +80,10 @@ class Rehearsal:
     estimator: Estimator
     answering: Answering
     check: bool
+    keeps_results: bool = True
     sums_of: dict[str, int] = field(default_factory=dict)
-    bases: int = 0
+    bases_of: dict[str, int] = field(default_factory=dict)
+    workspace: int = 0
     states: int = 0
     phases: dict[str, Phase] = field(default_factory=dict)
     paths: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -97,12 +101,12 @@ class Rehearsal:
             The results, by canonical name.
         """
         with self.mode:
-            before = self.mode.live  # results of earlier passes
             with self._phase("states"):
                 states = _States(self.infos, self.estimator, self.mode)
             self.sums_of = {key: sum(_nbytes(total) for total in sums(states[key])) for key in self.infos}
             self.states = self.mode.live
-            self.bases = self.states - before - sum(self.sums_of.values())
+            self.bases_of = {key: whole - self.sums_of[key] for key, (whole, _) in states.made.items()}
+            self.workspace = max(peak - whole for whole, peak in states.made.values())
             if batch is None:
                 self.paths = dict.fromkeys(self.requested, (ONLY_A_RUN, "there is no batch that reaches it"))
                 served = served_by_rule(self.model, self.requested)
@@ -206,10 +210,12 @@ class Rehearsal:
         """Turn the states into results one after the other, and look for numbers that are not finite."""
         results = {}
         for key in self.infos:
-            results[key] = self.estimator.result(states.pop(key), 1)
-            for leaf in tree_leaves(results[key]):
+            result = self.estimator.result(states.pop(key), 1)
+            for leaf in tree_leaves(result):
                 if isinstance(leaf, Tensor):
                     leaf.isfinite().all()
+            if self.keeps_results:
+                results[key] = result
         return results
 
     @contextmanager
@@ -223,16 +229,24 @@ class _States(States):
 
     Attributes:
         flops: FLOPs of all additions.
+        made: For each parameter, the bytes of its state and the most bytes while it was made.
     """
 
     def __init__(self, parameters: Mapping[str, ParameterInfo], estimator: Estimator, mode: Valueless) -> None:
-        super().__init__(parameters, estimator, "torch")
         self._mode = mode
+        self.made: dict[str, tuple[int, int]] = {}
+        super().__init__(parameters, estimator, "torch")
         self._added: dict[Any, Phase] = {}
         self.flops = 0
 
     def of_the_same_kind(self, estimator: Estimator, names: Collection[str]) -> States:
         return _States({name: self._parameters[name] for name in names}, estimator, self._mode)
+
+    def _begin(self, parameter: ParameterInfo) -> State:
+        with self._mode.phase() as phase:
+            state = super()._begin(parameter)
+        self.made[parameter.name] = (self._mode.live - phase.start, phase.peak - phase.start)
+        return state
 
     def add(self, name: str, grads: PerExampleGrads) -> None:
         shapes = (self.info(name).shape, *(total.shape for total in sums(self[name])), *_described(grads))

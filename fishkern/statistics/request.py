@@ -34,8 +34,10 @@ from fishkern.statistics.lengths import check_lengths
 from fishkern.statistics.likelihood import CausalLM, Likelihood, recognise_likelihood
 from fishkern.statistics.packing import PackedExamples, packed_examples
 from fishkern.statistics.pairs import refuse_unnamed_pairs
+from fishkern.statistics.parting import Parts, groups_of
 from fishkern.statistics.preference import Preference
 from fishkern.statistics.states import without_factors
+from fishkern.statistics.storage import Where, storage_of
 from fishkern.statistics.token_losses import TokenLosses
 
 
@@ -46,10 +48,12 @@ class Options:
     estimator: Estimator | None
     likelihood: Likelihood | LossFunction | Drawn | None
     parameters: Requested
-    accumulate_on: str | torch.device | None
+    accumulate_on: Where
     check: bool
     backend: Backend | None
     shared: Shared
+    parts: Parts = None
+    results_on: Where = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,9 +104,7 @@ def request_of(model: nn.Module, options: Options, max_examples: int | None = No
     maps = linear_maps(model) if estimator.reads_factors else {}
     tensors = requested_tensors(model, options.parameters, estimator, maps)
     infos = parameter_infos(model, tensors, estimator, options.accumulate_on, maps)
-    groups = estimator.passes(tuple(tensors))
-    if sorted(name for names in groups for name in names) != sorted(tensors):
-        raise ValueError(f"{type(estimator).__name__}.passes must give every requested parameter once, got {groups}.")
+    groups = groups_of(estimator, list(tensors), options.parts)
     return Request(model, estimator, options.parameters, maps, tensors, infos, groups)
 
 
@@ -147,8 +149,9 @@ def check_estimable(
     whole_on_meta = on_meta and all(parameter.is_meta for parameter in model.parameters())
     if not whole_on_meta and (reason := hosts.dispatched(model)):
         raise UnsupportedModuleError(
-            f"{type(model).__name__} cannot be estimated as it is dispatched: {reason}. Load it onto one device, "
-            "without device_map='auto'."
+            f"{type(model).__name__} cannot be estimated where it is: {reason}. Load it onto one device, as by "
+            "device_map={'': 0}; sums that do not fit beside it may be on the CPU or in files (accumulate_on=), or be "
+            "taken in parts (parts=). Or shard it over several GPUs by FSDP2 (fully_shard)."
         )
     if max_examples is not None and integer(max_examples, "max_examples") < 1:
         raise ValueError(f"max_examples must be at least 1, got {max_examples}.")
@@ -201,7 +204,7 @@ def parameter_infos(
     model: nn.Module,
     requested: Mapping[str, Tensor],
     estimator: Estimator,
-    accumulate_on: str | torch.device | None,
+    accumulate_on: Where,
     maps: Mapping[str, LinearMap],
 ) -> dict[str, ParameterInfo]:
     """Describe each parameter to its state.
@@ -221,6 +224,7 @@ def parameter_infos(
     """
     if reason := hosts.merged_adapter(model, requested):
         raise UnsupportedModuleError(f"{reason}.")
+    storage = storage_of(accumulate_on, "accumulate_on")
     stored = {key: weight_shape(module) for key, (_, module) in stored_weights(model).items()}
     _refuse_without_gradient(stored, requested, estimator)
     return {
@@ -230,8 +234,9 @@ def parameter_infos(
             stored.get(key, one.shape),
             # the gradient of a stored weight is float32, whatever it is stored in
             accumulates_in(one.dtype) if has_gradient_dtype(one) else torch.float32,
-            torch.device(accumulate_on or one.device),
+            storage.device_for(one),
             maps.get(key),
+            folder=storage.folder,
         )
         for key, one in requested.items()
     }

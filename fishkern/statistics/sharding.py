@@ -18,10 +18,8 @@ from torch import distributed as dist
 
 from fishkern import hosts
 from fishkern.layers import Columns, UnsupportedModuleError, has_gradient_dtype
+from fishkern.statistics.ranks_plan import BLOCK_BYTES as _BLOCK
 from fishkern.statistics.shards import Ranks
-
-_BLOCK = 2**26
-"""Squares of the whole parameter are formed in blocks of about this many bytes."""
 
 # torch 2.13 has renamed it
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)

@@ -16,6 +16,8 @@ from fishkern.backend import Backend
 from fishkern.layers import OuterProductGrads, PerExampleGrads, UnsupportedModuleError, leave_out
 from fishkern.statistics.base import Constant, Estimator, ParameterInfo, State, sums
 from fishkern.statistics.shards import Ranks
+from fishkern.statistics.staging import Staging
+from fishkern.statistics.storage import in_file
 
 
 class States:
@@ -47,9 +49,11 @@ class States:
         self._parameters = parameters
         self._estimator = estimator
         self._backend = backend
-        self._states = {name: _begun(estimator, parameter) for name, parameter in parameters.items()}
+        self._staging: dict[torch.device, Staging] = {}
+        self._states = {name: self._begin(parameter) for name, parameter in parameters.items()}
 
     def __getitem__(self, name: str) -> State:
+        self._arrive()
         return self._states[name]
 
     def __contains__(self, name: str) -> bool:
@@ -120,6 +124,7 @@ class States:
 
     def complete(self) -> None:
         """End a backward pass: what was added is in the states from here on."""
+        self._arrive()
 
     def largest(self, values: Tensor) -> float:
         """Find the largest magnitude of something of a state's shape, without a tensor of magnitudes.
@@ -153,6 +158,7 @@ class States:
 
     def zero_(self) -> None:
         """Set every sum to zero."""
+        self._arrive()
         for state in self._states.values():
             for total in sums(state):
                 total.zero_()
@@ -166,8 +172,21 @@ class States:
         Returns:
             The state.
         """
+        self._arrive()
         self._parameters[name].kept.clear()
         return self._states.pop(name)
+
+    def _arrive(self) -> None:
+        """Wait for what is on its way from other devices."""
+        for staging in self._staging.values():
+            staging.drain()
+
+    def _begin(self, parameter: ParameterInfo) -> State:
+        """Make the state of one parameter, where it is kept."""
+        state = _begun(self._estimator, parameter)
+        if (folder := parameter.folder) is None:
+            return state
+        return tree_map(lambda leaf: in_file(folder, leaf) if isinstance(leaf, Tensor) else leaf, state)
 
     def _add(self, name: str, device: torch.device, update: Callable[[State], None]) -> None:
         """Add on the gradients' device; a state on another device then gets the sum of this call."""
@@ -181,7 +200,10 @@ class States:
         here = tree_map(lambda leaf: torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf, state)
         update(here)
         for total, added in zip(sums(state), sums(here), strict=True):
-            total += added.to(total.device)
+            if total.device.type == "cpu":
+                self._staging.setdefault(device, Staging(device)).send(added, total)
+            else:
+                total += added.to(total.device)
 
 
 def without_factors(names: Collection[str]) -> str:

@@ -165,7 +165,8 @@ def test_constants_are_bases():
 def test_accumulators_elsewhere_are_left_out():
     model = meta_llama()
     here, elsewhere = (fk.plan(model, accumulate_on=where) for where in (None, "cuda"))
-    largest = max(4 * parameter.numel() for parameter in model.parameters())
+    # one is computed while two are copied
+    largest = sum(sorted(4 * parameter.numel() for parameter in model.parameters())[-3:])
     assert elsewhere.accumulator_bytes == here.accumulator_bytes
     assert here.peak_bytes - elsewhere.peak_bytes == pytest.approx(here.accumulator_bytes - largest, abs=64)
 
@@ -302,7 +303,8 @@ def test_the_table():
     ]  # fmt: skip
     assert lines[6:8] == ["paths: fused 8", lines[7]]
     assert lines[7].startswith("FLOPs of a batch: ")
-    assert lines[8] == f"{ONLY_A_RUN}:"
+    assert lines[8].startswith("sums elsewhere: ")
+    assert lines[9] == f"{ONLY_A_RUN}:"
     assert "meta device" in text
     without = str(fk.plan(meta_llama()))
     assert "unknown without a batch" in without

@@ -269,8 +269,31 @@ def test_a_dispatched_model():
     model[0]._hf_hook = SimpleNamespace(offload=True)
     with refused(fk.UnsupportedModuleError, "offloads the weights of '0'"):
         fk.estimate(model, [pair()], likelihood=fk.Classification())
+    model[0]._hf_hook = SimpleNamespace(hooks=(SimpleNamespace(), SimpleNamespace(offload=True)))
+    with refused(fk.UnsupportedModuleError, "offloads the weights of '0'"):
+        fk.estimate(model, [pair()], likelihood=fk.Classification())
     with refused(fk.UnsupportedModuleError, "meta device"):
         fk.estimate(linear().to("meta"), [pair()], likelihood=fk.Classification())
+
+
+def test_what_accelerate_dispatches(tmp_path):
+    """Its own hooks: where nothing is moved the model works, and offloaded weights are refused by name."""
+    accelerate = pytest.importorskip("accelerate")
+    options, batches, model = {"likelihood": fk.Classification()}, [pair()], linear()
+    whole = fk.estimate(model, batches, **options)
+    hooked = fk.estimate(accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True), batches, **options)
+    for name in whole:  # another path: accelerate puts a forward of its own in front of the linear's
+        assert torch.allclose(hooked[name], whole[name], rtol=1e-5, atol=1e-7)
+    two = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    spread = accelerate.dispatch_model(two, {"0": "cpu", "1": "disk"}, offload_dir=tmp_path / "spread")
+    for model in (
+        accelerate.cpu_offload(linear(), execution_device="cpu"),
+        accelerate.disk_offload(linear(), tmp_path / "disk", execution_device="cpu"),
+        accelerate.cpu_offload_with_hook(linear(), execution_device="cpu")[0],
+        spread,
+    ):
+        with refused(fk.UnsupportedModuleError, "offloads the weights of", "device_map={'': 0}", "fully_shard"):
+            fk.estimate(model, [pair()], **options)
 
 
 LOSSES = {
