@@ -14,7 +14,19 @@ from fishkern.initialization import (
     initialize,
 )
 from fishkern.layers import UnsupportedModuleError
-from fishkern.methods import ShallowSearch, TaskRelevance, farss, filet, fish_tuning, fisher_adaptune, pissa, tr_pts
+from fishkern.methods import (
+    QuadraticPenalty,
+    ShallowSearch,
+    TaskRelevance,
+    farss,
+    filet,
+    fish_tuning,
+    fisher_adaptune,
+    fisher_merge,
+    merge_checkpoints,
+    pissa,
+    tr_pts,
+)
 from fishkern.names import canonical_name
 from fishkern.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
 from fishkern.selection import (
@@ -115,6 +127,7 @@ __all__ = [
     "Preference",
     "Prepared",
     "ProportionalImportance",
+    "QuadraticPenalty",
     "QuestionAnswering",
     "Random",
     "RankRule",
@@ -142,8 +155,10 @@ __all__ = [
     "filet",
     "fish_tuning",
     "fisher_adaptune",
+    "fisher_merge",
     "initialize",
     "merge",
+    "merge_checkpoints",
     "pissa",
     "plan",
     "prepare",

@@ -8,6 +8,7 @@ from fishkern.commands.demo import demo
 from fishkern.commands.doctor import doctor
 from fishkern.commands.estimate import estimate
 from fishkern.commands.init import init
+from fishkern.commands.merge import merge
 from fishkern.commands.ranks import ranks
 from fishkern.commands.select import select
 from fishkern.commands.show import show
@@ -26,6 +27,7 @@ COMMANDS: dict[Callable[..., int | None], str] = {
     tune: "fishkern tune bert-base-cased --data ./cola --task sequence-classification --eval-split validation\n"
     "fishkern tune bert-base-cased --data ./cola --task sequence-classification --method fisher-adaptune\n"
     "fishkern tune google/vit-base-patch16-224-in21k --data ./flowers --method tr-pts --eval-split validation",
+    merge: "fishkern merge ./of-law ./of-medicine --fisher law.safetensors --fisher medicine.safetensors --out both",
     doctor: "fishkern doctor",
     demo: "fishkern demo --seconds 10",
 }

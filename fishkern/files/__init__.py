@@ -8,6 +8,7 @@
 from fishkern.files.atomic import atomic_write, check_target, remove_leftovers
 from fishkern.files.gathering import is_sharded, write_from_ranks
 from fishkern.files.loading import Format, check_format, files_of, format_of, open_one, open_tensors
+from fishkern.files.model_files import ModelFiles, open_model
 from fishkern.files.parsing import checked_shape, in_brief, parsing, read_count, read_json
 from fishkern.files.saving import check_cast, save_tensors, write_one
 from fishkern.files.tensors import PIECE, AnyTensor, StoredTensor, pieces
@@ -16,6 +17,7 @@ __all__ = [
     "PIECE",
     "AnyTensor",
     "Format",
+    "ModelFiles",
     "StoredTensor",
     "atomic_write",
     "check_cast",
@@ -26,6 +28,7 @@ __all__ = [
     "format_of",
     "in_brief",
     "is_sharded",
+    "open_model",
     "open_one",
     "open_tensors",
     "parsing",
