@@ -44,6 +44,8 @@ from fishkern.selection import (
     Selection,
     apply_delta,
     delta,
+    prune_,
+    saliency,
     select,
 )
 from fishkern.statistics import (
@@ -59,6 +61,7 @@ from fishkern.statistics import (
     FactoredStatistics,
     FactoredValues,
     GroupFisher,
+    InputNorms,
     Likelihood,
     MaskedLM,
     MultiLabel,
@@ -109,6 +112,7 @@ __all__ = [
     "Freezing",
     "GlobalTopK",
     "GroupFisher",
+    "InputNorms",
     "InverseImportance",
     "JensenShannon",
     "Likelihood",
@@ -162,6 +166,8 @@ __all__ = [
     "pissa",
     "plan",
     "prepare",
+    "prune_",
+    "saliency",
     "select",
     "tr_pts",
     "union",

@@ -244,29 +244,39 @@ class Merged(_Lazy):
         streams = [pieces(tensor, numel) for tensor in [*self.tensors, *(self.fishers or ())]]
         for aligned in zip(*streams, strict=True):
             piece = torch.empty(len(aligned[0]), dtype=self.dtype, device=aligned[0].device)
+            scratch = torch.empty(4, min(_CHUNK, len(piece)), dtype=torch.float64, device=piece.device)
             for low in range(0, len(piece), _CHUNK):
-                chunks = [one[low : low + _CHUNK].to(piece.device, torch.float64) for one in aligned]
-                piece[low : low + _CHUNK] = self._mean(chunks[: len(self.tensors)], chunks[len(self.tensors) :])
+                chunks = [one[low : low + _CHUNK] for one in aligned]
+                piece[low : low + _CHUNK] = self._mean(chunks, scratch[:, : len(chunks[0])])
             yield piece
 
-    def _mean(self, values: Sequence[Tensor], fishers: Sequence[Tensor]) -> Tensor:
+    def _mean(self, chunks: Sequence[Tensor], scratch: Tensor) -> Tensor:
+        """Compute the mean of one chunk of each tensor, in four rows of memory for float64."""
+        values, fishers = chunks[: len(self.tensors)], chunks[len(self.tensors) :]
         if not fishers:
             return self._plain(values)
-        total, weighted = torch.zeros_like(values[0]), torch.zeros_like(values[0])
-        for label, share, value, fisher in zip(self.labels, self.shares, values, fishers, strict=True):
-            low, high = (bound.item() for bound in fisher.aminmax())
+        total, weighted, fisher, value = scratch
+        total.zero_()
+        weighted.zero_()
+        for label, share, given, score in zip(self.labels, self.shares, values, fishers, strict=True):
+            low, high = (bound.item() for bound in fisher.copy_(score).aminmax())
             if not (low >= 0 and math.isfinite(high)):
                 shown = low if not low >= 0 else high
                 raise ValueError(f"the statistics of {label} hold {shown:g}: merging needs numbers from 0 on.")
-            fisher = fisher.clamp_min(self.floor).mul_(share)
-            total += fisher
-            weighted.addcmul_(fisher, value)
+            if low < self.floor:
+                fisher.clamp_min_(self.floor)
+            if share != 1:
+                fisher.mul_(share)
+            total.add_(fisher)
+            weighted.addcmul_(fisher, value.copy_(given))
         if total.min() > 0:
             return weighted.div_(total)
         return torch.where(total > 0, weighted / total, self._plain(values))
 
     def _plain(self, values: Sequence[Tensor]) -> Tensor:
-        return sum(share * value for share, value in zip(self.shares, values, strict=True)) / sum(self.shares)
+        device = values[0].device
+        sums = sum(share * one.to(device, torch.float64) for share, one in zip(self.shares, values, strict=True))
+        return sums / sum(self.shares)
 
 
 @dataclass(frozen=True, eq=False)
