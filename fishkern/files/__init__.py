@@ -8,7 +8,7 @@
 from fishkern.files.atomic import atomic_write, check_target, remove_leftovers
 from fishkern.files.gathering import is_sharded, write_from_ranks
 from fishkern.files.loading import Format, check_format, files_of, format_of, open_one, open_tensors
-from fishkern.files.model_files import ModelFiles, open_model
+from fishkern.files.model_files import ModelFiles, copy_beside, open_model
 from fishkern.files.parsing import checked_shape, in_brief, parsing, read_count, read_json
 from fishkern.files.saving import check_cast, save_tensors, write_one
 from fishkern.files.tensors import PIECE, AnyTensor, StoredTensor, pieces
@@ -24,6 +24,7 @@ __all__ = [
     "check_format",
     "check_target",
     "checked_shape",
+    "copy_beside",
     "files_of",
     "format_of",
     "in_brief",

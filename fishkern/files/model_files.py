@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from fishkern.files.parsing import checked_shape, in_brief, parsing, read_json
 from fishkern.files.tensors import StoredTensor
 
 _NAME = "model.safetensors"
+# What from_pretrained reads beside the weights: config, tokenizer, processor, code of the model.
+_BESIDE = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
+_NOT_OF_THE_MODEL = ("trainer_state.json", "report.json", ".index.json")
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,20 @@ def open_model(folder: str | os.PathLike[str]) -> ModelFiles:
     if contents and (odd := contents["weight_map"].keys() ^ tensors.keys()):
         raise ValueError(f"{index} and its files disagree on {in_brief(min(odd), 80)}: copy or save the model again.")
     return ModelFiles(folder, shards, tensors, metadata, index if contents else None)
+
+
+def copy_beside(folder: str | os.PathLike[str], target: Path) -> None:
+    """Copy what belongs to a model beside its weights, such as its tokenizer, into a folder that lacks it.
+
+    Args:
+        folder: A model's.
+        target: Another folder; what it has stays as it is.
+    """
+    for path in sorted(Path(folder).iterdir()):
+        of_an_adapter = path.name.startswith("adapter_")
+        of_the_model = path.suffix in _BESIDE and not path.name.endswith(_NOT_OF_THE_MODEL) and not of_an_adapter
+        if path.is_file() and of_the_model and not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)
 
 
 def _index(path: Path) -> dict[str, Any]:

@@ -11,13 +11,9 @@ from secrets import token_hex
 
 from torch import Tensor
 
-from fishkern.files import PIECE, AnyTensor, ModelFiles, open_model, write_one
+from fishkern.files import PIECE, AnyTensor, ModelFiles, copy_beside, open_model, write_one
 from fishkern.methods.fisher_merging import Merging, Part
 from fishkern.statistics import Statistics
-
-# What from_pretrained reads beside the weights: config, tokenizer, processor, code of the model.
-_BESIDE = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
-_NOT_OF_THE_MODEL = ("trainer_state.json", ".index.json")
 
 
 def merge_checkpoints(
@@ -70,7 +66,9 @@ def merge_checkpoints(
     temporary = target.with_name(f".{target.name[:40]}.{token_hex(4)}.tmp")
     temporary.mkdir()
     try:
-        _copy_what_is_beside(first, temporary)
+        copy_beside(first.folder, temporary)
+        if first.index is not None:
+            shutil.copyfile(first.index, temporary / first.index.name)
         written = _Counter(total, progress)
         for file, names in first.shards.items():
             shard = {name: _Counted(sources[name], written) for name in names}
@@ -121,10 +119,3 @@ def _checked_folder(folder: str | os.PathLike[str]) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, f"the folder {path.parent} does not exist: create it.")
     return path
-
-
-def _copy_what_is_beside(files: ModelFiles, folder: Path) -> None:
-    for path in sorted(files.folder.iterdir()):
-        of_the_model = path.suffix in _BESIDE and not path.name.endswith(_NOT_OF_THE_MODEL)
-        if path.is_file() and (of_the_model or path == files.index):
-            shutil.copyfile(path, folder / path.name)
