@@ -12,7 +12,7 @@ from typer import Argument, Option
 import fishkern as fk
 from fishkern.commands.options import Json, with_options
 from fishkern.commands.output import checked_file, console, waiting
-from fishkern.files import copy_beside
+from fishkern.files import atomic_folder, check_new_folder, copy_beside
 from fishkern.integrations import hub, models
 from fishkern.integrations.merged import changes, merge_adapter
 from fishkern.integrations.tasks import TASKS
@@ -46,7 +46,7 @@ def export(
         target = checked_file(out or "exported.safetensors", "--out", "delta.safetensors")
         result = _delta(model, since, task, base, target)
     else:
-        result = _whole(model, delta, task, base, _new_folder(out or "exported"))
+        result = _whole(model, delta, task, base, check_new_folder(out or "exported"))
     if json_:
         print(json.dumps(result, indent=2))
         return
@@ -63,11 +63,11 @@ def _whole(name: str, file: str, task: str, base: str, folder: Path) -> dict[str
         raise ValueError(f"{name} is a whole model already: give an adapter, --delta, or --since for a delta.")
     if merged:
         model = merge_adapter(model)
-    with waiting(f"writing {folder}"), hub.quiet():
-        model.save_pretrained(folder)
-    for path in (source.adapter, source.folder):
-        if path is not None and Path(path).is_dir():
-            copy_beside(path, folder)
+    with waiting(f"writing {folder}"), hub.quiet(), atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        for path in (source.adapter, source.folder):
+            if path is not None and Path(path).is_dir():
+                copy_beside(path, temporary)
     return {"model": type(model).__name__, "folder": str(folder), "entries": model.num_parameters()}
 
 
@@ -93,12 +93,3 @@ def _loaded(name: str, task: str, base: str) -> tuple[nn.Module, models.Source]:
     if fresh:
         raise ValueError(f"{name} lacks {listed(fresh)}, whose values would be random: another --task may be meant.")
     return model, source
-
-
-def _new_folder(out: str) -> Path:
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already: name a new or empty folder with --out.")
-    if not folder.parent.is_dir():
-        raise FileNotFoundError(f"the folder {folder.parent} does not exist: create it, or choose another --out.")
-    return folder

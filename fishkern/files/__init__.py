@@ -6,6 +6,7 @@
 """
 
 from fishkern.files.atomic import atomic_write, check_target, remove_leftovers
+from fishkern.files.folders import atomic_folder, check_new_folder
 from fishkern.files.gathering import is_sharded, write_from_ranks
 from fishkern.files.loading import Format, check_format, files_of, format_of, open_one, open_tensors
 from fishkern.files.model_files import ModelFiles, copy_beside, open_model
@@ -19,9 +20,11 @@ __all__ = [
     "Format",
     "ModelFiles",
     "StoredTensor",
+    "atomic_folder",
     "atomic_write",
     "check_cast",
     "check_format",
+    "check_new_folder",
     "check_target",
     "checked_shape",
     "copy_beside",

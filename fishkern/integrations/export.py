@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fishkern import hosts
-from fishkern.files import AnyTensor, atomic_write, write_one
+from fishkern.files import AnyTensor, atomic_folder, atomic_write, check_new_folder, write_one
 from fishkern.layers import UnsupportedModuleError
 from fishkern.names import listed, renamed, without_wrappers
 from fishkern.statistics import Statistics
@@ -42,7 +42,7 @@ def export_fisher(statistics: Statistics, model: torch.nn.Module, folder: str | 
         ValueError: The statistics are of other parameters or shapes, or of groups; or a tied weight has two.
         UnsupportedModuleError: The model is sharded, or is none of transformers.
     """
-    folder = Path(folder)
+    folder = check_new_folder(folder)
     plain = hosts.unwrap(model)
     if reason := hosts.sharded(plain):
         raise UnsupportedModuleError(f"{reason}.")
@@ -50,16 +50,14 @@ def export_fisher(statistics: Statistics, model: torch.nn.Module, folder: str | 
         raise UnsupportedModuleError(f"{type(plain).__name__} has no config of transformers, which a loader needs.")
     if "groups" in statistics.provenance["definition"]:
         raise ValueError("a checkpoint has one number for each entry, and these statistics are of groups.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already: name a new or empty folder.")
     tensors, written = _tensors(statistics, plain)
-    folder.mkdir(exist_ok=True)
     config = copy.deepcopy(plain.config)
     config.dtype = torch.float32
-    config.save_pretrained(folder)
-    with atomic_write(folder / LIST, "w") as file:
-        json.dump({"fisher": written, "count": statistics.count, **statistics.provenance}, file, indent=2)
-    write_one(folder / "model.safetensors", tensors, {"format": "pt"})
+    with atomic_folder(folder) as temporary:
+        config.save_pretrained(temporary)
+        with atomic_write(temporary / LIST, "w") as file:
+            json.dump({"fisher": written, "count": statistics.count, **statistics.provenance}, file, indent=2)
+        write_one(temporary / "model.safetensors", tensors, {"format": "pt"})
     return folder
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from secrets import token_hex
 
 from torch import Tensor
 
-from fishkern.files import PIECE, AnyTensor, ModelFiles, copy_beside, open_model, write_one
+from fishkern.files import (
+    PIECE,
+    AnyTensor,
+    ModelFiles,
+    atomic_folder,
+    check_new_folder,
+    copy_beside,
+    open_model,
+    write_one,
+)
 from fishkern.methods.fisher_merging import Merging, Part
 from fishkern.statistics import Statistics
 
@@ -54,7 +61,7 @@ def merge_checkpoints(
     """
     if not isinstance(checkpoints, Mapping) or not all(isinstance(one, str | os.PathLike) for one in checkpoints):
         raise TypeError("checkpoints are given as {folder: statistics, ...}, with their statistics.")
-    target = _checked_folder(folder)
+    target = check_new_folder(folder)
     opened = [open_model(path) for path in checkpoints]
     parts = [_part_of(files, statistics) for files, statistics in zip(opened, checkpoints.values(), strict=True)]
     first = opened[0]
@@ -63,9 +70,7 @@ def merge_checkpoints(
     sources |= merging.recipes
     sources = {name: sources[name] for name in first.tensors}
     total = sum(tensor.numel() for tensor in sources.values())
-    temporary = target.with_name(f".{target.name[:40]}.{token_hex(4)}.tmp")
-    temporary.mkdir()
-    try:
+    with atomic_folder(target) as temporary:
         copy_beside(first.folder, temporary)
         if first.index is not None:
             shutil.copyfile(first.index, temporary / first.index.name)
@@ -73,11 +78,6 @@ def merge_checkpoints(
         for file, names in first.shards.items():
             shard = {name: _Counted(sources[name], written) for name in names}
             write_one(temporary / file, shard, first.metadata[file])
-        if target.is_dir():
-            target.rmdir()  # it is empty
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
@@ -110,12 +110,3 @@ def _part_of(files: ModelFiles, statistics: Statistics | Mapping[str, Tensor]) -
     coverage = statistics.coverage if isinstance(statistics, Statistics) else {}
     parameters = frozenset(coverage) if coverage else None
     return Part(str(files.folder), files.tensors, statistics, parameters, {})
-
-
-def _checked_folder(folder: str | os.PathLike[str]) -> Path:
-    path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(errno.EEXIST, f"{path} is there already: name a new or empty folder.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, f"the folder {path.parent} does not exist: create it.")
-    return path

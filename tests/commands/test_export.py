@@ -82,8 +82,8 @@ def test_what_is_refused(capsys, models, tmp_path):
     cases = [
         ((models / "llama", *out), ("is a whole model already", "--since")),
         ((models / "llama", "--delta", "a", "--since", "b", *out), ("--delta", "--since", "one of them")),
-        ((models / "lora", "--out", full), ("is there already", "--out")),
-        ((models / "lora", "--out", tmp_path / "no" / "out"), ("does not exist", "--out")),
+        ((models / "lora", "--out", full), ("is there already", "new or empty")),
+        ((models / "lora", "--out", tmp_path / "no" / "out"), ("does not exist", "create it")),
         ((models / "bert", "--task", "sequence-classification", "--delta", "a", *out), ("lacks", "random", "--task")),
         ((models / "llama", "--since", tmp_path / "other", "--out", tmp_path / "d"), ("(24, 24)", "a delta is of one")),
         ((models / "llama", "--since", models / "lora", "--out", tmp_path / "d"), ("is an adapter", "--since")),
@@ -94,6 +94,7 @@ def test_what_is_refused(capsys, models, tmp_path):
         line = refused(capsys, "export", *arguments)
         assert all(word in line for word in words), line
     assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".*.tmp"))
     bert = zoo.bert().model
     with pytest.raises(ValueError, match="which one of them lacks: a delta is of one model"):
         changes(base, bert)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fishkern as fk
-from fishkern.methods import fisher_merging
+from fishkern.methods import fisher_merging, weighted_means
 from tests.support import zoo
 
 
@@ -74,7 +74,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_every_entry_is_the_weighted_mean(case, dtype, monkeypatch):
     monkeypatch.setattr(fisher_merging, "PIECE", 7)
-    monkeypatch.setattr(fisher_merging, "_CHUNK", 3)
+    monkeypatch.setattr(weighted_means, "_CHUNK", 3)
     options = dict(CASES[case])
     zeros = options.pop("zeros", False)
     models = [Net(seed=seed).to(dtype) for seed in (1, 2)]
