@@ -10,7 +10,7 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import fishkern as fk
-from fishkern.integrations.merged import changes
+from fishkern.integrations.merged import changes, merge_adapter
 from tests.support import zoo
 from tests.support.command import command, refused
 
@@ -72,7 +72,10 @@ def test_equal_bits_are_equal_and_nothing_else():
 def test_what_is_refused(capsys, models, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(models / "llama")
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, tokenizer_name_or_path=None)
-    get_peft_model(base, config).save_pretrained(tmp_path / "prompt")
+    prompted = get_peft_model(base, config)
+    with pytest.raises(fk.UnsupportedModuleError, match="PROMPT_TUNING is no change of weights and cannot be merged"):
+        merge_adapter(prompted)
+    prompted.save_pretrained(tmp_path / "prompt")
     full = tmp_path / "full"
     full.mkdir()
     (full / "a").write_text("")
@@ -87,7 +90,7 @@ def test_what_is_refused(capsys, models, tmp_path):
         ((models / "bert", "--task", "sequence-classification", "--delta", "a", *out), ("lacks", "random", "--task")),
         ((models / "llama", "--since", tmp_path / "other", "--out", tmp_path / "d"), ("(24, 24)", "a delta is of one")),
         ((models / "llama", "--since", models / "lora", "--out", tmp_path / "d"), ("is an adapter", "--since")),
-        ((tmp_path / "prompt", "--base", models / "llama", *out), ("PROMPT_TUNING", "cannot be merged")),
+        ((tmp_path / "prompt", "--base", models / "llama", *out), ("no adapter can be loaded", "prompt learning")),
     ]
     capsys.readouterr()  # what loading has printed
     for arguments, words in cases:
