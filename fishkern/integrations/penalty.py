@@ -42,7 +42,7 @@ class PenaltyMixin:
         PenaltyTrainer(model, args, train_dataset=rows, penalty=fk.QuadraticPenalty(fisher, model, weight=1000)).train()
 
     A step minimises what it would without a penalty, plus the penalty: also where it accumulates the gradients of
-    several batches, or means those of several processes. The penalty's gradient is there before gradients are clipped.
+    several batches. The penalty's gradient is there before gradients are clipped.
     The training log shows the penalty as ``penalty``, and ``loss`` without it; evaluation leaves it out.
 
     A training that resumes needs the same penalty: make it on the model that training began with, before ``train()``

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -183,46 +179,6 @@ def test_its_second_derivative():
     along = sum((g * v).sum() for g, v in zip(gradients, directions, strict=True))
     for name, second, v in zip(names, torch.autograd.grad(along, parameters), directions, strict=True):
         torch.testing.assert_close(second, 7 * fisher[name].double() * v)
-
-
-PROGRAM = """
-import sys
-import torch
-from torch import distributed as dist, nn
-import fishkern as fk
-from tests.methods.test_elastic_weight_consolidation import moved, net, random_statistics
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-model, alone = net(), net()
-penalties = [fk.QuadraticPenalty(random_statistics(one), one, weight=9) for one in (model, alone)]
-for one in (model, alone):
-    moved(one)
-wrapped = nn.parallel.DistributedDataParallel(model)
-data = torch.randn(2, 2, 4, 5, generator=torch.Generator().manual_seed(1))  # two ranks, two batches each
-with wrapped.no_sync():
-    wrapped(data[rank, 0]).square().mean().backward()
-wrapped(data[rank, 1]).square().mean().backward()
-penalties[0]().backward()  # on every rank, after the gradients of the losses are averaged
-(sum(alone(x).square().mean() for x in data.flatten(0, 1)) / 2 + penalties[1]()).backward()
-for one, other in zip(model.parameters(), alone.parameters(), strict=True):
-    torch.testing.assert_close(one.grad, other.grad)
-"""
-
-
-@pytest.mark.slow
-def test_two_ranks_add_the_penalty_once(tmp_path):
-    """As the Trainer's mixin does: after the last backward pass of a step, outside of DDP."""
-    command = [sys.executable, "-c", PROGRAM]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    for rank in ranks:
-        _, error = rank.communicate(timeout=600)
-        assert rank.returncode == 0, error
 
 
 def test_what_is_refused():
