@@ -14,7 +14,19 @@ from fishkern.initialization import (
     initialize,
 )
 from fishkern.layers import UnsupportedModuleError
-from fishkern.methods import ShallowSearch, TaskRelevance, farss, filet, fish_tuning, fisher_adaptune, pissa, tr_pts
+from fishkern.methods import (
+    QuadraticPenalty,
+    ShallowSearch,
+    TaskRelevance,
+    farss,
+    filet,
+    fish_tuning,
+    fisher_adaptune,
+    fisher_merge,
+    merge_checkpoints,
+    pissa,
+    tr_pts,
+)
 from fishkern.names import canonical_name
 from fishkern.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
 from fishkern.selection import (
@@ -33,6 +45,8 @@ from fishkern.selection import (
     ShardedSelection,
     apply_delta,
     delta,
+    prune_,
+    saliency,
     select,
 )
 from fishkern.statistics import (
@@ -48,6 +62,7 @@ from fishkern.statistics import (
     FactoredStatistics,
     FactoredValues,
     GroupFisher,
+    InputNorms,
     Likelihood,
     MaskedLM,
     MultiLabel,
@@ -99,6 +114,7 @@ __all__ = [
     "Freezing",
     "GlobalTopK",
     "GroupFisher",
+    "InputNorms",
     "InverseImportance",
     "JensenShannon",
     "Likelihood",
@@ -117,6 +133,7 @@ __all__ = [
     "Preference",
     "Prepared",
     "ProportionalImportance",
+    "QuadraticPenalty",
     "QuestionAnswering",
     "Random",
     "RankRule",
@@ -146,11 +163,15 @@ __all__ = [
     "filet",
     "fish_tuning",
     "fisher_adaptune",
+    "fisher_merge",
     "initialize",
     "merge",
+    "merge_checkpoints",
     "pissa",
     "plan",
     "prepare",
+    "prune_",
+    "saliency",
     "select",
     "tr_pts",
     "union",

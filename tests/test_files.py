@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fishkern.files import Format, StoredTensor, atomic_write, open_tensors, save_tensors
+from fishkern.files import Format, StoredTensor, atomic_folder, atomic_write, open_tensors, save_tensors
 from fishkern.files.loading import DTYPES
 
 FORMAT = Format("fishkern.test", version=1, saved_by="Test.save")
@@ -217,3 +217,19 @@ def test_shards_by_size(tmp_path: Path, size: str | int | None, files: int):
     path = save_tensors(tmp_path / "a", tensors, format=FORMAT, metadata={}, max_shard_size=size)
     assert len(list(tmp_path.glob("*.safetensors"))) == files
     assert path.name == ("a.safetensors" if files == 1 else "a.safetensors.index.json")
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "half").write_text("")
+        assert not (tmp_path / "out").exists()
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    with atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "whole").write_text("")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "whole"]
+    with pytest.raises(FileExistsError, match="is there already"), atomic_folder(tmp_path / "out"):
+        pass
+    with pytest.raises(FileNotFoundError, match="does not exist: create it"), atomic_folder(tmp_path / "no" / "out"):
+        pass

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from fishkern.commands.demo import demo
 from fishkern.commands.doctor import doctor
 from fishkern.commands.estimate import estimate
+from fishkern.commands.export import export
 from fishkern.commands.init import init
+from fishkern.commands.merge import merge
 from fishkern.commands.plan import plan
 from fishkern.commands.ranks import ranks
 from fishkern.commands.select import select
@@ -28,6 +30,10 @@ COMMANDS: dict[Callable[..., int | None], str] = {
     tune: "fishkern tune bert-base-cased --data ./cola --task sequence-classification --eval-split validation\n"
     "fishkern tune bert-base-cased --data ./cola --task sequence-classification --method fisher-adaptune\n"
     "fishkern tune google/vit-base-patch16-224-in21k --data ./flowers --method tr-pts --eval-split validation",
+    merge: "fishkern merge ./of-law ./of-medicine --fisher law.safetensors --fisher medicine.safetensors --out both",
+    export: "fishkern export ./my-adapter --out merged\n"
+    "fishkern export ./my-model --delta tuned/delta.safetensors --out merged\n"
+    "fishkern export ./trained --since ./my-model --out delta.safetensors",
     doctor: "fishkern doctor",
     demo: "fishkern demo --seconds 10",
 }

@@ -13,6 +13,7 @@ from fishkern.report.cells import cells_of
 from fishkern.report.freezing import FreezerSummary
 from fishkern.report.grouped import Grouped
 from fishkern.report.matrices import SHARE, EnergyPart, EnergySummary, StartPart
+from fishkern.report.sensitivity import SensitivityPart
 from fishkern.report.summary import Part, Parts, Summary
 from fishkern.report.tokens import TokenCount
 from fishkern.report.values import ValuePart
@@ -39,6 +40,22 @@ def summary_table(summary: Summary) -> Table:
         return [*shown, f"{part.infinite:,}"] if some_infinite else shown
 
     return _by_parts(summary, [*headings, "infinite"] if some_infinite else headings, cells)
+
+
+def sensitivity_table(parts: Grouped[SensitivityPart]) -> Table:
+    """Show what rounding to few bits costs: by layer, then by type of module.
+
+    Args:
+        parts: From :func:`fishkern.report.sensitivity`.
+
+    Returns:
+        The table.
+    """
+    bits = list(parts.whole.costs)
+    headings = ["coordinates", *(f"cost in {number} bits" for number in bits)]
+    return _by_parts(
+        parts, headings, lambda part: [f"{part.coordinates:,}", *(f"{part.costs[number]:.2e}" for number in bits)]
+    )
 
 
 def selection_table(parts: Parts) -> Table:

@@ -9,9 +9,11 @@ from fishkern.selection.global_topk import GlobalTopK
 from fishkern.selection.n_of_m import NofM
 from fishkern.selection.per_row_topk import PerRowTopK
 from fishkern.selection.per_tensor_topk import PerTensorTopK
+from fishkern.selection.pruning import prune_
 from fishkern.selection.random import Random
 from fishkern.selection.ranges import Columns, Rows
 from fishkern.selection.result import Selection
+from fishkern.selection.saliency import saliency
 from fishkern.selection.select import select
 from fishkern.selection.sharded import ShardedSelection
 from fishkern.selection.start import bound_to_start, check_start, load_start, open_start, save_start
@@ -37,6 +39,8 @@ __all__ = [
     "delta",
     "load_start",
     "open_start",
+    "prune_",
+    "saliency",
     "save_start",
     "select",
 ]

@@ -12,6 +12,7 @@ from fishkern.statistics.estimate import estimate
 from fishkern.statistics.factored import FactoredStatistics, FactoredValues
 from fishkern.statistics.group_fisher import GroupFisher
 from fishkern.statistics.held import Held
+from fishkern.statistics.input_norms import InputNorms
 from fishkern.statistics.likelihood import (
     CausalLM,
     Classification,
@@ -61,6 +62,7 @@ __all__ = [
     "Gaussian",
     "GroupFisher",
     "Held",
+    "InputNorms",
     "Likelihood",
     "MaskedLM",
     "MatrixEnergies",

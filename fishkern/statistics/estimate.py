@@ -246,7 +246,9 @@ def _checked_until(until: float | tuple[float, float], request: Request, ranks: 
             f"until= is not built for {where}: estimate in one process, or give the number of examples, max_examples=."
         )
     if isinstance(request.estimator, DiagonalFisher) and len(request.groups) > 1:
-        raise ValueError("until= is for a single pass over the data, without parts=: give the number of examples, max_examples=.")
+        raise ValueError(
+            "until= is for a single pass over the data, without parts=: give the number of examples, max_examples=."
+        )
     return Until.of(until, request.estimator)
 
 

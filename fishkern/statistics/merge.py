@@ -70,7 +70,7 @@ def check_results(parts: Sequence[object], function: str) -> None:
     if others:
         raise TypeError(
             f"{function} takes statistics, such as estimate gives, got {type(others[0]).__name__}. To average models, "
-            "weight each by its statistics."
+            "take fishkern.fisher_merge."
         )
     if kinds := {type(part).__name__ for part in parts if part is not None and type(part) is not type(parts[0])}:
         raise TypeError(f"{function} takes results of one kind, got {type(parts[0]).__name__} and {', '.join(kinds)}.")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fishkern import hosts
 from fishkern.files import AnyTensor, Format, StoredTensor, is_sharded, read_region, region_of
 from fishkern.statistics.held import Held
+from fishkern.statistics.second_moment import second_moment
 
 
 class Statistics(Held[Tensor]):
@@ -39,6 +40,30 @@ class Statistics(Held[Tensor]):
     """
 
     FORMAT: ClassVar[Format] = Format("fishkern.statistics", version=1, saved_by="Statistics.save")
+
+    @classmethod
+    def from_optimizer(cls, optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> Statistics:
+        """Read Adam's second moment: the running mean of the squares of batch gradients.
+
+        It is what many take for a Fisher information because it is there, and is none: the square of a batch's mean
+        gradient, clipped where gradients were clipped, at the weights of many steps. The definition says so, and it
+        merges with no other statistic.
+
+        Args:
+            optimizer: Of Adam's kind, with ``exp_avg_sq`` for every entry: Adam, AdamW, NAdam or RAdam of torch.
+            model: For the names of the parameters, unless the optimizer was made with ``model.named_parameters()``.
+
+        Returns:
+            ``exp_avg_sq / (1 - beta2^step)`` by parameter, float32 on its device; ``count`` is the number of steps.
+            Parameters that have no state are left out, and the coverage lists them.
+
+        Raises:
+            TypeError: It is no optimizer.
+            ValueError: It is none of Adam's kind, has taken no step, is masked, sharded or quantised, has groups of
+                different decays, or there are no names.
+        """
+        moment = second_moment(optimizer, model)
+        return cls(moment.tensors, count=moment.count, provenance=moment.provenance, coverage=moment.coverage)
 
     @property
     def total(self) -> int:

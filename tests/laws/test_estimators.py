@@ -37,6 +37,7 @@ ESTIMATORS = {
     "words": fk.GroupFisher(by=lambda name: "norms" if "norm" in name else "others"),
     "kronecker": fk.DiagonalKronecker(),
     "directions": fk.DirectionEnergy(importance="kronecker"),
+    "inputs": fk.InputNorms(),
     "power": fk.DirectionEnergy(basis="power", importance="exact", layers_per_pass=1),
     **OWN,
 }
@@ -166,7 +167,9 @@ def test_statistics_of_parts_merge_into_their_weighted_mean(kind):
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["last", "first"])
-@of(*ESTIMATORS.keys() - {"factors", "kronecker", "directions", "power"})  # inputs are there without a gradient
+@of(
+    *ESTIMATORS.keys() - {"factors", "kronecker", "directions", "power", "inputs"}
+)  # inputs are there without a gradient
 def test_examples_without_gradient_change_only_the_count(kind, first):
     """The answer of such an example is empty, and ``sum`` gives it the loss 0."""
     if first and kind in DRAWING:

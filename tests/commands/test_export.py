@@ -1,0 +1,103 @@
+"""``fishkern export``: whole models out of adapters and deltas, and deltas out of models, to the bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import fishkern as fk
+from fishkern.integrations.merged import changes, merge_adapter
+from tests.support import zoo
+from tests.support.command import command, refused
+
+
+def exported(capsys, *arguments: object) -> dict:
+    status, output, error = command(capsys, "export", *arguments, "--json")
+    assert status == 0, error
+    return json.loads(output)
+
+
+def test_an_adapter_becomes_a_whole_model(capsys, models, tmp_path):
+    result = exported(capsys, models / "lora", "--out", tmp_path / "whole")
+    assert result["folder"] == str(tmp_path / "whole")
+    base = AutoModelForCausalLM.from_pretrained(models / "llama").eval()
+    batch = zoo.text_batch(3)
+    plain = base(**batch).logits
+    adapted = PeftModel.from_pretrained(base, models / "lora").eval()
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    torch.testing.assert_close(whole(**batch).logits, adapted(**batch).logits)
+    assert not torch.allclose(whole(**batch).logits, plain), "the adapter does something"
+    assert (tmp_path / "whole" / "tokenizer.json").is_file()
+    assert not list((tmp_path / "whole").glob("adapter_*"))
+
+
+def test_a_delta_there_and_back(capsys, models, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(models / "llama")
+    selection = fk.select(dict(model.named_parameters()), fk.GlobalTopK(k=30))
+    with torch.no_grad():
+        for name in selection.names:
+            p = model.get_parameter(name)
+            p[selection.mask(name)] += 0.5
+        model.model.norm.weight[0] = -0.0
+    model.save_pretrained(tmp_path / "trained")
+    result = exported(capsys, tmp_path / "trained", "--since", models / "llama", "--out", tmp_path / "delta")
+    assert result["changed"] == 31
+    delta = fk.Delta.load(result["file"])
+    again = AutoModelForCausalLM.from_pretrained(models / "llama")
+    fk.apply_delta(again, delta)
+    exported(capsys, models / "llama", "--delta", result["file"], "--out", tmp_path / "whole")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    for name, p in model.named_parameters():
+        for other in (again, whole):
+            assert torch.equal(other.get_parameter(name).view(torch.int32), p.view(torch.int32)), name
+
+
+def test_equal_bits_are_equal_and_nothing_else():
+    before, model = (torch.nn.Linear(3, 3).requires_grad_(False) for _ in range(2))
+    model.load_state_dict(before.state_dict())
+    assert changes(model, before).count == 0
+    for one in (before, model):
+        one.weight[0, 0] = torch.nan
+    before.weight[1, 1], model.weight[1, 1] = 0.0, -0.0
+    taken = changes(model, before)
+    assert taken.selection.indices("weight").tolist() == [4]
+    fk.apply_delta(before, taken)
+    assert torch.equal(before.weight.view(torch.int32), model.weight.view(torch.int32))
+
+
+def test_what_is_refused(capsys, models, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(models / "llama")
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, tokenizer_name_or_path=None)
+    prompted = get_peft_model(base, config)
+    with pytest.raises(fk.UnsupportedModuleError, match="PROMPT_TUNING is no change of weights and cannot be merged"):
+        merge_adapter(prompted)
+    prompted.save_pretrained(tmp_path / "prompt")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "a").write_text("")
+    other = zoo.llama(intermediate_size=24).model
+    other.save_pretrained(tmp_path / "other")
+    out = ["--out", tmp_path / "out"]
+    cases = [
+        ((models / "llama", *out), ("is a whole model already", "--since")),
+        ((models / "llama", "--delta", "a", "--since", "b", *out), ("--delta", "--since", "one of them")),
+        ((models / "lora", "--out", full), ("is there already", "new or empty")),
+        ((models / "lora", "--out", tmp_path / "no" / "out"), ("does not exist", "create it")),
+        ((models / "bert", "--task", "sequence-classification", "--delta", "a", *out), ("lacks", "random", "--task")),
+        ((models / "llama", "--since", tmp_path / "other", "--out", tmp_path / "d"), ("(24, 24)", "a delta is of one")),
+        ((models / "llama", "--since", models / "lora", "--out", tmp_path / "d"), ("is an adapter", "--since")),
+        ((tmp_path / "prompt", "--base", models / "llama", *out), ("no adapter can be loaded", "prompt learning")),
+    ]
+    capsys.readouterr()  # what loading has printed
+    for arguments, words in cases:
+        line = refused(capsys, "export", *arguments)
+        assert all(word in line for word in words), line
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".*.tmp"))
+    bert = zoo.bert().model
+    with pytest.raises(ValueError, match="which one of them lacks: a delta is of one model"):
+        changes(base, bert)
