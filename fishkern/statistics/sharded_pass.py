@@ -10,12 +10,13 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.layers import Plan, UnsupportedModuleError, leave_out
+from fishkern.layers import Plan, UnsupportedModuleError
 from fishkern.names import listed
 from fishkern.statistics.autograd import backward, only_trainable, take_grad
 from fishkern.statistics.autograd_pass import AutogradPass
@@ -118,6 +119,7 @@ class ShardedPass(OnePass):
             independence=independence,
             connection=entered.connection,
             whole=self.sharding.units.whole,
+            unserved=partial(_nested, sharding=self.sharding),
         )
         return ShardedCapture(self.requested, together, self.estimator, self.states, planner, self.sharding)
 
@@ -230,7 +232,6 @@ class ShardedCapture(CapturedPass):
     ) -> list[dict[str, set[int]]]:
         """Capture a batch of each rank, and say what each holds back; of one that does not count, nothing."""
         ranks = self._sharding.ranks
-        _refuse_nested(plan, self._sharding)
         self._looped, loss = {}, self.loss
         with ranks.failing_together(), self._sharding.apart(counts=own):
             withheld = dict(self._capture(plan, batch, only))
@@ -304,13 +305,14 @@ def _described(plan: Plan) -> list[tuple[str, str, list[str]]]:
     return [*sites, *(("", "loop", [key]) for key in sorted(plan.loop))]
 
 
-def _refuse_nested(plan: Plan, sharding: Sharding) -> None:
-    """Refuse modules that run once more for each example and have modules inside that are sharded on their own."""
+def _nested(plan: Plan, sharding: Sharding) -> dict[str, str]:
+    """Say which parameters a module computes that runs once more, while units inside it hold their shards alone."""
+    reasons: dict[str, str] = {}
     for site in plan.sites:
         if site.layer is None and (inside := sharding.units.units_inside(site.module)):
-            raise UnsupportedModuleError(
-                f"{listed(sorted(site.keys.values()))}: {site.path} runs once more for each example, and FSDP2 shards "
-                f"{listed(inside)} inside it on their own, whose parameters it gathers at other times. Call "
-                f"fully_shard on {site.path} alone, or leave these parameters out. "
-                f"{leave_out(sorted(site.keys.values()), by_autograd=False)}"
+            reason = (
+                f"{site.path} would run once more for each example, and FSDP2 shards {listed(inside)} inside it on "
+                f"their own (to avoid this, call fully_shard on {site.path} alone)"
             )
+            reasons |= dict.fromkeys(site.keys.values(), reason)
+    return reasons

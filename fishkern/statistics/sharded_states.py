@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fishkern.backend import Backend
-from fishkern.layers import Columns, PerExampleGrads, columns_of
+from fishkern.layers import Columns, PerExampleGrads, SummedGrads, columns_of
 from fishkern.statistics.base import Estimator, ParameterInfo
+from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.sharding import Sharding
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
@@ -140,13 +141,19 @@ class ShardedStates(States):
         if not self._sharding.speaks:
             return
         pending = self._pending.setdefault(name, _Pending())
-        if columns_of(grads, slice(0, 0)) is not None:
+        if columns_of(grads, slice(0, 0)) is not None and not self._ends_with_pass(grads):
             pending.grads.append(grads)
             return
         if pending.whole is None:
             info = self._parameters[name]
             pending.whole = torch.zeros(self._whole_shapes[name], dtype=info.dtype, device=grads.device)
         self._estimator.update_(pending.whole, grads, self._parameters[name], self._backend)
+
+    def _ends_with_pass(self, grads: PerExampleGrads) -> bool:
+        """Tell whether gradients read a parameter that a module gets as its input, such as a table of positions."""
+        uses = grads.uses if isinstance(grads, SummedGrads) else (grads,)
+        activations = [one.activations for one in uses if hasattr(one, "activations")]
+        return any(self._sharding.units.is_gathered(one) for one in activations)
 
     def _fill(self, name: str, pending: _Pending, block: Tensor, columns: Columns | None) -> None:
         """Add this rank's squares to a block."""
