@@ -20,11 +20,12 @@ from fishkern.layers import Plan, UnsupportedModuleError
 from fishkern.names import listed
 from fishkern.statistics.autograd import backward, only_trainable, take_grad
 from fishkern.statistics.autograd_pass import AutogradPass
-from fishkern.statistics.base import Estimator
+from fishkern.statistics.base import Estimator, losses_of
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.captured_pass import CapturedPass, Objectives
 from fishkern.statistics.data import Data, Progress
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
+from fishkern.statistics.group_fisher import GroupFisher
 from fishkern.statistics.head_logits import Onlooker
 from fishkern.statistics.independence import Independence
 from fishkern.statistics.known import Kind
@@ -37,6 +38,8 @@ from fishkern.statistics.sharding import Sharding
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.undisturbed import Entered
 
+_END = object()
+
 
 def check_sharded(estimator: Estimator) -> None:
     """Refuse recipes that are not computed on sharded parameters.
@@ -45,15 +48,16 @@ def check_sharded(estimator: Estimator) -> None:
         estimator: The recipe.
 
     Raises:
-        UnsupportedModuleError: It is another one than the diagonal Fisher of examples or positions.
+        UnsupportedModuleError: It is none of the diagonal Fisher of examples or positions, or of sums of it over
+            groups; or one of your own, whose states may not be sums of squares, entry by entry.
     """
-    if not isinstance(estimator, DiagonalFisher) or estimator.unit == "batch" or estimator.fisher_type == "type-2":
-        kind = estimator.definition.get("estimator", type(estimator).__name__)
+    if type(estimator) not in (DiagonalFisher, GroupFisher) or estimator.reads == "batches":
+        kind = type(estimator).__name__
         options = {key: estimator.definition[key] for key in ("fisher_type", "unit") if key in estimator.definition}
         raise UnsupportedModuleError(
             f"FSDP2 shards the parameters, and {kind}({', '.join(f'{k}={v!r}' for k, v in options.items())}) is not "
-            "computed on shards: expected DiagonalFisher of unit='example' or 'position' and of fisher_type="
-            "'empirical' or 'mc'. Load the whole model in each process for others."
+            "computed on shards: expected DiagonalFisher of unit='example' or 'position', or GroupFisher. Load the "
+            "whole model in each process for others."
         )
 
 
@@ -276,13 +280,24 @@ class ShardedCapture(CapturedPass):
 
     def _noted(self, answer: Predictive | Tensor, batch: Examples) -> Iterator[tuple[Tensor | None, bool]]:
         """Give the objectives, equally many on all ranks; an error of one ends all before the backward pass."""
-        objectives = super()._noted(answer, batch)
+        ranks, objectives = self._sharding.ranks, self._estimator.objectives(answer, batch.places)
+        zeros: Tensor | None = None
+        with ranks.failing_together():
+            following = next(objectives, _END)
         while True:
-            with self._sharding.ranks.failing_together():
-                found = next(objectives, None)
-            if found is None:
+            objective = None if following is _END else following
+            with ranks.failing_together():
+                if objective is not None:
+                    self._note(objective, batch)
+                following = _END if following is _END else next(objectives, _END)
+            flags = torch.tensor([objective is not None, following is not _END], dtype=torch.uint8)
+            any_now, any_later = map(bool, ranks.largest(flags).tolist())
+            if any_now and objective is None:  # another rank has labels of more positions: this one adds nothing
+                zeros = 0 * losses_of(answer) if zeros is None else zeros
+                objective = zeros
+            yield (objective if any_now else None), not any_later
+            if not any_later:
                 return
-            yield found
 
 
 def _pickled(examples: Examples) -> bytes:

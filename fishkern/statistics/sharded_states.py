@@ -42,7 +42,8 @@ class ShardedStates(States):
 
     Args:
         parameters: As for :class:`States`.
-        estimator: Its states have the parameter's shape, and it adds to any part of the columns alike.
+        estimator: :class:`DiagonalFisher`, which adds to any part of the columns alike; or :class:`GroupFisher`, whose
+            states are small and whole: each rank adds its own examples, and the sums over ranks are taken at the end.
         backend: As for :class:`States`.
         sharding: How the model is sharded.
     """
@@ -58,7 +59,9 @@ class ShardedStates(States):
         sharding: Sharding,
     ) -> None:
         self._sharding = sharding
-        self._parts = {key: part for key, info in parameters.items() if (part := sharding.part(info.value)) is not None}
+        parts = {key: part for key, info in parameters.items() if (part := sharding.part(info.value)) is not None}
+        of_entries = isinstance(estimator, DiagonalFisher)
+        self._parts, self._of_groups = (parts, {}) if of_entries else ({}, parts)
         self._whole_shapes = {key: info.shape for key, info in parameters.items()}
         self._pending: dict[str, _Pending] = {}
         self._error: Exception | None = None
@@ -98,9 +101,22 @@ class ShardedStates(States):
             name: Canonical name of its parameter.
             grad: The local shard of it.
         """
-        part = self._parts.get(name)
+        part, grad = self._parts.get(name), self.gradient(name, grad)
         if (self._sharding.ranks.rank if part is None else part.replica) == 0:
             super().add_single(name, grad)
+
+    def gradient(self, name: str, grad: Tensor) -> Tensor:
+        """Give the part of a gradient that the state is of: all of it for groups, by a collective operation.
+
+        Args:
+            name: Canonical name of its parameter.
+            grad: This rank's part.
+
+        Returns:
+            That part, or the whole gradient.
+        """
+        part = self._of_groups.get(name)
+        return grad if part is None else part.placed(grad).full_tensor()
 
     def exchange(self) -> None:
         """Add up over the ranks what any of them has to add. A collective operation."""

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 import fishkern as fk
+from fishkern.statistics import shards
 from tests.statistics import sharded_program as program
 from tests.statistics.sharded_program import CASES, case, data, dealt, like_whole, llama, main, mesh, sharded
 from tests.support import zoo
@@ -249,3 +251,78 @@ def _() -> dict[str, Any]:
         return nn.functional.cross_entropy(logits.mT, batch["labels"][:, 1:], reduction="none")
 
     return like_whole(sharded(llama()), llama(), dealt(data()), likelihood=fk.TokenLosses(losses))
+
+
+@case("groups")
+def groups(replicas: int = 1) -> dict[str, Any]:
+    """Sums over groups, of a tied model, against sums of the squares of the loop over all examples."""
+    squares = squares_one_by_one(llama(tie=True), [data()], next_token)
+    model, errors = sharded(llama(tie=True), replicas=replicas), {}
+    of_all = {
+        "row": lambda one: one.flatten(1).sum(1) if one.ndim > 1 else one,
+        "column": lambda one: one.sum(0) if one.ndim > 1 else one,
+        "tensor": lambda one: one.sum(),
+    }
+    for by, of in of_all.items():
+        statistics = fk.estimate(model, dealt(data()), fk.GroupFisher(by))
+        truth = {name: of(one) for name, one in squares.items()}
+        errors[by], _ = worst_error({name: statistics[name] for name in truth}, truth)
+    layers = fk.estimate(model, dealt(data()), fk.GroupFisher("layer"))
+    inside = sum(one.sum() for name, one in squares.items() if name.startswith("model.layers.1."))
+    errors["layer"] = abs(layers["model.layers.1"].item() / inside.item() - 1)
+    return errors
+
+
+CASES["groups, replicated"] = lambda: groups(2)
+
+
+@case("groups, no reduction")
+def _() -> dict[str, Any]:
+    with patch.object(shards.Ranks, "sum_", lambda ranks, tensor, group=None: None):
+        return groups()
+
+
+@case("groups, looped")
+def _() -> dict[str, Any]:
+    """A weight that is used past its module's call: its gradients are gathered, one example after the other."""
+    tokens = torch.randint(7, (2 * program.world + 1, 3), generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(len(tokens)) % 7
+    own = [(tokens[program.rank :: program.world], labels[program.rank :: program.world])]
+    options = {"likelihood": fk.Classification()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        statistics = fk.estimate(sharded(program.Reusing().eval()), iter(own), fk.GroupFisher("row"), **options)
+        alone = fk.estimate(program.Reusing().eval(), [(tokens, labels)], fk.GroupFisher("row"), **options)
+    error, _ = worst_error(dict(statistics), {name: alone[name].double() for name in alone})
+    return {"error": error, "paths": sorted({covered.path for covered in statistics.coverage.values()})}
+
+
+@case("all labels")
+def _() -> dict[str, Any]:
+    """The expectation over labels; the ranks' batches have unequal numbers of positions, and so of labels."""
+    batches = [{key: value[:, : 3 + program.rank] for key, value in one.items()} for one in dealt(data())]
+    recipe = fk.DiagonalFisher("type-2")
+    return like_whole(sharded(llama()), llama(), batches, recipe)
+
+
+class Own(fk.DiagonalFisher):
+    """A recipe of the user's own."""
+
+
+@case("refusals")
+def _() -> list[str]:
+    model, batches, messages = sharded(llama()), dealt(data()), []
+    calls = [
+        lambda: fk.estimate(model, batches, Own()),
+        lambda: fk.estimate(model, batches, fk.DiagonalFisher(unit="batch")),
+        lambda: fk.verify(model, batches, estimator=fk.GroupFisher()),
+        lambda: fk.OnlineFisher(model),
+        lambda: fk.prepare(model, batches[0]),
+        lambda: fk.estimate(model, batches, checkpoint=program.folder / "part"),
+    ]
+    for call in calls:
+        try:
+            call()
+        except Exception as error:
+            messages.append(f"{type(error).__name__}: {error}")
+    return messages
