@@ -163,6 +163,28 @@ class FullySharded:
             self.reshard()
 
     @contextmanager
+    def reducing_all(self) -> Iterator[None]:
+        """Let FSDP2 reduce what ordinary autograd gives on ranks with batches of their own, in no less than float32.
+
+        A parameter that only the batch of one rank reaches has a gradient there alone; since torch 2.13 the others can
+        take part with zeros.
+
+        Yields:
+            Nothing.
+        """
+        groups = [group for unit in self._units.values() for group in _groups(unit)]
+        before = [(group._reduce_dtype, getattr(group, "reduce_scatter_unused_params", None)) for group in groups]
+        for group in groups:
+            group.reduce_scatter_unused_params = True
+            if any(one.sharded_param.dtype.itemsize == 2 for one in group.fsdp_params) or group._reduce_dtype:
+                group._reduce_dtype = torch.promote_types(group._reduce_dtype or torch.float32, torch.float32)
+        try:
+            yield
+        finally:
+            for group, (dtype, unused) in zip(groups, before, strict=True):
+                group._reduce_dtype, group.reduce_scatter_unused_params = dtype, unused
+
+    @contextmanager
     def whole(self, module: nn.Module) -> Iterator[None]:
         """Gather the parameters of a module, so that it can run once more outside of a forward pass.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fishkern.backend import Backend
 from fishkern.layers import Columns, PerExampleGrads, SummedGrads, columns_of
 from fishkern.statistics.base import Estimator, ParameterInfo
-from fishkern.statistics.diagonal_fisher import DiagonalFisher
+from fishkern.statistics.group_fisher import GroupFisher
 from fishkern.statistics.sharding import Sharding
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
@@ -42,8 +42,8 @@ class ShardedStates(States):
 
     Args:
         parameters: As for :class:`States`.
-        estimator: :class:`DiagonalFisher`, which adds to any part of the columns alike; or :class:`GroupFisher`, whose
-            states are small and whole: each rank adds its own examples, and the sums over ranks are taken at the end.
+        estimator: Adds to any part of the entries alike; or :class:`GroupFisher`, whose states are small and whole:
+            each rank adds its own examples, and the sums over ranks are taken at the end.
         backend: As for :class:`States`.
         sharding: How the model is sharded.
     """
@@ -60,7 +60,7 @@ class ShardedStates(States):
     ) -> None:
         self._sharding = sharding
         parts = {key: part for key, info in parameters.items() if (part := sharding.part(info.value)) is not None}
-        of_entries = isinstance(estimator, DiagonalFisher)
+        of_entries = not isinstance(estimator, GroupFisher)
         self._parts, self._of_groups = (parts, {}) if of_entries else ({}, parts)
         self._whole_shapes = {key: info.shape for key, info in parameters.items()}
         self._pending: dict[str, _Pending] = {}

@@ -11,11 +11,13 @@ from unittest.mock import patch
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 import fishkern as fk
-from fishkern.statistics import shards
+from fishkern.statistics import sharded_sketch, shards
+from fishkern.statistics.streams import uniform
 from tests.statistics import sharded_program as program
 from tests.statistics.sharded_program import CASES, case, data, dealt, like_whole, llama, main, mesh, sharded
 from tests.support import zoo
@@ -295,6 +297,95 @@ def _() -> dict[str, Any]:
         alone = fk.estimate(program.Reusing().eval(), [(tokens, labels)], fk.GroupFisher("row"), **options)
     error, _ = worst_error(dict(statistics), {name: alone[name].double() for name in alone})
     return {"error": error, "paths": sorted({covered.path for covered in statistics.coverage.values()})}
+
+
+def sketched(
+    model: nn.Module, whole: nn.Module, batches: list[Any], loss: Callable[..., Tensor], **options: Any
+) -> float:
+    """Compare a sketch with its formula: the batches that the ranks take at one time are one batch."""
+    recipe = fk.SketchedFisher(draws=3, seed=4)
+    statistics = fk.estimate(model, iter(batches), recipe, **options)
+    every: list[Any] = [None] * program.world
+    dist.all_gather_object(every, batches)
+    parameters = dict(whole.named_parameters())
+    squares, before = {name: torch.zeros_like(one) for name, one in parameters.items()}, [0] * program.world
+    for number in range(max(map(len, every))):
+        losses, places = [], []
+        for rank, own in enumerate(every):
+            rows = loss(whole, own[number]) if number < len(own) else torch.zeros(0).double()
+            losses.append(rows)
+            places += [rank + program.world * (before[rank] + n) for n in range(len(rows))]
+            before[rank] += len(rows)
+        for draw in range(3):
+            numbers = uniform(4, draw, range(max(places) + 1), 1)[places, 0]
+            signed = (torch.cat(losses) * (numbers - 0.5).sign()).sum()
+            grads = torch.autograd.grad(signed, list(parameters.values()), retain_graph=True, allow_unused=True)
+            for name, grad in zip(parameters, grads, strict=True):
+                squares[name] += 0 if grad is None else grad.square() / 3
+    error, _ = worst_error(
+        {name: statistics.full(name) for name in squares},
+        {name: one.detach() / sum(before) for name, one in squares.items()},
+    )
+    return error
+
+
+def token_means(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return torch.stack(
+        [
+            next_token(model, {key: value[n : n + 1] for key, value in batch.items()})
+            for n in range(len(batch["labels"]))
+        ]
+    )
+
+
+@case("sketch")
+def sketch(replicas: int = 1) -> float:
+    return sketched(sharded(llama(tie=True), replicas=replicas), llama(tie=True), dealt(data()), token_means)
+
+
+@case("sketch, mean")
+def _() -> float:
+    """FSDP2's mean of gradients taken for their sum."""
+    real = sharded_sketch.ShardedSketch._add_gradients
+
+    def wrong(one: sharded_sketch.ShardedSketch) -> None:
+        with patch.object(one._sharding.ranks, "count", 1):
+            real(one)
+
+    with patch.object(sharded_sketch.ShardedSketch, "_add_gradients", wrong):
+        return sketch()
+
+
+CASES["sketch, replicated"] = lambda: sketch(2)
+
+
+class Branching(nn.Module):
+    """Its second layer runs on every batch, and only some batches depend on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).tanh()
+        more = self.second(hidden)
+        return self.head(hidden + more if x[0, 0] > 0 else hidden)
+
+
+@case("sketch, unreached")
+def _() -> float:
+    """The batch of the first rank does not reach a layer, whose gradient the second one has alone."""
+    x = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(program.rank))
+    x[:, 0] = 1.0 if program.rank else -1.0
+    batches = [(x, torch.tensor([0, 2]))]
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    model = sharded(Branching().eval())
+    return sketched(model, Branching().eval(), batches, loss, likelihood=fk.Classification())
 
 
 @case("all labels")

@@ -430,7 +430,7 @@ def _() -> dict[str, Any]:
         "loss": message(lambda: fk.estimate(model, changed("labels", -100), likelihood=nan_without_labels)),
         "pickle": message(lambda: fk.estimate(model, own_things(), likelihood=of_text)),
         "empty": message(lambda: fk.estimate(model, [])),
-        "another recipe": message(lambda: fk.estimate(model, batches, fk.SketchedFisher())),
+        "another recipe": message(lambda: fk.estimate(model, batches, fk.DiagonalKronecker())),
         "error afterwards": compared(model, llama())["error"],
     }
     model.set_requires_gradient_sync(False)

@@ -11,6 +11,7 @@ from tests.statistics.test_sharded_ranks import launched
 
 PROGRAM = "tests.statistics.sharded_families"
 QUICK = ["parameter as input", "unit that runs twice", "family t5", "groups, looped", "refusals"]
+QUICK += ["sketch", "sketch, mean", "sketch, unreached"]
 FAMILIES = [
     "llama", "qwen3", "gemma3", "gpt2", "opt", "bert", "modernbert", "deberta", "vit", "swin", "mixtral", "Qwen3Moe",
     "GptOss", "lora", "dora", "t5, checkpointed reentrantly", "mixtral, checkpointed",
@@ -51,6 +52,12 @@ def test_groups_of_a_weight_on_the_slow_path(quick):
     for report in quick:
         assert report["groups, looped"]["error"] < 2e-7
         assert report["groups, looped"]["paths"] == ["fused", "loop"]
+
+
+@pytest.mark.parametrize("case", ["sketch", "sketch, unreached"])
+def test_a_sketch_takes_the_batches_of_all_ranks_for_one(quick, case):
+    assert all(report[case] < 1e-6 for report in quick)  # norms compute in float32
+    assert all(report["sketch, mean"] > 0.5 for report in quick)
 
 
 def test_what_is_not_computed_on_shards_is_refused_by_name(quick):
@@ -110,6 +117,7 @@ def test_sums_over_groups_are_those_of_the_loop(many):
 
 
 @pytest.mark.slow
-def test_sums_over_groups_count_each_example_of_replicas_once(tmp_path):
-    for report in launched(4, tmp_path, ["groups, replicated"], PROGRAM):
+def test_groups_and_sketches_count_each_example_of_replicas_once(tmp_path):
+    for report in launched(4, tmp_path, ["groups, replicated", "sketch, replicated"], PROGRAM):
         assert all(error < 2e-7 for error in report["groups, replicated"].values())
+        assert report["sketch, replicated"] < 1e-6
