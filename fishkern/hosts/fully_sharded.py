@@ -185,19 +185,23 @@ class FullySharded:
                 group._reduce_dtype, group.reduce_scatter_unused_params = dtype, unused
 
     @contextmanager
-    def whole(self, module: nn.Module) -> Iterator[None]:
-        """Gather the parameters of a module, so that it can run once more outside of a forward pass.
+    def whole(self, module: nn.Module, arguments: Any) -> Iterator[None]:
+        """Gather the parameters of a module, so that a call of it can run once more outside of a forward pass.
 
-        Those of all units around it as well: a call of it may have got one as an argument. A collective operation.
+        A collective operation.
 
         Args:
             module: A module of the model.
+            arguments: Those of the call, in any nest; one may be a parameter of a unit further out, as it is.
 
         Yields:
             Nothing.
         """
         path = self._paths[module]
         around = [unit for at, unit in self._units.items() if not at or f"{path}.".startswith(f"{at}.")]
+        tensors = [one for one in tree_leaves(arguments) if isinstance(one, Tensor)]
+        if not any(map(self.is_gathered, tensors)):
+            around = around[-1:]  # a module is listed after those around it
         concerned = [*around, *(self._units[at] for at in self.units_inside(module))]
         states = [unit._get_fsdp_state() for unit in concerned]
         before = [state._training_state for state in states]

@@ -56,7 +56,7 @@ class Planner:
         independence: Checks that the loss of an example is its own.
         connection: Lets gradients reach segments under reentrant checkpointing.
         known: What earlier passes have found out; ``None`` for nothing, and to keep nothing.
-        whole: Lets a module run once more, see :data:`fishkern.layers.Whole`.
+        whole: Lets a call run once more, see :data:`fishkern.layers.Whole`.
         unserved: Says which parameters of a plan take the loop in spite of it, and why.
 
     Attributes:

@@ -128,7 +128,7 @@ class ShardedPass(OnePass):
             *common,
             counted=lambda batch: None,
             check=self.check,
-            whole=self.sharding.units.whole,
+            whole=lambda call: self.sharding.units.whole(call.module, (call.args, dict(call.kwargs))),
             unserved=partial(_nested, sharding=self.sharding),
             **joint,
         )
