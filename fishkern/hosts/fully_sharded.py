@@ -80,12 +80,13 @@ class FullySharded:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._units = units(model)
-        inside = [path for path in self._units if self._unit_above(path) is not None]
+        inside = [path for path in self._units if self._is_inside(path)]
         self._top = [unit for path, unit in self._units.items() if path not in inside]
         self._paths = {module: path for path, module in model.named_modules()}
         self._order: list[nn.Module] | None = None
         self._entered: list[nn.Module] = []
         self._following = False
+        self._gathered: set[int] = set()
 
     def parameters(self) -> list[nn.Parameter]:
         """List the sharded parameters.
@@ -172,20 +173,46 @@ class FullySharded:
             self.reshard()
 
     @contextmanager
-    def whole(self, module: nn.Module) -> Iterator[None]:
-        """Gather the parameters of a module, so that it can run once more outside of a forward pass.
+    def reducing_all(self) -> Iterator[None]:
+        """Let FSDP2 reduce what ordinary autograd gives on ranks with batches of their own, in no less than float32.
+
+        A parameter that only the batch of one rank reaches has a gradient there alone; since torch 2.13 the others can
+        take part with zeros.
+
+        Yields:
+            Nothing.
+        """
+        groups = [group for unit in self._units.values() for group in _groups(unit)]
+        before = [(group._reduce_dtype, getattr(group, "reduce_scatter_unused_params", None)) for group in groups]
+        for group in groups:
+            group.reduce_scatter_unused_params = True
+            if any(one.sharded_param.dtype.itemsize == 2 for one in group.fsdp_params) or group._reduce_dtype:
+                group._reduce_dtype = torch.promote_types(group._reduce_dtype or torch.float32, torch.float32)
+        try:
+            yield
+        finally:
+            for group, (dtype, unused) in zip(groups, before, strict=True):
+                group._reduce_dtype, group.reduce_scatter_unused_params = dtype, unused
+
+    @contextmanager
+    def whole(self, module: nn.Module, arguments: Any) -> Iterator[None]:
+        """Gather the parameters of a module, so that a call of it can run once more outside of a forward pass.
 
         A collective operation.
 
         Args:
             module: A module of the model.
+            arguments: Those of the call, in any nest; one may be a parameter of a unit further out, as it is.
 
         Yields:
             Nothing.
         """
         path = self._paths[module]
-        above = self._unit_above(path, itself=True)
-        concerned = [*([] if above is None else [above]), *(self._units[at] for at in self.units_inside(module))]
+        around = [unit for at, unit in self._units.items() if not at or f"{path}.".startswith(f"{at}.")]
+        tensors = [one for one in tree_leaves(arguments) if isinstance(one, Tensor)]
+        if not any(map(self.is_gathered, tensors)):
+            around = around[-1:]  # a module is listed after those around it
+        concerned = [*around, *(self._units[at] for at in self.units_inside(module))]
         states = [unit._get_fsdp_state() for unit in concerned]
         before = [state._training_state for state in states]
         try:
@@ -265,16 +292,28 @@ class FullySharded:
             self._following = False
         if self._order is None:
             self._order = self._entered
+        self._gathered = {
+            one._unsharded_param.untyped_storage()._cdata
+            for unit in self._units.values()
+            for group in _groups(unit)
+            for one in group.fsdp_params
+            if hasattr(one, "_unsharded_param")  # of a unit that has run
+        }
 
-    def _unit_above(self, path: str, *, itself: bool = False) -> nn.Module | None:
-        """Find the nearest unit around a module."""
-        if itself and path in self._units:
-            return self._units[path]
-        while path:
-            path = path.rpartition(".")[0]
-            if path in self._units:
-                return self._units[path]
-        return None
+    def is_gathered(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor lies in the memory of a gathered parameter, which FSDP2 frees after the pass.
+
+        Args:
+            tensor: An ordinary tensor, such as an input of a module.
+
+        Returns:
+            Whether the last run of the model (:meth:`followed`) has gathered its memory.
+        """
+        return tensor.untyped_storage()._cdata in self._gathered
+
+    def _is_inside(self, path: str) -> bool:
+        """Tell whether another unit is around one."""
+        return any(path != at and (not at or path.startswith(f"{at}.")) for at in self._units)
 
 
 def _forget_pass(unit: nn.Module) -> None:

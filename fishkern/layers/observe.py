@@ -339,13 +339,13 @@ def _observe(
 
     observer, values = answered(lambda: run(frozenset()))
     several = observer.rows > 1 and documents is None  # all packed documents may be in one row
-    candidates = _of_all_examples(observer, owning) if several else frozenset()
+    candidates = _of_all_examples(observer, owning) if several else []
     if candidates:
         expected = values.detach()
         del observer, values  # and the activations that they keep
         observer, values = _expanded(run, frozenset(), candidates, expected)
     observer.backward(values)
-    late = _of_all_examples(observer, owning) - candidates if several else ()
+    late = [one for one in _of_all_examples(observer, owning) if one not in candidates] if several else []
     if late:  # calls inside a checkpointed segment are recorded only when it is recomputed
         observer, values = _expanded(run, observer.shared, late, values.detach())
         observer.backward(values)
@@ -358,24 +358,25 @@ def _observe(
     return Observation(observer.records, observer.around, observer.checkpointing, again, entry, order)
 
 
-def _of_all_examples(observer: _Observer, owning: set[nn.Module]) -> frozenset[nn.Module]:
+def _of_all_examples(observer: _Observer, owning: set[nn.Module]) -> list[nn.Module]:
     """List the modules whose every output is one row, which all examples share (position embeddings)."""
-    return frozenset(
+    # in the order of their calls: the ranks of a sharded model try them one after the other, and all try the same one
+    return [
         module
         for module, record in observer.records.items()
         if module in owning and record.calls
         and all(isinstance(output, Tensor) and output.ndim > 1 and output.shape[0] == 1 for _, output in record.calls)
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 def _expanded(
     run: Callable[..., tuple[_Observer, Tensor]],
     shared: frozenset[nn.Module],
-    candidates: frozenset[nn.Module],
+    candidates: Sequence[nn.Module],
     expected: Tensor,
 ) -> tuple[_Observer, Tensor]:
     """Run with those shared outputs expanded that change no loss: all of the candidates, or some, or none."""
-    if expanded := _same_losses(run, shared | candidates, expected):
+    if expanded := _same_losses(run, shared.union(candidates), expected):
         return expanded
     alone = candidates if len(candidates) > 1 else ()
     return run(shared | {module for module in alone if _same_losses(run, shared | {module}, expected)})

@@ -27,8 +27,8 @@ _SECOND_AXIS = (
 )  # fmt: skip
 
 
-Whole = Callable[[nn.Module], AbstractContextManager[Any]]
-"""Lets a module run once more outside of the model's own passes: where its parameters are sharded, it gathers them."""
+Whole = Callable[[Call], AbstractContextManager[Any]]
+"""Lets a call run once more outside of the model's own passes: it gathers parameters that are sharded."""
 
 
 class Planner:
@@ -147,7 +147,7 @@ class Planner:
         for layer in LAYERS:
             names = layer.covers(module) & remaining.keys() if several <= layer.several else frozenset()
             if names:
-                with self._whole(module):
+                with self._whole(last_call(record, entered=layer.reruns)[0]):
                     names = self._confirmed(layer, record, names)
             if names:
                 keys = {name: remaining.pop(name) for name in sorted(names)}
@@ -287,8 +287,9 @@ class Planner:
         if record.output_rewritten or (record.input_rewritten and not record.was_rewritten):
             self.rewritten.add(module)
             return False
-        with self._whole(module):
-            return self._runs_alone(record, *last_call(record, entered=True))
+        call, output = last_call(record, entered=True)
+        with self._whole(call):
+            return self._runs_alone(record, call, output)
 
     def _touches_apart(self, record: Record) -> bool:
         """Tell whether the gradients at a module are not zero, and there at the rows of their own example alone."""

@@ -59,7 +59,7 @@ def survey(
         documents: The examples, if they are documents of packed rows; the plan serves batches of such rows.
         order: Which rows an example has, as far as the batches say it: where they say one row, and the model runs on
             several for each example, it is checked on every batch whose they are.
-        whole: Lets a module run once more, see :data:`fishkern.layers.planner.Whole`.
+        whole: Lets a call run once more, see :data:`fishkern.layers.planner.Whole`.
 
     Returns:
         The plan.

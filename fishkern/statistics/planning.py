@@ -56,7 +56,8 @@ class Planner:
         independence: Checks that the loss of an example is its own.
         connection: Lets gradients reach segments under reentrant checkpointing.
         known: What earlier passes have found out; ``None`` for nothing, and to keep nothing.
-        whole: Lets a module run once more, see :data:`fishkern.layers.Whole`.
+        whole: Lets a call run once more, see :data:`fishkern.layers.Whole`.
+        unserved: Says which parameters of a plan take the loop in spite of it, and why.
 
     Attributes:
         paths: The slowest path that each parameter has taken so far, and the reason.
@@ -78,8 +79,10 @@ class Planner:
         connection: Connection,
         known: Known | None = None,
         whole: Whole = nullcontext,
+        unserved: Callable[[Plan], Mapping[str, str]] = lambda plan: {},
     ) -> None:
         self._whole = whole
+        self._unserved = unserved
         self.counted = counted
         self._model = model
         self._parameters = parameters
@@ -257,6 +260,7 @@ class Planner:
                 order=few.order,
                 whole=self._whole,
             )
+        plan = plan.with_loop(self._unserved(plan))
         self.refuse_stored(key for key, (path, _) in plan.paths.items() if path != "fused")
         known, checks = self._known, self._check
         if known is not None:

@@ -102,6 +102,7 @@ class _Comparison:
 
     def take(self, key: str, grad: Tensor) -> None:
         """Subtract the contribution of one example's gradient from the state."""
+        grad = self.states.gradient(key, grad)
         totals = sums(self.states[key])
         scales = self.scales.setdefault(key, [0.0] * len(totals))
         for place, added in enumerate(self._added(key, grad)):

@@ -7,23 +7,23 @@ ordinary autograd, on the same examples on every rank: FSDP2's gradient, a mean 
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.layers import Plan, UnsupportedModuleError, leave_out
+from fishkern.layers import Plan, UnsupportedModuleError
 from fishkern.names import listed
 from fishkern.statistics.autograd import backward, only_trainable, take_grad
-from fishkern.statistics.autograd_pass import AutogradPass
-from fishkern.statistics.base import Estimator
+from fishkern.statistics.base import Estimator, losses_of
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.captured_pass import CapturedPass, Objectives
 from fishkern.statistics.data import Data, Progress
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
+from fishkern.statistics.group_fisher import GroupFisher
 from fishkern.statistics.head_logits import Onlooker
 from fishkern.statistics.independence import Independence
 from fishkern.statistics.known import Kind
@@ -31,10 +31,15 @@ from fishkern.statistics.one_pass import OnePass, Passed
 from fishkern.statistics.planning import Planner
 from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.randomness import OwnRandomness
+from fishkern.statistics.sharded_examples import SharedExamples
+from fishkern.statistics.sharded_sketch import ShardedSketch
 from fishkern.statistics.sharded_states import ShardedStates
 from fishkern.statistics.sharding import Sharding
 from fishkern.statistics.shards import Ranks
+from fishkern.statistics.sketched_fisher import SketchedFisher
 from fishkern.statistics.undisturbed import Entered
+
+_END = object()
 
 
 def check_sharded(estimator: Estimator) -> None:
@@ -44,15 +49,16 @@ def check_sharded(estimator: Estimator) -> None:
         estimator: The recipe.
 
     Raises:
-        UnsupportedModuleError: It is another one than the diagonal Fisher of examples or positions.
+        UnsupportedModuleError: It is none of the diagonal Fisher of examples or positions, sums of it over groups, or
+            a sketch of it; or one of your own, whose states may not be sums of squares, entry by entry.
     """
-    if not isinstance(estimator, DiagonalFisher) or estimator.unit == "batch" or estimator.fisher_type == "type-2":
-        kind = estimator.definition.get("estimator", type(estimator).__name__)
+    if type(estimator) not in (DiagonalFisher, GroupFisher, SketchedFisher) or estimator.reads == "batches":
+        kind = type(estimator).__name__
         options = {key: estimator.definition[key] for key in ("fisher_type", "unit") if key in estimator.definition}
         raise UnsupportedModuleError(
             f"FSDP2 shards the parameters, and {kind}({', '.join(f'{k}={v!r}' for k, v in options.items())}) is not "
-            "computed on shards: expected DiagonalFisher of unit='example' or 'position' and of fisher_type="
-            "'empirical' or 'mc'. Load the whole model in each process for others."
+            "computed on shards: expected DiagonalFisher of unit='example' or 'position', GroupFisher or "
+            "SketchedFisher. Load the whole model in each process for others."
         )
 
 
@@ -68,12 +74,14 @@ class ShardedPass(OnePass):
 
     def over(self, data: Data, ranks: Ranks, report: Progress) -> Passed:
         sharding = self.sharding
-        with sharding.differentiating(self.requested), sharding.units.watched(self.states.exchange):
+        # of a sketch there is nothing to exchange: FSDP2 reduces its gradient
+        arrived = self.states.exchange if self.estimator.reads != "sums" else lambda: None
+        with sharding.differentiating(self.requested), sharding.units.watched(arrived):
             return super().over(data, ranks, report)
 
     def _run(
         self, data: Data, entered: Entered, report: Progress, ranks: Ranks
-    ) -> tuple[int, CapturedPass, Independence]:
+    ) -> tuple[int, ShardedCapture | ShardedSketch, Independence]:
         one_pass, independence = self._begin(entered)
         randomness = OwnRandomness(data.device)
         units = 0
@@ -85,7 +93,7 @@ class ShardedPass(OnePass):
         return units, one_pass, independence
 
     def _in_step(
-        self, data: Data, one_pass: ShardedCapture, randomness: OwnRandomness
+        self, data: Data, one_pass: ShardedCapture | ShardedSketch, randomness: OwnRandomness
     ) -> Iterator[tuple[Examples, bool]]:
         """Give each rank its next batch, and whether it is its own, until no rank has one."""
         ranks, batches = self.sharding.ranks, iter(data)
@@ -97,7 +105,9 @@ class ShardedPass(OnePass):
             if not any(kind is not None for kind in kinds):
                 return
             if spare is None:
-                spare = one_pass.shared(batch, next(rank for rank, kind in enumerate(kinds) if kind is not None))
+                spare = one_pass.examples.first(
+                    batch, next(rank for rank, kind in enumerate(kinds) if kind is not None)
+                )
                 with ranks.failing_together(), randomness.aside():
                     self.answering.begin(spare)
                 self.sharding.units.reshard()  # a forward pass alone leaves the outermost unit whole
@@ -107,21 +117,22 @@ class ShardedPass(OnePass):
 
     def _pass(
         self, answer: Callable[[Examples], Predictive | Tensor], entered: Entered, independence: Independence
-    ) -> AutogradPass | CapturedPass:
-        together = self._together(answer)
+    ) -> ShardedCapture | ShardedSketch:
+        common = (self.requested, self._together(answer), self.estimator, self.states)
+        joint = {"independence": independence, "connection": entered.connection}
+        examples = SharedExamples(self.sharding.ranks, hosts.runs_on(next(iter(self.requested.values()))))
+        if self.estimator.reads == "sums":
+            return ShardedSketch(*common, self.sharding, examples, **joint)
         planner = Planner(
             self.model,
-            self.requested,
-            together,
-            self.estimator,
-            self.states,
+            *common,
             counted=lambda batch: None,
             check=self.check,
-            independence=independence,
-            connection=entered.connection,
-            whole=self.sharding.units.whole,
+            whole=lambda call: self.sharding.units.whole(call.module, (call.args, dict(call.kwargs))),
+            unserved=partial(_nested, sharding=self.sharding),
+            **joint,
         )
-        return ShardedCapture(self.requested, together, self.estimator, self.states, planner, self.sharding)
+        return ShardedCapture(*common, planner, self.sharding, examples)
 
     def _agreed(self, losses: list[float]) -> list[float]:
         return self.sharding.ranks.gathered(losses)[0]  # of the same examples, whose last bits may differ on devices
@@ -147,9 +158,11 @@ class ShardedCapture(CapturedPass):
         states: As for :class:`CapturedPass`.
         planner: As for :class:`CapturedPass`.
         sharding: How the model is sharded.
+        examples: Sends examples of one rank to all.
 
     Attributes:
         planner: As given.
+        examples: As given.
     """
 
     def __init__(
@@ -160,11 +173,12 @@ class ShardedCapture(CapturedPass):
         states: ShardedStates,
         planner: Planner,
         sharding: Sharding,
+        examples: SharedExamples,
     ) -> None:
         super().__init__(parameters, answer, estimator, states, planner)
         self.planner = planner
+        self.examples = examples
         self._sharding = sharding
-        self._device = hosts.runs_on(next(iter(parameters.values())))
         self._looped: dict[str, Collection[int] | None] = {}
 
     def run(self, batch: Examples, *, own: bool = True) -> None:
@@ -202,37 +216,16 @@ class ShardedCapture(CapturedPass):
         ranks = self._sharding.ranks
         for rank, kind in enumerate(kinds):
             if kind is not None and not self.planner.has_plan(kind):
-                few = self.shared(batch, rank)
+                few = self.examples.first(batch, rank)
                 with ranks.failing_together():
                     plan = self.planner.plan_for(few)
                 ranks.demand_equal(_described(plan), "the paths of parameters")
-
-    def shared(self, batch: Examples | None, rank: int) -> Examples:
-        """Give all ranks the first examples of a batch of one of them.
-
-        Args:
-            batch: This rank's batch.
-            rank: The rank whose batch it is.
-
-        Returns:
-            The examples, on this rank's device.
-        """
-        return self._sent(batch.few if self._sharding.ranks.rank == rank else None, rank)
-
-    def _sent(self, examples: Examples | None, rank: int) -> Examples:
-        """Send examples of one rank to all; an error of pickling them ends all."""
-        content = b""
-        with self._sharding.ranks.failing_together():
-            if examples is not None:
-                content = _pickled(replace(examples.to(torch.device("cpu")), cut_from=None))
-        return pickle.loads(self._sharding.ranks.gathered(content)[rank]).to(self._device)
 
     def _captured(
         self, plan: Plan, batch: Examples, *, own: bool, only: Objectives | None = None
     ) -> list[dict[str, set[int]]]:
         """Capture a batch of each rank, and say what each holds back; of one that does not count, nothing."""
         ranks = self._sharding.ranks
-        _refuse_nested(plan, self._sharding)
         self._looped, loss = {}, self.loss
         with ranks.failing_together(), self._sharding.apart(counts=own):
             withheld = dict(self._capture(plan, batch, only))
@@ -258,7 +251,7 @@ class ShardedCapture(CapturedPass):
             if not wanted:
                 continue
             self.planner.refuse_whole(wanted)
-            whole = self._sent(batch if ranks.rank == rank else None, rank)
+            whole = self.examples.sent(batch if ranks.rank == rank else None, rank)
             parameters = {key: self._parameters[key] for key in wanted}
             with only_trainable(parameters.values()):
                 for one in whole.singly():
@@ -277,23 +270,24 @@ class ShardedCapture(CapturedPass):
 
     def _noted(self, answer: Predictive | Tensor, batch: Examples) -> Iterator[tuple[Tensor | None, bool]]:
         """Give the objectives, equally many on all ranks; an error of one ends all before the backward pass."""
-        objectives = super()._noted(answer, batch)
+        ranks, objectives = self._sharding.ranks, self._estimator.objectives(answer, batch.places)
+        zeros: Tensor | None = None
+        with ranks.failing_together():
+            following = next(objectives, _END)
         while True:
-            with self._sharding.ranks.failing_together():
-                found = next(objectives, None)
-            if found is None:
+            objective = None if following is _END else following
+            with ranks.failing_together():
+                if objective is not None:
+                    self._note(objective, batch)
+                following = _END if following is _END else next(objectives, _END)
+            flags = torch.tensor([objective is not None, following is not _END], dtype=torch.uint8)
+            any_now, any_later = map(bool, ranks.largest(flags).tolist())
+            if any_now and objective is None:  # another rank has labels of more positions: this one adds nothing
+                zeros = 0 * losses_of(answer) if zeros is None else zeros
+                objective = zeros
+            yield (objective if any_now else None), not any_later
+            if not any_later:
                 return
-            yield found
-
-
-def _pickled(examples: Examples) -> bytes:
-    try:
-        return pickle.dumps(examples)
-    except Exception as error:  # of several kinds, by what does not pickle
-        raise TypeError(
-            f"with a sharded model all ranks run some examples of each, so batches must hold what pickles, and pickle "
-            f"says: {error}. Give tensors, lists and plain values, or objects of classes that a module defines."
-        ) from error
 
 
 def _kind(batch: Examples) -> Kind:
@@ -306,13 +300,14 @@ def _described(plan: Plan) -> list[tuple[str, str, list[str]]]:
     return [*sites, *(("", "loop", [key]) for key in sorted(plan.loop))]
 
 
-def _refuse_nested(plan: Plan, sharding: Sharding) -> None:
-    """Refuse modules that run once more for each example and have modules inside that are sharded on their own."""
+def _nested(plan: Plan, sharding: Sharding) -> dict[str, str]:
+    """Say which parameters a module computes that runs once more, while units inside it hold their shards alone."""
+    reasons: dict[str, str] = {}
     for site in plan.sites:
         if site.layer is None and (inside := sharding.units.units_inside(site.module)):
-            raise UnsupportedModuleError(
-                f"{listed(sorted(site.keys.values()))}: {site.path} runs once more for each example, and FSDP2 shards "
-                f"{listed(inside)} inside it on their own, whose parameters it gathers at other times. Call "
-                f"fully_shard on {site.path} alone, or leave these parameters out. "
-                f"{leave_out(sorted(site.keys.values()), by_autograd=False)}"
+            reason = (
+                f"{site.path} would run once more for each example, and FSDP2 shards {listed(inside)} inside it on "
+                f"their own (to avoid this, call fully_shard on {site.path} alone)"
             )
+            reasons |= dict.fromkeys(site.keys.values(), reason)
+    return reasons

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fishkern.backend import Backend
-from fishkern.layers import Columns, PerExampleGrads, columns_of
+from fishkern.layers import Columns, PerExampleGrads, SummedGrads, columns_of
 from fishkern.statistics.base import Estimator, ParameterInfo
+from fishkern.statistics.group_fisher import GroupFisher
 from fishkern.statistics.sharding import Sharding
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
@@ -41,7 +42,8 @@ class ShardedStates(States):
 
     Args:
         parameters: As for :class:`States`.
-        estimator: Its states have the parameter's shape, and it adds to any part of the columns alike.
+        estimator: Adds to any part of the entries alike; or :class:`GroupFisher`, whose states are small and whole:
+            each rank adds its own examples, and the sums over ranks are taken at the end.
         backend: As for :class:`States`.
         sharding: How the model is sharded.
     """
@@ -57,7 +59,9 @@ class ShardedStates(States):
         sharding: Sharding,
     ) -> None:
         self._sharding = sharding
-        self._parts = {key: part for key, info in parameters.items() if (part := sharding.part(info.value)) is not None}
+        parts = {key: part for key, info in parameters.items() if (part := sharding.part(info.value)) is not None}
+        of_entries = not isinstance(estimator, GroupFisher)
+        self._parts, self._of_groups = (parts, {}) if of_entries else ({}, parts)
         self._whole_shapes = {key: info.shape for key, info in parameters.items()}
         self._pending: dict[str, _Pending] = {}
         self._error: Exception | None = None
@@ -97,9 +101,22 @@ class ShardedStates(States):
             name: Canonical name of its parameter.
             grad: The local shard of it.
         """
-        part = self._parts.get(name)
+        part, grad = self._parts.get(name), self.gradient(name, grad)
         if (self._sharding.ranks.rank if part is None else part.replica) == 0:
             super().add_single(name, grad)
+
+    def gradient(self, name: str, grad: Tensor) -> Tensor:
+        """Give the part of a gradient that the state is of: all of it for groups, by a collective operation.
+
+        Args:
+            name: Canonical name of its parameter.
+            grad: This rank's part.
+
+        Returns:
+            That part, or the whole gradient.
+        """
+        part = self._of_groups.get(name)
+        return grad if part is None else part.placed(grad).full_tensor()
 
     def exchange(self) -> None:
         """Add up over the ranks what any of them has to add. A collective operation."""
@@ -140,13 +157,19 @@ class ShardedStates(States):
         if not self._sharding.speaks:
             return
         pending = self._pending.setdefault(name, _Pending())
-        if columns_of(grads, slice(0, 0)) is not None:
+        if columns_of(grads, slice(0, 0)) is not None and not self._ends_with_pass(grads):
             pending.grads.append(grads)
             return
         if pending.whole is None:
             info = self._parameters[name]
             pending.whole = torch.zeros(self._whole_shapes[name], dtype=info.dtype, device=grads.device)
         self._estimator.update_(pending.whole, grads, self._parameters[name], self._backend)
+
+    def _ends_with_pass(self, grads: PerExampleGrads) -> bool:
+        """Tell whether gradients read a parameter that a module gets as its input, such as a table of positions."""
+        uses = grads.uses if isinstance(grads, SummedGrads) else (grads,)
+        activations = [one.activations for one in uses if hasattr(one, "activations")]
+        return any(self._sharding.units.is_gathered(one) for one in activations)
 
     def _fill(self, name: str, pending: _Pending, block: Tensor, columns: Columns | None) -> None:
         """Add this rank's squares to a block."""

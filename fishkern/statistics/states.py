@@ -122,6 +122,18 @@ class States:
         parameter = self._parameters[name]
         self._add(name, grad.device, lambda state: self._estimator.add_single_(state, grad, parameter))
 
+    def gradient(self, name: str, grad: Tensor) -> Tensor:
+        """Give the part of a gradient of autograd that the state is a function of.
+
+        Args:
+            name: Canonical name of its parameter.
+            grad: The gradient, of a sharded parameter this rank's part.
+
+        Returns:
+            The same one.
+        """
+        return grad
+
     def complete(self) -> None:
         """End a backward pass: what was added is in the states from here on."""
         self._arrive()

@@ -24,6 +24,7 @@ from fishkern.statistics.data import demand_several
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.estimate import estimate
+from fishkern.statistics.group_fisher import GroupFisher
 from fishkern.statistics.judgement import TOLERANCE, Noise, error, judged, largest, overlap
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.likelihood_argument import checked_likelihood
@@ -162,6 +163,11 @@ def verify(
 
 def _check_on_shards(estimator: Estimator, max_examples: int | None) -> None:
     check_sharded(estimator)
+    if isinstance(estimator, GroupFisher):
+        raise UnsupportedModuleError(
+            "FSDP2 shards the parameters, and verify compares entries, of which each rank has its own: verify "
+            "DiagonalFisher, whose sums over groups GroupFisher gives, or load the whole model in each process."
+        )
     if max_examples is not None:
         raise ValueError("max_examples counts the examples of one process, and FSDP2 shards: give fewer batches.")
 

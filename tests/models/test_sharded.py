@@ -114,8 +114,8 @@ def test_what_fsdp2_shards_is_estimated_and_trained_and_refused_by_name_elsewher
     found = fk.estimate(model, BATCHES, likelihood=likelihood)
     for name in statistics:
         torch.testing.assert_close(found.full(name), statistics[name])
-    with pytest.raises(fk.UnsupportedModuleError, match="SketchedFisher.* is not computed on shards"):
-        fk.estimate(model, BATCHES, fk.SketchedFisher(), likelihood=likelihood)
+    with pytest.raises(fk.UnsupportedModuleError, match="DiagonalKronecker.* is not computed on shards"):
+        fk.estimate(model, BATCHES, fk.DiagonalKronecker(), likelihood=likelihood)
     for call in [
         lambda: fk.prepare(model, BATCHES[0], likelihood=likelihood),
         lambda: fk.fish_tuning(model, BATCHES, density=0.5, pool="model", likelihood=likelihood, order="random"),

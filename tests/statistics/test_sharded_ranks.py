@@ -17,9 +17,10 @@ ROOT = Path(__file__).parents[2]
 # The imports take longer than most cases, so all ranks are forked from one process after them.
 LAUNCH = """
 import os, signal, sys
-import tests.statistics.sharded_program as program
+from importlib import import_module
 
-world, folder, cases = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+program = import_module(sys.argv[1])
+world, folder, cases = int(sys.argv[2]), sys.argv[3], sys.argv[4:]
 others = []
 rank = 0
 for number in range(1, world):
@@ -38,9 +39,12 @@ if rank == 0:
 """
 
 
-def launched(world: int, folder: Path, cases: Sequence[str]) -> list[dict]:
-    """Run cases in as many processes; what each process reports of each case."""
-    command = [sys.executable, "-W", "error::UserWarning:fishkern", "-c", LAUNCH, str(world), str(folder), *cases]
+def launched(
+    world: int, folder: Path, cases: Sequence[str], program: str = "tests.statistics.sharded_program"
+) -> list[dict]:
+    """Run cases of a program in as many processes; what each process reports of each case."""
+    python = [sys.executable, "-W", "error::UserWarning:fishkern"]
+    command = [*python, "-c", LAUNCH, program, str(world), str(folder), *cases]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
