@@ -18,6 +18,7 @@ from fishkern.hosts.refusals import (
 )
 from fishkern.hosts.rotary import LengthLimit, length_limits
 from fishkern.hosts.tasks import HEADS, Task, is_head, padding_token, task
+from fishkern.hosts.tensor_parallel import Split, in_any, is_distributed, mesh_of, own_part, split_of, why_not_split
 from fishkern.hosts.wrappers import base_model, named_parameters, unwrap
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "InsertionPoints",
     "Layer",
     "LengthLimit",
+    "Split",
     "Task",
     "Wrapper",
     "accepts",
@@ -39,24 +41,30 @@ __all__ = [
     "dispatched",
     "evaluation_mode",
     "head_of",
+    "in_any",
     "insert",
     "insertion_points",
+    "is_distributed",
     "is_head",
     "layer_of",
     "length_limits",
     "local_part",
     "lost_prefix",
     "merged_adapter",
+    "mesh_of",
     "modes",
     "named_parameters",
+    "own_part",
     "padding_token",
     "remove",
     "runs_on",
     "scripted",
     "sharded",
+    "split_of",
     "stack_of",
     "stacks",
     "task",
     "units",
     "unwrap",
+    "why_not_split",
 ]
