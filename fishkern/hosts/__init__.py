@@ -19,6 +19,7 @@ from fishkern.hosts.refusals import (
 from fishkern.hosts.rotary import LengthLimit, length_limits
 from fishkern.hosts.shares import Share, placed, share_of
 from fishkern.hosts.tasks import HEADS, Task, is_head, padding_token, task
+from fishkern.hosts.tensor_parallel import Split, in_any, is_distributed, mesh_of, own_part, split_of, why_not_split
 from fishkern.hosts.wrappers import base_model, named_parameters, unwrap
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Layer",
     "LengthLimit",
     "Share",
+    "Split",
     "Task",
     "Wrapper",
     "accepts",
@@ -41,16 +43,20 @@ __all__ = [
     "dispatched",
     "evaluation_mode",
     "head_of",
+    "in_any",
     "insert",
     "insertion_points",
+    "is_distributed",
     "is_head",
     "layer_of",
     "length_limits",
     "local_part",
     "lost_prefix",
     "merged_adapter",
+    "mesh_of",
     "modes",
     "named_parameters",
+    "own_part",
     "padding_token",
     "placed",
     "remove",
@@ -59,9 +65,11 @@ __all__ = [
     "scripted",
     "sharded",
     "share_of",
+    "split_of",
     "stack_of",
     "stacks",
     "task",
     "units",
     "unwrap",
+    "why_not_split",
 ]

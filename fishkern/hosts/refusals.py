@@ -14,6 +14,7 @@ from torch import nn
 
 from fishkern.hosts.fully_sharded import FullySharded
 from fishkern.hosts.modes import checkpoints_itself
+from fishkern.hosts.tensor_parallel import is_distributed, mesh_of, why_not_split
 from fishkern.hosts.wrappers import base_model, unwrap
 from fishkern.names import without_wrappers
 
@@ -58,12 +59,13 @@ def dispatched(model: nn.Module) -> str | None:
     return None
 
 
-def sharded(model: nn.Module, *, fsdp2: bool = False) -> str | None:
+def sharded(model: nn.Module, *, fsdp2: bool = False, tensor_parallel: bool = False) -> str | None:
     """Say how a model's parameters are split over processes.
 
     Args:
         model: A module.
         fsdp2: Whether the caller serves what FSDP2 shards, so that this is no reason.
+        tensor_parallel: Whether the caller serves what tensor parallel splits, likewise.
 
     Returns:
         The reason and what to do, or ``None`` if every process has all of them.
@@ -75,15 +77,31 @@ def sharded(model: nn.Module, *, fsdp2: bool = False) -> str | None:
         if "FullyShardedDataParallel" in kinds or ("FSDPModule" in kinds and not fsdp2):
             of = repr(name) if name else "'the model'"
             return f"FSDP shards the parameters of {of}. {whole}, and shard it after the estimate{fully}"
-    if (size := getattr(base_model(unwrap(model)), "_tp_size", None) or 1) > 1:
+    if _in_parts_of_examples(model):
+        return (
+            f"each process has some positions of every example (context parallel). {whole}, and estimate outside of it"
+        )
+    owned = set(FullySharded(model).parameters()) if fsdp2 else set()
+    if tensor_parallel and (reason := why_not_split(model, owned)):
+        return reason
+    split = tensor_parallel and mesh_of(model) is not None
+    if (size := getattr(base_model(unwrap(model)), "_tp_size", None) or 1) > 1 and not split:
         return f"transformers has split it over {size} processes. {whole}, without tp_plan={fully}"
-    owned = set(FullySharded(model).parameters()) if fsdp2 else ()
+    if split:
+        owned |= {one for one in model.parameters() if is_distributed(one)}
     for name, parameter in model.named_parameters():
         if any(base.__name__ == "DTensor" for base in type(parameter).__mro__) and parameter not in owned:
             return f"{name} is a DTensor, split over processes. {whole}, and split it after the estimate{fully}"
         if hasattr(parameter, "ds_id"):
             return f"DeepSpeed's ZeRO-3 has partitioned {name}. {whole}, or use ZeRO stage 2{fully}"
     return None
+
+
+def _in_parts_of_examples(model: nn.Module) -> bool:
+    """Tell whether torch runs attention over positions of several processes, by a function or hooks of its own."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    functions = (nn.functional.scaled_dot_product_attention, *hooks)
+    return any("_context_parallel" in str(getattr(one, "__module__", "")) for one in functions)
 
 
 def merged_adapter(model: nn.Module, names: Container[str]) -> str | None:

@@ -123,10 +123,12 @@ class Layer(ABC):
         reruns: Whether the rule runs the module once more (:meth:`Call.run`).
         several: Whether the module returns several tensors. The rule then gets the gradient of each floating one,
             ``None`` where none arrived.
+        sums_processes: Whether the gradients that it gives may be sums over processes, of the positions that each has.
     """
 
     reruns: ClassVar[bool] = False
     several: ClassVar[bool] = False
+    sums_processes: ClassVar[bool] = False
 
     @abstractmethod
     def covers(self, module: nn.Module) -> frozenset[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishkern import hosts
 from fishkern.layers.base import Call
 from fishkern.layers.documents import Documents
 from fishkern.layers.factored import module_factors
@@ -224,7 +225,7 @@ class Capture:
             return
         site, grads = arrival.site, arrival.grads
         if not site.settled:  # no gradient but zeros arrived here in the survey, so nobody knows whose rows these are
-            if any(grad is not None and bool(grad.any()) for grad in grads):
+            if bool(hosts.in_any(torch.tensor(_any(grads)), hosts.split_of(site.module))):
                 self._uses.withhold(site)
                 return
             if not self._factors:
@@ -240,7 +241,7 @@ class Capture:
             return
         as_many = self._has_the_rows(arrival)
         proved = site.entry is None or self._rows.are_proved(site.entry, site.order)
-        if not (as_many and proved) or (site.picked and not self._rows.are_the_examples(site, _arrived(arrival))):
+        if not (as_many and proved) or (site.picked and not self._are_the_examples(arrival)):
             self._uses.withhold(site)
             # examples of several rows may have more or fewer in another batch, which the survey of that batch shows
             if as_many or site.order.per_example == 1:
@@ -253,6 +254,12 @@ class Capture:
                 self._receive_generic(arrival)
             else:
                 self._receive_by_rule(arrival)
+
+    def _are_the_examples(self, arrival: Arrival) -> bool:
+        """Tell whether picked rows are the examples, in every process that computes the module."""
+        site = arrival.site
+        others = not self._rows.are_the_examples(site, hosts.local_part(_arrived(arrival)))
+        return not bool(hosts.in_any(torch.tensor(others), hosts.split_of(site.module)))
 
     def _is_one_row_for_all(self, arrival: Arrival) -> bool:
         lengths = {_rows(grad) for grad in arrival.grads if grad is not None}
@@ -376,6 +383,11 @@ class Capture:
 def _arrived(arrival: Arrival) -> Tensor:
     """Return the gradient that has arrived: the first one, where a module returns several tensors."""
     return next(grad for grad in arrival.grads if grad is not None)
+
+
+def _any(grads: Sequence[Tensor | None]) -> bool:
+    """Tell whether an entry is not zero."""
+    return any(grad is not None and bool(hosts.local_part(grad).any()) for grad in grads)
 
 
 def _rows(tensor: Tensor) -> int | None:

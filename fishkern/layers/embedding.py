@@ -39,6 +39,18 @@ class Embedding(Layer):
         indices = call.input.reshape(g.shape[:2])
         yield "weight", EmbeddingGrads(indices, g, module.num_embeddings, module.padding_idx)
 
+    def own_tokens(self, module: nn.Module, indices: Tensor) -> Tensor:
+        """Say which rows of this process's part of the table the tokens of a call have.
+
+        Args:
+            module: The embedding.
+            indices: The input of the call.
+
+        Returns:
+            Indices of the same shape.
+        """
+        return indices
+
     @staticmethod
     def _output(call: Call) -> Tensor:
         rows = F.embedding(call.input, call.module.weight)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fishkern import hosts
 from fishkern.layers.base import Call
 from fishkern.layers.documents import Documents
 from fishkern.layers.quantized import is_wrapped
@@ -56,7 +57,11 @@ def module_grads(call: Call, output_grads: Sequence[Tensor | None], names: Mappi
         for name, grad in zip(parameters, grads, strict=True):
             if grad is None and is_wrapped(parameters[name]):
                 raise without_gradient(names[name], parameters[name])
-        return {name: grad for name, grad in zip(parameters, grads, strict=True) if grad is not None}
+        return {
+            name: hosts.own_part(grad, registered[name])
+            for name, grad in zip(parameters, grads, strict=True)
+            if grad is not None
+        }
 
     with torch.enable_grad():
         return call.run(parameters, gradients)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fishkern import hosts
 from fishkern.layers.documents import Documents
 from fishkern.layers.reentrant import segment, stays
 from fishkern.layers.row_order import ONE_EACH, RowOrder
@@ -227,7 +228,7 @@ class _Observer:
         if module in self.shared and isinstance(output, Tensor):
             output = output.expand(self.rows, *output.shape[1:])
         record = self.records[module]
-        receive = partial(self._receive, record, len(record.calls))
+        receive = partial(self._receive, record, len(record.calls), hosts.split_of(module))
         record.block, length = self._enclosing(self._paths[module])
         record.lengths.append(length)
         record.whole.append(record.block is not None and self._inputs[record.block].is_reshaped((args, kwargs)))
@@ -251,12 +252,16 @@ class _Observer:
         if inside and stays(inside):
             self.checkpointing |= {one.module for one in self._running if one.with_grad}
 
-    def _receive(self, record: Record, call: int, _: Any, grads: tuple[Tensor | None, ...]) -> None:
+    def _receive(
+        self, record: Record, call: int, split: hosts.Split | None, _: Any, grads: tuple[Tensor | None, ...]
+    ) -> None:
         """Record which rows, and columns, of the gradients at a call's output are not zero."""
         for grad in grads:
             if grad is None:
                 continue
+            grad = hosts.local_part(grad)
             rows = grad.ne(0).unsqueeze(-1).flatten(1).any(1) if grad.ndim else grad.new_zeros(0)
+            rows = hosts.in_any(rows, split)
             length = grad.shape[0] if grad.ndim else None
             if self._documents is not None:
                 axes = self._own_axes(grad)

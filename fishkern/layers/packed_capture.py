@@ -15,7 +15,9 @@ from fishkern.layers.grads import PerExampleGrads, PositionGrads
 from fishkern.layers.hooks import Arrival
 from fishkern.layers.packed_grads import one_by_one, packed
 from fishkern.layers.site import Site
+from fishkern.layers.unsupported import UnsupportedModuleError, leave_out
 from fishkern.layers.uses import Sink
+from fishkern.names import listed
 
 
 class PackedCapture(Capture):
@@ -51,6 +53,13 @@ class PackedCapture(Capture):
 
     def _receive_by_rule(self, arrival: Arrival) -> None:
         (output_grads,) = arrival.grads
+        if arrival.site.layer.sums_processes:
+            keys = sorted(arrival.site.keys.values())
+            raise UnsupportedModuleError(
+                f"the rows of this batch are packed, and {listed(keys)} are summed over the positions or heads of "
+                "several processes before documents are told apart. Use a collator that keeps one example in each row. "
+                f"{leave_out(keys, by_autograd=False)}"
+            )
         for key, grads in arrival.per_example_grads():
             axes = output_grads.shape[1 : 1 + self._axes_between(grads, output_grads)]
             if self._counted is not None:

@@ -16,7 +16,7 @@ from fishkern.layers.generic import has_example_axis, same_rows_alone, tensors_o
 from fishkern.layers.observe import Observation, Record, upwards
 from fishkern.layers.path_plan import Plan
 from fishkern.layers.row_order import ONE_EACH, RowOrder
-from fishkern.layers.rules import LAYERS
+from fishkern.layers.rules import rules_for
 from fishkern.layers.site import Idle, Layout, Site
 from fishkern.layers.tap import FrozenCall, floating_places, leading_shape
 from fishkern.layers.touched import owned
@@ -144,7 +144,7 @@ class Planner:
             return []
         sites = []
         remaining = dict(requested)
-        for layer in LAYERS:
+        for layer in rules_for(module):
             names = layer.covers(module) & remaining.keys() if several <= layer.several else frozenset()
             if names:
                 with self._whole(last_call(record, entered=layer.reruns)[0]):

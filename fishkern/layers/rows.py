@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from fishkern import hosts
 from fishkern.layers.row_order import RowOrder
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.tap import Entered
@@ -102,7 +103,7 @@ class Rows:
         for weights in self._weights(losses):
             grads = _grads_at(outputs, (weights * losses).sum(), training=training)
             for (site, _), grad in zip(picked, grads, strict=True):
-                self._weighted[site].append(grad)
+                self._weighted[site].append(None if grad is None else hosts.local_part(grad))
 
     def note_left(self, module: nn.Module, output: Any) -> None:
         """Note what a module returns that was called on several rows for each example.

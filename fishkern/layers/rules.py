@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from fishkern import hosts
 from fishkern.layers.adapted_experts import AdaptedExperts
 from fishkern.layers.base import Layer
 from fishkern.layers.convolution import Convolution
@@ -14,6 +15,7 @@ from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear
 from fishkern.layers.router import Router
 from fishkern.layers.scale import Factor, OnePlusFactor, Scale
 from fishkern.layers.site import Site
+from fishkern.layers.tensor_parallel import SPLIT_LAYERS
 from fishkern.layers.twins import Twins
 
 LAYERS: tuple[Layer, ...] = (
@@ -21,6 +23,18 @@ LAYERS: tuple[Layer, ...] = (
     AdaptedExperts(), Router(), Factor(), OnePlusFactor(), Scale(),
 )  # fmt: skip
 """The rules, first match first. A new kind of layer is one more entry."""
+
+
+def rules_for(module: nn.Module) -> tuple[Layer, ...]:
+    """List the rules that may serve a module.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Those of modules that several processes compute together, if it is one; else :data:`LAYERS`.
+    """
+    return LAYERS if hosts.split_of(module) is None else SPLIT_LAYERS
 
 
 def rule_of(module: nn.Module) -> Layer | None:
@@ -32,7 +46,7 @@ def rule_of(module: nn.Module) -> Layer | None:
     Returns:
         The first rule that covers some of its parameters, if any.
     """
-    return next((layer for layer in LAYERS if layer.covers(module)), None)
+    return next((layer for layer in rules_for(module) if layer.covers(module)), None)
 
 
 def factored(site: Site) -> dict[str, tuple[nn.Module, Layer]]:

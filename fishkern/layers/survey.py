@@ -25,7 +25,7 @@ from fishkern.layers.path_plan import Plan
 from fishkern.layers.planner import Planner, Whole, last_call
 from fishkern.layers.quantized import own_weights
 from fishkern.layers.row_order import ONE_EACH, RowOrder
-from fishkern.layers.rules import LAYERS, rule_of
+from fishkern.layers.rules import rule_of
 from fishkern.layers.sample import confirmed_on_sample
 from fishkern.layers.site import Layout
 
@@ -124,7 +124,7 @@ def served_by_rule(model: nn.Module, keys: Mapping[str, Tensor]) -> frozenset[st
     _, owners = _owners(model, {parameter: key for key, parameter in keys.items()})
     modules = dict(model.named_modules())
     for path, requested in owners.items():
-        rule = next((layer for layer in LAYERS if layer.covers(modules[path])), None)
+        rule = rule_of(modules[path])
         for name, key in requested.items():
             by_rule = rule is not None and name in rule.covers(modules[path])
             served[key].append(by_rule and _needs_no_call(rule, modules[path]))

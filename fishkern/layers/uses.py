@@ -95,7 +95,8 @@ class Uses:
             # only a shared table can be tied to a head, whose rows at these tokens are needed later
             if isinstance(site.layer, Embedding) and len(self._by_key[key]) > 1:
                 indices = args[0] if args else next(iter(kwargs.values()))
-                self._tokens[key].append(self._of_examples(site, indices.detach()))
+                own = site.layer.own_tokens(site.module, indices.detach())
+                self._tokens[key].append(self._of_examples(site, own))
 
     def _of_examples(self, site: Site, indices: Tensor) -> Tensor:
         """Join the tokens of the rows of each example, where it has several."""

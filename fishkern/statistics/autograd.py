@@ -60,7 +60,7 @@ def take_grad(parameter: nn.Parameter) -> Tensor | None:
     grad, parameter.grad = parameter.grad, None
     if grad is None:
         return None
-    return grad.to_dense() if grad.is_sparse else hosts.local_part(grad)
+    return grad.to_dense() if grad.is_sparse else hosts.own_part(grad, parameter)
 
 
 def check_finite(objective: Tensor, examples: range) -> None:

@@ -69,6 +69,8 @@ class ChunkedHead:
         self._why = None if self._head else "the model has no head that is known (get_output_embeddings, lm_head)"
         if hosts.units(model):
             self._why = "the model is sharded, and its head has its weights in the model's own forward pass alone"
+        if hosts.mesh_of(model) is not None:
+            self._why = "several processes compute the model together, and form its logits in its own forward pass"
         self.said: str | None = None
 
     @contextmanager

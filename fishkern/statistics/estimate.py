@@ -43,6 +43,8 @@ from fishkern.statistics.sharding import sharding_of
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
 from fishkern.statistics.storage import Storage, Where, storage_of
+from fishkern.statistics.tensor_parallel import SameData, TensorParallelStates, check_tensor_parallel, tensor_parallel
+from fishkern.statistics.tensor_parallel_pass import TensorParallelPass
 from fishkern.warning import warn_caller
 
 # By which sums of losses over the same examples may differ, in another order and in other batches.
@@ -81,7 +83,9 @@ def estimate(
     accelerate splits it; sums and counts are reduced, examples that the sampler repeats to even out the ranks count
     once, and every rank gets the same statistics. Where FSDP2 shards the model (``fully_shard`` over all ranks), each
     rank gets the part that belongs to its shards, as ``DTensor``, and all take the same steps: one that has no batch
-    left runs examples that do not count.
+    left runs examples that do not count. Ranks that compute one model together (tensor parallel: ``parallelize_module``
+    of torch, ``tp_plan`` of transformers) must be given the same batches, and each gets the part that belongs to its
+    part of the model.
 
     Cost of the default: one forward and one backward pass, without the weights' ordinary gradients; memory for the
     activations of a training step and one float32 accumulator for each requested parameter.
@@ -142,10 +146,10 @@ def estimate(
     Raises:
         TypeError: A batch is neither a mapping nor a pair, or an argument is of another type than described.
         ValueError: There are no data, no trainable parameters or no labels; a loss is not finite or is not the model's
-            own; the examples of a batch interact, or the model does not keep the documents of packed rows apart; an
-            entry of a batch cannot be assigned to examples; model, batch or request are not those of ``prepared``;
-            call or data are not those of the checkpoint; or ``until`` is given for another recipe, several ranks, a
-            sharded model or a small pool.
+            own; the examples of a batch interact, or the model does not keep the documents of packed rows apart; ranks
+            that compute one model together have other batches; an entry of a batch cannot be assigned to examples;
+            model, batch or request are not those of ``prepared``; call or data are not those of the checkpoint; or
+            ``until`` is given for another recipe, several ranks, a sharded model or a small pool.
         UnsupportedModuleError: The gradients of a module cannot be exact; the message says how to avoid it.
         RuntimeError: It runs under ``torch.inference_mode()``; or another rank has failed, or has other arguments
             (estimator, likelihood, parameters, ``check``, ``max_examples``), or plans other paths.
@@ -162,21 +166,15 @@ def estimate(
             prepared.demand_model(model)
             options = prepared.completed(options)
         sharding = sharding_of(model, ranks)
-        request = request_of(model, options, max_examples, fsdp2=True)
+        split = hosts.mesh_of(model) is not None
+        request = request_of(model, options, max_examples, in_parts=True)
         if sharding is not None:
             check_sharded(request.estimator)
-            if options.parts is not None or options.results_on is not None:
-                raise ValueError(
-                    "parts= and results_on= are not built for sharded models: estimate groups of parameters one after "
-                    "the other (parameters=), save each, and join them by fishkern.union."
-                )
-            if checkpoint is not None:
-                raise ValueError(
-                    "checkpoint= is not built for sharded models, whose sums lie on several ranks: leave it out, or "
-                    "estimate groups of parameters one after the other (parameters=), save each, and join them by "
-                    "fishkern.union."
-                )
-        goal = None if until is None else _checked_until(until, request, ranks, sharded=sharding is not None)
+        if split:
+            check_tensor_parallel(request.estimator)
+        if sharding is not None or split:
+            _refuse_for_parts_of_models(options, checkpoint)
+        goal = None if until is None else _checked_until(until, request, ranks, sharded=sharding is not None or split)
         if prepared is not None:
             prepared.demand_request(request, options)
         backend = backends.current() if options.backend is None else options.backend
@@ -192,27 +190,32 @@ def estimate(
     results: dict[str, Any] = {}
     paths: dict[str, tuple[str, str]] = {}
     passed: list[Passed] = []
-    for number, names in enumerate(groups):
-        with saying_what_sums_take(request, options):
-            data = Data(batches, reader, request.device, max_examples, ranks)
-            report = Progress(progress if ranks.rank == 0 else False, data.total, number, len(groups))
-            infos = {name: request.infos[name] for name in names}
-            part = {name: request.tensors[name] for name in names}
-            known = None if prepared is None else prepared.known[number]
-            following = None
-            if sharding is None:
-                states = States(infos, estimator, backend)
-                keeper = None if checkpoint is None else long_run.keeper(number, facts, states)
-                if len(groups) == 1 and follows(estimator):
-                    following = Following(states, goal, watching=report.shows)
-                one = OnePass(model, part, estimator, states, answering, options.check, known, keeper, following)
-            else:
-                states = ShardedStates(infos, estimator, backend, sharding=sharding)
-                one = ShardedPass(model, part, estimator, states, answering, options.check, sharding=sharding)
-            passed.append(one.over(data, ranks, report))
-            precision = None if following is None else following.precision(ranks)
-            paths |= slowest_paths(ranks.gathered(passed[-1].paths))
-            results |= _results(states, ranks, passed[-1].counts.units, storage)
+    with tensor_parallel(model, ranks) as team:
+        for number, names in enumerate(groups):
+            with saying_what_sums_take(request, options):
+                given = (batches, reader, request.device, max_examples)
+                data = Data(*given, ranks) if team is None else SameData(*given, team)
+                report = Progress(progress if ranks.rank == 0 else False, data.total, number, len(groups))
+                infos = {name: request.infos[name] for name in names}
+                common = (model, {name: request.tensors[name] for name in names}, estimator)
+                following = None
+                if team is not None:
+                    states = TensorParallelStates(infos, estimator, backend, team=team)
+                    one = TensorParallelPass(*common, states, answering, options.check, team=team)
+                elif sharding is not None:
+                    states = ShardedStates(infos, estimator, backend, sharding=sharding)
+                    one = ShardedPass(*common, states, answering, options.check, sharding=sharding)
+                else:
+                    states = States(infos, estimator, backend)
+                    known = None if prepared is None else prepared.known[number]
+                    keeper = None if checkpoint is None else long_run.keeper(number, facts, states)
+                    if len(groups) == 1 and follows(estimator):
+                        following = Following(states, goal, watching=report.shows)
+                    one = OnePass(*common, states, answering, options.check, known, keeper, following)
+                passed.append(one.over(data, ranks, report))
+                precision = None if following is None else following.precision(ranks)
+                paths |= slowest_paths(ranks.gathered(passed[-1].paths))
+                results |= _results(states, ranks, passed[-1].counts.units, storage)
     results = {name: results[name] for name in request.tensors}
     _demand_same_data(passed, ranks)
     _note_zeros(results, ranks)
@@ -236,6 +239,17 @@ def estimate(
     if goal is not None:
         _note_missed(goal, precision)
     return collected
+
+
+def _refuse_for_parts_of_models(options: Options, checkpoint: str | os.PathLike[str] | None) -> None:
+    """Refuse what is not built where several processes hold a model together."""
+    given = {"parts": options.parts, "results_on": options.results_on, "checkpoint": checkpoint}
+    if names := [f"{name}=" for name, value in given.items() if value is not None]:
+        raise ValueError(
+            f"{' and '.join(names)} is not built for sharded models, whose sums lie on several ranks: leave it out, or "
+            "estimate groups of parameters one after the other (parameters=), save each, and join them by "
+            "fishkern.union."
+        )
 
 
 def _checked_until(until: float | tuple[float, float], request: Request, ranks: Ranks, *, sharded: bool) -> Until:
@@ -357,7 +371,7 @@ def _described(
         "batches": counts.batches,
         **({"documents_without_labels": counts.dropped} if counts.dropped else {}),
         **({"passes": len(passed)} if len(passed) > 1 else {}),
-        **({"ranks": ranks.count} if ranks.count > 1 else {}),
+        **({"ranks": counts.ranks} if counts.ranks > 1 else {}),
         "checked": None if estimator.reads in ("sums", "batches") else check,
         "torch": torch.__version__,
         **estimator.settings,

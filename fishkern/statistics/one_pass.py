@@ -32,12 +32,13 @@ from fishkern.statistics.undisturbed import Entered, undisturbed
 
 
 class Counts(NamedTuple):
-    """What all ranks together have added up in a pass."""
+    """What all ranks together have added up in a pass, and how many ranks with examples of their own they are."""
 
     units: int
     examples: int
     batches: int
     dropped: int
+    ranks: int
 
 
 class Passed(NamedTuple):
@@ -101,7 +102,7 @@ class OnePass:
         with ranks.failing_together(), undisturbed(self.model, self.requested.values()) as entered:
             units, one_pass, independence = self._run(data, entered, report, ranks)
         report.close()
-        all_counts = ranks.gathered((units, data.examples, data.batches, data.dropped))
+        all_counts = ranks.gathered((units, data.examples, data.batches, data.dropped, 1))
         counts = Counts(*(sum(each) for each in zip(*all_counts, strict=True)))
         _demand_gradients(self.requested, one_pass, counts, ranks)
         half = independence.precision.half

@@ -84,14 +84,16 @@ class Request:
         return hosts.runs_on(next(iter(self.tensors.values())))
 
 
-def request_of(model: nn.Module, options: Options, max_examples: int | None = None, *, fsdp2: bool = False) -> Request:
+def request_of(
+    model: nn.Module, options: Options, max_examples: int | None = None, *, in_parts: bool = False
+) -> Request:
     """Work out what is asked for, or refuse it.
 
     Args:
         model: Without running wrappers.
         options: What the caller asks for.
         max_examples: As for :func:`fishkern.estimate`.
-        fsdp2: Whether FSDP2 may shard the model.
+        in_parts: Whether FSDP2 may shard the model, or tensor parallel split it.
 
     Returns:
         The request.
@@ -100,7 +102,7 @@ def request_of(model: nn.Module, options: Options, max_examples: int | None = No
         ValueError: There are no such parameters, or the estimator does not give each of them one pass.
     """
     estimator = DiagonalFisher() if options.estimator is None else options.estimator
-    check_estimable(model, estimator, max_examples, fsdp2=fsdp2)
+    check_estimable(model, estimator, max_examples, in_parts=in_parts)
     maps = linear_maps(model) if estimator.reads_factors else {}
     tensors = requested_tensors(model, options.parameters, estimator, maps)
     infos = parameter_infos(model, tensors, estimator, options.accumulate_on, maps)
@@ -114,7 +116,7 @@ def check_estimable(
     max_examples: int | None = None,
     *,
     on_meta: bool = False,
-    fsdp2: bool = False,
+    in_parts: bool = False,
 ) -> None:
     """Refuse what no pass can be made of.
 
@@ -123,7 +125,7 @@ def check_estimable(
         estimator: The recipe.
         max_examples: As for :func:`estimate`.
         on_meta: Whether all of its parameters may be on the meta device.
-        fsdp2: Whether FSDP2 may shard it.
+        in_parts: Whether FSDP2 may shard it, or tensor parallel split it.
 
     Raises:
         TypeError: The estimator is something else.
@@ -144,7 +146,8 @@ def check_estimable(
             "estimate takes gradients, which torch.inference_mode() rules out, also for parameters made under it: call "
             "it, and load the model, outside (torch.no_grad() does no harm)."
         )
-    if reason := hosts.sharded(model, fsdp2=fsdp2) or hosts.scripted(model) or hosts.lost_prefix(model):
+    reason = hosts.sharded(model, fsdp2=in_parts, tensor_parallel=in_parts)
+    if reason := reason or hosts.scripted(model) or hosts.lost_prefix(model):
         raise UnsupportedModuleError(f"{reason}.")
     whole_on_meta = on_meta and all(parameter.is_meta for parameter in model.parameters())
     if not whole_on_meta and (reason := hosts.dispatched(model)):

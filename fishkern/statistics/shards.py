@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -103,12 +103,40 @@ def shard_of(batches: Iterable[Any], ranks: Ranks, max_examples: int | None) -> 
 
 
 class Ranks:
-    """The default process group, or this process alone."""
+    """The processes of a group: by default all, or this process alone.
 
-    def __init__(self) -> None:
+    Args:
+        group: A process group with this process in it; ``None`` for all processes.
+
+    Attributes:
+        count: Their number.
+        rank: The place of this process among them.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
         together = dist.is_available() and dist.is_initialized()
-        self.count = dist.get_world_size() if together else 1
-        self.rank = dist.get_rank() if together else 0
+        self.count = dist.get_world_size(group) if together else 1
+        self.rank = dist.get_rank(group) if together else 0
+
+    @classmethod
+    @contextmanager
+    def of(cls, every: Sequence[Sequence[int]]) -> Iterator[Ranks]:
+        """Make groups of all processes, for the time of a ``with`` block. A collective operation of all of them.
+
+        Args:
+            every: The members of each group, equally many; each process is in one group.
+
+        Yields:
+            The ranks of the group that this process is in.
+        """
+        groups = [dist.new_group(list(members)) for members in every]
+        try:
+            yield cls(next(group for group, members in zip(groups, every, strict=True) if dist.get_rank() in members))
+        finally:
+            for group, members in zip(groups, every, strict=True):
+                if dist.get_rank() in members:
+                    dist.destroy_process_group(group)
 
     def gathered(self, value: Any) -> list[Any]:
         """Collect a small value from every rank.
@@ -122,7 +150,7 @@ class Ranks:
         values = [value]
         if self.count > 1:
             values = [None] * self.count
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self._group)
         return values
 
     def sum_(self, tensor: Tensor, group: Any = None) -> None:
@@ -130,7 +158,7 @@ class Ranks:
 
         Args:
             tensor: Of the same shape and dtype on every rank.
-            group: A process group of some of the ranks; ``None`` for all.
+            group: A process group of some of the ranks; ``None`` for all of them.
         """
         self._reduce_(tensor, "SUM", group)
 
@@ -150,7 +178,8 @@ class Ranks:
         if self.count == 1:
             return
         reduced = tensor
-        if tensor.device.type == "cpu" and dist.get_backend() == "nccl":  # which works on GPUs only
+        group = self._group if group is None else group
+        if tensor.device.type == "cpu" and dist.get_backend(group) == "nccl":  # which works on GPUs only
             reduced = tensor.cuda()
         dist.all_reduce(reduced, getattr(dist.ReduceOp, operation), group=group)
         if reduced is not tensor:

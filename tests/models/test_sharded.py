@@ -1,7 +1,8 @@
 """Models with sharded parameters are refused by name where they are not served, and the same in one piece are served.
 
 What FSDP2 shards is served by ``estimate`` and ``verify`` (``tests/statistics/test_sharded_ranks.py``) and by masked
-optimizers (``tests/optim/test_sharded.py``).
+optimizers (``tests/optim/test_sharded.py``). What tensor parallel splits is served by ``estimate``
+(``tests/statistics/test_tensor_parallel_ranks.py``).
 """
 
 from __future__ import annotations
@@ -68,13 +69,13 @@ FSDP2 = "fully_shard of torch; fsdp_version: 2"
 SHARDED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "FSDP1": (lambda: fsdp1(False), "FSDP shards the parameters of 'the model'"),
     "FSDP1 with its names": (lambda: fsdp1(True), "FSDP shards the parameters of 'the model'"),
-    "parallelize_module": (split_by_torch, "0.weight is a DTensor, split over processes.*whole model"),
     "tp_plan": (split_by_transformers, "split it over 2 processes.*without tp_plan="),
     "ZeRO-3": (zero3, "ZeRO-3 has partitioned 0.weight.*ZeRO stage 2"),
 }
 FULLY = {
     "FSDP2": (fsdp2, "FSDP shards the parameters of 'the model'.*DistributedDataParallel"),
     "FSDP2 of a part": (fsdp2_inside, "FSDP shards the parameters of '2'"),
+    "tensor parallel": (split_by_torch, "0.weight is a DTensor, split over processes.*whole model"),
 }
 
 
@@ -107,14 +108,14 @@ def test_a_sharded_model_is_refused_by_name(case):
 
 @pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_scatter_tensor` is deprecated:FutureWarning")
 @pytest.mark.parametrize("case", FULLY)
-def test_what_fsdp2_shards_is_estimated_and_trained_and_refused_by_name_elsewhere(case):
+def test_what_is_held_in_parts_is_estimated_and_trained_and_refused_by_name_elsewhere(case):
     make, words = FULLY[case]
     model, likelihood = make(), fk.Classification()
     statistics, selection = of_the_whole()
     found = fk.estimate(model, BATCHES, likelihood=likelihood)
     for name in statistics:
         torch.testing.assert_close(found.full(name), statistics[name])
-    with pytest.raises(fk.UnsupportedModuleError, match="DiagonalKronecker.* is not computed on shards"):
+    with pytest.raises(fk.UnsupportedModuleError, match="DiagonalKronecker.* is not computed on (shards|parts)"):
         fk.estimate(model, BATCHES, fk.DiagonalKronecker(), likelihood=likelihood)
     for call in [
         lambda: fk.prepare(model, BATCHES[0], likelihood=likelihood),

@@ -1,0 +1,219 @@
+"""Modules that several processes compute together (tensor parallel), each with a part of the weights.
+
+torch's ``parallelize_module`` makes weights ``DTensor`` and puts hooks on the module that turn its input into one and
+its output back. transformers' plans (``tp_plan``) replace the module's ``forward``, inside which the same happens. So a
+hook of ours, next to the forward of the class, sees distributed tensors in the one case and this process's in the
+other, of which the plan says how they are distributed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+_OF_TRANSFORMERS = "transformers.distributed."
+# Styles of transformers' plans, of which the ones below add nothing to a module that a gradient could show.
+_SPLITTING = ("ColwiseParallel", "RowwiseParallel", "EmbeddingParallel")
+_HARMLESS = ("TensorParallelLayer", "AllReduceParallel")
+_SUMMED = "ReplicatedWithGradAllReduce"
+_HEADS = ("lm_head", "classifier", "score", "head")
+_WHOLE = "load the whole model in each process"
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """How several processes compute one module.
+
+    Args:
+        mesh: The processes, a ``DeviceMesh`` of one axis.
+        takes: Placement of an input that is no ``DTensor``; ``None`` for one that every process has whole.
+        gives: Placement of an output that is no ``DTensor``, likewise.
+        summed: Whether each process has inputs of its own, such as its heads, so that the gradient of a parameter that
+            all of them hold is the sum over processes.
+    """
+
+    mesh: Any
+    takes: Any = None
+    gives: Any = None
+    summed: bool = False
+
+
+def split_of(module: nn.Module) -> Split | None:
+    """Say how several processes compute a module together.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        How, or ``None`` where this process computes it alone.
+    """
+    if vars(module).get("_distribute_module_applied"):  # by torch's distribute_module, in every style of its own
+        mesh = next((one.device_mesh for one in module._parameters.values() if is_distributed(one)), None)
+        return None if mesh is None else Split(mesh)
+    kind, style, mesh = _style_of(module)
+    if kind == _SUMMED:
+        return Split(mesh, summed=True)
+    if kind not in _SPLITTING:
+        return None
+    return Split(mesh) if kind == "EmbeddingParallel" else Split(mesh, style.input_layouts, style.output_layouts)
+
+
+def is_distributed(tensor: Any) -> bool:
+    """Tell whether processes hold parts of a tensor.
+
+    Args:
+        tensor: Anything.
+
+    Returns:
+        Whether it is a ``DTensor``.
+    """
+    return hasattr(tensor, "device_mesh")
+
+
+def own_part(tensor: Tensor, like: Tensor) -> Tensor:
+    """Give the part of a parameter's gradient that this process holds.
+
+    Args:
+        tensor: Of the parameter's shape.
+        like: The parameter.
+
+    Returns:
+        The part of a ``DTensor`` that is this process's of the parameter, summed where each process has a summand; any
+        other tensor itself.
+    """
+    if not is_distributed(tensor):
+        return tensor
+    placements = getattr(like, "placements", tensor.placements)
+    return (tensor if tensor.placements == placements else tensor.redistribute(placements=placements)).to_local()
+
+
+def in_any(flags: Tensor, split: Split | None) -> Tensor:
+    """Tell what holds in any of the processes that compute a module, each of which sees a part of it.
+
+    Args:
+        flags: Bools.
+        split: How they compute it; ``None`` for this process alone.
+
+    Returns:
+        The same where it holds in any. A collective operation.
+    """
+    if split is None:
+        return flags
+    flags = flags.to(torch.uint8)
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=split.mesh.get_group())
+    return flags.bool()
+
+
+def mesh_of(model: nn.Module) -> Any | None:
+    """Find the processes that compute a model together.
+
+    Args:
+        model: A module.
+
+    Returns:
+        Their ``DeviceMesh``, or ``None`` if this process computes the model alone.
+    """
+    return next((split.mesh for module in model.modules() if (split := split_of(module)) is not None), None)
+
+
+def why_not_split(model: nn.Module, sharded: Collection[Tensor] = ()) -> str | None:
+    """Say what of a model is split over processes in a way that no estimate serves.
+
+    Args:
+        model: A module.
+        sharded: Parameters that FSDP2 shards.
+
+    Returns:
+        The reason and what to do, or ``None``.
+    """
+    if stage := getattr(model, "_pp_stage", None):
+        return f"each process has some of its layers (pipeline parallel, {stage.pp_size} stages): {_WHOLE}"
+    head = next((one for name in _HEADS if (one := getattr(model, name, None)) is not None), None)
+    if head is not None and (gives := _given(head)) is not None and gives.is_shard():
+        return (
+            f"the model returns logits in parts (its head gives {gives}), and a loss needs all of them: let the head "
+            "gather them, by ColwiseParallel(output_layouts=Replicate()) of torch or colwise_gather_output of a tp_plan"
+        )
+    meshes: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        kind, _, _ = _style_of(module)
+        if kind and kind not in (*_SPLITTING, *_HARMLESS, _SUMMED):
+            by_expert = "expert_parallel" in vars(module)["forward"].__module__
+            parallel = "expert parallel" if by_expert else "tensor parallel"
+            return (
+                f"the plan of {parallel} splits {path} by {kind}, which is not served (served are colwise, rowwise, "
+                f"embedding_rowwise, embedding_colwise and replicated_with_grad_allreduce): {_WHOLE}, or leave {path} "
+                "out of the plan"
+            )
+        split = split_of(module)
+        if split is not None and sharded:
+            return (
+                f"FSDP2 shards the model, and {path} is split by tensor parallel beside it, which is not served: shard "
+                "it by FSDP2 (fully_shard) alone, or split it by tensor parallel alone and let replicas of it have "
+                "examples of their own"
+            )
+        own = {name: one for name, one in module._parameters.items() if one is not None and one not in sharded}
+        distributed = {name: one for name, one in own.items() if is_distributed(one)}
+        for name, parameter in distributed.items():
+            if reason := _why_no_part(f"{path}.{name}".removeprefix("."), module, parameter, split):
+                return f"{reason}. {_WHOLE.capitalize()}"
+        if split is not None:
+            meshes[path] = split.mesh
+    if len({tuple(mesh.mesh.flatten().tolist()) for mesh in meshes.values()}) > 1:
+        return f"its modules are split over several sets of processes ({', '.join(list(meshes)[:4])}, ...): {_WHOLE}"
+    return None
+
+
+def _why_no_part(name: str, module: nn.Module, parameter: Any, split: Split | None) -> str | None:
+    mesh, placements = parameter.device_mesh, parameter.placements
+    if mesh.ndim != 1:
+        return (
+            f"{name} is split over a mesh of {mesh.ndim} axes, and one axis is served: let the others have examples of "
+            "their own"
+        )
+    if split is None:
+        return f"{name} is a DTensor of a module that neither parallelize_module nor a tp_plan has split"
+    (placement,) = placements
+    if hasattr(placement, "split_factor"):
+        return f"{name} is split in interleaved pieces ({placement}), as by packed_colwise, which is not served"
+    if placement.is_replicate():
+        return None
+    of_map = isinstance(module, nn.Linear | nn.Embedding) and placement.is_shard() and placement.dim in (0, 1)
+    served = "linears and embeddings are served, split along one of their axes"
+    return None if of_map else f"{name} of {type(module).__name__} is split as {placement}, and {served}"
+
+
+def _given(module: nn.Module) -> Any | None:
+    """Say how what leaves a module is placed, after the hooks that torch's styles put on it."""
+    split = split_of(module)
+    if split is None or split.gives is not None:
+        return split and split.gives
+    for hook in module._forward_hooks.values():
+        prepares = _seen_by(hook).get("output_fn") if hasattr(hook, "__code__") else None
+        for argument in getattr(prepares, "args", ()):
+            if isinstance(argument, tuple) and argument and hasattr(argument[0], "is_shard"):
+                return argument[0]
+    return None
+
+
+def _style_of(module: nn.Module) -> tuple[str, Any, Any]:
+    """Read the style of transformers by which a module is split, and its processes, from the forward that it set."""
+    forward = vars(module).get("forward")
+    if not str(getattr(forward, "__module__", "")).startswith(_OF_TRANSFORMERS):
+        return "", None, None
+    seen = _seen_by(forward)
+    if "_all_reduce_grad" in seen:
+        return _SUMMED, None, _seen_by(seen["_all_reduce_grad"])["mesh"]
+    style = seen.get("self")
+    return type(style).__name__, style, seen.get("mesh")
+
+
+def _seen_by(function: Any) -> Mapping[str, Any]:
+    """List the variables around a function that it reads."""
+    names, cells = function.__code__.co_freevars, function.__closure__ or ()
+    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}

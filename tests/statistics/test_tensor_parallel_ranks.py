@@ -1,0 +1,138 @@
+"""Models that processes compute together (gloo): the statistics are those of one process with the whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.ranks import launched
+
+pytest.importorskip("transformers")
+
+CASES = ["whole", "tied", "sequence", "every style"]
+MORE = ["few heads", "positions", "mc", "type-2", "checkpointed", "packed", "pairs", "generic"]
+OF_TRANSFORMERS = ["plan of transformers", "plan of transformers, tied", "norms of own heads"]
+PLANTED = ["squared first", "rows of another"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> list[dict]:
+    unchecked = [f"{case}, unchecked" for case in (*PLANTED, "counted by all")]
+    others = ["examples of each process", "files", "bytes", "looped"]
+    return of_program(2, tmp_path_factory.mktemp("two"), [*CASES, *PLANTED, *unchecked, *others])
+
+
+def of_program(world: int, folder: Path, cases: list[str]) -> list[dict]:
+    return launched("tests.statistics.tensor_program", world, folder, cases)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_what_the_loop_gives(two, case):
+    for report in two:
+        assert report[case]["error"] < 2e-7  # the mean is rounded to float32
+        assert report[case]["paths"] == ["fused"]
+        assert report[case]["count"] == report[case]["examples"]
+        assert report[case].get("placed", True)
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_the_self_check_sees_a_planted_error_and_autograd_takes_over(two, case):
+    for report in two:
+        assert report[case]["noted"]
+        assert report[case]["paths"] == ["fused", "loop"]
+        assert report[case]["error"] < 2e-7
+
+
+@pytest.mark.parametrize("case", [*PLANTED, "counted by all"])
+def test_a_planted_error_is_seen(two, case):
+    assert all(report[f"{case}, unchecked"]["error"] > 0.2 for report in two)
+
+
+def test_processes_that_compute_one_model_need_the_same_batches(two):
+    for report in two:
+        messages = report["examples of each process"]
+        assert "batch 0 differs between processes 0 and 1 of the 2 that compute one model" in messages["other"]
+        assert "batch 1 differs" in messages["fewer"]
+        assert "no batch" in messages["fewer"]
+        assert "by a DataLoader without a sampler" in messages["sampled"]
+        assert messages["alike"] == "nothing"
+
+
+def test_the_file_is_that_of_one_process(two):
+    assert all(report["files"] == {"alike": True, "provenance": True, "equal": True} for report in two)
+
+
+def test_a_batch_sends_what_its_backward_pass_sends(two):
+    for report in two:
+        estimate, training = report["bytes"]
+        assert estimate == training > 0
+
+
+def test_the_slow_path_gives_each_process_its_part(two):
+    for report in two:
+        assert report["looped"]["error"] < 2e-7
+        assert report["looped"]["paths"] == ["fused", "loop"]
+        assert report["looped"]["noted"] == 1
+
+
+@pytest.fixture(scope="module")
+def two_more(tmp_path_factory) -> list[dict]:
+    return of_program(2, tmp_path_factory.mktemp("more"), [*MORE, *OF_TRANSFORMERS, "partial gradients", "refused"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*MORE, *OF_TRANSFORMERS])
+def test_more_models_and_recipes_give_what_one_process_gives(two_more, case):
+    for report in two_more:
+        assert report[case]["error"] < 2e-7
+        assert report[case]["paths"] == (["fused", "generic"] if case == "generic" else ["fused"])
+        assert report[case]["count"] == report[case]["examples"]
+
+
+@pytest.mark.slow
+def test_parts_of_a_gradient_that_autograd_takes_for_the_whole_are_refused(two_more):
+    for report in two_more:
+        assert "self_attn.q_norm.weight, and the processes 0 and 1 find other gradients" in report["partial gradients"]
+
+
+@pytest.mark.slow
+def test_what_is_not_served_is_refused_by_name(two_more):
+    for report in two_more:
+        for case, words in REFUSED.items():
+            assert words in report["refused"][case], case
+
+
+REFUSED = {
+    "positions of norms": "unit='position' squares single positions",
+    "another recipe": "SketchedFisher",
+    "checkpoint": "checkpoint= is not built for sharded models",
+    "packed": "split in interleaved pieces",
+    "experts": "expert parallel",
+    "bare parameter": "is a DTensor of a module that neither parallelize_module nor a tp_plan has split",
+    "context": "context parallel",
+    "pipeline": "pipeline parallel",
+    "logits in parts": "the model returns logits in parts",
+}
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> list[dict]:
+    return of_program(4, tmp_path_factory.mktemp("four"), ["replicas", "few heads", "sampled", "both"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["replicas", "few heads", "sampled"])
+def test_two_teams_count_each_example_once(four, case):
+    for report in four:
+        assert report[case]["error"] < 2e-7
+        assert report[case]["paths"] == ["fused"]
+        assert report[case]["count"] == report[case]["examples"]
+
+
+@pytest.mark.slow
+def test_fsdp2_beside_tensor_parallel_is_refused_by_name(four):
+    for report in four:
+        assert (
+            "FSDP2 shards the model, and model.layers.0.self_attn.q_proj is split by tensor parallel" in report["both"]
+        )
