@@ -123,6 +123,10 @@ def test_what_is_held_in_parts_is_estimated_and_trained_and_refused_by_name_else
     ]:
         with pytest.raises(fk.UnsupportedModuleError, match=words):
             call()
+    if case == "tensor parallel":
+        with pytest.raises(fk.UnsupportedModuleError, match=words):
+            fk.MaskedAdamW(model, selection, lr=1e-3)
+        return
     optimizer = fk.MaskedAdamW(model, selection, lr=1e-3)
     model(BATCHES[0][0]).square().sum().backward()
     optimizer.step()
