@@ -12,6 +12,7 @@ from fishkern.layers.experts import Experts, are_experts
 from fishkern.layers.grads import (
     DenseGrads,
     EmbeddingGrads,
+    Factors,
     OuterProductGrads,
     PerExampleGrads,
     PositionGrads,
@@ -42,7 +43,7 @@ from fishkern.layers.routed import RoutedBiasGrads, RoutedGrads, Routes
 from fishkern.layers.router import Router
 from fishkern.layers.row_order import ONE_EACH, RowOrder
 from fishkern.layers.rules import LAYERS
-from fishkern.layers.scale import Factor, OnePlusFactor, Scale
+from fishkern.layers.scale import Factor, LayerNormScale, OnePlusFactor, RMSScale, Scale
 from fishkern.layers.site import Layout, Site
 from fishkern.layers.strays import Strays
 from fishkern.layers.survey import foresee, hooked_parameters, served_by_rule, survey
@@ -67,10 +68,12 @@ __all__ = [
     "EmbeddingGrads",
     "Experts",
     "Factor",
+    "Factors",
     "Groups",
     "Hooks",
     "Layer",
     "LayerNorm",
+    "LayerNormScale",
     "Layout",
     "Linear",
     "LinearMap",
@@ -85,6 +88,7 @@ __all__ = [
     "Plan",
     "PositionGrads",
     "QuantizedLinear",
+    "RMSScale",
     "ResidualA",
     "ResidualB",
     "RoutedBiasGrads",

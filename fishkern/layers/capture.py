@@ -332,9 +332,9 @@ class Capture:
             ``[N, T H]`` or ``[N, H T]``; ``None`` if there is no such axis.
         """
         N, T = of_positions.shape
-        axes = output_grads.shape[1 : output_grads.ndim - grads.terms.ndim + 2]
+        axes = output_grads.shape[1 : output_grads.ndim - grads.features]
         for axis, size in enumerate(axes):
-            if size != T or axes.numel() != grads.terms.shape[1]:
+            if size != T or axes.numel() != grads.output_grads.shape[1]:
                 continue
             ones = [T if place == axis else 1 for place in range(len(axes))]
             counted = of_positions.view(N, *ones).expand(N, *axes).reshape(N, -1)

@@ -5,7 +5,7 @@ than the model; so each form keeps the factors that it comes from, example axis 
 
     OuterProductGrads   linear, convolution    sum_t output_grads[n, t, :] (x) activations[n, t, :]
     EmbeddingGrads      embedding              sum_t output_grads[n, t, :] added to row indices[n, t]
-    PositionGrads       bias, norm, scale      sum_t terms[n, t]
+    PositionGrads       bias, norm, scale      sum_t terms[n, t], or output_grads[n, t] * factors[n, t]
     DenseGrads          anything               values[n], stored
     SummedGrads         reused parameters      sum of other forms
     TiedRows            tied embedding         what the embedding's rows add to the squares of the head
@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -28,10 +28,12 @@ from fishkern.ops import (
     embedding_rows,
     embedding_sum_grad_squared,
     group_sum_grad_squared,
+    scale_sum_grad_squared,
     sum_grad_squared,
     sum_position_grad_squared,
 )
 from fishkern.ops.dtypes import accumulates_in
+from fishkern.ops.scale_sum_grad_squared import Norm, scale_factors
 
 
 class PerExampleGrads(ABC):
@@ -252,52 +254,106 @@ class EmbeddingGrads(PerExampleGrads):
 
 
 @dataclass(frozen=True)
+class Factors:
+    """What output gradients are multiplied by, entry by entry, in the gradient of a scale.
+
+    Args:
+        inputs: ``[N, T, *shape]``.
+        norm: What a norm makes of them at each position, see :func:`fishkern.ops.scale_sum_grad_squared`.
+        eps: Of the norm.
+        rounded_to: Dtype that the module rounds its normalised inputs to.
+    """
+
+    inputs: Tensor
+    norm: Norm | None = None
+    eps: float = 0.0
+    rounded_to: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
 class PositionGrads(PerExampleGrads):
     """``grad_n = sum_t terms[n, t]``, for parameters that act on every position entry by entry.
 
     Args:
-        terms: ``[N, T, *shape]``.
+        output_grads: The terms, ``[N, T, *shape]``, or what the factors make them of.
         counted: As for :class:`OuterProductGrads`.
+        factors: What the output gradients are multiplied by; ``None`` for nothing.
     """
 
-    terms: Tensor
+    output_grads: Tensor
     counted: Tensor | None = None
+    factors: Factors | None = None
 
     @property
     def num_examples(self) -> int:
-        return self.terms.shape[0]
+        return self.output_grads.shape[0]
 
     @property
     def device(self) -> torch.device:
-        return self.terms.device
+        return self.output_grads.device
+
+    @property
+    def features(self) -> int:
+        """How many axes the parameter has."""
+        return self.output_grads.ndim - 2
+
+    @property
+    def terms(self) -> Tensor:
+        """The terms, ``[N, T, *shape]``, float32 (float64 for float64 output gradients) where they are products."""
+        if self.factors is None:
+            return self.output_grads
+        inputs, g = self._flat(self.factors.inputs), self._flat(self.output_grads)
+        terms = scale_factors(inputs, accumulates_in(g.dtype), **self._options()) * g
+        return terms.view(self.output_grads.shape)
 
     def example(self, n: int) -> Tensor:
-        return self.terms[n].sum(0, dtype=accumulates_in(self.terms.dtype))
+        terms = self._of_rows(slice(n, n + 1)).terms
+        return terms[0].sum(0, dtype=accumulates_in(terms.dtype))
 
     def add_squares_(self, total: Tensor, backend: Backend | None = None) -> None:
-        total += self._squares()
+        inputs = None if self.factors is None else self._flat(self.factors.inputs)
+        operation = partial(scale_sum_grad_squared, inputs, self._flat(self.output_grads), backend=backend)
+        add_result_(total.view(-1), partial(operation, **self._options()), self.output_grads)
 
     def add_group_squares_(self, total: Tensor, by: Groups, backend: Backend | None = None) -> None:
-        total += group_sums(self._squares(), by)  # of the parameter's size, which is small
+        shape = self.output_grads.shape[2:]  # small, as the parameter is
+        squares = torch.zeros(shape, dtype=accumulates_in(self.output_grads.dtype), device=self.device)
+        self.add_squares_(squares, backend)
+        total += group_sums(squares, by)
 
     def add_position_squares_(self, total: Tensor) -> None:
         terms = where_counted(self.terms, self.counted)
         total += terms.to(accumulates_in(terms.dtype)).square().sum((0, 1))
 
     def num_terms(self) -> int | Tensor:
-        return _num_counted(self.terms, self.counted)
+        return _num_counted(self.output_grads, self.counted)
 
     def unflattened(self, num_examples: int) -> Self:
-        return type(self)(_unflattened(self.terms, num_examples))
+        factors = self.factors
+        if factors is not None:
+            factors = replace(factors, inputs=_unflattened(factors.inputs, num_examples))
+        return type(self)(_unflattened(self.output_grads, num_examples), factors=factors)
 
-    def _squares(self) -> Tensor:
-        """Sum the squares over examples, ``[*shape]``."""
-        return self.terms.sum(1, dtype=accumulates_in(self.terms.dtype)).square_().sum(0)
+    def _of_rows(self, rows: slice) -> Self:
+        factors = self.factors
+        if factors is not None:
+            factors = replace(factors, inputs=factors.inputs[rows])
+        return type(self)(self.output_grads[rows], factors=factors)
+
+    def _options(self) -> dict[str, Any]:
+        factors = self.factors
+        return {} if factors is None else {name: getattr(factors, name) for name in ("norm", "eps", "rounded_to")}
+
+    @staticmethod
+    def _flat(tensor: Tensor) -> Tensor:
+        """``[N, T, *shape]`` as ``[N, T, D]``."""
+        return tensor.reshape(*tensor.shape[:2], tensor.shape[2:].numel())
 
     @classmethod
     def joined(cls, uses: Sequence[Self]) -> Self:
         """Concatenate the positions of several uses of one parameter."""
-        return cls(_cat(use.terms for use in uses), _all_counted([(use.terms, use.counted) for use in uses]))
+        counted = _all_counted([(use.output_grads, use.counted) for use in uses])
+        return cls(_cat(use.terms for use in uses), counted)
 
 
 @dataclass(frozen=True)

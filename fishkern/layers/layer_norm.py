@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fishkern.layers.base import Call, Layer, positions, runs
-from fishkern.layers.grads import PerExampleGrads, PositionGrads
-from fishkern.ops.dtypes import accumulates_in
+from fishkern.layers.grads import Factors, PerExampleGrads, PositionGrads
 
 
 class LayerNorm(Layer):
@@ -27,7 +25,7 @@ class LayerNorm(Layer):
         shape = call.module.normalized_shape
         g = positions(output_grads, len(shape))
         if "weight" in names:
-            normalized = F.layer_norm(call.input.to(accumulates_in(g.dtype)), shape, eps=call.module.eps)
-            yield "weight", PositionGrads(g * positions(normalized, len(shape)))
+            inputs = positions(call.input.expand_as(output_grads), len(shape))
+            yield "weight", PositionGrads(g, factors=Factors(inputs, "layer", call.module.eps))
         if "bias" in names:
             yield "bias", PositionGrads(g)

@@ -68,7 +68,7 @@ class PackedCapture(Capture):
 
     def _axes_between(self, grads: PerExampleGrads, output_grads: Tensor) -> int:
         """Count the axes of an output between its rows and its features."""
-        features = grads.terms.ndim - 2 if isinstance(grads, PositionGrads) else 1
+        features = grads.features if isinstance(grads, PositionGrads) else 1
         return output_grads.ndim - 1 - features
 
     def _spread_over(self, axes: torch.Size, axis: int) -> Tensor:

@@ -13,14 +13,14 @@ from fishkern.layers.experts import Experts
 from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Conv1D, Linear, QuantizedLinear
 from fishkern.layers.router import Router
-from fishkern.layers.scale import Factor, OnePlusFactor, Scale
+from fishkern.layers.scale import Factor, LayerNormScale, OnePlusFactor, RMSScale, Scale
 from fishkern.layers.site import Site
 from fishkern.layers.tensor_parallel import SPLIT_LAYERS
 from fishkern.layers.twins import Twins
 
 LAYERS: tuple[Layer, ...] = (
     Linear(), QuantizedLinear(), Conv1D(), Twins(), Embedding(), LayerNorm(), Convolution(), Experts(),
-    AdaptedExperts(), Router(), Factor(), OnePlusFactor(), Scale(),
+    AdaptedExperts(), Router(), RMSScale(), LayerNormScale(), Factor(), OnePlusFactor(), Scale(),
 )  # fmt: skip
 """The rules, first match first. A new kind of layer is one more entry."""
 

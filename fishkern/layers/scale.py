@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fishkern.layers.base import Call, Layer, own_parameters, positions
-from fishkern.layers.grads import PerExampleGrads, PositionGrads
+from fishkern.layers.grads import Factors, PerExampleGrads, PositionGrads
 from fishkern.layers.quantized import has_gradient_dtype
 from fishkern.ops.dtypes import accumulates_in
+from fishkern.ops.scale_sum_grad_squared import Norm, scale_factors
 
 # The two derivatives come from one formula, evaluated twice, and are a few roundings apart. A coupling between features
 # would be as large as the derivative itself.
 _SAME_DERIVATIVE = 16  # in units of rounding
+_EPS = ("eps", "variance_epsilon", "epsilon")
 
 
 class Scale(Layer):
@@ -29,6 +33,7 @@ class Scale(Layer):
     """
 
     reruns = True
+    _coarsest = torch.float32  # norms compute in it even for float64 inputs
 
     def covers(self, module: nn.Module) -> frozenset[str]:
         return frozenset(
@@ -47,8 +52,8 @@ class Scale(Layer):
         parameters = own_parameters(call.module)
         for name in sorted(names):
             parameter = parameters[name]
-            terms = positions(output_grads.to(accumulates_in(output_grads.dtype)) * self._slope(call, name, parameter))
-            yield name, PositionGrads(terms.view(*terms.shape[:2], *parameter.shape))
+            slope = self._slope(call, name, parameter)
+            yield name, _products(output_grads, Factors(slope), parameter)
 
     def _slope(self, call: Call, name: str, parameter: Tensor) -> Tensor:
         """``d output[n, t, i] / d w[i]``."""
@@ -67,7 +72,55 @@ class Scale(Layer):
             return False  # no forward-mode derivative: the generic path needs none
         slope = self._slope(call, name, parameter)
         expected = by_ones.to(accumulates_in(by_ones.dtype)) * direction.flatten()
-        return _equal(slope, by_ones) and _equal(by_direction, expected)
+        return _equal(slope, by_ones, self._coarsest) and _equal(by_direction, expected, self._coarsest)
+
+
+class RMSScale(Scale):
+    """The factor is the module's only input over its root mean square, so that the module need not run once more.
+
+    That its ``eps`` is the one that the module has is checked on the call, and on smaller inputs, where it shows.
+    """
+
+    # Where a module rounds float64 to float32, the factor that it has is not the one that is computed here.
+    _coarsest = torch.float64
+    _norm: ClassVar[Norm] = "rms"
+
+    def covers(self, module: nn.Module) -> frozenset[str]:
+        return frozenset() if _eps(module) is None else super().covers(module)
+
+    def confirms(self, call: Call, output: Tensor, names: frozenset[str]) -> frozenset[str]:
+        if not names or call.module._forward_pre_hooks or not _has_one_input(call):
+            return frozenset()
+        x = call.input
+        if not isinstance(output, Tensor) or (x.shape, x.dtype) != (output.shape, output.dtype):
+            return frozenset()
+        mean_square = x.to(accumulates_in(x.dtype)).square().mean()
+        small = replace(call, args=((x * (_eps(call.module) / mean_square).sqrt()).to(x.dtype),), kwargs={})
+        return super().confirms(small, output, super().confirms(call, output, names))
+
+    def per_example_grads(
+        self, call: Call, output_grads: Tensor, names: frozenset[str]
+    ) -> Iterator[tuple[str, PerExampleGrads]]:
+        if not _has_one_input(call):  # as no call was that the rule was confirmed by
+            yield from super().per_example_grads(call, output_grads, names)
+            return
+        factors = Factors(call.input, self._norm, _eps(call.module), rounded_to=call.input.dtype)
+        parameters = own_parameters(call.module)
+        for name in sorted(names):
+            yield name, _products(output_grads, factors, parameters[name])
+
+    def _slope(self, call: Call, name: str, parameter: Tensor) -> Tensor:
+        if not _has_one_input(call):
+            return super()._slope(call, name, parameter)
+        x = call.input
+        factors = scale_factors(x, accumulates_in(x.dtype), norm=self._norm, eps=_eps(call.module), rounded_to=x.dtype)
+        return factors.to(x.dtype)
+
+
+class LayerNormScale(RMSScale):
+    """The same of a norm that takes the mean away first, other than torch's own."""
+
+    _norm = "layer"
 
 
 class Factor(Scale):
@@ -82,6 +135,25 @@ class OnePlusFactor(Scale):
 
     def _slope(self, call: Call, name: str, parameter: Tensor) -> Tensor:
         return call.run({name: torch.zeros_like(parameter)})
+
+
+def _products(output_grads: Tensor, factors: Factors, parameter: Tensor) -> PositionGrads:
+    """Flatten the positions of both, and give their features the parameter's shape."""
+    inputs = factors.inputs.expand_as(output_grads)  # one call may be shared by all examples
+    g, inputs = (positions(one).unflatten(-1, parameter.shape) for one in (output_grads, inputs))
+    return PositionGrads(g, factors=replace(factors, inputs=inputs))
+
+
+def _eps(module: nn.Module) -> float | None:
+    """Read what a norm adds before it divides, by the names that norms have for it."""
+    values = (getattr(module, name, None) for name in _EPS)
+    return next((value for value in values if isinstance(value, float)), None)
+
+
+def _has_one_input(call: Call) -> bool:
+    """Tell whether a call has nothing but one floating tensor."""
+    inputs = *call.args, *call.kwargs.values()
+    return len(inputs) == 1 and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point()
 
 
 def _derivative(call: Call, name: str, direction: Tensor) -> Tensor:
@@ -100,11 +172,10 @@ def _dual(parameter: Tensor, direction: Tensor) -> Tensor:
         return forward_ad.make_dual(parameter, direction)
 
 
-def _equal(actual: Tensor, expected: Tensor) -> bool:
-    """Tell whether two derivatives, not both zero, agree to the rounding of their dtype."""
+def _equal(actual: Tensor, expected: Tensor, coarsest: torch.dtype) -> bool:
+    """Tell whether two derivatives, not both zero, agree to the rounding of their dtype, or of a coarser one."""
     scale = expected.abs().max()
-    # norms compute in float32 even for float64 inputs
-    eps = max(torch.finfo(actual.dtype).eps, torch.finfo(torch.float32).eps)
+    eps = max(torch.finfo(dtype).eps for dtype in (actual.dtype, coarsest))
     return bool(scale > 0) and bool((actual - expected).abs().max() <= _SAME_DERIVATIVE * eps * scale)
 
 

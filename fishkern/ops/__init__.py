@@ -7,6 +7,7 @@ from fishkern.ops.log_histogram import log_histogram
 from fishkern.ops.masked_adamw import masked_adamw_
 from fishkern.ops.masked_sgd import masked_sgd_
 from fishkern.ops.project_sum_squared import project_sum_squared
+from fishkern.ops.scale_sum_grad_squared import scale_sum_grad_squared
 from fishkern.ops.streaming_topk import streaming_topk
 from fishkern.ops.sum_grad_squared import sum_grad_squared
 from fishkern.ops.sum_position_grad_squared import sum_position_grad_squared
@@ -20,6 +21,7 @@ __all__ = [
     "masked_adamw_",
     "masked_sgd_",
     "project_sum_squared",
+    "scale_sum_grad_squared",
     "streaming_topk",
     "sum_grad_squared",
     "sum_position_grad_squared",

@@ -24,6 +24,7 @@ PROJECT, PROJECT_DEVICE = "kernels/project_sum_squared.py", "kernels/_project_su
 PROJECT_CONFIGS = "kernels/_project_sum_squared_configs.py"
 TOPK, TOPK_DEVICE = "kernels/streaming_topk.py", "kernels/_streaming_topk_device.py"
 HISTOGRAM = "kernels/log_histogram.py"
+SCALE = "kernels/scale_sum_grad_squared.py"
 ADAMW, SGD = "kernels/masked_adamw.py", "kernels/masked_sgd.py"
 ENTRIES, PROBLEM = "kernels/_entries.py", "kernels/_problem.py"
 
@@ -50,6 +51,7 @@ TESTS = {
         "triton or test_kernel",
     ),
     "log_histogram": (["tests/ops/test_log_histogram.py"], "triton"),
+    "scale_sum_grad_squared": (["tests/ops/test_scale_sum_grad_squared.py"], "triton and not invariance"),
     "masked_adamw": (["tests/ops/test_masked_adamw.py"], "not torch"),
     "masked_sgd": (["tests/ops/test_masked_sgd.py"], "not torch"),
 }
@@ -225,6 +227,38 @@ LOG_HISTOGRAM: Planted = {
     "strided values read as neighbours": (HISTOGRAM, "values.contiguous().view(-1)", "values.reshape(-1)"),
     "logarithm of the bare magnitude": (HISTOGRAM, ".double() + 1e-12)", ".double())"),
 }
+SCALE_SUM_GRAD_SQUARED: Planted = {
+    "positions after the last": (SCALE, "exists = (offs < T) & (offs_d < D)", "exists = (offs <= T) & (offs_d < D)"),
+    "only the first step of a program": (
+        SCALE, "range(part * BLOCK_T, T, SLICES * BLOCK_T)", "range(part * BLOCK_T, SLICES * BLOCK_T, SLICES * BLOCK_T)"
+    ),
+    "parts that take the same positions": (SCALE, "range(part * BLOCK_T, T,", "range(part * 0, T,"),
+    "parts over each other": (SCALE, "tl.program_id(0).to(tl.int64) * D + offs_d)", "n * SLICES * D + offs_d)"),
+    "squared before the sum over parts": (
+        SCALE,
+        "grads = tl.sum(tl.load(ptrs, mask=exists, other=0.0), 1)\n        total += grads * grads",
+        "grads = tl.load(ptrs, mask=exists, other=0.0)\n        total += tl.sum(grads * grads, 1)",
+    ),
+    "examples after the first block": (SCALE, "range(0, N, BLOCK_N)", "range(0, BLOCK_N, BLOCK_N)"),
+    "mean not taken away": (SCALE, "(tl.sum(factors, 1) / D)[:, None]", "(tl.sum(factors, 1) * 0)[:, None]"),
+    "mean taken away where nothing is": (
+        SCALE, "factors = tl.where(exists, factors - (tl.sum(factors, 1) / D)[:, None], 0.0)",
+        "factors = factors - (tl.sum(factors, 1) / D)[:, None]",
+    ),
+    "mean over the block": (SCALE, "(factors * factors, 1) / D + eps", "(factors * factors, 1) / BLOCK_D + eps"),
+    "eps after the root": (
+        SCALE, "tl.rsqrt(tl.sum(factors * factors, 1) / D + eps)[:, None]",
+        "(1 / (tl.sqrt(tl.sum(factors * factors, 1) / D) + eps))[:, None]",
+    ),
+    "infinite where no position is": (SCALE, "tl.where(exists, terms * factors, 0.0)", "terms * factors"),
+    "factors not rounded": (SCALE, "factors.to(ROUNDED_TO).to(tl.float32)", "factors.to(tl.float32)"),
+    "strides of the inputs taken for those of the gradients": (
+        SCALE, "x + (offs * stride_xt + columns * stride_xd)", "x + (offs * stride_gt + columns * stride_gd)"
+    ),
+    "stride of the result ignored": (SCALE, "out + offs_d.to(tl.int64) * stride_out", "out + offs_d.to(tl.int64)"),
+    "columns after the first block": (SCALE, "tl.program_id(1) * BLOCK_D + tl", "tl.program_id(1) * 0 + tl"),
+    "out overwritten": (SCALE, "add = out is not None", "add = False"),
+}  # fmt: skip
 MASKED_ADAMW: Planted = {
     "second moment corrected by the first's beta": (ADAMW, "tl.exp(age * log_beta2)", "tl.exp(age * log_beta1)"),
     "decay without the learning rate": (ADAMW, "(1.0 - lr * weight_decay)", "(1.0 - weight_decay)"),
@@ -259,6 +293,7 @@ MUTANTS: dict[str, Planted] = {
     "project_sum_squared": PROJECT_SUM_SQUARED,
     "streaming_topk": STREAMING_TOPK,
     "log_histogram": LOG_HISTOGRAM,
+    "scale_sum_grad_squared": SCALE_SUM_GRAD_SQUARED,
     "masked_adamw": MASKED_ADAMW,
     "masked_sgd": MASKED_SGD,
 }

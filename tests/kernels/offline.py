@@ -7,6 +7,7 @@ It runs in a process of its own, since in that of the tests the kernels may be i
     python -m tests.kernels.offline relatives        prints the shared memory of chips that take the tables of another
     python -m tests.kernels.offline calls            compiles all launches of the benchmark's calls, prints how many
     python -m tests.kernels.offline record           writes it for this version of Triton into resources.json
+    python -m tests.kernels.offline record WORD      the same of the cases with this word in their names alone
 
 The cases go through the launchers, so that what is compiled is what they would launch.
 """
@@ -42,6 +43,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fishkern.kernels import expert_sum_grad_squared as experts
 from fishkern.kernels import group_sum_grad_squared as group
 from fishkern.kernels import project_sum_squared as projections
+from fishkern.kernels import scale_sum_grad_squared as scales
 from fishkern.kernels import streaming_topk as topk
 from tests.kernels.disassembly import resources
 
@@ -141,6 +143,7 @@ def cases(every: bool) -> Iterator[Case | Projected | Recorded]:
             yield Recorded(on, name, launch)
         if every or on is not A100:  # H100 has the same sources and constants
             yield from streaming(on, every)
+            yield from scaled(on, every)
         yield from projected(on, every)
 
 
@@ -154,6 +157,7 @@ def plain(on: Hardware) -> Iterator[Case | Projected | Recorded]:
     yield from (case for case in cases(every=False) if case.on is on)
     if on is A100:
         yield from streaming(on, every=False)
+        yield from scaled(on, every=False)
     for itemsize, loads, config in configs(on):
         yield Case(on, torch.bfloat16 if itemsize == 2 else torch.float32, loads, config)
     yield from (case for case in projected(on, every=True) if isinstance(case, Projected) and case.T == 512)
@@ -243,6 +247,24 @@ def projected(on: Hardware, every: bool) -> Iterator[Projected | Recorded]:
                 yield replace(case, half=True)
     for T, launch in lines.items():
         yield Recorded(on, f"fp32 lines T{T}", launch)
+
+
+def scaled(on: Hardware, every: bool) -> Iterator[Recorded]:
+    """Scales, with and without a norm, by dtype and features; and what adds up their sums."""
+    calls = {"rms 2048": ("rms", 2048)}
+    if every:
+        calls |= {"layer 768": ("layer", 768), "rms 128": ("rms", 128), "layer 16384": ("layer", 16384)}
+        calls |= {"products": (None, 4096), "shifts": (None, 4096)}
+    squares = []
+    for dtype in (torch.bfloat16, torch.float32) if every else (torch.bfloat16,):
+        for name, (norm, D) in calls.items():
+            g = torch.empty(8, 512, D, dtype=dtype, device="meta")
+            x = None if name == "shifts" else torch.empty_like(g)
+            out = torch.empty(D, device="meta")
+            of_positions, of_examples = scales.launches(scales.Operands(x, g, norm, 1e-6, dtype, out), on)
+            yield Recorded(on, f"{NAMES[dtype]} scales {name} sums", of_positions)
+            squares.append(of_examples)
+    yield Recorded(on, "fp32 scales squares", squares[0])
 
 
 def streaming(on: Hardware, every: bool) -> Iterator[Recorded]:
@@ -381,12 +403,15 @@ def main(command: str, which: str = "some") -> None:
         return
     every = command == "record" or which == "all"
     selected = planted(every) if command == "planted" else cases(every)
+    if command == "record" and which != "some":
+        selected = [case for case in selected if which in str(case).split()]
     taken = {str(case): resources(compile_launch(case.launch(), TARGETS[case.on.family])) for case in selected}
     if command in ("compile", "planted"):
         print(json.dumps({"triton": triton.__version__, "taken": taken}))
         return
     records = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
-    records[triton.__version__] = taken
+    kept = records.get(triton.__version__, {}) if which != "some" else {}
+    records[triton.__version__] = {name: values for name, values in kept.items() if which not in name.split()} | taken
     lines = [
         f'  "{version}": {{\n'
         + ",\n".join(f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in sorted(records[version].items()))

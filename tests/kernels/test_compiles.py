@@ -30,7 +30,7 @@ SPILLED = {"sm_80": 96, "sm_90": 96, "gfx942": 0}
 # accumulator, that is, none may move a register that a product is added to.
 LOOP_SPILLS = 8
 # Kernels that stream, for which matrix units have no work; bytes that a thread may spill, once in its short life.
-STREAMING = ("topk", "histogram", "adamw", "sgd", "lines")
+STREAMING = ("topk", "histogram", "adamw", "sgd", "lines", "scales")
 STREAMING_SPILLED = 16
 # Chips that take the tables of another, with the shared memory that they have.
 RELATIVES = {
@@ -71,7 +71,7 @@ def check(version: str, taken: dict[str, dict[str, int]]) -> None:
         if (values["double"] > 0) is not (rest[0] == "adamw"):  # its bias corrections
             wrong.append(f"{case}: {values['double']} instructions of float64")
         # 16 bytes at a time where addresses allow it: passes over scores are bound by memory.
-        wide = rest[-1] in ("select", "ties", "histogram") if streams else rest[0] == "vectors" and not few
+        wide = rest[-1] in ("select", "ties", "histogram", "sums") if streams else rest[0] == "vectors" and not few
         narrow = "odd" in rest or rest[0] == "elements"
         if (wide and not narrow and values["wide"] == 0) or (narrow and values["wide"] > 0):
             wrong.append(f"{case}: {values['wide']} loads of 16 bytes")

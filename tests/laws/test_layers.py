@@ -55,6 +55,21 @@ class RMSNorm(nn.Module):
         return normalized.to(x.dtype) * (self.offset + self.weight)
 
 
+class Norm(nn.Module):
+    """A norm that says what its eps is; ``centred`` as a layer norm is, and ``largest`` with another use of the eps."""
+
+    def __init__(self, D: int, offset: float = 0.0, centred: bool = False, largest: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(D))
+        self.eps, self.offset, self.centred, self.largest = 0.1, offset, centred, largest
+
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        variance = x.square().mean(-1, keepdim=True)
+        variance = variance.clamp(min=self.eps) if self.largest else variance + self.eps
+        return x * torch.rsqrt(variance) * (self.offset + self.weight)
+
+
 class Affine(nn.Module):
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -195,7 +210,18 @@ CASES = {
         "the largest, then softmax": (partial(gpt_oss, "GptOssTopKRouter"), numbers(5)),
         "of groups, in float32": (partial(deepseek, "DeepseekV3TopkRouter"), numbers(5)),
     },
+    layers.RMSScale: {
+        "w * x": (partial(Norm, 5), numbers(7, 5)),
+        "(1 + w) * x": (partial(Norm, 5, offset=1.0), numbers(7, 5)),
+        "torch's": (partial(nn.RMSNorm, 5, eps=0.1), lambda N: numbers(5, 7)(N).mT),
+        "4-D": (partial(Norm, 5), numbers(2, 7, 5)),
+        "no positions": (partial(Norm, 5), numbers(5)),
+    },
+    layers.LayerNormScale: {
+        "w * x": (partial(Norm, 5, centred=True), numbers(7, 5)),
+    },
     layers.Factor: {
+        "another eps": (partial(Norm, 5, largest=True), numbers(7, 5)),
         "w * x": (partial(RMSNorm, 5), numbers(7, 5)),
         "float32 inside": (partial(RMSNorm, 5, inner=torch.float32), numbers(7, 5)),
         "torch's": (partial(nn.RMSNorm, 5), lambda N: numbers(5, 7)(N).mT),
@@ -321,6 +347,39 @@ def assert_exact(layer: nn.Module, make, **options) -> fk.Statistics:
     return statistics
 
 
+def test_a_norm_does_not_run_once_more():
+    """Its factor comes from its input, also where the module has inputs that only later calls have."""
+    module, x = seeded((partial(Norm, 5), numbers(7, 5)))
+    g, call = torch.randn_like(x), layers.Call(module, (x,), {}, ("cpu", False, torch.bfloat16))
+    forward, module.forward = module.forward, None
+    ((_, grads),) = layers.RMSScale().per_example_grads(call, g, frozenset({"weight"}))
+    module.forward = lambda x, scale: scale * forward(x)
+    call = layers.Call(module, (x, torch.tensor(2.0)), {}, call.autocast)
+    ((_, doubled),) = layers.RMSScale().per_example_grads(call, g, frozenset({"weight"}))
+    torch.testing.assert_close(doubled.example(0), 2 * grads.example(0))
+
+
+def test_a_norm_by_its_values_alone():
+    """What only resembles a norm on usual inputs, or is rounded otherwise, is no norm to the rule."""
+
+    def confirmed(module: nn.Module, x: torch.Tensor) -> bool:
+        call = layers.Call(module, (x,), {}, ("cpu", False, torch.bfloat16))
+        return bool(layers.RMSScale().confirms(call, module(x).detach(), frozenset({"weight"})))
+
+    x = 100 * torch.randn(3, 7, 5)  # beside which an eps does not show
+    module = Norm(5)
+    assert confirmed(module, x)
+    assert not confirmed(Norm(5, largest=True), x)
+    assert not confirmed(Norm(5, centred=True), x)
+    assert not confirmed(module, torch.zeros(3, 7, 5))
+    module.register_forward_pre_hook(lambda module, args: None)
+    assert not confirmed(module, x)
+    rounded = RMSNorm(5, inner=torch.float32).double()
+    rounded.eps = 1e-6
+    assert not confirmed(rounded, x.double())
+    assert confirmed(rounded.float(), x)
+
+
 def test_a_layer_that_is_the_whole_model():
     """Its parameters have no path before their names."""
 
@@ -386,12 +445,14 @@ def forms(seed: int, N: int, T: int, V: int, D: int) -> dict:
         return torch.randint(-4, 5, shape, generator=generator).double()
 
     x, g, terms, indices, rows = draw(N, T, D), draw(N, T, V), draw(N, T, V, D), draw(N, T).long() % V, draw(N, T, D)
+    other = draw(N, T, V, D)
     scattered = F.one_hot(indices, V)[..., None] * rows[:, :, None]
     return {
         "outer product": (layers.OuterProductGrads(x, g, torch.Size((V, D))), torch.einsum("nto,nti->ntoi", g, x)),
         "embedding": (layers.EmbeddingGrads(indices, rows, V), scattered),
         "padded": (layers.EmbeddingGrads(indices, rows, V, 0), scattered.index_fill(2, torch.tensor(0), 0)),
         "position": (layers.PositionGrads(terms), terms),
+        "scale": (layers.PositionGrads(terms, factors=layers.Factors(other)), terms * other),
         **routed_forms(draw, N, T, V, D),
         "dense": (layers.DenseGrads(terms[:, 0]), terms[:, :1]),
     }
