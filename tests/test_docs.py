@@ -183,7 +183,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_examples_of_a_page_run(page):
     namespace: dict[str, Any] = {"__name__": "__page__"}
     for block in blocks(page):
-        assert block.language in ("python", "console", "text"), f"{block} is {block.language or 'of no language'}"
+        known = ("python", "console", "text", "figure")
+        assert block.language in known, f"{block} is {block.language or 'of no language'}"
         if block.language == "python":
             run_python(block, namespace)
         elif block.language == "console":
