@@ -316,24 +316,40 @@ FREEZING_ARMS = {
 }
 
 
-FREEZING_TASKS = {"MiniLM, SST-2, LoRA": "minilm-sst2-lora", "MiniLM, SST-2, all weights": "minilm-sst2"}
+FREEZING_TASKS = {  # by the head of the table: the task, and the scores in its columns
+    "MiniLM, SST-2, LoRA": ("minilm-sst2-lora", ["score"]),
+    "MiniLM, SST-2, all weights": ("minilm-sst2", ["score"]),
+    "nuclei, all weights": ("nuclei", ["score", "inverted", "blurred", "noisy"]),
+}
+
+
+def freezing_runs(task: str, arm: str) -> list[dict]:
+    """The three seeds of an arm, at the rate that it has chosen."""
+    own = [r for r in records("freezing") if (r["setting"]["task"], r["arm"]) == (task, arm) and r["seed"] < 3]
+    assert len(own) == 3
+    return own
 
 
 @pytest.mark.parametrize("head", FREEZING_TASKS)
 def test_what_freezing_is_worth(head):
-    """Three seeds of each arm, at the rate that it has chosen."""
+    task, scores = FREEZING_TASKS[head]
     rows = cells_of(section_of("freezing.md", "What it is worth"), head)
     assert [row[0] for row in rows] == list(FREEZING_ARMS)
-    runs = [r for r in records("freezing") if r["setting"]["task"] == FREEZING_TASKS[head] and r["seed"] < 3]
     for name, *cells in rows:
-        own = [run for run in runs if run["arm"] == FREEZING_ARMS[name]]
-        assert len(own) == 3
-        scores = [100 * run["curve"][-1]["score"] for run in own]
+        own = freezing_runs(task, FREEZING_ARMS[name])
+        values = [[100 * run["curve"][-1][score] for run in own] for score in scores]
         assert cells == [
-            f"{mean(scores):.1f} ± {stdev(scores):.1f}",
+            *(f"{mean(each):.1f} ± {stdev(each):.1f}" for each in values),
             f"{100 * mean(run['kept'] / run['trained'] for run in own):.1f} %",
             f"{mean(run['events'][-1]['peak_mib'] for run in own):.1f} MiB",
         ]
+
+
+def test_what_is_said_of_freezing_nuclei():
+    """Every arm is at its smallest rate; the published rule leaves nothing after its first event."""
+    runs = {arm: freezing_runs("nuclei", arm) for arm in FREEZING_ARMS.values()}
+    assert {run["lr"] for own in runs.values() for run in own} == {min(runs["none"][0]["setting"]["rates"])}
+    assert all(event["kept"] < 1e-3 * run["trained"] for run in runs["reference"] for event in run["events"])
 
 
 TR_PTS_ARMS = {
