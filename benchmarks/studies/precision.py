@@ -6,7 +6,8 @@ On two small real models (those of the study of exactness: a LLaMA on CoLA, a BE
 from several disjoint sets of rows. The *measured* overlap is that of the top 0.5 % of such a Fisher with the top of one
 of many other rows; the *promised* one is ``precision.overlap(others=...)`` for as many others, which the statistics
 tell without having seen them. Last, each set is read with ``until=``: it stops at some number of examples, and the
-measured overlaps tell how many it would have needed.
+measured overlaps tell how many it would have needed. The rows come after those on which the formula of the promise was
+chosen, so none of them has a part in it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Setting:
     """The setting of all measurements.
 
     Args:
+        first: Number of rows that are left out: those on which the formula was chosen.
         sets: Disjoint sets of rows.
         sizes: Numbers of examples of a set that are estimated, ascending.
         others: Number of rows that the measured overlap is with.
@@ -43,16 +45,27 @@ class Setting:
         seed: Of the rows.
     """
 
+    first: int = 2048
     sets: int = 4
-    sizes: tuple[int, ...] = (64, 128, 256)
+    sizes: tuple[int, ...] = (64, 128, 256, 512)
     others: int = 1024
     batch_size: int = 8
     density: float = 0.005
     goal: float = 0.88
     seed: int = 0
 
+    def rows(self, number: int, count: int) -> range:
+        """The first rows of a set."""
+        start = self.first + self.others + number * self.sizes[-1]
+        return range(start, start + count)
 
-SETTINGS = {"cola": Setting(), "sst2": Setting(sets=3, sizes=(64, 128), others=384, goal=0.85)}
+    @property
+    def end(self) -> int:
+        """Number of rows to load."""
+        return self.rows(self.sets, 0).stop
+
+
+SETTINGS = {"cola": Setting(), "sst2": Setting(first=768, sets=5, sizes=(64, 128), others=384, goal=0.85)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         setting = SETTINGS[name]
         log = Records(path, study="precision", subject=name, setting=asdict(setting))
         if not log.find():
-            loaded = every[name].load(setting.others + setting.sets * setting.sizes[-1], setting.seed)
+            loaded = every[name].load(setting.end, setting.seed)
             log.append(*({"about": loaded.about, **measured} for measured in measure(loaded, setting, name)))
         print("\n".join(table(log.find(), setting)))
     return 0
@@ -94,18 +107,17 @@ def measure(loaded: Loaded, setting: Setting, name: str) -> Iterator[Record]:
 
     say(f"{name}: {setting.others} other rows")
     rule = fk.GlobalTopK(density=setting.density)
-    others = estimated(range(setting.others))
+    others = estimated(range(setting.first, setting.first + setting.others))
     top = fk.select(others, rule)
     for number in range(setting.sets):
-        start = setting.others + number * setting.sizes[-1]
         for n in setting.sizes:
             say(f"{name}, set {number + 1} of {setting.sets}: {n} rows")
-            statistics = estimated(range(start, start + n))
+            statistics = estimated(setting.rows(number, n))
             shared = (fk.select(statistics, rule) & top).count
             promised = statistics.precision.overlap(setting.density, others=others.count)
             shares = {"promised": promised, "measured": shared / top.count}
             yield {"quantity": "overlap", "set": number, "examples": n, "pool": statistics.total, **shares}
-        rows = range(start, start + setting.sizes[-1])
+        rows = setting.rows(number, setting.sizes[-1])
         stopped = estimated(rows, until=(setting.goal, setting.density))
         yield {"quantity": "until", "set": number, "stopped": stopped.count, "of": len(rows)}
 

@@ -24,7 +24,7 @@ from fishkern.statistics.precision import (
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
 
-MOST = 2**18  # entries that are followed; about 20 MB. The draw adds half a point to the error of an overlap of 0.9
+MOST = 2**18  # entries that are followed, of 56 bytes each with their indices
 _SEED = 0
 _PARTS = 8
 # Ways to put eight parts together to halves: the rows of the Hadamard matrix of order 8 but the first, so that two of
@@ -162,6 +162,8 @@ class Following:
             units: Number of its units.
             part: Its number among all batches, by which it comes to a part of the data.
         """
+        if not units:  # such as a batch without a label where positions are the units: it tells nothing
+            return
         now = self._now()
         added = now - self._before
         self._before = now
@@ -170,7 +172,9 @@ class Following:
         before = int(self._units.sum())
         self._units[part % _PARTS] += units
         self._batches += 1
-        if self._watches and self._top and _rung(before) != _rung(before + units) and self._divided:
+        # a pass stops by what it sees at that moment, so it looks anew where it may stop for the first time
+        due = _rung(before) != _rung(before + units) or int(self._batches) == _FEWEST
+        if self._watches and self._top >= LEAST and due and self._divided:
             (noise,) = self._noise([self._top])
             self.overlap = expected_overlap(noise, 1 / (before + units))
 

@@ -13,7 +13,7 @@ from torch import nn
 import fishkern as fk
 from benchmarks.studies.precision import Setting, measure, needed, table
 
-SETTING = Setting(sets=2, sizes=(32, 64), others=80, batch_size=4, density=0.2, goal=0.3)
+SETTING = Setting(first=20, sets=2, sizes=(32, 64), others=80, batch_size=4, density=0.2, goal=0.3)
 
 
 class Classifier(nn.Module):
@@ -39,7 +39,12 @@ def test_promised_and_measured(monkeypatch):
     estimate = fk.estimate
     monkeypatch.setattr(fk, "estimate", lambda *given, **options: estimate(*given, likelihood=losses, **options))
     loaded = SimpleNamespace(model=Classifier(), batches=batches, parameters=None)
+    read = []
+    loaded.batches = lambda rows, size: read.append(rows) or batches(rows, size)
     records = list(measure(loaded, SETTING, "tiny"))
+    assert read[:4] == [range(20, 100), range(100, 132), range(100, 164), range(100, 164)]
+    assert read[4:] == [range(164, 196), range(164, 228), range(164, 228)]
+    assert SETTING.end == 228
     overlaps = [record for record in records if record["quantity"] == "overlap"]
     stops = [record for record in records if record["quantity"] == "until"]
     assert [(record["set"], record["examples"]) for record in overlaps] == [(0, 32), (0, 64), (1, 32), (1, 64)]

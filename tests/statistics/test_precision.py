@@ -205,6 +205,42 @@ def test_a_pass_stops_when_the_overlap_is_reached():
     assert before.overlap(0.01) < 0.87
 
 
+def test_a_pass_stops_by_what_it_sees_there():
+    """Seven batches agree, and an eighth, small as it is, has another top: it must be looked at before a stop."""
+    values = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    sums = torch.cat([16 * values.expand(7, -1), 1e6 * values.flip(0)[None]])
+    followed = fed(sums, [16] * 7 + [1], Until(0.9, 0.01))
+    assert not followed.reached
+    assert followed.precision(Ranks()).overlap(0.01) < 0.9
+
+
+def test_a_batch_without_units_tells_nothing():
+    sums, units = many(9)
+    empty = torch.zeros(1, sums.shape[1])
+    filled = fed(torch.cat([sums, empty]), [*units, 0]).precision(Ranks())
+    assert filled.plain() == fed(sums, units).precision(Ranks()).plain()
+
+
+def test_an_overlap_of_too_few_entries_is_not_watched():
+    states = States({"weight": ParameterInfo("weight", *of_zeros(1000))}, fk.DiagonalFisher())
+    followed = Following(states, watching=True)
+    for number in range(9):
+        states["weight"].add_(torch.rand(1000, generator=torch.Generator().manual_seed(number)))
+        followed.add(2, number)
+    assert followed.overlap is None  # of five entries
+
+
+def of_zeros(entries: int) -> tuple:
+    value = torch.zeros(entries)
+    return value, value.shape, torch.float32, value.device
+
+
+def test_the_memory_of_followed_entries():
+    followed = fed(torch.rand(2, 20_000), [1, 1])
+    kept = [followed._before, *followed.tensors.values(), *followed._indices.values()]
+    assert sum(one.nbytes for one in kept if one.numel() > 8) == 56 * 20_000
+
+
 def wide(batches: int) -> dict:
     generator = torch.Generator().manual_seed(5)
     scale = torch.logspace(-2, 2, 6)
