@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fishkern import backend, hosts
 from fishkern.arguments import one_of
+from fishkern.files import is_sharded
 from fishkern.hosts import Share
 from fishkern.names import listed
 from fishkern.optim.clipping import clipped
@@ -22,10 +23,11 @@ from fishkern.optim.compact import Bucket, Operands, apart, bytes_of, carried_ov
 from fishkern.optim.frozen import FROZEN, frozen_in, set_frozen_, to_freeze
 from fishkern.optim.fused import FusedOperands, step_fused
 from fishkern.optim.groups import OUTSIDE, Group, Outside, Parameters, all_named, named_groups, settle
-from fishkern.optim.release import ReleasedGrads, dense, to_release
+from fishkern.optim.release import ReleasedGrads, dense, several_processes, to_release
 from fishkern.optim.selected import Selected, key_bytes
 from fishkern.optim.state_dict import loaded, loaded_frozen, whole_state
 from fishkern.selection import Entries, Selection, check_start
+from fishkern.selection.agreement import check_on_shards
 from fishkern.selection.local import own_entries
 from fishkern.statistics.shards import Ranks
 from fishkern.warning import warn_caller
@@ -80,9 +82,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
     do not see them, hence ``max_grad_norm``; the first step without it warns.
 
     Where FSDP2 shards the parameters, each rank steps the selected entries of its shards and keeps state of these
-    alone, in :attr:`state` by their place in the shard. The norm of ``max_grad_norm`` is that over all ranks. ``step``,
-    :meth:`state_dict`, :meth:`load_state_dict` and :meth:`reselect` are collective operations then: every rank calls
-    them. Gradients are not released, since FSDP2 itself reduces and frees them.
+    alone, in :attr:`state` by their place in the shard. The norm of ``max_grad_norm`` is that over all ranks. Making
+    the optimizer, ``step``, :meth:`state_dict`, :meth:`load_state_dict` and :meth:`reselect` are collective operations
+    then: every rank calls them. Gradients are not released, since FSDP2 itself reduces and frees them.
 
     ``torch.compile`` runs ``step`` as it is, uncompiled.
 
@@ -110,6 +112,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             frozen, nothing would move, or an option is out of range.
         UnsupportedModuleError: A model is given that, as it is, does not see PEFT's prefix, or is sharded by other
             means than FSDP2; or the selection's pool holds a quantised weight.
+        RuntimeError: Ranks that shard the parameters have different selections.
     """
 
     fused_on: ClassVar[tuple[str, ...]] = ()
@@ -141,6 +144,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         }
         self.max_grad_norm = max_grad_norm
         groups = named_groups(model_or_named_parameters, selection)
+        check_on_shards(selection, (parameter for _, parameter in all_named(groups)))
         selection.check(all_named(groups))
         groups = settle(groups, selection, outside)
         counts = selection.counts
@@ -222,6 +226,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._check_released()
         if self._at_start and not self.state:  # the first step, and no state was loaded
             check_start(self.selection, self._named(), trained=True)
+        if self._at_start:
+            self._warn_of_replaced()
         self._at_start = False
         self._warn_of_clipping()
         self._warn_of_missing()
@@ -293,12 +299,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: Released gradients of the old entries wait for a step, or ``DistributedDataParallel`` was
-                built without ``find_unused_parameters`` and would wait for the gradients of frozen parameters.
+                built without ``find_unused_parameters`` and would wait for the gradients of frozen parameters; or ranks
+                that shard the parameters have different selections.
             ValueError: The pool is another one, the selection selects from a parameter that somebody else froze, or
                 nothing would require a gradient any more.
         """
         if self._released is not None and self._released.grads:
             raise RuntimeError("released gradients wait for a step: call reselect after step() or zero_grad().")
+        check_on_shards(selection, (parameter for _, parameter in self._named()))
         if selection.shapes != self.selection.shapes:
             raise ValueError(
                 "reselect takes a selection out of the same pool, with the same names and shapes: select again from "
@@ -551,6 +559,19 @@ class MaskedOptimizer(torch.optim.Optimizer):
             "clip_grad_norm_ does not see them: clip with max_grad_norm= (math.inf for no clipping), or keep the "
             "gradients with release_grads=False."
         )
+
+    def _warn_of_replaced(self) -> None:
+        """Say at the first step that FSDP2 trains other parameters, where of whole ones none has a gradient."""
+        if not several_processes():
+            return
+        counts = self.selection.counts
+        whole = [(n, p) for n, p in self._named() if not is_sharded(p) and p.requires_grad and _moving(counts, n, p)]
+        if whole and all(grad is None for grad in self._grads_of([parameter for _, parameter in whole])):
+            warn_caller(
+                f"{len(whole)} parameters of the optimizer ({listed(n for n, _ in whole)}) are whole on this rank, and "
+                "none of them has a gradient at the first step. FSDP2 trains others in their place: make the optimizer "
+                "after fully_shard, with the model itself. If nothing shards them, call backward before step."
+            )
 
     def _warn_of_missing(self) -> None:
         """Say that parameters got no gradient in the first backward pass after others were frozen."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 
-from fishkern.files import Region
+from fishkern.files import AnyTensor, Region, is_sharded
 from fishkern.selection.entries import Entries
 from fishkern.selection.result import Selection
 from fishkern.statistics.shards import Ranks
@@ -14,14 +15,45 @@ from fishkern.statistics.shards import Ranks
 def check_agreement(selection: Selection) -> None:
     """Check that all ranks have selected the same entries; without a process group there is nothing to check.
 
+    Of a selection of which each rank has its own entries, what is the same on all ranks is compared: the counts, the
+    rule and the digest of the scores.
+
     Args:
         selection: Of this rank.
 
     Raises:
         RuntimeError: Two ranks differ.
     """
-    entries = {name: selection.entries(name) for name in selection.names}
-    Ranks().demand_equal(_digest(entries), "the digest of the selection")
+    if selection.is_sharded:
+        provenance = selection.provenance
+        of_all = [selection.counts, provenance.get("rule"), provenance.get("statistics")]
+        own = f"sharded {blake2b(json.dumps(of_all).encode(), digest_size=16).hexdigest()}"
+    else:
+        own = _digest({name: selection.entries(name) for name in selection.names})
+    ranks = Ranks()
+    for rank, other in enumerate(ranks.gathered(own)):
+        if other != own:
+            raise RuntimeError(
+                f"rank {ranks.rank} and rank {rank} have different selections: select from the same scores on all "
+                "ranks, or let all of them load one file."
+            )
+
+
+def check_on_shards(selection: Selection, parameters: Iterable[AnyTensor]) -> None:
+    """Check that all ranks have the same selection of a sharded model; of others there is nothing to check.
+
+    Each rank reaches what it holds by its own copy of the selection: with different ones, what ranks join would be
+    values of one rank's entries under the numbers of another's.
+
+    Args:
+        selection: Of this rank.
+        parameters: Those of the model.
+
+    Raises:
+        RuntimeError: Two ranks differ.
+    """
+    if any(map(is_sharded, parameters)):
+        check_agreement(selection)
 
 
 def check_replicas(entries: Mapping[str, Entries], regions: Mapping[str, Region]) -> None:

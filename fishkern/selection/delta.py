@@ -36,7 +36,7 @@ from fishkern.selection.format import (
 from fishkern.selection.frozen import Frozen
 from fishkern.selection.local import Joined, own_entries, own_values, without
 from fishkern.selection.result import Selection
-from fishkern.selection.start import named_tensors
+from fishkern.selection.start import agreed_tensors
 
 FORMAT = Format("fishkern.delta", version=2, saved_by="Delta.save")
 
@@ -191,10 +191,11 @@ def delta(model: nn.Module, selection: Selection) -> Delta:
 
     Raises:
         ValueError: The selection does not fit the model.
+        RuntimeError: Ranks that shard the model have different selections.
     """
+    named = agreed_tensors(model, selection)
     selection = selection.gathered()
     selection.check(model)
-    named = named_tensors(model)
     digests = {name: _digest_of_others(selection, name, named[name]) for name in selection.names}
     return _taken(named, selection, digests)
 
@@ -218,10 +219,11 @@ def apply_delta(model: nn.Module, delta: Delta, *, check: bool = True) -> Delta:
     Raises:
         ValueError: Names, shapes, dtypes, or the values that are not selected, are not those of the model that the
             delta was taken from.
+        RuntimeError: Ranks that shard the model have deltas of different entries.
     """
     selection = delta.selection
+    named = agreed_tensors(model, selection)
     selection.check(model)
-    named = named_tensors(model)
     if check:
         for name, values in delta._values.items():
             if values.dtype != named[name].dtype:

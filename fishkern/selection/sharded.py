@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishkern import hosts
 from fishkern.files import Region, region_of
-from fishkern.names import fitted
 from fishkern.ops.streaming_topk import index_dtype
 from fishkern.selection.agreement import check_replicas
 from fishkern.selection.base import Patterns
@@ -21,6 +19,7 @@ from fishkern.selection.format import save_entries
 from fishkern.selection.ranges import Columns, Rows
 from fishkern.selection.result import Selection
 from fishkern.selection.shards import counts_over_ranks
+from fishkern.selection.start import named_tensors
 from fishkern.statistics.shards import Ranks
 
 
@@ -143,11 +142,7 @@ class ShardedSelection(Selection):
         Raises:
             ValueError: It does not fit, or this rank holds another part of a parameter than of its scores.
         """
-        if isinstance(model, nn.Module):
-            named = hosts.named_parameters(model, remove_duplicate=False)
-        else:
-            given = list(model)
-            named = dict(zip(fitted([name for name, _ in given], self._entries), (p for _, p in given), strict=True))
+        named = named_tensors(model, self._entries)
         super().check(named.items())
         for name, region in self._regions.items():
             if (held := region_of(name, named[name])).ranges != region.ranges:

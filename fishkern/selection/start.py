@@ -27,6 +27,7 @@ from fishkern.files import (
     write_from_ranks,
 )
 from fishkern.names import fitted
+from fishkern.selection.agreement import check_on_shards
 from fishkern.selection.local import own_entries, without
 from fishkern.selection.result import Selection
 
@@ -48,8 +49,9 @@ def bound_to_start(selection: Selection, model: nn.Module) -> Selection:
 
     Raises:
         ValueError: The selection does not fit the model.
+        RuntimeError: Ranks that shard the model have different selections.
     """
-    named = named_tensors(model)
+    named = agreed_tensors(model, selection)
     selection.check(model)
     start = {
         "start": {name: _digest(named[name]) for name in selection.names},
@@ -128,11 +130,12 @@ def save_start(model: nn.Module, selection: Selection, path: str | os.PathLike[s
 
     Raises:
         ValueError: The selection does not fit the model, or was made for other values.
+        RuntimeError: Ranks that shard the model have different selections.
     """
+    named = agreed_tensors(model, selection)
     selection = selection.gathered()
     selection.check(model)
     check_start(selection, model)
-    named = named_tensors(model)
     tensors = {name: named[name].detach() for name in selection.names}
     if any(map(is_sharded, tensors.values())):
         return write_from_ranks(tensors, lambda fed: save_tensors(path, fed, format=FORMAT, metadata={}))
@@ -198,6 +201,24 @@ def misfit(name: str, shape: torch.Size, named: Mapping[str, Tensor], model: nn.
         return None
     has = f"has it as {tuple(named[name].shape)}" if name in named else "has no such parameter"
     return f"holds {in_brief(name, 80)} {tuple(shape)}, and {type(model).__name__} {has}"
+
+
+def agreed_tensors(model: nn.Module, selection: Selection) -> dict[str, Tensor]:
+    """Give the parameters of a model, of which all ranks have the same selection. Of shards a collective operation.
+
+    Args:
+        model: A model.
+        selection: Of this rank.
+
+    Returns:
+        As :func:`named_tensors`.
+
+    Raises:
+        RuntimeError: Ranks that shard the model have different selections.
+    """
+    named = named_tensors(model)
+    check_on_shards(selection, named.values())
+    return named
 
 
 def named_tensors(model: nn.Module | Iterable[tuple[str, Tensor]], known: Container[str] = ()) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.layers import Connection
+from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics.autograd import backward, check_finite, only_trainable, summed, take_grad, with_last
 from fishkern.statistics.autograd_pass import AutogradPass
 from fishkern.statistics.base import Estimator
@@ -85,11 +86,13 @@ class ShardedSketch(AutogradPass):
     def _add_gradients(self) -> None:
         ranks = self._sharding.ranks
         for key, parameter in self._parameters.items():
-            grad = take_grad(parameter)
-            if self._sharding.part(parameter) is None:  # every rank has the whole, and its own gradient of it
-                grad = torch.zeros_like(parameter) if grad is None else grad
-                ranks.sum_(grad)
-            elif grad is not None:
-                grad = grad * ranks.count  # FSDP2 gives the mean
+            grad, whole = take_grad(parameter), self._sharding.part(parameter) is None
+            if grad is None and whole:
+                grad = torch.zeros_like(parameter)
             if grad is not None:
+                grad = grad.to(accumulates_in(grad.dtype))
+                if whole:  # every rank has its own gradient of it
+                    ranks.sum_(grad)
+                else:  # FSDP2 gives the mean
+                    grad *= ranks.count
                 self._states.add_single(key, grad)

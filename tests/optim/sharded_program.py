@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -443,10 +444,52 @@ def _() -> dict[str, str]:
     if rank == 1:
         saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"][1:]
     others = fk.MaskedAdamW(model, first_row(net()), **ADAMW)
+    another = fk.Selection(selection.shapes, {"0.weight": torch.tensor([1, 5, 13]) + rank})  # as many on each rank
+    scores = {name: parameter.detach().abs() for name, parameter in model.named_parameters()}
+    own = fk.select(scores, fk.PerTensorTopK(density=0.3))
+    least = fk.select(scores, fk.PerTensorTopK(density=0.3, order="smallest"))
+    of_kinds = (own, own.gathered())[rank]
+    base = fk.delta(model, first_row(net()))
+    differing = fk.Delta(another, {"0.weight": torch.zeros(3).double()}, base._digests)
     return {
+        "another selection": [
+            _message(lambda: fk.MaskedAdamW(model, another, **ADAMW)),
+            _message(lambda: fk.MaskedAdamW(model, of_kinds, **ADAMW)),
+            _message(lambda: fk.MaskedAdamW(model, least if rank == 0 else own, **ADAMW)),
+            _message(lambda: optimizer.reselect(another)),
+            _message(lambda: fk.delta(model, another)),
+            _message(lambda: fk.delta(model, of_kinds)),
+            _message(lambda: fk.apply_delta(model, differing, check=False)),
+            _message(lambda: bound_to_start(another, model)),
+            _message(lambda: save_start(model, another, folder / "another")),
+        ],
         "released": _message(lambda: fk.MaskedAdamW(model, selection, release_grads=True)),
         "damaged on one rank": _message(lambda: optimizer.load_state_dict(saved)),
         "other entries": _message(lambda: others.load_state_dict(optimizer.state_dict())),
+    }
+
+
+@case("replaced parameters")
+def _() -> dict[str, list[str]]:
+    """What the first step says where FSDP2 trains other parameters than those of the optimizer."""
+
+    def warnings_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+        with warnings.catch_warnings(record=True) as noted:
+            warnings.simplefilter("always")
+            for step in range(2):
+                loss_of(model, step, own=True).backward()
+                optimizer.step()
+        return [str(one.message) for one in noted if one.category is UserWarning]
+
+    early, evaluated, now = net(), sharded(net()), sharded(net())
+    before = fk.MaskedAdamW(early, listed_entries(early), **ADAMW)
+    with torch.no_grad():
+        loss_of(evaluated, 0, own=True)  # which leaves the last layer whole
+    gathered = fk.MaskedAdamW(evaluated.named_parameters(), listed_entries(net()), **ADAMW)
+    return {
+        "sharded later": warnings_of(before, sharded(early)),
+        "gathered": warnings_of(gathered, evaluated),
+        "sharded": warnings_of(fk.MaskedAdamW(now, listed_entries(net()), **ADAMW), now),
     }
 
 

@@ -56,7 +56,7 @@ def test_a_shard_numbers_the_entries_that_slicing_the_whole_gives(shape):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict]:
     cases = ["adamw, listed", "adamw, ranges", "sgd, listed", "one rank alone", "resumed", "state", "groups", "16 bits"]
-    cases += ["mixed precision", "offloaded", "delta", "start", "refusals", "selected on ranks"]
+    cases += ["mixed precision", "offloaded", "delta", "start", "refusals", "selected on ranks", "replaced parameters"]
     cases += ["norm of the own part", "global index in the shard", "local index in a file"]
     return launched(PROGRAM, 2, tmp_path_factory.mktemp("two"), cases)
 
@@ -145,6 +145,22 @@ def test_what_is_refused_on_shards(two):
         assert "belongs to other entries than are selected here" in messages["other entries"]
     assert first["damaged on one rank"].startswith("RuntimeError: rank 1 failed with ValueError: the state of 0.weight")
     assert second["damaged on one rank"].startswith("ValueError: the state of 0.weight")
+
+
+def test_ranks_with_different_selections_are_refused(two):
+    """Each would move its own entries, and what they join would be values of one rank under numbers of another."""
+    for report in two:
+        for message in report["refusals"]["another selection"]:
+            assert message.startswith("RuntimeError: rank ")
+            assert "have different selections" in message
+
+
+def test_parameters_that_fsdp2_has_replaced_are_warned_of_once(two):
+    for report in (one["replaced parameters"] for one in two):
+        (later,), (gathered,) = report["sharded later"], report["gathered"]
+        assert later.startswith("5 parameters of the optimizer (0.weight, 0.bias, 2.weight and 2 more) are whole")
+        assert gathered.startswith("2 parameters of the optimizer (4.weight, 4.bias) are whole")
+        assert report["sharded"] == []
 
 
 @pytest.mark.parametrize("case", ["norm of the own part", "global index in the shard"])

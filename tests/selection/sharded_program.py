@@ -378,12 +378,17 @@ def _() -> dict[str, bool]:
     )
     selection = fk.select(statistics, fk.GlobalTopK(density=0.3))
     selection.check(model)
+    with torch.no_grad():
+        model(own[0][0])  # which leaves the model whole
+    left_whole = any(not isinstance(one, DTensor) for one in model.parameters())
+    selection.check(model)
     whole = fk.select(statistics.whole(), fk.GlobalTopK(density=0.3))
     return {
         "equal": selection.gathered() == whole,
         "provenance": selection.provenance == whole.provenance,
         "loaded": alike and fk.select(loaded, fk.GlobalTopK(density=0.3)) == selection,
         "own part read": read[0] == own_entries,
+        "left whole": left_whole,
     }
 
 

@@ -132,6 +132,32 @@ def _() -> float:
     return sketched(model, llama(), dealt(data()), token_means)
 
 
+@case("sketch, ignored in 16 bits")
+def _() -> dict[str, float]:
+    """A whole parameter's gradients in 16 bits, which autograd has given the ranks: added up in float64, in 16 bits."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).bfloat16().eval()
+    fully_shard(model, mesh=mesh(), ignored_params={model[2].weight})
+    inputs = torch.randn(4, 8, generator=torch.Generator().manual_seed(program.rank)).bfloat16()
+    taken, real = [], sharded_sketch.take_grad
+
+    def recording(parameter: nn.Parameter) -> Tensor | None:
+        grad = real(parameter)
+        if parameter is model[2].weight:
+            taken.append(grad.clone())
+        return grad
+
+    with patch.object(sharded_sketch, "take_grad", recording):
+        options = {"likelihood": fk.Classification()}
+        statistics = fk.estimate(model, iter([(inputs, torch.arange(4))]), fk.SketchedFisher(draws=3), **options)
+    every: list[Any] = [None] * program.world
+    dist.all_gather_object(every, taken)
+    wide = sum(sum(one.double() for one in draw).square() for draw in zip(*every, strict=True))
+    narrow = sum(sum(draw).double().square() for draw in zip(*every, strict=True))
+    found = statistics["2.weight"].double() * statistics.count
+    return {name: float((found - one).abs().max() / one.max()) for name, one in (("wide", wide), ("16", narrow))}
+
+
 @case("sketch, checkpointed reentrantly")
 def _() -> float:
     model = sharded(llama(tie=True)).train()

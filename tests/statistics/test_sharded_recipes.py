@@ -10,7 +10,7 @@ pytest.importorskip("peft")
 from tests.statistics.test_sharded_ranks import launched
 
 PROGRAM = "tests.statistics.sharded_recipes"
-QUICK = ["groups, looped", "refusals", "sketch", "sketch, mean", "sketch, unreached"]
+QUICK = ["groups, looped", "refusals", "sketch", "sketch, mean", "sketch, unreached", "sketch, ignored in 16 bits"]
 SKETCHES = ["sketch, ignored parameters", "sketch, checkpointed reentrantly", "sketch, one rank without data"]
 
 
@@ -29,6 +29,12 @@ def test_groups_of_a_weight_on_the_slow_path(quick):
 def test_a_sketch_takes_the_batches_of_all_ranks_for_one(quick, case):
     assert all(report[case] < 1e-6 for report in quick)  # norms compute in float32
     assert all(report["sketch, mean"] > 0.5 for report in quick)
+
+
+def test_gradients_in_16_bits_are_not_added_up_in_16_bits(quick):
+    for report in quick:
+        assert report["sketch, ignored in 16 bits"]["wide"] < 1e-6
+        assert report["sketch, ignored in 16 bits"]["16"] > 1e-4
 
 
 def test_what_is_not_computed_on_shards_is_refused_by_name(quick):
