@@ -49,7 +49,7 @@ def blocks(page: Path) -> list[Block]:
     """The fenced blocks of a page, in order; ``line`` is that of the first line inside."""
     text = page.read_text(encoding="utf-8")
     found = list(re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
-    behind = [one[2] if one[1] == "text" else None for one in found[1:]] + [None]
+    behind = [one[2] if one[1] == "text" else None for one in found[1:]] + [None for _ in found[-1:]]
     return [
         Block(page, text.count("\n", 0, one.start(2)) + 1, one[1], one[2], shown)
         for one, shown in zip(found, behind, strict=True)

@@ -38,6 +38,7 @@ WITHOUT = {
     "host_time": "six numbers",
     "group_fisher": "a few numbers",
     "plan": "a few numbers",
+    "parts": "a few numbers",
     "masked_rows": "a few numbers",
     "frozen_layers": "a few numbers",
     "online": "six numbers",

@@ -127,8 +127,8 @@ def estimate(
     size = work.batch_size or (None if before is None else before.place.batch_size)
     if memory:
         parts, size = divided(memory, prepared, recipe, options, size)
-        saving |= {"parts": parts, "results_on": target.parent} if len(parts) > 1 else {}
-    demand_same_passes(before, several="parts" in saving)
+        saving |= {} if parts is None else {"parts": parts, "results_on": target.parent}
+    demand_same_passes(before, several=len(saving.get("parts", [])) > 1)
     sizes: list[int] = []
 
     def run(size: int) -> tuple[fk.Statistics, int]:

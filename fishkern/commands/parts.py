@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fishkern as fk
+from fishkern.arguments import byte_count
 from fishkern.commands.output import note, waiting
 from fishkern.commands.workload import BATCH_SIZE, BATCH_SIZE_ELSEWHERE, Prepared
 from fishkern.statistics.checkpoint import Place, unfinished
@@ -73,7 +74,7 @@ def demand_same_passes(before: Unfinished | None, *, several: bool) -> None:
 
 def divided(
     memory: str, prepared: Prepared, recipe: fk.Estimator, options: Mapping[str, Any], requested: int | None
-) -> tuple[list[list[str]], int]:
+) -> tuple[list[list[str]] | None, int]:
     """Divide the parameters, with the largest batch for which the memory suffices, and say so.
 
     Args:
@@ -84,7 +85,7 @@ def divided(
         requested: The user's batch size: no other is tried.
 
     Returns:
-        Names of the parameters of each pass, and the batch size.
+        Names of the parameters of each pass, ``None`` where an ordinary pass fits; and the batch size.
 
     Raises:
         ValueError: ``memory`` is no size, or not enough for the largest parameter and a batch of one example.
@@ -105,7 +106,8 @@ def divided(
         f"{passes}: the sums take {bytes_in_words(sum(planned.state_bytes.values()))}, and a batch of {size} up to "
         f"{bytes_in_words(planned.beside_bytes)} beside them, above {bytes_in_words(planned.weight_bytes)} of weights"
     )
-    return parts, size
+    fits = planned.peak_bytes <= byte_count(memory, "--memory")  # what is followed in a single pass as well
+    return None if fits and len(parts) == 1 else parts, size
 
 
 def _of_passes(part: Path) -> list[Path]:

@@ -174,7 +174,10 @@ def estimate(
             check_tensor_parallel(request.estimator)
         if sharding is not None or split:
             _refuse_for_parts_of_models(options, checkpoint)
-        goal = None if until is None else _checked_until(until, request, ranks, sharded=sharding is not None or split)
+        goal = None
+        if until is not None:
+            apart = {"sharded": sharding is not None or split, "divided": options.parts is not None}
+            goal = _checked_until(until, request, ranks, **apart)
         if prepared is not None:
             prepared.demand_request(request, options)
         backend = backends.current() if options.backend is None else options.backend
@@ -209,7 +212,7 @@ def estimate(
                     states = States(infos, estimator, backend)
                     known = None if prepared is None else prepared.known[number]
                     keeper = None if checkpoint is None else long_run.keeper(number, facts, states)
-                    if len(groups) == 1 and follows(estimator):
+                    if options.parts is None and len(groups) == 1 and follows(estimator):
                         following = Following(states, goal, watching=report.shows)
                     one = OnePass(*common, states, answering, options.check, known, keeper, following)
                 passed.append(one.over(data, ranks, report))
@@ -252,14 +255,16 @@ def _refuse_for_parts_of_models(options: Options, checkpoint: str | os.PathLike[
         )
 
 
-def _checked_until(until: float | tuple[float, float], request: Request, ranks: Ranks, *, sharded: bool) -> Until:
+def _checked_until(
+    until: float | tuple[float, float], request: Request, ranks: Ranks, *, sharded: bool, divided: bool
+) -> Until:
     """Read ``until``, which a single process can obey: several would have to agree on where each of them stops."""
     if sharded or ranks.count > 1:
         where = "sharded models" if sharded else f"several ranks, and there are {ranks.count}"
         raise ValueError(
             f"until= is not built for {where}: estimate in one process, or give the number of examples, max_examples=."
         )
-    if isinstance(request.estimator, DiagonalFisher) and len(request.groups) > 1:
+    if divided or (isinstance(request.estimator, DiagonalFisher) and len(request.groups) > 1):
         raise ValueError(
             "until= is for a single pass over the data, without parts=: give the number of examples, max_examples=."
         )

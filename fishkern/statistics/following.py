@@ -87,9 +87,23 @@ def follows(estimator: Estimator) -> bool:
         estimator: The recipe.
 
     Returns:
-        Whether it is a diagonal Fisher, with its own sums: one for each coordinate.
+        Whether it is a diagonal Fisher, with its own sums: one for each coordinate, which become Statistics.
     """
-    return isinstance(estimator, DiagonalFisher) and type(estimator).init is Estimator.init
+    kind = type(estimator)
+    own = kind.init is Estimator.init and kind.collect is Estimator.collect
+    return isinstance(estimator, DiagonalFisher) and own
+
+
+def followed_bytes(total: int) -> int:
+    """Compute the memory that following takes.
+
+    Args:
+        total: Number of entries of the pool.
+
+    Returns:
+        Bytes: of each followed entry its place, its sum, its squares and its parts.
+    """
+    return min(total, MOST) * (torch.int64.itemsize + 2 * torch.float64.itemsize + _PARTS * torch.float32.itemsize)
 
 
 class Following:

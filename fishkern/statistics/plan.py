@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.arguments import at_least
-from fishkern.layers import is_wrapped, linear_maps
+from fishkern.layers import UnsupportedModuleError, is_wrapped, linear_maps
 from fishkern.names import listed
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.base import Estimator
@@ -21,6 +21,7 @@ from fishkern.statistics.choosing import Requested
 from fishkern.statistics.coverage import ONLY_A_RUN
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
+from fishkern.statistics.following import followed_bytes, follows
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.parting import Parts, groups_of
 from fishkern.statistics.pass_plan import PassPlan
@@ -98,6 +99,11 @@ def plan(
     model = hosts.unwrap(model)
     if ranks is not None:
         check_sharded(estimator)
+        if not isinstance(estimator, DiagonalFisher):
+            raise UnsupportedModuleError(
+                f"ranks= plans the sums of a DiagonalFisher, and {type(estimator).__name__} on shards is not planned: "
+                "leave ranks= out."
+            )
     check_estimable(model, estimator, on_meta=True)
     weight_bytes = sum(map(_nbytes, [*model.parameters(), *model.buffers()]))
     maps = linear_maps(model) if estimator.reads_factors else {}
@@ -120,7 +126,8 @@ def plan(
         warnings.simplefilter("ignore")  # of values, which there are none of
         options = Options(estimator, likelihood, parameters, accumulate_on, check, None, shared, parts, results_on)
         rehearsals = _rehearsed(mode, model, options, examples, keeps_results=results_stay)
-    planned = _planned(model, estimator, rehearsals, weight_bytes, examples, device, sums_away)
+    common = (model, estimator, rehearsals, weight_bytes, examples, device, sums_away)
+    planned = _planned(*common, divided=parts is not None)
     if ranks is None:
         return planned
     requested = requested_tensors(model, parameters, estimator, maps)
@@ -159,8 +166,10 @@ def _planned(
     examples: Examples | None,
     device: torch.device,
     sums_away: Storage | None,
+    *,
+    divided: bool,
 ) -> PassPlan:
-    """Combine the passes: bytes are those of the pass that takes the most."""
+    """Combine the passes: bytes are those of the pass that takes the most; in parts nothing is followed."""
     phases: dict[str, int] = {}
     paths: dict[str, tuple[str, str]] = {}
     activations: list[int] = []
@@ -168,6 +177,9 @@ def _planned(
     state_bytes: dict[str, int] = {}
     beside = 0
     for one in rehearsals:
+        followed = 0
+        if not divided and len(rehearsals) == 1 and follows(estimator):
+            followed = followed_bytes(sum(info.shape.numel() for info in one.infos.values()))
         sizes = one.sums_of.values()
         # sums of a parameter are made where its gradients are, while those before it move to another device
         moves = sums_away is not None and not _is(device, sums_away.device)
@@ -178,10 +190,11 @@ def _planned(
         most = max(phase.peak for phase in one.phases.values()) - outside
         beside = max(beside, most - sum(own.values()), one.workspace)
         for name, phase in one.phases.items():
-            phases[name] = max(phases.get(name, 0), phase.peak - outside)
+            besides = 0 if name == "states" else followed
+            phases[name] = max(phases.get(name, 0), phase.peak - outside + besides)
             flops["pass" if name == "batch" else "set-up"] += phase.flops
             if name not in ("states", "results"):
-                activations.append(phase.peak - one.states)
+                activations.append(phase.peak - one.states + followed)
         flops["estimator"] += one.estimating
         paths |= one.paths
     moved = max(sum(one.sums_of.values()) for one in rehearsals)

@@ -192,6 +192,11 @@ def test_places_that_are_none_are_refused(tmp_path):
 # ---- plans
 
 
+def half_of(planned: fk.PassPlan) -> int:
+    """What is beside the sums, and half of them."""
+    return planned.beside_bytes + sum(planned.state_bytes.values()) // 2
+
+
 def planned_llama(**options) -> fk.PassPlan:
     specimen = zoo.FAMILIES["llama"]()
     return fk.plan(specimen.model, specimen.batch(N=2, T=4), **options)
@@ -201,11 +206,11 @@ def planned_llama(**options) -> fk.PassPlan:
 def test_each_part_fits(estimator):
     """By a plan of its own, which counts what is alive when this part alone is rehearsed."""
     whole = planned_llama(estimator=estimator)
-    memory = (whole.peak_bytes + whole.beside_bytes) // 2
+    memory = half_of(whole)
     parts = whole.parts(memory)
     assert 1 < len(parts) <= 6
     assert [name for part in parts for name in part] == list(whole.paths)
-    alone = [planned_llama(estimator=estimator, parameters=part) for part in parts]
+    alone = [planned_llama(estimator=estimator, parameters=part, parts=[part]) for part in parts]
     assert all(one.peak_bytes <= memory for one in alone)
     assert sum(one.accumulator_bytes + one.basis_bytes for one in alone) == sum(whole.state_bytes.values())
     together = planned_llama(estimator=estimator, parts=parts, results_on="cuda")
@@ -216,7 +221,7 @@ def test_each_part_fits(estimator):
 
 def test_results_of_earlier_parts_stay_beside_the_rest():
     whole = planned_llama()
-    parts = whole.parts((whole.peak_bytes + whole.beside_bytes) // 2)
+    parts = whole.parts(half_of(whole))
     stay = planned_llama(parts=parts)
     assert stay.peak_bytes > planned_llama(parts=parts, results_on="cuda").peak_bytes
     assert stay.peak_bytes >= sum(whole.state_bytes.values())
@@ -227,7 +232,7 @@ def test_sums_in_files_take_no_memory(tmp_path):
     assert there.accumulator_bytes == here.accumulator_bytes
     assert there.peak_bytes == pytest.approx(here.peak_bytes - here.accumulator_bytes, abs=64)
     assert len(there.parts(there.peak_bytes)) == 1
-    parts = here.parts((here.peak_bytes + here.beside_bytes) // 2)
+    parts = here.parts(half_of(here))
     assert planned_llama(parts=parts, accumulate_on=tmp_path).peak_bytes <= there.peak_bytes + 64  # results stay there
 
 
@@ -263,8 +268,10 @@ def test_ranks_of_an_8b_shape():
     assert own.reduced_bytes == pytest.approx(28.1e9, rel=0.002)
     assert own.gathered_bytes == own.reduced_bytes  # two times 16 bits
     assert own.block_bytes == 2**26
-    with pytest.raises(fk.UnsupportedModuleError, match="not computed on shards"):
+    with pytest.raises(fk.UnsupportedModuleError, match="GroupFisher on shards is not planned"):
         fk.plan(llama_8b(), estimator=fk.GroupFisher(), ranks=8)
+    with pytest.raises(fk.UnsupportedModuleError, match="not computed on shards"):
+        fk.plan(llama_8b(), estimator=fk.DiagonalKronecker(), ranks=8)
     with pytest.raises(ValueError, match="ranks must be at least 1"):
         fk.plan(llama_8b(), ranks=0)
 
