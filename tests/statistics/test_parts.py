@@ -177,8 +177,12 @@ def test_parts_that_are_not_the_request_are_refused(parts):
 
 
 def test_places_that_are_none_are_refused(tmp_path):
-    with pytest.raises(TypeError, match="parts must be lists of names"):
-        of("empirical", parts=["0.weight"])
+    for wrong in (["0.weight"], 5, [None], [[0]], iter(PARTS)):
+        with pytest.raises(TypeError, match="parts must be lists of names"):
+            of("empirical", parts=wrong)
+    for where in ("accumulate_on", "results_on"):
+        with pytest.raises(ValueError, match=f"{where} cannot be the meta device, which holds no values"):
+            of("empirical", **{where: "meta"})
     with pytest.raises(ValueError, match="accumulate_on names a device .* or a folder that exists, got 'scores.bin'"):
         of("empirical", accumulate_on="scores.bin")
     with pytest.raises(FileNotFoundError, match="sums of results_on does not exist"):
