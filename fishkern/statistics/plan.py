@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.arguments import at_least
-from fishkern.layers import is_wrapped, linear_maps
+from fishkern.layers import UnsupportedModuleError, is_wrapped, linear_maps
 from fishkern.names import listed
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.base import Estimator
@@ -21,6 +21,7 @@ from fishkern.statistics.choosing import Requested
 from fishkern.statistics.coverage import ONLY_A_RUN
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
+from fishkern.statistics.following import followed_bytes, follows
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.parting import Parts, groups_of
 from fishkern.statistics.pass_plan import PassPlan
@@ -87,8 +88,8 @@ def plan(
         TypeError: The batch is neither a mapping nor a pair, or an argument is of another type than described.
         ValueError: There are no trainable parameters or no labels, or an entry of the batch cannot be assigned to
             examples; or the rows of the batch are packed.
-        UnsupportedModuleError: The gradients of a module cannot be exact, or ``ranks`` is asked for with an estimator
-            that is not computed on shards; the message says how to avoid it.
+        UnsupportedModuleError: The gradients of a module cannot be exact, or ``ranks`` is asked for with another
+            estimator than a :class:`fishkern.DiagonalFisher`; the message says how to avoid it.
         RuntimeError: It runs under ``torch.inference_mode()``.
     """
     # not at the top: torch's tensors without values are no public part of it
@@ -98,6 +99,11 @@ def plan(
     model = hosts.unwrap(model)
     if ranks is not None:
         check_sharded(estimator)
+        if not isinstance(estimator, DiagonalFisher):
+            raise UnsupportedModuleError(
+                f"ranks= counts the sums of a DiagonalFisher, a number for each entry, and {type(estimator).__name__} "
+                "has others: plan it without ranks=."
+            )
     check_estimable(model, estimator, on_meta=True)
     weight_bytes = sum(map(_nbytes, [*model.parameters(), *model.buffers()]))
     maps = linear_maps(model) if estimator.reads_factors else {}
@@ -175,13 +181,17 @@ def _planned(
         outside = sum(sizes) - staged if sums_away is not None else 0
         own = {name: one.bases_of[name] + (one.sums_of[name] if sums_away is None else 0) for name in one.sums_of}
         state_bytes |= own
-        most = max(phase.peak for phase in one.phases.values()) - outside
+        # entries are followed from the first batch on, where their sums are
+        follows_here = len(rehearsals) == 1 and follows(estimator) and not moves
+        followed = followed_bytes(sum(info.shape.numel() for info in one.infos.values())) if follows_here else 0
+        peaks = {name: phase.peak + (followed if name != "states" else 0) for name, phase in one.phases.items()}
+        most = max(peaks.values()) - outside
         beside = max(beside, most - sum(own.values()), one.workspace)
         for name, phase in one.phases.items():
-            phases[name] = max(phases.get(name, 0), phase.peak - outside)
+            phases[name] = max(phases.get(name, 0), peaks[name] - outside)
             flops["pass" if name == "batch" else "set-up"] += phase.flops
             if name not in ("states", "results"):
-                activations.append(phase.peak - one.states)
+                activations.append(peaks[name] - one.states)
         flops["estimator"] += one.estimating
         paths |= one.paths
     moved = max(sum(one.sums_of.values()) for one in rehearsals)

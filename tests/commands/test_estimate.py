@@ -221,7 +221,7 @@ def test_in_parts_by_memory(capsys, tmp_path, models, rows, pressed):
     assert too_little.startswith("fishkern: --memory 1KiB is not enough for ")
     least = re.search(r"Give at least ([\d.]+) KiB above the model", too_little)[1]
     arguments = (*arguments, "--memory", int(float(least) * 1024) + 64)
-    pressed.runs, pressed.at = 0, 4
+    pressed.runs, pressed.at = 0, 5  # the plan rehearses a batch, which is the first run
     status, _, error = command(capsys, *arguments)
     passes = int(re.search(r"(\d+) passes over the data: the sums take", error)[1])
     assert (status, passes >= 2) == (130, True)
@@ -230,7 +230,8 @@ def test_in_parts_by_memory(capsys, tmp_path, models, rows, pressed):
     assert "was made with another --memory: give it as then, or --restart" in refused(capsys, *arguments[:-2])
     pressed.runs, pressed.at = 0, None
     status, _, error = command(capsys, *arguments)
-    assert (status, pressed.runs) == (0, 1 + 2 + 2 * (passes - 2)), error  # both first batches again, for their plans
+    expected = 1 + 1 + 2 + 2 * (passes - 2)  # the plan, and both first batches again, for their paths
+    assert (status, pressed.runs) == (0, expected), error
     assert f"going on from {tmp_path / 'fisher[1].part.pass-2'}: 2 of 4 examples of pass 2 counted" in error
     whole, parts = (fk.Statistics.load(tmp_path / f"{name}.safetensors") for name in ("whole", "fisher[1]"))
     assert list(parts) == list(whole)
