@@ -219,6 +219,18 @@ def test_shards_by_size(tmp_path: Path, size: str | int | None, files: int):
     assert path.name == ("a.safetensors" if files == 1 else "a.safetensors.index.json")
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_is_written_through_a_symbolic_link(tmp_path, there: bool):
+    if there:
+        (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    with atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "file").write_text("whole")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "file").read_text() == "whole"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out") as temporary:
         (temporary / "half").write_text("")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,5 +112,5 @@ def divided(
 
 
 def _of_passes(part: Path) -> list[Path]:
-    named = part.parent.glob(f"{part.name}.pass-*") if part.parent.is_dir() else ()
+    named = part.parent.glob(f"{glob.escape(part.name)}.pass-*") if part.parent.is_dir() else ()
     return [file for file in named if re.fullmatch(r"\.pass-\d+", file.suffix)]

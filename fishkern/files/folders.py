@@ -37,7 +37,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Write a folder that appears under its name only when it is complete.
 
     Its files go to a hidden ``.<name>.<random>.tmp`` beside it, which is then renamed. After any exception that folder
-    is gone.
+    is gone. A symbolic link is written through.
 
     Args:
         path: New, or an empty folder.
@@ -48,8 +48,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OSError: As in :func:`check_new_folder`, or it cannot be written to.
     """
-    path = check_new_folder(path)
-    temporary = path.absolute().with_name(f".{path.absolute().name[:40]}.{token_hex(4)}.tmp")
+    path = check_new_folder(os.path.realpath(path))
+    temporary = path.with_name(f".{path.name[:40]}.{token_hex(4)}.tmp")
     temporary.mkdir()
     try:
         yield temporary

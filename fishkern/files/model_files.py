@@ -15,7 +15,7 @@ from fishkern.files.tensors import StoredTensor
 
 _NAME = "model.safetensors"
 # What from_pretrained reads beside the weights: config, tokenizer, processor, code of the model.
-_BESIDE = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
+_BESIDE = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".codes")
 _NOT_OF_THE_MODEL = ("trainer_state.json", "report.json", ".index.json")
 
 

@@ -40,7 +40,7 @@ def export_fisher(statistics: Statistics, model: torch.nn.Module, folder: str | 
         FileExistsError: The folder is not empty.
         FileNotFoundError: The folder that it is in does not exist.
         ValueError: The statistics are of other parameters or shapes, or of groups; or a tied weight has two.
-        UnsupportedModuleError: The model is sharded, or is none of transformers.
+        UnsupportedModuleError: The model is sharded, is none of transformers, or has an adapter of PEFT.
     """
     folder = check_new_folder(folder)
     plain = hosts.unwrap(model)
@@ -48,6 +48,11 @@ def export_fisher(statistics: Statistics, model: torch.nn.Module, folder: str | 
         raise UnsupportedModuleError(f"{reason}.")
     if not hasattr(getattr(plain, "config", None), "save_pretrained"):
         raise UnsupportedModuleError(f"{type(plain).__name__} has no config of transformers, which a loader needs.")
+    if hasattr(plain, "peft_config"):
+        raise UnsupportedModuleError(
+            f"{type(plain).__name__} has an adapter of PEFT, whose names no loader of a whole model reads: merge it "
+            "(model.merge_and_unload()), and estimate the merged model."
+        )
     if "groups" in statistics.provenance["definition"]:
         raise ValueError("a checkpoint has one number for each entry, and these statistics are of groups.")
     tensors, written = _tensors(statistics, plain)

@@ -55,7 +55,7 @@ def changes(model: nn.Module, base: nn.Module) -> Delta:
         bit.
 
     Raises:
-        ValueError: The models differ in the names, shapes or dtypes of their tensors, or in a buffer.
+        ValueError: The models differ in the names, shapes, dtypes or ties of their tensors, or in a buffer.
     """
     ours, theirs = (hosts.unwrap(one).state_dict() for one in (model, base))
     if odd := ours.keys() ^ theirs.keys():
@@ -67,6 +67,9 @@ def changes(model: nn.Module, base: nn.Module) -> Delta:
         if tensor.shape != other.shape or tensor.dtype != other.dtype:
             shown = [f"{tuple(one.shape)} of {one.dtype}" for one in (tensor, other)]
             raise ValueError(f"{name} is {shown[0]} in the model and {shown[1]} before: a delta is of one model.")
+    tied, tied_before = _first_names(model), _first_names(base)
+    if odd := [name for name, first in tied.items() if tied_before.get(name) != first]:
+        raise ValueError(f"{listed(odd)} is tied in one of the models and not in the other: a delta is of one model.")
     named, before = hosts.named_parameters(model), hosts.named_parameters(base)
     parameters = set(hosts.named_parameters(model, remove_duplicate=False))
     if moved := [name for name in ours if name not in parameters and not torch.equal(ours[name], theirs[name])]:
@@ -78,6 +81,13 @@ def changes(model: nn.Module, base: nn.Module) -> Delta:
             indices[name] = differing
     shapes = {name: parameter.shape for name, parameter in named.items()}
     return delta(model, Selection(shapes, indices, provenance={"rule": {"name": "what differs from the base"}}))
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Give the first name of each parameter by each of its names."""
+    firsts: dict[nn.Parameter, str] = {}
+    named = hosts.named_parameters(model, remove_duplicate=False)
+    return {name: firsts.setdefault(parameter, name) for name, parameter in named.items()}
 
 
 def _bits(tensor: Tensor) -> Tensor:

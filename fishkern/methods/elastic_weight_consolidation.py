@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.arguments import positive, share_of
+from fishkern.files import pieces
 from fishkern.layers import UnsupportedModuleError
 from fishkern.names import listed
 from fishkern.selection.frozen import Frozen
@@ -47,13 +48,13 @@ class QuadraticPenalty(Frozen):
         weight: Above 0.
         after: The penalty of the tasks before. Then ``F = decay * after's F + statistics``, where a parameter that
             only one of them has counts with that one, and ``w0`` are the present values for all.
-        decay: What remains of the tasks before, from 0 to 1.
+        decay: What remains of the tasks before, from 0 to 1; with ``after`` only.
 
     Raises:
         TypeError: An argument is of another kind, or the statistics are not tensors by parameter.
         ValueError: The statistics are not of this model, of groups, negative or not finite; a parameter of theirs does
-            not require a gradient; ``weight`` or ``decay`` is outside its range; or those of ``after`` are of another
-            definition.
+            not require a gradient; ``weight`` or ``decay`` is outside its range; ``decay`` is given without ``after``;
+            or the statistics of ``after`` are of another definition.
         UnsupportedModuleError: The model's parameters are sharded.
     """
 
@@ -73,7 +74,10 @@ class QuadraticPenalty(Frozen):
             raise UnsupportedModuleError(f"{reason}.")
         fisher = _statistics_of(statistics)
         weight, decay = positive(weight, "weight"), share_of(decay, "decay")
-        if after is not None:
+        if after is None:
+            if decay != 1:
+                raise ValueError(f"decay={decay:g} is of the tasks before: give their penalty, after=.")
+        else:
             if not isinstance(after, QuadraticPenalty):
                 raise TypeError(f"after must be the QuadraticPenalty of the tasks before, got {after!r:.80}.")
             fisher = _decayed_sum(after.statistics, fisher, decay)
@@ -177,8 +181,8 @@ def _wide(parameter: Tensor) -> torch.dtype:
 def _aligned(parameter: Tensor, fisher: Tensor, anchor: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     dtype = _wide(parameter)
     flat = (tensor.detach().reshape(-1).split(_PIECE) for tensor in (parameter, fisher, anchor))
-    for pieces in zip(*flat, strict=True):
-        w, F, w0 = (piece.to(dtype) for piece in pieces)
+    for aligned in zip(*flat, strict=True):
+        w, F, w0 = (piece.to(dtype) for piece in aligned)
         yield w, F, w0
 
 
@@ -225,7 +229,7 @@ def _penalised(fisher: Statistics, model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _check_values(name: str, values: Tensor) -> None:
-    for piece in values.reshape(-1).split(_PIECE):
+    for piece in pieces(values, _PIECE):
         low, high = (bound.item() for bound in piece.aminmax())
         if not (low >= 0 and math.isfinite(high)):
             raise ValueError(

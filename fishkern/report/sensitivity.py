@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.arguments import at_least
+from fishkern.layers import UnsupportedModuleError
 from fishkern.names import listed
 from fishkern.report.grouped import Grouped
 from fishkern.statistics import Statistics
@@ -42,6 +43,8 @@ class SensitivityPart:
 
 def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
     """Round each row to ``2^bits - 1`` levels, symmetric around zero, with one scale for the row.
+
+    Of the experts of a layer that are one tensor ``[E, O, I]``, each expert is a row.
 
     Args:
         weight: ``[O, ...]``, floating.
@@ -83,9 +86,12 @@ def sensitivity(
 
     Raises:
         TypeError: A number of bits is no integer.
-        ValueError: The statistics are of other parameters or shapes, there is no matrix among them, ``bits`` has a
-            number below 2, or ``quantise`` gives another shape.
+        UnsupportedModuleError: The model is sharded.
+        ValueError: The statistics are of other parameters or shapes, negative or not finite; there is no matrix among
+            them, ``bits`` has a number below 2, or ``quantise`` gives another shape.
     """
+    if reason := hosts.sharded(hosts.unwrap(model)):
+        raise UnsupportedModuleError(f"{reason}.")
     bits = [at_least(2, one, "bits") for one in bits]
     own = hosts.named_parameters(model, remove_duplicate=False)
     if missing := [name for name in statistics if name not in own]:
@@ -101,6 +107,8 @@ def sensitivity(
                 f"the statistics hold {name} with shape {tuple(fisher.shape)}, in the model it has "
                 f"{tuple(weight.shape)}: they are of another model, or not of single entries."
             )
+        if not bool(((fisher >= 0) & fisher.isfinite()).all()):
+            raise ValueError(f"the statistics of {name} are negative or not finite: a cost needs numbers from 0 on.")
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         costs = {}
         for number in bits:

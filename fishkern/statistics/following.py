@@ -106,6 +106,18 @@ def followed_bytes(total: int) -> int:
     return min(total, MOST) * (torch.int64.itemsize + 2 * torch.float64.itemsize + _PARTS * torch.float32.itemsize)
 
 
+def followed_bytes(total: int) -> int:
+    """Count the bytes that following takes during a pass.
+
+    Args:
+        total: Number of entries of the pool.
+
+    Returns:
+        Bytes of the places of the followed entries, two float64 for each, and its sum in each part of the data.
+    """
+    return min(total, MOST) * (8 + 2 * 8 + 4 * _PARTS)
+
+
 class Following:
     """Follow entries of the states of a pass: their sums in parts of the data, and what batches add to them, squared.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from fishkern.names import listed
 from fishkern.statistics.base import Estimator
@@ -32,7 +32,7 @@ def groups_of(estimator: Estimator, names: list[str], parts: Parts) -> list[list
         raise ValueError(f"{type(estimator).__name__}.passes must give every requested parameter once, got {groups}.")
     if parts is None:
         return groups
-    if isinstance(parts, str) or any(isinstance(one, str) for one in parts):
+    if not isinstance(parts, Sequence) or isinstance(parts, str) or not all(map(_is_of_names, parts)):
         raise TypeError("parts must be lists of names, one for each pass, as fishkern.plan(...).parts(...) gives them.")
     counts = Counter(name for one in parts for name in one)
     if odd := sorted(counts.keys() ^ set(names)) or [name for name, count in counts.items() if count > 1]:
@@ -42,3 +42,7 @@ def groups_of(estimator: Estimator, names: list[str], parts: Parts) -> list[list
         )
     divided = [[name for name in group if name in set(part)] for part in parts for group in groups]
     return [group for group in divided if group]
+
+
+def _is_of_names(part: object) -> bool:
+    return isinstance(part, Collection) and not isinstance(part, str) and all(isinstance(name, str) for name in part)

@@ -88,8 +88,8 @@ def plan(
         TypeError: The batch is neither a mapping nor a pair, or an argument is of another type than described.
         ValueError: There are no trainable parameters or no labels, or an entry of the batch cannot be assigned to
             examples; or the rows of the batch are packed.
-        UnsupportedModuleError: The gradients of a module cannot be exact, or ``ranks`` is asked for with an estimator
-            that is not computed on shards; the message says how to avoid it.
+        UnsupportedModuleError: The gradients of a module cannot be exact, or ``ranks`` is asked for with another
+            estimator than a :class:`fishkern.DiagonalFisher`; the message says how to avoid it.
         RuntimeError: It runs under ``torch.inference_mode()``.
     """
     # not at the top: torch's tensors without values are no public part of it
@@ -101,8 +101,8 @@ def plan(
         check_sharded(estimator)
         if not isinstance(estimator, DiagonalFisher):
             raise UnsupportedModuleError(
-                f"ranks= plans the sums of a DiagonalFisher, and {type(estimator).__name__} on shards is not planned: "
-                "leave ranks= out."
+                f"ranks= counts the sums of a DiagonalFisher, a number for each entry, and {type(estimator).__name__} "
+                "has others: plan it without ranks=."
             )
     check_estimable(model, estimator, on_meta=True)
     weight_bytes = sum(map(_nbytes, [*model.parameters(), *model.buffers()]))
@@ -177,9 +177,6 @@ def _planned(
     state_bytes: dict[str, int] = {}
     beside = 0
     for one in rehearsals:
-        followed = 0
-        if not divided and len(rehearsals) == 1 and follows(estimator):
-            followed = followed_bytes(sum(info.shape.numel() for info in one.infos.values()))
         sizes = one.sums_of.values()
         # sums of a parameter are made where its gradients are, while those before it move to another device
         moves = sums_away is not None and not _is(device, sums_away.device)
@@ -187,14 +184,17 @@ def _planned(
         outside = sum(sizes) - staged if sums_away is not None else 0
         own = {name: one.bases_of[name] + (one.sums_of[name] if sums_away is None else 0) for name in one.sums_of}
         state_bytes |= own
-        most = max(phase.peak for phase in one.phases.values()) - outside
+        # entries are followed from the first batch on, where their sums are
+        follows_here = len(rehearsals) == 1 and follows(estimator) and not moves and not divided
+        followed = followed_bytes(sum(info.shape.numel() for info in one.infos.values())) if follows_here else 0
+        peaks = {name: phase.peak + (followed if name != "states" else 0) for name, phase in one.phases.items()}
+        most = max(phase.peak for phase in one.phases.values()) - outside  # in parts nothing is followed
         beside = max(beside, most - sum(own.values()), one.workspace)
         for name, phase in one.phases.items():
-            besides = 0 if name == "states" else followed
-            phases[name] = max(phases.get(name, 0), phase.peak - outside + besides)
+            phases[name] = max(phases.get(name, 0), peaks[name] - outside)
             flops["pass" if name == "batch" else "set-up"] += phase.flops
             if name not in ("states", "results"):
-                activations.append(phase.peak - one.states + followed)
+                activations.append(peaks[name] - one.states)
         flops["estimator"] += one.estimating
         paths |= one.paths
     moved = max(sum(one.sums_of.values()) for one in rehearsals)

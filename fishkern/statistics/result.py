@@ -55,12 +55,13 @@ class Statistics(Held[Tensor]):
 
         Returns:
             ``exp_avg_sq / (1 - beta2^step)`` by parameter, float32 on its device; ``count`` is the number of steps.
-            Parameters that have no state are left out, and the coverage lists them.
+            Parameters that have no state, with ``model`` also those that the optimizer was not given, are left out, and
+            the coverage lists them.
 
         Raises:
             TypeError: It is no optimizer.
-            ValueError: It is none of Adam's kind, has taken no step, is masked, sharded or quantised, has groups of
-                different decays, or there are no names.
+            ValueError: It is none of Adam's kind (nor is SparseAdam), has taken no step, is masked, sharded or
+                quantised, has groups of different decays, or there are no names or one name twice.
         """
         moment = second_moment(optimizer, model)
         return cls(moment.tensors, count=moment.count, provenance=moment.provenance, coverage=moment.coverage)

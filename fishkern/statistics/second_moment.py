@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -40,11 +39,13 @@ def second_moment(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> 
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     kind = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise ValueError(f"{kind} keeps no running mean: the rows that a batch leaves out keep theirs as it was.")
     decays, l2 = _betas(optimizer, kind), _l2(optimizer)
     tensors: dict[str, Tensor] = {}
     coverage: dict[str, Covered] = {}
     steps: set[int] = set()
-    for name, parameter in _named(optimizer, model):
+    for name, parameter in _named(optimizer, model).items():
         state = optimizer.state.get(parameter, {})
         if not state:
             coverage[name] = Covered("left out", parameter.numel(), f"{kind} has no state for it")
@@ -92,19 +93,22 @@ def _l2(optimizer: torch.optim.Optimizer) -> float:
     return added.pop() if added else 0.0
 
 
-def _named(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> Iterator[tuple[str, Tensor]]:
-    names = {} if model is None else {one: name for name, one in hosts.named_parameters(model).items()}
-    for group in optimizer.param_groups:
-        given = group.get("param_names") or [None] * len(group["params"])
-        for parameter, name in zip(group["params"], given, strict=True):
-            if parameter in names:
-                yield names[parameter], parameter
-            elif model is not None:
-                raise ValueError(f"a parameter {tuple(parameter.shape)} of the optimizer is none of the model's.")
-            elif name is None:
-                raise ValueError(
-                    "the optimizer does not know the names of its parameters: pass model=, or make the optimizer with "
-                    "model.named_parameters()."
-                )
-            else:
-                yield without_wrappers(name), parameter
+def _named(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> dict[str, Tensor]:
+    """Give all parameters of the model in its order, or else those of the optimizer, by name."""
+    given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if model is not None:
+        named = hosts.named_parameters(model)
+        own = set(named.values())
+        if foreign := [parameter for parameter in given if parameter not in own]:
+            raise ValueError(f"a parameter {tuple(foreign[0].shape)} of the optimizer is none of the model's.")
+        return named
+    names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
+    if len(names) != len(given):
+        raise ValueError(
+            "the optimizer does not know the names of its parameters: pass model=, or make the optimizer with "
+            "model.named_parameters()."
+        )
+    named = dict(zip(map(without_wrappers, names), given, strict=True))
+    if len(named) < len(given):
+        raise ValueError("the optimizer has two parameters of one name, as of two models: statistics are of one model.")
+    return named

@@ -88,7 +88,7 @@ def storage_of(where: Where, argument: str) -> Storage:
 
     Raises:
         TypeError: It is something else.
-        ValueError: It is a string that is neither.
+        ValueError: It is a string that is neither, or the meta device, which holds no values.
         FileNotFoundError: There is no such folder.
     """
     if where is None:
@@ -102,6 +102,8 @@ def storage_of(where: Where, argument: str) -> Storage:
                     f"{argument} names a device such as 'cpu' or 'cuda:1', or a folder that exists, got {where!r}."
                 ) from None
     if isinstance(where, torch.device):
+        if where.type == "meta":
+            raise ValueError(f"{argument} cannot be the meta device, which holds no values: name 'cpu' or a folder.")
         return Storage(where)
     if not isinstance(where, str | os.PathLike):
         raise TypeError(f"{argument} must be a device or a folder, got {type(where).__name__}.")

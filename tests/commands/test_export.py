@@ -69,6 +69,13 @@ def test_equal_bits_are_equal_and_nothing_else():
     assert torch.equal(before.weight.view(torch.int32), model.weight.view(torch.int32))
 
 
+@pytest.mark.parametrize("tied_before", [True, False])
+def test_models_of_other_ties_have_no_delta(tied_before):
+    before, model = (zoo.llama(tie_word_embeddings=tied).model for tied in (tied_before, not tied_before))
+    with pytest.raises(ValueError, match="lm_head.weight is tied in one of the models and not in the other"):
+        changes(model, before)
+
+
 def test_what_is_refused(capsys, models, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(models / "llama")
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, tokenizer_name_or_path=None)

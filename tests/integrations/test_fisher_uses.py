@@ -115,6 +115,9 @@ def test_what_is_not_exported(tmp_path):
     renamed = fisher.rename(lambda name: f"base.{name}")
     with pytest.raises(ValueError, match=r"has no parameter base.model.embed_tokens.weight.*: rename the statistics"):
         export_fisher(renamed, model, tmp_path / "out")
+    adapted = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(fk.UnsupportedModuleError, match=r"PeftModel has an adapter of PEFT.*: merge it"):
+        export_fisher(fisher, adapted, tmp_path / "out")
     rows = fk.estimate(model, [zoo.text_batch(2)], fk.GroupFisher(by="row"))
     with pytest.raises(ValueError, match=r"hold model.embed_tokens.weight with shape \(41,\), the model has"):
         export_fisher(rows, model, tmp_path / "out")

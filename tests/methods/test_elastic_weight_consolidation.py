@@ -181,6 +181,17 @@ def test_its_second_derivative():
         torch.testing.assert_close(second, 7 * fisher[name].double() * v)
 
 
+def test_a_parameter_without_entries_costs_nothing():
+    model = nn.Linear(3, 2)
+    model.extra = nn.Parameter(torch.ones(0, 3))
+    penalty = fk.QuadraticPenalty({"bias": torch.ones(2), "extra": torch.ones(0, 3)}, model, weight=2)
+    with torch.no_grad():
+        model.bias += 1
+    penalty().backward()
+    assert penalty().item() == pytest.approx(2)
+    assert model.extra.grad.shape == (0, 3)
+
+
 def test_what_is_refused():
     model = net()
     fisher = dict(random_statistics(model))
@@ -188,6 +199,7 @@ def test_what_is_refused():
     refused = [
         (ValueError, "weight must be a positive number, got 0", lambda: make(fisher, model, 0)),
         (ValueError, "decay must be from 0 to 1, got 2", lambda: make(fisher, model, 1, decay=2)),
+        (ValueError, "decay=0.5 is of the tasks before: give", lambda: make(fisher, model, 1, decay=0.5)),
         (TypeError, "after must be the QuadraticPenalty of the tasks before", lambda: make(fisher, model, 1, after=1)),
         (TypeError, "must be fishkern.Statistics or tensors by parameter name, got list", lambda: make([], model, 1)),
         (ValueError, "the statistics are of no parameter", lambda: make({}, model, 1)),

@@ -234,6 +234,8 @@ def saved(tmp_path: Path):
                 p += torch.randn_like(p) / 10
         model.save_pretrained(tmp_path / f"model-{n}", max_shard_size="20KB")
         (tmp_path / f"model-{n}" / "trainer_state.json").write_text("{}")
+        for name in ("source.spm", "bpe.codes"):  # of the tokenizers of Marian and PhoBERT
+            (tmp_path / f"model-{n}" / name).write_text(name)
         one = fk.estimate(model, [zoo.class_batch(4)])
         statistics.append(fk.Statistics.load(one.save(tmp_path / f"fisher-{n}"), lazy=True))
         models.append(model)

@@ -78,3 +78,13 @@ def test_rows_of_zeros_and_what_is_refused():
         sensitivity(model, {"head.bias": torch.ones(3)})
     with pytest.raises(ValueError, match=r"hold head.weight with shape \(3,\), in the model it has \(3, 7\)"):
         sensitivity(model, {"head.weight": torch.ones(3)})
+    for wrong in (-1.0, torch.nan, torch.inf):
+        with pytest.raises(ValueError, match=r"statistics of head.weight are negative or not finite"):
+            sensitivity(model, {"head.weight": torch.full((3, 7), wrong)})
+
+
+def test_a_sharded_model_is_refused(monkeypatch):
+    model = net()
+    monkeypatch.setattr("fishkern.hosts.sharded", lambda model: "FSDP shards the parameters of 'head'")
+    with pytest.raises(fk.UnsupportedModuleError, match=r"FSDP shards the parameters of 'head'\."):
+        sensitivity(model, fisher_of(model))

@@ -88,6 +88,29 @@ def test_a_parameter_without_a_state_is_left_out_by_name():
         statistics["3.weight"]
 
 
+def test_of_the_groups_of_a_trainer_in_the_models_order():
+    model = net()
+    model[2].weight.requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        [{"params": [model[2].bias, model[0].bias], "weight_decay": 0.0}, {"params": [model[0].weight]}], lr=1e-2
+    )
+    trained(model, optimizer)
+    statistics = fk.Statistics.from_optimizer(optimizer, model)
+    assert list(statistics) == ["0.weight", "0.bias", "2.bias"]
+    assert list(statistics.coverage) == [name for name, _ in model.named_parameters()]
+    with pytest.raises(KeyError, match="2.weight was left out: AdamW has no state for it"):
+        statistics["2.weight"]
+
+
+def test_rows_that_a_batch_leaves_out_make_no_mean():
+    table = nn.Embedding(5, 3, sparse=True)
+    optimizer = torch.optim.SparseAdam(list(table.parameters()))
+    table(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="SparseAdam keeps no running mean: the rows that a batch leaves out"):
+        fk.Statistics.from_optimizer(optimizer, table)
+
+
 def test_the_weight_decay_of_adam_is_part_of_its_gradients():
     model = net()
     optimizer = torch.optim.Adam(model.named_parameters(), weight_decay=0.1)
@@ -127,6 +150,10 @@ def test_what_is_refused():
             take(optimizer)
     with pytest.raises(ValueError, match=r"a parameter \(7, 5\) of the optimizer is none of the model's"):
         take(nameless, net())
+    two = torch.optim.AdamW([{"params": list(one.named_parameters())} for one in (model, net())])
+    trained(model, two)
+    with pytest.raises(ValueError, match="two parameters of one name, as of two models"):
+        take(two)
     selection = fk.select(dict(named), fk.GlobalTopK(k=5, always="2.bias"))
     masked = fk.MaskedAdamW(model, selection, lr=0.1)
     trained(model, masked)
