@@ -99,6 +99,31 @@ def test_every_kind_of_fisher_is_followed(kind):
         assert (entries.standard_errors > 0).any()
 
 
+def test_adapters_are_followed():
+    """Each batch on its own gives what it has added; its precision is none, so nothing of it is used here."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora).eval()
+    batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(1, 31, (10, 6)).split([3, 1, 2, 4])]
+    precision = fk.estimate(adapted, batches).precision
+    alone = [fk.estimate(adapted, [batch]) for batch in batches]
+    assert set(precision.entries) == set(alone[0])
+    assert all("lora_" in name for name in precision.entries)
+    units = torch.tensor([3.0, 1, 2, 4], dtype=torch.float64)[:, None]
+    for name, entries in precision.entries.items():
+        means = torch.stack([one[name].flatten().double() for one in alone])
+        mean = (units * means).sum(0) / 10
+        variance = (units * (means - mean).square()).sum(0) / 3
+        torch.testing.assert_close(entries.means, mean, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(entries.standard_errors, (variance / 10).sqrt(), rtol=1e-3, atol=1e-8)
+
+
 def test_other_recipes_and_a_single_batch_have_none():
     assert estimated(data(4, 4), fk.SketchedFisher(2)).precision is None
     assert estimated(data(4, 4), fk.GroupFisher(by="row")).precision is None
