@@ -176,6 +176,19 @@ def test_the_noise_is_that_of_the_formula():
     assert noise_of_unit([(first, second)], [(3, 5)], [60, 200]) == pytest.approx(expected)
 
 
+def test_entries_that_no_example_has_reached_are_in_no_top():
+    """Such as rows of an embedding: equal zeros must not look like agreement."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.zeros(20_000)
+    values[torch.randperm(20_000, generator=generator)[:200]] = 1 + torch.rand(200, generator=generator)
+    precision = fed(values.expand(8, -1), [2] * 8).precision(Ranks())
+    assert precision.overlap(0.01) == 1
+    assert noise_of_unit([(values, values)], [(1, 1)], [400]) == [
+        pytest.approx(-NormalDist().inv_cdf(0.25) / math.sqrt(2))
+    ]
+    assert precision.overlap(0.2) < 0.3
+
+
 def test_equal_halves_promise_the_whole_top():
     values = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
     precision = fed(values.expand(8, -1), [2] * 8).precision(Ranks())
