@@ -10,6 +10,8 @@ from statistics import mean, median, stdev
 
 import pytest
 
+from benchmarks.studies.precision import Setting, needed
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGE = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
@@ -304,6 +306,36 @@ def cells_of(text: str, head: str) -> list[list[str]]:
     """The rows of the table whose first heading this is."""
     lines = text.split(f"| {head} |")[1].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+PRECISION_OF = {"stories260K, CoLA": "cola", "MiniLM, SST-2": "sst2"}
+
+
+def test_what_promised_overlaps_are_worth():
+    """The goals were 3 points for each set, and a stop within 20 % of the examples that are needed."""
+    text = section_of("estimating.md", "How many examples are enough")
+    rows, late = cells_of(text, "Model, data"), []
+    measured = [r for r in records("precision") if r["quantity"] == "overlap"]
+    assert len(rows) == len({(r["subject"], r["examples"]) for r in measured})
+    for name, examples, *cells in rows:
+        own = [r for r in measured if (r["subject"], r["examples"]) == (PRECISION_OF[name], int(examples))]
+        shares = [f"{100 * mean(r[key] for r in own):.1f}%" for key in ("promised", "measured")]
+        largest = max(abs(100 * (r["promised"] - r["measured"])) for r in own)
+        assert largest < 3
+        assert cells == [str(len(own)), *shares, f"{largest:.1f} points"]
+    said = " ".join(text.split())
+    for subject in PRECISION_OF.values():
+        own = [r for r in records("precision") if r["subject"] == subject]
+        setting = Setting(**own[0]["setting"])
+        stops, need = sorted(r["stopped"] for r in own if r["quantity"] == "until"), needed(own, setting)
+        listed = f"{', '.join(map(str, stops[:-1]))} and {stops[-1]}"
+        assert re.search(
+            rf"`until={setting.goal}` [\w\s-]* after {listed}( examples)?, [\w\s]* needs {need:.0f}[;.]", said
+        )
+        late += [stop / need - 1 for stop in stops]
+    assert sum(abs(one) <= 0.2 for one in late) == 7
+    assert len(late) == 9
+    assert f"the two others were {max(late):.0%} late and {-min(late):.0%} early".replace("%", " %") in said
 
 
 FREEZING_ARMS = {

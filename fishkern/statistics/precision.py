@@ -57,8 +57,9 @@ class Precision:
     the other one, ``a`` and ``b`` their units, the noise of one unit is ``c = z / sqrt(1 / a + 1 / b)`` where ``h = 2
     Phi(-z)``, averaged over these ways, and the tops of ``n`` and of ``m`` others share ``2 Phi(-c sqrt(1 / n + 1 /
     m))``. This is exact where scores fall off like a power around the top's threshold, and their errors are log-normal
-    and of one size. Squares have heavy tails, so that errors shrink more slowly than ``1 / sqrt(n)`` at first: where
-    ``c`` has grown by some part from quarters of the data to halves, ``1 / sqrt(2)`` of that part is added once more.
+    and of one size. An entry of zero in a half is in no top of it. Squares have heavy tails, so that errors shrink more
+    slowly than ``1 / sqrt(n)`` at first: where ``c`` has grown by some part from quarters of the data to halves, ``1 /
+    sqrt(2)`` of that part is added once more.
 
     Args:
         count: Number of units of the mean.
@@ -236,10 +237,11 @@ def noise_of_unit(
 
 def _shared(first: Tensor, second: Tensor, counts: Sequence[int]) -> list[int]:
     """Count the entries that the tops of both have in common, for several sizes."""
+    # What is zero is in no top: which zeros topk takes says nothing of them, and it takes the same ones from both.
     largest = max(counts)
     top, other = first.topk(largest).indices, second.topk(largest).indices
     order = torch.arange(largest, device=first.device)
     places = torch.full_like(first, largest, dtype=torch.int64)
-    places[other] = order
-    both = torch.maximum(places[top], order).sort().values
+    places[other] = order.masked_fill(second[other] == 0, largest)
+    both = torch.maximum(places[top], order.masked_fill(first[top] == 0, largest)).sort().values
     return torch.searchsorted(both, torch.tensor(counts, device=first.device)).tolist()

@@ -437,6 +437,7 @@ def _() -> dict[str, str]:
         "positions of norms": of_net,
         "another recipe": estimate(split(llama()), fk.SketchedFisher()),
         "checkpoint": estimate(split(llama()), checkpoint=folder / "part"),
+        "until": estimate(split(llama()), until=(0.9, 0.2)),
         "packed": estimate(packed),
         "experts": estimate(experts),
         "bare parameter": estimate(placed(Shard(0))),

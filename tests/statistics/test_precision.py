@@ -99,6 +99,31 @@ def test_every_kind_of_fisher_is_followed(kind):
         assert (entries.standard_errors > 0).any()
 
 
+def test_adapters_are_followed():
+    """Each batch on its own gives what it has added; its precision is none, so nothing of it is used here."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora).eval()
+    batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(1, 31, (10, 6)).split([3, 1, 2, 4])]
+    precision = fk.estimate(adapted, batches).precision
+    alone = [fk.estimate(adapted, [batch]) for batch in batches]
+    assert set(precision.entries) == set(alone[0])
+    assert all("lora_" in name for name in precision.entries)
+    units = torch.tensor([3.0, 1, 2, 4], dtype=torch.float64)[:, None]
+    for name, entries in precision.entries.items():
+        means = torch.stack([one[name].flatten().double() for one in alone])
+        mean = (units * means).sum(0) / 10
+        variance = (units * (means - mean).square()).sum(0) / 3
+        torch.testing.assert_close(entries.means, mean, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(entries.standard_errors, (variance / 10).sqrt(), rtol=1e-3, atol=1e-8)
+
+
 def test_other_recipes_and_a_single_batch_have_none():
     assert estimated(data(4, 4), fk.SketchedFisher(2)).precision is None
     assert estimated(data(4, 4), fk.GroupFisher(by="row")).precision is None
@@ -149,6 +174,19 @@ def test_the_noise_is_that_of_the_formula():
         assert 0.2 < h < 1
         expected.append(-NormalDist().inv_cdf(h / 2) / math.sqrt(1 / 3 + 1 / 5))
     assert noise_of_unit([(first, second)], [(3, 5)], [60, 200]) == pytest.approx(expected)
+
+
+def test_entries_that_no_example_has_reached_are_in_no_top():
+    """Such as rows of an embedding: equal zeros must not look like agreement."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.zeros(20_000)
+    values[torch.randperm(20_000, generator=generator)[:200]] = 1 + torch.rand(200, generator=generator)
+    precision = fed(values.expand(8, -1), [2] * 8).precision(Ranks())
+    assert precision.overlap(0.01) == 1
+    assert noise_of_unit([(values, values)], [(1, 1)], [400]) == [
+        pytest.approx(-NormalDist().inv_cdf(0.25) / math.sqrt(2))
+    ]
+    assert precision.overlap(0.2) < 0.3
 
 
 def test_equal_halves_promise_the_whole_top():

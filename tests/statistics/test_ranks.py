@@ -56,6 +56,11 @@ alone = {
 }
 parts = [part for first in range(2) for part in zip(*(one.split(4) for one in data[first:13:2]), strict=True)]
 of_the_same_batches = fk.estimate(model, parts, **options).precision
+wide = nn.Sequential(nn.Linear(4, 600), nn.Tanh(), nn.Linear(600, 3))
+one_by_one = [part for first in range(2) for part in zip(*(one.split(1) for one in data[first:12:2]), strict=True)]
+# the batches as two ranks count them: each has every second one
+ordered = [one_by_one[number // 2 + 6 * (number % 2)] for number in range(12)]
+of_wide = fk.estimate(wide, ordered, **options).precision
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 
 def dealt(rows=data, batch_size=4):
@@ -151,6 +156,12 @@ expected |= dict.fromkeys(["prepared", "prepared, one on other data"], "exact")
 expected |= {"accelerate, few": "three", "sketched": "exact"}  # with one example in a batch a sketch is exact
 report = {"failures": failures, "resumed": resumed, "precision": together["exact"].precision.plain()}
 report["precision of one"] = of_the_same_batches.plain()
+found = fk.estimate(wide, one_by_one[6 * rank : 6 * rank + 6], **options).precision
+report["noise"] = [one.plain()["noise"] for one in (found, of_wide)]
+report["entries"] = [
+    [one.entries["0.weight"].means.tolist(), one.entries["0.weight"].standard_errors.tolist()]
+    for one in (found, of_wide)
+]
 for name, found in together.items():
     truth = alone[expected.get(name, name)]
     gap = max((found.blocks[key] - one).abs().max() / one.abs().max() for key, one in truth.blocks.items())
@@ -242,6 +253,12 @@ def test_the_precision_is_that_of_the_batches_of_all_ranks(reports):
         ours, alone = report["precision"], report["precision of one"]
         assert (ours["count"], ours["batches"]) == (alone["count"], alone["batches"]) == (13, 4)
         assert ours["deviation"] == pytest.approx(alone["deviation"], rel=1e-4)
+        noise, noise_alone = (dict(one) for one in report["noise"])
+        assert noise == pytest.approx(noise_alone, rel=1e-3)
+        assert min(noise) == 0.02  # of 4,203 entries
+        (means, errors), (means_alone, errors_alone) = report["entries"]
+        assert means == pytest.approx(means_alone, rel=1e-4, abs=1e-12)
+        assert errors == pytest.approx(errors_alone, rel=1e-3, abs=1e-9)
         assert "until= is not built for several ranks, and there are 2" in report["failures"]["until"]
 
 

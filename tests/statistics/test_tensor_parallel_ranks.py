@@ -107,6 +107,7 @@ REFUSED = {
     "positions of norms": "unit='position' squares single positions",
     "another recipe": "SketchedFisher",
     "checkpoint": "checkpoint= is not built for sharded models",
+    "until": "until= is not built for sharded models",
     "packed": "split in interleaved pieces",
     "experts": "expert parallel",
     "bare parameter": "is a DTensor of a module that neither parallelize_module nor a tp_plan has split",
