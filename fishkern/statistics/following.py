@@ -95,18 +95,6 @@ def follows(estimator: Estimator) -> bool:
 
 
 def followed_bytes(total: int) -> int:
-    """Compute the memory that following takes.
-
-    Args:
-        total: Number of entries of the pool.
-
-    Returns:
-        Bytes: of each followed entry its place, its sum, its squares and its parts.
-    """
-    return min(total, MOST) * (torch.int64.itemsize + 2 * torch.float64.itemsize + _PARTS * torch.float32.itemsize)
-
-
-def followed_bytes(total: int) -> int:
     """Count the bytes that following takes during a pass.
 
     Args:
