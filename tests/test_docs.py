@@ -52,7 +52,7 @@ def blocks(page: Path) -> list[Block]:
     behind = [one[2] if one[1] == "text" else None for one in found[1:]] + [None for _ in found[-1:]]
     return [
         Block(page, text.count("\n", 0, one.start(2)) + 1, one[1], one[2], shown)
-        for one, shown in zip(found, behind, strict=True)
+        for one, shown in zip(found, behind, strict=False)
     ]
 
 

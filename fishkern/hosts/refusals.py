@@ -82,7 +82,7 @@ def sharded(model: nn.Module, *, fsdp2: bool = False, tensor_parallel: bool = Fa
             f"each process has some positions of every example (context parallel). {whole}, and estimate outside of it"
         )
     owned = set(FullySharded(model).parameters()) if fsdp2 else set()
-    if tensor_parallel and (reason := why_not_split(model, owned)):
+    if (tensor_parallel or owned) and (reason := why_not_split(model, owned)):
         return reason
     split = tensor_parallel and mesh_of(model) is not None
     if (size := getattr(base_model(unwrap(model)), "_tp_size", None) or 1) > 1 and not split:

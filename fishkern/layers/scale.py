@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import ClassVar
+from math import log10
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from fishkern.ops.scale_sum_grad_squared import Norm, scale_factors
 # would be as large as the derivative itself.
 _SAME_DERIVATIVE = 16  # in units of rounding
 _EPS = ("eps", "variance_epsilon", "epsilon")
+# Drawn inputs of a norm: so many rows, from small ones, beside which its eps shows, to ones as large as this.
+_ROWS, _LARGEST = 8, 1e4
+_POSITIONS = 3  # at most, and one more than the call has
 
 
 class Scale(Layer):
@@ -34,6 +38,7 @@ class Scale(Layer):
 
     reruns = True
     _coarsest = torch.float32  # norms compute in it even for float64 inputs
+    _linear: ClassVar[bool] = False  # whether the factor must not depend on the parameter, which training changes
 
     def covers(self, module: nn.Module) -> frozenset[str]:
         return frozenset(
@@ -44,7 +49,7 @@ class Scale(Layer):
 
     def confirms(self, call: Call, output: Tensor, names: frozenset[str]) -> frozenset[str]:
         parameters = own_parameters(call.module)
-        return frozenset(name for name in names if self._is_elementwise(call, output, name, parameters[name]))
+        return frozenset(name for name in names if self._is_elementwise(call, output, name, parameters))
 
     def per_example_grads(
         self, call: Call, output_grads: Tensor, names: frozenset[str]
@@ -57,17 +62,20 @@ class Scale(Layer):
 
     def _slope(self, call: Call, name: str, parameter: Tensor) -> Tensor:
         """``d output[n, t, i] / d w[i]``."""
-        return _derivative(call, name, torch.ones_like(parameter))
+        return _derivative(call, name, torch.ones_like(parameter), {name: parameter})
 
-    def _is_elementwise(self, call: Call, output: Tensor, name: str, parameter: Tensor) -> bool:
+    def _is_elementwise(self, call: Call, output: Tensor, name: str, values: Mapping[str, Tensor]) -> bool:
+        """Check one parameter, where the module has these values in the place of its parameters."""
+        parameter = values[name]
         if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[-1] != parameter.numel():
             return False
         # entries all different, and in no order: a shift or a permutation of features must not look like a scale
         direction = torch.linspace(0.5, 1.5, parameter.numel(), device=parameter.device).to(parameter.dtype)
         direction = direction[_shuffled(parameter.numel(), parameter.device)].view_as(parameter)
+        elsewhere = {**values, name: direction} if self._linear else values
         try:
-            by_ones = _derivative(call, name, torch.ones_like(parameter))
-            by_direction = _derivative(call, name, direction)
+            by_ones = _derivative(call, name, torch.ones_like(parameter), values)
+            by_direction = _derivative(call, name, direction, elsewhere)
         except (RuntimeError, NotImplementedError):
             return False  # no forward-mode derivative: the generic path needs none
         slope = self._slope(call, name, parameter)
@@ -78,31 +86,31 @@ class Scale(Layer):
 class RMSScale(Scale):
     """The factor is the module's only input over its root mean square, so that the module need not run once more.
 
-    That its ``eps`` is the one that the module has is checked on the call, and on smaller inputs, where it shows.
+    A call has too little to tell: its rows may have no mean or be one position each, an eps does not show beside large
+    values, and 16 bits hide what is small beside the largest feature. So the module also runs on drawn inputs of
+    another shape and many sizes, with drawn parameters, all of them float32 or float64.
     """
 
     # Where a module rounds float64 to float32, the factor that it has is not the one that is computed here.
     _coarsest = torch.float64
+    _linear = True
     _norm: ClassVar[Norm] = "rms"
 
     def covers(self, module: nn.Module) -> frozenset[str]:
-        return frozenset() if _eps(module) is None else super().covers(module)
+        has_state = next(module.buffers(), None) is not None
+        return frozenset() if has_state or _eps(module) is None else super().covers(module)
 
     def confirms(self, call: Call, output: Tensor, names: frozenset[str]) -> frozenset[str]:
-        if not names or call.module._forward_pre_hooks or not _has_one_input(call):
+        if not _is_plain(call, output) or call.input.shape != output.shape:
             return frozenset()
-        x = call.input
-        if not isinstance(output, Tensor) or (x.shape, x.dtype) != (output.shape, output.dtype):
-            return frozenset()
-        mean_square = x.to(accumulates_in(x.dtype)).square().mean()
-        small = replace(call, args=((x * (_eps(call.module) / mean_square).sqrt()).to(x.dtype),), kwargs={})
-        return super().confirms(small, output, super().confirms(call, output, names))
+        names = super().confirms(call, output, names)
+        return self._confirmed_on_drawn(call, names) if names else names
 
     def per_example_grads(
         self, call: Call, output_grads: Tensor, names: frozenset[str]
     ) -> Iterator[tuple[str, PerExampleGrads]]:
-        if not _has_one_input(call):  # as no call was that the rule was confirmed by
-            yield from super().per_example_grads(call, output_grads, names)
+        if not _is_plain(call, output_grads):  # as no call was that the rule was confirmed by
+            yield from Scale().per_example_grads(call, output_grads, names)
             return
         factors = Factors(call.input, self._norm, _eps(call.module), rounded_to=call.input.dtype)
         parameters = own_parameters(call.module)
@@ -110,11 +118,29 @@ class RMSScale(Scale):
             yield name, _products(output_grads, factors, parameters[name])
 
     def _slope(self, call: Call, name: str, parameter: Tensor) -> Tensor:
-        if not _has_one_input(call):
-            return super()._slope(call, name, parameter)
         x = call.input
         factors = scale_factors(x, accumulates_in(x.dtype), norm=self._norm, eps=_eps(call.module), rounded_to=x.dtype)
         return factors.to(x.dtype)
+
+    def _confirmed_on_drawn(self, call: Call, names: frozenset[str]) -> frozenset[str]:
+        """Check the names on a call with drawn values, see the class."""
+        generator = torch.Generator().manual_seed(0)
+        x, eps = call.input, _eps(call.module)
+        dtype = accumulates_in(x.dtype)
+        between = (min(size, _POSITIONS) + 1 for size in x.shape[1:-1])
+        drawn = 1 + torch.randn(_ROWS, *between, x.shape[-1], generator=generator, dtype=dtype)
+        sizes = torch.logspace(log10(max(eps, torch.finfo(dtype).tiny)) / 2 - 1, log10(_LARGEST), _ROWS, dtype=dtype)
+        drawn = (drawn * sizes.view(-1, *[1] * (x.ndim - 1))).to(x.device)
+        values = {
+            name: (0.5 + torch.rand(one.shape, generator=generator, dtype=dtype)).to(one.device)
+            for name, one in call.module.named_parameters()
+        }
+        args, kwargs = ((drawn,), {}) if call.args else ((), dict.fromkeys(call.kwargs, drawn))
+        call = replace(call, args=args, kwargs=kwargs)
+        try:
+            return frozenset(name for name in names if self._is_elementwise(call, drawn, name, values))
+        except Exception:  # any error of a module that does not take such inputs
+            return frozenset()
 
 
 class LayerNormScale(RMSScale):
@@ -126,12 +152,16 @@ class LayerNormScale(RMSScale):
 class Factor(Scale):
     """The output is the parameter times something. That factor is the output for all ones, which is far quicker."""
 
+    _linear = True
+
     def _slope(self, call: Call, name: str, parameter: Tensor) -> Tensor:
         return call.run({name: torch.ones_like(parameter)})
 
 
 class OnePlusFactor(Scale):
     """The output is ``1 + w`` times something, as in Gemma's norms. That factor is the output for all zeros."""
+
+    _linear = True
 
     def _slope(self, call: Call, name: str, parameter: Tensor) -> Tensor:
         return call.run({name: torch.zeros_like(parameter)})
@@ -150,17 +180,19 @@ def _eps(module: nn.Module) -> float | None:
     return next((value for value in values if isinstance(value, float)), None)
 
 
-def _has_one_input(call: Call) -> bool:
-    """Tell whether a call has nothing but one floating tensor."""
+def _is_plain(call: Call, output: Any) -> bool:
+    """Tell whether a call has nothing but one floating tensor, which no hook changes, and gives one of its dtype."""
     inputs = *call.args, *call.kwargs.values()
-    return len(inputs) == 1 and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point()
+    if len(inputs) != 1 or call.module._forward_pre_hooks or not all(isinstance(x, Tensor) for x in (*inputs, output)):
+        return False
+    return inputs[0].is_floating_point() and inputs[0].dtype == output.dtype
 
 
-def _derivative(call: Call, name: str, direction: Tensor) -> Tensor:
-    """Forward-mode derivative of the output along ``direction`` in one parameter."""
-    parameter = own_parameters(call.module)[name].detach()
+def _derivative(call: Call, name: str, direction: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """Forward-mode derivative of the output along ``direction`` in one parameter, at these values of parameters."""
+    values = {other: value.detach() for other, value in values.items()}
     with forward_ad.dual_level():  # inside torch.func.jvp no tensor could be made to require a gradient
-        output = call.run({name: _dual(parameter, direction)})
+        output = call.run(values | {name: _dual(values[name], direction)})
         tangent = forward_ad.unpack_dual(output).tangent
     return torch.zeros_like(output) if tangent is None else tangent
 
@@ -174,9 +206,13 @@ def _dual(parameter: Tensor, direction: Tensor) -> Tensor:
 
 def _equal(actual: Tensor, expected: Tensor, coarsest: torch.dtype) -> bool:
     """Tell whether two derivatives, not both zero, agree to the rounding of their dtype, or of a coarser one."""
-    scale = expected.abs().max()
-    eps = max(torch.finfo(dtype).eps for dtype in (actual.dtype, coarsest))
-    return bool(scale > 0) and bool((actual - expected).abs().max() <= _SAME_DERIVATIVE * eps * scale)
+    dtype = actual.dtype
+    # In 16 bits each feature has to agree beside its own largest value: in language models a few features are a hundred
+    # times larger than the others, and the rounding of those is as large as these.
+    of_features = expected.abs().flatten(0, -2).amax(0)
+    of_all = max(torch.finfo(one).eps for one in (accumulates_in(dtype), coarsest)) * of_features.max()
+    allowed = _SAME_DERIVATIVE * torch.maximum(torch.finfo(dtype).eps * of_features, of_all)
+    return bool(of_features.max() > 0) and bool(((actual - expected).abs() <= allowed).all())
 
 
 def _shuffled(count: int, device: torch.device) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fishkern.backend import Backend, choose
 from fishkern.ops._arguments import accumulator
@@ -90,9 +91,9 @@ def scale_factors(
         ``[..., D]``, of ``dtype``; the inputs themselves where nothing changes them.
     """
     factors = inputs.to(dtype)
-    if norm is not None:
-        if norm == "layer":
-            factors = factors - factors.mean(-1, keepdim=True)
+    if norm == "layer":
+        factors = F.layer_norm(factors, factors.shape[-1:], eps=eps)
+    elif norm == "rms":
         # the norm needs no tensor for the squares
         mean_square = torch.linalg.vector_norm(factors, dim=-1, keepdim=True).square_().div_(inputs.shape[-1])
         factors = factors * mean_square.add_(eps).rsqrt_()

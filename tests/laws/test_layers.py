@@ -380,6 +380,130 @@ def test_a_norm_by_its_values_alone():
     assert confirmed(rounded.float(), x)
 
 
+def by_rms(x: torch.Tensor, *axes: int, eps: float = 1e-6) -> torch.Tensor:
+    """The norm in float32, rounded to the dtype of its input, as those of language models are."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(axes or -1, keepdim=True) + eps)).to(x.dtype)
+
+
+class Resembling(nn.Module):
+    """A module with an eps that computes what ``run`` does."""
+
+    def __init__(self, run, weight: torch.Tensor, another: nn.Parameter | torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.weight, self.eps, self.run = nn.Parameter(weight), 1e-6, run
+        if isinstance(another, nn.Parameter):
+            self.another = another
+        elif another is not None:
+            self.register_buffer("another", another)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def with_a_large_feature(dtype: torch.dtype) -> torch.Tensor:
+    """Inputs as language models have them: their mean is beside one feature what a rounding of it to 16 bits is."""
+    x = torch.randn(2, 8, 256) + 0.5
+    x[..., 3] = 60.0
+    return x.to(dtype)
+
+
+def centred(x: torch.Tensor) -> torch.Tensor:
+    return (x.float() - x.float().mean(-1, keepdim=True)).to(x.dtype)
+
+
+# What is the norm of two examples with these weights, and is none of others, or with others.
+D = 64
+GROUPS = torch.randn(2, 8, D // 4, generator=torch.Generator().manual_seed(0)).repeat(1, 1, 4)
+RESEMBLING = {
+    "one position": (lambda m, x: m.weight * by_rms(x, 1, 2), torch.ones(D), None, lambda: torch.randn(2, 1, D)),
+    "no mean": (lambda m, x: m.weight * by_rms(centred(x)), torch.ones(D), None, lambda: centred(torch.randn(2, 8, D))),
+    "equal groups": (
+        lambda m, x: m.weight * by_rms(x.unflatten(-1, (4, -1))).flatten(-2), torch.ones(D), None, lambda: GROUPS,
+    ),
+    "nothing large": (lambda m, x: m.weight * by_rms(x.clamp(-100, 100)), torch.ones(D), None, lambda: GROUPS),
+    "another weight": (
+        lambda m, x: m.another * m.weight * by_rms(x), torch.ones(D), nn.Parameter(torch.ones(1)), lambda: GROUPS,
+    ),
+    "a buffer": (lambda m, x: m.another * m.weight * by_rms(x), torch.ones(D), torch.ones(1), lambda: GROUPS),
+    "exponential": (lambda m, x: m.weight.exp() * by_rms(x), torch.zeros(D), None, lambda: GROUPS),
+}  # fmt: skip
+
+
+def confirmed(rule: layers.Layer, module: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> bool:
+    call = layers.Call(module, args, kwargs, ("cpu", False, torch.bfloat16))
+    names = frozenset({"weight"}) & rule.covers(module)
+    return bool(rule.confirms(call, module(*args, **kwargs).detach(), names))
+
+
+@pytest.mark.parametrize("run, weight, another, make", RESEMBLING.values(), ids=RESEMBLING)
+def test_what_only_the_first_examples_make_a_norm(run, weight, another, make):
+    """A later batch, or a weight after training, would have a wrong factor, and nothing would show it."""
+    torch.manual_seed(0)
+    module, x = Resembling(run, weight, another), make()
+    slope = layers.RMSScale()._slope(layers.Call(module, (x,), {}, ("cpu", False, torch.bfloat16)), "weight", weight)
+    expected = run(module, x) if bool(weight.any()) else by_rms(x)  # its derivative, as the weight is all ones or zeros
+    torch.testing.assert_close(slope, expected.detach(), rtol=1e-4, atol=1e-4)
+    assert not confirmed(layers.RMSScale(), module, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_hide_no_mean_beside_a_large_feature(dtype):
+    """A layer norm was served as an RMS norm, and features that are coupled as ones that are not."""
+    x = with_a_large_feature(dtype)
+    norm = Resembling(lambda m, x: m.weight * by_rms(centred(x)), torch.ones(256)).to(dtype)
+    layer_norm = Resembling(lambda m, x: m.weight * by_rms(x.float() - x.float().mean(-1, keepdim=True)).to(x.dtype),
+                            torch.ones(256)).to(dtype)  # fmt: skip
+    for module in (norm, layer_norm):
+        assert not confirmed(layers.RMSScale(), module, x)
+    assert confirmed(layers.LayerNormScale(), layer_norm, x)
+    assert confirmed(layers.RMSScale(), Resembling(lambda m, x: m.weight * by_rms(x), torch.ones(256)).to(dtype), x)
+    coupled = Resembling(lambda m, x: centred(m.weight * x), torch.ones(256)).to(dtype)
+    assert not any(confirmed(rule, coupled, x) for rule in (layers.Factor(), layers.Scale()))
+
+
+def test_a_factor_is_one_for_every_weight():
+    """An exponential of zeros has the derivative of ``1 + w``, and has another after a step of training."""
+    module, x = Resembling(lambda m, x: m.weight.exp() * x, torch.zeros(5)), torch.randn(3, 7, 5)
+    assert not confirmed(layers.OnePlusFactor(), module, x)
+    assert confirmed(layers.Scale(), module, x)  # which takes the derivative anew in each call
+
+
+class ByKeyword(nn.Module):
+    """A norm whose input is not its first argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(5)), 1e-6
+
+    def forward(self, residual=None, *, x):
+        return self.weight * by_rms(x if residual is None else x + residual)
+
+
+def test_a_norm_that_is_called_by_keyword():
+    x = torch.randn(3, 7, 5)
+    assert confirmed(layers.RMSScale(), ByKeyword(), x=x)
+    refuses = Resembling(lambda m, x: m.weight * by_rms(x.reshape(3, 7, 5)), torch.ones(5))  # no other shape
+    assert not confirmed(layers.RMSScale(), refuses, x)
+
+
+def test_a_norm_that_gets_a_hook_or_another_dtype_later():
+    """It then runs once more, as a norm that was not recognised does."""
+    module, x = ByKeyword(), torch.randn(3, 7, 5)
+    names = frozenset({"weight"})
+
+    def first(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        call = layers.Call(module, (), {"x": x}, ("cpu", False, torch.bfloat16))
+        ((_, grads),) = layers.RMSScale().per_example_grads(call, torch.ones_like(x, dtype=dtype), names)
+        return grads.example(0)
+
+    hook = module.register_forward_pre_hook(lambda m, args, kwargs: (args, {"x": kwargs["x"] ** 3}), with_kwargs=True)
+    torch.testing.assert_close(first(x, x.dtype), by_rms(x**3)[0].sum(0))
+    hook.remove()
+    module.forward = lambda x: module.weight * by_rms(x.float())
+    torch.testing.assert_close(first(x.bfloat16(), torch.float32), by_rms(x.bfloat16().float())[0].sum(0))
+
+
 def test_a_layer_that_is_the_whole_model():
     """Its parameters have no path before their names."""
 

@@ -203,10 +203,13 @@ def _() -> dict[str, Any]:
 
 
 @case("both")
-def _() -> str:
+def _() -> list[str]:
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "model"))
     model = fully_shard(split(llama(), mesh=mesh["model"]), mesh=mesh["data"])
-    return refusal(lambda: fk.estimate(model, in_batches(data())))
+    return [
+        refusal(lambda: fk.estimate(model, in_batches(data()))),
+        refusal(lambda: fk.verify(model, in_batches(data()))),
+    ]
 
 
 def refusal(run: Callable[[], Any]) -> str:

@@ -134,6 +134,5 @@ def test_two_teams_count_each_example_once(four, case):
 @pytest.mark.slow
 def test_fsdp2_beside_tensor_parallel_is_refused_by_name(four):
     for report in four:
-        assert (
-            "FSDP2 shards the model, and model.layers.0.self_attn.q_proj is split by tensor parallel" in report["both"]
-        )
+        for said in report["both"]:
+            assert "FSDP2 shards the model, and model.embed_tokens is split by tensor parallel" in said
