@@ -128,7 +128,7 @@ def planning(case: Workload, budget: str) -> Record:
     parts = whole.parts(budget)
     seconds = time.process_time() - began
     heaviest = max(parts, key=lambda part: sum(whole.state_bytes[name] for name in part))
-    planned = fk.plan(model, batch, parameters=heaviest)
+    planned = fk.plan(model, batch, parameters=heaviest, parts=[heaviest])
     figures = {
         "budget_mib": float(budget.removesuffix("GiB")) * 1024,
         "planned_weights_mib": whole.weight_bytes / MIB,

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("transformers")
 from benchmarks.cases import parts
 from benchmarks.engine.process import in_process
-from benchmarks.subjects.transformers import LLAMA_TINY, Workload
+from benchmarks.subjects.transformers import LLAMA_TINY, Shape, Workload
 
 SMALL = Workload(LLAMA_TINY, T=7, N=2, batches=1)
 
@@ -17,12 +17,15 @@ SMALL = Workload(LLAMA_TINY, T=7, N=2, batches=1)
 def test_figures_of_planning():
     figures = parts.planning(replace(SMALL, device="meta"), "1GiB")
     assert figures["passes"] == 1
-    assert figures["plan_mib"] == figures["one_pass_plan_mib"] <= figures["budget_mib"] == 1024
+    # a single pass also follows entries for its precision, 56 bytes for each
+    followed = 56 * figures["parameters"] / 2**20
+    assert figures["one_pass_plan_mib"] == pytest.approx(figures["plan_mib"] + followed, abs=0.1)
+    assert figures["one_pass_plan_mib"] <= figures["budget_mib"] == 1024
 
 
 @pytest.mark.slow
 def test_a_limit_that_ends_one_pass():
-    shape = replace(LLAMA_TINY, vocabulary=60_000, hidden=512)
+    shape = Shape(layers=16, hidden=512, intermediate=1376, vocabulary=2000, heads=8, key_heads=4)
     figures = in_process("benchmarks.cases.parts:measured", Workload(shape, T=4, N=2, batches=1), seconds=600)
     assert "allocate" in figures["one_pass"]
     assert figures["passes"] > 1
