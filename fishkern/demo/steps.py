@@ -161,6 +161,7 @@ def _tune(console: Console, model: nn.Module, steps: int, seed: int, folder: Pat
         arms = compare(model, steps, seed, report)
     path = fk.delta(arms[FISHER].model, arms[FISHER].selection).save(folder / "delta.safetensors")
     console.print(comparison_table(arms, path.stat().st_size))
+    console.print("   state: the optimizer's; before, after: bits per byte of held-out source")
     tuned = copy.deepcopy(model)
     fk.apply_delta(tuned, fk.Delta.load(path))
     if not all(map(torch.equal, tuned.parameters(), arms[FISHER].model.parameters())):

@@ -85,7 +85,7 @@ def comparison_table(arms: dict[str, Arm], delta_bytes: int) -> Table:
     """
     table = Table()
     table.add_column("trained", no_wrap=True)
-    for heading in ("entries", "optimizer state", "file to keep", "bits per byte before", "after"):
+    for heading in ("entries", "state", "file", "before", "after"):  # all of it within 80 columns
         table.add_column(heading, justify="right")
     for name, arm in arms.items():
         parameters = list(arm.model.parameters())
