@@ -15,11 +15,9 @@ from torch.utils.data import DataLoader
 
 import fishkern as fk
 from tests.statistics import sharded_program as program
-from tests.statistics.sharded_program import CASES, case, data, dealt, like_whole, llama, main, mesh, sharded
+from tests.statistics.sharded_program import CASES, case, data, dealt, like_whole, llama, mesh, sharded
 from tests.support import zoo
 from tests.support.oracle import next_token, squares_one_by_one, worst_error
-
-__all__ = ["main"]
 
 
 def in_units(model: nn.Module) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -31,18 +30,6 @@ from tests.support.oracle import next_token, squares_one_by_one, worst_error
 
 CASES: dict[str, Callable[[], Any]] = {}
 rank, world, folder = 0, 1, Path()
-
-
-def main(own_rank: int, count: int, into: str, names: list[str]) -> None:
-    """Run cases as one of several processes, and write what came."""
-    global rank, world, folder
-    rank, world, folder = own_rank, count, Path(into)
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    report = {name: CASES[name]() for name in names}
-    (folder / f"{rank}.json").write_text(json.dumps(report))
-    dist.destroy_process_group()  # its threads, still running as the interpreter exits, would now and then abort it
 
 
 def case(name: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:

@@ -16,10 +16,8 @@ import fishkern as fk
 from fishkern.statistics import sharded_sketch, shards
 from fishkern.statistics.streams import uniform
 from tests.statistics import sharded_program as program
-from tests.statistics.sharded_program import CASES, case, data, dealt, like_whole, llama, main, mesh, sharded
+from tests.statistics.sharded_program import CASES, case, data, dealt, like_whole, llama, mesh, sharded
 from tests.support.oracle import next_token, squares_one_by_one, worst_error
-
-__all__ = ["main"]
 
 
 @case("groups")

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from tests.statistics.test_sharded_ranks import launched
+from tests.support.ranks import launched
 
 PROGRAM = "tests.statistics.sharded_families"
 QUICK = ["parameter as input", "unit that runs twice", "family t5"]
@@ -28,7 +28,7 @@ LOOPED = {
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> list[dict]:
-    return launched(2, tmp_path_factory.mktemp("quick"), QUICK, PROGRAM)
+    return launched(PROGRAM, 2, tmp_path_factory.mktemp("quick"), QUICK)
 
 
 @pytest.mark.parametrize("case", ["parameter as input", "unit that runs twice"])
@@ -50,7 +50,7 @@ def test_a_host_with_units_inside_is_left_to_the_slow_path(quick):
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> list[dict]:
     cases = [*(f"family {kind}" for kind in FAMILIES), *UNUSUAL, *ACCELERATE]
-    return launched(2, tmp_path_factory.mktemp("many"), cases, PROGRAM)
+    return launched(PROGRAM, 2, tmp_path_factory.mktemp("many"), cases)
 
 
 @pytest.mark.slow

@@ -2,54 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
+from tests.support.ranks import launched
 
-ROOT = Path(__file__).parents[2]
-# The imports take longer than most cases, so all ranks are forked from one process after them.
-LAUNCH = """
-import os, signal, sys
-from importlib import import_module
-
-program = import_module(sys.argv[1])
-world, folder, cases = int(sys.argv[2]), sys.argv[3], sys.argv[4:]
-others = []
-rank = 0
-for number in range(1, world):
-    if not (child := os.fork()):
-        rank = number
-        break
-    others.append(child)
-try:
-    program.main(rank, world, folder, cases)
-except BaseException:
-    for child in others if rank == 0 else ():
-        os.kill(child, signal.SIGKILL)
-    raise
-if rank == 0:
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in others))
-"""
-
-
-def launched(
-    world: int, folder: Path, cases: Sequence[str], program: str = "tests.statistics.sharded_program"
-) -> list[dict]:
-    """Run cases of a program in as many processes; what each process reports of each case."""
-    python = [sys.executable, "-W", "error::UserWarning:fishkern"]
-    command = [*python, "-c", LAUNCH, program, str(world), str(folder), *cases]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
-
-
+PROGRAM = "tests.statistics.sharded_program"
 MORE = ["checkpointed", "checkpointed reentrantly", "checkpointed by torch", "lora", "lora, all", "positions", "gated"]
 MORE += ["mc", "packed", "experts", "pairs", "large logits"]
 PLANTED = ["no reduction, unchecked", "mean, unchecked"]
@@ -70,7 +29,7 @@ def two(tmp_path_factory) -> list[dict]:
         "no reduction",
         *PLANTED,
     ]
-    return launched(2, tmp_path_factory.mktemp("two"), cases)
+    return launched(PROGRAM, 2, tmp_path_factory.mktemp("two"), cases)
 
 
 @pytest.mark.parametrize("case", ["whole", "tied, in blocks", "unequal", "judged alike"])
@@ -145,7 +104,7 @@ def test_the_self_check_sees_a_planted_error_and_autograd_takes_over(two):
 @pytest.fixture(scope="module")
 def three(tmp_path_factory) -> list[dict]:
     cases = ["whole", "tied, in blocks", "kept", "offloaded", "units of their own", *MORE, "files"]
-    return launched(3, tmp_path_factory.mktemp("three"), cases)
+    return launched(PROGRAM, 3, tmp_path_factory.mktemp("three"), cases)
 
 
 @pytest.mark.slow
@@ -171,7 +130,7 @@ def four(tmp_path_factory) -> list[dict]:
         "replicated twice, unchecked",
         "mixed, replicated",
     ]
-    return launched(4, tmp_path_factory.mktemp("four"), [*cases, "generic", "looped, replicated"])
+    return launched(PROGRAM, 4, tmp_path_factory.mktemp("four"), [*cases, "generic", "looped, replicated"])
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from tests.statistics.test_sharded_ranks import launched
+from tests.support.ranks import launched
 
 PROGRAM = "tests.statistics.sharded_recipes"
 QUICK = ["groups, looped", "refusals", "sketch", "sketch, mean", "sketch, unreached", "sketch, ignored in 16 bits"]
@@ -16,7 +16,7 @@ SKETCHES = ["sketch, ignored parameters", "sketch, checkpointed reentrantly", "s
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> list[dict]:
-    return launched(2, tmp_path_factory.mktemp("quick"), QUICK, PROGRAM)
+    return launched(PROGRAM, 2, tmp_path_factory.mktemp("quick"), QUICK)
 
 
 def test_groups_of_a_weight_on_the_slow_path(quick):
@@ -57,7 +57,7 @@ def test_what_is_not_computed_on_shards_is_refused_by_name(quick):
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> list[dict]:
     cases = ["groups", "groups, no reduction", "all labels", *SKETCHES, "sketch, training"]
-    return launched(2, tmp_path_factory.mktemp("many"), cases, PROGRAM)
+    return launched(PROGRAM, 2, tmp_path_factory.mktemp("many"), cases)
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_sums_over_groups_are_those_of_the_loop(many):
 
 @pytest.mark.slow
 def test_groups_and_sketches_count_each_example_of_replicas_once(tmp_path):
-    for report in launched(4, tmp_path, ["groups, replicated", "sketch, replicated"], PROGRAM):
+    for report in launched(PROGRAM, 4, tmp_path, ["groups, replicated", "sketch, replicated"]):
         assert all(error < 2e-7 for error in report["groups, replicated"].values())
         assert report["sketch, replicated"] < 1e-6
 

@@ -24,7 +24,8 @@ def launched(program: str, world: int, folder: Path, cases: Sequence[str]) -> li
     """Run cases in as many processes.
 
     Args:
-        program: A module whose ``CASES`` are functions without arguments; it gets ``rank``, ``world`` and ``folder``.
+        program: A module whose ``CASES`` are functions without arguments. It gets ``rank``, ``world`` and ``folder``,
+            and so does a module to whose ``CASES`` it adds.
         world: How many processes.
         folder: An empty one, which all of them see.
         cases: Which cases, one after the other.
@@ -59,7 +60,8 @@ def fork(program: str, count: str, folder: str, *cases: str) -> None:
 
 
 def _run(module: Any, rank: int, world: int, folder: Path, cases: Sequence[str]) -> None:
-    module.rank, module.world, module.folder = rank, world, folder
+    for one in [one for one in sys.modules.values() if getattr(one, "CASES", None) is module.CASES]:
+        vars(one).update(rank=rank, world=world, folder=folder)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
