@@ -2,7 +2,7 @@
 
 from fishkern.layers.adapted_experts import AdaptedExperts
 from fishkern.layers.as_found import as_found
-from fishkern.layers.base import Call, Layer, own_parameters
+from fishkern.layers.base import Call, Layer, own_parameters, positions
 from fishkern.layers.capture import Capture
 from fishkern.layers.columns import Columns, columns_of
 from fishkern.layers.convolution import Convolution
@@ -125,6 +125,7 @@ __all__ = [
     "linear_maps",
     "of_part",
     "own_parameters",
+    "positions",
     "scored_tensors",
     "served_by_rule",
     "stored_weights",

@@ -1,4 +1,4 @@
-"""The layer rules in order, and which of them give the gradients of a site as activations and output gradients."""
+"""Which rule serves a module, and which rules give the gradients of a site as activations and output gradients."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ LAYERS: tuple[Layer, ...] = (
 )  # fmt: skip
 """The rules, first match first. A new kind of layer is one more entry."""
 
+OWN = "fishkern_layer"
+"""Name of the attribute by which a module, or its class, brings a rule of its own."""
+
 
 def rules_for(module: nn.Module) -> tuple[Layer, ...]:
     """List the rules that may serve a module.
@@ -32,9 +35,24 @@ def rules_for(module: nn.Module) -> tuple[Layer, ...]:
         module: Any module.
 
     Returns:
-        Those of modules that several processes compute together, if it is one; else :data:`LAYERS`.
+        Those of modules that several processes compute together, if it is one; else :data:`LAYERS`, after the rule that
+        the module brings itself.
+
+    Raises:
+        TypeError: What it brings is not a :class:`Layer`.
     """
-    return LAYERS if hosts.split_of(module) is None else SPLIT_LAYERS
+    if hosts.split_of(module) is not None:
+        return SPLIT_LAYERS
+    own = getattr(module, OWN, None)
+    if own is None:
+        return LAYERS
+    if not isinstance(own, Layer):
+        given = own.__name__ if isinstance(own, type) else type(own).__name__
+        raise TypeError(
+            f"{OWN} of a {type(module).__name__} must be an instance of a fishkern.layers.Layer, got "
+            f"{'the class ' if isinstance(own, type) else ''}{given}."
+        )
+    return (own, *LAYERS)
 
 
 def rule_of(module: nn.Module) -> Layer | None:

@@ -14,7 +14,7 @@ from fishkern import hosts
 from fishkern.layers.base import Layer
 from fishkern.layers.grads import OuterProductGrads
 from fishkern.layers.hooks import Arrival, Hooks
-from fishkern.layers.rules import LAYERS
+from fishkern.layers.rules import rules_for
 from fishkern.layers.site import Site
 from fishkern.layers.unsupported import UnsupportedModuleError, leave_out
 from fishkern.names import without_wrappers
@@ -74,4 +74,4 @@ def _sites(model: nn.Module, names: frozenset[str]) -> tuple[list[Site], set[str
 
 def _rule(module: nn.Module) -> Layer | None:
     """Find the rule of a module that needs no call to confirm it."""
-    return next((one for one in LAYERS if one.covers(module) and type(one).confirms is Layer.confirms), None)
+    return next((one for one in rules_for(module) if one.covers(module) and type(one).confirms is Layer.confirms), None)

@@ -6,6 +6,7 @@ from fishkern.ops.group_sum_grad_squared import group_sum_grad_squared
 from fishkern.ops.log_histogram import log_histogram
 from fishkern.ops.masked_adamw import masked_adamw_
 from fishkern.ops.masked_sgd import masked_sgd_
+from fishkern.ops.masked_update import masked_update_
 from fishkern.ops.project_sum_squared import project_sum_squared
 from fishkern.ops.scale_sum_grad_squared import scale_sum_grad_squared
 from fishkern.ops.streaming_topk import streaming_topk
@@ -20,6 +21,7 @@ __all__ = [
     "log_histogram",
     "masked_adamw_",
     "masked_sgd_",
+    "masked_update_",
     "project_sum_squared",
     "scale_sum_grad_squared",
     "streaming_topk",

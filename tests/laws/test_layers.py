@@ -646,3 +646,51 @@ def test_the_rows_of_a_tied_embedding_complete_the_squares_of_its_head(sizes, se
     squares = (head_terms.sum(1) + table_terms.sum(1)).square().sum(0)
     assert torch.equal(total, 1 + squares)
     assert_groups((head, tied), squares)
+
+
+class Scaled(nn.Module):
+    def __init__(self, rule: object) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 5))
+        self.fishkern_layer = rule
+
+    def forward(self, x):
+        return x @ self.weight.T / 2
+
+
+class OfScaled(layers.Layer):
+    def __init__(self, factor: float = 0.5) -> None:
+        self.factor = factor
+
+    def covers(self, module):
+        return frozenset({"weight"})
+
+    def gives_factors(self, name):
+        return True
+
+    def per_example_grads(self, call, output_grads, names):
+        scaled = layers.positions(output_grads) * self.factor
+        yield "weight", layers.OuterProductGrads(layers.positions(call.input), scaled, call.module.weight.shape)
+
+
+def test_a_module_brings_its_own_rule():
+    """It comes before those of fishkern, serves what reads factors, and is compared with autograd as they are."""
+    torch.manual_seed(0)
+    batches = [(torch.randn(4, 5), torch.randint(3, (4,)))]
+    classes = dict(likelihood=fk.Classification())
+    exact = fk.estimate(nn.Sequential(Scaled(None)), batches, **classes)
+    assert exact.coverage["0.weight"].path == "generic"
+    module = nn.Sequential(Scaled(OfScaled()))
+    statistics = fk.estimate(module, batches, **classes)
+    assert statistics.coverage["0.weight"].path == "fused"
+    assert fk.verify(module, batches, statistics, **classes).ok
+    norms = fk.estimate(module, batches, fk.InputNorms(), parameters="0.weight", **classes)
+    torch.testing.assert_close(norms["0.weight"], batches[0][0].square().mean(0))
+    wrong = nn.Sequential(Scaled(OfScaled(1.0)))
+    with pytest.warns(UserWarning, match="weight"):
+        corrected = fk.estimate(wrong, batches, **classes)
+    assert corrected.coverage["0.weight"].path == "loop"
+    assert fk.verify(wrong, batches, corrected, **classes).ok
+    for rule, what in ((OfScaled, "the class OfScaled"), ("rule", "got str")):
+        with pytest.raises(TypeError, match=f"fishkern_layer of a Scaled must be an instance.*{what}"):
+            fk.estimate(nn.Sequential(Scaled(rule)), batches, **classes)
