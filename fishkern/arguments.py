@@ -158,6 +158,50 @@ def number(value: Any, name: str) -> float:
     return plain
 
 
+def several(value: Iterable[Any], name: str) -> list[Any]:
+    """Check that an argument holds several values, and list them.
+
+    Args:
+        value: Anything that can be gone through but a text.
+        name: Of the argument, for the message.
+
+    Returns:
+        The values.
+
+    Raises:
+        TypeError: It is one value.
+    """
+    single = isinstance(value, str | bytes) or (isinstance(value, Tensor) and not value.ndim)
+    if single or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be several, such as a list, got {value!r}.")
+    return list(value)
+
+
+def weights_of(value: Iterable[Any], count: int, things: str, name: str = "weights") -> list[float]:
+    """Check the weights of a mean and convert them to plain ``float``.
+
+    Args:
+        value: One for each of what is averaged, at least 0 and not all of them 0.
+        count: How many there must be.
+        things: What they weigh, for the message, such as ``"models"``.
+        name: Of the argument, for the message.
+
+    Returns:
+        The weights.
+
+    Raises:
+        TypeError: It is one number, or one of them is none.
+        ValueError: There are more or fewer, or one is out of range.
+    """
+    weights = [number(weight, name) for weight in several(value, name)]
+    if len(weights) != count or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise ValueError(
+            f"{name} must be one number of at least 0 for each of the {count} {things}, not all of them 0; got "
+            f"{weights}."
+        )
+    return weights
+
+
 def positive(value: Any, name: str) -> float:
     """Check a positive number and convert it to a plain ``float``.
 

@@ -18,7 +18,9 @@ from fishkern.arguments import (
     one_of,
     patterns_of,
     positive,
+    several,
     share_of,
+    weights_of,
 )
 
 
@@ -46,6 +48,13 @@ def test_fractions_of_any_library_become_plain(half):
         (ValueError, lambda: fraction_of(float("nan")), "density must be above 0 and at most 1, got nan"),
         (TypeError, lambda: fraction_of(True), "density must be a number, got True"),
         (TypeError, lambda: number(torch.tensor(True), "margin"), r"margin must be a number, got tensor\(True\)"),
+        (TypeError, lambda: several(4, "bits"), "bits must be several, such as a list, got 4"),
+        (TypeError, lambda: several("48", "bits"), "bits must be several, such as a list, got '48'"),
+        (TypeError, lambda: several(torch.tensor(4), "bits"), r"bits must be several, .* got tensor\(4\)"),
+        (TypeError, lambda: weights_of(5, 2, "models"), "weights must be several, such as a list, got 5"),
+        (TypeError, lambda: weights_of(["a", 1], 2, "models"), "weights must be a number, got 'a'"),
+        (ValueError, lambda: weights_of([1], 2, "models"), r"for each of the 2 models, .* got \[1.0\]"),
+        (ValueError, lambda: weights_of([1, float("nan")], 2, "models"), r"got \[1.0, nan\]"),
         (ValueError, lambda: at_least(1, 0, "rank"), "rank must be at least 1, got 0"),
         (ValueError, lambda: positive(float("inf"), "lr"), "lr must be a positive number, got inf"),
         (ValueError, lambda: share_of(1.5, "decay"), "decay must be from 0 to 1, got 1.5"),

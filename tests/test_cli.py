@@ -13,7 +13,9 @@ from tests.support.command import command, fresh_each, refused
 
 pytest.importorskip("typer")
 
-COMMANDS = ("estimate", "verify", "select", "tune", "show", "doctor", "demo")
+COMMANDS = (
+    "estimate", "plan", "verify", "select", "show", "ranks", "init", "tune", "merge", "export", "doctor", "demo",
+)  # fmt: skip
 
 
 def test_version(capsys):

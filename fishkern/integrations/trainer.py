@@ -23,6 +23,7 @@ from fishkern.integrations.reducing import attach_for_training, saved_reduction
 from fishkern.layers import UnsupportedModuleError
 from fishkern.optim import MaskedAdamW, MaskedOptimizer
 from fishkern.selection import Rule, Selection, select
+from fishkern.selection.result import check_selection
 from fishkern.statistics import estimate
 from fishkern.tokens import TokenReduction
 from fishkern.tokens.recipe import FILE as REDUCTION
@@ -87,9 +88,13 @@ class FisherCallback(TrainerCallback):
     Args:
         selection: The entries that are trained when training starts.
         reduction: Which image tokens the model drops, in training and afterwards.
+
+    Raises:
+        TypeError: It is no selection.
     """
 
     def __init__(self, selection: Selection, reduction: TokenReduction | None = None) -> None:
+        check_selection(selection)
         self._selection, self._reduction = selection, reduction
         self._optimizer: MaskedOptimizer | None = None
         self._max_grad_norm: float | None = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.arguments import number, patterns_of
+from fishkern.arguments import number, patterns_of, weights_of
 from fishkern.files import PIECE, AnyTensor
 from fishkern.layers import UnsupportedModuleError, is_stored
 from fishkern.methods.weighted_means import Equal, Merged
@@ -223,13 +223,7 @@ def _state_of(model: nn.Module) -> _State:
 def _shares(parts: Sequence[Part], weights: Sequence[float] | None) -> list[float]:
     if weights is None:
         return [1.0] * len(parts)
-    shares = [number(weight, "weights") for weight in weights]
-    if len(shares) != len(parts) or not all(0 <= share < math.inf for share in shares) or not any(shares):
-        raise ValueError(
-            f"weights must be one number of at least 0 for each of the {len(parts)} models, not all of them 0; got "
-            f"{shares}."
-        )
-    return shares
+    return weights_of(weights, len(parts), "models")
 
 
 def _check_definitions(parts: Sequence[Part]) -> None:

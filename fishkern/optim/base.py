@@ -29,6 +29,7 @@ from fishkern.optim.state_dict import loaded, loaded_frozen, whole_state
 from fishkern.selection import Entries, Selection, check_start
 from fishkern.selection.agreement import check_on_shards
 from fishkern.selection.local import own_entries
+from fishkern.selection.result import check_selection
 from fishkern.statistics.shards import Ranks
 from fishkern.warning import warn_caller
 
@@ -107,7 +108,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         fused_on: Types of device on which torch's fused update runs; on others nothing is fused.
 
     Raises:
-        TypeError: A parameter has no name.
+        TypeError: A parameter has no name, or what is given is no selection.
         ValueError: Selection and parameters do not fit, a trainable parameter is outside the pool, a selected one is
             frozen, nothing would move, or an option is out of range.
         UnsupportedModuleError: A model is given that, as it is, does not see PEFT's prefix, or is sharded by other
@@ -134,6 +135,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         fused: bool | None = None,
     ) -> None:
         one_of(outside, OUTSIDE, "outside")
+        check_selection(selection)
         self._check_options(defaults)
         self.selection, self.grad_norm, self._at_start = selection, None, True
         self._settings: dict[str, Any] = {
@@ -304,6 +306,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             ValueError: The pool is another one, the selection selects from a parameter that somebody else froze, or
                 nothing would require a gradient any more.
         """
+        check_selection(selection)
         if self._released is not None and self._released.grads:
             raise RuntimeError("released gradients wait for a step: call reselect after step() or zero_grad().")
         check_on_shards(selection, (parameter for _, parameter in self._named()))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.arguments import at_least
+from fishkern.arguments import at_least, several
 from fishkern.layers import UnsupportedModuleError
 from fishkern.names import listed
 from fishkern.report.grouped import Grouped
@@ -92,7 +92,7 @@ def sensitivity(
     """
     if reason := hosts.sharded(hosts.unwrap(model)):
         raise UnsupportedModuleError(f"{reason}.")
-    bits = [at_least(2, one, "bits") for one in bits]
+    bits = [at_least(2, one, "bits") for one in several(bits, "bits")]
     own = hosts.named_parameters(model, remove_duplicate=False)
     if missing := [name for name in statistics if name not in own]:
         raise ValueError(f"{type(model).__name__} has no parameter {listed(missing)}: give statistics of this model.")

@@ -190,6 +190,7 @@ def delta(model: nn.Module, selection: Selection) -> Delta:
         The values on the CPU, in the model's dtypes.
 
     Raises:
+        TypeError: What is given is no selection.
         ValueError: The selection does not fit the model.
         RuntimeError: Ranks that shard the model have different selections.
     """
@@ -217,10 +218,13 @@ def apply_delta(model: nn.Module, delta: Delta, *, check: bool = True) -> Delta:
         The values that were there before.
 
     Raises:
+        TypeError: It is no delta.
         ValueError: Names, shapes, dtypes, or the values that are not selected, are not those of the model that the
             delta was taken from.
         RuntimeError: Ranks that shard the model have deltas of different entries.
     """
+    if not isinstance(delta, Delta):
+        raise TypeError(f"expected a fishkern.Delta, as fishkern.delta gives, got {type(delta).__name__}.")
     selection = delta.selection
     named = agreed_tensors(model, selection)
     selection.check(model)

@@ -8,7 +8,7 @@ from torch import nn
 from fishkern import hosts
 from fishkern.layers import UnsupportedModuleError, is_stored, stored_weights
 from fishkern.names import listed
-from fishkern.selection.result import Selection
+from fishkern.selection.result import Selection, check_selection
 from fishkern.selection.start import named_tensors
 
 
@@ -24,10 +24,12 @@ def prune_(model: nn.Module, selection: Selection) -> None:
         selection: What becomes zero.
 
     Raises:
+        TypeError: What is given is no selection.
         ValueError: The selection does not fit the model.
         UnsupportedModuleError: The model's parameters are sharded; a selected weight is quantised; or PEFT has merged
             an adapter into it, so that unmerging would change the zeros.
     """
+    check_selection(selection)
     plain = hosts.unwrap(model)
     if reason := hosts.sharded(plain):
         raise UnsupportedModuleError(f"{reason}.")

@@ -447,6 +447,7 @@ class Selection(Frozen):
         return {name: ours.shared(other._entries[name]) for name, ours in self._entries.items() if name in other}
 
     def _check_shapes(self, other: Selection) -> None:
+        check_selection(other)
         if self.is_sharded != other.is_sharded:
             raise ValueError(
                 "one selection has this rank's entries alone, and the other one those of all ranks: give "
@@ -458,6 +459,22 @@ class Selection(Frozen):
                     f"{name} is {tuple(shape)} in one selection and {tuple(theirs)} in the other: they are not of one "
                     "model."
                 )
+
+
+def check_selection(value: Any) -> None:
+    """Refuse what is no selection, where one is expected.
+
+    Args:
+        value: What was given.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(value, Selection):
+        raise TypeError(
+            f"expected a fishkern.Selection, got {type(value).__name__}: scores become one by fishkern.select(scores, "
+            "rule), with a rule such as fishkern.GlobalTopK(density=0.005)."
+        )
 
 
 def _jaccard(shared: int, ours: int, theirs: int) -> float:

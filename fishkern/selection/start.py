@@ -29,7 +29,7 @@ from fishkern.files import (
 from fishkern.names import fitted
 from fishkern.selection.agreement import check_on_shards
 from fishkern.selection.local import own_entries, without
-from fishkern.selection.result import Selection
+from fishkern.selection.result import Selection, check_selection
 
 FORMAT = Format("fishkern.start", version=1, saved_by="fishkern.selection.save_start")
 
@@ -214,8 +214,10 @@ def agreed_tensors(model: nn.Module, selection: Selection) -> dict[str, Tensor]:
         As :func:`named_tensors`.
 
     Raises:
+        TypeError: It is no selection.
         RuntimeError: Ranks that shard the model have different selections.
     """
+    check_selection(selection)
     named = named_tensors(model)
     check_on_shards(selection, named.values())
     return named

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from fishkern.arguments import weights_of
 from fishkern.names import listed
 from fishkern.statistics.held import Held
 
@@ -80,13 +80,7 @@ def _shares(parts: Sequence[Held], weights: Sequence[float] | None) -> list[floa
     """Return the weight of each part."""
     if weights is None:
         return [part.count for part in parts]
-    shares = [float(weight) for weight in weights]
-    if len(shares) != len(parts) or not all(0 <= share < math.inf for share in shares) or not any(shares):
-        raise ValueError(
-            f"weights must be one number of at least 0 for each of the {len(parts)} statistics, not all of them 0; "
-            f"got {shares}."
-        )
-    return shares
+    return weights_of(weights, len(parts), "statistics")
 
 
 def check_definitions(a: Held, b: Held, do: str, apart_from: Sequence[str] = ()) -> None:
