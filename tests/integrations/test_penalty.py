@@ -12,10 +12,13 @@ from torch import nn
 import fishkern as fk
 from tests.integrations.test_trainer import SHORT, Rows, values
 from tests.support import zoo
+from tests.support.ranks import launched
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from fishkern.integrations.penalty import FILE, PenaltyMixin  # noqa: E402
+
+PROGRAM = "tests.integrations.penalty_program"
 
 
 class PenaltyTrainer(PenaltyMixin, transformers.Trainer): ...
@@ -145,3 +148,17 @@ def test_what_is_refused(tmp_path):
     for wrong in (None, lambda: 0, fk.QuadraticPenalty):
         with pytest.raises(TypeError, match=r"penalty must be a penalty such as fishkern.QuadraticPenalty"):
             trainer(tmp_path, model, wrong)
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_steps_of_one(tmp_path):
+    """Under DistributedDataParallel the penalty counts once, not once for each rank, also over several batches."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    (one,) = launched(PROGRAM, 1, tmp_path / "one", ["one batch", "two batches"])
+    two = launched(PROGRAM, 2, tmp_path / "two", ["one batch", "two batches"])
+    assert two[0] == two[1]
+    for case, values_of_one in one.items():
+        assert values_of_one[-1] > 1e-4  # the penalty has something to say
+        torch.testing.assert_close(torch.tensor(two[0][case]), torch.tensor(values_of_one), rtol=1e-4, atol=1e-4)
+    assert abs(one["one batch"][0] - one["two batches"][0]) < 1e-3  # the same steps, in other batches
