@@ -46,6 +46,7 @@ WITHOUT = {
     "pairs": "a few numbers",
     "logits": "four numbers",
     "experts": "nine numbers",
+    "busy": "a few numbers",
 }
 
 
