@@ -25,7 +25,6 @@ def two(tmp_path_factory) -> list[dict]:
         "failures",
         "mixed",
         "files",
-        "bytes",
         "no reduction",
         *PLANTED,
     ]
@@ -80,13 +79,6 @@ def test_a_model_in_mixed_precision_trains_as_if_no_pass_had_been(two):
 def test_the_file_is_that_of_one_process(two):
     for report in two:
         assert report["files"] == {"bytes": True, "loaded": True, "equal": True, "full": True}
-
-
-def test_a_batch_sends_each_entry_once(two):
-    """Squares are sent in the dtype of their sums, here float64; what the ranks agree on beside is small."""
-    for report in two:
-        counted, formula = report["bytes"]
-        assert abs(counted - formula) < 0.02 * formula
 
 
 @pytest.mark.parametrize("case", PLANTED)
