@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from fishkern import hosts
 from fishkern.backend import Backend
 from fishkern.layers import Columns, PerExampleGrads, SummedGrads, columns_of
-from fishkern.statistics.base import Estimator, ParameterInfo
+from fishkern.statistics.base import Constant, Estimator, ParameterInfo, State
+from fishkern.statistics.direction_energy import DirectionEnergy
 from fishkern.statistics.group_fisher import GroupFisher
 from fishkern.statistics.sharded_factors import FactorExchange, Offer, cheaper, offer, sharing
 from fishkern.statistics.sharding import Sharding
@@ -43,8 +46,8 @@ class ShardedStates(States):
 
     Args:
         parameters: As for :class:`States`.
-        estimator: Adds to any part of the entries alike; or :class:`GroupFisher`, whose states are small and whole:
-            each rank adds its own examples, and the sums over ranks are taken at the end.
+        estimator: Adds to any part of the entries alike; or :class:`GroupFisher` or :class:`DirectionEnergy`, whose
+            states are small and whole: each rank adds its own examples, and the sums over ranks are taken at the end.
         backend: As for :class:`States`.
         sharding: How the model is sharded.
     """
@@ -61,7 +64,7 @@ class ShardedStates(States):
     ) -> None:
         self._sharding = sharding
         parts = {key: part for key, info in parameters.items() if (part := sharding.part(info.value)) is not None}
-        of_entries = not isinstance(estimator, GroupFisher)
+        of_entries = not isinstance(estimator, GroupFisher | DirectionEnergy)
         self._parts, self._of_groups = (parts, {}) if of_entries else ({}, parts)
         self._whole_shapes = {key: info.shape for key, info in parameters.items()}
         self._pending: dict[str, _Pending] = {}
@@ -156,6 +159,16 @@ class ShardedStates(States):
         super().zero_()
         self._pending.clear()
 
+    def _begin(self, parameter: ParameterInfo) -> State:
+        """Make a state; what is computed of the parameter, such as a basis, is the same bits on every rank."""
+        is_new = not parameter.kept
+        state = super()._begin(parameter)
+        constants = [leaf.value for leaf in tree_leaves(state) if isinstance(leaf, Constant)]
+        for one in tree_leaves((parameter.kept, constants)) if is_new else ():
+            if isinstance(one, Tensor) and one.untyped_storage()._cdata != _storage(parameter.value):
+                self._sharding.ranks.take_first_(one)
+        return state
+
     def _exchange_factors(self, pending: Mapping[str, _Pending]) -> set[str]:
         """Send the factors of linear maps where they are fewer bytes than the squares; return whose they were."""
         names = [name for name in pending if self._parts[name].axis == 0 and len(self._whole_shapes[name]) > 1]
@@ -208,3 +221,8 @@ class ShardedStates(States):
             if pending.whole is not None:
                 whole = pending.whole
                 block += whole if columns is None else whole.flatten(1)[:, columns]
+
+
+def _storage(parameter: Tensor) -> int:
+    """Tell the memory of a parameter, of a sharded one that of its shard."""
+    return hosts.local_part(parameter).untyped_storage()._cdata

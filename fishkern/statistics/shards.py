@@ -182,6 +182,21 @@ class Ranks:
         """
         self._reduce_(tensor, "SUM", group)
 
+    def take_first_(self, tensor: Tensor) -> None:
+        """Replace a tensor by that of the first rank.
+
+        Args:
+            tensor: Of the same shape and dtype on every rank.
+        """
+        if self.count == 1:
+            return
+        sent = tensor.contiguous()
+        if tensor.device.type == "cpu" and dist.get_backend(self._group) == "nccl":  # which works on GPUs only
+            sent = tensor.cuda()
+        dist.broadcast(sent, group_src=0, group=self._group)
+        if sent is not tensor:
+            tensor.copy_(sent)
+
     def largest(self, tensor: Tensor) -> Tensor:
         """Find the largest value of each entry over the ranks.
 
