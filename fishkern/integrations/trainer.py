@@ -24,6 +24,7 @@ from fishkern.layers import UnsupportedModuleError
 from fishkern.optim import MaskedAdamW, MaskedOptimizer
 from fishkern.selection import Rule, Selection, select
 from fishkern.statistics import estimate
+from fishkern.statistics.shards import Ranks
 from fishkern.tokens import TokenReduction
 from fishkern.tokens.recipe import FILE as REDUCTION
 
@@ -149,11 +150,15 @@ class FisherCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the selection in the folder of the checkpoint, and the token reduction if the model has one.
 
-        The selection is the optimizer's, which a freezer may have narrowed.
+        The selection is the optimizer's, which a freezer may have narrowed. One of which each rank has its own entries
+        is gathered for it, by all ranks.
         """
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            selection = self._selection if self._optimizer is None else self._optimizer.selection
+        saves = state.is_world_process_zero and folder.is_dir()
+        selection = self._selection if self._optimizer is None else self._optimizer.selection
+        if selection.is_sharded and any(Ranks().gathered(saves)):
+            selection = selection.gathered()
+        if saves:
             selection.save(folder / FILE)
             if (reduction := tokens.attached(hosts.unwrap(kwargs["model"]))) is not None:
                 reduction.save(folder / REDUCTION)
