@@ -177,6 +177,11 @@ class FisherMixin:
     processes, its shards. A training that resumes from a checkpoint loads the selection from there. The optimizer is a
     :class:`fishkern.MaskedAdamW` with the options of the arguments, and with their exceptions from weight decay.
 
+    Where accelerate shards the model by FSDP2 (``fsdp=True``, ``fsdp_config={"version": 2, ...}``), the Trainer takes
+    no optimizer that it is given, and this class is also the way to train a selection that you have: ``select=lambda
+    model, batches: selection``. The optimizer is made of the whole model, and accelerate puts the shards in the place
+    of its parameters.
+
     The scores are those of the model's own loss, or of the ``likelihood`` that ``select`` is given. They do not include
     what else the Trainer does to a loss (``compute_loss_func``, a ``compute_loss`` of its own, label smoothing), and a
     warning says so.
@@ -248,6 +253,7 @@ class FisherMixin:
 
         Raises:
             ValueError: The arguments ask for an algorithm other than AdamW.
+            UnsupportedModuleError: The model is sharded by other means than FSDP2.
             TypeError: ``select`` does not return a selection.
         """
         if self.optimizer is not None:
@@ -256,6 +262,8 @@ class FisherMixin:
         if name not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
             raise ValueError(f"FisherMixin trains with MaskedAdamW: leave optim='adamw_torch', got {name.value!r}.")
         model = hosts.unwrap(self.model if model is None else model)
+        if reason := hosts.sharded(model, fsdp2=True):
+            raise UnsupportedModuleError(f"{reason}.")
         selection, reduction = self._selection_at_start(model)
         self.optimizer = MaskedAdamW(
             self._groups(model),
