@@ -10,13 +10,15 @@ pytest.importorskip("accelerate")
 
 from tests.support.ranks import launched
 
+pytestmark = pytest.mark.slow
 PROGRAM = "tests.integrations.sharded_program"
 MORE = ["trained, sharded states", "trained, from one rank"]
+CASES = ["trained", "saved by parts", *MORE, "trained, 16 bits", "selected"]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict]:
-    return launched(PROGRAM, 2, tmp_path_factory.mktemp("two"), ["trained", "saved by parts"])
+    return launched(PROGRAM, 2, tmp_path_factory.mktemp("two"), CASES)
 
 
 def check(report: dict) -> None:
@@ -38,28 +40,20 @@ def test_a_selection_of_which_each_rank_has_its_entries_is_saved_by_all(two):
     assert all(report["saved by parts"] == {"sharded": True, "equal": True} for report in two)
 
 
-@pytest.fixture(scope="module")
-def more(tmp_path_factory) -> list[dict]:
-    return launched(PROGRAM, 2, tmp_path_factory.mktemp("more"), [*MORE, "trained, 16 bits", "selected"])
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("case", MORE)
-def test_checkpoints_by_parts_and_models_that_one_rank_loads(more, case):
-    for report in more:
+def test_checkpoints_by_parts_and_models_that_one_rank_loads(two, case):
+    for report in two:
         check(report[case])
 
 
-@pytest.mark.slow
-def test_a_model_in_16_bits_trains_its_selected_entries_in_32(more):
-    for report in (one["trained, 16 bits"] for one in more):
+def test_a_model_in_16_bits_trains_its_selected_entries_in_32(two):
+    for report in (one["trained, 16 bits"] for one in two):
         assert report["resumed"] == 0.0 < report["moved"]
         assert report["sharded"]
         assert not report["outside"]
 
 
-@pytest.mark.slow
-def test_selected_inside_train_on_the_data_of_all_ranks(more):
-    for report in more:
+def test_selected_inside_train_on_the_data_of_all_ranks(two):
+    for report in two:
         assert report["selected"]["error"] < 1e-6
         assert report["selected"]["count"] > 50

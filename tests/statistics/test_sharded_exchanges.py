@@ -1,4 +1,7 @@
-"""Sharded linear maps: of squares and factors the fewer bytes are sent, and the sums are those of one process."""
+"""Sharded linear maps: of squares and factors the fewer bytes are sent, and the sums are those of one process.
+
+Quick ones are in ``test_sharded_ranks.py``, which launches processes anyway.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ pytest.importorskip("peft")
 
 from tests.support.ranks import launched
 
+pytestmark = pytest.mark.slow
 PROGRAM = "tests.statistics.sharded_exchanges"
 COUNTED = ["few positions", "some positions", "many positions", "some positions, 16 bits"]
 COMPARED = ["few, then many", "unequal lengths"]
@@ -51,7 +55,6 @@ def test_a_planted_error_is_seen(two, case):
     assert all(report[case]["error"] > 0.05 for report in two)
 
 
-@pytest.mark.slow
 def test_three_ranks_with_uneven_rows(tmp_path):
     cases = ["few, then many", "unequal lengths", "in blocks", "as it is", "features of other rows"]
     for report in launched(PROGRAM, 3, tmp_path, cases):
@@ -61,7 +64,6 @@ def test_three_ranks_with_uneven_rows(tmp_path):
         assert report["features of other rows"]["error"] > 0.05
 
 
-@pytest.mark.slow
 def test_each_replica_sends_to_its_own_ranks(tmp_path):
     for report in launched(PROGRAM, 4, tmp_path, ["replicated"]):
         assert report["replicated"]["error"] < 2e-7

@@ -11,14 +11,7 @@ from tests.support.ranks import launched
 
 PROGRAM = "tests.statistics.sharded_recipes"
 QUICK = ["groups, looped", "refusals", "sketch", "sketch, mean", "sketch, unreached", "sketch, ignored in 16 bits"]
-QUICK += [
-    "batches",
-    "batches, mean of means",
-    "energies",
-    "energies, no reduction",
-    "energies, one rank's mask",
-    "prepared",
-]
+QUICK += ["batches", "energies", "energies, one rank's mask", "prepared"]
 SKETCHES = ["sketch, ignored parameters", "sketch, checkpointed reentrantly", "sketch, one rank without data"]
 
 
@@ -49,7 +42,7 @@ def test_what_is_not_computed_on_shards_is_refused_by_name(quick):
     by_fsdp = "UnsupportedModuleError: FSDP2 shards the parameters, and "
     whole = "UnsupportedModuleError: FSDP shards the parameters of 'the model'. Load the whole model in each process"
     expected = [
-        f"{by_fsdp}Own(fisher_type='empirical', unit='example') is not computed on shards: expected DiagonalFisher of",
+        f"{by_fsdp}Own(fisher_type='empirical', unit='example') is not computed on shards: expected DiagonalFisher, ",
         f"{by_fsdp}verify compares entries, of which each rank has its own: verify DiagonalFisher",
         whole,
         "ValueError: checkpoint= is not built for sharded models",
@@ -67,7 +60,6 @@ def test_the_gradient_of_a_batch_is_that_of_all_ranks_batches_together(quick):
         assert found["error"] < 1e-6  # norms compute in float32
         assert found["count"] == found["steps"] == 2
         assert found["paths"] == ["batch"]
-        assert report["batches, mean of means"]["error"] > 0.2
 
 
 def test_energies_are_those_of_each_examples_gradient(quick):
@@ -77,7 +69,6 @@ def test_energies_are_those_of_each_examples_gradient(quick):
         assert found["alike"] < 1e-6
         assert found["count"] == found["examples"] == 5
         assert found["weights"] == 15
-        assert report["energies, no reduction"]["error"] > 0.2
 
 
 def test_a_mask_that_one_rank_cannot_read_ends_all(quick):
@@ -102,7 +93,7 @@ def test_a_prepared_pass_gives_the_same_bits_in_fewer_runs(quick):
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> list[dict]:
     cases = ["groups", "groups, no reduction", "all labels", *SKETCHES, "sketch, training", "prepared, others"]
-    cases += ["energies, power basis, in parts"]
+    cases += ["energies, power basis, in parts", "energies, no reduction", "batches, mean of means"]
     return launched(PROGRAM, 2, tmp_path_factory.mktemp("many"), cases)
 
 
@@ -116,6 +107,12 @@ def test_sums_over_groups_are_those_of_the_loop(many):
     for report in many:
         assert all(error < 2e-7 for error in report["groups"].values())
         assert all(error > 0.2 for error in report["groups, no reduction"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["energies, no reduction", "batches, mean of means"])
+def test_a_planted_error_of_other_recipes_is_seen(many, case):
+    assert all(report[case]["error"] > 0.2 for report in many)
 
 
 @pytest.mark.slow
