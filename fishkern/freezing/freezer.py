@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fishkern.arguments import at_least
+from fishkern.files import is_sharded
 from fishkern.freezing.drift import JensenShannon, Track
 from fishkern.freezing.event import Freezing
 from fishkern.freezing.readings import Reading, is_zero, reading_of
@@ -20,6 +21,7 @@ from fishkern.freezing.sliced_pool import SlicedPool
 from fishkern.freezing.slices import Key, Slices
 from fishkern.freezing.sources import Source
 from fishkern.freezing.trained import masked, named
+from fishkern.names import listed
 from fishkern.optim import MaskedOptimizer
 from fishkern.selection import Selection
 from fishkern.selection.base import exactly, matching
@@ -54,7 +56,8 @@ class Freezer:
 
     Raises:
         TypeError: The optimizer is not a masked one, or a number of steps is not an integer.
-        ValueError: A number of steps is below 1, or a pattern of the rule's ``spare`` matches no name of the pool.
+        ValueError: A number of steps is below 1, or a pattern of the rule's ``spare`` matches no name of the pool; or
+            FSDP2 shards the parameters.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Freezer:
         self._source, self._slices, self._drift, self._rule = source, slices, drift, rule
         self.every, self.read_every = at_least(1, every, "every"), at_least(1, read_every, "read_every")
         self.initial = self._optimizer.selection
+        _refuse_shards(self._optimizer)
         self.count = self.number = 0
         self.history: list[Read] = []
         self._pool = SlicedPool(slices, self.initial.shapes)
@@ -289,3 +293,15 @@ class Freezer:
             self._source.digest = state.digest
         if state.selection != state.initial:
             self._optimizer.reselect(self.selection, freeze=True)  # of which nothing moves, and what stopped stays so
+
+
+def _refuse_shards(optimizer: MaskedOptimizer) -> None:
+    """Refuse parameters of which a rank holds a part alone: slices are read and counted whole."""
+    groups = optimizer.param_groups
+    pairs = [pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True)]
+    if names := [name for name, parameter in pairs if is_sharded(parameter)]:
+        raise ValueError(
+            f"a freezer reads whole slices, and FSDP2 shards {len(names)} parameters of the optimizer "
+            f"({listed(names)}): train the whole model in each process (DistributedDataParallel), or reselect on "
+            "shards yourself, by optimizer.reselect(fishkern.select(fishkern.estimate(model, batches), rule))."
+        )

@@ -17,7 +17,7 @@ from fishkern.hosts.refusals import (
     sharded,
 )
 from fishkern.hosts.rotary import LengthLimit, length_limits
-from fishkern.hosts.shares import Share, placed, share_of
+from fishkern.hosts.shares import Share, placed, share_of, whole
 from fishkern.hosts.tasks import HEADS, Task, is_head, padding_token, task
 from fishkern.hosts.tensor_parallel import Split, in_any, is_distributed, mesh_of, own_part, split_of, why_not_split
 from fishkern.hosts.wrappers import base_model, named_parameters, unwrap
@@ -71,5 +71,6 @@ __all__ = [
     "task",
     "units",
     "unwrap",
+    "whole",
     "why_not_split",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fishkern.hosts.fully_sharded import runs_on
+from fishkern.hosts.fully_sharded import local_part, runs_on
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,3 +113,17 @@ def placed(local: Tensor, like: Tensor) -> Tensor:
     one: Any = like
     options = {"run_check": False, "shape": one.shape, "stride": one.stride()}
     return DTensor.from_local(local, one.device_mesh, one.placements, **options)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Gather what processes hold of a tensor, where its module computes. A collective operation.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        The whole of a ``DTensor``, on every rank; any other tensor itself.
+    """
+    if not hasattr(tensor, "device_mesh"):
+        return tensor
+    return placed(local_part(tensor).to(runs_on(tensor)), tensor).full_tensor()  # type: ignore[attr-defined]

@@ -25,6 +25,7 @@ from fishkern.optim import MaskedAdamW, MaskedOptimizer
 from fishkern.selection import Rule, Selection, select
 from fishkern.selection.result import check_selection
 from fishkern.statistics import estimate
+from fishkern.statistics.shards import Ranks
 from fishkern.tokens import TokenReduction
 from fishkern.tokens.recipe import FILE as REDUCTION
 
@@ -154,11 +155,15 @@ class FisherCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the selection in the folder of the checkpoint, and the token reduction if the model has one.
 
-        The selection is the optimizer's, which a freezer may have narrowed.
+        The selection is the optimizer's, which a freezer may have narrowed. One of which each rank has its own entries
+        is gathered for it, by all ranks.
         """
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            selection = self._selection if self._optimizer is None else self._optimizer.selection
+        saves = state.is_world_process_zero and folder.is_dir()
+        selection = self._selection if self._optimizer is None else self._optimizer.selection
+        if selection.is_sharded and any(Ranks().gathered(saves)):
+            selection = selection.gathered()
+        if saves:
             selection.save(folder / FILE)
             if (reduction := tokens.attached(hosts.unwrap(kwargs["model"]))) is not None:
                 reduction.save(folder / REDUCTION)
@@ -176,6 +181,11 @@ class FisherMixin:
     too), and the batches come from the Trainer's own ``DataLoader``, with its collator, its shuffling and, with several
     processes, its shards. A training that resumes from a checkpoint loads the selection from there. The optimizer is a
     :class:`fishkern.MaskedAdamW` with the options of the arguments, and with their exceptions from weight decay.
+
+    Where accelerate shards the model by FSDP2 (``fsdp=True``, ``fsdp_config={"version": 2, ...}``), the Trainer takes
+    no optimizer that it is given, and this class is also the way to train a selection that you have: ``select=lambda
+    model, batches: selection``. The optimizer is made of the whole model, and accelerate puts the shards in the place
+    of its parameters.
 
     The scores are those of the model's own loss, or of the ``likelihood`` that ``select`` is given. They do not include
     what else the Trainer does to a loss (``compute_loss_func``, a ``compute_loss`` of its own, label smoothing), and a
@@ -248,6 +258,7 @@ class FisherMixin:
 
         Raises:
             ValueError: The arguments ask for an algorithm other than AdamW.
+            UnsupportedModuleError: The model is sharded by other means than FSDP2.
             TypeError: ``select`` does not return a selection.
         """
         if self.optimizer is not None:
@@ -256,6 +267,8 @@ class FisherMixin:
         if name not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
             raise ValueError(f"FisherMixin trains with MaskedAdamW: leave optim='adamw_torch', got {name.value!r}.")
         model = hosts.unwrap(self.model if model is None else model)
+        if reason := hosts.sharded(model, fsdp2=True):
+            raise UnsupportedModuleError(f"{reason}.")
         selection, reduction = self._selection_at_start(model)
         self.optimizer = MaskedAdamW(
             self._groups(model),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fishkern import hosts
 from fishkern.layers.linear import Conv1D, weight_shape
 from fishkern.layers.quantized import (
     gradient_kept,
@@ -59,14 +60,15 @@ class LinearMap:
         Returns:
             ``[O, I]``: the weight itself, transposed for ``Conv1D``, and flattened to patches for a convolution. For a
             quantised linear the matrix that it multiplies by, in the dtype that it computes in. It may be a view of
-            the weight: do not write into it.
+            the weight: do not write into it. Of a weight that processes hold together all get the whole, by a
+            collective operation.
 
         Raises:
             UnsupportedModuleError: The quantised linear cannot be applied to the rows of an identity.
         """
         if self.stored:
             return _dequantized(self)
-        matrix = self.weight.detach().flatten(1)
+        matrix = hosts.whole(self.weight.detach()).flatten(1)
         return matrix.T if self.transposed else matrix
 
 

@@ -20,6 +20,7 @@ from fishkern.hosts import Share
 from fishkern.names import listed
 from fishkern.optim.clipping import clipped
 from fishkern.optim.compact import Bucket, Operands, apart, bytes_of, carried_over
+from fishkern.optim.data_parallel import check_under_ddp
 from fishkern.optim.frozen import FROZEN, frozen_in, set_frozen_, to_freeze
 from fishkern.optim.fused import FusedOperands, step_fused
 from fishkern.optim.groups import OUTSIDE, Group, Outside, Parameters, all_named, named_groups, settle
@@ -27,7 +28,7 @@ from fishkern.optim.release import ReleasedGrads, dense, several_processes, to_r
 from fishkern.optim.selected import Selected, key_bytes
 from fishkern.optim.state_dict import loaded, loaded_frozen, whole_state
 from fishkern.selection import Entries, Selection, check_start
-from fishkern.selection.agreement import check_on_shards
+from fishkern.selection.agreement import check_on_shards, together_on_shards
 from fishkern.selection.local import own_entries
 from fishkern.selection.result import check_selection
 from fishkern.statistics.shards import Ranks
@@ -120,6 +121,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     grad_norm: Tensor | None
     """Norm of the gradients of the last step before clipping, zero-dimensional; ``None`` without ``max_grad_norm``."""
     _warned = False
+    _agreed = False  # whether this selection is known to be that of all ranks under DDP
     _expected: Sequence[tuple[str, Tensor]] = ()  # who got gradients before others were frozen, until the next step
 
     def __init__(
@@ -146,16 +148,20 @@ class MaskedOptimizer(torch.optim.Optimizer):
         }
         self.max_grad_norm = max_grad_norm
         groups = named_groups(model_or_named_parameters, selection)
-        check_on_shards(selection, (parameter for _, parameter in all_named(groups)))
-        selection.check(all_named(groups))
-        groups = settle(groups, selection, outside)
-        counts = selection.counts
-        if not any(counts.get(name, parameter.numel()) for name, parameter in all_named(groups)):
-            raise ValueError("nothing would move: the selection selects no entry, and nothing is trained outside it.")
+        parameters = [parameter for _, parameter in all_named(groups)]
+        check_on_shards(selection, parameters)
         self._released: ReleasedGrads | None = None
         self._memo: dict[str, Selected] = {}  # of what _selected gives, by name
-        super().__init__(groups, defaults)
-        self._attach()
+        with together_on_shards(parameters):
+            selection.check(all_named(groups))
+            groups = settle(groups, selection, outside)
+            counts = selection.counts
+            if not any(counts.get(name, parameter.numel()) for name, parameter in all_named(groups)):
+                raise ValueError(
+                    "nothing would move: the selection selects no entry, and nothing is trained outside it."
+                )
+            super().__init__(groups, defaults)
+            self._attach()
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -217,7 +223,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
             The closure's loss, or ``None``.
 
         Raises:
-            RuntimeError: A ``GradScaler`` calls, or several processes train, while gradients are released.
+            RuntimeError: A ``GradScaler`` calls, or several processes train, while gradients are released; or ranks
+                whose gradients ``DistributedDataParallel`` joins have different selections.
             ValueError: A gradient is sparse; or, at the first step, the selection was bound to other values than the
                 parameters have, or were trained from (:func:`fishkern.selection.bound_to_start`).
         """
@@ -228,6 +235,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._check_released()
         if self._at_start and not self.state:  # the first step, and no state was loaded
             check_start(self.selection, self._named(), trained=True)
+        if not self._agreed:
+            check_under_ddp(self.selection, [parameter for _, parameter in self._named()])
+            self._agreed = True
         if self._at_start:
             self._warn_of_replaced()
         self._at_start = False
@@ -315,13 +325,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 "reselect takes a selection out of the same pool, with the same names and shapes: select again from "
                 "statistics of the same parameters, or make another optimizer."
             )
-        selection.check(self._named())
-        groups = [{"params": list(zip(g["param_names"], g["params"], strict=True))} for g in self.param_groups]
-        settle(groups, selection, "train", frozen=self.frozen)  # which only checks: the rest was settled before
-        if freeze and not selection.count and all(name in selection for name, _ in self._named()):
-            raise ValueError("nothing would be trained any more: keep an entry selected, or stop training.")
         before = self.frozen
-        set_frozen_(self.param_groups, to_freeze(self._named(), selection, before, freeze=freeze))
+        with together_on_shards(parameter for _, parameter in self._named()):
+            selection.check(self._named())
+            groups = [{"params": list(zip(g["param_names"], g["params"], strict=True))} for g in self.param_groups]
+            settle(groups, selection, "train", frozen=before)  # which only checks: the rest was settled before
+            if freeze and not selection.count and all(name in selection for name, _ in self._named()):
+                raise ValueError("nothing would be trained any more: keep an entry selected, or stop training.")
+            set_frozen_(self.param_groups, to_freeze(self._named(), selection, before, freeze=freeze))
         if set(self.frozen) - set(before):
             self._expected = [(name, p) for name, p in self._named() if name not in self.frozen and p in self.state]
         kept = 0
@@ -340,7 +351,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             elif parameter in self.state:  # its views would keep the memory of all others
                 self.state[parameter] = apart(self.state[parameter])
         reselected = Reselected(kept, self.selection.count - kept, selection.count - kept)
-        self.selection, self._at_start = selection, False
+        self.selection, self._at_start, self._agreed = selection, False, False
         self._attach()
         return reselected
 

@@ -5,15 +5,13 @@ Their names are in the parameter groups, under :data:`FROZEN`, so that whatever 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from fishkern.names import listed
-from fishkern.optim.release import several_processes
+from fishkern.optim.data_parallel import wrappers_of
 from fishkern.selection import Selection
 
 FROZEN = "frozen"  # key of a group
@@ -88,14 +86,11 @@ def _check_exchange(stopping: Mapping[str, Tensor], returning: Mapping[str, Tens
     Raises:
         RuntimeError: It was not built for this change.
     """
-    if not several_processes():
-        return
     stopping = {name: parameter for name, parameter in stopping.items() if parameter.requires_grad}
     returning = {name: parameter for name, parameter in returning.items() if not parameter.requires_grad}
     if not stopping and not returning:
         return
-    # The optimizer gets parameters, often before they are wrapped, and a parameter does not know its wrapper.
-    for wrapper in [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]:
+    for wrapper in wrappers_of([*stopping.values(), *returning.values()]):
         inside = set(wrapper.module.parameters())
         waited_for = [name for name, parameter in stopping.items() if parameter in inside]
         if waited_for and (wrapper.static_graph or not wrapper.find_unused_parameters):

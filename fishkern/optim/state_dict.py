@@ -41,7 +41,7 @@ def loaded(
         ValueError: Its groups, names or entries differ.
     """
     _check_form(state_dict)
-    saved_groups = state_dict["param_groups"]
+    saved_groups = [_with_names(group) for group in state_dict["param_groups"]]
     if len(saved_groups) != len(groups):
         raise ValueError(f"the state has {len(saved_groups)} groups, the optimizer {len(groups)}.")
     keys: dict[str, Any] = {}
@@ -68,6 +68,12 @@ def loaded(
     return state, [_options(number, group, saved_groups[number]) for number, group in enumerate(groups)]
 
 
+def _with_names(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give a group without parameters its empty list of names, which torch loses when it flattens a whole state."""
+    empty = isinstance(group["params"], list | tuple) and not group["params"]
+    return {"param_names": [], **group} if empty else group
+
+
 def _check_form(state_dict: object) -> None:
     """Demand what ``state_dict()`` gives, before anything of it is looked up."""
     groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
@@ -77,6 +83,7 @@ def _check_form(state_dict: object) -> None:
     for group in groups:
         if not isinstance(group, Mapping) or "params" not in group:
             raise ValueError("this is no state of an optimizer: each of its groups lists its 'params'.")
+        group = _with_names(group)
         if "param_names" not in group:
             raise ValueError("the state holds no names of parameters: it is not that of a masked optimizer.")
         numbers, names = group["params"], group["param_names"]
@@ -116,7 +123,7 @@ def loaded_frozen(state_dict: Mapping[str, Any], selection: Selection) -> frozen
     groups = state_dict["param_groups"]
     for group in groups:
         names = group.get(FROZEN, [])
-        if not isinstance(names, list | tuple) or not all(name in group["param_names"] for name in names):
+        if not isinstance(names, list | tuple) or not all(name in group.get("param_names", []) for name in names):
             raise ValueError("the state is damaged: 'frozen' of a group lists names of its parameters.")
     frozen = frozen_in(groups)
     if moving := [name for name in frozen if selection.counts.get(name, 1)]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
 
 from fishkern.files import AnyTensor, Region, is_sharded
@@ -12,7 +13,7 @@ from fishkern.selection.result import Selection
 from fishkern.statistics.shards import Ranks
 
 
-def check_agreement(selection: Selection) -> None:
+def check_agreement(selection: Selection, ranks: Ranks | None = None) -> None:
     """Check that all ranks have selected the same entries; without a process group there is nothing to check.
 
     Of a selection of which each rank has its own entries, what is the same on all ranks is compared: the counts, the
@@ -20,6 +21,7 @@ def check_agreement(selection: Selection) -> None:
 
     Args:
         selection: Of this rank.
+        ranks: Which; ``None`` for all processes.
 
     Raises:
         RuntimeError: Two ranks differ.
@@ -30,7 +32,7 @@ def check_agreement(selection: Selection) -> None:
         own = f"sharded {blake2b(json.dumps(of_all).encode(), digest_size=16).hexdigest()}"
     else:
         own = _digest({name: selection.entries(name) for name in selection.names})
-    ranks = Ranks()
+    ranks = Ranks() if ranks is None else ranks
     for rank, other in enumerate(ranks.gathered(own)):
         if other != own:
             raise RuntimeError(
@@ -54,6 +56,18 @@ def check_on_shards(selection: Selection, parameters: Iterable[AnyTensor]) -> No
     """
     if any(map(is_sharded, parameters)):
         check_agreement(selection)
+
+
+def together_on_shards(parameters: Iterable[AnyTensor]) -> AbstractContextManager[None]:
+    """Let an error of one rank end the work of all where they hold parameters together, which would wait for it.
+
+    Args:
+        parameters: Those of the model.
+
+    Returns:
+        A context; a collective operation where a parameter is sharded, and nothing otherwise.
+    """
+    return Ranks().failing_together() if any(map(is_sharded, parameters)) else nullcontext()
 
 
 def check_replicas(entries: Mapping[str, Entries], regions: Mapping[str, Region]) -> None:

@@ -18,11 +18,13 @@ from fishkern.digests import agree, difference, digest_of_pieces
 from fishkern.files import (
     PIECE,
     Format,
+    Region,
     StoredTensor,
     in_brief,
     is_sharded,
     open_tensors,
     pieces,
+    read_region,
     save_tensors,
     write_from_ranks,
 )
@@ -143,7 +145,7 @@ def save_start(model: nn.Module, selection: Selection, path: str | os.PathLike[s
 
 
 def load_start(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Give a model the values that were saved.
+    """Give a model the values that were saved; of a sharded parameter a rank reads its own part alone.
 
     Args:
         model: Changed in place.
@@ -160,8 +162,10 @@ def load_start(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"{path} {reason}.")
     with torch.no_grad():
         for name, tensor in stored.items():
-            share, values = hosts.share_of(name, named[name]), tensor.read()
-            own = values if share is None else values.narrow(share.axis, share.start, share.stop - share.start)
+            ranges = [(0, size) for size in tensor.shape]
+            if (share := hosts.share_of(name, named[name])) is not None:
+                ranges[share.axis] = share.start, share.stop
+            own = read_region(tensor, Region(tensor.shape, tuple(ranges), True), tensor.dtype)
             hosts.local_part(named[name]).copy_(own)
 
 

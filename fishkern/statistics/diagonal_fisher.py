@@ -35,7 +35,8 @@ class DiagonalFisher(Estimator):
         unit: What is summed before squaring. ``"example"``: an example's positions, the Fisher information.
             ``"position"``: nothing, ``sum_{n,t} (g_nt x_nt)^2 / N``: cheap and common, and *not* the Fisher of token
             losses. ``"batch"``: the gradient of the batch's mean loss, squared and averaged over batches: common, and
-            another quantity. The last two are for comparison.
+            another quantity; where FSDP2 shards the model, the batch is what all ranks run at one time. The last two
+            are for comparison.
         mc_samples: Draws for each example.
         seed: Seed of the draws; an example's draw depends on its index in the data, not on its batch.
         max_label_passes: ``"type-2"`` raises when a batch needs more backward passes than this.

@@ -162,10 +162,10 @@ def estimate(
     ranks.demand_equal(prepared is not None, "whether a prepared pass is given")
     options = Options(estimator, likelihood, parameters, accumulate_on, check, backend, shared, parts, results_on)
     with ranks.failing_together():
+        sharding = sharding_of(model, ranks)  # which lets FSDP2 hold shards alone, as a prepared model did
         if prepared is not None:
             prepared.demand_model(model)
             options = prepared.completed(options)
-        sharding = sharding_of(model, ranks)
         split = hosts.mesh_of(model) is not None
         request = request_of(model, options, max_examples, in_parts=True)
         if sharding is not None:
@@ -202,15 +202,15 @@ def estimate(
                 infos = {name: request.infos[name] for name in names}
                 common = (model, {name: request.tensors[name] for name in names}, estimator)
                 following = None
+                known = None if prepared is None else prepared.known[number]
                 if team is not None:
                     states = TensorParallelStates(infos, estimator, backend, team=team)
                     one = TensorParallelPass(*common, states, answering, options.check, team=team)
                 elif sharding is not None:
                     states = ShardedStates(infos, estimator, backend, sharding=sharding)
-                    one = ShardedPass(*common, states, answering, options.check, sharding=sharding)
+                    one = ShardedPass(*common, states, answering, options.check, known, sharding=sharding)
                 else:
                     states = States(infos, estimator, backend)
-                    known = None if prepared is None else prepared.known[number]
                     keeper = None if checkpoint is None else long_run.keeper(number, facts, states)
                     if options.parts is None and len(groups) == 1 and follows(estimator):
                         following = Following(states, goal, watching=report.shows)

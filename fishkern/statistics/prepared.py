@@ -24,6 +24,9 @@ from fishkern.statistics.likelihood_argument import described
 from fishkern.statistics.notes import note_own_tokens
 from fishkern.statistics.one_pass import OnePass
 from fishkern.statistics.request import Options, Request, reader_for, request_of
+from fishkern.statistics.sharded_pass import ShardedPass, check_sharded
+from fishkern.statistics.sharded_states import ShardedStates
+from fishkern.statistics.sharding import Sharding, sharding_of
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
 from fishkern.statistics.storage import Where
@@ -153,7 +156,8 @@ def prepare(
     contradicts (rows that follow the data) is found out in each pass again. Bases of :class:`fishkern.DirectionEnergy`
     are functions of the weights, and are computed in each pass.
 
-    Under an initialised process group every rank prepares its own pass. Cost: that of :func:`fishkern.estimate` before
+    Under an initialised process group every rank prepares its own pass; of a model that FSDP2 shards all do together,
+    by the first examples of the first rank's batch. Cost: that of :func:`fishkern.estimate` before
     its first batch, and for a moment its accumulators.
 
     Args:
@@ -179,28 +183,44 @@ def prepare(
     """
     model = hosts.unwrap(model)
     options = Options(estimator, likelihood, parameters, accumulate_on, check, backend, shared)
-    with Ranks().failing_together():
-        request = request_of(model, options)
+    ranks = Ranks()
+    with ranks.failing_together():
+        sharding = sharding_of(model, ranks)
+        request = request_of(model, options, in_parts=sharding is not None)
+        if sharding is not None:
+            check_sharded(request.estimator)
         reader = reader_for(model, likelihood, shared)
         examples = _read(batch, reader).to(request.device)
         answering = Answering(model, likelihood)
         known, paths = [], {}
         for names in request.groups:
             known.append(Known(examples))
-            paths |= _prepare_pass(request, options, names, answering, known[-1], examples)
+            paths |= _prepare_pass(request, options, names, answering, known[-1], examples, sharding)
     note_own_tokens(reader.withheld)
     return Prepared(request, options, answering, known, paths, reader.withheld)
 
 
 def _prepare_pass(
-    request: Request, options: Options, names: list[str], answering: Answering, known: Known, examples: Examples
+    request: Request,
+    options: Options,
+    names: list[str],
+    answering: Answering,
+    known: Known,
+    examples: Examples,
+    sharding: Sharding | None,
 ) -> Mapping[str, tuple[str, str]]:
     """Prepare the pass of some parameters, with states that are dropped afterwards."""
     backend = backends.current() if options.backend is None else options.backend
-    states = States({name: request.infos[name] for name in names}, request.estimator, backend)
+    infos = {name: request.infos[name] for name in names}
     part: dict[str, Tensor] = {name: request.tensors[name] for name in names}
+    common = (request.model, part, request.estimator)
+    if sharding is None:
+        states = States(infos, request.estimator, backend)
+        one = OnePass(*common, states, answering, options.check, known)
+    else:
+        states = ShardedStates(infos, request.estimator, backend, sharding=sharding)
+        one = ShardedPass(*common, states, answering, options.check, known, sharding=sharding)
     try:
-        one = OnePass(request.model, part, request.estimator, states, answering, options.check, known)
         return one.prepare(examples)
     finally:
         for name in states.names:

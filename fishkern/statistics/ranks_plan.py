@@ -16,14 +16,17 @@ class RanksPlan:
     """What each of the ranks takes and receives, where ``fully_shard`` splits every parameter by rows.
 
     The squares of a batch are added up by a reduce-scatter of each parameter in the dtype of its sums, of which a rank
-    receives ``(R - 1) / R``; FSDP2 itself gathers the weights once for the forward and once for the backward pass.
+    receives ``(R - 1) / R``, or less where the factors of linear maps are sent (few positions, see
+    :mod:`fishkern.statistics.sharded_factors`); FSDP2 itself gathers the weights once for the forward and once for the
+    backward pass.
 
     Args:
         ranks: Number of ranks ``R``.
         weight_bytes: Bytes of the rows of the largest rank, and of the buffers.
         accumulator_bytes: Bytes of the sums of the largest rank.
         block_bytes: The most bytes that squares take before they are reduced: a block of columns of all rows.
-        reduced_bytes: Bytes of squares that a rank receives for each batch and each backward pass of it.
+        reduced_bytes: The most bytes of squares, or of factors, that a rank receives for each batch and each backward
+            pass of it.
         gathered_bytes: Bytes of weights that a rank receives for each batch.
     """
 

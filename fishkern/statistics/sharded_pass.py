@@ -8,6 +8,7 @@ ordinary autograd, on the same examples on every rank: FSDP2's gradient, a mean 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,12 +24,14 @@ from fishkern.statistics.batches import Examples
 from fishkern.statistics.captured_pass import CapturedPass, Objectives
 from fishkern.statistics.data import Data, Progress
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
+from fishkern.statistics.direction_energy import DirectionEnergy
 from fishkern.statistics.group_fisher import GroupFisher
 from fishkern.statistics.head_logits import Onlooker
 from fishkern.statistics.independence import Independence
 from fishkern.statistics.known import Kind
 from fishkern.statistics.one_pass import OnePass, Passed
 from fishkern.statistics.planning import Planner
+from fishkern.statistics.positions import counted_positions
 from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.randomness import OwnRandomness
 from fishkern.statistics.sharded_examples import SharedExamples
@@ -37,9 +40,10 @@ from fishkern.statistics.sharded_states import ShardedStates
 from fishkern.statistics.sharding import Sharding
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.sketched_fisher import SketchedFisher
-from fishkern.statistics.undisturbed import Entered
+from fishkern.statistics.undisturbed import Entered, undisturbed
 
 _END = object()
+_OF_ONE_GRADIENT = ("sums", "batches")  # what estimators read that FSDP2's own gradient is
 
 
 def check_sharded(estimator: Estimator) -> None:
@@ -49,16 +53,16 @@ def check_sharded(estimator: Estimator) -> None:
         estimator: The recipe.
 
     Raises:
-        UnsupportedModuleError: It is none of the diagonal Fisher of examples or positions, sums of it over groups, or
-            a sketch of it; or one of your own, whose states may not be sums of squares, entry by entry.
+        UnsupportedModuleError: It is none of the diagonal Fisher, sums of it over groups, a sketch of it, or energies
+            of directions; or one of your own, whose states may not be sums of squares, entry by entry.
     """
-    if type(estimator) not in (DiagonalFisher, GroupFisher, SketchedFisher) or estimator.reads == "batches":
+    if type(estimator) not in (DiagonalFisher, DirectionEnergy, GroupFisher, SketchedFisher):
         kind = type(estimator).__name__
         options = {key: estimator.definition[key] for key in ("fisher_type", "unit") if key in estimator.definition}
         raise UnsupportedModuleError(
             f"FSDP2 shards the parameters, and {kind}({', '.join(f'{k}={v!r}' for k, v in options.items())}) is not "
-            "computed on shards: expected DiagonalFisher of unit='example' or 'position', GroupFisher or "
-            "SketchedFisher. Load the whole model in each process for others."
+            "computed on shards: expected DiagonalFisher, GroupFisher, SketchedFisher or DirectionEnergy. Load the "
+            "whole model in each process for others."
         )
 
 
@@ -73,11 +77,41 @@ class ShardedPass(OnePass):
     sharding: Sharding | None = None  # always given; a field after those with defaults needs one
 
     def over(self, data: Data, ranks: Ranks, report: Progress) -> Passed:
-        sharding = self.sharding
-        # of a sketch there is nothing to exchange: FSDP2 reduces its gradient
-        arrived = self.states.exchange if self.estimator.reads != "sums" else lambda: None
-        with sharding.differentiating(self.requested), sharding.units.watched(arrived):
+        with self._watching():
             return super().over(data, ranks, report)
+
+    def prepare(self, batch: Examples) -> Mapping[str, tuple[str, str]]:
+        """Do what comes before the first batch, with the first examples of every kind of batch that a rank has.
+
+        Args:
+            batch: This rank's batch, on its device.
+
+        Returns:
+            Path and reason for each parameter.
+        """
+        with self._watching(), undisturbed(self.model, self.requested.values()) as entered:
+            one_pass, independence = self._begin(entered)
+            randomness = OwnRandomness(hosts.runs_on(next(iter(self.requested.values()))))
+            self._meet(one_pass, one_pass.examples.first(batch, 0), randomness)
+            with randomness.drawing():
+                one_pass.plan(batch, self.sharding.ranks.gathered(_kind(batch)))
+            self._keep(independence, entered)
+        return one_pass.paths
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Exchange what there is to add as gradients arrive; of one gradient as a whole, FSDP2 itself reduces it."""
+        arrived = (lambda: None) if self.estimator.reads in _OF_ONE_GRADIENT else self.states.exchange
+        with self.sharding.differentiating(self.requested), self.sharding.units.watched(arrived):
+            yield
+
+    def _meet(self, one_pass: ShardedCapture | ShardedSketch, spare: Examples, randomness: OwnRandomness) -> None:
+        """Check the loss, on examples that all ranks run."""
+        with self.sharding.ranks.failing_together(), randomness.aside():
+            if self.known is not None:
+                self.known.demand_structure(spare)
+            self.answering.begin(spare)
+        self.sharding.units.reshard()  # a forward pass alone leaves the outermost unit whole
 
     def _run(
         self, data: Data, entered: Entered, report: Progress, ranks: Ranks
@@ -88,8 +122,12 @@ class ShardedPass(OnePass):
         for batch, own in self._in_step(data, one_pass, randomness):
             with randomness.drawing():
                 one_pass.run(batch, own=own)
-            units += self.estimator.units(batch.num_examples) if own else 0
+            if self.estimator.reads == "batches":  # what all ranks run at one time is one batch
+                units += int(ranks.rank == 0)
+            else:
+                units += self.estimator.units(batch.num_examples) if own else 0
             report(data.examples)
+        self._keep(independence, entered)
         return units, one_pass, independence
 
     def _in_step(
@@ -108,9 +146,7 @@ class ShardedPass(OnePass):
                 spare = one_pass.examples.first(
                     batch, next(rank for rank, kind in enumerate(kinds) if kind is not None)
                 )
-                with ranks.failing_together(), randomness.aside():
-                    self.answering.begin(spare)
-                self.sharding.units.reshard()  # a forward pass alone leaves the outermost unit whole
+                self._meet(one_pass, spare, randomness)
             with randomness.drawing():
                 one_pass.plan(batch, kinds)
             yield (spare, False) if batch is None else (batch, True)
@@ -119,14 +155,14 @@ class ShardedPass(OnePass):
         self, answer: Callable[[Examples], Predictive | Tensor], entered: Entered, independence: Independence
     ) -> ShardedCapture | ShardedSketch:
         common = (self.requested, self._together(answer), self.estimator, self.states)
-        joint = {"independence": independence, "connection": entered.connection}
+        joint = {"independence": independence, "connection": entered.connection, "known": self.known}
         examples = SharedExamples(self.sharding.ranks, hosts.runs_on(next(iter(self.requested.values()))))
-        if self.estimator.reads == "sums":
+        if self.estimator.reads in _OF_ONE_GRADIENT:
             return ShardedSketch(*common, self.sharding, examples, **joint)
         planner = Planner(
             self.model,
             *common,
-            counted=lambda batch: None,
+            counted=partial(counted_positions, self.model, self.estimator, self.answering),
             check=self.check,
             whole=lambda call: self.sharding.units.whole(call.module, (call.args, dict(call.kwargs))),
             unserved=partial(_nested, sharding=self.sharding),
@@ -226,6 +262,9 @@ class ShardedCapture(CapturedPass):
     ) -> list[dict[str, set[int]]]:
         """Capture a batch of each rank, and say what each holds back; of one that does not count, nothing."""
         ranks = self._sharding.ranks
+        if self._estimator.reads_factors:
+            with ranks.failing_together():  # an error here, where only this rank's batch is read, ends all
+                self.planner.counted(batch)
         self._looped, loss = {}, self.loss
         with ranks.failing_together(), self._sharding.apart(counts=own):
             withheld = dict(self._capture(plan, batch, only))

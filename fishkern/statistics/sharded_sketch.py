@@ -1,19 +1,18 @@
-"""Sketches of a model that FSDP2 shards: one gradient of the signed losses of all ranks' batches together."""
+"""Sketches and squared batch gradients of a model that FSDP2 shards: one gradient of all ranks' losses together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fishkern.layers import Connection
 from fishkern.ops.dtypes import accumulates_in
 from fishkern.statistics.autograd import backward, check_finite, only_trainable, summed, take_grad, with_last
 from fishkern.statistics.autograd_pass import AutogradPass
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples
-from fishkern.statistics.independence import Independence
 from fishkern.statistics.known import Kind
 from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.sharded_examples import SharedExamples
@@ -31,8 +30,7 @@ class ShardedSketch(AutogradPass):
         states: As for :class:`AutogradPass`.
         sharding: How the model is sharded.
         examples: Sends examples of one rank to all.
-        independence: As for :class:`AutogradPass`.
-        connection: As for :class:`AutogradPass`.
+        joint: As for :class:`AutogradPass`.
     """
 
     def __init__(
@@ -43,11 +41,9 @@ class ShardedSketch(AutogradPass):
         states: ShardedStates,
         sharding: Sharding,
         examples: SharedExamples,
-        *,
-        independence: Independence,
-        connection: Connection,
+        **joint: Any,
     ) -> None:
-        super().__init__(parameters, answer, estimator, states, independence=independence, connection=connection)
+        super().__init__(parameters, answer, estimator, states, **joint)
         self._sharding = sharding
         self.examples = examples
         self._seen: set[Kind] = set()
@@ -67,12 +63,13 @@ class ShardedSketch(AutogradPass):
                     self._settle(few)
 
     def run(self, batch: Examples, *, own: bool = True) -> None:
-        """Add one batch of each rank.
+        """Add one batch of each rank: together they are one batch.
 
         Args:
             batch: This rank's batch.
             own: Whether it counts.
         """
+        weight = self._weight(batch, own=own)
         with only_trainable(self._parameters.values()), self._sharding.units.reducing_all():
             answer = self._connection.answered(lambda: self._answer(batch))
             for objective, last in with_last(self._estimator.objectives(answer, batch.places)):
@@ -80,8 +77,15 @@ class ShardedSketch(AutogradPass):
                     check_finite(objective, batch.places)
                 self.connected |= objective.requires_grad
                 self.loss = self.loss + (summed(objective) if own else 0.0)
-                backward(objective.sum() if own else 0 * objective.sum(), retain_graph=not last)
+                backward(weight * objective.sum(), retain_graph=not last)
                 self._add_gradients()
+
+    def _weight(self, batch: Examples, *, own: bool) -> float:
+        """Weigh this rank's objective: of a mean over a batch, by its part of the examples that all ranks run."""
+        if self._of_examples:
+            return float(own)
+        counts = self._sharding.ranks.gathered(batch.num_examples if own else 0)
+        return counts[self._sharding.ranks.rank] / sum(counts)
 
     def _add_gradients(self) -> None:
         ranks = self._sharding.ranks

@@ -11,11 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from fishkern import hosts
 from fishkern.backend import Backend
 from fishkern.layers import Columns, PerExampleGrads, SummedGrads, columns_of
-from fishkern.statistics.base import Estimator, ParameterInfo
+from fishkern.statistics.base import Constant, Estimator, ParameterInfo, State
+from fishkern.statistics.direction_energy import DirectionEnergy
 from fishkern.statistics.group_fisher import GroupFisher
+from fishkern.statistics.sharded_factors import FactorExchange, Offer, cheaper, offer, sharing
 from fishkern.statistics.sharding import Sharding
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
@@ -42,8 +46,8 @@ class ShardedStates(States):
 
     Args:
         parameters: As for :class:`States`.
-        estimator: Adds to any part of the entries alike; or :class:`GroupFisher`, whose states are small and whole:
-            each rank adds its own examples, and the sums over ranks are taken at the end.
+        estimator: Adds to any part of the entries alike; or :class:`GroupFisher` or :class:`DirectionEnergy`, whose
+            states are small and whole: each rank adds its own examples, and the sums over ranks are taken at the end.
         backend: As for :class:`States`.
         sharding: How the model is sharded.
     """
@@ -60,7 +64,7 @@ class ShardedStates(States):
     ) -> None:
         self._sharding = sharding
         parts = {key: part for key, info in parameters.items() if (part := sharding.part(info.value)) is not None}
-        of_entries = not isinstance(estimator, GroupFisher)
+        of_entries = not isinstance(estimator, GroupFisher | DirectionEnergy)
         self._parts, self._of_groups = (parts, {}) if of_entries else ({}, parts)
         self._whole_shapes = {key: info.shape for key, info in parameters.items()}
         self._pending: dict[str, _Pending] = {}
@@ -122,12 +126,15 @@ class ShardedStates(States):
         """Add up over the ranks what any of them has to add. A collective operation."""
         if not self._parts:
             return
-        names = list(self._parts)
-        flags = torch.tensor([name in self._pending for name in names], dtype=torch.uint8)
-        for name, has_any in zip(names, self._sharding.ranks.largest(flags).tolist(), strict=True):
-            if has_any:
-                pending = self._pending.pop(name, _Pending())
-                self._parts[name].add_(self._states[name], partial(self._fill, name, pending))
+        flags = torch.tensor([name in self._pending for name in self._parts], dtype=torch.uint8)
+        any_has = self._sharding.ranks.largest(flags).tolist()
+        pending = {
+            name: self._pending.pop(name, _Pending()) for name, has in zip(self._parts, any_has, strict=True) if has
+        }
+        by_factors = self._exchange_factors(pending)
+        for name, one in pending.items():
+            if name not in by_factors:
+                self._parts[name].add_(self._states[name], partial(self._fill, name, one))
 
     def complete(self) -> None:
         self.exchange()
@@ -151,6 +158,40 @@ class ShardedStates(States):
     def zero_(self) -> None:
         super().zero_()
         self._pending.clear()
+
+    def _begin(self, parameter: ParameterInfo) -> State:
+        """Make a state; what is computed of the parameter, such as a basis, is the same bits on every rank."""
+        is_new = not parameter.kept
+        state = super()._begin(parameter)
+        constants = [leaf.value for leaf in tree_leaves(state) if isinstance(leaf, Constant)]
+        for one in tree_leaves((parameter.kept, constants)) if is_new else ():
+            if isinstance(one, Tensor) and one.untyped_storage()._cdata != _storage(parameter.value):
+                self._sharding.ranks.take_first_(one)
+        return state
+
+    def _exchange_factors(self, pending: Mapping[str, _Pending]) -> set[str]:
+        """Send the factors of linear maps where they are fewer bytes than the squares; return whose they were."""
+        names = [name for name in pending if self._parts[name].axis == 0 and len(self._whole_shapes[name]) > 1]
+        if not names:
+            return set()
+        mine = {name: pending[name].grads for name in names if pending[name].whole is None}
+        added = [mine.get(name, []) for name in names]
+        own = [offer(mine[name], added, self._parts[name]) if name in mine else Offer(-1) for name in names]
+        told = self._sharding.ranks.every(torch.tensor(own, dtype=torch.int32)).tolist()
+        sent: set[str] = set()
+        for parts, offers in sharing({name: self._parts[name] for name in names}, told):
+            sums = [self._parameters[name].dtype.itemsize for name in parts]
+            chosen = cheaper(list(parts.values()), sums, offers)
+            parts = {name: part for (name, part), choose in zip(parts.items(), chosen, strict=True) if choose}
+            if parts:
+                grads = {name: pending[name].grads[0] for name in parts if pending[name].grads}
+                FactorExchange(parts, offers, grads).add_(self._states, self._update_block)
+                sent.update(parts)
+        return sent
+
+    def _update_block(self, name: str, block: Tensor, grads: PerExampleGrads) -> None:
+        with self.deferring():
+            self._estimator.update_(block, grads, self._parameters[name], self._backend)
 
     def _keep(self, name: str, grads: PerExampleGrads) -> None:
         """Keep gradients until the ranks exchange what they have to add."""
@@ -180,3 +221,8 @@ class ShardedStates(States):
             if pending.whole is not None:
                 whole = pending.whole
                 block += whole if columns is None else whole.flatten(1)[:, columns]
+
+
+def _storage(parameter: Tensor) -> int:
+    """Tell the memory of a parameter, of a sharded one that of its shard."""
+    return hosts.local_part(parameter).untyped_storage()._cdata

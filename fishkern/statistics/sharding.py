@@ -1,7 +1,8 @@
 """Parameters that FSDP2 shards: which part of each a rank holds, and the sum over ranks of what they all add to it.
 
 Every rank computes its own examples' squares of the whole parameter, some columns at a time, and the sum over ranks is
-scattered: each rank gets the entries of its shard (reduce-scatter). Where replicas hold the same shards (HSDP), each
+scattered: each rank gets the entries of its shard (reduce-scatter). Of a linear map the factors may be fewer bytes, see
+:mod:`fishkern.statistics.sharded_factors`. Where replicas hold the same shards (HSDP), each
 replica adds up its own ranks' examples, and the replicas are added once, at the end.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,6 +57,22 @@ class Part:
         return dist.get_world_size(self.group)
 
     @property
+    def width(self) -> int:
+        """Number of entries of a row of the whole parameter."""
+        return self.parameter.shape[1:].numel()
+
+    @property
+    def chunk(self) -> int:
+        """The most rows that a rank holds, of a parameter that is sharded by rows."""
+        return -(-self.parameter.shape[0] // self.count)  # as torch.chunk deals them
+
+    @property
+    def rows(self) -> list[slice]:
+        """The rows of each rank, of a parameter that is sharded by rows; the last ranks may hold fewer, or none."""
+        ends = [min(number * self.chunk, self.parameter.shape[0]) for number in range(self.count + 1)]
+        return [slice(start, stop) for start, stop in pairwise(ends)]
+
+    @property
     def replica(self) -> int:
         """Number of the replica that this rank belongs to."""
         return 0 if self.replicas is None else dist.get_rank(self.replicas)
@@ -94,8 +112,7 @@ class Part:
     def _add_rows_(self, state: Tensor, fill: Fill, device: torch.device) -> None:
         """Each rank holds some rows, and a block is a range of columns."""
         shape = self.parameter.shape
-        rows, width = shape[0], shape[1:].numel()
-        chunk = -(-rows // self.count)  # as torch.chunk deals them: the last ranks may hold fewer, or none
+        rows, width, chunk = shape[0], self.width, self.chunk
         local = state.view(len(state), width)
         step = self._step(self.count * chunk, width, state.dtype)
         for first in range(0, width, step):

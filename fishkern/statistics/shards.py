@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+# torch 2.13 has renamed it
+_gather_into = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -153,6 +156,23 @@ class Ranks:
             dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def every(self, tensor: Tensor) -> Tensor:
+        """Collect a small tensor from every rank.
+
+        Args:
+            tensor: On the CPU; of the same shape and dtype on every rank.
+
+        Returns:
+            ``[count, *shape]``.
+        """
+        if self.count == 1:
+            return tensor[None]
+        with_gpus = dist.get_backend(self._group) == "nccl"
+        mine = tensor.flatten().cuda() if with_gpus else tensor.flatten()
+        every = mine.new_empty(self.count * mine.numel())
+        gather_into(every, mine, self._group)
+        return every.cpu().view(self.count, *tensor.shape)
+
     def sum_(self, tensor: Tensor, group: Any = None) -> None:
         """Replace a tensor by its sum over the ranks.
 
@@ -161,6 +181,21 @@ class Ranks:
             group: A process group of some of the ranks; ``None`` for all of them.
         """
         self._reduce_(tensor, "SUM", group)
+
+    def take_first_(self, tensor: Tensor) -> None:
+        """Replace a tensor by that of the first rank.
+
+        Args:
+            tensor: Of the same shape and dtype on every rank.
+        """
+        if self.count == 1:
+            return
+        sent = tensor.contiguous()
+        if tensor.device.type == "cpu" and dist.get_backend(self._group) == "nccl":  # which works on GPUs only
+            sent = tensor.cuda()
+        dist.broadcast(sent, group_src=0, group=self._group)
+        if sent is not tensor:
+            tensor.copy_(sent)
 
     def largest(self, tensor: Tensor) -> Tensor:
         """Find the largest value of each entry over the ranks.
@@ -219,6 +254,17 @@ class Ranks:
         for rank, other in enumerate(self.gathered(value)):
             if other != value:
                 raise RuntimeError(f"rank {self.rank} and rank {rank} differ in {what}: {value!r} and {other!r}.")
+
+
+def gather_into(every: Tensor, mine: Tensor, group: Any) -> None:
+    """Gather a tensor of every rank into one, by torch's function of whichever name.
+
+    Args:
+        every: The tensors of all ranks one after the other along the first axis; overwritten.
+        mine: This rank's.
+        group: The ranks; ``None`` for all.
+    """
+    _gather_into(every, mine, group=group)
 
 
 def length_of(data: Any) -> int | None:

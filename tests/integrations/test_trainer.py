@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 import fishkern as fk
 from fishkern.methods import fish_tuning
+from fishkern.statistics.shards import Ranks
 from tests.support import zoo
 
 transformers = pytest.importorskip("transformers")
@@ -255,6 +257,32 @@ def test_a_checkpoint_holds_the_clipping_that_was_asked_for(tmp_path):
     trainer(model, tmp_path, selected(model), max_grad_norm=0.01).train()
     saved = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
     assert saved.max_grad_norm == 0.01
+
+
+class Parts:
+    """A selection of which each rank has its own entries; it counts how often this rank helps to gather it."""
+
+    is_sharded, gatherings = True, 0
+
+    def __init__(self, whole: fk.Selection) -> None:
+        self.whole = whole
+
+    def gathered(self) -> fk.Selection:
+        self.gatherings += 1
+        return self.whole
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_every_rank_helps_to_gather_a_selection_that_one_saves(tmp_path, monkeypatch, writes):
+    """The one that writes would wait for the others for ever."""
+    model = adapted()
+    parts, state = Parts(selected(model)), SimpleNamespace(global_step=3, is_world_process_zero=writes)
+    monkeypatch.setattr(Ranks, "gathered", lambda ranks, value: [value, True])
+    (tmp_path / "checkpoint-3").mkdir()
+    FisherCallback(parts).on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None, model=model)
+    assert parts.gatherings == 1
+    saved = tmp_path / "checkpoint-3" / FILE
+    assert fk.Selection.load(saved) == parts.whole if writes else not saved.exists()
 
 
 def test_a_checkpoint_without_an_optimizer_goes_on(tmp_path):

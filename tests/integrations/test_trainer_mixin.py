@@ -246,6 +246,20 @@ def test_an_optimizer_of_the_users_is_refused(tmp_path, given):
         selecting(tmp_path, model, own={given: own})
 
 
+class FullyShardedDataParallel(torch.nn.Module):
+    """By its name what FSDP1 wraps a model in."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def test_a_model_that_fsdp1_shards_is_refused(tmp_path):
+    trainer = selecting(tmp_path, adapted())
+    with pytest.raises(fk.UnsupportedModuleError, match="FSDP shards the parameters of 'the model'.* by FSDP2"):
+        trainer.create_optimizer(FullyShardedDataParallel(adapted()))
+
+
 def test_a_compute_loss_of_the_users_is_warned_of(tmp_path, monkeypatch):
     monkeypatch.setattr(FisherTrainer, "compute_loss", lambda self, *args: None, raising=False)
     with pytest.warns(UserWarning, match=r"does not train the model's own loss \(FisherTrainer.compute_loss\)"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 import fishkern as fk
 from fishkern import hosts
+from fishkern.files.tensors import StoredTensor
 from fishkern.optim import clipping
 from fishkern.selection import bound_to_start, load_start, local, save_start
 
@@ -425,13 +426,45 @@ def _() -> dict[str, Any]:
     other, stranger = sharded(net(seed=4)), sharded(net(seed=4))
     stepping, unfit = fk.MaskedAdamW(other, bound, **ADAMW), fk.MaskedAdamW(stranger, bound, **ADAMW)
     path = save_start(sharded(net()), bound, folder / "start")
-    load_start(other, path)
+    read, spans = [], StoredTensor.spans
+
+    def counted(tensor: StoredTensor, which: Iterable[tuple[int, int]], **options: Any) -> Iterator[Tensor]:
+        which = list(which)
+        read.extend(stop - start for start, stop in which)
+        return spans(tensor, which, **options)
+
+    with patch.object(StoredTensor, "spans", counted):
+        load_start(other, path)
     alone = save_start(net(), bound, folder / f"start-{rank}")
     return {
         "as in one process": bound.provenance == bound_to_start(selection, net()).provenance,
         "another start": _message(lambda: trained(stranger, unfit, range(1))),
         "loaded": _equal(other, net()) and trained(other, stepping, range(1)),
         "bytes": path.read_bytes() == alone.read_bytes(),
+        "read": sum(read), "own": sum(one.to_local().numel() for one in other.parameters()),
+    }  # fmt: skip
+
+
+@case("data parallel")
+def _() -> dict[str, str]:
+    """Ranks with whole models, whose gradients are averaged, and selections of their own."""
+    model = net()
+    selection = listed_entries(model)
+    another = fk.Selection(selection.shapes, {"0.weight": torch.tensor([1, 5, 13]) + rank})
+    wrapped = nn.parallel.DistributedDataParallel(model)
+
+    def stepped(optimizer: fk.MaskedAdamW) -> str:
+        wrapped(torch.ones(2, 12, dtype=torch.float64)).square().mean().backward()
+        return _message(optimizer.step)
+
+    optimizer = fk.MaskedAdamW(model, selection, **ADAMW)
+    alike = stepped(optimizer)
+    optimizer.reselect(another)
+    return {
+        "alike": alike,
+        "reselected": stepped(optimizer),
+        "other from the start": stepped(fk.MaskedAdamW(wrapped, another, **ADAMW)),
+        "not wrapped": _message(fk.MaskedAdamW(net(), another, **ADAMW).step),
     }
 
 
@@ -450,6 +483,12 @@ def _() -> dict[str, str]:
     least = fk.select(scores, fk.PerTensorTopK(density=0.3, order="smallest"))
     of_kinds = (own, own.gathered())[rank]
     base = fk.delta(model, first_row(net()))
+    frozen_on_one = sharded(net())
+    of_ours, of_frozen = (fk.MaskedAdamW(one, own, **ADAMW) for one in (model, frozen_on_one))
+    if rank == 1:
+        frozen_on_one[0].weight.requires_grad_(False)
+    often = {"every": 2, "read_every": 1, "likelihood": lambda model, batch: model(batch[0])[:, 0]}
+    source = [(torch.zeros(1, 12).double(), torch.zeros(1, 1).double())]
     differing = fk.Delta(another, {"0.weight": torch.zeros(3).double()}, base._digests)
     return {
         "another selection": [
@@ -463,6 +502,9 @@ def _() -> dict[str, str]:
             _message(lambda: bound_to_start(another, model)),
             _message(lambda: save_start(model, another, folder / "another")),
         ],
+        "frozen on one rank": _message(lambda: fk.MaskedAdamW(frozen_on_one, selection, **ADAMW)),
+        "reselected on one rank": _message(lambda: of_frozen.reselect(own)),
+        "freezer": _message(lambda: fk.fisher_adaptune(model, source, optimizer=of_ours, **often)),
         "released": _message(lambda: fk.MaskedAdamW(model, selection, release_grads=True)),
         "damaged on one rank": _message(lambda: optimizer.load_state_dict(saved)),
         "other entries": _message(lambda: others.load_state_dict(optimizer.state_dict())),

@@ -66,6 +66,25 @@ def test_going_on_from_a_distributed_checkpoint_is_not_stopping(tmp_path, dtype,
     assert all(torch.equal(a, b) for a, b in zip(of.parameters(), again.parameters(), strict=True))
 
 
+def test_a_group_without_parameters_goes_through_a_whole_state():
+    """torch flattens a whole state, as accelerate saves it by default, and loses empty lists, also those of names."""
+    of, again = model(torch.float32), model(torch.float32)
+    selection = fk.select({name: one.detach().abs() for name, one in of.named_parameters()}, fk.GlobalTopK(k=20))
+    by, by_again = (
+        fk.MaskedAdamW([{"params": list(one.named_parameters())}, {"params": []}], selection, lr=1e-2)
+        for one in (of, again)
+    )
+    step(of, by)
+    state = by.state_dict()
+    empty = {key: value for key, value in state["param_groups"][1].items() if value != [] or key == "params"}
+    by_again.load_state_dict({**state, "param_groups": [state["param_groups"][0], empty]})
+    again.load_state_dict(of.state_dict())
+    step(of, by)
+    step(again, by_again)
+    assert "param_names" not in empty
+    assert all(torch.equal(a, b) for a, b in zip(of.parameters(), again.parameters(), strict=True))
+
+
 def test_a_parameter_without_a_selected_entry_has_no_state_to_load():
     """torch's strict loading misses it by name, and says how it goes on."""
     of = model(torch.float32)

@@ -57,7 +57,7 @@ def test_a_shard_numbers_the_entries_that_slicing_the_whole_gives(shape):
 def two(tmp_path_factory) -> list[dict]:
     cases = ["adamw, listed", "adamw, ranges", "sgd, listed", "one rank alone", "resumed", "state", "groups", "16 bits"]
     cases += ["mixed precision", "offloaded", "delta", "start", "refusals", "selected on ranks", "replaced parameters"]
-    cases += ["norm of the own part", "global index in the shard", "local index in a file"]
+    cases += ["data parallel", "norm of the own part", "global index in the shard", "local index in a file"]
     return launched(PROGRAM, 2, tmp_path_factory.mktemp("two"), cases)
 
 
@@ -135,6 +135,7 @@ def test_the_start_is_recognised_on_shards(two):
         assert report["start"]["as in one process"]
         assert report["start"]["loaded"]
         assert report["start"]["bytes"]
+        assert report["start"]["read"] == report["start"]["own"]  # entries of the file
         assert report["start"]["another start"].startswith("ValueError: the selection was made for another start")
 
 
@@ -145,6 +146,19 @@ def test_what_is_refused_on_shards(two):
         assert "belongs to other entries than are selected here" in messages["other entries"]
     assert first["damaged on one rank"].startswith("RuntimeError: rank 1 failed with ValueError: the state of 0.weight")
     assert second["damaged on one rank"].startswith("ValueError: the state of 0.weight")
+    for case in ("frozen on one rank", "reselected on one rank"):
+        assert first[case].startswith("RuntimeError: rank 1 failed with ValueError: 1 parameters with selected entries")
+        assert second[case].startswith("ValueError: 1 parameters with selected entries have requires_grad=False")
+    for messages in (first, second):
+        assert messages["freezer"].startswith("ValueError: a freezer reads whole slices, and FSDP2 shards 5 parameters")
+
+
+def test_ranks_under_ddp_with_different_selections_are_refused(two):
+    for report in (one["data parallel"] for one in two):
+        assert report["alike"] == report["not wrapped"] == "nothing"
+        for case in ("reselected", "other from the start"):
+            assert report[case].startswith("RuntimeError: rank ")
+            assert "have different selections" in report[case]
 
 
 def test_ranks_with_different_selections_are_refused(two):

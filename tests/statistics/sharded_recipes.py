@@ -228,6 +228,164 @@ def _() -> dict[str, Any]:
     return like_whole(sharded(llama()), llama(), batches, recipe)
 
 
+def all_of(own: Any) -> list[Any]:
+    every: list[Any] = [None] * program.world
+    dist.all_gather_object(every, own)
+    return every
+
+
+@case("batches")
+def batch_gradients(replicas: int = 1) -> dict[str, Any]:
+    """Squares of the gradient of the mean loss of what all ranks run at one time; in the end one rank has no batch."""
+    own, whole = dealt(data()), llama(tie=True)
+    statistics = fk.estimate(sharded(llama(tie=True), replicas=replicas), iter(own), fk.DiagonalFisher(unit="batch"))
+    every, parameters = all_of(own), dict(whole.named_parameters())
+    squares, steps = {name: torch.zeros_like(one) for name, one in parameters.items()}, max(map(len, every))
+    for number in range(steps):
+        losses = torch.cat([token_means(whole, part[number]) for part in every if number < len(part)])
+        grads = torch.autograd.grad(losses.mean(), list(parameters.values()))
+        for name, grad in zip(parameters, grads, strict=True):
+            squares[name] += grad.square().detach() / steps
+    error, _ = worst_error({name: statistics.full(name) for name in squares}, squares)
+    paths = sorted({covered.path for covered in statistics.coverage.values()})
+    return {"error": error, "count": statistics.count, "steps": steps, "paths": paths}
+
+
+@case("batches, mean of means")
+def _() -> dict[str, Any]:
+    """The ranks' own means averaged, as FSDP2 does it: wrong where they have unequal numbers of examples."""
+    wrong = lambda one, batch, *, own: float(own) / program.world  # noqa: E731
+    with patch.object(sharded_sketch.ShardedSketch, "_weight", wrong):
+        return batch_gradients()
+
+
+CASES["batches, replicated"] = lambda: batch_gradients(2)
+
+
+def padded(own: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Take the last position of each rank's first example for padding."""
+    masks = [torch.ones_like(one["input_ids"]) for one in own]
+    masks[0][0, -1] = 0
+    labels = [one["labels"].masked_fill(mask == 0, -100) for one, mask in zip(own, masks, strict=True)]
+    return [one | {"attention_mask": m, "labels": y} for one, m, y in zip(own, masks, labels, strict=True)]
+
+
+def parts_of(energies: fk.Energies) -> dict[str, Tensor]:
+    parts = ("input", "output", "joint", "importance")
+    values = {f"{name} {part}": getattr(one, part) for name, one in energies.items() for part in parts}
+    return {name: torch.as_tensor(value).double() for name, value in values.items()}
+
+
+@case("energies")
+def energies(**options: Any) -> dict[str, Any]:
+    """Of a sharded model, against each example's gradient, and of whole copies of the model on all ranks."""
+    own, whole = padded(dealt(data())), llama()
+    recipe = fk.DirectionEnergy(importance="kronecker")
+    found = fk.estimate(sharded(llama(), **options), iter(own), recipe)
+    copies = fk.estimate(whole, iter(own), recipe)
+    alike, _ = worst_error(parts_of(found), parts_of(copies))
+    names = ["model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"]
+    weights = [whole.get_parameter(name) for name in names]
+    bases = [torch.linalg.svd(one.detach(), full_matrices=False) for one in weights]
+    joint, count = [torch.zeros(len(S)).double() for _, S, _ in bases], 0
+    for batch in (batch for part in all_of(own) for batch in part):
+        for n in range(len(batch["labels"])):
+            one = {key: value[n : n + 1] for key, value in batch.items()}
+            grads = torch.autograd.grad(whole(**one).loss, weights)
+            count += 1
+            for total, grad, (U, _, Vh) in zip(joint, grads, bases, strict=True):
+                total += (U.mT @ grad @ Vh.mT).diagonal().square()
+    truth = {name: one / count for name, one in zip(names, joint, strict=True)}
+    error, _ = worst_error({name: found[name].joint for name in names}, truth)
+    return {"error": error, "alike": alike, "count": found.count, "examples": count, "weights": len(found)}
+
+
+@case("energies, no reduction")
+def _() -> dict[str, Any]:
+    with patch.object(shards.Ranks, "sum_", lambda ranks, tensor, group=None: None):
+        return energies()
+
+
+@case("energies, power basis, in parts")
+def _() -> dict[str, Any]:
+    """Two layers, one after the other, of a tied model with LoRA beside what accelerates leaves whole."""
+    own, recipe = dealt(data()), fk.DirectionEnergy(basis="power", importance="exact", layers_per_pass=1)
+    found, copies = (fk.estimate(model, own, recipe) for model in (sharded(program.adapted()), program.adapted()))
+    error, _ = worst_error(parts_of(found), parts_of(copies))
+    return {"error": error}
+
+
+@case("energies, one rank's mask")
+def _() -> str:
+    """A mask of another shape on one rank alone, which is read before the model runs."""
+    own = padded(dealt(data()))
+    if program.rank == 1:
+        own[0]["attention_mask"] = own[0]["attention_mask"][:, None, None].expand(-1, 1, 6, 6)
+    try:
+        fk.estimate(sharded(llama()), iter(own), fk.DirectionEnergy())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@case("prepared")
+def prepared(replicas: int = 1) -> dict[str, Any]:
+    """The bits of a call without it, before and after a step of training and on other data, and in fewer runs."""
+    own, model = dealt(data()), sharded(llama(tie=True), replicas=replicas)
+    other = [{key: value.flip(1) for key, value in one.items()} for one in own]
+    optimizer, runs = torch.optim.SGD(model.parameters(), lr=0.1), [0]
+    model.model.layers[0].register_forward_pre_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
+    ready = fk.prepare(model, own[0])
+    found: dict[str, Any] = {"paths": sorted(set(ready.paths.values())), "preparing": runs[0]}
+
+    def compared(batches: list[Any], **options: Any) -> tuple[bool, int, int]:
+        each = []
+        for more in (options, {}):
+            runs[0] = 0
+            each.append((fk.estimate(model, batches, **more), runs[0]))
+        (first, fewer), (second, more) = each
+        return all(torch.equal(first[name].to_local(), second[name].to_local()) for name in second), fewer, more
+
+    found["seen"] = compared(own, prepared=ready)
+    model(**own[0]).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    found["trained"] = compared(own, prepared=ready)
+    with torch.no_grad():
+        model(**own[0])  # which leaves the outermost unit whole
+    found["other data"] = compared(other, prepared=ready)
+    model.model.norm.weight.requires_grad_(False)
+    try:
+        fk.estimate(model, own, prepared=ready)
+    except Exception as error:
+        found["changed"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+@case("prepared, others")
+def _() -> dict[str, bool]:
+    """Recipes of one gradient, of factors, and modules that run once more for each example."""
+    found = {}
+
+    def alike(model: nn.Module, batches: list[Any], recipe: fk.Estimator, **options: Any) -> bool:
+        ready = fk.prepare(model, batches[0], recipe, **options)
+        first = fk.estimate(model, batches, prepared=ready)
+        return first == fk.estimate(model, batches, recipe, **options)
+
+    recipes = (fk.SketchedFisher(draws=2), fk.DiagonalFisher(unit="batch"), fk.GroupFisher("row"), fk.DirectionEnergy())
+    for recipe in recipes:
+        found[type(recipe).__name__ + getattr(recipe, "unit", "")] = alike(sharded(llama()), dealt(data()), recipe)
+    x = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(program.rank))
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), program.Bent(), nn.Linear(5, 3)).double().eval()
+
+    batches = [(x[:2], torch.tensor([0, 1])), (x[2:], torch.tensor([2, 1]))]
+    found["generic"] = alike(sharded(net(), own=("2",)), batches, fk.DiagonalFisher(), likelihood=fk.Classification())
+    return found
+
+
 class Own(fk.DiagonalFisher):
     """A recipe of the user's own."""
 
@@ -237,10 +395,8 @@ def _() -> list[str]:
     model, batches, messages = sharded(llama()), dealt(data()), []
     calls = [
         lambda: fk.estimate(model, batches, Own()),
-        lambda: fk.estimate(model, batches, fk.DiagonalFisher(unit="batch")),
         lambda: fk.verify(model, batches, estimator=fk.GroupFisher()),
         lambda: fk.OnlineFisher(model),
-        lambda: fk.prepare(model, batches[0]),
         lambda: fk.estimate(model, batches, checkpoint=program.folder / "part"),
         lambda: fk.estimate(model, batches, until=(0.9, 0.2)),
     ]

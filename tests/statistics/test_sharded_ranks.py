@@ -8,10 +8,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 from tests.support.ranks import launched
 
-PROGRAM = "tests.statistics.sharded_program"
+PROGRAM = "tests.statistics.sharded_exchanges"  # which has the cases of sharded_program, too
 MORE = ["checkpointed", "checkpointed reentrantly", "checkpointed by torch", "lora", "lora, all", "positions", "gated"]
 MORE += ["mc", "packed", "experts", "pairs", "large logits"]
 PLANTED = ["no reduction, unchecked", "mean, unchecked"]
+EXCHANGES = ["some positions", "unequal lengths", "an example missing", "features of other rows"]
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +26,9 @@ def two(tmp_path_factory) -> list[dict]:
         "failures",
         "mixed",
         "files",
-        "bytes",
         "no reduction",
         *PLANTED,
+        *EXCHANGES,
     ]
     return launched(PROGRAM, 2, tmp_path_factory.mktemp("two"), cases)
 
@@ -82,11 +83,20 @@ def test_the_file_is_that_of_one_process(two):
         assert report["files"] == {"bytes": True, "loaded": True, "equal": True, "full": True}
 
 
-def test_a_batch_sends_each_entry_once(two):
-    """Squares are sent in the dtype of their sums, here float64; what the ranks agree on beside is small."""
+def test_a_batch_sends_the_bytes_of_the_formula_which_are_the_fewest(two):
+    """Of some maps factors, of others squares; what the ranks agree on beside is small."""
+    for report in (one["some positions"] for one in two):
+        assert abs(report["bytes"] - report["formula"]) < 0.02 * report["formula"]
+        assert report["as by formula"]
+        assert 0 < report["by factors"] < 15
+
+
+def test_factors_give_what_the_loop_gives_and_planted_errors_are_seen(two):
     for report in two:
-        counted, formula = report["bytes"]
-        assert abs(counted - formula) < 0.02 * formula
+        assert report["unequal lengths"]["error"] < 2e-7, report["unequal lengths"]["where"]
+        assert report["unequal lengths"]["by factors"] == 15
+        assert report["an example missing"]["error"] > 0.05
+        assert report["features of other rows"]["error"] > 0.05
 
 
 @pytest.mark.parametrize("case", PLANTED)

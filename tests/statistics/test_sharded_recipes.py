@@ -11,6 +11,7 @@ from tests.support.ranks import launched
 
 PROGRAM = "tests.statistics.sharded_recipes"
 QUICK = ["groups, looped", "refusals", "sketch", "sketch, mean", "sketch, unreached", "sketch, ignored in 16 bits"]
+QUICK += ["batches", "energies", "energies, one rank's mask", "prepared"]
 SKETCHES = ["sketch, ignored parameters", "sketch, checkpointed reentrantly", "sketch, one rank without data"]
 
 
@@ -41,22 +42,58 @@ def test_what_is_not_computed_on_shards_is_refused_by_name(quick):
     by_fsdp = "UnsupportedModuleError: FSDP2 shards the parameters, and "
     whole = "UnsupportedModuleError: FSDP shards the parameters of 'the model'. Load the whole model in each process"
     expected = [
-        f"{by_fsdp}Own(fisher_type='empirical', unit='example') is not computed on shards: expected DiagonalFisher of",
-        f"{by_fsdp}DiagonalFisher(fisher_type='empirical', unit='batch') is not computed on shards",
+        f"{by_fsdp}Own(fisher_type='empirical', unit='example') is not computed on shards: expected DiagonalFisher, ",
         f"{by_fsdp}verify compares entries, of which each rank has its own: verify DiagonalFisher",
-        whole,
         whole,
         "ValueError: checkpoint= is not built for sharded models",
         "ValueError: until= is not built for sharded models: estimate in one process, or give the number of examples",
     ]
     for report in quick:
+        assert len(report["refusals"]) == len(expected)
         for message, begin in zip(report["refusals"], expected, strict=True):
             assert message.startswith(begin)
 
 
+def test_the_gradient_of_a_batch_is_that_of_all_ranks_batches_together(quick):
+    for report in quick:
+        found = report["batches"]
+        assert found["error"] < 1e-6  # norms compute in float32
+        assert found["count"] == found["steps"] == 2
+        assert found["paths"] == ["batch"]
+
+
+def test_energies_are_those_of_each_examples_gradient(quick):
+    for report in quick:
+        found = report["energies"]
+        assert found["error"] < 1e-6  # norms compute in float32
+        assert found["alike"] < 1e-6
+        assert found["count"] == found["examples"] == 5
+        assert found["weights"] == 15
+
+
+def test_a_mask_that_one_rank_cannot_read_ends_all(quick):
+    first, second = (report["energies, one rank's mask"] for report in quick)
+    assert second.startswith("ValueError: positions='attended' counts what an attention_mask [N, T] marks")
+    assert first.startswith("RuntimeError: rank 1 failed with ValueError: positions='attended'")
+
+
+def test_a_prepared_pass_gives_the_same_bits_in_fewer_runs(quick):
+    for report in quick:
+        found = report["prepared"]
+        assert found["paths"] == ["fused"]
+        assert found["preparing"] > 0
+        for data in ("seen", "trained", "other data"):
+            alike, fewer, more = found[data]
+            assert alike
+            assert fewer == 2 if data != "other data" else 2 < fewer < more
+            assert more > 2
+        assert "was prepared for something else: requires_grad of model.norm.weight was True" in found["changed"]
+
+
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> list[dict]:
-    cases = ["groups", "groups, no reduction", "all labels", *SKETCHES, "sketch, training"]
+    cases = ["groups", "groups, no reduction", "all labels", *SKETCHES, "sketch, training", "prepared, others"]
+    cases += ["energies, power basis, in parts", "energies, no reduction", "batches, mean of means"]
     return launched(PROGRAM, 2, tmp_path_factory.mktemp("many"), cases)
 
 
@@ -73,8 +110,27 @@ def test_sums_over_groups_are_those_of_the_loop(many):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["energies, no reduction", "batches, mean of means"])
+def test_a_planted_error_of_other_recipes_is_seen(many, case):
+    assert all(report[case]["error"] > 0.2 for report in many)
+
+
+@pytest.mark.slow
+def test_energies_of_a_basis_of_candidates_in_parts(many):
+    assert all(report["energies, power basis, in parts"]["error"] < 1e-6 for report in many)
+
+
+@pytest.mark.slow
+def test_other_recipes_are_prepared(many):
+    for report in many:
+        assert len(report["prepared, others"]) == 5
+        assert all(report["prepared, others"].values())
+
+
+@pytest.mark.slow
 def test_groups_and_sketches_count_each_example_of_replicas_once(tmp_path):
-    for report in launched(PROGRAM, 4, tmp_path, ["groups, replicated", "sketch, replicated"]):
+    for report in launched(PROGRAM, 4, tmp_path, ["groups, replicated", "sketch, replicated", "batches, replicated"]):
+        assert report["batches, replicated"]["error"] < 1e-6
         assert all(error < 2e-7 for error in report["groups, replicated"].values())
         assert report["sketch, replicated"] < 1e-6
 
