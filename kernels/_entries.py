@@ -7,7 +7,7 @@ parameter of each block of ``BLOCK`` selected entries; a parameter without gradi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -97,7 +97,8 @@ def tables(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Make the table, the blocks, and one tensor of each kind, from which the kernel takes the dtypes.
 
-    They are cached by value, so a step with the same addresses as one before copies nothing to the device.
+    They are cached by value, so a step with the same addresses as one before copies nothing to the device. Call it with
+    that device as the current one.
 
     Args:
         params: Flat, contiguous, on one device.
@@ -124,26 +125,59 @@ def tables(
     one_index = next((listed for listed in indices if listed is not None), None)
     if one_index is None:
         one_index = torch.empty(0, dtype=torch.int32, device=device)
-    return _table(tuple(rows), device), _blocks(tuple(counts), device), [params[0], one_grad, one_index]
+    table, blocks = _table(tuple(rows), device).here(), _blocks(tuple(counts), device).here()
+    return table, blocks, [params[0], one_grad, one_index]
+
+
+class _Copied:
+    """A copy on a device that is made on one stream, and used on any.
+
+    Args:
+        tensor: On the CPU.
+        device: Where to copy it, the current one.
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured.
+    """
+
+    def __init__(self, tensor: Tensor, device: torch.device) -> None:
+        instead = (
+            "do the masked step once before, with gradients that stay where they are (zero_grad(set_to_none=False))."
+        )
+        self.tensor = to_gpu(tensor, device, instead)
+        self.made = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.current_stream(device)
+            self.made = self.stream.record_event()
+
+    def here(self) -> Tensor:
+        """Return the copy, for the current stream."""
+        if self.made is None:
+            return self.tensor
+        if torch.cuda.is_current_stream_capturing():
+            # Finished, since torch.cuda.graph waits for the device; and replays read it, whatever the caches forget.
+            return _kept(self).tensor
+        stream = torch.cuda.current_stream(self.tensor.device)
+        if stream != self.stream:
+            stream.wait_event(self.made)
+            self.tensor.record_stream(stream)
+        return self.tensor
+
+
+@cache
+def _kept(copied: _Copied) -> _Copied:
+    return copied
 
 
 @lru_cache(maxsize=64)  # each backward pass may put gradients elsewhere, but the allocator reuses few addresses
-def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    return _to_device(torch.tensor(rows, dtype=torch.int64), device)
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> _Copied:
+    return _Copied(torch.tensor(rows, dtype=torch.int64), device)
 
 
 @lru_cache(maxsize=64)
-def _blocks(counts: tuple[int, ...], device: torch.device) -> Tensor:
+def _blocks(counts: tuple[int, ...], device: torch.device) -> _Copied:
     sizes = torch.tensor([triton.cdiv(count, BLOCK) for count in counts])
-    return _to_device(torch.arange(len(counts), dtype=torch.int32).repeat_interleave(sizes), device)
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    return to_gpu(
-        tensor,
-        device,
-        "do the masked step once before, with gradients that stay where they are (zero_grad(set_to_none=False)).",
-    )
+    return _Copied(torch.arange(len(counts), dtype=torch.int32).repeat_interleave(sizes), device)
 
 
 def as_tensor(number: float | Tensor, device: torch.device) -> Tensor:

@@ -62,10 +62,10 @@ def masked_sgd_(
     scale: Tensor | None = None,
 ) -> None:
     """Launch the kernel; arguments as in :func:`fishkern.ops.masked_sgd_`, already checked and flat."""
-    table, blocks, likes = tables(params, grads, indices)
-    if len(blocks) == 0:
-        return
-    with torch.cuda.device_of(params[0]):  # Triton launches on the current device
+    with torch.cuda.device_of(params[0]):  # Triton launches on the current device, and tables are copied on its stream
+        table, blocks, likes = tables(params, grads, indices)
+        if len(blocks) == 0:
+            return
         _masked_sgd_kernel[(len(blocks),)](
             table, blocks, *likes,
             momentum_buffer, master, starts,

@@ -2,10 +2,13 @@
 
 The scores are cut into chunks, one program each; a table of addresses makes all tensors of one dtype one launch
 (:mod:`fishkern.kernels._streaming_topk_device`). A sample gives a bracket, two values that should enclose the ``k``-th
-largest. One kernel reads every score once: it writes one bit for each score above the bracket, collects the ones
-inside, and counts those equal to its ends, which may be very many (zeros). The host decides among the collected ones;
-another kernel selects the first of those equal to an end; the last one writes the indices of all bits that are set.
-Only the order of the collected ones in memory depends on scheduling, and they are sorted.
+largest. One kernel reads every score once: it writes one bit for each score above the bracket, lists which words of 32
+scores have one inside, and counts those equal to its ends, which may be very many (zeros). The next reads the scores
+inside once more, a small part of all. The host decides among them; another kernel selects the first of those equal to
+an end; the last one writes the indices of all bits that are set. Only the order of the list depends on scheduling, and
+no result on this order: of equal scores, that of the smaller index is selected.
+
+Beside the result it takes one bit for each score, and 8 to 12 bytes for each score inside the bracket.
 """
 
 from __future__ import annotations
@@ -24,14 +27,17 @@ from . import _streaming_topk_device as device
 
 # Scores that one program takes: of float32, eight loads of 16 bytes for each of 128 threads.
 _CHUNK = 4096
+_WORDS = device.WORDS.value
 _OPTIONS = {"enable_fp_fusion": True}  # there is nothing to fuse, but Triton 3.9 warns if this is left out
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # The sample: scores from the beginning of evenly spread chunks.
 _SAMPLED_CHUNKS, _SAMPLED_SCORES = 8192, 256
 # Standard errors between the sample's estimate and either end of the bracket.
 _DEVIATIONS = 6.0
-# Room for the scores inside the bracket: one place for each so many scores of the call, and at least so many places.
-_SCORES_FOR_A_PLACE, _SMALLEST_ROOM = 128, 2**16
+# Room for the words with scores inside the bracket: so many times those expected of the sample, and at least so many.
+_ROOM, _SMALLEST_ROOM = 1.5, 2**13
+# Up to so many scores no bracket is needed. Words that one program collects.
+_FEW_SCORES, _COLLECTED_WORDS = 2**16, 32
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,8 @@ def streaming_topk(blocks: Sequence[Tensor], k: int, *, order: str = "largest") 
         return [flat.new_empty(0, dtype=dtype) for flat, dtype in zip(flats, dtypes, strict=True)]
     with torch.cuda.device_of(flats[0]):  # Triton launches on the current device
         pool = _Pool(flats, largest=order == "largest")
-        bits = pool.select(k)
-        indices, counts = pool.emit(bits, torch.int64 if torch.int64 in dtypes else torch.int32)
+        bits, selected = pool.select(k)
+        indices, counts = pool.emit(bits, selected, torch.int64 if torch.int64 in dtypes else torch.int32)
     parts = indices.split(counts)
     return [part.to(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
 
@@ -73,7 +79,10 @@ class _Pool:
         self.chunks_of = [cdiv(flat.numel(), _CHUNK) for flat in flats]
         self.chunks = sum(self.chunks_of)
         self.total = sum(flat.numel() for flat in flats)
-        self.room = min(self.total, max(_SMALLEST_ROOM, self.total // _SCORES_FOR_A_PLACE))
+        if self.chunks * _WORDS > 2**31:
+            raise ValueError(
+                f"the kernel numbers up to 2**31 words of 32 scores, got {self.total} scores: use 'torch'."
+            )
         self.launches = list(self._launches(largest))
 
     def _launches(self, largest: bool) -> Iterator[_OneDtype]:
@@ -93,31 +102,38 @@ class _Pool:
             constants = {"DTYPE": _DTYPES[dtype], "ALIGNED": aligned, "LARGEST": largest, "CHUNK": _CHUNK}
             yield _OneDtype(torch.tensor(rows, device=self.device), sum(chunks), constants | _OPTIONS)
 
-    def select(self, k: int) -> Tensor:
-        """Return the bits of the ``k`` first scores, ``[chunks, CHUNK / 32]``."""
-        low, high = self._bracket(k)
-        read = self._pass(low, high)
-        above, at_high, at_low, nan, inside = read.sums
-        if nan:
-            raise ArithmeticError("a score is NaN")
-        if above > k or above + at_high + inside + at_low < k or inside > self.room:
+    def select(self, k: int) -> tuple[Tensor, Tensor]:
+        """Select the ``k`` first scores: their bits, ``[chunks, WORDS]``, and their number in each chunk."""
+        low, high, expected = self._bracket(k)
+        read = self._pass(low, high, self._room(expected))
+        slots, values = self._collected(read)
+        if not self._encloses(read, len(values), k):
+            del read, slots, values  # their memory is for the next
             low = high = self._bisect(k)  # the sample was not like the scores
-            read = self._pass(low, high)
-            above, at_high, at_low, _, inside = read.sums
+            read = self._pass(low, high, self._room(0))
+            slots, values = self._collected(read)
         # Largest first: those above the bracket are selected already, then its upper end, inside, its lower end.
-        bits, need = read.bits, k - above
-        self._take_ties(bits, read.counts[1], min(need, at_high), high)
-        need -= min(need, at_high)
-        largest = _first(read.slots[:inside], read.values[:inside], min(need, inside))
-        ones = (1 << (largest % 32)).to(torch.int32)  # no slot comes twice, so that adding sets the bits
-        bits.view(-1).index_add_(0, largest // 32, ones)
+        bits, counts, need = read.bits, read.above, k - read.sums[0]
+        need -= self._take_ties(bits, counts, read.at_high, min(need, read.sums[1]), high)
+        largest = _first(slots, values, min(need, len(values)))
+        word, bit = _word_and_bit(largest)
+        bits.view(-1).index_add_(0, word, (1 << bit).to(torch.int32))  # no slot comes twice: adding sets the bits
+        counts.index_add_(0, largest // _CHUNK, torch.ones_like(largest, dtype=torch.int32))
         need -= len(largest)
-        self._take_ties(bits, read.counts[2], need, low)
-        return bits
+        self._take_ties(bits, counts, read.at_low, need, low)
+        return bits, counts
 
-    def emit(self, bits: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[int]]:
+    def _room(self, expected: float) -> int:
+        """Return how many words may have scores inside the bracket, of which so many are expected."""
+        return min(self.chunks * _WORDS, max(_SMALLEST_ROOM, int(_ROOM * expected)))
+
+    @staticmethod
+    def _encloses(read: _Pass, inside: int, k: int) -> bool:
+        above, at_high, at_low, found = read.sums
+        return found <= len(read.listed) and above <= k <= above + at_high + inside + at_low
+
+    def emit(self, bits: Tensor, counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[int]]:
         """Return the indices in their blocks of all bits that are set, and their number in each block."""
-        counts = _popcount(bits).sum(1)
         ends = counts.cumsum(0)
         chunks_of = torch.tensor(self.chunks_of, device=self.device)
         last = chunks_of.cumsum(0)
@@ -128,38 +144,69 @@ class _Pool:
         device.emit_kernel[(self.chunks,)](bits, ends - counts, offsets, out, CHUNK=_CHUNK, **_OPTIONS)
         return out, (before[last] - before[last - chunks_of]).tolist()
 
-    def _pass(self, low: float, high: float) -> _Pass:
-        bits = torch.empty(self.chunks, _CHUNK // 32, dtype=torch.int32, device=self.device)
-        counts = torch.zeros(4, self.chunks, dtype=torch.int32, device=self.device)
-        inside = torch.zeros(1, dtype=torch.int64, device=self.device)
-        slots = torch.empty(self.room, dtype=torch.int64, device=self.device)
-        values = torch.empty(self.room, dtype=torch.float32, device=self.device)
+    def _pass(self, low: float, high: float, room: int) -> _Pass:
+        """Read every score once."""
+        bits = torch.empty(self.chunks, _WORDS, dtype=torch.int32, device=self.device)
+        above, at_ends = torch.empty(2, self.chunks, dtype=torch.int32, device=self.device)
+        listed, words = torch.empty(2, room, dtype=torch.int32, device=self.device)
+        found = torch.zeros(1, dtype=torch.int32, device=self.device)
+        until = []
         for launch in self.launches:
             device.select_kernel[(launch.chunks,)](
                 launch.table, bits,
-                counts,
-                inside, slots, values,
-                launch.table.shape[1], self.chunks, self.room,
+                above, at_ends,
+                listed, words,
+                found,
+                launch.table.shape[1], room,
                 low, high,
                 **launch.constants,
             )  # fmt: skip
-        sums = torch.cat([counts.sum(1, dtype=torch.int64), inside]).tolist()
-        return _Pass(counts, sums, bits, slots, values)
+            until.append(found.clone())
+        at_high, at_low = at_ends & 0xFFFF, at_ends >> 16
+        if low == high:
+            at_low.zero_()  # they are counted as those at the upper end
+        sums = [count.sum(dtype=torch.int64)[None] for count in (above, at_high, at_low)]
+        figures = torch.cat([*sums, *until]).tolist()
+        return _Pass(above, at_high, at_low, [*figures[:3], figures[-1]], bits, listed, words, figures[3:])
 
-    def _take_ties(self, bits: Tensor, ties: Tensor, take: int, end: float) -> None:
-        """Set the bits of the first ``take`` scores that equal an end of the bracket."""
-        if take == 0:
-            return
-        before = ties.cumsum(0) - ties
-        quotas = (take - before).clamp_(min=0).minimum(ties).to(torch.int32)
-        for launch in self.launches:
-            device.take_ties_kernel[(launch.chunks,)](
-                launch.table, bits, quotas, launch.table.shape[1], end, **launch.constants
-            )
+    def _collected(self, read: _Pass) -> tuple[Tensor, Tensor]:
+        """Read the scores inside the bracket, and give their slots and values, in no fixed order."""
+        until = [min(number, len(read.listed)) for number in read.until]
+        sizes = _popcount(read.words[: until[-1]])
+        starts = sizes.cumsum(0) - sizes
+        count = int(sizes.sum())
+        slots = torch.empty(count, dtype=torch.int64, device=self.device)
+        values = torch.empty(count, dtype=torch.float32, device=self.device)
+        for launch, begin, end in zip(self.launches, [0, *until], until, strict=False):
+            if end > begin:
+                num_tensors = launch.table.shape[1]
+                device.collect_kernel[(cdiv(end - begin, _COLLECTED_WORDS),)](
+                    launch.table, read.listed, read.words, starts,
+                    slots, values,
+                    num_tensors, (num_tensors - 1).bit_length(),
+                    begin, end,
+                    **launch.constants, BLOCK=_COLLECTED_WORDS,
+                )  # fmt: skip
+        if values.isnan().any():
+            raise ArithmeticError("a score is NaN")
+        return slots, values
 
-    def _bracket(self, k: int) -> tuple[float, float]:
-        if self.total <= _SMALLEST_ROOM:
-            return -math.inf, math.inf
+    def _take_ties(self, bits: Tensor, counts: Tensor, ties: Tensor, take: int, end: float) -> int:
+        """Set the bits of the first ``take`` scores that equal an end of the bracket, count them, and return take."""
+        if take > 0:
+            before = ties.cumsum(0) - ties
+            quotas = (take - before).clamp_(min=0).minimum(ties).to(torch.int32)
+            for launch in self.launches:
+                device.take_ties_kernel[(launch.chunks,)](
+                    launch.table, bits, quotas, launch.table.shape[1], end, **launch.constants
+                )
+            counts += quotas
+        return take
+
+    def _bracket(self, k: int) -> tuple[float, float, float]:
+        """Estimate two values around the ``k``-th largest, and how many scores are between them."""
+        if self.total <= _FEW_SCORES:
+            return -math.inf, math.inf, self.total
         rows = []
         for launch in self.launches:
             numbers = self._sampled_chunks(launch)
@@ -172,6 +219,7 @@ class _Pool:
         return (
             values[low].item() if low < len(values) else -math.inf,
             values[high].item() if high >= 0 else math.inf,
+            (min(low, len(values)) - max(high, 0)) / max(len(values), 1) * self.total,
         )
 
     def _sampled_chunks(self, launch: _OneDtype) -> Tensor:
@@ -185,8 +233,9 @@ class _Pool:
         while low < high:
             middle = (low + high + 1) // 2
             value = _value(middle)
-            above, at_value, *_ = self._pass(value, value).sums
-            low, high = (middle, high) if above + at_value >= k else (low, middle - 1)
+            read = self._pass(value, value, self._room(0))
+            self._collected(read)  # nothing is inside but NaN
+            low, high = (middle, high) if read.sums[0] + read.sums[1] >= k else (low, middle - 1)
         return _value(low)
 
 
@@ -195,18 +244,24 @@ class _Pass:
     """The result of reading every score once.
 
     Attributes:
-        counts: ``[4, chunks]``, int32: how many are above the bracket, at its upper end, at its lower end, NaN.
-        sums: The same of all chunks together; and, last, how many are inside the bracket.
-        bits: ``[chunks, CHUNK / 32]``, int32: set for those above the bracket.
-        slots: ``[room]``, int64: of those inside, their places if all chunks have ``CHUNK`` scores; in no fixed order.
-        values: ``[room]``, float32: their values, in the same order.
+        above: ``[chunks]``, int32: how many are above the bracket.
+        at_high: ``[chunks]``, int32: how many are at its upper end.
+        at_low: ``[chunks]``, int32: how many are at its lower end.
+        sums: These three of all chunks together; and how many words have scores inside the bracket or NaN.
+        bits: ``[chunks, WORDS]``, int32: set for those above the bracket.
+        listed: ``[room]``, int32: numbers of the words with scores inside or NaN; in no fixed order.
+        words: ``[room]``, int32: the bits of these scores.
+        until: For each launch the end of its part of the list.
     """
 
-    counts: Tensor
+    above: Tensor
+    at_high: Tensor
+    at_low: Tensor
     sums: list[int]
     bits: Tensor
-    slots: Tensor
-    values: Tensor
+    listed: Tensor
+    words: Tensor
+    until: list[int]
 
 
 def _ranked(rows: Tensor, share: float) -> tuple[Tensor, int, int]:
@@ -225,9 +280,18 @@ def _ranked(rows: Tensor, share: float) -> tuple[Tensor, int, int]:
 
 
 def _first(slots: Tensor, values: Tensor, count: int) -> Tensor:
-    """Return the slots of the ``count`` largest values, of equal ones the smaller slots."""
-    slots, order = slots.sort()
-    return slots[values[order].sort(descending=True, stable=True).indices[:count]]
+    """Return the slots of the ``count`` largest values, of equal ones the smaller slots; in no fixed order."""
+    if count == 0:
+        return slots[:0]
+    last = values.kthvalue(len(values) - count + 1).values
+    above = slots[values > last]
+    return torch.cat([above, slots[values == last].sort().values[: count - len(above)]])
+
+
+def _word_and_bit(slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Say where the bits of slots are: word among those of all chunks, bit in it."""
+    place = slots % _CHUNK
+    return slots // _CHUNK * _WORDS + place // 4 % _WORDS, place // (4 * _WORDS) * 4 + place % 4
 
 
 def _popcount(words: Tensor) -> Tensor:

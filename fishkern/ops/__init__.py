@@ -1,5 +1,6 @@
 """Operations from tensors to tensors: contracts, checks and PyTorch references. No ``nn.Module`` is known here."""
 
+from fishkern.ops import _in_graphs as _in_graphs  # registers operations
 from fishkern.ops.embedding_sum_grad_squared import embedding_rows, embedding_sum_grad_squared
 from fishkern.ops.expert_sum_grad_squared import expert_sum_grad_squared
 from fishkern.ops.group_sum_grad_squared import group_sum_grad_squared

@@ -35,7 +35,7 @@ def masked_adamw_(
     """Do one step of AdamW on the selected entries of several parameters, in place.
 
     For a selected entry with weight ``w`` and gradient ``g`` at its ``t``-th update (Loshchilov and Hutter, 2019,
-    arXiv:1711.05101):
+    arXiv:1711.05101; under ``torch.compile`` a step is one node of the graph, which runs as here):
 
         w -= lr weight_decay w
         exp_avg = beta1 exp_avg + (1 - beta1) g
@@ -74,6 +74,13 @@ def masked_adamw_(
         ValueError: Shapes, dtypes or devices are not as described.
         BackendUnavailableError: Triton was named, and cannot run.
     """
+    if torch.compiler.is_compiling():
+        number, tensor = (None, lr) if isinstance(lr, Tensor) else (lr, None)
+        torch.ops.fishkern.masked_adamw_(
+            params, grads, indices, exp_avg, exp_avg_sq, steps,
+            number, tensor, beta1, beta2, eps, weight_decay, maximize, master, starts, scale, backend,
+        )  # fmt: skip
+        return
     state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     flat_params, flat_grads, indices = check_entries(
         params, grads, indices, steps, state=state, master=master, starts=starts

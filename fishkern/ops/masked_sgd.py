@@ -32,6 +32,8 @@ def masked_sgd_(
 ) -> None:
     """Do one step of SGD on the selected entries of several parameters, in place.
 
+    Under ``torch.compile`` a step is one node of the graph, which runs as here.
+
     For a selected entry with weight ``w`` and gradient ``g``, as in :class:`torch.optim.SGD`:
 
         g += weight_decay w
@@ -63,6 +65,13 @@ def masked_sgd_(
         ValueError: Shapes, dtypes or devices are not as described.
         BackendUnavailableError: Triton was named, and cannot run.
     """
+    if torch.compiler.is_compiling():
+        number, tensor = (None, lr) if isinstance(lr, Tensor) else (lr, None)
+        torch.ops.fishkern.masked_sgd_(
+            params, grads, indices, momentum_buffer, steps,
+            number, tensor, momentum, dampening, weight_decay, nesterov, maximize, master, starts, scale, backend,
+        )  # fmt: skip
+        return
     if (momentum_buffer is None) is not (momentum == 0):
         raise ValueError(
             f"momentum_buffer belongs to a momentum other than 0, got momentum={momentum} and "

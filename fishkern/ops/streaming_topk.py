@@ -48,6 +48,8 @@ def streaming_topk(
     the values of the candidates: 4 bytes for each of twice the ``k`` up to ``k = 2^24``, above that only for those
     inside the bracket. A block that is not contiguous is copied while it is processed.
 
+    What it does next depends on the scores, so ``torch.compile`` breaks the graph here and runs it as it is.
+
     Args:
         blocks: Floating scores (float64, float32, bfloat16, float16), of any shapes, on any devices, also
             :class:`~fishkern.files.StoredTensor`; read more than once.
@@ -64,7 +66,8 @@ def streaming_topk(
         ValueError: ``k`` is out of range, ``order`` is neither, or a score is NaN; its block is named.
         BackendUnavailableError: Triton was named, and cannot run.
     """
-    return topk_with_threshold(blocks, k, order=order, backend=backend)[0]
+    run = _as_it_is if torch.compiler.is_compiling() else topk_with_threshold
+    return run(blocks, k, order=order, backend=backend)[0]
 
 
 def topk_with_threshold(
@@ -103,6 +106,9 @@ def topk_with_threshold(
     selected = [block.reshape(-1)[own].float() for block, own in zip(blocks, indices, strict=True) if len(own)]
     extreme = torch.amin if order == "largest" else torch.amax
     return indices, extreme(torch.stack([extreme(scores) for scores in selected])).item() if selected else None
+
+
+_as_it_is = torch._disable_dynamo(topk_with_threshold)
 
 
 def _placement(blocks: Sequence[AnyTensor]) -> list[Tensor]:

@@ -40,6 +40,8 @@ def sum_grad_squared(
     labels behind ``output_grads`` (Kunstner et al., 2019, arXiv:1905.12558). It is neither the square of the batch
     gradient nor a sum over single positions (:func:`fishkern.ops.sum_position_grad_squared`).
 
+    Under ``torch.compile`` it is one node of the graph, which runs as here.
+
     Products are summed and squared in float32 (float64 for float64 inputs), also for 16-bit inputs, whose squares would
     underflow. The per-example gradients ``[N, O, I]`` are never stored: the reference holds 8 MiB of float32 at a time
     on a CPU, 32 MiB on a GPU, and of 16-bit inputs a float32 copy of the examples and columns that it works on. Nothing
@@ -68,6 +70,12 @@ def sum_grad_squared(
             entries of the results share a place.
         BackendUnavailableError: Triton was named, and cannot run.
     """
+    if torch.compiler.is_compiling():
+        if out is None:
+            dtype = torch.promote_types(output_grads.dtype, torch.float32)
+            out = output_grads.new_zeros(output_grads.shape[-1], activations.shape[-1], dtype=dtype)
+        torch.ops.fishkern.sum_grad_squared_(out, grad_out, activations, output_grads, offsets, allow_tf32, backend)
+        return out
     check_linear(activations, output_grads, offsets)
     results = {name: tensor for name, tensor in (("out", out), ("grad_out", grad_out)) if tensor is not None}
     for name, tensor in results.items():

@@ -63,7 +63,7 @@ def test_scores_of_any_scale_are_read_once(monkeypatch: pytest.MonkeyPatch):
     """Blocks of other scales than the first one are in the sample: else the bracket misses, and 32 passes bisect."""
     passes = []
     read = kernels._Pool._pass
-    monkeypatch.setattr(kernels._Pool, "_pass", lambda pool, *ends: passes.append(ends) or read(pool, *ends))
+    monkeypatch.setattr(kernels._Pool, "_pass", lambda pool, *call: passes.append(call) or read(pool, *call))
     generator = torch.Generator().manual_seed(0)
     blocks = [torch.rand(4 * kernels._CHUNK, generator=generator).to(DEVICE) * 10.0**-n for n in (2, 1, 0, 1, 2)]
     indices = kernels.streaming_topk(blocks, 3000)
@@ -76,12 +76,73 @@ def test_ties_are_taken_from_chunks_with_a_quota_alone():
     """The first ones in the order of the chunks, none of a chunk whose quota is zero."""
     scores = torch.zeros(3 * kernels._CHUNK, device=DEVICE)
     pool = kernels._Pool([scores], largest=True)
-    bits = torch.zeros(3, kernels._CHUNK // 32, dtype=torch.int32, device=DEVICE)
+    bits = torch.zeros(3, kernels._WORDS, dtype=torch.int32, device=DEVICE)
     ties = torch.tensor([3, 0, kernels._CHUNK], dtype=torch.int32, device=DEVICE)
-    pool._take_ties(bits, ties, 5, 0.0)
-    indices, counts = pool.emit(bits, torch.int32)
+    selected = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    assert pool._take_ties(bits, selected, ties, 5, 0.0) == 5
+    assert selected.tolist() == [3, 0, 2]
+    indices, counts = pool.emit(bits, selected, torch.int32)
     assert indices.tolist() == [0, 1, 2, 2 * kernels._CHUNK, 2 * kernels._CHUNK + 1]
     assert counts == [5]
+
+
+def test_bits_are_those_of_their_scores():
+    """Any pattern of them gives its indices, ascending; and a slot finds its bit."""
+    chosen = torch.rand(2 * kernels._CHUNK, device=DEVICE) < 0.3
+    pool = kernels._Pool([chosen.float()], largest=True)
+    read = pool._pass(0.5, 0.5, 1)
+    assert torch.equal(read.above, chosen.view(2, -1).sum(1, dtype=torch.int32))
+    indices, counts = pool.emit(read.bits, read.above, torch.int64)
+    assert torch.equal(indices, chosen.nonzero().squeeze(1))
+    assert counts == [len(indices)]
+    word, bit = kernels._word_and_bit(torch.arange(len(chosen), device=DEVICE))
+    assert torch.equal(read.bits.view(-1)[word] >> bit & 1, chosen.to(torch.int32))
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_scores_at_infinite_ends_are_counted_where_a_chunk_is_short(largest):
+    """What does not exist is at neither end, nor inside."""
+    scores = torch.tensor([math.inf, -math.inf, 1.0, -math.inf], device=DEVICE)
+    pool = kernels._Pool([scores], largest=largest)
+    read = pool._pass(-math.inf, math.inf, 128)
+    assert read.sums == [0, 1 if largest else 2, 2 if largest else 1, 1]
+    slots, values = pool._collected(read)
+    assert (slots.tolist(), values.tolist()) == ([2], [1.0 if largest else -1.0])
+
+
+def test_scratch_is_under_a_twentieth_of_the_scores():
+    """What grows with them is one bit for each, and the list of words inside the bracket, here of the first 0.5 %."""
+    rows = torch.randn(kernels._SAMPLED_CHUNKS, kernels._SAMPLED_SCORES)
+    values, low, high = kernels._ranked(rows, 0.005)
+    inside = (low - high) / len(values)
+    bytes_of_a_score = 1 / 8 + 8 / kernels._CHUNK  # its bit, and the counts of its chunk
+    bytes_of_a_score += inside * (kernels._ROOM * 8 + 4 + 8 + 4)  # the list; its starts, and slots and values
+    assert bytes_of_a_score < 0.05 * 4
+
+
+def test_the_room_is_what_the_sample_lets_expect():
+    """No more is taken, and what does not fit is found out."""
+    scores = torch.rand(20 * kernels._CHUNK, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    pool = kernels._Pool([scores], largest=True)
+    low, high, expected = pool._bracket(3000)
+    inside = ((scores > low) & (scores < high)).sum().item()
+    assert 0.8 * inside < expected < 1.3 * inside + 100
+    read = pool._pass(low, high, 16)
+    assert read.sums[3] > 16
+    assert not pool._encloses(read, inside, 3000)
+    assert pool._encloses(pool._pass(low, high, pool._room(expected)), inside, 3000)
+
+
+def test_many_scores_at_the_threshold():
+    """More than a chunk of equal ones, in several tensors, each of which has some selected before the next."""
+    blocks = [torch.zeros(length, device=DEVICE) for length in (5000, 13_000, 4096)]
+    blocks[1][::7] = 1.0
+    blocks[2][5] = -1.0
+    for k in (9_000, 22_095):
+        indices = kernels.streaming_topk(blocks, k)
+        order = torch.cat(blocks).sort(descending=True, stable=True).indices[:k].sort().values
+        offsets = (0, 5000, 18_000)
+        assert torch.equal(torch.cat([own + n for own, n in zip(indices, offsets, strict=True)]).long(), order), k
 
 
 @pytest.mark.parametrize("share", [1e-6, 0.005, 0.3, 0.5, 1 - 1e-6, 1.0])

@@ -239,6 +239,34 @@ def test_entries_count_their_own_updates(backend):
     torch.testing.assert_close(params[0].view(-1)[begun_early], throughout.view(-1)[begun_early])
 
 
+@pytest.mark.parametrize("starts", [False, True])
+def test_betas_close_to_1_at_any_age(starts, backend):
+    """In float32 the difference in ``1 - beta^t`` would keep four digits of the first updates."""
+    ages = torch.tensor([1.0, 2, 7, 4999, 5001, 20_000, 2**20], device=DEVICE)
+    betas = {"beta1": 0.0, "beta2": 0.9999, "weight_decay": 0.0, "eps": 0.0}
+    params = [torch.zeros(1, device=DEVICE) for _ in ages]
+    grads = [torch.ones(1, device=DEVICE) for _ in ages]
+    first, second = torch.zeros(len(ages), device=DEVICE), torch.full((len(ages),), 0.5, device=DEVICE)
+    steps, extra = (ages, {})
+    if starts:
+        params, grads = [torch.zeros(len(ages), device=DEVICE)], [torch.ones(len(ages), device=DEVICE)]
+        steps, extra = torch.full((1,), 2.0**20, device=DEVICE), {"starts": 2.0**20 - ages}
+    masked_adamw_(params, grads, [None] * len(params), first, second, steps, lr=1.0, backend=backend, **betas, **extra)
+    moved = torch.cat(params).double()
+    second_moment = 0.5 * 0.9999 + (1 - 0.9999)
+    exact = -((1 - 0.9999 ** ages.double()) / second_moment).sqrt()
+    torch.testing.assert_close(moved, exact, rtol=1e-6, atol=0)
+
+
+def test_the_smallest_numbers_are_no_zeros(backend):
+    """Squares below 1e-38 have a root, by which a step without eps is of the size of others."""
+    params, grads = [torch.zeros(3, device=DEVICE)], [torch.tensor([1e-20, -3e-21, 1.0], device=DEVICE)]
+    first, second = torch.zeros(2, 3, device=DEVICE)
+    plain = {"beta1": 0.0, "beta2": 0.0, "eps": 0.0, "weight_decay": 0.0}
+    masked_adamw_(params, grads, [None], first, second, torch.ones(1, device=DEVICE), lr=0.1, backend=backend, **plain)
+    torch.testing.assert_close(params[0].cpu(), torch.tensor([-0.1, 0.1, -0.1]), rtol=2e-3, atol=0)
+
+
 def test_scale_and_lr_as_tensors(backend):
     params, indices = draw(SHAPES, 0.5)
     copies = [p.clone() for p in params]

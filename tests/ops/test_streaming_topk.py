@@ -189,7 +189,7 @@ def test_the_kernel_selects_what_the_reference_selects(backend: str, monkeypatch
     """With a sampled bracket, with one that misses the threshold, and with one whose values do not fit."""
     pytest.importorskip("triton")
     kernel = import_module("fishkern.kernels.streaming_topk")
-    monkeypatch.setattr(kernel, "_SMALLEST_ROOM", 8000)
+    monkeypatch.setattr(kernel, "_FEW_SCORES", 8000)
     bisected = []
     bisect = kernel._Pool._bisect
     monkeypatch.setattr(kernel._Pool, "_bisect", lambda pool, k: bisected.append(k) or bisect(pool, k))
@@ -200,9 +200,10 @@ def test_the_kernel_selects_what_the_reference_selects(backend: str, monkeypatch
             assert_exact(blocks, k, order, backend)
     assert not bisected
     tied = DISTRIBUTIONS["nine values"]()[:6000]
-    missed = [(-tied, (7.0, 7.5), 8000, 3), (tied, (8.0, 8.0), 8000, 900), (tied, (-inf, inf), 9, 9)]
-    for scores, bracket, room, k in missed:
-        monkeypatch.setattr(kernel, "_SMALLEST_ROOM", room)
+    # Ends of the bracket, scores that are expected in it, and k.
+    missed = [(-tied, (7.0, 7.5, 8000), 3), (tied, (8.0, 8.0, 8000), 900), (tied, (-inf, inf, 9), 9)]
+    monkeypatch.setattr(kernel, "_SMALLEST_ROOM", 9)
+    for scores, bracket, k in missed:
         monkeypatch.setattr(kernel._Pool, "_bracket", lambda pool, k, bracket=bracket: bracket)
         assert_exact([scores], k, backend=backend)
     assert len(bisected) == (3 if backend == "triton" else 0)
