@@ -28,6 +28,7 @@ from benchmarks.studies.cheaper_rivals.subjects import (
 )
 from benchmarks.studies.cheaper_rivals.table import first_of, table, values
 from benchmarks.studies.comparing.limit import Limit
+from benchmarks.studies.comparing.low_rank import low_rank
 
 FEW = Setting(
     "tiny", epochs=1, lr=1e-2, examples=8, few=2, passes=4, small_passes=2, choosing=4, scored=4, batch_size=8,
@@ -50,21 +51,25 @@ def tiny(seed: int, setting: Setting = FEW) -> Loaded:
     return Loaded(model, tasks, of_tokens, token_losses, {"model": "tiny"})
 
 
-def learnt(loaded: Loaded, setting: Setting = FEW) -> Trained:
-    return cheaper_rivals.Bench(loaded, setting, 0).first
+QUICK = ("exact", "few", "adam", "sketch-8", "ones")
 
 
 @pytest.fixture(scope="module")
 def trained() -> Trained:
-    return learnt(tiny(0))
+    return cheaper_rivals.learn(tiny(0), 0, FEW, 0)
 
 
-@pytest.fixture(scope="module")
-def log(tmp_path_factory):
-    path = tmp_path_factory.mktemp("results") / "cheaper_rivals.jsonl"
-    log = cheaper_rivals.log_of(path, FEW)
-    cheaper_rivals.measure(tiny, 0, FEW, log, Limit(None))
-    return log
+@pytest.fixture(scope="module", params=["quick", pytest.param("all", marks=pytest.mark.slow)])
+def log(request, tmp_path_factory):
+    """The records of some arms, or of all that can run here."""
+    log = cheaper_rivals.log_of(tmp_path_factory.mktemp("results") / "cheaper_rivals.jsonl", FEW)
+    with pytest.MonkeyPatch.context() as patched:
+        if request.param == "quick":
+            patched.setattr(cheaper_rivals, "ARMS", {name: ARMS[name] for name in QUICK})
+            choosers = {name: sparse.CHOOSERS[name] for name in ("exact", "lift", "random", "whole")}
+            patched.setattr(cheaper_rivals, "CHOOSERS", choosers)
+        cheaper_rivals.measure(tiny, 0, FEW, log, Limit(None))
+        yield log
 
 
 def by_hand(trained: Trained) -> dict[str, torch.Tensor]:
@@ -166,14 +171,14 @@ def test_the_best_on_the_rows_for_choosing_is_scored():
 def test_an_approximation_of_low_rank():
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(16, 24, generator=generator, dtype=torch.float64)
-    rest = torch.linalg.svdvals(matrix - sparse.low_rank(matrix))
+    rest = torch.linalg.svdvals(matrix - low_rank(matrix))
     torch.testing.assert_close(rest[:-2], torch.linalg.svdvals(matrix)[2:])  # the best one of rank 16 / 8
-    assert torch.linalg.matrix_rank(sparse.low_rank(matrix)) == 2
+    assert torch.linalg.matrix_rank(low_rank(matrix)) == 2
 
 
 def test_every_arm_searches_the_same(log):
     records = log.find(quantity="uses")
-    assert {record["label"] for record in records} == {name for name, arm in ARMS.items() if not arm.missing}
+    assert [record["label"] for record in records] == [n for n, arm in cheaper_rivals.ARMS.items() if not arm.missing]
     for record in records:
         assert [one["share"] for one in record["merged"]["tried"]] == list(FEW.shares)
         assert [one["weight"] for one in record["consolidated"]["tried"]] == list(FEW.penalties)
@@ -183,7 +188,7 @@ def test_every_arm_searches_the_same(log):
     assert cost["few"] < cost["exact"] < cost["sketch-8"]
     assert cost["adam"] == cost["ones"] == 0
     choosers = {record["label"]: record for record in log.find(quantity="sparse")}
-    assert choosers.keys() == sparse.CHOOSERS.keys()
+    assert choosers.keys() == cheaper_rivals.CHOOSERS.keys()
     assert all([one["lr"] for one in record["tried"]] == list(FEW.rates) for record in choosers.values())
     budget = {label: record["trained"] for label, record in choosers.items() if label not in ("whole", "lift")}
     assert len(set(budget.values())) == 1

@@ -145,6 +145,15 @@ def measure(load: Callable[[int, Setting], Loaded], seed: int, setting: Setting,
             log.append({**about, "quantity": "sparse", "label": chooser, **sparse_run(chooser, loaded, untrained)})
 
 
+def learn(loaded: Loaded, number: int, setting: Setting, seed: int) -> Trained:
+    """Train a model on one of the tasks."""
+    task, model = loaded.tasks[number], loaded.fresh()
+    pool = (p for p in model.parameters() if p.requires_grad)
+    optimizer = torch.optim.AdamW(pool, lr=setting.lr, weight_decay=0.0)
+    loaded.train(model, [*task.ours, *task.theirs], optimizer, setting, seed)
+    return Trained(model, optimizer, task.ours, loaded, setting, seed)
+
+
 class Bench:
     """Two models that have learnt one task each, and what arms are compared with.
 
@@ -156,7 +165,7 @@ class Bench:
 
     def __init__(self, loaded: Loaded, setting: Setting, seed: int) -> None:
         self._loaded, self._setting, self._seed = loaded, setting, seed
-        self.first, self.second = (self._trained(number) for number in range(2))
+        self.first, self.second = (learn(loaded, number, setting, seed) for number in range(2))
         theirs = list(loaded.batches(loaded.tasks[0].theirs, setting.passes))
         self._others = top(fk.estimate(self.first.model, theirs), setting)
         forgetful = copy.deepcopy(self.first.model)
@@ -164,14 +173,6 @@ class Bench:
         self._free = [loaded.score(forgetful, task.scored) for task in loaded.tasks]
         self._pass = flops(self._ordinary_pass)
         self._before = loaded.score(self.first.model, loaded.tasks[0].scored)
-
-    def _trained(self, number: int) -> Trained:
-        task, setting = self._loaded.tasks[number], self._setting
-        model = self._loaded.fresh()
-        pool = (p for p in model.parameters() if p.requires_grad)
-        optimizer = torch.optim.AdamW(pool, lr=setting.lr, weight_decay=0.0)
-        self._loaded.train(model, [*task.ours, *task.theirs], optimizer, setting, self._seed)
-        return Trained(model, optimizer, task.ours, self._loaded, setting, self._seed)
 
     def _ordinary_pass(self) -> None:
         for batch in self.first.batches():

@@ -21,8 +21,7 @@ from benchmarks.engine.records import Record
 from benchmarks.studies.cheaper_rivals.arms import ARMS, Trained
 from benchmarks.studies.cheaper_rivals.subjects import Loaded
 from benchmarks.studies.cheaper_rivals.uses import Search
-
-RANKS = 8  # the approximation has an eighth of the ranks of the matrix
+from benchmarks.studies.comparing.low_rank import low_rank
 
 
 @dataclass(frozen=True)
@@ -57,15 +56,8 @@ def _wanda(trained: Trained) -> fk.Selection:
     return fk.select(fk.saliency(trained.model, norms), fk.GlobalTopK(density=trained.setting.sparse))
 
 
-def low_rank(matrix: torch.Tensor) -> torch.Tensor:
-    """The best approximation of a matrix by an eighth of its ranks, at least one."""
-    U, S, Vh = torch.linalg.svd(matrix.detach().double(), full_matrices=False)
-    rank = max(1, len(S) // RANKS)
-    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
-
-
 def _lift(trained: Trained) -> fk.Selection:
-    scores = {name: low_rank(parameter).abs().float() for name, parameter in trained.pool.items()}
+    scores = {name: low_rank(parameter).abs() for name, parameter in trained.pool.items()}
     return fk.select(scores, fk.PerTensorTopK(density=trained.setting.sparse))
 
 
