@@ -16,7 +16,7 @@ import fishkern as fk
 from benchmarks.studies import cheaper_rivals
 from benchmarks.studies.cheaper_rivals import arms, sparse, uses
 from benchmarks.studies.cheaper_rivals.arms import ARMS, Trained
-from benchmarks.studies.cheaper_rivals.setting import Setting
+from benchmarks.studies.cheaper_rivals.setting import WIDE_RATES, Setting
 from benchmarks.studies.cheaper_rivals.subjects import (
     Loaded,
     Task,
@@ -62,14 +62,18 @@ def trained() -> Trained:
 @pytest.fixture(scope="module", params=["quick", pytest.param("all", marks=pytest.mark.slow)])
 def log(request, tmp_path_factory):
     """The records of some arms, or of all that can run here."""
-    log = cheaper_rivals.log_of(tmp_path_factory.mktemp("results") / "cheaper_rivals.jsonl", FEW)
+    path = tmp_path_factory.mktemp("results") / "cheaper_rivals.jsonl"
     with pytest.MonkeyPatch.context() as patched:
         if request.param == "quick":
             patched.setattr(cheaper_rivals, "ARMS", {name: ARMS[name] for name in QUICK})
             choosers = {name: sparse.CHOOSERS[name] for name in ("exact", "lift", "random", "whole")}
             patched.setattr(cheaper_rivals, "CHOOSERS", choosers)
-        cheaper_rivals.measure(tiny, 0, FEW, log, Limit(None))
-        yield log
+        cheaper_rivals.measure(tiny, 0, FEW, path, Limit(None))
+        yield cheaper_rivals.found(path, FEW)
+
+
+def of(records: list[dict], quantity: str) -> dict[str, dict]:
+    return {record["label"]: record for record in records if record["quantity"] == quantity}
 
 
 def by_hand(trained: Trained) -> dict[str, torch.Tensor]:
@@ -177,7 +181,7 @@ def test_an_approximation_of_low_rank():
 
 
 def test_every_arm_searches_the_same(log):
-    records = log.find(quantity="uses")
+    records = list(of(log, "uses").values())
     assert [record["label"] for record in records] == [n for n, arm in cheaper_rivals.ARMS.items() if not arm.missing]
     for record in records:
         assert [one["share"] for one in record["merged"]["tried"]] == list(FEW.shares)
@@ -187,9 +191,9 @@ def test_every_arm_searches_the_same(log):
     cost = {record["label"]: record["cost"] for record in records}
     assert cost["few"] < cost["exact"] < cost["sketch-8"]
     assert cost["adam"] == cost["ones"] == 0
-    choosers = {record["label"]: record for record in log.find(quantity="sparse")}
+    choosers = of(log, "sparse")
     assert choosers.keys() == cheaper_rivals.CHOOSERS.keys()
-    assert all([one["lr"] for one in record["tried"]] == list(FEW.rates) for record in choosers.values())
+    assert all([one["lr"] for one in record["tried"]] == list(WIDE_RATES) for record in choosers.values())
     budget = {label: record["trained"] for label, record in choosers.items() if label not in ("whole", "lift")}
     assert len(set(budget.values())) == 1
     assert 0 < choosers["lift"]["trained"] <= choosers["exact"]["trained"]  # rounded down in each matrix
@@ -198,31 +202,31 @@ def test_every_arm_searches_the_same(log):
 
 def test_nothing_runs_twice(log, tmp_path, monkeypatch):
     path = tmp_path / "cheaper_rivals.jsonl"
-    path.write_text("".join(f"{json.dumps(record)}\n" for record in log.find()[:-1]))  # as if stopped before the last
-    again = cheaper_rivals.log_of(path, FEW)
-    cheaper_rivals.measure(tiny, 0, FEW, again, Limit(None))
-    assert [r["label"] for r in again.find()] == [r["label"] for r in log.find()]
-    assert again.find()[-1]["scored"] == log.find()[-1]["scored"]
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in log[:-1]))  # as if stopped before the last
+    cheaper_rivals.measure(tiny, 0, FEW, path, Limit(None))
+    again = cheaper_rivals.found(path, FEW)
+    assert [(r["quantity"], r["label"]) for r in again] == [(r["quantity"], r["label"]) for r in log]
+    assert again[-1]["scored"] == log[-1]["scored"]
     monkeypatch.setattr(cheaper_rivals, "Bench", None)
-    cheaper_rivals.measure(tiny, 0, FEW, again, Limit(None))
-    assert not cheaper_rivals.log_of(path, replace(FEW, lr=1.0)).find()
+    cheaper_rivals.measure(tiny, 0, FEW, path, Limit(None))
+    assert not cheaper_rivals.found(path, replace(FEW, lr=1.0))
 
 
-def test_a_missing_package_is_named(monkeypatch, capsys):
+def test_a_missing_package_is_named(monkeypatch, capsys, tmp_path):
     missing = replace(ARMS["ekfac"], package="no_such_package")
     assert "no_such_package" in missing.missing
     monkeypatch.setattr(cheaper_rivals, "ARMS", {"ekfac": missing})
     monkeypatch.setattr(cheaper_rivals, "CHOOSERS", {})
-    log = cheaper_rivals.log_of(cheaper_rivals.RESULTS / "nowhere.jsonl", FEW)
-    cheaper_rivals.measure(tiny, 0, FEW, log, Limit(None))
+    cheaper_rivals.measure(tiny, 0, FEW, tmp_path / "none.jsonl", Limit(None))
     assert "ekfac is left out: the package no_such_package" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_table_says_every_arm(log):
-    text = table(log.find())
-    assert all(f"\n{record['label']} " in text for record in log.find())
-    records = log.find(quantity="uses")
-    (exact,) = (record for record in records if record["label"] == "exact")
+    text = table(log)
+    assert all(f"\n{record['label']} " in text for record in log)
+    records = list(of(log, "uses").values())
+    exact = of(log, "uses")["exact"]
     merged = exact["merged"]["scored"]
     assert f"{sum(merged) / 2:.3f} ± 0.000" in text
     assert first_of(records, "exact", "merged") == merged[:1]

@@ -39,7 +39,7 @@ from benchmarks.engine.flops import flops
 from benchmarks.engine.origin import machine
 from benchmarks.engine.records import Record, Records
 from benchmarks.studies.cheaper_rivals.arms import ARMS, Importance, Trained
-from benchmarks.studies.cheaper_rivals.setting import SETTINGS, Setting
+from benchmarks.studies.cheaper_rivals.setting import SETTINGS, Setting, for_sparse
 from benchmarks.studies.cheaper_rivals.sparse import CHOOSERS, sparse_run
 from benchmarks.studies.cheaper_rivals.subjects import Loaded, llama, vit
 from benchmarks.studies.cheaper_rivals.table import table
@@ -68,14 +68,13 @@ def main(arguments: list[str] | None = None) -> int:
     if given.data is None:
         parser.error("--data is needed: the folder that holds glue and models")
     path = given.results / machine()["machine"] / "cheaper_rivals.jsonl"
-    logs = {name: log_of(path, SETTINGS[name]) for name in given.model}
     limit = Limit(given.seconds)
     loaders = {"llama": partial(llama, given.data), "vit": vit}
     for seed in range(given.seeds):
-        for name, log in logs.items():
-            measure(loaders[name], seed, SETTINGS[name], log, limit)
-    for log in logs.values():
-        print(f"{table(log.find())}\n")
+        for name in given.model:
+            measure(loaders[name], seed, SETTINGS[name], path, limit)
+    for name in given.model:
+        print(f"{table(found(path, SETTINGS[name]))}\n")
     return LEFT if limit.reached else 0
 
 
@@ -103,26 +102,29 @@ def log_of(path: Path, setting: Setting) -> Records:
     return Records(path, study="cheaper-rivals", setting=asdict(setting))
 
 
-def measure(load: Callable[[int, Setting], Loaded], seed: int, setting: Setting, log: Records, limit: Limit) -> None:
+def found(path: Path, setting: Setting) -> list[Record]:
+    """All records of a setting, and of its sparse fine-tuning."""
+    uses, sparse = log_of(path, setting), log_of(path, for_sparse(setting))
+    return [*uses.find(quantity="uses"), *sparse.find(quantity="sparse")]
+
+
+def measure(load: Callable[[int, Setting], Loaded], seed: int, setting: Setting, path: Path, limit: Limit) -> None:
     """Make the runs of one model and seed that are missing.
 
     Args:
         load: From a seed and the setting to the model and its tasks.
         seed: Of rows, training and draws.
         setting: Sizes and grids.
-        log: The records.
+        path: Of the records.
         limit: When to stop.
     """
-
-    def missing(quantity: str, label: str) -> bool:
-        return not log.find(seed=seed, quantity=quantity, label=label)
-
-    arms = [arm for arm in ARMS if missing("uses", arm)]
+    log, sparse_log = log_of(path, setting), log_of(path, for_sparse(setting))
+    arms = [arm for arm in ARMS if not log.find(seed=seed, quantity="uses", label=arm)]
     for arm in arms:
         if reason := ARMS[arm].missing:
             print(f"{arm} is left out: {reason}", file=sys.stderr)
     arms = [arm for arm in arms if not ARMS[arm].missing]
-    choosers = [chooser for chooser in CHOOSERS if missing("sparse", chooser)]
+    choosers = [chooser for chooser in CHOOSERS if not sparse_log.find(seed=seed, quantity="sparse", label=chooser)]
     if not (arms or choosers) or not limit.allows():
         return
     say(f"{setting.model}, seed {seed}: the models")
@@ -136,13 +138,15 @@ def measure(load: Callable[[int, Setting], Loaded], seed: int, setting: Setting,
             say(f"{setting.model}, seed {seed}: {arm}")
             with limit.timed():
                 log.append({**about, "quantity": "uses", "label": arm, **bench.judged(arm)})
-    untrained = Trained(loaded.fresh(), None, loaded.tasks[0].ours, loaded, setting, seed)
+    untrained = Trained(loaded.fresh(), None, loaded.tasks[0].ours, loaded, for_sparse(setting), seed)
     for chooser in choosers:
         if not limit.allows():
             return
         say(f"{setting.model}, seed {seed}: sparse fine-tuning, {chooser}")
         with limit.timed():
-            log.append({**about, "quantity": "sparse", "label": chooser, **sparse_run(chooser, loaded, untrained)})
+            sparse_log.append(
+                {**about, "quantity": "sparse", "label": chooser, **sparse_run(chooser, loaded, untrained)}
+            )
 
 
 def learn(loaded: Loaded, number: int, setting: Setting, seed: int) -> Trained:

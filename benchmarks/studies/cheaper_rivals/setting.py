@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Setting:
         shares: Weights of the first model, of 1, that merging tries.
         penalties: Weights of the quadratic penalty that are tried, where the mean importance is 1.
         sparse: Fraction of entries in sparse fine-tuning.
-        rates: Learning rates that sparse fine-tuning tries.
+        rates: Learning rates that sparse fine-tuning tries, see :func:`for_sparse`.
     """
 
     model: str
@@ -48,3 +48,10 @@ class Setting:
 
 
 SETTINGS = {"llama": Setting("llama", epochs=1, lr=2e-3), "vit": Setting("vit", epochs=2, lr=1e-3)}
+# With the three rates of the default some choosers take the smallest and others the largest.
+WIDE_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+
+
+def for_sparse(setting: Setting) -> Setting:
+    """The setting of sparse fine-tuning, whose choosers find their best rates far from each other."""
+    return replace(setting, rates=WIDE_RATES)
