@@ -12,6 +12,10 @@ from benchmarks.engine import RESULTS
 # By command, a module with main(arguments) and options of its own, and its subject.
 STUDIES = {
     "exactness": ("benchmarks.studies.exactness", "how far other squares are from the Fisher, and what that changes"),
+    "cheaper-rivals": (
+        "benchmarks.studies.cheaper_rivals",
+        "what people use instead of the exact Fisher, judged by what it is used for",
+    ),
     "precision": ("benchmarks.studies.precision", "what statistics promise of their own top, and what is so"),
     "failures": ("benchmarks.studies.failures", "known failures of rivals, reproduced, and fishkern on the same"),
     "starts": ("benchmarks.studies.starts", "starts of low-rank adapters: FARSS, FILet, those of PEFT, and controls"),

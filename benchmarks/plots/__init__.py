@@ -31,6 +31,7 @@ PLOTS = {
 # Records without a picture, and why.
 WITHOUT = {
     "precision": "a few numbers",
+    "cheaper_rivals": "tables, which the page of measurements has",
     "failures": "a table, which the command prints",
     "token_reduction": "a few numbers",
     "fish_tuning": "one measurement, which the page of measurements tells",

@@ -90,7 +90,7 @@ def test_the_average_leaves_wnli_out(tmp_path, monkeypatch, capsys):
 
 
 def test_one_run_of_each_arm(shared_data, tmp_path):
-    """A few rows, one epoch: every arm trains as many entries of the adapter as original, and the head."""
+    """A few rows, one epoch: every arm trains as many entries, of the adapter or of the base, and the head."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(shared_data / "models" / "stories260K")
@@ -104,6 +104,57 @@ def test_one_run_of_each_arm(shared_data, tmp_path):
     setting = glue.Setting(layers=1, pool=2, examples=16, epochs=1, batch_size=8, max_length=32, fisher_examples=8)
     data = glue.load(shared_data / "glue" / "cola", tmp_path, setting)
     data = glue.Data(data.train, data.validation[:16], data.pad or 0)
-    runs = {arm: glue.run(arm, 1e-3, 0, setting, encoder=tmp_path, data=data) for arm in glue.ARMS}
+    arms = (*glue.ARMS, "mask-lift")
+    runs = {arm: glue.run(arm, 1e-3, 0, setting, encoder=tmp_path, data=data) for arm in arms}
     assert {record["trained"] for record in runs.values()} == {3 * 2 * 16 + 2 * 16 + 2}
     assert all(-1 <= record["score"] <= 1 for record in runs.values())
+
+
+def test_what_is_chosen_of_the_base():
+    """The scores by their formulas, in float64, from what goes into each layer."""
+    import transformers
+
+    from benchmarks.studies.glue import base_weights
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    base_weights.freeze_all_but_pool(model, glue.Setting(layers=1, pool=2))
+    batches = [{"input_ids": torch.randint(1, 20, (4, 5)), "labels": torch.tensor([0, 1, 1, 0])}]
+    inputs: dict[str, torch.Tensor] = {}
+    for name in (pool := [name for name, p in model.named_parameters() if p.requires_grad and "layer" in name]):
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
+            lambda module, given, name=name: inputs.update({name: given[0].detach().double().flatten(0, 1)})
+        )
+    with torch.no_grad():
+        model(**batches[0])
+    weights = {name: model.get_parameter(name).detach().double() for name in pool}
+    assert len(pool) == 6
+    assert base_weights.budget(model, glue.Setting(layers=1, pool=2)) == 3 * 32
+
+    def parts(matrix: torch.Tensor) -> torch.Tensor:
+        U, S, Vh = torch.linalg.svd(matrix)
+        return (U[:, :2] * S[:2]) @ Vh[:2]  # an eighth of 16 ranks
+
+    def indices(scores: torch.Tensor, k: int) -> list[int]:
+        return scores.abs().flatten().topk(k).indices.sort().values.tolist()
+
+    def together(scores: dict[str, torch.Tensor]) -> list[int]:
+        return indices(torch.cat([scores[name].flatten() for name in pool]), 96)
+
+    def selected(arm: str, seed: int = 0) -> dict[str, list[int]]:
+        selection = base_weights.select(arm, model, batches, 96, seed)
+        assert selection.whole == ("classifier.weight", "classifier.bias")
+        assert selection.count == 96 + 2 * 16 + 2
+        return {name: selection.indices(name).tolist() for name in pool}
+
+    def flat(selection: dict[str, list[int]]) -> list[int]:
+        return [256 * n + index for n, name in enumerate(pool) for index in selection[name]]
+
+    assert selected("mask-lift") == {name: indices(parts(weight), 16) for name, weight in weights.items()}
+    assert flat(selected("mask-magnitude")) == together(weights)
+    assert flat(selected("mask-wanda")) == together({n: w * inputs[n].norm(dim=0) for n, w in weights.items()})
+    assert flat(selected("mask-fish")) != flat(selected("mask-magnitude"))
+    assert flat(selected("mask-random")) == flat(selected("mask-random")) != flat(selected("mask-random", 1))

