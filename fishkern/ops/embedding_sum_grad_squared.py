@@ -28,7 +28,9 @@ def embedding_sum_grad_squared(
 
     Rows are summed and squared in float32 (float64 for float64 inputs), also for 16-bit inputs. Memory grows with
     ``N T D``, as the inputs do; the per-example gradients ``[N, V, D]`` are never stored. The order of every sum is
-    fixed by the order of the positions. Nothing is recorded for autograd.
+    fixed by the order of the positions. On a GPU the host does not wait for the indices (except for those of packed
+    examples, whose ``offsets`` are checked): sums have as many places as there are positions, of which some stay empty.
+    Nothing is recorded for autograd.
 
     Args:
         indices: Rows looked up, ``[N, T]``, int64 or int32, from 0 to ``num_rows - 1``.
@@ -43,10 +45,15 @@ def embedding_sum_grad_squared(
         ``out``, or a new ``[V, D]``; float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: Shapes, dtypes or devices are not as described, or an index is out of range.
+        ValueError: Shapes, dtypes or devices are not as described, or an index is out of range. On a GPU that is an
+            assertion of the device, as in :func:`torch.nn.functional.embedding`.
     """
     if padding_idx is not None and not 0 <= padding_idx < num_rows:
         raise ValueError(f"padding_idx must be from 0 to num_rows - 1 = {num_rows - 1}, or None, got {padding_idx}.")
+    if not _may_wait(indices) and output_grads.numel():
+        _check_lookups(indices, output_grads, offsets)
+        total = accumulator(out, (num_rows, output_grads.shape[-1]), output_grads)
+        return _add_without_waiting_(total, indices, output_grads, padding_idx, offsets)
     _, row, grads = embedding_rows(indices, output_grads, padding_idx=padding_idx, offsets=offsets)
     if row.numel() and (largest := int(row.max())) >= num_rows:
         raise ValueError(f"indices must be below num_rows = {num_rows}, got {largest}: pass the table's own size.")
@@ -84,15 +91,55 @@ def embedding_rows(
     if token.numel() and (smallest := int(token.min())) < 0:
         raise ValueError(f"indices must not be negative, got {smallest}: give padded positions a row, padding_idx.")
     num_rows = int(token.max()) + 1 if token.numel() else 1
-    lengths = indices.shape[1] if offsets is None else offsets.diff().to(token.device)
-    N = indices.shape[0] if offsets is None else len(offsets) - 1
-    pair = torch.arange(N, device=token.device).repeat_interleave(lengths) * num_rows + token
+    pair = _examples(indices, offsets) * num_rows + token
     grads = output_grads.flatten(0, -2).to(dtype)
     if padding_idx is not None:
         counted = token != padding_idx
         pair, grads = pair[counted], grads[counted]
     pair, grads = _sum_by_key(pair, grads)
     return pair // num_rows, pair % num_rows, grads
+
+
+def _may_wait(indices: Tensor) -> bool:
+    """Tell whether the host may look at values: on a CPU they are there, and sums need no empty places."""
+    return not indices.is_cuda
+
+
+@torch.no_grad()
+def _add_without_waiting_(
+    total: Tensor, indices: Tensor, output_grads: Tensor, padding_idx: int | None, offsets: Tensor | None
+) -> Tensor:
+    """Add the squares in the order of :func:`embedding_sum_grad_squared`, with no size that depends on values."""
+    V, token = len(total), indices.long().flatten()
+    torch._assert_async(((token >= 0) & (token < V)).all(), f"indices must be from 0 to num_rows - 1 = {V - 1}")
+    N = indices.shape[0] if offsets is None else len(offsets) - 1
+    pair = _examples(indices, offsets) * V + token
+    if padding_idx is not None:
+        pair = pair.where(token != padding_idx, N * V)
+    pair, grads = _sum_in_places(pair, output_grads.flatten(0, -2).to(total.dtype))
+    row = (pair % V).where((pair >= 0) & (pair < N * V), V)  # of padding and of empty places there is no row
+    row, squares = _sum_in_places(row, grads.square_())
+    counted = (row >= 0) & (row < V)
+    # Every row once, so that the order of adding is fixed; all others add nothing to the first row.
+    return total.index_add_(0, row.where(counted, 0), squares.masked_fill_(~counted[:, None], 0.0))
+
+
+def _sum_in_places(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Do as :func:`_sum_by_key` in ``M`` places; behind the distinct keys come empty places with the key -1."""
+    keys, order = keys.sort(stable=True)
+    M = len(keys)
+    place = torch.cat([keys.new_zeros(1), (keys[1:] != keys[:-1]).cumsum(0)])
+    starts = keys.new_full((M,), M).scatter_reduce_(0, place, torch.arange(M, device=keys.device), "amin")
+    return keys.new_full((M,), -1).scatter_(0, place, keys), F.embedding_bag(order, values, starts, mode="sum")
+
+
+def _examples(indices: Tensor, offsets: Tensor | None) -> Tensor:
+    """Say which example each index is of, ``[N T]`` or ``[S]``."""
+    if offsets is None:
+        N, T = indices.shape
+        return torch.arange(N, device=indices.device).repeat_interleave(T, output_size=N * T)
+    examples = torch.arange(len(offsets) - 1, device=indices.device)
+    return examples.repeat_interleave(offsets.diff().to(indices.device), output_size=len(indices))
 
 
 def _sum_by_key(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

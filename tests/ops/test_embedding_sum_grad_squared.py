@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
 from fishkern.ops import embedding_rows, embedding_sum_grad_squared
 from tests.support.closeness import assert_as_accurate
 
+operation = importlib.import_module("fishkern.ops.embedding_sum_grad_squared")  # the function has its name
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # [N, T, D, V]: ones, nothing, primes, many repeats, few repeats.
@@ -155,6 +158,41 @@ def test_bits_repeat_without_a_warning():
         warnings.simplefilter("error")
         first = embedding_sum_grad_squared(indices, g, 9)
     assert torch.equal(first, embedding_sum_grad_squared(indices, g, 9))
+
+
+@pytest.mark.parametrize("padding_idx", [None, 0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_sums_in_places_of_a_fixed_number_have_the_same_bits(shape, padding_idx, packed, monkeypatch):
+    """A GPU's way, on any device."""
+    N, T, D, V = shape
+    indices, g = make(N, T, D, V)
+    options = {"padding_idx": padding_idx}
+    if packed:
+        indices, g = indices.flatten(), g.flatten(0, 1)
+        options["offsets"] = torch.arange(N + 1) * T
+    results = []
+    for may_wait in (True, False):
+        monkeypatch.setattr(operation, "_may_wait", lambda indices, may_wait=may_wait: may_wait)
+        results.append(embedding_sum_grad_squared(indices, g, V, **options, out=torch.ones(V, D, device=DEVICE)))
+    assert torch.equal(*results)
+
+
+def test_nothing_waits_for_values_on_a_gpu(monkeypatch):
+    """Tensors without values refuse what depends on them: to wait for one, and sizes that follow them."""
+    with FakeTensorMode():
+        indices, g = torch.empty(3, 7, dtype=torch.int64), torch.empty(3, 7, 4)
+        with pytest.raises(DataDependentOutputException):
+            embedding_sum_grad_squared(indices, g, 11, padding_idx=0)
+        monkeypatch.setattr(operation, "_may_wait", lambda indices: False)
+        assert embedding_sum_grad_squared(indices, g, 11, padding_idx=0).shape == (11, 4)
+
+
+def test_an_index_out_of_range_is_not_added_in_silence(monkeypatch):
+    indices, g = torch.tensor([[1, 3]]), torch.ones(1, 2, 4)
+    monkeypatch.setattr(operation, "_may_wait", lambda indices: False)
+    with pytest.raises(RuntimeError, match="from 0 to num_rows - 1 = 2"):
+        embedding_sum_grad_squared(indices, g, 3)
 
 
 def test_nothing_is_recorded():
