@@ -224,6 +224,16 @@ def test_a_delta_of_ranges(files):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
 
 
+def test_a_delta_of_coded_entries(files):
+    assert header_of(files / "coded" / "delta.safetensors")["format_version"] == "3"
+    delta = fk.Delta.load(files / "coded" / "delta")
+    assert delta.selection == samples.coded_selection()
+    model = samples.wide()
+    fk.apply_delta(model, delta)
+    expected = samples.moved(samples.wide(), samples.coded_selection())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("folder", "name"),
     [

@@ -25,10 +25,10 @@ from fishkern.files import (
     save_tensors,
 )
 from fishkern.selection.format import (
-    TENSORS,
     Form,
     checked_entry,
     form_of,
+    has_tensor,
     oldest_format,
     read_entries,
     read_provenance,
@@ -38,7 +38,7 @@ from fishkern.selection.local import Joined, own_entries, own_values, without
 from fishkern.selection.result import Selection
 from fishkern.selection.start import agreed_tensors
 
-FORMAT = Format("fishkern.delta", version=2, saved_by="Delta.save")
+FORMAT = Format("fishkern.delta", version=3, saved_by="Delta.save")
 
 
 class Delta(Frozen):
@@ -107,7 +107,7 @@ class Delta(Frozen):
         return Delta(selection, values, {names[name]: digest for name, digest in self._digests.items()})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Save as one ``.safetensors`` file of the selection's size: its values, and its entries as in a selection.
+        """Save as one ``.safetensors`` file of the selection's size: its values, and about a byte for each entry.
 
         Args:
             path: ``name.safetensors`` (or ``name``; the suffix is added). Its folder must exist.
@@ -123,14 +123,16 @@ class Delta(Frozen):
         pool = {}
         entries = {name: self.selection.entries(name) for name in self.selection.names}
         for name, selected in entries.items():
-            form, tensor = form_of(selected)
+            form, tensor = form_of(selected, code=True)
             if tensor is not None:
                 tensors[f"entries:{name}"] = tensor
             if name in self._values:
                 tensors[f"values:{name}"] = self._values[name]
             pool[name] = [list(selected.shape), form, self._digests[name]]
         metadata = {"pool": json.dumps(pool), "provenance": json.dumps(self.selection.provenance)}
-        return save_tensors(path, tensors, format=oldest_format(FORMAT, entries.values()), metadata=metadata)
+        return save_tensors(
+            path, tensors, format=oldest_format(FORMAT, (form for _, form, _ in pool.values())), metadata=metadata
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Delta:
@@ -150,7 +152,7 @@ class Delta(Frozen):
         with parsing(f"{path} holds no valid delta"):
             pool = {name: _checked_entry(name, *entry) for name, entry in read_json(metadata["pool"]).items()}
             provenance = read_provenance(metadata["provenance"])
-            expected = {f"entries:{name}" for name, (_, form, _) in pool.items() if form in TENSORS}
+            expected = {f"entries:{name}" for name, (_, form, _) in pool.items() if has_tensor(form)}
             expected |= {f"values:{name}" for name, (_, form, _) in pool.items() if form != "none"}
             if odd := stored.keys() ^ expected:
                 raise ValueError(f"its header and its tensors disagree on {in_brief(min(odd), 80)}")

@@ -94,6 +94,12 @@ def write_ranges(folder: Path) -> None:
     write_optimizers(folder, samples.OPTIMIZERS_OF_RANGES)
 
 
+def write_coded(folder: Path) -> None:
+    """A delta whose entries are in the code of Elias and Fano."""
+    selected = samples.coded_selection()
+    fk.delta(samples.moved(samples.wide(), selected), selected).save(folder / "delta")
+
+
 def write_trainer(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = samples.adapted()
@@ -164,6 +170,7 @@ WRITERS = {
     "values": write_values,
     "optimizers": write_optimizers,
     "ranges": write_ranges,
+    "coded": write_coded,
     "trainer": write_trainer,
     "selecting-trainer": write_selecting_trainer,
     "tune": write_tune,
