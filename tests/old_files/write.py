@@ -100,6 +100,11 @@ def write_coded(folder: Path) -> None:
     fk.delta(samples.moved(samples.wide(), selected), selected).save(folder / "delta")
 
 
+def write_updates(folder: Path) -> None:
+    for name, update in zip(samples.UPDATES, samples.updates()[1], strict=True):
+        update.save(folder / name)
+
+
 def write_trainer(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = samples.adapted()
@@ -171,6 +176,7 @@ WRITERS = {
     "optimizers": write_optimizers,
     "ranges": write_ranges,
     "coded": write_coded,
+    "updates": write_updates,
     "trainer": write_trainer,
     "selecting-trainer": write_selecting_trainer,
     "tune": write_tune,

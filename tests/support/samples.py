@@ -132,6 +132,21 @@ def coded_selection() -> fk.Selection:
     return fk.Selection({"0.weight": (64, 64), "0.bias": (64,)}, at, provenance=SELECTED_BY)
 
 
+UPDATES = ("first", "values", "reselected")
+"""The first update of a stream, one of values alone, and one with other entries than before."""
+
+
+def updates() -> tuple[nn.Module, list[fk.DeltaUpdate]]:
+    """A model after training, and what was streamed of it, from :func:`wide` on."""
+    model, selected = wide(), coded_selection()
+    later = selected - fk.Selection(selected.shapes, {"0.weight": selected.indices("0.weight")[::2]})
+    stream, made = fk.Delta.stream(model), []
+    for trained, sent in ((selected, selected), (selected, selected), (selected, later)):
+        moved(model, trained)
+        made.append(stream.update(sent))
+    return model, made
+
+
 def adapter_init() -> fk.AdapterInit:
     """The start of an adapter of the first two modules, with another rank and scaling for each."""
     modules = {}
