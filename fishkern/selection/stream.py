@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.selection.entries import Entries
+from fishkern.selection.format import form_of
 from fishkern.selection.local import own_entries, own_values
 from fishkern.selection.patches import CheckpointLayout, Placed, WeightPatch, patch, placed_entries
 from fishkern.selection.result import Selection
@@ -21,9 +22,11 @@ from fishkern.selection.values import check_base, digest_of_others, selected_val
 class DeltaStream:
     """Sends what a masked optimizer has changed, without looking for it: :meth:`update` after a step or some steps.
 
-    The first update has entries and values. The following ones have values alone, until the selection is another one;
-    then the new entries come, and with them the last values of those that are selected no more. Whatever is trained
-    outside the selection, such as by ``outside="train"``, is not sent. Of a model that FSDP2 shards all ranks make the
+    The first update has entries and values. The following ones have values alone, of those selected entries that have
+    changed since, until the selection is another one; then the new entries come, and with them the last values of those
+    that are selected no more. The values that were sent last are kept for it: 2 bytes for each selected entry in 16
+    bits, where a snapshot takes them for the whole model. Whatever is trained outside the selection, such as by
+    ``outside="train"``, is not sent. Of a model that FSDP2 shards all ranks make the
     stream and its updates together, and each gets the whole; one of them sends it.
 
     Args:
@@ -42,6 +45,7 @@ class DeltaStream:
             raise ValueError(f"values are floating, and dtype= is {dtype}.")
         self._model, self._layout, self._dtype = model, layout, dtype
         self._sent: _Sent | None = None
+        self._values: dict[str, Tensor] = {}
         self._number = 0
 
     @torch.no_grad()
@@ -62,16 +66,25 @@ class DeltaStream:
         before = self._sent
         sent = before if before is not None and selection is before.given else self._checked(selection)
         named = named_tensors(self._model)
-        values = self._values(named, sent.selection, sent.placed)
+        values = self._present(named, sent.selection, sent.placed)
         if before is not None and self._number and sent.placed is before.placed:
-            made = DeltaUpdate(self._number, values)
+            changed = {name: _changed(one, self._values[name]) for name, one in values.items()}
+            changed = {name: places for name, places in changed.items() if places.count}
+            made = DeltaUpdate(
+                self._number, {name: places.gather(values[name]) for name, places in changed.items()}, changed=changed
+            )
         else:  # to a reader that begins, also the values of all others that have ever moved
             ended = (sent.moved if before is None or not self._number else before.selection) - sent.selection
             places = placed_entries(ended, self._layout)
-            entries, of_ended = ({name: one.entries for name, one in all.items()} for all in (sent.placed, places))
-            last = self._values(named, ended, places)
-            made = DeltaUpdate(self._number, values, entries, of_ended, last, self._digests(named, sent.moved))
-        self._sent, self._number = sent, self._number + 1
+            made = DeltaUpdate(
+                self._number,
+                values,
+                {name: one.entries for name, one in sent.placed.items()},
+                ended={name: one.entries for name, one in places.items()},
+                last=self._present(named, ended, places),
+                digests=self._digests(named, sent.moved),
+            )
+        self._sent, self._values, self._number = sent, values, self._number + 1
         return made
 
     def restart(self) -> None:
@@ -96,13 +109,23 @@ class DeltaStream:
             return {}
         return {name: digest_of_others(moved, name, named[name]) for name in moved.names}
 
-    def _values(
+    def _present(
         self, named: Mapping[str, Tensor], selection: Selection, places: Mapping[str, Placed]
     ) -> dict[str, Tensor]:
         values = selected_values(named, selection)
         if self._dtype is not None:
             values = {name: one.to(self._dtype) for name, one in values.items()}
         return {name: one.values(values) for name, one in places.items()}
+
+
+def _changed(values: Tensor, sent: Tensor) -> Entries:
+    """Choose which of the values ``[K]`` to send, by their place: those of other bits, or all where that is less."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    differing = (values.view(kind) != sent.view(kind)).nonzero().view(-1)
+    places = Entries.of(values.shape, differing)
+    _, tensor = form_of(places, code=True)
+    nbytes = len(differing) * values.element_size() + (0 if tensor is None else tensor.nbytes)
+    return places if nbytes < values.nbytes else Entries.all(values.shape)
 
 
 @dataclass(frozen=True)
@@ -190,15 +213,20 @@ class DeltaReader:
                 f"update {self._next} is next, and this is number {update.number}: read them in order, or call "
                 "restart() on the stream and read its number 0 into the model that training began with."
             )
-        entries = self._entries if update.entries is None else update.entries
-        sizes = {name: len(values) for name, values in update.values.items()}
-        if sizes != {name: one.count for name, one in entries.items()}:
-            raise ValueError("the update has other values than entries: it is of another stream.")
-        made = {name: patch(name, one, update.values[name]) for name, one in entries.items()}
+        if update.entries is None:
+            return [self._of_changed(name, places, update.values[name]) for name, places in update.changed.items()]
+        made = {name: patch(name, one, update.values[name]) for name, one in update.entries.items()}
         for name, one in update.ended.items():
             other = patch(name, one, update.last[name])
             made[name] = _joined(made[name], other) if name in made else other
         return list(made.values())
+
+    def _of_changed(self, name: str, places: Entries, values: Tensor) -> WeightPatch:
+        entries = self._entries.get(name)
+        if entries is None or (entries.count,) != tuple(places.shape):
+            raise ValueError(f"the update has {name} with other entries than the ones before: it is of another stream.")
+        made = patch(name, entries, values)
+        return made if places.is_all else made._replace(indices=made.indices[places.indices().long()])
 
     def _read(self, update: DeltaUpdate) -> None:
         self._entries = self._entries if update.entries is None else dict(update.entries)

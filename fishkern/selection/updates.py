@@ -13,7 +13,6 @@ from fishkern.files import (
     AnyTensor,
     Format,
     StoredTensor,
-    checked_shape,
     in_brief,
     open_tensors,
     parsing,
@@ -26,6 +25,7 @@ from fishkern.selection.format import checked_entry, form_of, has_tensor, read_e
 from fishkern.selection.frozen import Frozen
 
 FORMAT = Format("fishkern.delta-update", version=1, saved_by="DeltaUpdate.save")
+VALUES = {"entries": "values", "changed": "values", "ended": "last"}  # what a file calls the values of entries
 
 
 class DeltaUpdate(Frozen):
@@ -33,8 +33,10 @@ class DeltaUpdate(Frozen):
 
     Args:
         number: 0 for the first of a stream, then one more each time.
-        values: For each name with selected entries their values ``[K]``, ascending.
+        values: New values ``[K]`` by name, one for each of ``entries`` or of ``changed``.
         entries: The selected entries by name, where they are other ones than in the update before; else ``None``.
+        changed: Without ``entries``: which of the selected entries the values are of, by their place among them
+            (entries of ``[K]``).
         ended: Entries that are selected no more and have moved since the reader last had them, by name.
         last: The values of ``ended`` ``[K]``.
         digests: For each name of the pool the digest of its entries that have never moved; of number 0 alone.
@@ -46,6 +48,7 @@ class DeltaUpdate(Frozen):
     number: int
     values: Mapping[str, Tensor]
     entries: Mapping[str, Entries] | None
+    changed: Mapping[str, Entries]
     ended: Mapping[str, Entries]
     last: Mapping[str, Tensor]
     digests: Mapping[str, str]
@@ -55,30 +58,35 @@ class DeltaUpdate(Frozen):
         number: int,
         values: Mapping[str, Tensor],
         entries: Mapping[str, Entries] | None = None,
+        *,
+        changed: Mapping[str, Entries] | None = None,
         ended: Mapping[str, Entries] | None = None,
         last: Mapping[str, Tensor] | None = None,
         digests: Mapping[str, str] | None = None,
     ) -> None:
-        ended, last, digests = dict(ended or {}), dict(last or {}), dict(digests or {})
         if number == 0 and entries is None:
             raise ValueError("update 0 of a stream has entries: it is what a reader begins with.")
-        for those, of in ((values, entries), (last, ended)):
-            if of is not None and _sizes(those) != {name: (one.count,) for name, one in of.items()}:
-                raise ValueError("values are [K] of the same names as the entries.")
+        if entries is not None and changed is not None:
+            raise ValueError("an update has entries, or says which of those before have changed.")
         held = None if entries is None else dict(entries)
-        vars(self).update(number=number, values=dict(values), entries=held, ended=ended, last=last, digests=digests)
+        changed, ended, last = dict(changed or {}), dict(ended or {}), dict(last or {})
+        for those, of in ((values, changed if held is None else held), (last, ended)):
+            sizes = {name: tuple(tensor.shape) for name, tensor in those.items()}
+            if sizes != {name: (one.count,) for name, one in of.items()}:
+                raise ValueError("values are [K] of the same names as the entries.")
+        vars(self).update(number=number, values=dict(values), entries=held, changed=changed)
+        vars(self).update(ended=ended, last=last, digests=dict(digests or {}))
 
     @property
     def nbytes(self) -> int:
         """Bytes of its values, and of its entries as a file has them."""
-        count = sum(values.nbytes for values in (*self.values.values(), *self.last.values()))
-        for entries in (*(self.entries or {}).values(), *self.ended.values()):
-            _, tensor = form_of(entries, code=True)
-            count += 0 if tensor is None else tensor.nbytes
-        return count
+        tensors = [*self.values.values(), *self.last.values()]
+        for entries in (self.entries or self.changed, self.ended):
+            tensors += [tensor for one in entries.values() if (tensor := form_of(one, code=True)[1]) is not None]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def __repr__(self) -> str:
-        count = sum(len(values) for values in self.values.values())
+        count = sum(len(values) for values in (*self.values.values(), *self.last.values()))
         what = "values" if self.entries is None else "entries and values"
         return f"DeltaUpdate(number {self.number}: {count:,} {what}, {self.nbytes / 2**20:.3g} MiB)"
 
@@ -97,17 +105,16 @@ class DeltaUpdate(Frozen):
         """
         tensors: dict[str, AnyTensor] = {}
         metadata = {"number": str(self.number), "digests": json.dumps(self.digests)}
-        kinds = (("entries", self.entries, "values", self.values), ("ended", self.ended, "last", self.last))
-        for kind, entries, kind_of_values, values in kinds:
+        present = ("changed", self.changed) if self.entries is None else ("entries", self.entries)
+        for kind, entries, values in ((*present, self.values), ("ended", self.ended, self.last)):
             pool = {}
-            for name, selected in (entries or {}).items():
+            for name, selected in entries.items():
                 form, tensor = form_of(selected, code=True)
                 pool[name] = [list(selected.shape), form]
                 if tensor is not None:
                     tensors[f"{kind}:{name}"] = tensor
-            tensors |= {f"{kind_of_values}:{name}": tensor for name, tensor in values.items()}
-            if entries is not None:
-                metadata[kind] = json.dumps(pool)
+                tensors[f"{VALUES[kind]}:{name}"] = values[name]
+            metadata[kind] = json.dumps(pool)
         return save_tensors(path, tensors, format=FORMAT, metadata=metadata)
 
     @classmethod
@@ -129,20 +136,16 @@ class DeltaUpdate(Frozen):
             number, digests = read_count(metadata["number"]), read_json(metadata["digests"])
             if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
                 raise ValueError("the digests are a text for each name")
-            entries, values = _read_kind("entries", metadata.get("entries"), "values", stored)
-            ended, last = _read_kind("ended", metadata["ended"], "last", stored)
+            kind = "entries" if "entries" in metadata else "changed"
+            present, values = _read_kind(kind, metadata[kind], stored)
+            ended, last = _read_kind("ended", metadata["ended"], stored)
             if stored:
                 raise ValueError(f"its header does not know {in_brief(min(stored), 80)}")
-            return cls(number, values, entries, ended, last, digests)
+            return cls(number, values, **{kind: present}, ended=ended, last=last, digests=digests)
 
 
-def _read_kind(
-    kind: str, text: str | None, kind_of_values: str, stored: dict[str, StoredTensor]
-) -> tuple[dict[str, Entries] | None, dict[str, Tensor]]:
+def _read_kind(kind: str, text: str, stored: dict[str, StoredTensor]) -> tuple[dict[str, Entries], dict[str, Tensor]]:
     """Read the entries and values of one kind, and take their tensors out of what is stored."""
-    if text is None:
-        named = [name for name in stored if name.startswith(f"{kind_of_values}:")]
-        return None, {name.partition(":")[2]: _read_values(name, stored.pop(name)) for name in named}
     pool = read_json(text)
     if not isinstance(pool, dict):
         raise ValueError(f"{kind} are a shape and a form for each name")
@@ -152,11 +155,11 @@ def _read_kind(
             raise ValueError(f"{in_brief(name, 80)} has a shape and a form")
         shape, form = checked_entry(name, *pair)
         tensors = {f"{kind}:{name}"} if has_tensor(form) else set()
-        if missing := (tensors | {f"{kind_of_values}:{name}"}) - stored.keys():
+        if missing := (tensors | {f"{VALUES[kind]}:{name}"}) - stored.keys():
             raise ValueError(f"{in_brief(min(missing), 80)} is missing")
         tensor = stored.pop(f"{kind}:{name}") if tensors else None
-        entries[name] = read_entries(name, checked_shape(list(shape)), form, tensor)
-        values[name] = _read_values(name, stored.pop(f"{kind_of_values}:{name}"))
+        entries[name] = read_entries(name, shape, form, tensor)
+        values[name] = _read_values(name, stored.pop(f"{VALUES[kind]}:{name}"))
     return entries, values
 
 
@@ -166,7 +169,3 @@ def _read_values(name: str, stored: StoredTensor) -> Tensor:
             f"{in_brief(name, 80)} holds {tuple(stored.shape)} {stored.dtype}, and values are [K], floating"
         )
     return stored.read()
-
-
-def _sizes(values: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in values.items()}

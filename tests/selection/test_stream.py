@@ -11,6 +11,7 @@ from safetensors.torch import load_file, safe_open, save_file
 from torch import nn
 
 import fishkern as fk
+from fishkern.selection import Entries
 from tests.support.patching import write_patches
 
 
@@ -69,13 +70,45 @@ def test_ten_steps_with_master_weights_and_two_changes_of_the_selection(tmp_path
 
 def test_later_updates_are_the_values_alone():
     trainer = net()
-    optimizer = fk.MaskedAdamW(trainer, chosen(trainer, 1), lr=1e-2)
+    optimizer = fk.MaskedAdamW(trainer, chosen(trainer, 1), lr=1.0)  # so that every value changes
     stream, count = fk.Delta.stream(trainer), optimizer.selection.count
-    first, second = (stream.update(optimizer.selection) for _ in range(2))
+    first = stream.update(optimizer.selection)
+    step(trainer, optimizer, 0)
+    second, third = (stream.update(optimizer.selection) for _ in range(2))
     assert second.nbytes == 2 * count
     assert 2 * count < first.nbytes < 3 * count
+    assert third.nbytes == 0, "nothing has changed"
     assert repr(second).startswith(f"DeltaUpdate(number 1: {count} values, ")
     assert repr(first).startswith(f"DeltaUpdate(number 0: {count} entries and values, ")
+
+
+@pytest.mark.parametrize("changed", [1, 30, 700, 1950])
+def test_of_few_changed_values_only_these_are_sent(changed, tmp_path: Path):
+    """Those of other bits, and their places; and all where that is less."""
+    trainer, sampler, reader = nn.Linear(40, 50).bfloat16(), nn.Linear(40, 50).bfloat16(), fk.DeltaReader()
+    sampler.load_state_dict(trainer.state_dict())
+    selection = fk.Selection({"weight": (50, 40)}, {"weight": torch.arange(2000)})
+    stream = fk.Delta.stream(trainer)
+    reader.apply(stream.update(selection), sampler)
+    with torch.no_grad():
+        trainer.weight.view(-1)[torch.randperm(2000)[:changed]] += 1
+        trainer.weight[0, 0] = -trainer.weight[0, 0] if changed == 1950 else trainer.weight[0, 0]
+    update = fk.DeltaUpdate.load(stream.update(selection).save(tmp_path / "u"))
+    reader.apply(update, sampler)
+    assert bits(sampler) == bits(trainer)
+    assert update.nbytes <= min(4000, 2 * changed + 250)
+    assert (len(update.values["weight"]) == 2000) == (changed == 1950)
+
+
+def test_zeros_of_both_signs_differ_and_equal_nan_do_not():
+    trainer = nn.Linear(2, 2, bias=False)
+    selection = fk.Selection({"weight": (2, 2)}, {}, whole=["weight"])
+    stream = fk.Delta.stream(trainer)
+    with torch.no_grad():
+        trainer.weight.copy_(torch.tensor([[0.0, torch.nan], [1.0, 2.0]]))
+        stream.update(selection)
+        trainer.weight[0, 0] = -0.0
+    assert stream.update(selection).changed["weight"].indices().tolist() == [0]
 
 
 def test_a_reader_that_begins_later_gets_whatever_has_moved():
@@ -148,9 +181,11 @@ def test_order_and_models_are_checked_before_anything_is_written(tmp_path: Path)
         reader.apply(updates[2], sampler)
     with pytest.raises(ValueError, match="update 1 is next, and this is number 2"):
         reader.patches(updates[2])
-    strange = fk.DeltaUpdate(1, {"0.weight": torch.zeros(3).bfloat16()})
-    with pytest.raises(ValueError, match="other values than entries: it is of another stream"):
-        reader.apply(strange, sampler)
+    for name, size in (("0.weight", 61), ("4.weight", 60)):
+        all_of = Entries.all(torch.Size([size]))
+        strange = fk.DeltaUpdate(1, {name: torch.zeros(size).bfloat16()}, changed={name: all_of})
+        with pytest.raises(ValueError, match="with other entries than the ones before: it is of another stream"):
+            reader.apply(strange, sampler)
     reader.apply(updates[1], sampler)
     with pytest.raises(ValueError, match="update 2 is next, and this is number 1"):
         reader.apply(updates[1], sampler)
@@ -173,6 +208,8 @@ def test_what_a_stream_refuses():
         fk.DeltaUpdate(0, {})
     with pytest.raises(ValueError, match="of the same names as the entries"):
         fk.DeltaUpdate(1, {"a": torch.zeros(2)}, {})
+    with pytest.raises(ValueError, match="has entries, or says which of those before"):
+        fk.DeltaUpdate(1, {}, {}, changed={})
     with pytest.raises(AttributeError, match="frozen"):
         stream.update(chosen(trainer, 1)).number = 3
 
@@ -182,6 +219,10 @@ def test_files_of_updates(tmp_path: Path):
     stream = fk.Delta.stream(trainer)
     stream.update(chosen(trainer, 1))
     update = stream.update(chosen(trainer, 2))
+    with torch.no_grad():
+        trainer[0].weight.add_(1)
+    later = stream.update(chosen(trainer, 2))
+    assert fk.DeltaUpdate.load(later.save(tmp_path / "later")).changed == later.changed
     file = update.save(tmp_path / "u")
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
@@ -200,6 +241,7 @@ def test_files_of_updates(tmp_path: Path):
         ({}, {"number": "-1"}, "is not a count"),
         ({}, {"digests": "[]"}, "the digests are a text for each name"),
         ({}, {"entries": "[]"}, "entries are a shape and a form"),
+        ({}, {"changed": metadata["entries"], "entries": "{}"}, "its header does not know"),
         ({}, {"ended": json.dumps({"0.weight": [[50, 40]]})}, "0.weight has a shape and a form"),
         ({}, {"ended": json.dumps({"x": [[50, 40], "whole"]})}, "last:x is missing"),
         ({"values:2.bias": torch.zeros(3).long()}, {}, r"values are \[K\], floating"),
