@@ -46,6 +46,8 @@ WITHOUT = {
     "pairs": "a few numbers",
     "logits": "four numbers",
     "experts": "nine numbers",
+    "weight_sync": "a few numbers",
+    "merging": "one measurement",
 }
 
 
