@@ -26,6 +26,7 @@ from fishkern.methods import (
     merge_checkpoints,
     pissa,
     tr_pts,
+    weighted_levels,
 )
 from fishkern.names import canonical_name
 from fishkern.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
@@ -185,5 +186,6 @@ __all__ = [
     "union",
     "use_backend",
     "verify",
+    "weighted_levels",
     "why_not_triton",
 ]
