@@ -26,6 +26,7 @@ from fishkern.methods import (
     merge_checkpoints,
     pissa,
     tr_pts,
+    weighted_levels,
 )
 from fishkern.names import canonical_name
 from fishkern.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
@@ -34,6 +35,9 @@ from fishkern.selection import (
     Contributions,
     ContributionTopK,
     Delta,
+    DeltaReader,
+    DeltaStream,
+    DeltaUpdate,
     GlobalTopK,
     NofM,
     PerRowTopK,
@@ -43,6 +47,7 @@ from fishkern.selection import (
     Rule,
     Selection,
     ShardedSelection,
+    WeightPatch,
     apply_delta,
     delta,
     prune_,
@@ -100,6 +105,9 @@ __all__ = [
     "ContributionTopK",
     "Contributions",
     "Delta",
+    "DeltaReader",
+    "DeltaStream",
+    "DeltaUpdate",
     "DiagonalFisher",
     "DiagonalKronecker",
     "DirectionEnergy",
@@ -154,6 +162,7 @@ __all__ = [
     "UniformRank",
     "UnsupportedModuleError",
     "Verification",
+    "WeightPatch",
     "allocate_ranks",
     "apply_delta",
     "canonical_name",
@@ -177,5 +186,6 @@ __all__ = [
     "union",
     "use_backend",
     "verify",
+    "weighted_levels",
     "why_not_triton",
 ]

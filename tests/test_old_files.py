@@ -224,6 +224,25 @@ def test_a_delta_of_ranges(files):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
 
 
+def test_a_delta_of_coded_entries(files):
+    assert header_of(files / "coded" / "delta.safetensors")["format_version"] == "3"
+    delta = fk.Delta.load(files / "coded" / "delta")
+    assert delta.selection == samples.coded_selection()
+    model = samples.wide()
+    fk.apply_delta(model, delta)
+    expected = samples.moved(samples.wide(), samples.coded_selection())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+def test_updates_of_a_stream(files):
+    model, reader = samples.wide(), fk.DeltaReader()
+    for name in samples.UPDATES:
+        reader.apply(fk.DeltaUpdate.load(files / "updates" / name), model)
+    expected, _ = samples.updates()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    assert not torch.equal(model[0].weight, samples.wide()[0].weight)
+
+
 @pytest.mark.parametrize(
     ("folder", "name"),
     [

@@ -483,3 +483,25 @@ def test_what_the_page_on_large_models_measured():
     largest = f"the largest of {large['plan_mib'] / 1024:.1f} GiB"
     assert f"a batch of {large['case']['N'] * large['case']['T']} tokens, 16 GiB above the weights" in page
     assert f"to need {large['passes']} passes, {largest}" in page
+
+
+def test_what_a_sync_of_weights_takes():
+    page = (ROOT / "docs" / "weight-sync.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.*?) \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
+    cells = {first: others for first, *others in rows}
+    of = {(r["provider"], r["lr"]): r for r in records("weight_sync") if r["density"] == 0.005}
+    providers = ("fishkern", "snapshot")
+    kept = [of[name, 1e-6]["kept_bytes"] for name in providers]
+    assert cells["bytes kept for it by the trainer"] == [f"{kept[0] / 1e3:.0f} kB", f"{kept[1] / 1e6:.0f} MB"]
+    for lr in (1e-6, 1e-4):
+        later = [of[name, lr]["later_bytes"] / 1e3 for name in providers]
+        said = [f"{one:.1f} kB" if one < 100 else f"{one:.0f} kB" for one in later]
+        assert cells[f"a sync at a learning rate of {lr:.0e}".replace("e-0", "e-")] == said
+    first = [of[key]["first_bytes"] / 1e3 for key in (("fishkern", 1e-6), ("snapshot", 1e-6), ("snapshot", 1e-4))]
+    assert cells["the first sync"] == [f"{first[0]:.0f} kB", f"{first[1]:.0f} kB, {first[2]:.0f} kB"]
+    assert of["fishkern", 1e-4]["first_bytes"] < of["snapshot", 1e-4]["first_bytes"]
+    ours, theirs = (of[name, 1e-6] for name in providers)
+    behind = ours["first_bytes"] - theirs["first_bytes"]
+    assert 50 < behind / (theirs["later_bytes"] - ours["later_bytes"]) < 100
+    assert 2 * ours["compared"] == ours["kept_bytes"]
+    assert f"LLaMA of {theirs['compared'] / 1e6:.0f} million parameters in 16 bits, 0.5 % trained" in page

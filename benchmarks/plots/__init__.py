@@ -48,6 +48,8 @@ WITHOUT = {
     "logits": "four numbers",
     "experts": "nine numbers",
     "busy": "a few numbers",
+    "weight_sync": "a few numbers",
+    "merging": "one measurement",
 }
 
 

@@ -1,8 +1,9 @@
-"""``fishkern export``: a whole model out of an adapter or a delta, or the delta of a whole model."""
+"""``fishkern export``: a whole model or a plain LoRA out of an adapter or a delta, or the delta of a whole model."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from fishkern.commands.output import checked_file, console, waiting
 from fishkern.files import atomic_folder, check_new_folder, copy_beside
 from fishkern.integrations import hub, models
 from fishkern.integrations.merged import changes, merge_adapter
+from fishkern.integrations.plain import write_plain_lora
 from fishkern.integrations.tasks import TASKS
 from fishkern.names import listed
 
@@ -28,6 +30,9 @@ def export(
     since: Annotated[
         str, Option(metavar="MODEL", help="The model before training: the output is the delta of MODEL from it.")
     ] = "",
+    lora: Annotated[
+        bool, Option("--lora", help="Write the adapter as a plain LoRA for its base as it is, not a whole model.")
+    ] = False,
     task: Annotated[str, Option(metavar="TASK", help=f"By default according to the config: {', '.join(TASKS)}.")] = "",
     base: Annotated[str, Option(metavar="MODEL", help="Base of the adapter, if it has moved.")] = "",
     out: Annotated[
@@ -38,13 +43,18 @@ def export(
     """Write a whole model, with the adapter merged into its weights or the values of a delta, or the delta of a model.
 
     An adapter that a delta belongs to is merged after the delta is applied. What is written loads with from_pretrained
-    alone, in the dtype of the checkpoint.
+    alone, in the dtype of the checkpoint. A plain LoRA needs no decomposition of the base when it is loaded, as an
+    adapter that began with PiSSA does.
     """  # noqa: DOC501 - it is the help text
     if delta and since:
         raise ValueError("--delta makes a model of a delta, and --since a delta of a model: give one of them.")
+    if since and lora:
+        raise ValueError("--lora writes an adapter, and --since a delta of a whole model: give one of them.")
     if since:
         target = checked_file(out or "exported.safetensors", "--out", "delta.safetensors")
         result = _delta(model, since, task, base, target)
+    elif lora:
+        result = _lora(model, delta, task, base, check_new_folder(out or "exported"))
     else:
         result = _whole(model, delta, task, base, check_new_folder(out or "exported"))
     if json_:
@@ -69,6 +79,18 @@ def _whole(name: str, file: str, task: str, base: str, folder: Path) -> dict[str
             if path is not None and Path(path).is_dir():
                 copy_beside(path, temporary)
     return {"model": type(model).__name__, "folder": str(folder), "entries": model.num_parameters()}
+
+
+def _lora(name: str, file: str, task: str, base: str, folder: Path) -> dict[str, Any]:
+    model, source = _loaded(name, task, base)
+    if not hasattr(model, "peft_config"):
+        raise ValueError(f"{name} is a whole model, and --lora writes an adapter: give an adapter.")
+    if file:
+        fk.apply_delta(model, fk.Delta.load(file))
+    with waiting(f"writing {folder}"), hub.quiet(), atomic_folder(folder) as temporary:
+        before, _ = models.load(replace(source, adapter=None), task or source.task, device="cpu")
+        rank = write_plain_lora(model, before, temporary)
+    return {"model": type(model).__name__, "folder": str(folder), "rank": rank}
 
 
 def _delta(name: str, since: str, task: str, base: str, target: Path) -> dict[str, Any]:

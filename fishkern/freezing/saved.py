@@ -17,7 +17,7 @@ from fishkern.files import Format, StoredTensor, in_brief, open_tensors, parsing
 from fishkern.freezing.drift import Track
 from fishkern.freezing.slices import Key
 from fishkern.selection import Entries, Selection
-from fishkern.selection.format import TENSORS, checked_entry, form_of, read_entries, read_provenance
+from fishkern.selection.format import checked_entry, form_of, has_tensor, read_entries, read_provenance
 
 FORMAT = Format("fishkern.freezer", version=1, saved_by="Freezer.save")
 
@@ -247,7 +247,7 @@ def _selection(pool: Any, place: int, tensors: dict[str, Tensor], provenance: An
     entries: dict[str, Entries] = {}
     for name, (shape, *forms) in pool.items():
         size, form = checked_entry(name, shape, forms[place])
-        tensor = tensors.pop(f"{MASKS[place]}:{name}") if form in TENSORS else None
+        tensor = tensors.pop(f"{MASKS[place]}:{name}") if has_tensor(form) else None
         entries[name] = read_entries(name, size, form, None if tensor is None else _InMemory(tensor))
     return Selection.from_entries(entries, provenance=read_provenance(json.dumps(provenance)))
 

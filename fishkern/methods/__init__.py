@@ -9,8 +9,10 @@ from fishkern.methods.fisher_adaptune import fisher_adaptune
 from fishkern.methods.fisher_merging import fisher_merge
 from fishkern.methods.pissa import pissa
 from fishkern.methods.tr_pts import TaskRelevance, tr_pts
+from fishkern.methods.weighted_levels import Levels, weighted_levels
 
 __all__ = [
+    "Levels",
     "QuadraticPenalty",
     "ShallowSearch",
     "TaskRelevance",
@@ -22,4 +24,5 @@ __all__ = [
     "merge_checkpoints",
     "pissa",
     "tr_pts",
+    "weighted_levels",
 ]

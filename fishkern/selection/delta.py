@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -13,32 +12,33 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.files import (
-    PIECE,
     AnyTensor,
     Format,
     StoredTensor,
     in_brief,
     open_tensors,
     parsing,
-    pieces,
     read_json,
     save_tensors,
 )
 from fishkern.selection.format import (
-    TENSORS,
     Form,
     checked_entry,
     form_of,
+    has_tensor,
     oldest_format,
     read_entries,
     read_provenance,
 )
 from fishkern.selection.frozen import Frozen
-from fishkern.selection.local import Joined, own_entries, own_values, without
+from fishkern.selection.local import own_entries, own_values
+from fishkern.selection.patches import CheckpointLayout, WeightPatch, patch, placed_entries
 from fishkern.selection.result import Selection
 from fishkern.selection.start import agreed_tensors
+from fishkern.selection.stream import DeltaStream
+from fishkern.selection.values import check_base, digest_of_others, selected_values
 
-FORMAT = Format("fishkern.delta", version=2, saved_by="Delta.save")
+FORMAT = Format("fishkern.delta", version=3, saved_by="Delta.save")
 
 
 class Delta(Frozen):
@@ -106,8 +106,40 @@ class Delta(Frozen):
         values = {names[name]: values for name, values in self._values.items()}
         return Delta(selection, values, {names[name]: digest for name, digest in self._digests.items()})
 
+    def patches(self, layout: CheckpointLayout | None = None) -> list[WeightPatch]:
+        """Give the values as engines of inference take them, such as vLLM's sparse updates of a checkpoint.
+
+        Args:
+            layout: Where the entries are in the model's checkpoint, from
+                ``fishkern.integrations.layout.checkpoint_layout``; ``None`` for the model's own names and indices.
+
+        Returns:
+            One patch for each tensor with selected entries.
+
+        Raises:
+            ValueError: A parameter is in no checkpoint, such as that of an adapter.
+        """
+        placed = placed_entries(self.selection, layout)
+        return [patch(name, one.entries, one.values(self._values)) for name, one in placed.items()]
+
+    @staticmethod
+    def stream(
+        model: nn.Module, *, layout: CheckpointLayout | None = None, dtype: torch.dtype | None = None
+    ) -> DeltaStream:
+        """Make a stream of updates of a model in training: entries once, then the values alone.
+
+        Args:
+            model: See :class:`DeltaStream`.
+            layout: See :class:`DeltaStream`.
+            dtype: See :class:`DeltaStream`.
+
+        Returns:
+            The stream.
+        """
+        return DeltaStream(model, layout=layout, dtype=dtype)
+
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Save as one ``.safetensors`` file of the selection's size: its values, and its entries as in a selection.
+        """Save as one ``.safetensors`` file of the selection's size: its values, and about a byte for each entry.
 
         Args:
             path: ``name.safetensors`` (or ``name``; the suffix is added). Its folder must exist.
@@ -123,14 +155,16 @@ class Delta(Frozen):
         pool = {}
         entries = {name: self.selection.entries(name) for name in self.selection.names}
         for name, selected in entries.items():
-            form, tensor = form_of(selected)
+            form, tensor = form_of(selected, code=True)
             if tensor is not None:
                 tensors[f"entries:{name}"] = tensor
             if name in self._values:
                 tensors[f"values:{name}"] = self._values[name]
             pool[name] = [list(selected.shape), form, self._digests[name]]
         metadata = {"pool": json.dumps(pool), "provenance": json.dumps(self.selection.provenance)}
-        return save_tensors(path, tensors, format=oldest_format(FORMAT, entries.values()), metadata=metadata)
+        return save_tensors(
+            path, tensors, format=oldest_format(FORMAT, (form for _, form, _ in pool.values())), metadata=metadata
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Delta:
@@ -150,7 +184,7 @@ class Delta(Frozen):
         with parsing(f"{path} holds no valid delta"):
             pool = {name: _checked_entry(name, *entry) for name, entry in read_json(metadata["pool"]).items()}
             provenance = read_provenance(metadata["provenance"])
-            expected = {f"entries:{name}" for name, (_, form, _) in pool.items() if form in TENSORS}
+            expected = {f"entries:{name}" for name, (_, form, _) in pool.items() if has_tensor(form)}
             expected |= {f"values:{name}" for name, (_, form, _) in pool.items() if form != "none"}
             if odd := stored.keys() ^ expected:
                 raise ValueError(f"its header and its tensors disagree on {in_brief(min(odd), 80)}")
@@ -197,8 +231,8 @@ def delta(model: nn.Module, selection: Selection) -> Delta:
     named = agreed_tensors(model, selection)
     selection = selection.gathered()
     selection.check(model)
-    digests = {name: _digest_of_others(selection, name, named[name]) for name in selection.names}
-    return _taken(named, selection, digests)
+    digests = {name: digest_of_others(selection, name, named[name]) for name in selection.names}
+    return Delta(selection, selected_values(named, selection), digests)
 
 
 @torch.no_grad()
@@ -235,44 +269,10 @@ def apply_delta(model: nn.Module, delta: Delta, *, check: bool = True) -> Delta:
                     f"the delta holds {name} as {values.dtype}, the model as {named[name].dtype}: load the model with "
                     f"dtype={values.dtype}, or pass check=False to cast."
                 )
-        digests = {name: _digest_of_others(selection, name, named[name]) for name in selection.names}
-        if differing := [name for name, digest in digests.items() if digest != delta._digests[name]]:
-            raise ValueError(
-                f"the model is not the delta's base: {len(differing)} of {len(digests)} parameters differ where "
-                f"nothing is selected, such as {differing[0]}. Load the base that it was trained from, and for an "
-                "adapter its start; undo a delta of another selection first; check=False applies it all the same."
-            )
-    before = _taken(named, selection, delta._digests)
+        check_base(named, selection, delta._digests)
+    before = Delta(selection, selected_values(named, selection), delta._digests)
     for name, values in delta._values.items():
         (own, share), parameter = own_entries(selection, name, named[name]), hosts.local_part(named[name])
         values = values if share is None else own_values(values, selection.entries(name), share)
         own.scatter_(parameter, values.to(parameter.device))
     return before
-
-
-def _taken(named: Mapping[str, Tensor], selection: Selection, digests: Mapping[str, str]) -> Delta:
-    values = {}
-    for name, count in selection.counts.items():
-        if count:
-            own, share = own_entries(selection, name, named[name])
-            held = own.gather(hosts.local_part(named[name]))
-            values[name] = (held if share is None else Joined(own, share)(held)).to("cpu", copy=True)
-    return Delta(selection, values, digests)
-
-
-def _digest_of_others(selection: Selection, name: str, parameter: Tensor) -> str:
-    """Hash dtype and bytes, with zeros where it is selected; one that is selected whole has no bytes to hash."""
-    digest = blake2b(str(parameter.dtype).encode(), digest_size=8)
-    if 0 < parameter.numel() == selection.counts[name]:
-        return digest.hexdigest()
-    entries, share = own_entries(selection, name, parameter)
-    shown = parameter if share is None else without(parameter, entries, share)
-    start = 0
-    for piece in pieces(shown, PIECE):
-        buffer = bytearray(piece.nbytes)
-        copy = torch.frombuffer(buffer, dtype=piece.dtype).copy_(piece)
-        if share is None:
-            entries.fill_(copy, 0, start)
-        digest.update(buffer)
-        start += len(piece)
-    return digest.hexdigest()

@@ -2,7 +2,8 @@
 
 The header says for each parameter its shape and its form. ``"whole"`` and ``"none"`` need no tensor, and neither do
 ranges, ``{"rows": [[start, stop], ...]}`` and ``{"columns": [[start, stop], ...]}``. A file with ranges is of format 2;
-one without them is of format 1, which an older fishkern reads as well.
+one without them is of format 1, which an older fishkern reads as well. A delta's file may also have indices in the code
+of Elias and Fano, ``{"elias-fano": [K, low]}``, and is of format 3 then.
 """
 
 from __future__ import annotations
@@ -29,15 +30,18 @@ from fishkern.files import (
     save_tensors,
 )
 from fishkern.ops.streaming_topk import index_dtype
+from fishkern.selection._elias_fano import coded, coded_size, decoded, low_bits
 from fishkern.selection._packed import packed, unpacked
 from fishkern.selection.entries import Entries
 from fishkern.selection.ranges import Columns, Ranges, Rows
 
-Form: TypeAlias = str | dict[str, list[list[int]]]
+Form: TypeAlias = str | dict[str, list[Any]]
 
-TENSORS = ("indices", "bits")  # forms with a tensor
-FORMS = (*TENSORS, "whole", "none")
+FORMS = ("indices", "bits", "whole", "none")
 RANGES: dict[str, type[Ranges]] = {"rows": Rows, "columns": Columns}
+CODED = "elias-fano"
+
+_WORTH_CODING = 32  # bytes that a code must save: more than it takes in the header, and small files stay of format 1
 
 FORMAT = Format("fishkern.selection", version=2, saved_by="Selection.save")
 
@@ -71,7 +75,7 @@ def save_entries(
     return save_tensors(
         path,
         tensors,
-        format=oldest_format(FORMAT, entries.values()),
+        format=oldest_format(FORMAT, (form for _, form in pool.values())),
         metadata=metadata,
         max_shard_size=max_shard_size,
     )
@@ -93,7 +97,7 @@ def load_entries(path: str | os.PathLike[str]) -> tuple[dict[str, Entries], dict
     with parsing(f"{path} has a damaged header"):
         provenance = read_provenance(metadata["provenance"])
         pool = {name: checked_entry(name, *entry) for name, entry in read_json(metadata["pool"]).items()}
-    if differing := stored.keys() ^ {name for name, (_, form) in pool.items() if form in TENSORS}:
+    if differing := stored.keys() ^ {name for name, (_, form) in pool.items() if has_tensor(form)}:
         odd = in_brief(min(differing), 80)
         raise ValueError(f"{path} is damaged: its header and its tensors disagree on {odd}. Save it again.")
     with parsing(f"{path} holds no valid selection"):
@@ -101,15 +105,16 @@ def load_entries(path: str | os.PathLike[str]) -> tuple[dict[str, Entries], dict
     return entries, provenance
 
 
-def form_of(entries: Entries) -> tuple[Form, Tensor | None]:
+def form_of(entries: Entries, *, code: bool = False) -> tuple[Form, Tensor | None]:
     """Choose how a file stores the selected entries of one parameter.
 
     Args:
         entries: The selected entries.
+        code: Whether the file may have them in the code of Elias and Fano.
 
     Returns:
-        What the header says, and the tensor: indices ``[K]`` or bits ``[ceil(P / 8)]``, whichever are smaller, or
-        ``None`` where the header says all.
+        What the header says, and the tensor: indices ``[K]``, bits ``[ceil(P / 8)]`` or a code, whichever is smallest,
+        or ``None`` where the header says all.
     """
     if entries.count == 0:
         return "none", None
@@ -119,23 +124,38 @@ def form_of(entries: Entries) -> tuple[Form, Tensor | None]:
         axis = next(axis for axis, kind in RANGES.items() if isinstance(entries.ranges, kind))
         return {axis: [list(bounds) for bounds in entries.ranges.bounds]}, None
     indices, numel = entries.indices(), entries.shape.numel()
+    low = low_bits(len(indices), numel)
+    if code and coded_size(len(indices), numel, low) + _WORTH_CODING <= min(indices.nbytes, -(-numel // 8)):
+        return {CODED: [len(indices), low]}, coded(indices, numel, low)
     if -(-numel // 8) < indices.nbytes:
         return "bits", packed(indices, numel)
     return "indices", indices
 
 
-def oldest_format(format: Format, entries: Iterable[Entries]) -> Format:
+def has_tensor(form: Form) -> bool:
+    """Tell whether a form stores the selected entries in a tensor.
+
+    Args:
+        form: From :func:`form_of` or :func:`checked_entry`.
+
+    Returns:
+        False where the header says everything.
+    """
+    return form in ("indices", "bits") or (isinstance(form, dict) and CODED in form)
+
+
+def oldest_format(format: Format, forms: Iterable[Form]) -> Format:
     """Choose the oldest version of a format that can hold some entries.
 
     Args:
         format: The newest version.
-        entries: The selected entries of each parameter.
+        forms: How the selected entries of each parameter are stored.
 
     Returns:
-        The format, of version 1 where there are no ranges.
+        The format: of version 3 where some are coded, else of version 2 where some are ranges, else of version 1.
     """
-    ranges = any(one.ranges is not None and one.count for one in entries)
-    return format if ranges else replace(format, version=1)
+    kinds = {kind for form in forms if isinstance(form, dict) for kind in form}
+    return replace(format, version=3 if CODED in kinds else 2 if kinds else 1)
 
 
 def checked_entry(name: str, shape: object, form: object) -> tuple[torch.Size, Form]:
@@ -150,12 +170,12 @@ def checked_entry(name: str, shape: object, form: object) -> tuple[torch.Size, F
         Shape and form.
 
     Raises:
-        ValueError: It is not a shape, or none of :data:`FORMS` and :data:`RANGES`.
+        ValueError: It is not a shape, or none of :data:`FORMS`, :data:`RANGES` and :data:`CODED`.
     """
-    ranges = isinstance(form, dict) and len(form) == 1 and form.keys() <= RANGES.keys()
-    if not ranges and form not in FORMS:
-        shown = in_brief(repr(form), 40)
-        raise ValueError(f"{in_brief(name, 80)} is stored as {shown}, which is none of {', '.join([*FORMS, *RANGES])}")
+    other = isinstance(form, dict) and len(form) == 1 and form.keys() <= {*RANGES, CODED}
+    if not other and form not in FORMS:
+        shown, known = in_brief(repr(form), 40), ", ".join([*FORMS, *RANGES, CODED])
+        raise ValueError(f"{in_brief(name, 80)} is stored as {shown}, which is none of {known}")
     try:
         return checked_shape(shape), form
     except ValueError as error:
@@ -169,7 +189,7 @@ def read_entries(name: str, shape: torch.Size, form: Form, tensor: StoredTensor 
         name: The parameter's name.
         shape: Its shape.
         form: How they are stored, as checked by :func:`checked_entry`.
-        tensor: Its indices ``[K]``, or its bits; ``None`` for the other forms.
+        tensor: Its indices ``[K]``, its bits or its code; ``None`` for the other forms.
 
     Returns:
         The entries.
@@ -178,7 +198,7 @@ def read_entries(name: str, shape: torch.Size, form: Form, tensor: StoredTensor 
         TypeError: Indices or ranges are not integers.
         ValueError: Tensor or ranges do not fit the shape.
     """
-    if isinstance(form, dict):
+    if isinstance(form, dict) and CODED not in form:
         ((axis, bounds),) = form.items()
         return Entries.of(shape, RANGES[axis](*bounds), name)
     if form == "whole":
@@ -188,8 +208,10 @@ def read_entries(name: str, shape: torch.Size, form: Form, tensor: StoredTensor 
     return Entries.of(shape, _read_indices(name, shape, form, tensor), name)
 
 
-def _read_indices(name: str, shape: torch.Size, form: str, tensor: StoredTensor) -> Tensor:
+def _read_indices(name: str, shape: torch.Size, form: Form, tensor: StoredTensor) -> Tensor:
     numel = shape.numel()
+    if isinstance(form, dict):
+        return _read_coded(name, numel, form[CODED], tensor)
     if form == "indices":
         if tensor.numel() > numel:
             raise ValueError(f"{in_brief(name, 80)} has {numel} coordinates, and {tensor.numel()} indices")
@@ -197,6 +219,23 @@ def _read_indices(name: str, shape: torch.Size, form: str, tensor: StoredTensor)
     if (tensor.dtype, tuple(tensor.shape)) != (torch.uint8, (-(-numel // 8),)):
         raise ValueError(f"{in_brief(name, 80)} is said to be bits of {tuple(shape)}, and is not")
     return unpacked(tensor.read(), index_dtype(numel))
+
+
+def _read_coded(name: str, numel: int, sizes: object, tensor: StoredTensor) -> Tensor:
+    if not (isinstance(sizes, list) and len(sizes) == 2 and all(type(size) is int for size in sizes)):
+        raise ValueError(
+            f"the code of {in_brief(name, 80)} has a count and a number of bits, not {in_brief(repr(sizes), 40)}"
+        )
+    count, low = sizes
+    if not (0 < count <= numel and 0 <= low < numel.bit_length()):
+        raise ValueError(f"{in_brief(name, 80)} has {numel} coordinates, and a code of {count} with {low} low bits")
+    expected = (torch.uint8, (coded_size(count, numel, low),))
+    if (tensor.dtype, tuple(tensor.shape)) != expected:
+        raise ValueError(f"{in_brief(name, 80)} is said to be a code of {count} of {numel}, and is not")
+    try:
+        return decoded(tensor.read(), count, numel, low)
+    except ValueError as error:
+        raise ValueError(f"{in_brief(name, 80)}: {error}") from None
 
 
 def read_provenance(text: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import fishkern as fk
@@ -54,6 +54,53 @@ def test_a_delta_there_and_back(capsys, models, tmp_path):
     for name, p in model.named_parameters():
         for other in (again, whole):
             assert torch.equal(other.get_parameter(name).view(torch.int32), p.view(torch.int32)), name
+
+
+@pytest.mark.parametrize("start", ["pissa", "gaussian"])
+def test_an_adapter_becomes_a_plain_lora(capsys, models, tmp_path, start):
+    """It gives the trained model's output on the base as it is, without a decomposition at loading."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(models / "llama")
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=start)
+    trained = get_peft_model(base, config)
+    selection = fk.Selection({name: p.shape for name, p in trained.named_parameters() if p.requires_grad}, {}, whole=[
+        name for name, p in trained.named_parameters() if p.requires_grad
+    ])  # fmt: skip
+    trained.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        for name in selection.names:
+            trained.get_parameter(name).add_(0.1)
+    file = fk.delta(trained, selection).save(tmp_path / "delta")
+    batch, options = zoo.text_batch(3), ["--base", models / "llama", "--lora", "--delta", file]
+    result = exported(capsys, tmp_path / "adapter", *options, "--out", tmp_path / "plain")
+    assert result["rank"] == (4 if start == "pissa" else 2)
+    plain_base = AutoModelForCausalLM.from_pretrained(models / "llama")
+    before = {name: p.clone() for name, p in plain_base.named_parameters()}
+    plain = PeftModel.from_pretrained(plain_base, tmp_path / "plain")
+    assert plain.peft_config["default"].init_lora_weights in (True, "gaussian")
+    for name, p in plain.named_parameters():
+        if "lora_" not in name:
+            bare = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(p, before[bare]), "the base is as it was"
+    expected = trained.eval()(**batch).logits
+    torch.testing.assert_close(plain.eval()(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(AutoModelForCausalLM.from_pretrained(models / "llama").eval()(**batch).logits, expected)
+
+
+def test_what_is_no_plain_lora(capsys, models, tmp_path):
+    torch.manual_seed(0)
+    for name, options in (("dora", {"use_dora": True}), ("random", {"init_lora_weights": "pissa_niter_1"})):
+        base = AutoModelForCausalLM.from_pretrained(models / "llama")
+        config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], **options)
+        get_peft_model(base, config).save_pretrained(tmp_path / name)
+    capsys.readouterr()
+    out = ["--base", models / "llama", "--lora", "--out", tmp_path / "out"]
+    assert "an adapter of type DoRA is no plain LoRA" in refused(capsys, "export", tmp_path / "dora", *out)
+    assert "is another one each time" in refused(capsys, "export", tmp_path / "random", *out)
+    assert "and --lora writes an adapter" in refused(capsys, "export", models / "llama", "--lora", *out[3:])
+    line = refused(capsys, "export", models / "llama", "--since", "a", "--lora")
+    assert "--lora writes an adapter, and --since" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_equal_bits_are_equal_and_nothing_else():

@@ -94,6 +94,17 @@ def write_ranges(folder: Path) -> None:
     write_optimizers(folder, samples.OPTIMIZERS_OF_RANGES)
 
 
+def write_coded(folder: Path) -> None:
+    """A delta whose entries are in the code of Elias and Fano."""
+    selected = samples.coded_selection()
+    fk.delta(samples.moved(samples.wide(), selected), selected).save(folder / "delta")
+
+
+def write_updates(folder: Path) -> None:
+    for name, update in zip(samples.UPDATES, samples.updates()[1], strict=True):
+        update.save(folder / name)
+
+
 def write_trainer(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = samples.adapted()
@@ -164,6 +175,8 @@ WRITERS = {
     "values": write_values,
     "optimizers": write_optimizers,
     "ranges": write_ranges,
+    "coded": write_coded,
+    "updates": write_updates,
     "trainer": write_trainer,
     "selecting-trainer": write_selecting_trainer,
     "tune": write_tune,

@@ -404,7 +404,27 @@ def _() -> dict[str, Any]:
         "applied": applied,
         "undone": _equal(base, net()),
         "another base": _message(lambda: fk.apply_delta(sharded(net(seed=4)), delta)),
+        "streamed": _streamed(selection),
     }
+
+
+def _streamed(selection: fk.Selection) -> bool:
+    """Whether two samplers, one sharded and one whole, have the trainer's weights after each step."""
+    model, samplers, readers = sharded(net()), (sharded(net()), net()), (fk.DeltaReader(), fk.DeltaReader())
+    scores = {name: parameter.detach().abs() for name, parameter in model.named_parameters()}
+    own = fk.select(scores, fk.PerTensorTopK(density=0.3))  # each rank has its own entries
+    stream, equal = fk.Delta.stream(model), True
+    for number, trained_now in enumerate((selection, selection, own, own)):
+        optimizer = fk.MaskedAdamW(model, trained_now, **ADAMW)
+        loss_of(model, number, own=True).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        update = stream.update(optimizer.selection)
+        equal &= (update.entries is None) == (number in (1, 3))
+        for reader, sampler in zip(readers, samplers, strict=True):
+            reader.apply(update, sampler)
+            equal &= _equal(sampler, model)
+    return equal
 
 
 def _message(run: Callable[[], Any]) -> str:

@@ -127,6 +127,7 @@ def test_a_delta_has_the_bytes_of_one_process(two):
         assert report["delta"]["bytes"]
         assert report["delta"]["applied"]
         assert report["delta"]["undone"]
+        assert report["delta"]["streamed"]
         assert report["delta"]["another base"].startswith("ValueError: the model is not the delta's base")
 
 

@@ -90,6 +90,38 @@ def load_delta(path: Path) -> None:
     fk.apply_delta(small_model(), delta)
 
 
+def load_update(path: Path) -> None:
+    update = fk.DeltaUpdate.load(path)
+    repr(update)
+    reader = fk.DeltaReader()
+    reader.apply(fk.DeltaUpdate(0, *_moved(selection())), small_model())
+    reader.apply(update, small_model())
+
+
+def write_update(path: Path) -> Path:
+    """One that changes the entries: those of before, and ones of its own."""
+    fewer = selection() - fk.Selection({"0.weight": (50, 40)}, {"0.weight": torch.arange(400)})
+    stream = fk.Delta.stream(small_model())
+    stream.update(selection())
+    return stream.update(fewer).save(path)
+
+
+def write_changed_values(path: Path) -> Path:
+    """One of values alone, of a few of the entries before."""
+    model = small_model()
+    stream = fk.Delta.stream(model)
+    stream.update(selection())
+    with torch.no_grad():
+        model[0].weight.view(-1)[:500] += 1
+        model[1].bias += 1
+    return stream.update(selection()).save(path)
+
+
+def _moved(of: fk.Selection) -> tuple[dict[str, Any], dict[str, Any]]:
+    entries = {name: of.entries(name) for name, count in of.counts.items() if count}
+    return {name: torch.zeros(one.count) for name, one in entries.items()}, entries
+
+
 def load_adapter(path: Path) -> None:
     from tests.support import zoo  # needs transformers, as no other loader does
 
@@ -228,6 +260,8 @@ LOADERS = {
     ),
     "selection": Loader(load_selection, lambda path: selection().save(path)),
     "delta": Loader(load_delta, lambda path: fk.delta(small_model(), selection()).save(path)),
+    "delta update": Loader(load_update, write_update),
+    "delta values": Loader(load_update, write_changed_values),
     "start": Loader(lambda path: load_start(small_model(), path), write_start),
     "energies": Loader(load_energies(lazy=False), lambda path: energies().save(path)),
     "lazy energies": Loader(load_energies(lazy=True), lambda path: energies().save(path, max_shard_size=1000)),

@@ -122,6 +122,31 @@ def ranged_selection() -> fk.Selection:
     return fk.Selection(POOL, {"0.bias": torch.arange(3)}, whole=WHOLE, ranges=ranges, provenance=SELECTED_BY)
 
 
+def wide() -> nn.Module:
+    return filled(nn.Sequential(nn.Linear(64, 64)))
+
+
+def coded_selection() -> fk.Selection:
+    """Few enough entries of a parameter for a delta to store them in the code of Elias and Fano."""
+    at = {"0.weight": torch.arange(41).square() * 2 + 7, "0.bias": torch.arange(0, 64, 3)}
+    return fk.Selection({"0.weight": (64, 64), "0.bias": (64,)}, at, provenance=SELECTED_BY)
+
+
+UPDATES = ("first", "values", "reselected")
+"""The first update of a stream, one of values alone, and one with other entries than before."""
+
+
+def updates() -> tuple[nn.Module, list[fk.DeltaUpdate]]:
+    """A model after training, and what was streamed of it, from :func:`wide` on."""
+    model, selected = wide(), coded_selection()
+    later = selected - fk.Selection(selected.shapes, {"0.weight": selected.indices("0.weight")[::2]})
+    stream, made = fk.Delta.stream(model), []
+    for trained, sent in ((selected, selected), (selected, selected), (selected, later)):
+        moved(model, trained)
+        made.append(stream.update(sent))
+    return model, made
+
+
 def adapter_init() -> fk.AdapterInit:
     """The start of an adapter of the first two modules, with another rank and scaling for each."""
     modules = {}
@@ -183,7 +208,7 @@ def moved(model: nn.Module, selected: fk.Selection | None = None) -> nn.Module:
     """The same model with its selected entries moved, as training would."""
     selected = selection() if selected is None else selected
     for name, parameter in model.named_parameters():
-        if name in POOL:
+        if name in selected:
             parameter[selected.mask(name)] += 0.5
     return model
 
