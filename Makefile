@@ -9,8 +9,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install $(PIP_ARGS)
 REQUIREMENTS := pyproject.toml setup.py constraints.txt
 
+# The versions of Triton that the kernels are compiled with: the oldest that we allow, the pinned one, the newest.
+TRITONS := 3.6.0 3.7.1 3.9.0
+
 .DEFAULT_GOAL := help
-.PHONY: help test slow lint demo bench clean
+.PHONY: help test slow lint demo bench kernels clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' $(MAKEFILE_LIST) | expand -t 14
@@ -36,8 +39,18 @@ bench: $(VENV)/.dev ## measure speed and record it (see benchmarks/README.md)
 	@echo "==> Running the benchmarks"
 	$(BIN)/python -m benchmarks run
 
+kernels: $(VENV)/.dev $(TRITONS:%=.triton/%) ## compile the kernels with each Triton, and record what they take (an hour)
+	@for version in $(TRITONS); do \
+		echo "==> Compiling for GPUs with Triton $$version"; \
+		PYTHONPATH=.triton/$$version:. $(BIN)/python -m tests.kernels.offline record || exit 1; \
+	done
+	git diff --stat tests/kernels
+
+.triton/%: | $(VENV)/.made
+	$(PIP) --no-deps --target $@ triton==$* || (rm -rf $@; exit 1)
+
 clean: ## remove the environment, caches and builds
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) .triton build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.made:

@@ -69,6 +69,9 @@ def _chunks(offsets: Tensor, positions: int, BLOCK_T: int) -> tuple[Tensor, Tens
     counts = (lengths + (BLOCK_T - 1)) // BLOCK_T
     firsts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])  # first chunk of each example
     most = positions // BLOCK_T + len(lengths) + 1  # the kernel reads one row ahead
+    most += (
+        most % 2
+    )  # so that the cuts, which follow in one tensor, begin at 16 bytes: Triton compiles again for others
     chunk = torch.arange(most, device=offsets.device)
     example = torch.searchsorted(firsts, chunk, right=True).sub_(1).clamp_(max=len(lengths) - 1)
     before = (chunk - firsts[example]) * BLOCK_T  # positions of the example in earlier chunks

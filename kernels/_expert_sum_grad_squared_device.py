@@ -21,7 +21,8 @@ def expert_sum_grad_squared_kernel(
     stride_xn, stride_xt, stride_xi,
     stride_gn, stride_gt, stride_go,
     stride_op, stride_oo, stride_oi,
-    ADD: tl.constexpr, TMA: tl.constexpr, TMA_OUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ADD: tl.constexpr, TMA: tl.constexpr, TMA_OUT: tl.constexpr, REDUCE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr, GROUP_O: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of the squares of one expert; one without rows is not touched where they are added."""
@@ -33,6 +34,8 @@ def expert_sum_grad_squared_kernel(
     total, _ = _sum_squares(
         x, g, chunks, cuts, row, column, e, N, T, I, O, parts,
         stride_xn, stride_xt, stride_xi, stride_gn, stride_gt, stride_go,
-        True, False, TMA, PRECISION, UPCAST, BLOCK_O, BLOCK_I, BLOCK_T,
+        True, False, False, TMA, PRECISION, UPCAST, BLOCK_O, BLOCK_I, BLOCK_T,
     )  # fmt: skip
-    _store_tile(out, total, e, row, column, O, I, stride_op, stride_oo, stride_oi, ADD, TMA_OUT, BLOCK_O, BLOCK_I)
+    _store_tile(
+        out, total, e, row, column, O, I, stride_op, stride_oo, stride_oi, ADD, TMA_OUT, REDUCE, BLOCK_O, BLOCK_I
+    )

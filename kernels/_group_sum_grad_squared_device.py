@@ -20,7 +20,8 @@ def group_sum_grad_squared_kernel(
     N, T, I, O, parts,
     stride_xn, stride_xt, stride_xi,
     stride_gn, stride_gt, stride_go,
-    ROWS: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, PACKED: tl.constexpr, SINGLE: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr, GROUP_O: tl.constexpr,
 ):  # fmt: skip
     """Sum the squares of each tile over its columns (ROWS) or its rows, after those of its examples are added up."""
@@ -29,7 +30,7 @@ def group_sum_grad_squared_kernel(
     total, _ = _sum_squares(
         x, g, chunks, cuts, row, column, part, N, T, I, O, parts,
         stride_xn, stride_xt, stride_xi, stride_gn, stride_gt, stride_go,
-        PACKED, False, TMA, PRECISION, UPCAST, BLOCK_O, BLOCK_I, BLOCK_T,
+        PACKED, SINGLE, False, TMA, PRECISION, UPCAST, BLOCK_O, BLOCK_I, BLOCK_T,
     )  # fmt: skip
     # Entries of the tile outside of [O, I] are zero, since the inputs were loaded as zeros there.
     if ROWS:

@@ -125,6 +125,11 @@ class Problem(NamedTuple):
         """Positions of all examples together."""
         return self.x.shape[0] if self.packed else self.N * self.T
 
+    def is_single(self, BLOCK_T: int) -> bool:
+        """Whether each example is one chunk of so many positions, and better multiplied on its own."""
+        # Where float32 is multiplied without matrix units nothing is gained, and Triton 3.6 spills on sm_80.
+        return not self.packed and self.T <= BLOCK_T and self.itemsize == 2
+
     @property
     def itemsize(self) -> int:
         """Bytes of an entry of the inputs."""
@@ -150,11 +155,16 @@ def input_blocks(problem: Problem, BLOCK_O: int, BLOCK_I: int, BLOCK_T: int) -> 
     }
 
 
-def input_arguments(problem: Problem, parts: int) -> dict[str, int]:
+def input_arguments(problem: Problem, parts: int, *, tma: bool) -> dict[str, int]:
     """List the sizes and strides of a problem by their names in the kernels."""
-    x, g = problem.x.strides, problem.g.strides
     return {
         "N": problem.N, "O": problem.O, "I": problem.I, "T": problem.T, "parts": parts,
-        "stride_xn": 0 if problem.packed else x[0], "stride_xt": x[-2], "stride_xi": x[-1],
-        "stride_gn": 0 if problem.packed else g[0], "stride_gt": g[-2], "stride_go": g[-1],
+        **stride_arguments("x", "nti", problem.x, tma=tma), **stride_arguments("g", "nto", problem.g, tma=tma),
     }  # fmt: skip
+
+
+def stride_arguments(tensor: str, axes: str, layout: Layout, *, tma: bool) -> dict[str, int]:
+    """List strides by their names in the kernels: zeros for missing axes, and where TMA reads none of them."""
+    # Triton would compile again for other strides.
+    strides = (0,) * (len(axes) - len(layout.strides)) + layout.strides
+    return {f"stride_{tensor}{axis}": 0 if tma else stride for axis, stride in zip(axes, strides, strict=True)}

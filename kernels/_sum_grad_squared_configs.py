@@ -27,8 +27,11 @@ FEW_POSITIONS = 4
 # Partial results of a split take at most this many bytes.
 WORKSPACE = 64 * 2**20
 MOST_PARTS = 64
-# Chunks are shortened until at most this share of the multiplied positions is padding.
-MOST_PADDING = 0.15
+# Chunks are shortened until at most this share of the multiplied positions is padding; less than the second, where an
+# example is one chunk, whose gradient need not be carried through the loop.
+MOST_PADDING, MOST_PADDING_OF_ONE = 0.15, 0.5
+# Sides up to which one tile reads the other input.
+_READ_ONCE = 128
 # Problems whose plans are remembered: a model has a few for each kind of layer and length of a batch.
 PLANS = 4096
 
@@ -44,6 +47,7 @@ class Config:
         num_warps: Warps that share a tile.
         num_stages: Chunks in flight.
         GROUP_O: Rows of tiles that neighbouring programs share.
+        maxnreg: Registers of a thread that the compiler may take, where more programs should run at once.
     """
 
     BLOCK_O: int
@@ -52,6 +56,7 @@ class Config:
     num_warps: int
     num_stages: int
     GROUP_O: int = 8
+    maxnreg: int | None = None
 
     @cached_property
     def constants(self) -> dict[str, int]:
@@ -61,7 +66,8 @@ class Config:
     @cached_property
     def options(self) -> dict[str, int]:
         """Options of the compiler; whether it fuses by default depends on the version of Triton."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
 
 
 # How blocks are loaded: by TMA, as vectors of 16 bytes, or entry by entry where strides are no multiples of 16 bytes.
@@ -148,6 +154,11 @@ TABLES: dict[str, dict[tuple[int, Loads], tuple[Config, ...]]] = {
     },
 }  # fmt: skip
 
+# Tiles of 16-bit blocks of TMA of which several programs run on a multiprocessor of sm_90, one squaring while another
+# multiplies, and how many. They read more for each product: which examples are short enough for that to pay, a device
+# must say. So no table names them yet; ``benchmarks`` times them, and their registers and shared memory are tested.
+TOGETHER = {Config(128, 128, 64, 8, 3, maxnreg=128): 2, Config(64, 128, 64, 4, 3): 3}
+
 # Columns of the widest tile of which three fit the registers, where that is not 128: by family and bytes of an entry.
 WIDEST_WITH_MEAN = {("sm_80", 4): 64}
 
@@ -158,6 +169,19 @@ STAGES_BY_ROW: dict[tuple[str, int, Loads, int], int] = {("sm_90", 4, "vectors",
 FEW = {"interpreter": Config(32, 64, 1, 4, 1, 2)}
 FEW_ELSEWHERE = Config(32, 128, 1, 4, 1)  # 32 entries of the result for each thread
 SUM_PARTS = Config(16, 128, 1, 4, 1, 1)
+
+
+@cache
+def adds_in_memory(hardware: Hardware) -> bool:
+    """Tell whether TMA can add a tile to a result, which Triton's interpreter lacks.
+
+    Args:
+        hardware: Where it will run.
+
+    Returns:
+        Whether it can.
+    """
+    return takes_tma(hardware) and hardware.family != "interpreter"
 
 
 @cache
@@ -186,6 +210,23 @@ def loads(problem: Problem, hardware: Hardware) -> Loads:
     if takes_tma(hardware) and problem.x.fits_tma and problem.g.fits_tma:
         return "tma"
     return "vectors" if problem.x.has_vectors and problem.g.has_vectors else "elements"
+
+
+def worth_a_copy(problem: Problem, hardware: Hardware) -> bool:
+    """Tell whether inputs of odd strides are copied into rows of whole 16 bytes before they are multiplied.
+
+    What is loaded entry by entry is not loaded in the background. A copy is one more read and write of an input, which
+    is little where several tiles read it.
+
+    Args:
+        problem: The call.
+        hardware: Where it will run.
+
+    Returns:
+        Whether they are.
+    """
+    odd = loads(problem, hardware) == "elements" and not few_positions(problem)
+    return odd and min(problem.O, problem.I) > _READ_ONCE
 
 
 def by_row(config: Config, problem: Problem, hardware: Hardware) -> Config:
@@ -225,24 +266,34 @@ def tiles(problem: Problem, hardware: Hardware) -> tuple[Config, int]:
     Returns:
         The tiles, and the number of parts.
     """
-    config = FEW.get(hardware.family, FEW_ELSEWHERE) if few_positions(problem) else _from_table(problem, hardware)
-    return config, _parts(problem, hardware, config)
+    if few_positions(problem):
+        choices = iter([FEW.get(hardware.family, FEW_ELSEWHERE)])
+    else:
+        choices = _from_table(problem, hardware)
+    cuts = [(config, *_split(problem, hardware, config)) for config in choices]
+    config, parts, _ = min(cuts, key=lambda cut: cut[2])  # of equal costs the widest
+    return config, parts
 
 
-def _from_table(problem: Problem, hardware: Hardware) -> Config:
+def _from_table(problem: Problem, hardware: Hardware) -> Iterator[Config]:
+    """Give the tiles of each width that fits the result and the registers, the widest first, mostly one."""
     table = TABLES[hardware.family][problem.itemsize, loads(problem, hardware)]
     widths = sorted({config.BLOCK_I for config in table})
-    # Tiles wider than 128 fit the registers only where results are written by TMA or summed over rows or columns, and
-    # pay off only where every processor gets two of them.
-    wide = not problem.mean and all(result.fits_tma for result in problem.results)
-    num_wide = cdiv(problem.O, 128) * cdiv(problem.I, 256)
-    if widths[-1] > 128 and (not wide or num_wide < 2 * hardware.processors):
-        widths.pop()
+    # Tiles wider than 128 fit the registers only where results are written by TMA or summed over rows or columns.
+    if problem.mean or not all(result.fits_tma for result in problem.results):
+        widths = [width for width in widths if width <= 128]
     if problem.mean:
         widths = [width for width in widths if width <= widest_with_mean(hardware, problem.itemsize)]
-    width = next((width for width in widths if width >= problem.I), widths[-1])
-    steps = [config for config in table if width == config.BLOCK_I]
-    return next((config for config in steps if _padding(problem, config.BLOCK_T) <= MOST_PADDING), steps[-1])
+    widest = next((width for width in widths if width >= problem.I), widths[-1])
+    for width in (widest, 128) if widest > 128 else (widest,):
+        steps = [config for config in table if width == config.BLOCK_I]
+        yield next((config for config in steps if _fits(problem, config.BLOCK_T)), steps[-1])
+
+
+def _fits(problem: Problem, block: int) -> bool:
+    """Tell whether a chunk is short enough for the examples."""
+    padding = _padding(problem, block)
+    return padding <= MOST_PADDING or (problem.is_single(block) and padding < MOST_PADDING_OF_ONE)
 
 
 def widest_with_mean(hardware: Hardware, itemsize: int) -> int:
@@ -265,19 +316,23 @@ def _padding(problem: Problem, block: int) -> float:
     return 1 - length / padded
 
 
-def _parts(problem: Problem, hardware: Hardware, config: Config) -> int:
-    # Where tiles are few, parts let more programs run at once, at the price of partial results. One example on one tile
-    # costs 1, and so does writing a partial tile and reading it again; the partial sums of groups cost nothing. No
-    # example is split.
+def _split(problem: Problem, hardware: Hardware, config: Config) -> tuple[int, int]:
+    """Choose into how many parts the examples are split, and say what that costs."""
+    # Where tiles are few, parts let more programs run at once, at the price of partial results. Programs run in waves,
+    # of which the last takes as long as a full one. One example on one tile costs what it reads, the rows and columns
+    # of the tile, since large ones wait for the L2 cache; writing a partial tile and reading it again costs as much,
+    # and the partial sums of groups nothing. No example is split.
     N, O, I = problem.N, problem.O, problem.I
     num_tiles = cdiv(O, config.BLOCK_O) * cdiv(I, config.BLOCK_I)
     slots = hardware.processors * (8 // config.num_warps)
 
     def cost(parts: int) -> int:
-        return cdiv(num_tiles * parts, slots) * (cdiv(N, parts) + (bool(problem.results) and parts > 1))
+        waves = cdiv(num_tiles * parts, slots)
+        return (config.BLOCK_O + config.BLOCK_I) * waves * (cdiv(N, parts) + (bool(problem.results) and parts > 1))
 
     most = min(N, MOST_PARTS, WORKSPACE // (4 * O * I) if problem.results else MOST_PARTS)
-    return min(range(1, max(most, 1) + 1), key=lambda parts: (cost(parts), parts))
+    parts = min(range(1, max(most, 1) + 1), key=cost)
+    return parts, cost(parts)
 
 
 def configs(hardware: Hardware) -> Iterator[tuple[int, Loads, Config]]:

@@ -1,12 +1,17 @@
 """Device code of :mod:`fishkern.kernels.sum_grad_squared`.
 
 One program owns one ``[BLOCK_O, BLOCK_I]`` tile of the result and visits its examples in order, so that no per-example
-gradient leaves the registers, no atomics are needed, and the order of every sum is fixed. In all kernels::
+gradient leaves the registers, and the order of every sum is fixed: an entry of a result is added to once in a launch.
+In all kernels::
 
     x, g                activations [N, T, I] and output gradients [N, T, O]; [S, I] and [S, O] when PACKED
     out, grad_out       [parts, O, I], float32: sum of the squares and sum of the gradients of each part of the examples
     ADD                 whether to add to the values in out (ADD_MEAN: in grad_out), or to overwrite them
     MEAN                whether grad_out is requested: the sum of the gradients, N times the mean gradient
+    SINGLE              whether each example is one chunk: its gradient is a product of its own, instead of an
+                        accumulator that is carried through the loop, tested, squared and zeroed
+    REDUCE              whether TMA adds a tile in memory, instead of loading it, waiting, and storing the sum; sums below
+                        1e-38 may then become zero
 
 N and parts change from call to call, so kernels are not specialised for them (``do_not_specialize``), which would
 compile again. ``n * 0`` and the like are zeros of the type that a loop needs: a constant would change its type there.
@@ -17,6 +22,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton.tools.ragged_tma import load_ragged
+
+# Rounds of a loop without matrix products whose loads are under way at once, not one after the other.
+LOADS_AT_ONCE = tl.constexpr(4)
 
 
 @triton.jit
@@ -63,10 +71,12 @@ def _load_chunk(
 @triton.jit
 def _store_tile(
     out, value, part, row, column, O, I, stride_p, stride_o, stride_i,
-    ADD: tl.constexpr, TMA: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    ADD: tl.constexpr, TMA: tl.constexpr, REDUCE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of one part, or add to the values there."""
-    if TMA:
+    if TMA and ADD and REDUCE:
+        out.atomic_add([part, row, column], value.reshape(1, BLOCK_O, BLOCK_I))
+    elif TMA:
         if ADD:
             value += out.load([part, row, column]).reshape(BLOCK_O, BLOCK_I)
         out.store([part, row, column], value.reshape(1, BLOCK_O, BLOCK_I))
@@ -87,7 +97,8 @@ def _sum_squares(
     N, T, I, O, parts,
     stride_xn, stride_xt, stride_xi,
     stride_gn, stride_gt, stride_go,
-    PACKED: tl.constexpr, MEAN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PACKED: tl.constexpr, SINGLE: tl.constexpr, MEAN: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Sum the squared gradients of a part's examples in one tile, and with MEAN the gradients.
@@ -122,22 +133,29 @@ def _sum_squares(
         if UPCAST:
             x_chunk = x_chunk.to(tl.float32)
             g_chunk = g_chunk.to(tl.float32)
-        grad = tl.dot(g_chunk, x_chunk, grad, input_precision=PRECISION)  # [BLOCK_O, BLOCK_T] @ [BLOCK_T, BLOCK_I]
-        last = remaining <= BLOCK_T
-        if last:
-            total += grad * grad  # after the sum over positions: per example, not per position
+        if SINGLE:
+            product = tl.dot(g_chunk, x_chunk, input_precision=PRECISION)
+            total += product * product
             if MEAN:
-                mean += grad
-            grad = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
-        # Known one chunk ahead and selected, not branched on: the next loads must wait for neither table nor squares.
-        if PACKED:
-            chunk += 1
-            t = tl.load(chunks + 2 * chunk)
-            remaining = tl.load(chunks + 2 * chunk + 1)
+                mean += product
+            n += 1
         else:
-            n = tl.where(last, n + 1, n)
-            t = tl.multiple_of(tl.where(last, 0, t + BLOCK_T), BLOCK_T)
-            remaining = T - t
+            grad = tl.dot(g_chunk, x_chunk, grad, input_precision=PRECISION)  # [BLOCK_O, BLOCK_T] @ [BLOCK_T, BLOCK_I]
+            last = remaining <= BLOCK_T
+            if last:
+                total += grad * grad  # after the sum over positions: per example, not per position
+                if MEAN:
+                    mean += grad
+                grad = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
+            # Known one chunk ahead and selected, not branched on: the next loads wait for neither table nor squares.
+            if PACKED:
+                chunk += 1
+                t = tl.load(chunks + 2 * chunk)
+                remaining = tl.load(chunks + 2 * chunk + 1)
+            else:
+                n = tl.where(last, n + 1, n)
+                t = tl.multiple_of(tl.where(last, 0, t + BLOCK_T), BLOCK_T)
+                remaining = T - t
     return total, mean
 
 
@@ -150,8 +168,8 @@ def sum_grad_squared_kernel(
     stride_gn, stride_gt, stride_go,
     stride_op, stride_oo, stride_oi,
     stride_mp, stride_mo, stride_mi,
-    PACKED: tl.constexpr, ADD: tl.constexpr, MEAN: tl.constexpr, ADD_MEAN: tl.constexpr,
-    TMA: tl.constexpr, TMA_OUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PACKED: tl.constexpr, SINGLE: tl.constexpr, ADD: tl.constexpr, MEAN: tl.constexpr, ADD_MEAN: tl.constexpr,
+    TMA: tl.constexpr, TMA_OUT: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr, GROUP_O: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of the squares, and of the gradients where MEAN is set."""
@@ -160,13 +178,16 @@ def sum_grad_squared_kernel(
     total, mean = _sum_squares(
         x, g, chunks, cuts, row, column, part, N, T, I, O, parts,
         stride_xn, stride_xt, stride_xi, stride_gn, stride_gt, stride_go,
-        PACKED, MEAN, TMA, PRECISION, UPCAST, BLOCK_O, BLOCK_I, BLOCK_T,
+        PACKED, SINGLE, MEAN, TMA, PRECISION, UPCAST, BLOCK_O, BLOCK_I, BLOCK_T,
     )  # fmt: skip
-    _store_tile(out, total, part, row, column, O, I, stride_op, stride_oo, stride_oi, ADD, TMA_OUT, BLOCK_O, BLOCK_I)
+    _store_tile(
+        out, total, part, row, column, O, I, stride_op, stride_oo, stride_oi,
+        ADD, TMA_OUT, REDUCE, BLOCK_O, BLOCK_I,
+    )  # fmt: skip
     if MEAN:
         _store_tile(
             grad_out, mean, part, row, column, O, I, stride_mp, stride_mo, stride_mi,
-            ADD_MEAN, TMA_OUT, BLOCK_O, BLOCK_I,
+            ADD_MEAN, TMA_OUT, REDUCE, BLOCK_O, BLOCK_I,
         )  # fmt: skip
 
 
@@ -194,7 +215,7 @@ def few_positions_kernel(
     total = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
     if MEAN:
         mean = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
-    for _ in range(end - n):
+    for _ in tl.range(end - n, loop_unroll_factor=LOADS_AT_ONCE // T):
         grad = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
         for t in tl.static_range(T):
             step = tl.full((), t, tl.int64)
@@ -207,11 +228,13 @@ def few_positions_kernel(
         x_ptrs += stride_xn
         g_ptrs += stride_gn
 
-    _store_tile(out, total, part, row, column, O, I, stride_op, stride_oo, stride_oi, ADD, False, BLOCK_O, BLOCK_I)
+    _store_tile(
+        out, total, part, row, column, O, I, stride_op, stride_oo, stride_oi, ADD, False, False, BLOCK_O, BLOCK_I
+    )
     if MEAN:
         _store_tile(
             grad_out, mean, part, row, column, O, I, stride_mp, stride_mo, stride_mi,
-            ADD_MEAN, False, BLOCK_O, BLOCK_I,
+            ADD_MEAN, False, False, BLOCK_O, BLOCK_I,
         )  # fmt: skip
 
 
@@ -230,7 +253,7 @@ def sum_parts_kernel(
     mask = (offs_o < O) & (offs_i < I)
     ptrs = values + (offs_o.to(tl.int64) * I + offs_i)
     total = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
-    for _ in range(parts):
+    for _ in tl.range(parts, loop_unroll_factor=LOADS_AT_ONCE):
         total += tl.load(ptrs, mask=mask, other=0.0)
         ptrs += tl.full((), 1, tl.int64) * O * I  # in int64: O * I may pass 2**31
-    _store_tile(out, total, row * 0, row, column, O, I, 0, stride_oo, stride_oi, ADD, False, BLOCK_O, BLOCK_I)
+    _store_tile(out, total, row * 0, row, column, O, I, 0, stride_oo, stride_oi, ADD, False, False, BLOCK_O, BLOCK_I)

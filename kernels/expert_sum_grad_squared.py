@@ -18,8 +18,8 @@ from . import _expert_sum_grad_squared_device as device
 from ._chunks import expert_chunk_table
 from ._hardware import Hardware, hardware
 from ._launch import Launch
-from ._problem import Block, Layout, Problem, input_arguments, input_blocks
-from ._sum_grad_squared_configs import PLANS, Config, loads, tiles
+from ._problem import Block, Layout, Problem, input_arguments, input_blocks, stride_arguments
+from ._sum_grad_squared_configs import PLANS, Config, adds_in_memory, loads, tiles
 
 
 def expert_sum_grad_squared(
@@ -147,9 +147,10 @@ def plan(problem: Problem, on: Hardware, config: Config | None = None) -> Plan:
     upcast = on.family == "interpreter" and problem.dtype is torch.bfloat16
     num_experts = out.shape[0]
     arguments = {
-        **input_arguments(problem, num_experts), **config.constants,
-        "stride_op": out.strides[0], "stride_oo": out.strides[1], "stride_oi": out.strides[2],
-        "ADD": problem.add, "TMA": tma, "TMA_OUT": tma_out, "PRECISION": problem.precision, "UPCAST": upcast,
+        **input_arguments(problem, num_experts, tma=tma), **config.constants,
+        **stride_arguments("o", "poi", out, tma=tma_out),
+        "ADD": problem.add, "TMA": tma, "TMA_OUT": tma_out, "REDUCE": adds_in_memory(on),
+        "PRECISION": problem.precision, "UPCAST": upcast,
     }  # fmt: skip
     grid = (cdiv(problem.O, config.BLOCK_O) * cdiv(problem.I, config.BLOCK_I), num_experts)
     return Plan(config, blocks, grid, arguments)

@@ -171,8 +171,9 @@ def plan(problem: Problem, on: Hardware, config: Config | None = None, *, rows: 
     # The interpreter multiplies the bit patterns of bfloat16 (triton issue 11584).
     upcast = on.family == "interpreter" and problem.dtype is torch.bfloat16
     arguments = {
-        **input_arguments(problem, parts), **config.constants,
-        "ROWS": rows, "PACKED": problem.packed, "TMA": tma, "PRECISION": problem.precision, "UPCAST": upcast,
+        **input_arguments(problem, parts, tma=tma), **config.constants,
+        "ROWS": rows, "PACKED": problem.packed, "SINGLE": problem.is_single(config.BLOCK_T), "TMA": tma,
+        "PRECISION": problem.precision, "UPCAST": upcast,
     }  # fmt: skip
     down, across = cdiv(problem.O, config.BLOCK_O), cdiv(problem.I, config.BLOCK_I)
     groups, lines = (problem.O, across) if rows else (problem.I, down)

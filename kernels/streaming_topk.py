@@ -8,7 +8,7 @@ inside once more, a small part of all. The host decides among them; another kern
 an end; the last one writes the indices of all bits that are set. Only the order of the list depends on scheduling, and
 no result on this order: of equal scores, that of the smaller index is selected.
 
-Beside the result it takes one bit for each score, and 8 to 12 bytes for each score inside the bracket.
+Beside the result it takes one bit for each score, and less than 30 bytes for each one inside the bracket.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class _Pool:
     def _pass(self, low: float, high: float, room: int) -> _Pass:
         """Read every score once."""
         bits = torch.empty(self.chunks, _WORDS, dtype=torch.int32, device=self.device)
-        above, at_ends = torch.empty(2, self.chunks, dtype=torch.int32, device=self.device)
+        above, at_ends = torch.zeros(2, self.chunks, dtype=torch.int32, device=self.device)
         listed, words = torch.empty(2, room, dtype=torch.int32, device=self.device)
         found = torch.zeros(1, dtype=torch.int32, device=self.device)
         until = []
@@ -173,7 +173,7 @@ class _Pool:
         """Read the scores inside the bracket, and give their slots and values, in no fixed order."""
         until = [min(number, len(read.listed)) for number in read.until]
         sizes = _popcount(read.words[: until[-1]])
-        starts = sizes.cumsum(0) - sizes
+        starts = sizes.cumsum(0, dtype=torch.int32) - sizes
         count = int(sizes.sum())
         slots = torch.empty(count, dtype=torch.int64, device=self.device)
         values = torch.empty(count, dtype=torch.float32, device=self.device)

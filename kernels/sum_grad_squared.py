@@ -19,8 +19,17 @@ from . import _sum_grad_squared_device as device
 from ._chunks import chunk_table
 from ._hardware import Hardware, hardware
 from ._launch import Launch
-from ._problem import Block, Layout, Problem, input_arguments, input_blocks
-from ._sum_grad_squared_configs import PLANS, SUM_PARTS, Config, few_positions, loads, tiles
+from ._problem import VECTOR, Block, Layout, Problem, input_arguments, input_blocks, stride_arguments
+from ._sum_grad_squared_configs import (
+    PLANS,
+    SUM_PARTS,
+    Config,
+    adds_in_memory,
+    few_positions,
+    loads,
+    tiles,
+    worth_a_copy,
+)
 
 
 def sum_grad_squared(
@@ -102,6 +111,8 @@ def launches(operands: Operands, on: Hardware, config: Config | None = None) -> 
         The kernel, and where the examples are split, one that adds up the parts of each result.
     """
     operands = operands.long_side_first()
+    if config is None and worth_a_copy(operands.problem, on):
+        operands = operands._replace(x=_in_vectors(operands.x), g=_in_vectors(operands.g))
     x, g, offsets, results = operands.x, operands.g, operands.offsets, operands.results
     planned = plan(operands.problem, on, config)
     targets = results
@@ -166,11 +177,10 @@ def plan(problem: Problem, on: Hardware, config: Config | None = None) -> Plan:
         written = [Block.of_layout(target, [1, config.BLOCK_O, config.BLOCK_I]) for target in targets]
         blocks |= zip(("out", "grad_out"), written, strict=False)
 
-    total, mean = targets[0], targets[-1]
     arguments = {
-        **input_arguments(problem, parts), **config.constants,
-        "stride_op": total.strides[0], "stride_oo": total.strides[1], "stride_oi": total.strides[2],
-        "stride_mp": mean.strides[0], "stride_mo": mean.strides[1], "stride_mi": mean.strides[2],
+        **input_arguments(problem, parts, tma=tma), **config.constants,
+        **stride_arguments("o", "poi", targets[0], tma=tma_out),
+        **stride_arguments("m", "poi", targets[-1], tma=tma_out),
         "MEAN": problem.mean, "ADD": problem.add and parts == 1, "ADD_MEAN": parts == 1,  # partial results are new
     }  # fmt: skip
     if few:
@@ -178,10 +188,20 @@ def plan(problem: Problem, on: Hardware, config: Config | None = None) -> Plan:
     else:
         # The interpreter multiplies the bit patterns of bfloat16 (triton issue 11584).
         upcast = on.family == "interpreter" and problem.dtype is torch.bfloat16
-        arguments |= {"PACKED": problem.packed, "PRECISION": problem.precision, "UPCAST": upcast}
-        arguments |= {"TMA": tma, "TMA_OUT": tma_out}
+        arguments |= {"PACKED": problem.packed, "SINGLE": problem.is_single(config.BLOCK_T)}
+        arguments |= {"TMA": tma, "TMA_OUT": tma_out, "REDUCE": adds_in_memory(on)}
+        arguments |= {"PRECISION": problem.precision, "UPCAST": upcast}
     grid = (cdiv(problem.O, config.BLOCK_O) * cdiv(problem.I, config.BLOCK_I), parts)
     return Plan(config, parts, few, blocks, grid, arguments)
+
+
+def _in_vectors(tensor: Tensor) -> Tensor:
+    """Copy an input of which no 16 bytes can be loaded at once into rows that begin at multiples of them."""
+    if Layout.of(tensor).has_vectors:
+        return tensor
+    *outer, columns = tensor.shape
+    unit = VECTOR // tensor.element_size()
+    return tensor.new_empty(*outer, cdiv(columns, unit) * unit)[..., :columns].copy_(tensor)
 
 
 def _targets(problem: Problem, parts: int) -> list[Layout]:

@@ -163,7 +163,7 @@ def _rivals(case: Case, x: Tensor, g: Tensor, offsets: Tensor | None, out: Tenso
     if offsets is None:
         stored = 4 * case.N * case.O * case.I
         rivals["bmm_in_l2"] = partial(bmm_squares, x, g, out, max(1, L2_BYTES // (4 * case.N * case.I)))
-        if stored < torch.cuda.get_device_properties(x.device).total_memory // 3:
+        if stored < torch.cuda.get_device_properties(x.device).total_memory // 6:  # each stores it, some twice
             rivals["bmm"] = partial(bmm_squares, x, g, out, case.O)
             rivals["opacus_einsum"] = partial(einsum_squares, x, g, out)
             rivals["vmap_grad"] = partial(vmap_squares, x, g, out)

@@ -1,4 +1,4 @@
-"""Possible replacements of the kernel of ``sum_grad_squared``: other tiles, two changes of it, another kernel.
+"""Possible replacements of the kernel of ``sum_grad_squared``: other tiles, other forms of it, another kernel.
 
 Each is checked against float64 rows before it is timed; one that is wrong says so in its record, and has no time. The
 warp-specialised kernel has parts of its own, because a mistake in its barriers would make it hang.
@@ -7,7 +7,7 @@ warp-specialised kernel has parts of its own, because a mistake in its barriers 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
@@ -70,34 +70,31 @@ def _measure(
 
 def _tiles(case: Case, x: Tensor, g: Tensor, out: Tensor) -> dict[str, Run]:
     from fishkern.kernels._hardware import hardware
-    from fishkern.kernels._sum_grad_squared_configs import Config
+    from fishkern.kernels._sum_grad_squared_configs import TOGETHER, Config
     from fishkern.kernels.sum_grad_squared import Operands, launches
-
-    from benchmarks.gpu.candidates import candidate
 
     on = hardware(x.device)
     table = launches(Operands(x, g, None, out), on)
     BLOCK_T = next(length for length in (16, 32, 64) if length >= min(case.T, 64))
-    # (tiles, most registers of a thread): three and two programs on a multiprocessor are the last ones.
     others = {
-        "128x256 s4": (Config(128, 256, BLOCK_T, 8, 4), None),
-        "128x256 s4 of 16 rows": (Config(128, 256, BLOCK_T, 8, 4, 16), None),
-        "128x128 s5": (Config(128, 128, BLOCK_T, 8, 5), None),
-        "64x256 s3": (Config(64, 256, BLOCK_T, 8, 3), None),
-        "128x128 s3 by twos": (Config(128, 128, BLOCK_T, 8, 3), 128),
-        "64x128 s3 by threes": (Config(64, 128, BLOCK_T, 4, 3), None),
+        "128x256 s4": Config(128, 256, BLOCK_T, 8, 4),
+        "128x256 s4 of 16 rows": Config(128, 256, BLOCK_T, 8, 4, 16),
+        "128x128 s5": Config(128, 128, BLOCK_T, 8, 5),
+        "64x256 s3": Config(64, 256, BLOCK_T, 8, 3),
     }
+    for config, together in TOGETHER.items():
+        others[f"{config.BLOCK_O}x{config.BLOCK_I} s3, {together} at once"] = replace(config, BLOCK_T=BLOCK_T)
     ways: dict[str, Run] = {"table": lambda: [launch.run() for launch in table]}
-    for name, (config, registers) in others.items():
+    for name, config in others.items():
         (launch,) = launches(Operands(x, g, None, out), on, config)
-        options = launch.options | ({"maxnreg": registers} if registers else {})
-        ways[name] = launch._replace(options=options).run
-    wide, narrow = Config(128, 256, BLOCK_T, 8, 4), Config(64, 128, BLOCK_T, 4, 4)
-    ways["reduce 128x256"] = candidate(x, g, out, wide, single=False, reduce=True)
+        ways[name] = launch.run
+    # What the kernel does where it could do otherwise: sums added in memory, products of their own for short examples.
+    (wide,) = launches(Operands(x, g, None, out), on, others["128x256 s4"])
+    forms = {"128x256 loaded and stored": {"REDUCE": False}}
     if case.T <= BLOCK_T:
-        ways["single 128x256"] = candidate(x, g, out, wide, single=True, reduce=False)
-        ways["single reduce 128x256"] = candidate(x, g, out, wide, single=True, reduce=True)
-        ways["single reduce 64x128"] = candidate(x, g, out, narrow, single=True, reduce=True)
+        forms["128x256 carried through the loop"] = {"SINGLE": False}
+    for name, constants in forms.items():
+        ways[name] = wide._replace(arguments=wide.arguments | constants).run
     return ways
 
 

@@ -10,9 +10,11 @@ import torch
 from benchmarks.engine.process import in_short
 from benchmarks.engine.turns import Run, spread, there_and_back
 
-# Seconds for all rounds of one provider, and the fewest and the most rounds.
+# Seconds for all rounds of one provider, and the fewest and the most rounds; the fewest where one takes so long that it
+# is a large part of a call (milliseconds).
 SECONDS = 0.5
 ROUNDS = (5, 50)
+FEWEST, LONG = 3, 300.0
 # Several times the L2 cache of any GPU so far.
 FLUSHED_BYTES = 512 * 2**20
 
@@ -36,7 +38,7 @@ def time_providers(
     """
     figures: dict[str, dict] = {}
     alive: dict[str, Run] = {}
-    rounds = ROUNDS[1]
+    rounds, slowest = ROUNDS[1], 0.0
     cache = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device) if flush else None
     time = partial(_milliseconds, cache)
     for name, provider in providers.items():
@@ -55,7 +57,9 @@ def time_providers(
             continue
         alive[name] = provider
         figures[name] = {"peak_mib": round(peak / 2**20, 1)}
-        rounds = max(ROUNDS[0], min(rounds, round(1000 * SECONDS / max(once, 1e-3))))
+        slowest = max(slowest, once)
+        rounds = min(rounds, round(1000 * SECONDS / max(once, 1e-3)))
+    rounds = max(FEWEST if slowest > LONG else ROUNDS[0], rounds)
     for name, values in there_and_back(alive, rounds, time).items():
         figures[name] |= {"ms": spread(values), "rounds": len(values), "cold_l2": flush}
     return figures

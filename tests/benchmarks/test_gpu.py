@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -82,10 +83,26 @@ def test_roofs_name_what_records_look_for():
 
 def test_tiles_to_tune_fit():
     pytest.importorskip("triton")
-    for I, T, itemsize in [(4096, 512, 2), (16, 16, 2), (4096, 512, 4)]:
-        configs = list(tune.candidates(I, T, itemsize, 232_448))
-        assert configs
+    for I, T in product((4096, 128), (512, 16)):
+        configs = list(tune.candidates(I, T, 2, 232_448))
+        assert 10 < len(configs) < 120
         assert all(max(16, I) >= config.BLOCK_I and max(16, T) >= config.BLOCK_T for config in configs)
+        named = {(config.BLOCK_O, config.BLOCK_I, config.maxnreg) for config in configs}
+        assert {(64, 128, None), (128, 128, 128)} <= named  # three and two programs at once
+        assert (128, 256, 128) not in named  # which leaves no register
+
+
+@pytest.mark.parametrize("milliseconds, rounds", [(1.0, 50), (20.0, 25), (150.0, 5), (400.0, 3)])
+def test_slow_providers_have_fewer_rounds(milliseconds, rounds, monkeypatch):
+    """All of a part have the same number, that of the slowest."""
+    for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: 0)
+    times = {"fast": 0.5, "slow": milliseconds}
+    monkeypatch.setattr(timing, "_milliseconds", lambda cache, run: times[run()])
+    figures = timing.time_providers(
+        {name: lambda name=name: name for name in times}, ours="fast", device=CPU, flush=False
+    )
+    assert {figure["rounds"] for figure in figures.values()} == {rounds}
 
 
 @pytest.fixture

@@ -64,6 +64,10 @@ class Block:
     jump: str = ""
     falls_through: bool = True
 
+    @property
+    def instructions(self) -> list[str]:
+        return [line for line in self.lines if re.search(r"/\*[0-9a-f]{4,}\*/\s+[@\w]", line)]
+
     def count(self, pattern: str) -> int:
         return sum(bool(re.search(pattern, line)) for line in self.lines)
 
@@ -85,17 +89,43 @@ def resources(compiled: Any) -> dict[str, int]:
         fields = {"registers": r"\.vgpr_count:\s+(\d+)", "spilled": r"\.vgpr_spill_count:\s+(\d+)"}
         matrix, double, taken_by = r"\bv_mfma", r"\bv_\w+_f64\b", code
     else:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            taken_by = _tool("cuobjdump", "-res-usage", file.name)
-            code, syntax = _tool("nvdisasm", "-c", file.name), SASS
+        taken_by = _of_cubin(compiled, "cuobjdump", "-res-usage")
+        code, syntax = _sass(compiled), SASS
         fields = {"registers": r"REG:(\d+)", "spilled": r"STACK:(\d+)"}
         matrix, double = r"\b(?:HGMMA|HMMA)\b", r"\b(?:DFMA|DMUL|DADD)\b"
     taken |= {name: int(re.search(pattern, taken_by)[1]) for name, pattern in fields.items()}
     taken |= loop_spills(code, syntax)
     patterns = {"matrix": matrix, "double": double, "wide": syntax.wide}
     return taken | {name: len(re.findall(pattern, code)) for name, pattern in patterns.items()}
+
+
+def instructions(compiled: Any) -> dict[str, int]:
+    """Count what a multiprocessor of sm_90 executes in the loop over chunks.
+
+    Args:
+        compiled: As Triton gives it, with one loop that multiplies.
+
+    Returns:
+        Instructions of a warp: ``chunk``, round the loop where no example ends; ``example``, of the whole loop, waits
+        for barriers included, which is at most what a chunk with the end of an example takes; ``selects``, those of the
+        loop that select one of two values of a register that products are added to. And of the whole kernel ``loads``,
+        ``stores`` and ``adds``, those of TMA.
+    """
+    code = _sass(compiled)
+    blocks, after = _graph(code, SASS)
+    start = max(range(len(blocks)), key=lambda number: blocks[number].count(SASS.multiply[0]))
+    ahead = [_reached(number, after) for number in range(len(blocks))]
+    loop = [number for number in ahead[start] if start in ahead[number]]
+    lines = [line for number in loop for line in blocks[number].instructions]
+    sums = {register for line in lines if re.search(SASS.multiply[0], line) for register in _sums(line)}
+    selects = [line for line in lines if re.search(r"\bF?SEL\b", line) and not sums.isdisjoint(_registers(line))]
+    way = _round(start, blocks, after)
+    of_tma = {"loads": "UTMALDG", "stores": "UTMASTG", "adds": "UTMAREDG"}
+    return {
+        "chunk": sum(len(blocks[number].instructions) for number in way),
+        "example": len(lines),
+        "selects": len(selects),
+    } | {name: len(re.findall(rf"\b{pattern}\b", code)) for name, pattern in of_tma.items()}
 
 
 def loop_spills(code: str, syntax: Syntax) -> dict[str, int]:
@@ -111,13 +141,7 @@ def loop_spills(code: str, syntax: Syntax) -> dict[str, int]:
         ``loop_spills``: how many instructions; ``accumulator_spills``: how many of them move what products are added
         to, all of them where the code does not tell. Nothing where no loop multiplies.
     """
-    blocks = list(_blocks(code, syntax))
-    places = {block.label: number for number, block in enumerate(blocks) if block.label}
-    after = [
-        [place for place in (places.get(block.jump), number + 1 if block.falls_through else None) if place is not None]
-        for number, block in enumerate(blocks)
-    ]
-    after[-1] = [place for place in after[-1] if place < len(blocks)]
+    blocks, after = _graph(code, syntax)
     kind = next((kind for kind in syntax.multiply if re.search(kind, code)), None)
     if kind is None:
         return {}
@@ -138,6 +162,33 @@ def loop_spills(code: str, syntax: Syntax) -> dict[str, int]:
         sums = {register for line in lines if re.search(kind, line) for register in _sums(line)}
         moved = [line for line in spills if not sums.isdisjoint(_moved(line))]
     return {"loop_spills": len(spills), "accumulator_spills": len(moved)}
+
+
+def _graph(code: str, syntax: Syntax) -> tuple[list[Block], list[list[int]]]:
+    """The blocks of a kernel, and for each the numbers of those that may come next."""
+    blocks = list(_blocks(code, syntax))
+    places = {block.label: number for number, block in enumerate(blocks) if block.label}
+    after = [
+        [place for place in (places.get(block.jump), number + 1 if block.falls_through else None) if place is not None]
+        for number, block in enumerate(blocks)
+    ]
+    after[-1] = [place for place in after[-1] if place < len(blocks)]
+    return blocks, after
+
+
+def _reached(start: int, after: list[list[int]]) -> set[int]:
+    """The numbers of the blocks that may come at any time after one."""
+    reached, waiting = set(), [start]
+    while waiting:
+        fresh = set(after[waiting.pop()]) - reached
+        reached |= fresh
+        waiting += fresh
+    return reached
+
+
+def _registers(line: str) -> set[int]:
+    """All registers that an instruction of SASS names."""
+    return {int(number) for number in re.findall(r"\bR(\d+)\b", line)}
 
 
 def _sums(line: str) -> range:
@@ -189,5 +240,14 @@ def _blocks(code: str, syntax: Syntax) -> Iterator[Block]:
     yield block
 
 
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([NVIDIA / name, *arguments], capture_output=True, text=True, check=True).stdout
+def _sass(compiled: Any) -> str:
+    return _of_cubin(compiled, "nvdisasm", "-c")
+
+
+def _of_cubin(compiled: Any, tool: str, *arguments: str) -> str:
+    """What a tool prints of compiled code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [NVIDIA / tool, *arguments, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

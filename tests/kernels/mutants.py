@@ -67,16 +67,33 @@ SUM_GRAD_SQUARED: Planted = {
     "addresses of columns in int32": (DEVICE, "offs_c.to(tl.int64) * stride_c", "offs_c * stride_c"),
     "gradient not reset after an example": (
         DEVICE,
-        "            grad = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)\n        # Known",
-        "        # Known",
+        "                grad = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)\n            # Known",
+        "            # Known",
     ),
     "last part of a split dropped": (LAUNCHER, '"parts": len(parts),', '"parts": len(parts) - 1,'),
     "examples between parts lost": (DEVICE, "(part.to(tl.int64) * N // parts)", "(part.to(tl.int64) * (N // parts))"),
     "out overwritten": (LAUNCHER, "add = out is not None", "add = False"),
     "out not initialised": (LAUNCHER, '"ADD": problem.add and parts == 1', '"ADD": parts == 1'),
-    "mean gradient of the last example": (DEVICE, "mean += grad\n            grad", "mean = grad\n            grad"),
-    "packed chunks one behind": (DEVICE, "            chunk += 1\n            t = tl.load", "            t = tl.load"),
-    "strides of activations ignored": (PROBLEM, '"stride_xi": x[-1]', '"stride_xi": 1'),
+    "mean gradient of the last example": (
+        DEVICE,
+        "mean += grad\n                grad",
+        "mean = grad\n                grad",
+    ),
+    "packed chunks one behind": (
+        DEVICE,
+        "                chunk += 1\n                t = tl.load",
+        "                t = tl.load",
+    ),
+    "strides of activations ignored": (
+        PROBLEM,
+        'stride_arguments("x", "nti", problem.x, tma=tma)',
+        'stride_arguments("x", "nti", problem.x._replace(strides=(*problem.x.strides[:-1], 1)), tma=tma)',
+    ),
+    "one chunk: always the first example": (DEVICE, "            n += 1\n", ""),
+    "one chunk: mean gradient of the last": (DEVICE, "mean += product", "mean = product"),
+    "one chunk, also where there are more": (PROBLEM, "self.T <= BLOCK_T and", "self.T <= 2 * BLOCK_T and"),
+    "odd widths: a copy of zeros": (LAUNCHER, "[..., :columns].copy_(tensor)", "[..., :columns].zero_()"),
+    "odd widths: rows that are no longer": (LAUNCHER, "cdiv(columns, unit) * unit)", "columns)"),
     "few positions: the second forgotten": (DEVICE, "tl.static_range(T)", "tl.static_range(1)"),
 }
 EXPERT_SUM_GRAD_SQUARED: Planted = {
@@ -85,7 +102,7 @@ EXPERT_SUM_GRAD_SQUARED: Planted = {
         EXPERTS_DEVICE, "cuts, row, column, e, N", "cuts, row, column, (e + 1) % parts, N"
     ),
     "results of the experts over each other": (
-        EXPERTS_DEVICE, "_store_tile(out, total, e, row,", "_store_tile(out, total, e * 0, row,"
+        EXPERTS_DEVICE, "out, total, e, row,", "out, total, e * 0, row,"
     ),
     "experts of one chunk skipped": (
         EXPERTS_DEVICE, "tl.load(cuts + e) == tl.load(cuts + e + 1)", "tl.load(cuts + e) >= tl.load(cuts + e + 1) - 1"
@@ -101,7 +118,9 @@ EXPERT_SUM_GRAD_SQUARED: Planted = {
         "searchsorted(expert.to(offsets).long(), numbers, right=True)]",
     ),
     "stride of the experts ignored": (
-        EXPERTS, '"stride_op": out.strides[0]', '"stride_op": out.shape[1] * out.shape[2]'
+        EXPERTS,
+        'stride_arguments("o", "poi", out, tma',
+        'stride_arguments("o", "poi", out._replace(strides=(out.shape[1] * out.shape[2], *out.strides[1:])), tma',
     ),
     "results overwritten": (EXPERTS, '"ADD": problem.add', '"ADD": False'),
     "results not initialised": (EXPERTS, "add = out is not None", "add = True"),
@@ -198,20 +217,38 @@ STREAMING_TOPK: Planted = {
     "wide loads at any address": (TOPK, "aligned = all(address % 16 == 0 for address in rows[1])", "aligned = True"),
     "one tie too few": (TOPK_DEVICE, "(tl.cumsum(equal, 0) <= quota)", "(tl.cumsum(equal, 0) < quota)"),
     "ties of an earlier chunk not counted": (TOPK, "clamp_(min=0).minimum(ties)", "clamp_(min=take).minimum(ties)"),
-    "no room, and nobody asks": (TOPK, "inside > self.room:", "False:"),
-    "of equal candidates the last": (TOPK, "slots, order = slots.sort()", "slots, order = slots.sort(descending=True)"),
+    "ties selected, but not counted": (TOPK, "            counts += quotas\n", ""),
+    "no room, and nobody asks": (TOPK, "found <= len(read.listed) and above", "above"),
+    "of equal candidates the last": (
+        TOPK,
+        "slots[values == last].sort().values",
+        "slots[values == last].sort(descending=True).values",
+    ),
+    "candidates selected, but not counted": (TOPK, "torch.ones_like(largest, dtype", "torch.zeros_like(largest, dtype"),
+    "what does not exist at the lower end": (TOPK_DEVICE, " - (missing << 16)", ""),
+    "words of one launch taken for those of another": (TOPK, "[0, *until], until, strict", "[0] * 9, until, strict"),
+    "bits in the order of memory": (
+        TOPK,
+        "place // 4 % _WORDS, place // (4 * _WORDS) * 4 + place % 4",
+        "place // 32, place % 32",
+    ),
+    "neighbours not told apart": (
+        TOPK_DEVICE,
+        "before[:, :, None] + tl.cumsum(ones, 2) - ones",
+        "before[:, :, None] + ones - ones",
+    ),
     "no margin around the sample": (TOPK, "+ _DEVIATIONS**2\n", "* 0\n"),
     "chunks of a second dtype over those of the first": (
         TOPK_DEVICE,
         "left, tl.load(table_ptr + 3 * num_tensors + low) + inside",
         "left, number",
     ),
-    "scores after the end of a tensor": (TOPK_DEVICE, "exists = offs < left", "exists = offs <= left"),
-    "NaN not refused": (TOPK, "        if nan:\n            raise", "        if False:\n            raise"),
+    "scores after the end of a tensor": (TOPK_DEVICE, "mask=offs < left, other=none", "mask=offs <= left, other=none"),
+    "NaN not refused": (TOPK, "if values.isnan().any():", "if False:"),
     "smallest not negated": (
         TOPK_DEVICE,
-        "return values if LARGEST else -values,",
-        "return values if LARGEST else values,",
+        "    values = values if LARGEST else -values  # what",
+        "    values = values if LARGEST else values  # what",
     ),
     "indices of the second block from the first": (TOPK, "self.device) - firsts) * _CHUNK", "self.device)) * _CHUNK"),
 }
@@ -260,7 +297,9 @@ SCALE_SUM_GRAD_SQUARED: Planted = {
     "out overwritten": (SCALE, "add = out is not None", "add = False"),
 }  # fmt: skip
 MASKED_ADAMW: Planted = {
-    "second moment corrected by the first's beta": (ADAMW, "tl.exp(age * log_beta2)", "tl.exp(age * log_beta1)"),
+    "second moment corrected by the first's beta": (ADAMW, "exp(age * log_beta2)", "exp(age * log_beta1)"),
+    "corrections by a difference": (ADAMW, "tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))", "1.0 - tl.exp(x)"),
+    "corrections by half a series": (ADAMW, "tl.static_range(7)", "tl.static_range(6)"),
     "decay without the learning rate": (ADAMW, "(1.0 - lr * weight_decay)", "(1.0 - weight_decay)"),
     "age of entries that came later": (ADAMW, "age = age - tl.load(starts_ptr", "age = age - 0 * tl.load(starts_ptr"),
     "masters overwrite restored weights": (ENTRIES, "tl.where(own, master, weight)", "tl.where(own, master, master)"),

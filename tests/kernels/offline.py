@@ -6,7 +6,8 @@ It runs in a process of its own, since in that of the tests the kernels may be i
     python -m tests.kernels.offline planted [all]    prints the same of tiles that are far too large
     python -m tests.kernels.offline relatives        prints the shared memory of chips that take the tables of another
     python -m tests.kernels.offline calls            compiles all launches of the benchmark's calls, prints how many
-    python -m tests.kernels.offline record           writes it for this version of Triton into resources.json
+    python -m tests.kernels.offline record           writes it for this version of Triton into resources.json, and what
+                                                     the loops of the tiles of TMA execute into instructions.json
     python -m tests.kernels.offline record WORD      the same of the cases with this word in their names alone
 
 The cases go through the launchers, so that what is compiled is what they would launch.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +32,7 @@ from fishkern.kernels._hardware import A100, H100, MI300, Hardware
 from fishkern.kernels._launch import Launch
 from fishkern.kernels._project_sum_squared_configs import Cut
 from fishkern.kernels._project_sum_squared_configs import configs as projection_configs
-from fishkern.kernels._sum_grad_squared_configs import Config, Loads, configs, widest_with_mean
+from fishkern.kernels._sum_grad_squared_configs import TOGETHER, Config, Loads, configs, widest_with_mean
 from fishkern.kernels.log_histogram import log_histogram
 from fishkern.kernels.masked_adamw import masked_adamw_
 from fishkern.kernels.masked_sgd import masked_sgd_
@@ -45,9 +47,9 @@ from fishkern.kernels import group_sum_grad_squared as group
 from fishkern.kernels import project_sum_squared as projections
 from fishkern.kernels import scale_sum_grad_squared as scales
 from fishkern.kernels import streaming_topk as topk
-from tests.kernels.disassembly import resources
+from tests.kernels.disassembly import instructions, resources
 
-RESOURCES = Path(__file__).with_name("resources.json")
+RESOURCES, INSTRUCTIONS = (Path(__file__).with_name(f"{name}.json") for name in ("resources", "instructions"))
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -82,9 +84,19 @@ class Case:
 
     def __str__(self) -> str:
         tiles = "x".join(map(str, list(self.config.constants.values())[:3])) if self.config else f"T={self.T}"
-        options = {"packed": self.packed, "mean": self.mean, "tf32": self.tf32, "experts": self.experts}
-        words = [name for name, value in options.items() if value] + ([f"by {self.by}"] if self.by else [])
+        options = {
+            "packed": self.packed, "mean": self.mean, "tf32": self.tf32, "experts": self.experts,
+            "single": bool(self.config) and self.T <= self.config.BLOCK_T, f"by {self.by}": bool(self.by),
+            "of few registers": bool(self.config and self.config.maxnreg),
+        }  # fmt: skip
+        words = [name for name, value in options.items() if value]
         return " ".join([self.on.family, NAMES[self.dtype], self.loads, tiles, *words])
+
+    @property
+    def counted(self) -> bool:
+        """Whether its loop is one of those whose instructions are recorded."""
+        multiplies = self.on is H100 and self.loads == "tma" and self.dtype is torch.bfloat16 and self.config
+        return bool(multiplies) and not (self.by or self.experts)
 
     def launch(self) -> Launch:
         odd = self.loads == "elements"
@@ -133,10 +145,21 @@ def cases(every: bool) -> Iterator[Case | Projected | Recorded]:
                 yield Case(on, dtype, loads, config, mean=True)
             if every and itemsize == 2:
                 yield Case(on, torch.float16, loads, config)
+            # Examples of one chunk: the whole table of TMA, elsewhere the widest tiles.
+            of_tma = itemsize == 2 and loads == "tma"
+            if (of_tma and (every or best)) or (every and widest and itemsize == 2):
+                yield Case(on, dtype, loads, config, T=config.BLOCK_T)
+            if every and of_tma and width == config.BLOCK_I:
+                yield Case(on, dtype, loads, config, T=config.BLOCK_T, mean=True)
+            if every and best and of_tma:
+                yield Case(on, dtype, loads, config, T=config.BLOCK_T, by="row")
             if itemsize == 4 and on is not MI300 and (every or (best and on is H100)):
                 yield Case(on, dtype, loads, config, tf32=True)
         if on is H100 and not every:
             yield Case(on, torch.bfloat16, "tma", Config(128, 128, 64, 8, 5), mean=True)
+        if on is H100:
+            for config in TOGETHER:
+                yield Case(on, torch.bfloat16, "tma", config, T=128)
         for T in (1, 2, 3, 4) if every else (4,):
             yield Case(on, torch.bfloat16, "vectors", T=T)
         for name, launch in by_grams(on, every):
@@ -282,17 +305,21 @@ def others(every: bool) -> Iterator[tuple[str, Launch]]:
         pools += [(dtype, aligned, True) for dtype in (torch.bfloat16, torch.float16) for aligned in (True, False)]
     for dtype, aligned, largest in pools:
         pool = topk._Pool([torch.zeros(2**17, dtype=dtype)[0 if aligned else 1 :]], largest=largest)
-        bits, ties = torch.zeros(pool.chunks, topk._CHUNK // 32, dtype=torch.int32), torch.ones(pool.chunks)
+        bits = torch.zeros(pool.chunks, topk._WORDS, dtype=torch.int32)
+        counts = torch.ones(pool.chunks, dtype=torch.int32)
+        words = torch.ones(64, dtype=torch.int32)
+        read = topk._Pass(counts, counts, counts, [0, 0, 0, 64], bits, words, words, [64])
         said = ["topk", *(["smallest"] if not largest else []), *(["odd"] if not aligned else [])]
         calls = {
-            "select": partial(pool._pass, 0.0, 1.0),
+            "select": partial(pool._pass, 0.0, 1.0, 64),
+            "collect": partial(pool._collected, read),
             "sample": partial(pool._bracket, 1),
-            "ties": partial(pool._take_ties, bits, ties, 1, 0.0),
+            "ties": partial(pool._take_ties, bits, counts, counts, 1, 0.0),
         }
         for name, call in calls.items():
             yield " ".join([NAMES[dtype], *said, name]), launched(call)
     for dtype in (torch.int32, torch.int64) if every else (torch.int32,):
-        yield f"{NAMES[dtype]} topk emit", launched(partial(pool.emit, bits, dtype))
+        yield f"{NAMES[dtype]} topk emit", launched(partial(pool.emit, bits, counts, dtype))
 
     edges = torch.linspace(-12, 0, 65, dtype=torch.float64)
     for dtype in (torch.float32, torch.bfloat16, torch.float16) if every else (torch.float32,):
@@ -323,7 +350,7 @@ def launched(run: Callable[[], object]) -> Launch:
         options = {name: arguments.pop(name) for name in named.keys() - set(kernel.arg_names)}
         prepared.append(Launch(kernel, grid, arguments, options))
 
-    with patch.object(JITFunction, "run", record):
+    with patch.object(JITFunction, "run", record), suppress(ArithmeticError):  # of results that are NaN
         run()
     (launch,) = prepared
     return launch
@@ -405,11 +432,22 @@ def main(command: str, which: str = "some") -> None:
     selected = planted(every) if command == "planted" else cases(every)
     if command == "record" and which != "some":
         selected = [case for case in selected if which in str(case).split()]
-    taken = {str(case): resources(compile_launch(case.launch(), TARGETS[case.on.family])) for case in selected}
+    taken, counted = {}, {}
+    for case in selected:
+        compiled = compile_launch(case.launch(), TARGETS[case.on.family])
+        taken[str(case)] = resources(compiled)
+        if isinstance(case, Case) and case.counted:
+            counted[str(case)] = instructions(compiled)
     if command in ("compile", "planted"):
-        print(json.dumps({"triton": triton.__version__, "taken": taken}))
+        print(json.dumps({"triton": triton.__version__, "taken": taken, "instructions": counted}))
         return
-    records = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
+    for path, values in ((RESOURCES, taken), (INSTRUCTIONS, counted)):
+        record(path, values, which)
+
+
+def record(path: Path, taken: dict[str, dict[str, int]], which: str = "some") -> None:
+    """Write a table of this version of Triton, or its cases with a word in their names, one in a line."""
+    records = json.loads(path.read_text()) if path.exists() else {}
     kept = records.get(triton.__version__, {}) if which != "some" else {}
     records[triton.__version__] = {name: values for name, values in kept.items() if which not in name.split()} | taken
     lines = [
@@ -418,7 +456,7 @@ def main(command: str, which: str = "some") -> None:
         + "\n  }"
         for version in sorted(records)
     ]
-    RESOURCES.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The kernels compile for GPUs that are not here, and take what ``resources.json`` says and no more than there is.
 
-After a change of a kernel or its tiles: ``python -m tests.kernels.offline record``, and read the difference.
+What the loops of the main tiles execute is in ``instructions.json``. After a change of a kernel or its tiles: ``make
+kernels`` records both for each version of Triton, and read the difference.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORDS = json.loads(Path(__file__).with_name("resources.json").read_text())
+RECORDS, INSTRUCTIONS = (
+    json.loads(Path(__file__).with_name(f"{name}.json").read_text()) for name in ("resources", "instructions")
+)
 OLDEST = "3.6.0"  # that pyproject.toml allows
+NEWEST = max(RECORDS, key=lambda version: tuple(map(int, version.split("."))))
 
 # Bytes of shared memory that one program may have, which the compiler does not check; registers of a thread. The tiles
 # of sm_80 are also for the chips of its kind and after with least of it (sm_86, sm_89, sm_120).
@@ -27,8 +31,15 @@ REGISTERS = {"sm_80": 255, "sm_90": 255, "gfx942": 512}
 # on AMD registers.
 SPILLED = {"sm_80": 96, "sm_90": 96, "gfx942": 0}
 # Of the instructions on the way round the loop over chunks, so many may save or restore an address; none an
-# accumulator, that is, none may move a register that a product is added to.
-LOOP_SPILLS = 8
+# accumulator, that is, none may move a register that a product is added to. Where each example is one chunk the squares
+# are on this way, and the widest tiles leave no register for addresses.
+LOOP_SPILLS, LOOP_SPILLS_OF_ONE = 8, 40
+# The most instructions of a warp in the loop, by columns of a tile: round it for a chunk; in all of it, which a chunk
+# takes with which an example ends; the same where each example is one chunk. And so many with the sum of the gradients.
+CHUNK = {16: 115, 32: 115, 64: 125, 128: 110, 256: 110}
+EXAMPLE = {16: 160, 32: 200, 64: 290, 128: 310, 256: 540}
+EXAMPLE_OF_ONE = {16: 125, 32: 140, 64: 175, 128: 160, 256: 265}
+WITH_MEAN = 70
 # Kernels that stream, for which matrix units have no work; bytes that a thread may spill, once in its short life.
 STREAMING = ("topk", "histogram", "adamw", "sgd", "lines", "scales")
 STREAMING_SPILLED = 16
@@ -59,7 +70,8 @@ def check(version: str, taken: dict[str, dict[str, int]]) -> None:
             wrong.append(f"{case}: {values['shared']} bytes of shared memory")
         if values["registers"] > REGISTERS[family] or values["spilled"] > spilled:
             wrong.append(f"{case}: {values['registers']} registers, {values['spilled']} spilled")
-        if not streams and (values["loop_spills"] > LOOP_SPILLS or values["accumulator_spills"] > 0):
+        most = LOOP_SPILLS_OF_ONE if "single" in rest else LOOP_SPILLS
+        if not streams and (values["loop_spills"] > most or values["accumulator_spills"] > 0):
             spills = f"{values['loop_spills']} spills, {values['accumulator_spills']} of accumulators"
             wrong.append(f"{case}: {spills} in the loop over chunks")
         few = any(word.startswith("T=") for word in rest)
@@ -68,17 +80,43 @@ def check(version: str, taken: dict[str, dict[str, int]]) -> None:
         uses_matrix_units = not few and not streams and (not float32 or "tf32" in rest or family == "gfx942")
         if (values["matrix"] > 0) is not uses_matrix_units:
             wrong.append(f"{case}: {values['matrix']} matrix instructions")
-        if (values["double"] > 0) is not (rest[0] == "adamw"):  # its bias corrections
+        if values["double"] > 0:  # which consumer chips compute 64 times slower
             wrong.append(f"{case}: {values['double']} instructions of float64")
-        # 16 bytes at a time where addresses allow it: passes over scores are bound by memory.
-        wide = rest[-1] in ("select", "ties", "histogram", "sums") if streams else rest[0] == "vectors" and not few
+        # 16 bytes at a time where addresses allow it: passes over scores are bound by memory. Of 16-bit scores a thread
+        # selects among four neighbours, which are 8 bytes.
+        of_scores = rest[-1] in ("ties", "histogram", "sums") or (rest[-1] == "select" and float32)
+        wide = of_scores if streams else rest[0] == "vectors" and not few
         narrow = "odd" in rest or rest[0] == "elements"
         if (wide and not narrow and values["wide"] == 0) or (narrow and values["wide"] > 0):
             wrong.append(f"{case}: {values['wide']} loads of 16 bytes")
-        record = RECORDS.get(version)
-        if record is not None and record[case] != values:
-            wrong.append(f"{case}: recorded {record[case]}, took {values}")
+        if version in RECORDS and RECORDS[version][case] != values:
+            wrong.append(f"{case}: recorded {RECORDS[version][case]}, took {values}")
     assert not wrong, "\n".join(wrong)
+    assert version in RECORDS, f"Triton {version} has no table: make kernels records it, once it is in the Makefile"
+
+
+def check_instructions(version: str, counted: dict[str, dict[str, int]]) -> None:
+    """Demand that the loops multiply by matrix units fed by TMA, with no more instructions than are due."""
+    wrong = []
+    for case, values in counted.items():
+        *_, tile = case.split()[:4]
+        columns, mean, single = int(tile.split("x")[1]), "mean" in case.split(), "single" in case.split()
+        limits = {
+            "chunk": (EXAMPLE_OF_ONE if single else CHUNK)[columns] + WITH_MEAN * (mean and single),
+            "example": (EXAMPLE_OF_ONE if single else EXAMPLE)[columns] + WITH_MEAN * mean,
+            "selects": 0,  # one of an accumulator in flight would wait for it, or read it early
+        }
+        wrong += [
+            f"{case}: {values[name]} {name}, at most {most}" for name, most in limits.items() if values[name] > most
+        ]
+        if values["loads"] < 2 or (values["stores"], values["adds"]) != (0, 1 + mean):
+            wrong.append(f"{case}: TMA loads, stores and adds {values['loads']}, {values['stores']}, {values['adds']}")
+        if version in INSTRUCTIONS and INSTRUCTIONS[version][case] != values:
+            wrong.append(f"{case}: recorded {INSTRUCTIONS[version][case]}, counted {values}")
+    assert not wrong, "\n".join(wrong)
+    assert version in INSTRUCTIONS, (
+        f"Triton {version} has no table: make kernels records it, once it is in the Makefile"
+    )
 
 
 def test_widest_tiles():
@@ -86,6 +124,39 @@ def test_widest_tiles():
     result = offline("compile")
     assert len(result["taken"]) > 20
     check(result["triton"], result["taken"])
+    assert any("single" in case for case in result["instructions"])
+    check_instructions(result["triton"], result["instructions"])
+
+
+def test_what_a_loop_must_not_do_is_caught():
+    """Each limit, on a recorded case that is changed by hand; and a version of Triton without a table."""
+    for case in ("sm_90 bf16 tma 128x256x64", "sm_90 bf16 tma 128x256x16 single", "sm_90 bf16 tma 128x128x64 mean"):
+        values = INSTRUCTIONS[OLDEST][case]
+        check_instructions(OLDEST, {case: values})
+        planted = {"chunk": 600, "example": 900, "selects": 1, "loads": 0, "stores": 1, "adds": 0}
+        for name, count in planted.items():
+            with pytest.raises(AssertionError, match=rf"{name}|TMA"):
+                check_instructions("no record", {case: values | {name: count}})
+        with pytest.raises(AssertionError, match="recorded"):
+            check_instructions(OLDEST, {case: values | {"chunk": values["chunk"] - 1}})
+        for check_of_table, recorded in ((check_instructions, INSTRUCTIONS), (check, RECORDS)):
+            with pytest.raises(AssertionError, match="Triton 9.9 has no table: make kernels"):
+                check_of_table("9.9", {case: recorded[OLDEST][case]})
+
+
+def test_tiles_that_share_a_multiprocessor_fit_it():
+    """As many programs as the table of them says, by registers and shared memory, which each version must leave."""
+    pytest.importorskip("triton")
+    from fishkern.kernels._sum_grad_squared_configs import TOGETHER
+
+    for config, together in TOGETHER.items():
+        tile = f"{config.BLOCK_O}x{config.BLOCK_I}x{config.BLOCK_T}"
+        words = " of few registers" if config.maxnreg else ""
+        for record in RECORDS.values():
+            taken = record[f"sm_90 bf16 tma {tile}{words}"]
+            threads = 32 * config.num_warps * together
+            assert -(-taken["registers"] // 8) * 8 * threads <= 65_536
+            assert (taken["shared"] + 1024) * together <= 233_472  # 1 KiB of each is the driver's
 
 
 @pytest.mark.parametrize("which", ["some", pytest.param("all", marks=pytest.mark.slow)])
@@ -103,15 +174,20 @@ def test_records_hold_every_configuration():
     """For the oldest Triton that we allow and the one that is pinned, with the same cases."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = next(line.removeprefix("triton==") for line in lines if line.startswith("triton=="))
-    assert {OLDEST, pinned} <= RECORDS.keys()
-    assert len({frozenset(record) for record in RECORDS.values()}) == 1
+    makefile = (ROOT / "Makefile").read_text().splitlines()
+    made = next(line.removeprefix("TRITONS := ").split() for line in makefile if line.startswith("TRITONS := "))
+    for records in (RECORDS, INSTRUCTIONS):
+        assert {OLDEST, pinned} <= records.keys() == set(made)
+        assert len({frozenset(record) for record in records.values()}) == 1
 
 
 @pytest.mark.slow
 def test_every_configuration():
     result = offline("compile", "all")
     assert result["taken"].keys() == RECORDS[OLDEST].keys()
+    assert result["instructions"].keys() == INSTRUCTIONS[OLDEST].keys()
     check(result["triton"], result["taken"])
+    check_instructions(result["triton"], result["instructions"])
 
 
 @pytest.mark.slow
@@ -130,14 +206,18 @@ def test_every_call_of_the_benchmark():
 
 
 @pytest.mark.slow
-def test_every_configuration_with_the_oldest_triton(tmp_path: Path):
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+def test_every_configuration_with_other_versions(version: str, tmp_path: Path):
     """Triton alone comes from a folder of its own; torch does not mind while nothing is launched."""
-    folder = str(tmp_path / "triton")
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, f"triton=={OLDEST}"]
-    if subprocess.run(install).returncode:
-        pytest.skip(f"triton {OLDEST} could not be downloaded")
+    folder = str(ROOT / ".triton" / version)  # of make kernels
+    if not Path(folder).is_dir():
+        folder = str(tmp_path / "triton")
+        install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, f"triton=={version}"]
+        if subprocess.run(install).returncode:
+            pytest.skip(f"triton {version} could not be downloaded")
     result = offline("compile", "all", first_on_path=folder)
-    assert result["triton"] == OLDEST
-    assert result["taken"].keys() == RECORDS[OLDEST].keys()
-    check(OLDEST, result["taken"])
-    assert offline("calls", first_on_path=folder)["triton"] == OLDEST
+    assert result["triton"] == version
+    assert result["taken"].keys() == RECORDS[version].keys()
+    check(version, result["taken"])
+    check_instructions(version, result["instructions"])
+    assert offline("calls", first_on_path=folder)["triton"] == version

@@ -95,6 +95,82 @@ def test_packed(lengths, where):
     check(x[:, :3], g, offsets=offsets)
 
 
+def test_examples_of_one_chunk():
+    """Their gradients are products of their own, also with sums of the gradients, with parts and off the tile."""
+    for shape in [(5, 16, 72, 88), (9, 16, 24, 16), (3, 32, 40, 72), (2, 13, 72, 40)]:
+        N, T, I, O = shape
+        launch = check(make(N, T, I, dtype=torch.float16), make(N, T, O, dtype=torch.float16))
+        assert launch.arguments["SINGLE"] is True
+    for N, T, dtype in [(2, 33, torch.float16), (2, 16, torch.float32)]:
+        x, g = (make(N, T, width, dtype=dtype) for width in (24, 40))
+        (launch,) = kernels.launches(kernels.Operands(x, g, None, torch.empty(40, 24, device=DEVICE)), HERE)
+        assert launch.arguments["SINGLE"] is False
+
+
+def test_how_long_chunks_are():
+    """An example that fits one chunk is one, unless half of it would be padding; others have little padding."""
+    lengths = {5: 16, 16: 16, 17: 32, 32: 32, 33: 64, 64: 64, 65: 16, 128: 64, 300: 64, 36: 64}
+    for T, block in lengths.items():
+        tiles, _ = configs.tiles(problem_of(256, T, 4096, 11008), H100)
+        assert block == tiles.BLOCK_T, T
+
+
+def test_the_width_of_tiles_is_that_of_the_least_work():
+    """Waves of programs, times what a program reads; of equal work the widest, and never one that does not fit."""
+    widths = {
+        (11008, 4096): 256, (4096, 4096): 256, (2048, 2048): 256, (1024, 4096): 256, (5632, 2048): 256,
+        (128, 512): 128, (4096, 200): 256, (640, 256): 128,
+    }  # fmt: skip
+    for (O, I), width in widths.items():
+        call = problem_of(8, 512, I, O)
+        tiles, parts = configs.tiles(call, H100)
+        assert width == tiles.BLOCK_I, (O, I)
+        work = {}
+        for other in (128, 256):
+            programs = -(-O // 128) * -(-I // other)
+            work[other] = min(
+                -(-programs * split // 132) * (128 + other) * (-(-8 // split) + (split > 1)) for split in range(1, 9)
+            )
+        assert work[width] == min(work.values())
+        assert parts == 1 or O * I < 2**22
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_odd_widths_are_copied_where_several_tiles_read_them(packed, monkeypatch):
+    """Into rows of whole 16 bytes, each input that needs it; what is read once is not copied."""
+    monkeypatch.setattr(configs, "_READ_ONCE", 16)  # the tiles of the interpreter are small, and so are these tensors
+    offsets = torch.tensor([0, 7, 20, 40]) if packed else None
+    copies = {}
+    copy = kernels._in_vectors
+    monkeypatch.setattr(kernels, "_in_vectors", lambda tensor: copies.setdefault(tensor.shape[-1], copy(tensor)))
+    # Widths of both inputs, and those of the copied ones.
+    for widths, expected in [((35, 49), {35, 49}), ((36, 37), {37}), ((35, 16), set()), ((36, 44), set())]:
+        x, g = (make(40, width) if packed else make(2, 20, width) for width in widths)
+        copies.clear()
+        torch.testing.assert_close(kernels.sum_grad_squared(x, g, offsets=offsets), reference(x, g, offsets=offsets))
+        copied = {width for tensor in (x, g) if (width := tensor.shape[-1]) in copies and copies[width] is not tensor}
+        assert copied == expected
+        for width in copied:
+            assert copies[width].stride(-2) * copies[width].element_size() % 16 == 0
+            assert torch.equal(copies[width], x if x.shape[-1] == width else g)
+    assert configs.worth_a_copy(problem_of(8, 5, 4097, 4097), H100)
+    assert not configs.worth_a_copy(problem_of(8, 3, 4097, 4097), H100)  # few positions take no matrix units
+
+
+def test_strides_that_nothing_reads_compile_nothing():
+    """Blocks that TMA brings have one set of arguments, whatever tensor they are columns of."""
+    g = torch.empty(4, 64, 2048, dtype=torch.bfloat16, device="meta")
+    wider = torch.empty(4, 64, 8192, dtype=torch.bfloat16, device="meta")[..., :4096]
+    first = torch.empty(64, 4, 4096, dtype=torch.bfloat16, device="meta").transpose(0, 1)
+    out = torch.empty(2048, 4096, device="meta")
+    strides = [
+        {name: value for name, value in launch.arguments.items() if name.startswith("stride")}
+        for x in (torch.empty(4, 64, 4096, dtype=torch.bfloat16, device="meta"), wider, first)
+        for launch in kernels.launches(kernels.Operands(x, g, None, out), H100)
+    ]
+    assert strides == [dict.fromkeys(strides[0], 0)] * 3
+
+
 @pytest.mark.parametrize("T", [1, 2, 3, 4])
 def test_few_positions_take_no_matrix_units(T):
     launch = check(make(5, T, 72), make(5, T, 40))
@@ -230,6 +306,21 @@ def test_every_tile_of_the_table(number):
 
 
 @pytest.mark.gpu
+def test_forms_of_tma():
+    """Rows of which the device has never loaded blocks in other tests, and sums over many positions."""
+    N, T, I, O = 7, 40, 72, 88
+    g = make(N, T, O, dtype=torch.bfloat16)
+    first = make(T, N, I, dtype=torch.bfloat16).transpose(0, 1)  # the stride of examples below that of positions
+    wider = make(N, T, I + 64, dtype=torch.bfloat16)[..., 64:]
+    for x, grads in ((first, g), (wider, g), (first[:1], g[:1]), (wider.flatten(0, 1), g.flatten(0, 1))):
+        offsets = torch.tensor([0, 3, 3, 150, N * T]) if x.ndim == 2 else None
+        call = problem(x, grads, offsets=offsets)
+        assert configs.loads(call, HERE) == ("tma" if configs.takes_tma(HERE) else "vectors")
+        check(x, grads, offsets=offsets)
+    check(make(2, 8192, 72, dtype=torch.bfloat16), make(2, 8192, 88, dtype=torch.bfloat16))
+
+
+@pytest.mark.gpu
 def test_bits_repeat_at_the_size_of_a_layer():
     """With tiles that go round the device several times, and with parts."""
     for O, I in ((4096, 4096), (1024, 256), (4096, 16)):
@@ -257,6 +348,7 @@ def test_chunk_table(lengths, parts):
     cuts = cuts.tolist()
     rows = chunks.view(-1, 2)[: cuts[-1]].tolist()
     assert len(chunks) > 2 * cuts[-1]  # the kernel reads one row ahead
+    assert len(chunks) * chunks.element_size() % 16 == 0  # where the cuts begin
     seen = [
         [(position, remaining) for position, remaining in rows if first <= position < last]
         for first, last in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)

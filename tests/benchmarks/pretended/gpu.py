@@ -38,8 +38,12 @@ VALUES: dict[str, object] = {
 # Tests that compare values themselves, as pytest names them without parameters.
 VALUE_TESTS = {
     "tests/kernels/test_streaming_topk.py": (
+        "test_bits_are_those_of_their_scores",
         "test_kernel_takes_blocks_at_any_address",
+        "test_many_scores_at_the_threshold",
+        "test_scores_at_infinite_ends_are_counted_where_a_chunk_is_short",
         "test_scores_of_any_scale_are_read_once",
+        "test_the_room_is_what_the_sample_lets_expect",
         "test_ties_are_taken_from_chunks_with_a_quota_alone",
     ),
     "tests/kernels/test_sum_grad_squared.py": ("test_bits_repeat_at_the_size_of_a_layer",),
