@@ -241,8 +241,6 @@ def _() -> list[str]:
         lambda: fk.verify(model, batches, estimator=fk.GroupFisher()),
         lambda: fk.OnlineFisher(model),
         lambda: fk.prepare(model, batches[0]),
-        lambda: fk.estimate(model, batches, checkpoint=program.folder / "part"),
-        lambda: fk.estimate(model, batches, until=(0.9, 0.2)),
     ]
     for call in calls:
         try:
