@@ -133,7 +133,8 @@ class PassPlan:
             lines += [
                 f"each of {own.ranks} ranks (FSDP2): {bytes_in_words(own.weight_bytes)} of weights, "
                 f"{bytes_in_words(own.accumulator_bytes)} of accumulators, up to {bytes_in_words(own.block_bytes)} of "
-                "squares before they are reduced",
+                f"squares before they are reduced, {bytes_in_words(own.unit_bytes)} of gathered weights: up to "
+                f"{bytes_in_words(own.peak_bytes)} above its shards",
                 f"and receives {bytes_in_words(own.reduced_bytes)} of squares for each backward pass, "
                 f"{bytes_in_words(own.gathered_bytes)} of weights for each batch",
             ]
