@@ -57,7 +57,7 @@ class Until:
                 "the number of examples, max_examples=."
             )
         values = argument if isinstance(argument, tuple) else (argument, cls.density)
-        said = "until must be a number such as 0.9, the overlap, or a tuple of two, (overlap, density), such as (0.9, 0.01)"
+        said = "until must be a number such as 0.9, the overlap, or a tuple of two, (overlap, density): (0.9, 0.01)"
         if len(values) != 2:
             raise TypeError(f"{said}, got {argument!r:.80}.")
         try:
