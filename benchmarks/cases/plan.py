@@ -1,7 +1,8 @@
 """A plan against the pass that it plans: peak memory, and what the projections of energies cost in time.
 
 A LLaMA of 104 million parameters with random weights. The peak of a whole ``estimate``, set-up and self-check included,
-is compared with the plan of the same call, both above the loaded model. Times are of one batch after the first, as a
+is compared with the plan of the same call, both above the loaded model; and so it is on each of two ranks over which
+FSDP2 shards it (gloo), above the shards. Times are of one batch after the first, as a
 pass begins with a set-up: a pass of ``DirectionEnergy`` against one that captures the same activations and output
 gradients and does nothing with them, in turns, on four of the layers. FLOPs are those of the plan. A plan of an 8B
 shape takes little time, and next to no memory.
@@ -11,14 +12,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 import fishkern as fk
 from benchmarks.engine.memory import MIB, peak_mib, rounded, weights_mib
@@ -32,7 +37,8 @@ CASE = Workload(LLAMA_104M, T=256, N=8, batches=2)
 LARGE = Workload(LLAMA_8B, T=512, N=8, batches=1, dtype="bfloat16", device="meta")
 TIMED = replace(CASE, shape=replace(LLAMA_104M, layers=4), N=4, T=128, batches=4)
 ROUNDS = 3
-SECONDS = 300  # that a measurement in a process of its own may take
+RANKS = 2
+SECONDS = 900  # that a measurement in a process of its own may take
 LEAST_GIB = 1  # of a plan that a peak is compared with
 WITHIN = 1.1  # of the plan
 PROJECTING = 2.2  # times a pass without projections
@@ -97,6 +103,51 @@ def memory(name: str, case: Workload) -> Record:
     return rounded({"weights_mib": weights_mib(model), **parts(planned), "peak_mib": peak}) | {
         "ratio": round(peak / (planned.peak_bytes / MIB), 3)
     }
+
+
+def test_peak_memory_of_ranks(record, say):
+    """Each rank has a batch of its own, as large as that of the plan."""
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(RANKS) as threads:
+        arguments = [("benchmarks.cases.plan:memory_of_rank", rank, folder, CASE) for rank in range(RANKS)]
+        every = list(threads.map(lambda one: in_process(*one, seconds=SECONDS), arguments))
+    for rank, figures in enumerate(every):
+        described = description(CASE, "DiagonalFisher", "memory of ranks") | {"ranks": RANKS, "rank": rank}
+        record("plan", {**described, **figures})
+        say(f"rank {rank} of {RANKS}: planned {figures['plan_mib']} MiB, measured {figures['peak_mib']} MiB")
+    for figures in every:
+        assert figures["plan_mib"] >= 1024 * LEAST_GIB
+        assert figures["peak_mib"] <= WITHIN * figures["plan_mib"], f"{figures['ratio']} of the plan, at most {WITHIN}"
+
+
+def memory_of_rank(rank: int, folder: str, case: Workload) -> Record:
+    """The parts of a plan for ranks, and the peak of the pass on one of them, above its shards."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    tiny = Workload(LLAMA_TINY, T=4, N=2, batches=1)
+    fk.estimate(sharded(tiny.model()), iter(tiny.data()))  # libraries are loaded and allocate on first use
+    whole = case.model()
+    planned = fk.plan(whole, case.data()[0], ranks=RANKS)
+    model, data = sharded(whole), case.data()
+    peak = peak_mib(lambda: fk.estimate(model, iter(data)))
+    dist.destroy_process_group()
+    own = planned.per_rank
+    figures = {
+        "weights_mib": own.weight_bytes / MIB,
+        "accumulators_mib": own.accumulator_bytes / MIB,
+        "activations_mib": planned.activation_bytes / MIB,
+        "blocks_mib": own.block_bytes / MIB,
+        "gathered_mib": own.unit_bytes / MIB,
+        "plan_mib": own.peak_bytes / MIB,
+        "peak_mib": peak,
+    }
+    return rounded(figures) | {"ratio": round(peak / (own.peak_bytes / MIB), 3)}
+
+
+def sharded(model: torch.nn.Module) -> torch.nn.Module:
+    """Shard each layer, and the rest."""
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
 
 
 def parts(planned: fk.PassPlan) -> dict[str, float]:

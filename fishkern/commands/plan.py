@@ -82,5 +82,6 @@ def _described(planned: fk.PassPlan, parts: list[list[str]] | None) -> dict[str,
     own = {name: value for name, value in vars(planned).items() if name != "per_rank"}
     described = {name: dict(value) if hasattr(value, "items") else value for name, value in own.items()}
     described |= {"peak_bytes": planned.peak_bytes, "total_bytes": planned.total_bytes}
-    described |= {} if planned.per_rank is None else {"per_rank": vars(planned.per_rank)}
+    if (each := planned.per_rank) is not None:
+        described["per_rank"] = vars(each) | {"peak_bytes": each.peak_bytes}
     return described | ({} if parts is None else {"parts": parts})

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from fishkern import hosts
 from fishkern.backend import Backend
 from fishkern.digests import exact_digest
 from fishkern.statistics.base import Constant
@@ -93,6 +94,8 @@ def _values_of(model: nn.Module) -> dict[str, Tensor]:
 
 def _digest(tensor: Tensor) -> bytes:
     """Compute a digest of a tensor's bits; of one that is made of others, of theirs."""
+    if (local := hosts.local_part(tensor)) is not tensor:  # each rank has a file of its own
+        return _digest(local)
     if is_traceable_wrapper_subclass(tensor):
         names, settings = tensor.__tensor_flatten__()
         return _joined([getattr(tensor, name) for name in names], repr(settings))

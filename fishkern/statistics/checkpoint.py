@@ -30,6 +30,9 @@ class Place(NamedTuple):
         connected: Whether a loss depended on the parameters.
         ended: Whether the data has ended.
         logits: How large logits were computed, in words; ``None`` if none were large.
+        turns: Of ranks that step together, the number of their turns; ``None`` where each goes on by itself.
+        first: Whether no file was written before this one.
+        of_all: A digest of the batches of all ranks that step together.
     """
 
     units: int
@@ -40,6 +43,14 @@ class Place(NamedTuple):
     connected: bool
     ended: bool
     logits: str | None
+    turns: int | None = None
+    first: bool = False
+    of_all: str = ""
+
+    @property
+    def steps(self) -> int:
+        """Number of batches of this rank, or of turns with other ranks."""
+        return self.batches if self.turns is None else self.turns
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +61,7 @@ class Checkpoint:
         facts: Of the call, as text.
         likelihood: The likelihood in words.
         place: How far the pass is.
-        planned: Numbers of the batches on which the plans of later ones depend, ascending.
+        planned: Numbers of the batches (or turns) on which the plans of later ones depend, ascending.
         tensors: The rest by name: sums, the digests of the batches, states of generators.
     """
 
@@ -59,6 +70,11 @@ class Checkpoint:
     place: Place
     planned: list[int]
     tensors: Mapping[str, AnyTensor]
+
+    @property
+    def turn(self) -> tuple[int, str]:
+        """By which files of ranks that step together are known to be of one turn."""
+        return self.place.steps, self.place.of_all
 
     def write(self, path: Path) -> None:
         """Write the file, which replaces an older one in one step.
@@ -100,7 +116,7 @@ class Checkpoint:
                 facts = {(str(kind), str(name)): str(text) for kind, name, text in read_json(metadata["facts"])}
                 place = Place(**read_json(metadata["place"]))
                 planned = read_json(metadata["planned"])
-                numbers = [*place[:5], *planned]
+                numbers = [*place[:5], place.steps, *planned]
                 if not all(type(one) is int and one >= 0 for one in numbers) or planned != sorted(set(planned)):
                     raise ValueError("its numbers are no counts")
                 _check_tensors(place, planned, tensors)
@@ -167,7 +183,7 @@ def unpacked(content: Tensor) -> Any:
 
 def _check_tensors(place: Place, planned: list[int], tensors: Mapping[str, StoredTensor]) -> None:
     """Refuse a file that lacks what it must have by its own header."""
-    if not place.batches or not planned or planned[0] != 0 or planned[-1] >= place.batches:
+    if not place.steps or not planned or planned[0] != 0 or planned[-1] >= place.steps:
         raise ValueError("it has counted nothing")
     if tensors["digests"].shape != (place.batches, 16) or tensors["digests"].dtype != torch.uint8:
         raise ValueError("it lacks digests of its batches")

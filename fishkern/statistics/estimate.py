@@ -26,9 +26,9 @@ from fishkern.statistics.diagonal_fisher import DiagonalFisher
 from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.following import Following, Until, follows
 from fishkern.statistics.held import Held
-from fishkern.statistics.keeping import LongRun
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.likelihood_argument import OWN_TOKENS, described
+from fishkern.statistics.long_run import LongRun
 from fishkern.statistics.notes import note_own_tokens
 from fishkern.statistics.one_pass import OnePass, Passed
 from fishkern.statistics.out_of_memory import saying_what_sums_take
@@ -37,6 +37,7 @@ from fishkern.statistics.precision import Precision
 from fishkern.statistics.prepared import Prepared
 from fishkern.statistics.request import Options, Request, coverage_of, reader_for, request_of
 from fishkern.statistics.result import Statistics
+from fishkern.statistics.sharded_following import ShardedFollowing
 from fishkern.statistics.sharded_pass import ShardedPass, check_sharded
 from fishkern.statistics.sharded_states import ShardedStates
 from fishkern.statistics.sharding import sharding_of
@@ -128,16 +129,16 @@ def estimate(
             it is there, the call goes on from it, to the bits of a call that was never interrupted: it reads the
             batches that were counted and compares them, or restores a loader that has ``state_dict`` and
             ``load_state_dict``. The pass must be the same: estimator, parameters, weights, structure of the model,
-            likelihood, ``check``, ``max_examples``, backend, version of torch. Several ranks or passes have a file
-            each, with a suffix. The file takes the memory of the accumulators; all weights and batches are read for
+            likelihood, ``check``, ``max_examples``, backend, version of torch, number of ranks. Several ranks or
+            passes have a file each, with a suffix; those of a sharded model go on from the last turn that all ranks
+            have written. The file takes the memory of the accumulators; all weights and batches are read for
             their digests.
         save_every: Seconds between two writes of the checkpoint. It is written as well when ``batches`` raises.
-
         until: Stop as soon as this part of the top entries is expected to be right, such as 0.9 of the top 0.5 % of
             all entries, or with ``(0.9, density)`` of another top: to be in the top of infinitely many such examples
             (:meth:`Precision.overlap`). It is looked at after eight batches, and whenever there are a sixteenth more
             examples. ``max_examples``, or the end of the data, may come first; then a warning says what was reached.
-            The examples must come in random order.
+            The examples must come in random order. Several ranks stop together.
 
     Returns:
         The mean over examples. Its coverage says which path computed each parameter; for a :class:`DiagonalFisher` of
@@ -149,7 +150,7 @@ def estimate(
             own; the examples of a batch interact, or the model does not keep the documents of packed rows apart; ranks
             that compute one model together have other batches; an entry of a batch cannot be assigned to examples;
             model, batch or request are not those of ``prepared``; call or data are not those of the checkpoint; or
-            ``until`` is given for another recipe, several ranks, a sharded model or a small pool.
+            ``until`` is given for another recipe, a tensor parallel model or a small pool.
         UnsupportedModuleError: The gradients of a module cannot be exact; the message says how to avoid it.
         RuntimeError: It runs under ``torch.inference_mode()``; or another rank has failed, or has other arguments
             (estimator, likelihood, parameters, ``check``, ``max_examples``), or plans other paths.
@@ -172,19 +173,19 @@ def estimate(
             check_sharded(request.estimator)
         if split:
             check_tensor_parallel(request.estimator)
-        if sharding is not None or split:
-            _refuse_for_parts_of_models(options, checkpoint)
-        goal = None
-        if until is not None:
-            apart = {"sharded": sharding is not None or split, "divided": options.parts is not None}
-            goal = _checked_until(until, request, ranks, **apart)
+        if split:
+            _refuse_for_parts_of_models(options, checkpoint, until)
+        goal = None if until is None else _checked_until(until, request, divided=options.parts is not None)
+        # the sums of shards are those of all ranks, and all ranks stop at the same batch
+        in_step = ranks if sharding is not None or goal is not None else Ranks.alone()
         if prepared is not None:
             prepared.demand_request(request, options)
         backend = backends.current() if options.backend is None else options.backend
         if checkpoint is not None:
-            long_run = LongRun(checkpoint, save_every, len(request.groups), ranks)
+            long_run = LongRun(checkpoint, save_every, len(request.groups), ranks, in_step)
             facts = facts_of_call(request, options, backend, max_examples, ranks, goal)
-    _demand_same_request(request, options, max_examples, ranks)
+    further = {"until": goal, "whether there is a checkpoint": checkpoint is not None}
+    _demand_same_request(request, options, ranks, {"max_examples": max_examples, **further})
     _refuse_one_reading(request, batches)
     estimator, groups = request.estimator, request.groups
     storage = storage_of(options.results_on, "results_on")
@@ -201,20 +202,25 @@ def estimate(
                 report = Progress(progress if ranks.rank == 0 else False, data.total, number, len(groups))
                 infos = {name: request.infos[name] for name in names}
                 common = (model, {name: request.tensors[name] for name in names}, estimator)
-                following = None
-                known = None if prepared is None else prepared.known[number]
+                followed, following, keeper = None, None, None
+                if options.parts is None and len(groups) == 1 and follows(estimator):
+                    watching = in_step.gathered(report.shows)[0]  # the first rank's alone has a line
+                    followed = {"until": goal, "watching": watching, "ranks": ranks, "in_step": in_step}
                 if team is not None:
                     states = TensorParallelStates(infos, estimator, backend, team=team)
                     one = TensorParallelPass(*common, states, answering, options.check, team=team)
-                elif sharding is not None:
-                    states = ShardedStates(infos, estimator, backend, sharding=sharding)
-                    one = ShardedPass(*common, states, answering, options.check, known, sharding=sharding)
                 else:
-                    states = States(infos, estimator, backend)
-                    keeper = None if checkpoint is None else long_run.keeper(number, facts, states)
-                    if options.parts is None and len(groups) == 1 and follows(estimator):
-                        following = Following(states, goal, watching=report.shows)
-                    one = OnePass(*common, states, answering, options.check, known, keeper, following)
+                    if sharding is not None:
+                        states = ShardedStates(infos, estimator, backend, sharding=sharding)
+                        following = followed and ShardedFollowing(states, **followed)
+                    else:
+                        states = States(infos, estimator, backend)
+                        following = followed and Following(states, **followed)
+                    if checkpoint is not None:
+                        keeper = long_run.keeper(number, facts, states)
+                    known = None if prepared is None else prepared.known[number]
+                    common += (states, answering, options.check, known, keeper, following, in_step)
+                    one = OnePass(*common) if sharding is None else ShardedPass(*common, sharding=sharding)
                 passed.append(one.over(data, ranks, report))
                 precision = None if following is None else following.precision(ranks)
                 paths |= slowest_paths(ranks.gathered(passed[-1].paths))
@@ -244,26 +250,18 @@ def estimate(
     return collected
 
 
-def _refuse_for_parts_of_models(options: Options, checkpoint: str | os.PathLike[str] | None) -> None:
-    """Refuse what is not built where several processes hold a model together."""
-    given = {"parts": options.parts, "results_on": options.results_on, "checkpoint": checkpoint}
+def _refuse_for_parts_of_models(options: Options, checkpoint: object, until: object) -> None:
+    """Refuse what is not built where tensor parallel splits a model."""
+    given = {"parts": options.parts, "results_on": options.results_on, "checkpoint": checkpoint, "until": until}
     if names := [f"{name}=" for name, value in given.items() if value is not None]:
         raise ValueError(
-            f"{' and '.join(names)} is not built for sharded models, whose sums lie on several ranks: leave it out, or "
-            "estimate groups of parameters one after the other (parameters=), save each, and join them by "
-            "fishkern.union."
+            f"{' and '.join(names)} is not built for tensor parallel models: leave it out, or estimate groups of "
+            "parameters one after the other (parameters=), save each, and join them by fishkern.union."
         )
 
 
-def _checked_until(
-    until: float | tuple[float, float], request: Request, ranks: Ranks, *, sharded: bool, divided: bool
-) -> Until:
-    """Read ``until``, which a single process can obey: several would have to agree on where each of them stops."""
-    if sharded or ranks.count > 1:
-        where = "sharded models" if sharded else f"several ranks, and there are {ranks.count}"
-        raise ValueError(
-            f"until= is not built for {where}: estimate in one process, or give the number of examples, max_examples=."
-        )
+def _checked_until(until: float | tuple[float, float], request: Request, *, divided: bool) -> Until:
+    """Read ``until``, which ends a single pass."""
     if divided or (isinstance(request.estimator, DiagonalFisher) and len(request.groups) > 1):
         raise ValueError(
             "until= is for a single pass over the data, without parts=: give the number of examples, max_examples=."
@@ -282,7 +280,7 @@ def _note_missed(goal: Until, precision: Precision | None) -> None:
         )
 
 
-def _demand_same_request(request: Request, options: Options, max_examples: int | None, ranks: Ranks) -> None:
+def _demand_same_request(request: Request, options: Options, ranks: Ranks, further: Mapping[str, Any]) -> None:
     """Refuse ranks that do not ask for the same: sums of several recipes are none, and the ranks take other steps."""
     estimator, likelihood = request.estimator, options.likelihood
     asked = {
@@ -290,7 +288,8 @@ def _demand_same_request(request: Request, options: Options, max_examples: int |
         "the estimator": f"{type(estimator).__name__} {estimator.definition} {estimator.settings}",
         "the likelihood": None if likelihood is None else described(likelihood),
         "check": options.check,
-        "max_examples": max_examples,
+        "the parameters of each pass": request.groups,
+        **further,
     }
     for what, value in asked.items():
         ranks.demand_equal(value, what)

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from fishkern.arguments import fraction_of
+from fishkern.ops.streaming_topk import index_dtype
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
-from fishkern.statistics.precision import (
-    DENSITIES,
-    LEAST,
-    Entries,
-    Precision,
-    expected_overlap,
-    noise_of_unit,
-)
+from fishkern.statistics.halving import PARTS, Halves
+from fishkern.statistics.precision import DENSITIES, LEAST, Entries, Precision, expected_overlap
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
 
-MOST = 2**18  # entries that are followed, of 56 bytes each with their indices
+MOST = 2**18  # entries that are followed, of 52 bytes each with their indices
 _SEED = 0
-_PARTS = 8
-# Ways to put eight parts together to halves: the rows of the Hadamard matrix of order 8 but the first, so that two of
-# them have no more in common than chance.
-_WAYS = [[(way & part).bit_count() % 2 == 0 for part in range(_PARTS)] for way in range(1, _PARTS)]
 _FEWEST = 8  # batches, before which a pass does not stop
 _STEP = math.log(17 / 16)  # of the logarithm of the number of units, after which the overlap is looked at again
 
@@ -67,9 +57,13 @@ class Until:
                 "the number of examples, max_examples=."
             )
         values = argument if isinstance(argument, tuple) else (argument, cls.density)
+        said = "until must be a number such as 0.9, the overlap, or a tuple of two, (overlap, density): (0.9, 0.01)"
         if len(values) != 2:
-            raise TypeError(f"until must be an overlap such as 0.9, or (overlap, density), got {argument!r}.")
-        overlap, density = fraction_of(values[0], "until"), fraction_of(values[1], "the density of until")
+            raise TypeError(f"{said}, got {argument!r:.80}.")
+        try:
+            overlap, density = fraction_of(values[0], "until"), fraction_of(values[1], "the density of until")
+        except TypeError:
+            raise TypeError(f"{said}, got {argument!r:.80}.") from None
         if overlap == 1:
             raise ValueError("until must be below 1: a top that is exactly that of all further examples takes them.")
         if density > DENSITIES[-1]:
@@ -101,9 +95,10 @@ def followed_bytes(total: int) -> int:
         total: Number of entries of the pool.
 
     Returns:
-        Bytes of the places of the followed entries, two float64 for each, and its sum in each part of the data.
+        Bytes of the places of the followed entries, of their values before and after a batch, of a sum of squares, and
+        of a sum in each part of the data.
     """
-    return min(total, MOST) * (8 + 2 * 8 + 4 * _PARTS)
+    return min(total, MOST) * (4 + 2 * 4 + 8 + 4 * PARTS)
 
 
 class Following:
@@ -116,6 +111,8 @@ class Following:
         states: Those of a diagonal Fisher, with its first batch still to come.
         until: When the pass may stop; ``None`` for the end of the data.
         watching: Whether :attr:`overlap` is wanted in any case.
+        ranks: All ranks, whose batches come to parts of the data in turn; ``None`` for this process alone.
+        in_step: Those that look at the overlap together; ``None`` for this process alone.
 
     Attributes:
         overlap: The expected overlap that ``until`` speaks of, when it was last looked at; ``None`` before.
@@ -124,14 +121,23 @@ class Following:
         ValueError: The pool is too small for ``until``.
     """
 
-    def __init__(self, states: States, until: Until | None = None, *, watching: bool = False) -> None:
+    def __init__(
+        self,
+        states: States,
+        until: Until | None = None,
+        *,
+        watching: bool = False,
+        ranks: Ranks | None = None,
+        in_step: Ranks | None = None,
+    ) -> None:
         self._states = states
         self._until = until
         self._watches = watching or until is not None
-        names = states.names
-        self._total = sum(states[name].numel() for name in names)
+        self._ranks = Ranks.alone() if ranks is None else ranks
+        self._in_step = Ranks.alone() if in_step is None else in_step
+        numels = {name: states.numel(name) for name in states.names}
+        self._total = sum(numels.values())
         places = _drawn(self._total, min(self._total, MOST))
-        self._indices = _by_name(states, places)
         self._density = Until.density if until is None else until.density
         self._top = round(self._density * len(places))
         if until is not None and self._top < LEAST:
@@ -140,12 +146,18 @@ class Following:
                 f"of {self._total:,} has {self._top} that are followed: give a larger density, until=({until.overlap}, "
                 "density), or the number of examples, max_examples=."
             )
-        device = states[names[0]].device if names else torch.device("cpu")
-        self._before = torch.zeros(len(places), dtype=torch.float64, device=device)
-        self._squares = torch.zeros_like(self._before)
-        self._parts = torch.zeros(_PARTS, len(places), dtype=torch.float32, device=device)
-        self._units = torch.zeros(_PARTS, dtype=torch.int64)
+        self._indices = _by_name(numels, places)
+        self._held = dict(self._held_by(states))
+        own = [states[name] for name in states.names]
+        device = own[0].device if own else torch.device("cpu")
+        dtype = torch.float64 if any(one.dtype == torch.float64 for one in own) else torch.float32
+        self._now = torch.zeros(len(places), dtype=dtype, device=device)
+        self._before = torch.zeros_like(self._now)
+        self._squares = torch.zeros(len(places), dtype=torch.float64, device=device)
+        self._parts = torch.zeros(PARTS, len(places), dtype=torch.float32, device=device)
+        self._units = torch.zeros(PARTS, dtype=torch.int64)
         self._batches = torch.zeros((), dtype=torch.int64)
+        self._counted = self._taken = 0  # units and batches of all ranks in step
         self.overlap: float | None = None
 
     @property
@@ -160,37 +172,35 @@ class Following:
         return (
             self._until is not None
             and self.overlap is not None
-            and int(self._batches) >= _FEWEST
+            and self._taken >= _FEWEST
             and self.overlap >= self._until.overlap
         )
 
     def go_on(self) -> None:
         """Go on after the states, and :attr:`tensors`, have been replaced by those of a checkpoint."""
-        self._before = self._now()
+        self._read()
+        counts = torch.stack([self._units.sum(), self._batches])
+        self._in_step.sum_(counts)
+        self._counted, self._taken = counts.tolist()
 
     @torch.no_grad()
-    def add(self, units: int, part: int) -> None:
-        """Read what a batch has added.
+    def add(self, units: Sequence[int], turn: int) -> None:
+        """Read what a turn has added.
 
         Args:
-            units: Number of its units.
-            part: Its number among all batches, by which it comes to a part of the data.
+            units: Number of units of the batch of each rank in step; 0 where it had none.
+            turn: Its number, by which its batches come to parts of the data.
         """
-        if not units:  # such as a batch without a label where positions are the units: it tells nothing
+        every = sum(units)
+        if not every:  # such as a batch without a label where positions are the units: it tells nothing
             return
-        now = self._now()
-        added = now - self._before
-        self._before = now
-        self._parts[part % _PARTS] += added
-        self._squares += added.square_().div_(units)
-        before = int(self._units.sum())
-        self._units[part % _PARTS] += units
-        self._batches += 1
+        before, taken = self._counted, self._taken
+        self._taken += self._add(units, turn)
+        self._counted += every
         # a pass stops by what it sees at that moment, so it looks anew where it may stop for the first time
-        due = _rung(before) != _rung(before + units) or int(self._batches) == _FEWEST
-        if self._watches and self._top >= LEAST and due and self._divided:
-            (noise,) = self._noise([self._top])
-            self.overlap = expected_overlap(noise, 1 / (before + units))
+        due = _rung(before) != _rung(self._counted) or taken < _FEWEST <= self._taken
+        if self._watches and self._top >= LEAST and due:
+            self._look()
 
     @torch.no_grad()
     def precision(self, ranks: Ranks) -> Precision | None:
@@ -205,12 +215,13 @@ class Following:
         for tensor in self.tensors.values():
             ranks.sum_(tensor)
         count, batches = int(self._units.sum()), int(self._batches)
-        if not self._divided:
+        halves = Halves(self._parts, self._units)
+        if not halves.divided:
             return None
-        followed = len(self._before)
+        followed = len(self._now)
         sizes = {density: round(density * followed) for density in sorted({*DENSITIES, self._density})}
         sizes = {density: size for density, size in sizes.items() if size >= LEAST}
-        noise = self._noise(list(sizes.values())) if sizes else []
+        noise = halves.noise(list(sizes.values())) if sizes else []
         sums = self._parts.double().sum(0)
         # what is zero but for rounding may come out just below it
         variances = ((self._squares - sums.square() / count) / (batches - 1)).clamp_(min=0)
@@ -220,49 +231,67 @@ class Following:
         numels = [len(indices) for indices in self._indices.values()]
         each = (one.cpu().split(numels) for one in (means, (variances / count).sqrt_()))
         entries = {
-            name: Entries(indices.cpu(), *values)
+            name: Entries(indices.long(), *values)
             for (name, indices), *values in zip(self._indices.items(), *each, strict=True)
         }
         return Precision(
             count, batches, self._total, followed, deviation, dict(zip(sizes, noise, strict=True)), entries
         )
 
-    def _now(self) -> Tensor:
-        """Read the followed entries of the states."""
-        values = [self._states[name].reshape(-1)[indices] for name, indices in self._indices.items()]
-        device = self._parts.device
-        return torch.cat([one.to(device, torch.float64) for one in values]) if values else torch.zeros(0)
+    def _held_by(self, states: States) -> Iterator[tuple[str, tuple[slice | Tensor, Tensor]]]:
+        """Say which of the followed entries this process has, and where they are in its states."""
+        start = 0
+        for name, indices in self._indices.items():
+            which, places = states.held(name, indices)
+            moved = slice(which.start + start, which.stop + start) if isinstance(which, slice) else which + start
+            yield name, (moved, places)
+            start += len(indices)
 
-    @property
-    def _divided(self) -> bool:
-        """Whether there are two parts of the data, which can be compared."""
-        return int(self._units.count_nonzero()) > 1
+    def _add(self, units: Sequence[int], turn: int) -> int:
+        """Read what a turn has added; return the number of its batches."""
+        if own := units[self._in_step.rank]:
+            number = turn * self._ranks.count + self._ranks.rank
+            self._put(self._added(), own, number)
+            self._count(own, number)
+        return sum(map(bool, units))
 
-    def _noise(self, counts: Sequence[int]) -> list[float]:
-        """Compute the noise of a unit for tops of several sizes, from halves, and from how it has grown to them."""
-        halves = self._compared((first, [not one for one in first]) for first in _WAYS)
-        noise = noise_of_unit(*halves, counts)
-        if not all(self._units):
-            return noise
-        quarters = [[part % 4 == quarter for part in range(_PARTS)] for quarter in range(4)]
-        lesser = noise_of_unit(*self._compared(combinations(quarters, 2)), counts)
-        return [
-            one + max(0.0, one * (one / less - 1) / math.sqrt(2)) if less else one
-            for one, less in zip(noise, lesser, strict=True)
-        ]
+    def _put(self, added: Tensor, units: int, number: int) -> None:
+        """Add what a batch of so many units has added."""
+        self._parts[number % PARTS] += added
+        added = added.double()
+        self._squares.addcmul_(added, added, value=1 / units)
 
-    def _compared(
-        self, pairs: Iterable[tuple[list[bool], list[bool]]]
-    ) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[int, int]]]:
-        """Sum parts of the data, for pairs of sets of them that both hold something."""
-        sums, units = [], []
-        for pair in pairs:
-            chosen = [torch.tensor(parts) for parts in pair]
-            sizes = tuple(int(self._units[parts].sum()) for parts in chosen)
-            if all(sizes):
-                sums.append(tuple(parts.to(self._parts) @ self._parts for parts in chosen))
-                units.append(sizes)
-        return sums, units
+    def _count(self, units: int, number: int) -> None:
+        self._units[number % PARTS] += units
+        self._batches += 1
+
+    def _added(self) -> Tensor:
+        """Read the followed entries, and say how they have grown."""
+        self._read()
+        return self._now - self._before
+
+    def _read(self) -> None:
+        """Read those of the followed entries that this process has."""
+        self._now, self._before = self._before, self._now
+        for name, (at, places) in self._held.items():
+            state, now = self._states[name].reshape(-1), self._now[at]
+            if isinstance(at, slice) and (state.dtype, state.device) == (now.dtype, now.device):
+                torch.index_select(state, 0, places, out=now)
+            else:
+                self._now[at] = state.index_select(0, places).to(now)
+
+    def _look(self) -> None:
+        """Expect an overlap from what has been added until now, on all ranks in step."""
+        parts, units = self._parts, self._units
+        if self._in_step.count > 1:
+            parts, units = parts.clone(), units.clone()
+            self._in_step.sum_(parts)
+            self._in_step.sum_(units)
+        halves = Halves(parts, units)
+        if halves.divided:
+            (noise,) = halves.noise([self._top])
+            # devices may round otherwise, and all stop together
+            self.overlap = self._in_step.gathered(expected_overlap(noise, 1 / self._counted))[0]
 
 
 def _rung(units: int) -> int:
@@ -283,12 +312,11 @@ def _drawn(total: int, count: int) -> Tensor:
     return drawn
 
 
-def _by_name(states: States, places: Tensor) -> dict[str, Tensor]:
-    """Split places in the pool by parameter, each on the device of its state."""
+def _by_name(numels: Mapping[str, int], places: Tensor) -> dict[str, Tensor]:
+    """Split places in the pool by parameter."""
     indices, start = {}, 0
-    for name in states.names:
-        numel = states[name].numel()
+    for name, numel in numels.items():
         low, high = torch.searchsorted(places, torch.tensor([start, start + numel])).tolist()
-        indices[name] = (places[low:high] - start).to(states[name].device)
+        indices[name] = (places[low:high] - start).to(index_dtype(numel))
         start += numel
     return indices

@@ -127,7 +127,7 @@ class Held(Mapping[str, Part]):
 
         :func:`fishkern.estimate` gives it with a :class:`DiagonalFisher` of two batches or more, :func:`fishkern.merge`
         without ``weights=`` that of all. Files keep the summary, without the followed entries. ``None`` for other
-        recipes, for sharded models, and after :func:`fishkern.union`, since each part knows only its own top.
+        recipes, for tensor parallel models, and after :func:`fishkern.union`, since each part knows only its own top.
         """
         return self._precision
 

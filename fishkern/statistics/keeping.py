@@ -4,12 +4,12 @@ A sum depends on the batches before, in their order, and on what the first of th
 are captured. So a pass that goes on reads the batches that are in the checkpoint once more and compares them by their
 digests. Those on which plans depend, mostly the first one alone, run once more as well, and what they add is replaced
 by the sums of the checkpoint.
+
+Ranks that step together (:mod:`fishkern.statistics.turns`) write at the same turns and go on from the same one.
 """
 
 from __future__ import annotations
 
-import math
-import os
 import time
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
@@ -19,22 +19,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fishkern import arguments
-from fishkern.files import check_target, in_brief, remove_leftovers
+from fishkern.files import in_brief
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.autograd_pass import AutogradPass
 from fishkern.statistics.base import sums
 from fishkern.statistics.batches import Examples
-from fishkern.statistics.call_facts import facts_of_constants
 from fishkern.statistics.captured_pass import CapturedPass
 from fishkern.statistics.checkpoint import Checkpoint, Place, packed, unpacked
 from fishkern.statistics.contents import bytes_of, leaves_of, name_of
 from fishkern.statistics.data import Data, Progress
 from fishkern.statistics.following import Following
+from fishkern.statistics.kept_files import KeptFiles
 from fishkern.statistics.randomness import OwnRandomness
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
 from fishkern.statistics.structure import Facts, changes_in_words
+from fishkern.statistics.turns import Turn, next_turn
 
 _SIZE = 16  # bytes of a digest
 
@@ -60,148 +60,122 @@ class Running:
     following: Following | None = None
 
 
-class LongRun:
-    """The checkpoints of a call, one for each pass and rank.
-
-    Args:
-        path: As ``checkpoint`` of :func:`fishkern.estimate`.
-        every: As ``save_every``.
-        passes: Number of passes over the data.
-        ranks: The ranks that take part.
-
-    Raises:
-        OSError: The path cannot name a file, or its folder is missing.
-        ValueError: ``every`` is below 0 or not finite.
-        TypeError: ``every`` is not a number.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], every: float, passes: int, ranks: Ranks) -> None:
-        seconds = arguments.number(every, "save_every")
-        if not 0 <= seconds < math.inf:
-            raise ValueError(f"save_every must be a number of seconds, at least 0, got {seconds:g}.")
-        check_target(path, "fisher.part")
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"the folder {path.parent} of checkpoint={str(path)!r} does not exist: create it.")
-        of_rank = f".rank-{ranks.rank}" if ranks.count > 1 else ""
-        of_pass = [f".pass-{number + 1}" if passes > 1 else "" for number in range(passes)]
-        self._every = seconds
-        self._paths = [path.with_name(f"{path.name}{one}{of_rank}") for one in of_pass]
-        # a pass that has ended is kept as long as others may fail
-        self._keeps_end = passes > 1 or ranks.count > 1
-
-    def keeper(self, number: int, facts: Facts, states: States) -> Keeper:
-        """Make the keeper of a pass.
-
-        Args:
-            number: Number of the pass, from 0.
-            facts: Of the call.
-            states: The states of the pass, before its first batch.
-
-        Returns:
-            The keeper.
-        """
-        facts = facts | facts_of_constants(states)
-        return Keeper(self._paths[number], self._every, facts, keeps_end=self._keeps_end)
-
-    def remove(self) -> None:
-        """Remove the files: the call has ended."""
-        for path in self._paths:
-            path.unlink(missing_ok=True)
-
-
 class Keeper:
     """Write the checkpoint of one pass, and let the pass go on from it.
 
     Args:
-        path: The file.
+        files: Of the pass.
         every: Seconds between two writes.
         facts: Of the call.
+        together: The ranks that step together, and write at the same turns.
         keeps_end: Whether the file is written when the data has ended.
     """
 
-    def __init__(self, path: Path, every: float, facts: Facts, *, keeps_end: bool) -> None:
-        self._path = path
+    def __init__(self, files: KeptFiles, every: float, facts: Facts, together: Ranks, *, keeps_end: bool) -> None:
+        self._files = files
+        self._path = files.path
         self._every = every
         self._facts = facts
+        self._together = together
         self._keeps_end = keeps_end
+        self._turns = 0
+        self._first = True
         self._digests: list[bytes] = []  # each of all batches up to one
-        self._planned: dict[int, list[Tensor]] = {}  # states of the pass's own stream before these batches
+        self._planned: dict[int, list[Tensor]] = {}  # states of the pass's own stream before these turns
         self._batch_size = 0
         self._state: dict[str, Tensor] = {}
 
-    def over(self, data: Data, running: Running, report: Progress) -> Iterator[Examples]:
+    def over(self, data: Data, running: Running, report: Progress) -> Iterator[Turn]:
         """Read the data, and write the checkpoint every so often, also when the data raises.
 
         Args:
             data: This rank's batches.
-            running: The pass, which is to run each batch that it gets before it asks for the next one.
+            running: The pass, which is to run each turn that it gets before it asks for the next one.
             report: Is told where the pass goes on.
 
         Yields:
-            The batches to run: those that the checkpoint lacks, after those on which their plans depend.
+            The turns to run: those that the checkpoint lacks, after those on which their plans depend.
 
         Raises:
             ValueError: The checkpoint is of another call or of other data, or is damaged.
             TypeError: A batch contains something that has no bytes by which to recognise it.
             OSError: The file cannot be written; an older one is unchanged.
+            RuntimeError: Another of the ranks that step together has failed.
         """
         batches = iter(data)
-        remove_leftovers(self._path)  # each may be as large as the checkpoint
-        stored = Checkpoint.read(self._path)
+        stored = self._files.read()
         if stored is not None:
-            self._demand_same_call(stored, running)
-            yield from self._again(stored, batches, data, running)
-            batches = self._go_on(stored, batches, data, running)
+            with self._together.failing_together():
+                self._demand_same_call(stored, running)
+            restored = all(self._together.gathered(data.has_state and "loader" in stored.tensors))
+            yield from self._again(stored, batches, running, restored=restored)
+            batches = self._go_on(stored, batches, data, running, restored=restored)
             report.go_on(data.examples)
-            if stored.place.ended:
-                self._demand_end(stored, batches, data)
+            if all(self._together.gathered(stored.place.ended)):
+                self._demand_end(stored, batches, restored=restored)
                 return
         saved = time.monotonic()
         learned = _learned(data, running)
-        while (batch := self._next(batches, data, running)) is not None:
-            digest, before = self._digest(batch), running.randomness.now()
-            yield batch
-            self._digests.append(digest)
-            if learned != (learned := _learned(data, running)) or data.batches == 1:
-                self._planned[data.batches - 1] = before
-            if data.batches == 1:
-                self._batch_size = batch.num_examples
-            self._state = _state_of(data)  # here, since the next batch may raise when the loader has moved on
-            if time.monotonic() - saved >= self._every:
+        while (turn := self._next(batches, data, running)) is not None:
+            before = running.randomness.now()
+            yield turn
+            with self._together.failing_together():
+                changed = learned != (learned := _learned(data, running)) or self._turns == 0
+                if self._batch_size == 0 and turn.batch is not None:
+                    self._batch_size = turn.batch.num_examples
+                self._state = _state_of(data)  # here, since the next batch may raise when the loader has moved on
+            every = self._together.gathered((changed, time.monotonic() - saved >= self._every))
+            if any(changed for changed, _ in every):
+                self._planned[self._turns] = before
+            self._turns += 1
+            if every[0][1]:  # by the clock of the first rank
                 self._save(data, running)
                 saved = time.monotonic()
-        if self._keeps_end and data.batches:
+        if self._keeps_end and self._turns:
             self._save(data, running, ended=True)
 
-    def _next(self, batches: Iterator[Examples], data: Data, running: Running) -> Examples | None:
-        """Read a batch; if that raises, save what was counted first."""
+    def _next(self, batches: Iterator[Examples], data: Data, running: Running) -> Turn | None:
+        """Read a batch on each rank; if that raises, save what was counted first."""
         counted = (data.examples, data.batches, data.dropped)
+
+        def read() -> Examples | None:
+            batch = next(batches, None)
+            if batch is not None:
+                self._digests.append(self._digest(batch))
+            return batch
+
+        digests = len(self._digests)
         try:
-            return next(batches, None)
+            return next_turn(self._turns, read, self._together)
         except BaseException as error:
             data.examples, data.batches, data.dropped = counted
-            if data.batches:
+            del self._digests[digests:]
+            # where ranks step together, an interrupt of one is not known to the others
+            if self._turns and (self._together.count == 1 or isinstance(error, Exception)):
                 try:
                     self._save(data, running)
-                except OSError as another:
+                except (OSError, RuntimeError) as another:
                     error.add_note(f"The checkpoint was not written: {another}")
             raise
 
     def _again(
-        self, stored: Checkpoint, batches: Iterator[Examples], data: Data, running: Running
-    ) -> Iterator[Examples]:
+        self, stored: Checkpoint, batches: Iterator[Examples], running: Running, *, restored: bool
+    ) -> Iterator[Turn]:
         """Read the batches of the checkpoint, compare them, and give those on which plans depend."""
         digests = stored.tensors["digests"].read().numpy()
-        # a loader with a state is set to its place afterwards
-        count = stored.planned[-1] + 1 if _is_restored(data, stored) else stored.place.batches
-        for number in range(count):
+        own = stored.place.batches  # of a rank whose data had ended, fewer than the turns
+
+        def read() -> Examples | None:
+            number = len(self._digests)
             batch = next(batches, None)
-            if batch is None:
+            if batch is None and number < own:
                 raise ValueError(
-                    f"{self._path} has counted {stored.place.batches} batches, and the data ends after {number}. "
-                    f"{_advice(self._path)}"
+                    f"{self._path} has counted {own} batches, and the data ends after {number}. {_advice(self._path)}"
                 )
+            if batch is None:
+                return None
+            if number >= own:
+                raise ValueError(self._of_more_data(own))
             self._digests.append(self._digest(batch))
             if self._digests[-1] != digests[number].tobytes():
                 raise ValueError(
@@ -209,42 +183,50 @@ class Keeper:
                     "order, or is other data. Seed the sampler, as by DataLoader(..., generator=torch.Generator()"
                     f".manual_seed(0)). {_advice(self._path)}"
                 )
+            return batch
+
+        # a loader with a state is set to its place afterwards
+        for number in range(stored.planned[-1] + 1 if restored else stored.place.steps):
+            turn = next_turn(number, read, self._together, again=True)
             if number in stored.planned:
                 self._planned[number] = _generators(stored, f"planned {number}")
                 running.randomness.go_on(self._planned[number])
-                yield batch
-            if number == 0 and running.answering.description != stored.likelihood:
-                raise ValueError(
-                    f"{self._path} is of the likelihood {stored.likelihood}, and this call has "
-                    f"{running.answering.description}. {_advice(self._path)}"
-                )
-        self._digests += [one.tobytes() for one in digests[count:]]
+                yield turn
+            if number == 0:
+                with self._together.failing_together():
+                    self._demand_same_likelihood(stored, running)
+        self._digests += [one.tobytes() for one in digests[len(self._digests) :]]
 
     def _go_on(
-        self, stored: Checkpoint, batches: Iterator[Examples], data: Data, running: Running
+        self, stored: Checkpoint, batches: Iterator[Examples], data: Data, running: Running, *, restored: bool
     ) -> Iterator[Examples]:
         """Take over the sums, and the place in the data."""
         states, place, one_pass = running.states, stored.place, running.one_pass
-        for name in states.names:
-            for number, total in enumerate(sums(states[name])):
-                total.copy_(stored.tensors[_key(number, name)].read())
+        with self._together.failing_together():
+            for name in states.names:
+                for number, total in enumerate(sums(states[name])):
+                    total.copy_(stored.tensors[_key(number, name)].read())
+            if running.following is not None:
+                for name, tensor in running.following.tensors.items():
+                    tensor.copy_(stored.tensors[name].read())
+            if "loss" in stored.tensors:
+                one_pass.loss = stored.tensors["loss"].read().to(data.device)
         if running.following is not None:
-            for name, tensor in running.following.tensors.items():
-                tensor.copy_(stored.tensors[name].read())
             running.following.go_on()
-        if "loss" in stored.tensors:
-            one_pass.loss = stored.tensors["loss"].read().to(data.device)
         one_pass.connected = place.connected
         running.answering.go_on(place.logits)
         running.units, self._batch_size = place.units, place.batch_size
         running.randomness.go_on(_generators(stored, "own"))
-        if _is_restored(data, stored):
+        self._turns, self._first = place.steps, False
+        if not restored:
+            return batches
+        with self._together.failing_together():
             batches.close()
             self._state = {name: stored.tensors[name].read() for name in ("loader", "users")}
             counted = {"examples": place.examples, "batches": place.batches, "dropped": place.dropped}
             data.go_on(unpacked(self._state["loader"]), self._state["users"], **counted)
-            return iter(data)
-        return batches
+            # a loader that has ended may begin anew
+            return iter(()) if place.batches < place.steps else iter(data)
 
     def _save(self, data: Data, running: Running, *, ended: bool = False) -> None:
         """Write the file."""
@@ -256,15 +238,18 @@ class Keeper:
         tensors |= {} if running.following is None else running.following.tensors
         if isinstance(one_pass.loss, Tensor):
             tensors["loss"] = one_pass.loss
-        digests = torch.frombuffer(bytearray(b"".join(self._digests)), dtype=torch.uint8)
+        digests = torch.tensor(bytearray(b"".join(self._digests)), dtype=torch.uint8)
         tensors["digests"] = digests.view(-1, _SIZE)
         for what, generators in [("own", running.randomness.now()), *self._named_generators()]:
             tensors |= {f"generator {number} {what}": state for number, state in enumerate(generators)}
         counted = (running.units, data.examples, data.batches, data.dropped)
         place = Place(*counted, self._batch_size, one_pass.connected, ended, running.answering.said_of_logits)
+        if self._together.count > 1:
+            place = place._replace(turns=self._turns, first=self._first)
         likelihood = running.answering.description
         tensors |= self._state
-        Checkpoint(self._facts, likelihood, place, sorted(self._planned), tensors).write(self._path)
+        self._files.write(Checkpoint(self._facts, likelihood, place, sorted(self._planned), tensors))
+        self._first = False
 
     def _named_generators(self) -> Iterator[tuple[str, list[Tensor]]]:
         return ((f"planned {number}", states) for number, states in self._planned.items())
@@ -299,13 +284,23 @@ class Keeper:
             if kept is None or (kept.shape, kept.dtype) != (total.shape, total.dtype):
                 raise ValueError(f"{self._path} is damaged: it lacks sums of {of}. {_advice(self._path)}")
 
-    def _demand_end(self, stored: Checkpoint, batches: Iterator[Examples], data: Data) -> None:
-        """Refuse data that goes on where it has ended before; a loader with a state may begin anew there."""
-        if not _is_restored(data, stored) and next(batches, None) is not None:
+    def _demand_same_likelihood(self, stored: Checkpoint, running: Running) -> None:
+        if running.answering.description != stored.likelihood:
             raise ValueError(
-                f"the data ended after {len(self._digests)} batches when {self._path} was written, and goes on. "
-                f"{_advice(self._path)}"
+                f"{self._path} is of the likelihood {stored.likelihood}, and this call has "
+                f"{running.answering.description}. {_advice(self._path)}"
             )
+
+    def _demand_end(self, stored: Checkpoint, batches: Iterator[Examples], *, restored: bool) -> None:
+        """Refuse data that goes on where it has ended before; a loader with a state may begin anew there."""
+        with self._together.failing_together():
+            if not restored and next(batches, None) is not None:
+                raise ValueError(self._of_more_data(stored.place.batches))
+
+    def _of_more_data(self, batches: int) -> str:
+        return (
+            f"the data ended after {batches} batches when {self._path} was written, and goes on. {_advice(self._path)}"
+        )
 
 
 def _key(number: int, name: str) -> str:
@@ -321,11 +316,6 @@ def _generators(stored: Checkpoint, what: str) -> list[Tensor]:
 def _state_of(data: Data) -> dict[str, Tensor]:
     """Return the state of a loader that has one, and that of the generator from which it may draw."""
     return {"loader": packed(data.state(), "the loader"), "users": torch.get_rng_state()} if data.has_state else {}
-
-
-def _is_restored(data: Data, stored: Checkpoint) -> bool:
-    """Tell whether a loader with a state takes its place from the file; the loader of then may have had none."""
-    return data.has_state and "loader" in stored.tensors
 
 
 def _learned(data: Data, running: Running) -> Hashable:

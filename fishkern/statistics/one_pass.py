@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from fishkern.statistics.predictive import Predictive
 from fishkern.statistics.randomness import OwnRandomness
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
+from fishkern.statistics.turns import Turn, turns
 from fishkern.statistics.undisturbed import Entered, undisturbed
 
 
@@ -73,6 +74,7 @@ class OnePass:
         known: What earlier passes have found out, and this one adds to; ``None`` if no later one will ask.
         keeper: Writes the checkpoint, from which the pass goes on; ``None`` for none.
         following: Follows entries of the states, and ends the pass when they are precise enough; ``None`` for none.
+        in_step: The ranks that take turns together; by default each goes on by itself.
     """
 
     model: nn.Module
@@ -84,6 +86,7 @@ class OnePass:
     known: Known | None = None
     keeper: Keeper | None = None
     following: Following | None = None
+    in_step: Ranks = field(default_factory=Ranks.alone)
 
     def over(self, data: Data, ranks: Ranks, report: Progress) -> Passed:
         """Add every batch, on every rank.
@@ -100,7 +103,7 @@ class OnePass:
             ValueError: The data holds no example, or the loss depends on none of the parameters.
         """
         with ranks.failing_together(), undisturbed(self.model, self.requested.values()) as entered:
-            units, one_pass, independence = self._run(data, entered, report, ranks)
+            units, one_pass, independence = self._run(data, entered, report)
         report.close()
         all_counts = ranks.gathered((units, data.examples, data.batches, data.dropped, 1))
         counts = Counts(*(sum(each) for each in zip(*all_counts, strict=True)))
@@ -128,33 +131,45 @@ class OnePass:
         return one_pass.paths
 
     def _run(
-        self, data: Data, entered: Entered, report: Progress, ranks: Ranks
+        self, data: Data, entered: Entered, report: Progress
     ) -> tuple[int, AutogradPass | CapturedPass, Independence]:
         """Add this rank's batches; return the number of units, the pass, and what is known of its precision."""
         one_pass, independence = self._begin(entered)
         randomness = OwnRandomness(data.device)
         running = Running(one_pass, self.states, self.answering, randomness, following=self.following)
-        for batch in data if self.keeper is None else self.keeper.over(data, running, report):
-            if data.batches == 1:
-                if self.known is not None:
-                    self.known.demand_structure(batch)
-                with randomness.aside():
-                    self.answering.begin(batch)
-            if self.answering.awaits(batch):
-                with randomness.aside():
-                    self.answering.meet(batch)
-            with randomness.drawing():  # the model's draws, not those of the data, come from the pass's own stream
-                one_pass.run(batch)
-            units = self.estimator.units(batch.num_examples)
-            running.units += units
-            if self.following is not None:
-                self.following.add(units, (data.batches - 1) * ranks.count + ranks.rank)
+        taken = turns(iter(data), self.in_step) if self.keeper is None else self.keeper.over(data, running, report)
+        for turn in taken:
+            self._take(turn, data, running)
+            units = self._units(turn)
+            running.units += units[self.in_step.rank]
+            if self.following is not None and not turn.again:
+                self.following.add(units, turn.number)
                 report.overlap = self.following.overlap
             report(data.examples)
-            if self.following is not None and self.following.reached:
+            if self.following is not None and not turn.again and self.following.reached:
                 break
         self._keep(independence, entered)
         return running.units, one_pass, independence
+
+    def _units(self, turn: Turn) -> list[int]:
+        """Count what each rank has added in a turn."""
+        return [self.estimator.units(size) if size else 0 for size in turn.sizes]
+
+    def _take(self, turn: Turn, data: Data, running: Running) -> None:
+        """Run a batch, if there is one."""
+        if (batch := turn.batch) is None:
+            return
+        randomness = running.randomness
+        if data.batches == 1:
+            if self.known is not None:
+                self.known.demand_structure(batch)
+            with randomness.aside():
+                self.answering.begin(batch)
+        if self.answering.awaits(batch):
+            with randomness.aside():
+                self.answering.meet(batch)
+        with randomness.drawing():  # the model's draws, not those of the data, come from the pass's own stream
+            running.one_pass.run(batch)
 
     def _begin(self, entered: Entered) -> tuple[AutogradPass | CapturedPass, Independence]:
         answer_parts = answering_parts(self.answering)

@@ -23,7 +23,7 @@ class PassPlan:
         basis_bytes: Bytes of its constants, such as the bases of the layers of one pass.
         activation_bytes: The most bytes beside these while a batch runs: what autograd and the capture keep of a
             forward pass, temporaries, and what a :class:`fishkern.DiagonalFisher` in one pass follows for its precision
-            (56 bytes for each of at most 2^18 entries). ``None`` without a batch.
+            (52 bytes for each of at most 2^18 entries). ``None`` without a batch.
         phases: The most bytes above the loaded model in each part of a pass, by name, in order.
         paths: The path that computes each parameter, by canonical name: ``"fused"``, ``"sketch"``, ``"batch"``, or
             ``"only a run can tell"``.
@@ -133,7 +133,8 @@ class PassPlan:
             lines += [
                 f"each of {own.ranks} ranks (FSDP2): {bytes_in_words(own.weight_bytes)} of weights, "
                 f"{bytes_in_words(own.accumulator_bytes)} of accumulators, up to {bytes_in_words(own.block_bytes)} of "
-                "squares before they are reduced",
+                f"squares before they are reduced, {bytes_in_words(own.unit_bytes)} of gathered weights: up to "
+                f"{bytes_in_words(own.peak_bytes)} above its shards",
                 f"and receives {bytes_in_words(own.reduced_bytes)} of squares for each backward pass, "
                 f"{bytes_in_words(own.gathered_bytes)} of weights for each batch",
             ]

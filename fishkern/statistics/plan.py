@@ -132,7 +132,7 @@ def plan(
         return planned
     requested = requested_tensors(model, parameters, estimator, maps)
     numbers = [(one, 8 if one.dtype == torch.float64 else 4) for one in requested.values()]
-    per_rank = plan_for_ranks(at_least(1, ranks, "ranks"), model.parameters(), model.buffers(), numbers)
+    per_rank = plan_for_ranks(at_least(1, ranks, "ranks"), model, numbers, planned.activation_bytes)
     return replace(planned, per_rank=per_rank)
 
 

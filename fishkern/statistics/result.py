@@ -102,7 +102,7 @@ class Statistics(Held[Tensor]):
         if not any(map(is_sharded, self.blocks.values())):
             return self
         tensors = {name: self.full(name) for name in self}
-        return Statistics(tensors, count=self.count, provenance=self.provenance, coverage=self.coverage)
+        return Statistics(tensors, **self._facts)
 
     def sharded_as(self, model: nn.Module) -> Statistics:
         """Take of each tensor the part of the parameter that this rank holds; nothing is exchanged between ranks.
@@ -122,7 +122,12 @@ class Statistics(Held[Tensor]):
         """
         parameters = hosts.named_parameters(model, remove_duplicate=False)
         tensors = {name: _part_of(name, one, parameters.get(name)) for name, one in self.blocks.items()}
-        return Statistics(tensors, count=self.count, provenance=self.provenance, coverage=self.coverage)
+        return Statistics(tensors, **self._facts)
+
+    @property
+    def _facts(self) -> dict[str, Any]:
+        """All but the tensors."""
+        return {name: getattr(self, name) for name in ("count", "provenance", "coverage", "precision")}
 
     def __repr__(self) -> str:
         definition = self.provenance["definition"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -28,6 +28,7 @@ from fishkern.statistics.direction_energy import DirectionEnergy
 from fishkern.statistics.group_fisher import GroupFisher
 from fishkern.statistics.head_logits import Onlooker
 from fishkern.statistics.independence import Independence
+from fishkern.statistics.keeping import Running
 from fishkern.statistics.known import Kind
 from fishkern.statistics.one_pass import OnePass, Passed
 from fishkern.statistics.planning import Planner
@@ -40,6 +41,7 @@ from fishkern.statistics.sharded_states import ShardedStates
 from fishkern.statistics.sharding import Sharding
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.sketched_fisher import SketchedFisher
+from fishkern.statistics.turns import Turn, kind_of
 from fishkern.statistics.undisturbed import Entered, undisturbed
 
 _END = object()
@@ -75,6 +77,7 @@ class ShardedPass(OnePass):
     """
 
     sharding: Sharding | None = None  # always given; a field after those with defaults needs one
+    _spare: Examples | None = field(default=None, init=False)
 
     def over(self, data: Data, ranks: Ranks, report: Progress) -> Passed:
         with self._watching():
@@ -94,7 +97,7 @@ class ShardedPass(OnePass):
             randomness = OwnRandomness(hosts.runs_on(next(iter(self.requested.values()))))
             self._meet(one_pass, one_pass.examples.first(batch, 0), randomness)
             with randomness.drawing():
-                one_pass.plan(batch, self.sharding.ranks.gathered(_kind(batch)))
+                one_pass.plan(batch, self.sharding.ranks.gathered(kind_of(batch)))
             self._keep(independence, entered)
         return one_pass.paths
 
@@ -113,43 +116,23 @@ class ShardedPass(OnePass):
             self.answering.begin(spare)
         self.sharding.units.reshard()  # a forward pass alone leaves the outermost unit whole
 
-    def _run(
-        self, data: Data, entered: Entered, report: Progress, ranks: Ranks
-    ) -> tuple[int, ShardedCapture | ShardedSketch, Independence]:
-        one_pass, independence = self._begin(entered)
-        randomness = OwnRandomness(data.device)
-        units = 0
-        for batch, own in self._in_step(data, one_pass, randomness):
-            with randomness.drawing():
-                one_pass.run(batch, own=own)
-            if self.estimator.reads == "batches":  # what all ranks run at one time is one batch
-                units += int(ranks.rank == 0)
-            else:
-                units += self.estimator.units(batch.num_examples) if own else 0
-            report(data.examples)
-        self._keep(independence, entered)
-        return units, one_pass, independence
+    def _units(self, turn: Turn) -> list[int]:
+        if self.estimator.reads != "batches":
+            return super()._units(turn)
+        return [int(rank == 0) for rank in range(len(turn.sizes))]  # what all ranks run at one time is one batch
 
-    def _in_step(
-        self, data: Data, one_pass: ShardedCapture | ShardedSketch, randomness: OwnRandomness
-    ) -> Iterator[tuple[Examples, bool]]:
-        """Give each rank its next batch, and whether it is its own, until no rank has one."""
-        ranks, batches = self.sharding.ranks, iter(data)
-        spare: Examples | None = None
-        while True:
-            with ranks.failing_together():
-                batch = next(batches, None)
-            kinds = ranks.gathered(None if batch is None else _kind(batch))
-            if not any(kind is not None for kind in kinds):
-                return
-            if spare is None:
-                spare = one_pass.examples.first(
-                    batch, next(rank for rank, kind in enumerate(kinds) if kind is not None)
-                )
-                self._meet(one_pass, spare, randomness)
-            with randomness.drawing():
-                one_pass.plan(batch, kinds)
-            yield (spare, False) if batch is None else (batch, True)
+    def _take(self, turn: Turn, data: Data, running: Running) -> None:
+        """Run the batches of all ranks; one that has none runs the first examples, which do not count."""
+        one_pass, randomness = running.one_pass, running.randomness
+        if self._spare is None:
+            rank = next(rank for rank, kind in enumerate(turn.kinds) if kind is not None)
+            self._spare = one_pass.examples.first(turn.batch, rank)
+            self._meet(one_pass, self._spare, randomness)
+        with randomness.drawing():
+            one_pass.plan(turn.batch, turn.kinds)
+        own = turn.batch is not None
+        with randomness.drawing():
+            one_pass.run(turn.batch if own else self._spare, own=own)
 
     def _pass(
         self, answer: Callable[[Examples], Predictive | Tensor], entered: Entered, independence: Independence
@@ -232,7 +215,7 @@ class ShardedCapture(CapturedPass):
         # as on one device: a gradient arrived where the survey saw none, or rows follow the data; a batch in which that
         # happened is surveyed
         planner.forget()
-        kinds = ranks.gathered(_kind(batch))
+        kinds = ranks.gathered(kind_of(batch))
         self.plan(batch, [kind if each else None for kind, each in zip(kinds, withheld, strict=True)])
         self.plan(batch, kinds)
         keys = sorted({key for each in withheld for key in each})
@@ -327,10 +310,6 @@ class ShardedCapture(CapturedPass):
             yield (objective if any_now else None), not any_later
             if not any_later:
                 return
-
-
-def _kind(batch: Examples) -> Kind:
-    return Kind(batch.num_examples == 1, batch.kind)
 
 
 def _described(plan: Plan) -> list[tuple[str, str, list[str]]]:

@@ -75,6 +75,22 @@ class ShardedStates(States):
         }
         super().__init__(local, estimator, backend)
 
+    @property
+    def disjoint(self) -> bool:
+        """Whether each entry's sum over all ranks is on one rank: no parameter is whole, or has replicas."""
+        return self._parts.keys() == self._parameters.keys() and all(
+            part.replicas is None for part in self._parts.values()
+        )
+
+    def numel(self, name: str) -> int:
+        return self._whole_shapes[name].numel() if name in self._parts else super().numel(name)
+
+    def held(self, name: str, indices: Tensor) -> tuple[slice | Tensor, Tensor]:
+        if name not in self._parts:
+            return super().held(name, indices)
+        which, places = self._parts[name].held(indices)
+        return which, places.to(self[name].device)
+
     def of_the_same_kind(self, estimator: Estimator, names: Collection[str]) -> ShardedStates:
         infos = {name: replace(self._parameters[name], shape=self._whole_shapes[name]) for name in names}
         return ShardedStates(infos, estimator, self._backend, sharding=self._sharding)

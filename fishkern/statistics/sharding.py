@@ -77,6 +77,27 @@ class Part:
         """Number of the replica that this rank belongs to."""
         return 0 if self.replicas is None else dist.get_rank(self.replicas)
 
+    def held(self, indices: Tensor) -> tuple[slice | Tensor, Tensor]:
+        """Find entries in this part.
+
+        Args:
+            indices: Flat indices in the whole parameter, ascending.
+
+        Returns:
+            Which of them are here, and their flat indices in the part.
+        """
+        share = hosts.share_of("", self.parameter)
+        inner = share.shape[self.axis + 1 :].numel()
+        if self.axis == 0:
+            bounds = torch.tensor([share.start * inner, share.stop * inner], dtype=indices.dtype)
+            low, high = torch.searchsorted(indices, bounds).tolist()
+            return slice(low, high), indices[low:high] - share.start * inner
+        width = share.shape[1] * inner
+        rows, columns = indices // width, indices % width - share.start * inner
+        own = (share.stop - share.start) * inner
+        which = ((columns >= 0) & (columns < own)).nonzero().flatten()
+        return which, (rows * own + columns)[which]
+
     def add_(self, state: Tensor, fill: Fill) -> None:
         """Add the squares of all ranks of a replica to their parts. A collective operation.
 

@@ -123,6 +123,17 @@ class Ranks:
         self.rank = dist.get_rank(group) if together else 0
 
     @classmethod
+    def alone(cls) -> Ranks:
+        """Make the ranks of a process that waits for no other.
+
+        Returns:
+            One rank.
+        """
+        one = cls.__new__(cls)
+        one._group, one.count, one.rank = None, 1, 0
+        return one
+
+    @classmethod
     @contextmanager
     def of(cls, every: Sequence[Sequence[int]]) -> Iterator[Ranks]:
         """Make groups of all processes, for the time of a ``with`` block. A collective operation of all of them.
@@ -230,6 +241,9 @@ class Ranks:
         Raises:
             RuntimeError: Another rank has failed; the message says which, and its error.
         """
+        if self.count == 1:
+            yield
+            return
         failure = error = None
         try:
             yield

@@ -75,6 +75,29 @@ class States:
         """
         return self._parameters[name]
 
+    def numel(self, name: str) -> int:
+        """Count the entries of a state, of all ranks that hold parts of it together.
+
+        Args:
+            name: Canonical name of its parameter.
+
+        Returns:
+            The number of entries of a state that is one tensor.
+        """
+        return self._states[name].numel()
+
+    def held(self, name: str, indices: Tensor) -> tuple[slice | Tensor, Tensor]:
+        """Find entries of a state that is one tensor.
+
+        Args:
+            name: Canonical name of its parameter.
+            indices: Flat indices in the whole state, ascending.
+
+        Returns:
+            Which of them are in this process, and their flat indices in its state, on the device of that.
+        """
+        return slice(0, len(indices)), indices.to(self._states[name].device)
+
     def of_the_same_kind(self, estimator: Estimator, names: Collection[str]) -> States:
         """Make new states for some of these parameters.
 

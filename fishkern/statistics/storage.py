@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fishkern import hosts
 from fishkern.files import mapped_zeros
 
 Where = str | torch.device | os.PathLike[str] | None
@@ -58,6 +59,8 @@ class Storage:
         def moved(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or not self.is_elsewhere:
                 return leaf
+            if (local := hosts.local_part(leaf)) is not leaf:  # of a sharded parameter: this rank's part
+                return hosts.placed(moved(local), leaf)
             return leaf.to(self.device) if self.folder is None else in_file(self.folder, leaf).copy_(leaf)
 
         return tree_map(moved, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 pytest.importorskip("transformers")
 import fishkern as fk
 from benchmarks.cases import plan
+from benchmarks.engine.process import in_process
 from benchmarks.subjects.transformers import LLAMA_TINY, Workload
 
 SMALL = Workload(LLAMA_TINY, T=7, N=3, batches=3)
@@ -25,6 +27,18 @@ def test_figures_of_memory_and_planning():
     assert plan.planning("DiagonalFisher", replace(SMALL, device="meta")).keys() == planned | {
         "planned_weights_mib", "seconds", "cpu_seconds"
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_figures_of_each_rank(tmp_path):
+    with ThreadPoolExecutor(plan.RANKS) as threads:
+        every = [
+            threads.submit(in_process, "benchmarks.cases.plan:memory_of_rank", rank, str(tmp_path), SMALL, seconds=300)
+            for rank in range(plan.RANKS)
+        ]
+    first, second = (one.result() for one in every)
+    assert first["plan_mib"] == second["plan_mib"] > first["accumulators_mib"] + first["activations_mib"]
+    assert min(first["peak_mib"], second["peak_mib"]) > 0
 
 
 def test_times_are_of_the_batches_after_the_first():

@@ -443,7 +443,8 @@ def _() -> dict[str, bool]:
     statistics = fk.estimate(sharded(llama()), dealt(data()), check=False)
     path = statistics.save(folder / "sharded")
     whole = {name: statistics.full(name) for name in statistics}
-    alone = fk.Statistics(whole, count=statistics.count, provenance=statistics.provenance, coverage=statistics.coverage)
+    facts = {name: getattr(statistics, name) for name in ("count", "provenance", "coverage", "precision")}
+    alone = fk.Statistics(whole, **facts)
     other = alone.save(folder / f"alone-{rank}")
     loaded = fk.Statistics.load(path)
     return {

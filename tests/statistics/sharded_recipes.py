@@ -397,8 +397,6 @@ def _() -> list[str]:
         lambda: fk.estimate(model, batches, Own()),
         lambda: fk.verify(model, batches, estimator=fk.GroupFisher()),
         lambda: fk.OnlineFisher(model),
-        lambda: fk.estimate(model, batches, checkpoint=program.folder / "part"),
-        lambda: fk.estimate(model, batches, until=(0.9, 0.2)),
     ]
     for call in calls:
         try:

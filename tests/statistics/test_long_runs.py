@@ -568,6 +568,10 @@ def read():
 options = dict(likelihood=fk.Classification(), parameters="*.weight")
 statistics = fk.estimate(model, read(), ESTIMATORS[kind], checkpoint=part, save_every=0, **options)
 statistics.save(saved)
+precision = getattr(statistics, "precision", None)
+if precision is not None:  # also what a file of statistics leaves out: means and errors of the followed entries
+    entries = {name: tuple(of_name) for name, of_name in precision.entries.items()}
+    torch.save({"entries": entries, **precision.plain()}, saved + ".precision")
 """
 
 
@@ -585,4 +589,12 @@ def test_a_process_that_is_killed_at_ten_points_ends_in_the_same_bits(tmp_path, 
     first, *killed, last = forked(KILLED, cases, imports="import torch._dynamo, fishkern")
     assert [one.returncode for one in (first, *killed, last)] == [0, *[-9] * 10, 0], (first.stderr, last.stderr)
     assert load(resumed["saved"]) == load(whole["saved"])
-    assert sorted(os.listdir(tmp_path)) == ["resumed.safetensors", "whole.safetensors"]
+    of_a_fisher = kind in ("mc", "type-2")
+    left = [
+        f"{name}.safetensors{end}" for name in ("resumed", "whole") for end in ("", ".precision")[: 1 + of_a_fisher]
+    ]
+    assert sorted(os.listdir(tmp_path)) == left
+    if of_a_fisher:  # the same entries are followed, and all they tell is of the same bits
+        one, other = (torch.load(f"{of['saved']}.precision") for of in (resumed, whole))
+        assert len(one["entries"]) == 2
+        torch.testing.assert_close(one, other, rtol=0, atol=0)

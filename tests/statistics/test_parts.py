@@ -260,6 +260,10 @@ def test_ranks_by_hand(ranks):
     buffers = sum(one.nbytes for one in model.buffers())
     assert (own.ranks, own.accumulator_bytes, own.weight_bytes) == (ranks, 4 * local, 2 * local + buffers)
     assert (own.reduced_bytes, own.gathered_bytes) == ((ranks - 1) * 4 * local, 2 * (ranks - 1) * 2 * local)
+    layers = [sum(one.nbytes for one in layer.parameters()) for layer in model.model.layers]
+    outside = sum(one.nbytes for one in model.parameters()) - sum(layers)
+    assert own.unit_bytes == (ranks > 1) * (outside + sum(sorted(layers)[-2:]))
+    assert own.peak_bytes is None  # without a batch
     assert own.block_bytes == (ranks > 1) * max(
         4 * ranks * rows[name] * one[0].numel() for name, one in model.named_parameters()
     )

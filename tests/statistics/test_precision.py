@@ -56,7 +56,7 @@ def fed(sums: Tensor, units: list[int], until: Until | None = None) -> Following
     followed = Following(states, until)
     for number, (batch, N) in enumerate(zip(sums, units, strict=True)):
         states["weight"].add_(batch)
-        followed.add(N, number)
+        followed.add([N], number)
         if followed.reached:
             break
     return followed
@@ -264,7 +264,7 @@ def test_an_overlap_of_too_few_entries_is_not_watched():
     followed = Following(states, watching=True)
     for number in range(9):
         states["weight"].add_(torch.rand(1000, generator=torch.Generator().manual_seed(number)))
-        followed.add(2, number)
+        followed.add([2], number)
     assert followed.overlap is None  # of five entries
 
 
@@ -275,8 +275,8 @@ def of_zeros(entries: int) -> tuple:
 
 def test_the_memory_of_followed_entries():
     followed = fed(torch.rand(2, 20_000), [1, 1])
-    kept = [followed._before, *followed.tensors.values(), *followed._indices.values()]
-    assert sum(one.nbytes for one in kept if one.numel() > 8) == 56 * 20_000
+    kept = [followed._before, followed._now, *followed.tensors.values(), *followed._indices.values()]
+    assert sum(one.nbytes for one in kept if one.numel() > 8) == 52 * 20_000
 
 
 def wide(batches: int) -> dict:
@@ -318,8 +318,13 @@ def test_data_that_end_before_are_told():
         (1, ValueError, "until must be below 1"),
         (90, ValueError, "until must"),
         ((0.9, 0.5), ValueError, "a top of at most 20%"),
-        ((0.9, 0.1, 3), TypeError, r"\(overlap, density\)"),
-        ("0.9", TypeError, "until must"),
+        ((0.9, 0.1, 3), TypeError, r"\(overlap, density\), .*, got \(0.9, 0.1, 3\)"),
+        ([0.9, 0.1], TypeError, r"a number such as 0.9.* or a tuple of two, .*, got \[0.9, 0.1\]"),
+        ((0.9, None), TypeError, r"a tuple of two, .*, got \(0.9, None\)"),
+        ({"overlap": 0.9}, TypeError, "a tuple of two"),
+        (True, TypeError, "got True"),
+        ("0.9", TypeError, "got '0.9'"),
+        ((0.9, 0), ValueError, "the density of until must be above 0"),
         (0.9, ValueError, r"the top 0.50% of the pool of 83 has 0 that are followed: give a larger density"),
     ],
 )

@@ -130,7 +130,6 @@ failures = {
     "likelihoods": message(lambda: fk.estimate(
         model, dealt(), likelihood=fk.Classification(reduction="sum" if rank else "mean"))),
     "checks": message(lambda: fk.estimate(model, dealt(), check=rank == 0, **options)),
-    "until": message(lambda: fk.estimate(model, dealt(), until=(0.9, 0.2), **options)),
     "not dealt": message(lambda: fk.estimate(model, DataLoader(data, 4), **options)),
     "after all that": message(lambda: fk.estimate(model, dealt(), **options)),
 }
@@ -259,7 +258,6 @@ def test_the_precision_is_that_of_the_batches_of_all_ranks(reports):
         (means, errors), (means_alone, errors_alone) = report["entries"]
         assert means == pytest.approx(means_alone, rel=1e-4, abs=1e-12)
         assert errors == pytest.approx(errors_alone, rel=1e-3, abs=1e-9)
-        assert "until= is not built for several ranks, and there are 2" in report["failures"]["until"]
 
 
 def test_the_ranks_say_the_same_of_the_likelihood(reports):

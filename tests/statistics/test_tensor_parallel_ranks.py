@@ -106,8 +106,8 @@ def test_what_is_not_served_is_refused_by_name(two_more):
 REFUSED = {
     "positions of norms": "unit='position' squares single positions",
     "another recipe": "SketchedFisher",
-    "checkpoint": "checkpoint= is not built for sharded models",
-    "until": "until= is not built for sharded models",
+    "checkpoint": "checkpoint= is not built for tensor parallel models",
+    "until": "until= is not built for tensor parallel models",
     "packed": "split in interleaved pieces",
     "experts": "expert parallel",
     "bare parameter": "is a DTensor of a module that neither parallelize_module nor a tp_plan has split",
