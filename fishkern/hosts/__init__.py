@@ -17,9 +17,20 @@ from fishkern.hosts.refusals import (
     sharded,
 )
 from fishkern.hosts.rotary import LengthLimit, length_limits
-from fishkern.hosts.shares import Share, placed, share_of
+from fishkern.hosts.shares import Share, cuts_of, placed, share_of
 from fishkern.hosts.tasks import HEADS, Task, is_head, padding_token, task
-from fishkern.hosts.tensor_parallel import Split, in_any, is_distributed, mesh_of, own_part, split_of, why_not_split
+from fishkern.hosts.tensor_parallel import (
+    Split,
+    computed_shape,
+    in_any,
+    is_distributed,
+    mesh_of,
+    own_part,
+    placed_over,
+    split_of,
+    split_range,
+    why_not_split,
+)
 from fishkern.hosts.wrappers import base_model, named_parameters, unwrap
 
 __all__ = [
@@ -39,7 +50,9 @@ __all__ = [
     "alterations",
     "base_model",
     "call_options",
+    "computed_shape",
     "connected_inputs",
+    "cuts_of",
     "dispatched",
     "evaluation_mode",
     "head_of",
@@ -59,6 +72,7 @@ __all__ = [
     "own_part",
     "padding_token",
     "placed",
+    "placed_over",
     "remove",
     "reshard",
     "runs_on",
@@ -66,6 +80,7 @@ __all__ = [
     "sharded",
     "share_of",
     "split_of",
+    "split_range",
     "stack_of",
     "stacks",
     "task",

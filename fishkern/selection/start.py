@@ -161,7 +161,7 @@ def load_start(model: nn.Module, path: str | os.PathLike[str]) -> None:
     with torch.no_grad():
         for name, tensor in stored.items():
             share, values = hosts.share_of(name, named[name]), tensor.read()
-            own = values if share is None else values.narrow(share.axis, share.start, share.stop - share.start)
+            own = values if share is None else values[share.place]
             hosts.local_part(named[name]).copy_(own)
 
 

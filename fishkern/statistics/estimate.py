@@ -39,6 +39,7 @@ from fishkern.statistics.request import Options, Request, coverage_of, reader_fo
 from fishkern.statistics.result import Statistics
 from fishkern.statistics.sharded_pass import ShardedPass, check_sharded
 from fishkern.statistics.sharded_states import ShardedStates
+from fishkern.statistics.sharded_team import ShardedTeamPass, ShardedTeamStates
 from fishkern.statistics.sharding import sharding_of
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
@@ -194,6 +195,8 @@ def estimate(
     paths: dict[str, tuple[str, str]] = {}
     passed: list[Passed] = []
     with tensor_parallel(model, ranks) as team:
+        if team is not None and sharding is not None:
+            sharding.beside(team.data)
         for number, names in enumerate(groups):
             with saying_what_sums_take(request, options):
                 given = (batches, reader, request.device, max_examples)
@@ -202,7 +205,10 @@ def estimate(
                 infos = {name: request.infos[name] for name in names}
                 common = (model, {name: request.tensors[name] for name in names}, estimator)
                 following = None
-                if team is not None:
+                if team is not None and sharding is not None:
+                    states = ShardedTeamStates(infos, estimator, backend, sharding=sharding, team=team)
+                    one = ShardedTeamPass(*common, states, answering, options.check, sharding=sharding, team=team)
+                elif team is not None:
                     states = TensorParallelStates(infos, estimator, backend, team=team)
                     one = TensorParallelPass(*common, states, answering, options.check, team=team)
                 elif sharding is not None:

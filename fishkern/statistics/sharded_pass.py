@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,10 +97,10 @@ class ShardedPass(OnePass):
         self, data: Data, one_pass: ShardedCapture | ShardedSketch, randomness: OwnRandomness
     ) -> Iterator[tuple[Examples, bool]]:
         """Give each rank its next batch, and whether it is its own, until no rank has one."""
-        ranks, batches = self.sharding.ranks, iter(data)
+        ranks, everyone, batches = self.sharding.ranks, self.sharding.everyone, iter(data)
         spare: Examples | None = None
         while True:
-            with ranks.failing_together():
+            with everyone.failing_together():
                 batch = next(batches, None)
             kinds = ranks.gathered(None if batch is None else _kind(batch))
             if not any(kind is not None for kind in kinds):
@@ -108,7 +109,7 @@ class ShardedPass(OnePass):
                 spare = one_pass.examples.first(
                     batch, next(rank for rank, kind in enumerate(kinds) if kind is not None)
                 )
-                with ranks.failing_together(), randomness.aside():
+                with everyone.failing_together(), randomness.aside():
                     self.answering.begin(spare)
                 self.sharding.units.reshard()  # a forward pass alone leaves the outermost unit whole
             with randomness.drawing():
@@ -132,7 +133,10 @@ class ShardedPass(OnePass):
             unserved=partial(_nested, sharding=self.sharding),
             **joint,
         )
-        return ShardedCapture(*common, planner, self.sharding, examples)
+        return self._capturing(*common, planner, self.sharding, examples)
+
+    def _capturing(self, *args: Any) -> ShardedCapture:
+        return ShardedCapture(*args)
 
     def _agreed(self, losses: list[float]) -> list[float]:
         return self.sharding.ranks.gathered(losses)[0]  # of the same examples, whose last bits may differ on devices
@@ -142,7 +146,7 @@ class ShardedPass(OnePass):
 
         def answered(batch: Examples, *onlooker: Onlooker) -> Predictive | Tensor:
             self.sharding.units.reshard()  # so that this run sees which parameters require a gradient
-            with self.sharding.ranks.failing_together(), self.sharding.units.followed():
+            with self.sharding.everyone.failing_together(), self.sharding.units.followed():
                 return answer(batch, *onlooker)
 
         return answered
@@ -213,32 +217,40 @@ class ShardedCapture(CapturedPass):
             batch: This rank's batch.
             kinds: The kind of each rank's batch; ``None`` where it has none.
         """
-        ranks = self._sharding.ranks
+        everyone = self._sharding.everyone
         for rank, kind in enumerate(kinds):
             if kind is not None and not self.planner.has_plan(kind):
                 few = self.examples.first(batch, rank)
-                with ranks.failing_together():
+                with everyone.failing_together():
                     plan = self.planner.plan_for(few)
-                ranks.demand_equal(_described(plan), "the paths of parameters")
+                everyone.demand_equal(_described(plan), "the paths of parameters")
+                self._check(plan)
+
+    def _check(self, plan: Plan) -> None:
+        """Refuse a plan that no rank can follow."""
 
     def _captured(
         self, plan: Plan, batch: Examples, *, own: bool, only: Objectives | None = None
     ) -> list[dict[str, set[int]]]:
         """Capture a batch of each rank, and say what each holds back; of one that does not count, nothing."""
-        ranks = self._sharding.ranks
+        everyone = self._sharding.everyone
         self._looped, loss = {}, self.loss
-        with ranks.failing_together(), self._sharding.apart(counts=own):
+        with everyone.failing_together(), self._sharding.apart(counts=own):
             withheld = dict(self._capture(plan, batch, only))
         if not own:
             withheld, self.loss, self._looped = {}, loss, {}
-        ended = ranks.gathered((withheld, self._looped, dict(self.planner.strayed), set(self.planner.distrusted)))
+        ended = self._of_all_ranks((withheld, self._looped, dict(self.planner.strayed), set(self.planner.distrusted)))
         every_withheld, every_looped, every_strayed, every_distrusted = zip(*ended, strict=True)
         self.planner.distrusted.update(*every_distrusted)
         if strayed := {key: reason for reasons in every_strayed for key, reason in reasons.items()}:
-            with ranks.failing_together():
+            with everyone.failing_together():
                 self.planner.note_strays(strayed)
         self._loop_together(batch, every_looped)
         return list(every_withheld)
+
+    def _of_all_ranks(self, ended: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """Collect what follows from a batch on each rank."""
+        return self._sharding.ranks.gathered(ended)
 
     def _loop(self, batch: Examples, keys: Iterable[str], only: Objectives | None) -> None:
         # all ranks loop together, once each has taken part in the backward pass
@@ -270,13 +282,14 @@ class ShardedCapture(CapturedPass):
 
     def _noted(self, answer: Predictive | Tensor, batch: Examples) -> Iterator[tuple[Tensor | None, bool]]:
         """Give the objectives, equally many on all ranks; an error of one ends all before the backward pass."""
-        ranks, objectives = self._sharding.ranks, self._estimator.objectives(answer, batch.places)
+        ranks, everyone = self._sharding.ranks, self._sharding.everyone
+        objectives = self._estimator.objectives(answer, batch.places)
         zeros: Tensor | None = None
-        with ranks.failing_together():
+        with everyone.failing_together():
             following = next(objectives, _END)
         while True:
             objective = None if following is _END else following
-            with ranks.failing_together():
+            with everyone.failing_together():
                 if objective is not None:
                     self._note(objective, batch)
                 following = _END if following is _END else next(objectives, _END)

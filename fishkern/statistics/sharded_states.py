@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishkern import hosts
 from fishkern.backend import Backend
 from fishkern.layers import Columns, PerExampleGrads, SummedGrads, columns_of
 from fishkern.statistics.base import Estimator, ParameterInfo
@@ -62,12 +63,15 @@ class ShardedStates(States):
         parts = {key: part for key, info in parameters.items() if (part := sharding.part(info.value)) is not None}
         of_entries = not isinstance(estimator, GroupFisher)
         self._parts, self._of_groups = (parts, {}) if of_entries else ({}, parts)
-        self._whole_shapes = {key: info.shape for key, info in parameters.items()}
+        # under tensor parallel whole is what this rank computes with
+        self._whole_shapes = {key: parts[key].whole if key in parts else one.shape for key, one in parameters.items()}
         self._pending: dict[str, _Pending] = {}
         self._error: Exception | None = None
+        beside = {key for key, info in parameters.items() if key not in parts and hosts.is_distributed(info.value)}
+        shapes = {key: part.shape for key, part in self._parts.items()}
+        shapes |= {key: hosts.local_part(parameters[key].value).shape for key in beside}
         local = {
-            key: replace(info, shape=self._parts[key].shape) if key in self._parts else info
-            for key, info in parameters.items()
+            key: replace(info, shape=shapes[key]) if key in shapes else info for key, info in parameters.items()
         }
         super().__init__(local, estimator, backend)
 
@@ -132,14 +136,14 @@ class ShardedStates(States):
     def complete(self) -> None:
         self.exchange()
         error, self._error = self._error, None
-        with self._sharding.ranks.failing_together():
+        with self._sharding.everyone.failing_together():
             if error is not None:
                 raise error
 
     def largest(self, values: Tensor) -> float:
         largest = super().largest(values)
         largest = float("inf") if math.isnan(largest) else largest  # a maximum over ranks may lose NaN
-        return self._sharding.ranks.largest(torch.tensor(largest, dtype=torch.float64)).item()
+        return self._sharding.everyone.largest(torch.tensor(largest, dtype=torch.float64)).item()
 
     def result(self, name: str, ranks: Ranks, count: int) -> Any:
         if (part := self._parts.get(name)) is None:

@@ -3,10 +3,14 @@
 Every rank computes its own examples' squares of the whole parameter, some columns at a time, and the sum over ranks is
 scattered: each rank gets the entries of its shard (reduce-scatter). Where replicas hold the same shards (HSDP), each
 replica adds up its own ranks' examples, and the replicas are added once, at the end.
+
+Where tensor parallel splits the model beside FSDP2, a rank computes with its processes' part of each parameter, and
+FSDP2 shards that part over the ranks that have the same one. These are the ranks whose examples differ.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -34,12 +38,14 @@ class Part:
 
     Args:
         parameter: The sharded parameter, a ``DTensor``.
+        whole: Shape of what these ranks hold together: of the parameter, or of its part by tensor parallel.
         axis: The axis along which it is sharded, 0 or 1.
         group: The ranks that hold one replica of it.
         replicas: The ranks that hold the same part; ``None`` if there is one replica.
     """
 
     parameter: nn.Parameter
+    whole: torch.Size
     axis: int
     group: Any
     replicas: Any
@@ -93,7 +99,7 @@ class Part:
 
     def _add_rows_(self, state: Tensor, fill: Fill, device: torch.device) -> None:
         """Each rank holds some rows, and a block is a range of columns."""
-        shape = self.parameter.shape
+        shape = self.whole
         rows, width = shape[0], shape[1:].numel()
         chunk = -(-rows // self.count)  # as torch.chunk deals them: the last ranks may hold fewer, or none
         local = state.view(len(state), width)
@@ -107,7 +113,7 @@ class Part:
 
     def _add_columns_(self, state: Tensor, fill: Fill, device: torch.device) -> None:
         """Each rank holds equally many columns, and a block is a range of those of every rank."""
-        shape = self.parameter.shape
+        shape = self.whole
         rows, width = shape[0], shape[1:].numel()
         chunk = width // self.count  # FSDP2 shards an axis other than the first evenly alone
         local = state.view(rows, chunk)
@@ -142,7 +148,8 @@ class Sharding:
 
     Attributes:
         units: The units of the model.
-        ranks: As given.
+        ranks: The ranks that have examples of their own; under tensor parallel (:meth:`beside`) those of one part.
+        everyone: All ranks.
         counts: Whether the examples that this rank runs count.
         alike: Whether all ranks run the same examples, as they do before the first batch and for single gradients.
 
@@ -153,14 +160,25 @@ class Sharding:
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self.units = hosts.FullySharded(model)
-        self.ranks = ranks
+        self.ranks = self.everyone = ranks
         if reason := self.units.why_not_ready():
             raise ValueError(f"{reason}.")
         self.units.reshard()  # a forward pass without a backward pass leaves parameters whole
         sharded = set(self.units.parameters())
         names = {one: name for name, one in hosts.named_parameters(model).items()}
-        self._parts: dict[nn.Parameter, Part] = {one: _part(names[one], one, ranks) for one in names if one in sharded}
+        mesh = hosts.mesh_of(model)
+        self._parts: dict[nn.Parameter, Part] = {
+            one: _part(names[one], one, ranks, mesh) for one in names if one in sharded
+        }
         self.counts = self.alike = True
+
+    def beside(self, data: Ranks) -> None:
+        """Say that tensor parallel splits the model as well.
+
+        Args:
+            data: The ranks that compute with the same parts as this one, on other examples.
+        """
+        self.ranks = data
 
     @property
     def speaks(self) -> bool:
@@ -235,29 +253,36 @@ def sharding_of(model: nn.Module, ranks: Ranks) -> Sharding | None:
         UnsupportedModuleError: As for :class:`Sharding`.
         ValueError: Likewise.
     """
-    if not hosts.units(model) or hosts.sharded(model, fsdp2=True):
+    if not hosts.units(model) or hosts.sharded(model, fsdp2=True, tensor_parallel=True):
         return None
     return Sharding(model, ranks)
 
 
-def _part(name: str, parameter: Any, ranks: Ranks) -> Part:
+def _part(name: str, parameter: Any, ranks: Ranks, model: Any) -> Part:
+    """Describe the part of a parameter; ``model``: the processes that tensor parallel splits the model over, if any."""
     mesh, placements = parameter.device_mesh, parameter.placements
-    split = [place for place, one in enumerate(placements) if one.is_shard()]
+    teams = 1 if model is None else model.size()
+    if model is not None and hosts.placed_over(parameter, model) is not None:
+        placements = placements[:-1]
+    sizes = [mesh.size(place) for place in range(len(placements))]
+    split = [place for place, one in enumerate(placements) if not one.is_replicate()]
     replicated = [place for place, one in enumerate(placements) if one.is_replicate()]
-    if len(split) != 1 or len(replicated) != len(placements) - 1 or len(replicated) > 1:
+    if len(split) != 1 or len(replicated) > 1 or not hasattr(placements[split[0]], "dim"):
         raise UnsupportedModuleError(
-            f"{name} is sharded as {tuple(placements)} over a mesh of {mesh.ndim} axes: expected FSDP2's fully_shard "
-            "over one axis, or over two of which one replicates (HSDP), without tensor parallel beside it."
+            f"{name} is sharded as {tuple(parameter.placements)} over a mesh of {mesh.ndim} axes: expected FSDP2's "
+            "fully_shard over one axis, or over two of which one replicates (HSDP), after parallelize_module over a "
+            "last axis if tensor parallel splits it, too."
         )
     axis = placements[split[0]].dim
     if axis > 1:
         raise UnsupportedModuleError(
             f"{name} is sharded along its axis {axis}: expected 0 or 1, as shard_placement_fn= may give them."
         )
-    if mesh.size() != ranks.count:
+    if teams * math.prod(sizes) != ranks.count:
+        over = f"{math.prod(sizes)} of {ranks.count // teams}"
         raise UnsupportedModuleError(
-            f"{name} is sharded over {mesh.size()} of {ranks.count} processes: expected all of them, since each has "
-            "examples of its own. Shard over a mesh of all processes."
+            f"{name} is sharded over {over} {'processes' if teams == 1 else 'teams of tensor parallel'}: expected all "
+            "of them, since each has examples of its own. Shard over a mesh of all."
         )
     if not has_gradient_dtype(parameter):
         raise UnsupportedModuleError(
@@ -265,4 +290,4 @@ def _part(name: str, parameter: Any, ranks: Ranks) -> Part:
             "model in each process."
         )
     replicas = mesh.get_group(replicated[0]) if replicated else None
-    return Part(parameter, axis, mesh.get_group(split[0]), replicas)
+    return Part(parameter, hosts.computed_shape(parameter, model), axis, mesh.get_group(split[0]), replicas)

@@ -39,10 +39,12 @@ class Team:
     Args:
         model: The processes with the parts of one model, on the same examples.
         data: The processes that hold the same part, each with examples of its own.
+        mesh: The ``DeviceMesh`` of ``model``.
     """
 
     model: Ranks
     data: Ranks
+    mesh: Any
 
 
 @contextmanager
@@ -74,7 +76,7 @@ def tensor_parallel(model: nn.Module, everyone: Ranks) -> Iterator[Team | None]:
             "of equal size that have all processes in them, each once."
         )
     with Ranks.of([tuple(team[place] for team in teams) for place in range(len(own))]) as data:
-        yield Team(Ranks(mesh.get_group()), data)
+        yield Team(Ranks(mesh.get_group()), data, mesh)
 
 
 def check_tensor_parallel(estimator: Estimator) -> None:
@@ -188,21 +190,32 @@ class TensorParallelStates(States):
         value = self.info(name).value
         result = super().result(name, self._team.data, count)
         if not hosts.is_distributed(value):
-            self._demand_alike(name, result, _ALIKE_16_BIT if value.dtype.itemsize < 4 else _ALIKE)
+            demand_alike(name, value, result, self._team.model)
             return result
-        from torch.distributed.tensor import DTensor  # torch itself imports it with the first distributed model only
+        return hosts.placed(result, value)
 
-        options = {"run_check": False, "shape": value.shape, "stride": value.stride()}
-        return DTensor.from_local(result, value.device_mesh, value.placements, **options)
 
-    def _demand_alike(self, name: str, result: Tensor, tolerance: float) -> None:
-        """Refuse a parameter that each process holds, and of which each has found another statistic."""
-        said = self._team.model.gathered((result.sum().item(), result.max().item() if result.numel() else 0.0))
-        for rank, other in enumerate(said):
-            if any(abs(a - b) > tolerance * max(abs(a), abs(b)) for a, b in zip(said[0], other, strict=True)):
-                raise UnsupportedModuleError(
-                    f"every process of the model holds {name}, and the processes 0 and {rank} find other gradients of "
-                    "it: each runs it on a part of the input, such as its own heads or positions, so that none has the "
-                    "whole gradient. Split its module with the others, as by SequenceParallel() of torch or "
-                    "replicated_with_grad_allreduce of transformers, or leave it out with parameters=."
-                )
+def demand_alike(name: str, parameter: Tensor, result: Tensor, model: Ranks) -> None:
+    """Refuse a parameter that each process of a model holds, and of which each has found another statistic.
+
+    A collective operation.
+
+    Args:
+        name: Canonical name of the parameter.
+        parameter: The parameter.
+        result: This process's statistic of it.
+        model: The processes.
+
+    Raises:
+        UnsupportedModuleError: The statistics differ by more than rounding.
+    """
+    tolerance = _ALIKE_16_BIT if parameter.dtype.itemsize < 4 else _ALIKE
+    said = model.gathered((result.sum().item(), result.max().item() if result.numel() else 0.0))
+    for rank, other in enumerate(said):
+        if any(abs(a - b) > tolerance * max(abs(a), abs(b)) for a, b in zip(said[0], other, strict=True)):
+            raise UnsupportedModuleError(
+                f"every process of the model holds {name}, and the processes 0 and {rank} find other gradients of "
+                "it: each runs it on a part of the input, such as its own heads or positions, so that none has the "
+                "whole gradient. Split its module with the others, as by SequenceParallel() of torch or "
+                "replicated_with_grad_allreduce of transformers, or leave it out with parameters=."
+            )

@@ -238,7 +238,7 @@ def _() -> dict[str, bool]:
     with torch.no_grad():
         for name, one in again.named_parameters():
             share = hosts.share_of(name, one)
-            one.to_local().copy_(state[name].narrow(share.axis, share.start, share.stop - share.start))
+            one.to_local().copy_(state[name][share.place])
     loading = fk.MaskedAdamW(again, selection, max_grad_norm=NORM, lr=7.0)
     loading.load_state_dict(saved)
     trained(again, loading, range(10, 15))
@@ -497,7 +497,7 @@ def _of_own_part(grads: list[Tensor], shares: list[Any]) -> Tensor:
     return torch.nn.utils.get_total_norm(grads)
 
 
-def _over_all(share: hosts.Share, tensor: Tensor) -> list[Tensor]:
+def _over_all(share: hosts.Share, tensor: Tensor, group: Any) -> list[Tensor]:
     """Exchange with replicas, too, as if they held other entries."""
     parts = [torch.empty_like(tensor) for _ in range(world)]
     dist.all_gather(parts, tensor)

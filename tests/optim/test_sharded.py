@@ -34,23 +34,26 @@ def some_of(shape: torch.Size) -> list[Entries]:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_shard_numbers_the_entries_that_slicing_the_whole_gives(shape):
-    """Every range along either axis, also an empty one, against the slice of a tensor of the whole's numbers."""
+    """Every range along either axis, and blocks of both, against the slice of a tensor of the whole's numbers."""
     shape = torch.Size(shape)
     numbers = torch.arange(shape.numel()).view(shape)
-    for axis in range(min(2, len(shape))):
-        ends = range(shape[axis] + 1)
-        for start, stop in (pair for pair in product(ends, ends) if pair[0] <= pair[1]):
-            share = Share(shape, axis, start, stop)
-            shard = numbers.narrow(axis, start, stop - start)
-            assert share.local_shape == shard.shape
-            assert torch.equal(held(share).indices().long(), shard.reshape(-1))
-            for entries in some_of(shape):
-                own = in_shard(entries, share)
-                inside = entries.mask().narrow(axis, start, stop - start)
-                assert torch.equal(own.mask(), inside)
-                assert torch.equal(in_whole(own, share).long(), shard[inside])
-                assert torch.equal(own_values(entries.indices(), entries, share).long(), shard[inside])
-                assert own.is_all or own.count == 0 or (own.ranges is None) is (entries.ranges is None)
+    whole = tuple((0, size) for size in shape)
+    every = [[(start, stop) for stop in range(size + 1) for start in range(stop + 1)] for size in shape[:2]]
+    cut = [(*whole[:axis], one, *whole[axis + 1 :]) for axis, ends in enumerate(every) for one in ends]
+    if len(shape) > 1:
+        cut += [(rows, columns, *whole[2:]) for rows, columns in product(every[0][::4], every[1][::5])]
+    for ranges in cut:
+        share = Share(shape, ranges)
+        shard = numbers[share.place]
+        assert share.local_shape == shard.shape
+        assert torch.equal(held(share).indices().long(), shard.reshape(-1))
+        for entries in some_of(shape):
+            own = in_shard(entries, share)
+            inside = entries.mask()[share.place]
+            assert torch.equal(own.mask(), inside)
+            assert torch.equal(in_whole(own, share).long(), shard[inside])
+            assert torch.equal(own_values(entries.indices(), entries, share).long(), shard[inside])
+            assert own.is_all or own.count == 0 or (own.ranges is None) is (entries.ranges is None)
 
 
 @pytest.fixture(scope="module")
