@@ -4,7 +4,7 @@ from fishkern.hosts import modes
 from fishkern.hosts.alterations import alterations
 from fishkern.hosts.blocks import Layer, layer_of, stack_of, stacks
 from fishkern.hosts.calls import accepts, call_options
-from fishkern.hosts.fully_sharded import FullySharded, local_part, reshard, runs_on, units
+from fishkern.hosts.fully_sharded import FullySharded, class_of, local_part, reshard, runs_on, units
 from fishkern.hosts.heads import Head, head_of
 from fishkern.hosts.insertion import Branch, InsertionPoints, Wrapper, insert, insertion_points, remove
 from fishkern.hosts.modes import connected_inputs, evaluation_mode
@@ -17,7 +17,7 @@ from fishkern.hosts.refusals import (
     sharded,
 )
 from fishkern.hosts.rotary import LengthLimit, length_limits
-from fishkern.hosts.shares import Share, cuts_of, placed, share_of
+from fishkern.hosts.shares import Share, cuts_of, placed, share_of, whole
 from fishkern.hosts.tasks import HEADS, Task, is_head, padding_token, task
 from fishkern.hosts.tensor_parallel import (
     Split,
@@ -50,6 +50,7 @@ __all__ = [
     "alterations",
     "base_model",
     "call_options",
+    "class_of",
     "computed_shape",
     "connected_inputs",
     "cuts_of",
@@ -86,5 +87,6 @@ __all__ = [
     "task",
     "units",
     "unwrap",
+    "whole",
     "why_not_split",
 ]

@@ -159,3 +159,16 @@ def placed(local: Tensor, like: Tensor) -> Tensor:
     one: Any = like
     options = {"run_check": False, "shape": one.shape, "stride": one.stride()}
     return DTensor.from_local(local, one.device_mesh, one.placements, **options)
+
+
+def whole(local: Tensor, like: Tensor) -> Tensor:
+    """Gather what all ranks hold of something of a parameter's shape. A collective operation.
+
+    Args:
+        local: This rank's part.
+        like: A parameter.
+
+    Returns:
+        The whole tensor, on every rank; ``local`` itself where the parameter is no ``DTensor``.
+    """
+    return placed(local, like).full_tensor() if hasattr(like, "device_mesh") else local  # type: ignore[attr-defined]

@@ -89,7 +89,8 @@ def own_part(tensor: Tensor, like: Tensor) -> Tensor:
     if not is_distributed(tensor):
         return tensor
     placements = getattr(like, "placements", tensor.placements)
-    return (tensor if tensor.placements == placements else tensor.redistribute(placements=placements)).to_local()
+    part = (tensor if tensor.placements == placements else tensor.redistribute(placements=placements)).to_local()
+    return part.wait() if hasattr(part, "wait") else part  # of a collective operation that may be under way
 
 
 def in_any(flags: Tensor, split: Split | None) -> Tensor:

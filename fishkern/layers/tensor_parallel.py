@@ -9,7 +9,6 @@ comes before the square.
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -137,8 +136,9 @@ def own_copy(module: nn.Module) -> nn.Module:
     Returns:
         A module without hooks that shares memory and everything else with it.
     """
-    own = copy.copy(module)
+    own = object.__new__(hosts.class_of(module))  # copy.copy would make a unit of FSDP2 anew
     state = vars(own)
+    state |= vars(module)
     state.pop("forward", None)
     state |= {name: OrderedDict() for name in _HOOKS}
     state["_parameters"] = {

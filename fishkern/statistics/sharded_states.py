@@ -70,9 +70,7 @@ class ShardedStates(States):
         beside = {key for key, info in parameters.items() if key not in parts and hosts.is_distributed(info.value)}
         shapes = {key: part.shape for key, part in self._parts.items()}
         shapes |= {key: hosts.local_part(parameters[key].value).shape for key in beside}
-        local = {
-            key: replace(info, shape=shapes[key]) if key in shapes else info for key, info in parameters.items()
-        }
+        local = {key: replace(info, shape=shapes[key]) if key in shapes else info for key, info in parameters.items()}
         super().__init__(local, estimator, backend)
 
     def of_the_same_kind(self, estimator: Estimator, names: Collection[str]) -> ShardedStates:

@@ -212,21 +212,6 @@ class Sharding:
         """
         return self.units.differentiating(list(parameters.values()))
 
-    def gathered(self, parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather what all ranks hold of something of the parameters' shapes. A collective operation.
-
-        Args:
-            parameters: By canonical name.
-            values: This rank's part of each.
-
-        Returns:
-            Whole tensors, on every rank.
-        """
-        parts = {name: self.part(parameters[name]) for name in values}
-        return {
-            name: one if parts[name] is None else parts[name].placed(one).full_tensor() for name, one in values.items()
-        }
-
     def part(self, parameter: Tensor) -> Part | None:
         """Find the part of a parameter that this rank holds.
 

@@ -8,7 +8,7 @@ examples of its own, and sums are reduced over the processes that hold the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -124,25 +124,40 @@ class SameData(Data):
         while True:
             with self._team.model.failing_together():
                 batch = next(batches, None)
-            self._demand_same(number, (None, b"") if batch is None else _said(batch))
+            _demand_same(self._team, number, batch)
             if batch is None:
                 return
             number += 1
             yield batch
 
-    def _demand_same(self, number: int, own: tuple[Any, bytes]) -> None:
-        said = self._team.model.gathered(own)
-        for rank, other in enumerate(said):
-            if other == said[0]:
-                continue
-            sizes = ["no batch" if one[0] is None else f"{one[0][0]} examples" for one in (said[0], other)]
-            what = f"{sizes[0]} and {sizes[1]}" if sizes[0] != sizes[1] else "examples of other values or layouts"
-            raise ValueError(
-                f"batch {number} differs between processes 0 and {rank} of the {self._team.model.count} that compute "
-                f"one model together ({what}): give them the same batches, by a DataLoader without a sampler for "
-                f"ranks, or, for several such teams, by a DistributedSampler with num_replicas={self._team.data.count} "
-                f"and, here, rank={self._team.data.rank}."
-            )
+
+def demand_same(team: Team, batches: Sequence[Examples]) -> None:
+    """Refuse batches that differ between the processes of a model. A collective operation.
+
+    Args:
+        team: The processes.
+        batches: This process's.
+
+    Raises:
+        ValueError: They differ.
+    """
+    for number in range(max(team.model.gathered(len(batches)))):
+        _demand_same(team, number, batches[number] if number < len(batches) else None)
+
+
+def _demand_same(team: Team, number: int, batch: Examples | None) -> None:
+    said = team.model.gathered((None, b"") if batch is None else _said(batch))
+    for rank, other in enumerate(said):
+        if other == said[0]:
+            continue
+        sizes = ["no batch" if one[0] is None else f"{one[0][0]} examples" for one in (said[0], other)]
+        what = f"{sizes[0]} and {sizes[1]}" if sizes[0] != sizes[1] else "examples of other values or layouts"
+        raise ValueError(
+            f"batch {number} differs between processes 0 and {rank} of the {team.model.count} that compute one model "
+            f"together ({what}): give them the same batches, by a DataLoader without a sampler for ranks, or, for "
+            f"several such teams, by a DistributedSampler with num_replicas={team.data.count} and, here, "
+            f"rank={team.data.rank}."
+        )
 
 
 def _said(batch: Examples) -> tuple[Any, bytes]:

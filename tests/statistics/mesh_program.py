@@ -2,45 +2,194 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
+import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 
 import fishkern as fk
-from tests.statistics import tensor_program
-from tests.statistics.tensor_program import CASES, case, compared, data, in_batches, llama, refusal, split
-
-rank, world = 0, 1  # as of the program that this one adds its cases to
+from fishkern.statistics import sharding
+from fishkern.statistics.sharded_pass import ShardedPass
+from fishkern.statistics.sharded_team import ShardedTeamPass
+from tests.statistics import tensor_program as program
+from tests.statistics.tensor_program import (
+    ATTENTION,
+    CASES,
+    Net,
+    case,
+    compared,
+    data,
+    in_batches,
+    like_whole,
+    llama,
+    refusal,
+    split,
+    tokens,
+)
 
 
 def mesh(*sizes: int) -> Any:
-    names = ("replica", "data", "model")[-len(sizes) :]
-    return init_device_mesh("cpu", sizes, mesh_dim_names=names)
+    return init_device_mesh("cpu", sizes, mesh_dim_names=("replica", "data", "model")[-len(sizes) :])
 
 
-def both(model: nn.Module, over: Any = None, **options: Any) -> nn.Module:
-    """Split a LLaMA over the last axis of a mesh, and shard it over the others: its layers, and what is around them."""
-    over = mesh(2, world // 2) if over is None else over
+def shard(model: nn.Module, over: Any, layers: Any, **options: Any) -> nn.Module:
+    """Shard layers and what is around them over all axes of a mesh but the last."""
+    data_axes = over["replica", "data"] if over.ndim == 3 else over["data"]
+    for layer in layers:
+        fully_shard(layer, mesh=data_axes, **options)
+    return fully_shard(model, mesh=data_axes, **options)
+
+
+def both(model: nn.Module, sizes: tuple[int, ...] = (2, 2), *, placement: Any = None, **options: Any) -> nn.Module:
+    """Split a LLaMA over the last axis of a mesh, and shard it over the others."""
+    over = mesh(*sizes)
     split(model, mesh=over["model"], **options)
-    rest = over[over.mesh_dim_names[:-1]] if over.ndim > 2 else over["data"]
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=rest)
-    return fully_shard(model, mesh=rest)
+    return shard(model, over, model.model.layers, shard_placement_fn=placement)
 
 
-def own(batch: dict[str, Tensor], team: int, teams: int = 2) -> list[dict[str, Tensor]]:
-    """Give a team its examples, of which the last may have fewer, in two batches."""
-    return in_batches({key: value[team::teams].clone() for key, value in batch.items()})
+def team() -> int:
+    return program.rank // 2
+
+
+def own(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """A team's examples: three of the first one, in two batches, and two of the other, in one."""
+    return in_batches({key: value[team() :: 2].clone() for key, value in batch.items()})
 
 
 def of_teams(model: nn.Module, whole: nn.Module, batch: dict[str, Tensor] | None = None, **options: Any) -> Any:
     batch = data() if batch is None else batch
-    return compared(model, whole, batch, iter(own(batch, rank // 2)), **options)
+    return compared(model, whole, batch, iter(own(batch)), **options)
+
+
+def last_axis(parameter: nn.Parameter) -> Shard:
+    return Shard(parameter.ndim - 1)
 
 
 CASES |= {
     "both": lambda: of_teams(both(llama()), llama()),
     "both, tied": lambda: of_teams(both(llama(tie=True)), llama(tie=True)),
+    "both, columns": lambda: of_teams(both(llama(), placement=last_axis), llama()),
+    "both, replicas": lambda: of_teams(both(llama(), (2, 1, 2)), llama()),
+    "both, positions": lambda: like_whole(
+        both(llama()), llama(), fk.DiagonalFisher(unit="position"), iter(own(data())), whole_batches=[data()]
+    ),
+    "both, mc": lambda: like_whole(
+        both(llama()), llama(), fk.DiagonalFisher("mc", seed=3), iter(own(data(4))), whole_batches=[data(4)]
+    ),
 }
+
+
+@case("both, sequence")
+def _() -> dict[str, Any]:
+    batch = data()
+    batch["position_ids"] = torch.arange(6).expand(5, 6).contiguous()
+    model = both(llama(attention="sdpa"), sequence=True)
+    return of_teams(model, llama(attention="sdpa"), batch)
+
+
+@case("both, LoRA")
+def _() -> dict[str, Any]:
+    """An adapter of the queries, which every process of a team has whole, as it has the heads that they go to."""
+
+    def adapted(model: nn.Module) -> nn.Module:
+        torch.manual_seed(6)
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        return get_peft_model(model, config).double().eval()
+
+    over, model = mesh(2, 2), adapted(llama())
+    inner = split(model.base_model.model, mesh=over["model"], gathered=(*ATTENTION, "self_attn.o_proj"))
+    return of_teams(shard(model, over, inner.model.layers), adapted(llama()))
+
+
+class Beside(Net):
+    """One that adds what two weights give past the call of their module: one is split, the other is not."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.rows(ids) + self.columns(ids)
+        x = x + self.down(self.up(self.norm(x)).tanh())
+        return nn.functional.linear(self.last(x).mean(1), self.head.weight) + self.head(x.mean(1))
+
+
+@case("both, looped")
+def _() -> dict[str, Any]:
+    """Every example of every team runs alone, on all processes; and so it does for ``verify``."""
+    over = mesh(2, 2)
+    plan = {name: style for name, style in program.NET.items() if name != "norm"}
+    plan["up"] = program.ColwiseParallel()
+    model = program.parallelize_module(Beside().eval(), over["model"], plan)
+    shard(model, over, [model.up, model.down])
+    ids, labels = (torch.cat(parts) for parts in zip(*tokens(), strict=True))
+    batches = [(ids[team() :: 2], labels[team() :: 2])]
+    options = {"likelihood": fk.Classification()}
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always")
+        found = like_whole(model, Beside().eval(), None, iter(batches), whole_batches=[(ids, labels)], **options)
+        statistics = fk.estimate(model, batches, check=False, **options)
+        verified = fk.verify(model, batches, **options)
+    return found | {
+        "noted": sum("slow exact path" in str(one.message) for one in noted),
+        "unchecked": fk.verify(model, batches, statistics, **options).ok,
+        "verified": verified.ok, "counted": verified.examples,
+    }  # fmt: skip
+
+
+def planted(of: Any, name: str, wrong: Callable[..., Any]) -> float:
+    with patch.object(of, name, wrong):
+        return of_teams(both(llama()), llama(), check=False)["error"]
+
+
+_scattered = sharding.Part._scattered
+PLANTED = {
+    "no reduction over the data": lambda: planted(
+        sharding.Part, "_scattered", lambda part, parts: parts[dist.get_rank(part.group)]
+    ),
+    "mean instead of sum": lambda: planted(
+        sharding.Part, "_scattered", lambda part, parts: _scattered(part, parts) / part.count
+    ),
+    "counted once for each process": lambda: planted(
+        ShardedTeamPass, "over", lambda one, batches, ranks, report: ShardedPass.over(one, batches, ranks, report)
+    ),
+}
+CASES |= PLANTED
+
+
+@case("both, files")
+def _() -> dict[str, bool]:
+    """Statistics of fixed values have the bytes of one process, and each process reads its part of them."""
+    model, generator = both(llama(tie=True)), torch.Generator().manual_seed(3)
+    values = {name: torch.rand(one.shape, generator=generator) for name, one in llama(tie=True).named_parameters()}
+    alone = program.folder / f"alone-{program.rank}"
+    with patch.object(dist, "is_initialized", lambda: False):
+        written = fk.Statistics(values, count=3).save(alone)
+    parts = fk.Statistics.load(written, lazy=True).sharded_as(model)
+    path = parts.save(program.folder / "both")
+    named = dict(model.named_parameters())
+    return {
+        "bytes": path.read_bytes() == written.read_bytes(),
+        "placed": all(parts[name].placements == named[name].placements for name in parts),
+        "whole": all(torch.equal(parts.full(name), values[name]) for name in values),
+        "selected": fk.select(parts, fk.GlobalTopK(density=0.3)).gathered()
+        == fk.select(fk.Statistics(values, count=3), fk.GlobalTopK(density=0.3)),
+    }
+
+
+@case("both, refused")
+def _() -> dict[str, str]:
+    model, batches = both(llama()), own(data())
+    strange = own(data()) if program.rank else in_batches(data(3))
+    return {
+        "groups": refusal(lambda: fk.estimate(model, batches, fk.GroupFisher())),
+        "sketch": refusal(lambda: fk.estimate(model, batches, fk.SketchedFisher())),
+        "checkpoint": refusal(lambda: fk.estimate(model, batches, checkpoint=program.folder / "part")),
+        "batches": refusal(lambda: fk.estimate(model, iter(strange))),
+        "verified batches": refusal(lambda: fk.verify(model, strange)),
+        "max_examples": refusal(lambda: fk.verify(model, batches, max_examples=3)),
+    }
