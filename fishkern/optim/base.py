@@ -507,6 +507,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
         On the same ones it may be placed otherwise: tensor parallel leaves each rank a summand of the gradient of a
         norm that runs on some positions, and the whole gradient of a weight of one row.
+
+        Raises:
+            ValueError: It is on others.
         """
         ours, theirs = (getattr(one, "device_mesh", None) for one in (parameter, grad))
         if ours != theirs:

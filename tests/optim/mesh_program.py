@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 import fishkern as fk
 from fishkern import hosts
-from fishkern.optim import base, clipping
+from fishkern.optim import clipping
 from tests.optim import sharded_program as program
-from tests.optim.sharded_program import ADAMW, CASES, NESTEROV, compared, net, ranges
+from tests.optim.sharded_program import CASES, NESTEROV, compared, ranges
 
 PLAN = {
     "0": ColwiseParallel(output_layouts=Replicate()),
@@ -61,7 +61,7 @@ def _plan(model: nn.Module) -> dict[str, Any]:
 @contextmanager
 def laid_out(how: Callable[..., nn.Module]) -> Any:
     """Let the cases of the other program split models in this way, and give teams rows of their own."""
-    teams = 1 if how is split else 2
+    teams = 1 if how is split else program.world // 2
     rows = slice(program.rank // 2 if teams > 1 else 0, None, teams)
     with patch.object(program, "sharded", how), patch.object(program, "own_rows", lambda: rows):
         yield
@@ -95,6 +95,24 @@ def some(model: nn.Module) -> fk.Selection:
     return fk.Selection(shapes, {name: mask.nonzero().view(-1) for name, mask in masks.items()})
 
 
-def planted(of: Any, name: str, wrong: Callable[..., Any], run: Callable[[], Any]) -> Any:
-    with patch.object(of, name, wrong):
-        return run()
+def summands(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return hosts.local_part(tensor)
+
+
+def planted(of: Any, name: str, wrong: Callable[..., Any], run: Callable[[], Any]) -> Callable[[], Any]:
+    def case() -> Any:
+        with patch.object(of, name, wrong):
+            return run()
+
+    return case
+
+
+for _name, _how in LAYOUTS.items():
+    own_norm, all_norm = program._of_own_part, program._over_all
+    CASES |= {
+        f"norm of the own part, {_name}": on(_how, planted(clipping, "_norm_of_all", own_norm, program.by_sgd)),
+        f"replicas counted, {_name}": on(_how, planted(hosts.Share, "_exchanged", all_norm, program.by_sgd)),
+        f"summands, {_name}": on(_how, planted(hosts, "own_part", summands, lambda: compared(normed, some))),
+    }
+for _steps, _how in {"steps 0 to 8": both, "steps 8 to 14": split}.items():
+    CASES[f"{_steps}, handed on"] = on(_how, CASES[_steps])

@@ -14,7 +14,8 @@ from fishkern.selection.entries import Entries
 from fishkern.selection.local import held, in_shard, in_whole, own_values
 from tests.support.ranks import launched
 
-PROGRAM = "tests.optim.sharded_program"
+PROGRAM = "tests.optim.mesh_program"
+SPLIT = ["sgd, split", "norm, split", "sgd, both"]
 SHAPES = [(7, 5), (7,), (3, 4, 2), (2, 6), (1, 1), (0, 3), (3, 4, 2, 2)]
 
 
@@ -61,6 +62,7 @@ def two(tmp_path_factory) -> list[dict]:
     cases = ["adamw, listed", "adamw, ranges", "sgd, listed", "one rank alone", "resumed", "state", "groups", "16 bits"]
     cases += ["mixed precision", "offloaded", "delta", "start", "refusals", "selected on ranks", "replaced parameters"]
     cases += ["norm of the own part", "global index in the shard", "local index in a file"]
+    cases += [*SPLIT, "summands, split", "norm of the own part, split"]
     return launched(PROGRAM, 2, tmp_path_factory.mktemp("two"), cases)
 
 
@@ -76,6 +78,12 @@ def check(reports: list[dict], case: str) -> None:
 
 @pytest.mark.parametrize("case", ["adamw, listed", "adamw, ranges", "sgd, listed", "one rank alone"])
 def test_twenty_steps_are_those_of_one_process(two, case):
+    check(two, case)
+
+
+@pytest.mark.parametrize("case", SPLIT)
+def test_twenty_steps_of_a_model_that_tensor_parallel_splits(two, case):
+    """With FSDP2 beside it, which shards the parts among one process each."""
     check(two, case)
 
 
@@ -166,7 +174,10 @@ def test_parameters_that_fsdp2_has_replaced_are_warned_of_once(two):
         assert report["sharded"] == []
 
 
-@pytest.mark.parametrize("case", ["norm of the own part", "global index in the shard"])
+@pytest.mark.parametrize(
+    "case",
+    ["norm of the own part", "global index in the shard", "summands, split", "norm of the own part, split"],
+)
 def test_a_planted_error_is_seen(two, case):
     assert max(report[case]["error"] for report in two) > 1e-3
 

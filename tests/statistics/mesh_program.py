@@ -8,7 +8,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -55,18 +54,21 @@ def both(model: nn.Module, sizes: tuple[int, ...] = (2, 2), *, placement: Any = 
     return shard(model, over, model.model.layers, shard_placement_fn=placement)
 
 
-def team() -> int:
-    return program.rank // 2
+def dealt(one: Tensor, size: int = 2) -> Tensor:
+    """Give the examples of the team that this process is in, which has so many of them."""
+    return one[program.rank // size :: program.world // size].clone()
 
 
-def own(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """A team's examples: three of the first one, in two batches, and two of the other, in one."""
-    return in_batches({key: value[team() :: 2].clone() for key, value in batch.items()})
+def own(batch: dict[str, Tensor], size: int = 2) -> list[dict[str, Tensor]]:
+    """A team's batches; of two teams the first has three examples, in two of them, and the other has two, in one."""
+    return in_batches({key: dealt(value, size) for key, value in batch.items()})
 
 
-def of_teams(model: nn.Module, whole: nn.Module, batch: dict[str, Tensor] | None = None, **options: Any) -> Any:
+def of_teams(
+    model: nn.Module, whole: nn.Module, batch: dict[str, Tensor] | None = None, size: int = 2, **options: Any
+) -> Any:
     batch = data() if batch is None else batch
-    return compared(model, whole, batch, iter(own(batch)), **options)
+    return compared(model, whole, batch, iter(own(batch, size)), **options)
 
 
 def last_axis(parameter: nn.Parameter) -> Shard:
@@ -75,6 +77,8 @@ def last_axis(parameter: nn.Parameter) -> Shard:
 
 CASES |= {
     "both": lambda: of_teams(both(llama()), llama()),
+    "both, one team": lambda: of_teams(both(llama(), (1, 2)), llama()),
+    "both, teams of one": lambda: of_teams(both(llama(), (2, 1)), llama(), size=1),
     "both, tied": lambda: of_teams(both(llama(tie=True)), llama(tie=True)),
     "both, columns": lambda: of_teams(both(llama(), placement=last_axis), llama()),
     "both, replicas": lambda: of_teams(both(llama(), (2, 1, 2)), llama()),
@@ -98,6 +102,7 @@ def _() -> dict[str, Any]:
 @case("both, LoRA")
 def _() -> dict[str, Any]:
     """An adapter of the queries, which every process of a team has whole, as it has the heads that they go to."""
+    from peft import LoraConfig, get_peft_model  # which takes longer to import than most cases to run
 
     def adapted(model: nn.Module) -> nn.Module:
         torch.manual_seed(6)
@@ -127,7 +132,7 @@ def _() -> dict[str, Any]:
     model = program.parallelize_module(Beside().eval(), over["model"], plan)
     shard(model, over, [model.up, model.down])
     ids, labels = (torch.cat(parts) for parts in zip(*tokens(), strict=True))
-    batches = [(ids[team() :: 2], labels[team() :: 2])]
+    batches = [(dealt(ids), dealt(labels))]
     options = {"likelihood": fk.Classification()}
     with warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("always")
@@ -141,30 +146,35 @@ def _() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def planted(of: Any, name: str, wrong: Callable[..., Any]) -> float:
-    with patch.object(of, name, wrong):
-        return of_teams(both(llama()), llama(), check=False)["error"]
-
-
 _scattered = sharding.Part._scattered
-PLANTED = {
-    "no reduction over the data": lambda: planted(
+PLANTED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "no reduction over the data": (
         sharding.Part, "_scattered", lambda part, parts: parts[dist.get_rank(part.group)]
     ),
-    "mean instead of sum": lambda: planted(
+    "mean instead of sum": (
         sharding.Part, "_scattered", lambda part, parts: _scattered(part, parts) / part.count
     ),
-    "counted once for each process": lambda: planted(
+    "counted once for each process": (
         ShardedTeamPass, "over", lambda one, batches, ranks, report: ShardedPass.over(one, batches, ranks, report)
     ),
-}
-CASES |= PLANTED
+}  # fmt: skip
+
+
+def planted(name: str, sizes: tuple[int, int]) -> float:
+    of, method, wrong = PLANTED[name]
+    with patch.object(of, method, wrong):
+        return of_teams(both(llama(), sizes), llama(), size=sizes[1], check=False)["error"]
+
+
+CASES |= {name: lambda name=name: planted(name, (2, 2)) for name in PLANTED}
+CASES |= {f"{name}, teams of one": lambda name=name: planted(name, (2, 1)) for name in PLANTED}
+CASES |= {f"{name}, one team": lambda name=name: planted(name, (1, 2)) for name in PLANTED}
 
 
 @case("both, files")
 def _() -> dict[str, bool]:
     """Statistics of fixed values have the bytes of one process, and each process reads its part of them."""
-    model, generator = both(llama(tie=True)), torch.Generator().manual_seed(3)
+    model, generator = both(llama(tie=True), (program.world // 2, 2)), torch.Generator().manual_seed(3)
     values = {name: torch.rand(one.shape, generator=generator) for name, one in llama(tie=True).named_parameters()}
     alone = program.folder / f"alone-{program.rank}"
     with patch.object(dist, "is_initialized", lambda: False):

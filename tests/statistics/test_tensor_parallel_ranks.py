@@ -14,17 +14,19 @@ CASES = ["whole", "tied", "sequence", "every style"]
 MORE = ["few heads", "positions", "mc", "type-2", "checkpointed", "packed", "pairs", "generic"]
 OF_TRANSFORMERS = ["plan of transformers", "plan of transformers, tied", "norms of own heads"]
 PLANTED = ["squared first", "rows of another"]
+BESIDE = ["both, one team", "both, teams of one"]
+PLANTED_BESIDE = ["no reduction over the data, teams of one", "counted once for each process, one team"]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict]:
     unchecked = [f"{case}, unchecked" for case in (*PLANTED, "counted by all")]
-    others = ["examples of each process", "files", "bytes", "looped"]
+    others = ["examples of each process", "files", "bytes", "looped", *BESIDE, *PLANTED_BESIDE, "both, files"]
     return of_program(2, tmp_path_factory.mktemp("two"), [*CASES, *PLANTED, *unchecked, *others])
 
 
 def of_program(world: int, folder: Path, cases: list[str]) -> list[dict]:
-    return launched("tests.statistics.tensor_program", world, folder, cases)
+    return launched("tests.statistics.mesh_program", world, folder, cases)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -34,6 +36,16 @@ def test_two_processes_give_what_the_loop_gives(two, case):
         assert report[case]["paths"] == ["fused"]
         assert report[case]["count"] == report[case]["examples"]
         assert report[case].get("placed", True)
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_an_axis_of_fsdp2_beside_that_of_one_model(two, case):
+    test_two_processes_give_what_the_loop_gives(two, case)
+
+
+@pytest.mark.parametrize("case", PLANTED_BESIDE)
+def test_a_planted_error_on_one_of_two_axes_is_seen(two, case):
+    assert all(report[case] > 0.4 for report in two)
 
 
 @pytest.mark.parametrize("case", PLANTED)
@@ -61,6 +73,11 @@ def test_processes_that_compute_one_model_need_the_same_batches(two):
 
 def test_the_file_is_that_of_one_process(two):
     assert all(report["files"] == {"alike": True, "provenance": True, "equal": True} for report in two)
+
+
+def test_files_and_selections_of_two_axes_are_those_of_one_process(two):
+    for report in two:
+        assert report["both, files"] == {"bytes": True, "placed": True, "whole": True, "selected": True}
 
 
 def test_a_batch_sends_what_its_backward_pass_sends(two):
@@ -119,7 +136,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> list[dict]:
-    return of_program(4, tmp_path_factory.mktemp("four"), ["replicas", "few heads", "sampled", "both"])
+    return of_program(4, tmp_path_factory.mktemp("four"), ["replicas", "few heads", "sampled"])
 
 
 @pytest.mark.slow
@@ -129,10 +146,3 @@ def test_two_teams_count_each_example_once(four, case):
         assert report[case]["error"] < 2e-7
         assert report[case]["paths"] == ["fused"]
         assert report[case]["count"] == report[case]["examples"]
-
-
-@pytest.mark.slow
-def test_fsdp2_beside_tensor_parallel_is_refused_by_name(four):
-    for report in four:
-        for said in report["both"]:
-            assert "FSDP2 shards the model, and model.embed_tokens is split by tensor parallel" in said
