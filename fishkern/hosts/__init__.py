@@ -17,6 +17,7 @@ from fishkern.hosts.refusals import (
     sharded,
 )
 from fishkern.hosts.rotary import LengthLimit, length_limits
+from fishkern.hosts.sequence_parallel import demanding_positions
 from fishkern.hosts.shares import Share, cuts_of, placed, share_of, whole
 from fishkern.hosts.tasks import HEADS, Task, is_head, padding_token, task
 from fishkern.hosts.tensor_parallel import (
@@ -54,6 +55,7 @@ __all__ = [
     "computed_shape",
     "connected_inputs",
     "cuts_of",
+    "demanding_positions",
     "dispatched",
     "evaluation_mode",
     "head_of",

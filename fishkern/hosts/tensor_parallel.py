@@ -191,9 +191,10 @@ def why_not_split(model: nn.Module, sharded: Collection[Tensor] = (), *, trained
     if stage := getattr(model, "_pp_stage", None):
         return f"each process has some of its layers (pipeline parallel, {stage.pp_size} stages): {_WHOLE}"
     head = next((one for name in _HEADS if (one := getattr(model, name, None)) is not None), None)
-    if not trained and head is not None and (gives := _given(head)) is not None and gives.is_shard():
+    gives = None if trained or head is None else given_by(head)
+    if gives is not None and gives[0].is_shard():
         return (
-            f"the model returns logits in parts (its head gives {gives}), and a loss needs all of them: let the head "
+            f"the model returns logits in parts (its head gives {gives[0]}), and a loss needs all of them: let the head "
             "gather them, by ColwiseParallel(output_layouts=Replicate()) of torch or colwise_gather_output of a tp_plan"
         )
     meshes: dict[str, Any] = {}
@@ -249,16 +250,27 @@ def _of_models(mesh: Any) -> Any:
     return mesh if mesh.ndim == 1 or mesh.mesh_dim_names is None else mesh[mesh.mesh_dim_names[-1]]
 
 
-def _given(module: nn.Module) -> Any | None:
-    """Say how what leaves a module is placed, after the hooks that torch's styles put on it."""
+def given_by(module: nn.Module) -> tuple[Any, bool] | None:
+    """Say how what leaves a module is placed, after the hooks that torch's styles put on it.
+
+    Args:
+        module: A module.
+
+    Returns:
+        The placement, and whether this process's part leaves it as an ordinary tensor; ``None`` where processes do not
+        compute it together, or nothing is said of its output.
+    """
     split = split_of(module)
-    if split is None or split.gives is not None:
-        return split and split.gives
+    if split is None:
+        return None
+    if split.gives is not None:
+        return split.gives, True
     for hook in module._forward_hooks.values():
         prepares = _seen_by(hook).get("output_fn") if hasattr(hook, "__code__") else None
-        for argument in getattr(prepares, "args", ()):
-            if isinstance(argument, tuple) and argument and hasattr(argument[0], "is_shard"):
-                return argument[0]
+        arguments = getattr(prepares, "args", ())
+        layouts = next((one for one in arguments if isinstance(one, tuple) and hasattr(one[0], "is_shard")), None)
+        if layouts is not None:
+            return layouts[0], True in arguments
     return None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.experimental import context_parallel
@@ -27,6 +25,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.distributed.expert_parallel import ExpertParallelLayer
@@ -153,6 +153,22 @@ def sequence() -> dict[str, Any]:
     batch = data()
     batch["position_ids"] = torch.arange(6).expand(5, 6).contiguous()
     return compared(split(llama(attention="sdpa"), sequence=True), llama(attention="sdpa"), batch)
+
+
+@case("few positions")
+def _() -> list[str]:
+    """One for two processes, three, and two; a batch may have others than the one before it."""
+    said = []
+    for length in (world - 1, world + 1, world):
+        batch = data(2, length)
+        batch["labels"] = batch["input_ids"].clone()
+        batch["position_ids"] = torch.arange(length).expand(2, length).contiguous()
+        model = split(llama(attention="sdpa"), sequence=True)
+        fitting = data(2, 2 * world) | {"position_ids": torch.arange(2 * world).expand(2, 2 * world).contiguous()}
+        said.append(refusal(lambda: fk.estimate(model, [batch])))  # noqa: B023
+        said.append(refusal(lambda: fk.estimate(model, [fitting, batch])))  # noqa: B023
+        said.append(refusal(lambda: fk.verify(model, [batch])))  # noqa: B023
+    return said
 
 
 def like_whole(
@@ -449,34 +465,41 @@ class Distributed(ParallelStyle):
         return distribute_module(module, device_mesh, lambda *_: None)
 
 
-@case("bytes")
-def _() -> list[int]:
-    """Bytes of numbers that a batch sends, and those of an ordinary backward pass of the same batch."""
-    model, batches = split(llama()), in_batches(data(4))
-
-    def sent(run: Callable[[], Any]) -> int:
-        total = [0]
-        functions = [(functional, "all_reduce"), (functional, "all_gather_tensor"), (dist, "all_reduce")]
-        functions += [(functional, "reduce_scatter_tensor")]
-        with ExitStack() as stack:
-            for of, name in functions:
-                stack.enter_context(patch.object(of, name, _counting(getattr(of, name), total)))
-            run()
-        return total[0]
+def bytes_of(model: nn.Module, batch: dict[str, Tensor]) -> list[int]:
+    """Bytes of numbers that a batch of two sends, and those of an ordinary backward pass of the same batch."""
+    batches = in_batches(batch)
 
     def estimate(count: int) -> int:
-        return sent(lambda: fk.estimate(model, batches[:count], check=False))
+        with _Sent() as sent:
+            fk.estimate(model, batches[:count], check=False)
+        return sent.bytes
 
-    def train() -> None:
-        losses = model(**batches[1], use_cache=False).loss
-        losses.backward()
-
-    return [estimate(2) - estimate(1), sent(train)]
+    with _Sent() as sent:
+        model(**batches[1], use_cache=False).loss.backward()
+    return [estimate(2) - estimate(1), sent.bytes]
 
 
-def _counting(function: Callable[..., Any], total: list[int]) -> Callable[..., Any]:
-    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        total[0] += tensor.nbytes if tensor.is_floating_point() else 0
-        return function(tensor, *args, **kwargs)
+class _Sent(TorchDispatchMode):
+    """Counts the bytes of numbers that this process hands over to collective operations."""
 
-    return counted
+    bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(one, DTensor) for one in types):
+            return NotImplemented  # which sends by operations of its own, seen here next
+        if "c10d" in function.namespace and "wait" not in function.__name__:
+            tensors = args[1:2] if "allgather" in function.__name__ else args[:1]  # of c10d's own after the results
+            leaves = [one for one in tree_leaves(tensors) if isinstance(one, Tensor) and one.is_floating_point()]
+            self.bytes += sum(one.nbytes for one in leaves)
+        return function(*args, **(kwargs or {}))
+
+
+CASES["bytes"] = lambda: bytes_of(split(llama()), data(4))
+
+
+@case("bytes of sequences")
+def _() -> dict[str, Any]:
+    batch = data(4) | {"position_ids": torch.arange(6).expand(4, 6).contiguous()}
+    model = split(llama(attention="sdpa"), sequence=True)
+    norms = [one for name, one in model.named_parameters() if "norm" in name]
+    return {"sent": bytes_of(model, batch), "sums": sum(2 * one.numel() * one.itemsize for one in norms)}
