@@ -22,6 +22,7 @@ from fishkern.hosts.shares import Share, cuts_of, placed, share_of, whole
 from fishkern.hosts.tasks import HEADS, Task, is_head, padding_token, task
 from fishkern.hosts.tensor_parallel import (
     Split,
+    completes_gradient,
     computed_shape,
     in_any,
     is_distributed,
@@ -52,6 +53,7 @@ __all__ = [
     "base_model",
     "call_options",
     "class_of",
+    "completes_gradient",
     "computed_shape",
     "connected_inputs",
     "cuts_of",

@@ -98,7 +98,9 @@ def share_of(name: str, parameter: Tensor) -> Share | None:
     if cuts is None or any(placements[number].dim > 1 for number in split):
         raise ValueError(
             f"{name} is sharded as {tuple(placements)}: expected axes of the mesh to shard it along its axes 0 "
-            "and 1, as fully_shard and tensor parallel do, and the others to replicate it (HSDP)."
+            "and 1, as fully_shard and tensor parallel do, and the others to replicate it (HSDP). Pieces that "
+            "packed_colwise interleaves are not served: leave it out (never=, outside='freeze'), or train without that "
+            "entry of the plan."
         )
     names = mesh.mesh_dim_names or [f"axis {number} of {mesh.ndim}" for number in range(mesh.ndim)]
     groups = tuple(mesh.get_group(number) for number in split)

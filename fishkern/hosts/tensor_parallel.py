@@ -20,6 +20,7 @@ _OF_TRANSFORMERS = "transformers.distributed."
 # Styles of transformers' plans, of which the ones below add nothing to a module that a gradient could show.
 _SPLITTING = ("ColwiseParallel", "RowwiseParallel", "EmbeddingParallel")
 _HARMLESS = ("TensorParallelLayer", "AllReduceParallel")
+_EXPERTS = "MoeExpertsParallel"
 _SUMMED = "ReplicatedWithGradAllReduce"
 _HEADS = ("lm_head", "classifier", "score", "head")
 _WHOLE = "load the whole model in each process"
@@ -58,9 +59,13 @@ def split_of(module: nn.Module) -> Split | None:
     kind, style, mesh = _style_of(module)
     if kind == _SUMMED:
         return Split(mesh, summed=True)
-    if kind not in _SPLITTING:
+    if kind not in (*_SPLITTING, _EXPERTS):
         return None
-    return Split(mesh) if kind == "EmbeddingParallel" else Split(mesh, style.input_layouts, style.output_layouts)
+    return (
+        Split(mesh)
+        if kind in ("EmbeddingParallel", _EXPERTS)
+        else Split(mesh, style.input_layouts, style.output_layouts)
+    )
 
 
 def is_distributed(tensor: Any) -> bool:
@@ -91,6 +96,19 @@ def own_part(tensor: Tensor, like: Tensor) -> Tensor:
     placements = getattr(like, "placements", tensor.placements)
     part = (tensor if tensor.placements == placements else tensor.redistribute(placements=placements)).to_local()
     return part.wait() if hasattr(part, "wait") else part  # of a collective operation that may be under way
+
+
+def completes_gradient(hook: Any) -> bool:
+    """Tell whether a hook on a parameter sums its gradient over the processes that find summands of it.
+
+    Args:
+        hook: As for ``register_post_accumulate_grad_hook``.
+
+    Returns:
+        Whether it is that of ``replicated_with_grad_allreduce``, which transformers adds once, in the first forward
+        pass.
+    """
+    return str(getattr(hook, "__module__", "")).startswith(_OF_TRANSFORMERS)
 
 
 def in_any(flags: Tensor, split: Split | None) -> Tensor:
@@ -194,20 +212,21 @@ def why_not_split(model: nn.Module, sharded: Collection[Tensor] = (), *, trained
     gives = None if trained or head is None else given_by(head)
     if gives is not None and gives[0].is_shard():
         return (
-            f"the model returns logits in parts (its head gives {gives[0]}), and a loss needs all of them: let the head "
-            "gather them, by ColwiseParallel(output_layouts=Replicate()) of torch or colwise_gather_output of a tp_plan"
+            f"the model returns logits in parts (its head gives {gives[0]}), and a loss needs all of them: let the "
+            "head gather them, by ColwiseParallel(output_layouts=Replicate()) of torch or colwise_gather_output of a "
+            "tp_plan"
         )
     meshes: dict[str, Any] = {}
     mesh = mesh_of(model)
     for path, module in model.named_modules():
         kind, _, _ = _style_of(module)
-        if kind and kind not in (*_SPLITTING, *_HARMLESS, _SUMMED):
+        if kind and kind not in (*_SPLITTING, *_HARMLESS, _SUMMED, _EXPERTS):
             by_expert = "expert_parallel" in vars(module)["forward"].__module__
             parallel = "expert parallel" if by_expert else "tensor parallel"
             return (
                 f"the plan of {parallel} splits {path} by {kind}, which is not served (served are colwise, rowwise, "
-                f"embedding_rowwise, embedding_colwise and replicated_with_grad_allreduce): {_WHOLE}, or leave {path} "
-                "out of the plan"
+                "embedding_rowwise, embedding_colwise, moe_tp_experts and replicated_with_grad_allreduce): "
+                f"{_WHOLE}, or leave {path} out of the plan"
             )
         split = split_of(module)
         for name, parameter in module._parameters.items():
@@ -236,6 +255,9 @@ def _why_no_part(
         )
     if split is None:
         return f"{name} is a DTensor of a module that neither parallelize_module nor a tp_plan has split"
+    if _style_of(module)[0] == _EXPERTS and not beside:
+        served = parameter.ndim == 3 and not placement.is_replicate()
+        return None if served else f"{name} of experts is split as {placement}, and weights without biases are served"
     if hasattr(placement, "split_factor"):
         return f"{name} is split in interleaved pieces ({placement}), as by packed_colwise, which is not served"
     if placement.is_replicate():

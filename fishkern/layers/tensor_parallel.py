@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch import distributed as dist
 from fishkern import hosts
 from fishkern.layers.base import Call, Layer
 from fishkern.layers.embedding import Embedding
+from fishkern.layers.expert_call import ExpertCall
+from fishkern.layers.experts import Experts
 from fishkern.layers.grads import PerExampleGrads, PositionGrads
 from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Linear
@@ -120,9 +123,33 @@ class SplitNorm(Layer):
         return _own_call(call, x), _placed(output, split, split.gives, placement), group
 
 
+class SplitExperts(Experts):
+    """Experts of each of which every process has some features between the two maps.
+
+    A process routes all positions, and its part of the features gives a summand of the output.
+    """
+
+    def covers(self, module: nn.Module) -> frozenset[str]:
+        return super().covers(own_copy(module))
+
+    def confirms(self, call: Call, output: Tensor, names: frozenset[str]) -> frozenset[str]:
+        if not names or not isinstance(output, Tensor):
+            return frozenset()
+        own = own_copy(call.module)
+        computed = ExpertCall.of(call, own, own._parameters)
+        group = hosts.split_of(call.module).mesh.get_group()
+        summed = computed is not None and computed.gives(output, partial(dist.all_reduce, group=group))
+        return names if summed else frozenset()
+
+    def per_example_grads(
+        self, call: Call, output_grads: Tensor, names: frozenset[str]
+    ) -> Iterator[tuple[str, PerExampleGrads]]:
+        yield from super().per_example_grads(replace(call, module=own_copy(call.module)), output_grads, names)
+
+
 SPLIT_LAYERS: tuple[Layer, ...] = (
     SplitLinear(), SplitEmbedding(), SplitNorm(LayerNorm()), SplitNorm(Factor()), SplitNorm(OnePlusFactor()),
-    SplitNorm(Scale()),
+    SplitNorm(Scale()), SplitExperts(),
 )  # fmt: skip
 """The rules for modules that several processes compute together, first match first."""
 
