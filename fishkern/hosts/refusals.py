@@ -85,15 +85,9 @@ def sharded(
             f"each process has some positions of every example (context parallel). {whole}, and estimate outside of it"
         )
     owned = set(FullySharded(model).parameters()) if fsdp2 else set()
-    split = mesh_of(model) is not None
-    if owned and split and not tensor_parallel:
-        return (
-            "FSDP2 shards the model, and tensor parallel splits it beside that, which is not served here. Shard it by "
-            "FSDP2 (fully_shard) alone, or load the whole model in each process"
-        )
     if (tensor_parallel or owned) and (reason := why_not_split(model, owned, trained=trained)):
         return reason
-    split = tensor_parallel and split
+    split = tensor_parallel and mesh_of(model) is not None
     if (size := getattr(base_model(unwrap(model)), "_tp_size", None) or 1) > 1 and not split:
         return f"transformers has split it over {size} processes. {whole}, without tp_plan={fully}"
     if split:
