@@ -156,19 +156,20 @@ def sequence() -> dict[str, Any]:
 
 
 @case("few positions")
-def _() -> list[str]:
-    """One for two processes, three, and two; a batch may have others than the one before it."""
-    said = []
-    for length in (world - 1, world + 1, world):
+def _() -> dict[str, str]:
+    """One for two processes, and three; also where the batch before had six."""
+    model = split(llama(attention="sdpa"), sequence=True)
+
+    def of(length: int) -> dict[str, Tensor]:
         batch = data(2, length)
-        batch["labels"] = batch["input_ids"].clone()
-        batch["position_ids"] = torch.arange(length).expand(2, length).contiguous()
-        model = split(llama(attention="sdpa"), sequence=True)
-        fitting = data(2, 2 * world) | {"position_ids": torch.arange(2 * world).expand(2, 2 * world).contiguous()}
-        said.append(refusal(lambda: fk.estimate(model, [batch])))  # noqa: B023
-        said.append(refusal(lambda: fk.estimate(model, [fitting, batch])))  # noqa: B023
-        said.append(refusal(lambda: fk.verify(model, [batch])))  # noqa: B023
-    return said
+        positions = torch.arange(length).expand(2, length).contiguous()
+        return batch | {"labels": batch["input_ids"].clone(), "position_ids": positions}
+
+    return {
+        "one": refusal(lambda: fk.estimate(model, [of(1)])),
+        "three": refusal(lambda: fk.estimate(model, [of(6), of(3)], check=False)),
+        "verified": refusal(lambda: fk.verify(model, [of(3)])),
+    }
 
 
 def like_whole(
