@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from fishkern import hosts
 from fishkern.files.gathering import is_sharded
 from fishkern.files.tensors import PIECE, AnyTensor, StoredTensor
 
@@ -22,7 +23,7 @@ class Region:
         shape: The whole tensor's.
         ranges: ``(start, stop)`` along each axis.
         counted: Whether this process speaks for the part in sums over all processes: of several that hold the same
-            part, the first does.
+            part, the first does; of several sets of processes that hold the whole, that of process 0.
     """
 
     shape: torch.Size
@@ -137,29 +138,21 @@ def region_of(name: str, tensor: AnyTensor) -> Region:
         The part.
 
     Raises:
-        ValueError: A ``DTensor`` is distributed in another way than ``torch.chunk`` cuts it along axes, or over other
-            processes than all.
+        ValueError: A ``DTensor`` is distributed in another way than ``torch.chunk`` cuts it along axes, or over a
+            number of processes of which that of all is no multiple.
     """
     if not is_sharded(tensor):
         first = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
         return Region(tensor.shape, tuple((0, size) for size in tensor.shape), first)
     mesh, placements = tensor.device_mesh, tensor.placements
-    if mesh.size() != dist.get_world_size():
-        raise ValueError(_unserved(name, tensor, f"expected one of all {dist.get_world_size()} processes"))
-    ranges = [(0, size) for size in tensor.shape]
-    counted = True
-    for number, placement in enumerate(placements):
-        place = mesh.get_local_rank(number)
-        # not is_shard(): a subclass or a relative of Shard, as tensor parallel under FSDP2 has, cuts otherwise
-        if type(placement).__name__ == "Shard":
-            start, stop = ranges[placement.dim]
-            chunk = -(-(stop - start) // mesh.size(number))
-            ranges[placement.dim] = (min(start + place * chunk, stop), min(start + (place + 1) * chunk, stop))
-        elif type(placement).__name__ == "Replicate":
-            counted &= place == 0
-        else:
-            raise ValueError(_unserved(name, tensor, "Shard and Replicate alone are served"))
-    region = Region(tensor.shape, tuple(ranges), counted)
+    if dist.get_world_size() % mesh.size():
+        raise ValueError(_unserved(name, tensor, f"expected one of all {dist.get_world_size()} processes, or a part"))
+    if (cuts := hosts.cuts_of(tensor)) is None:
+        raise ValueError(_unserved(name, tensor, "Shard and Replicate alone are served, and what fully_shard makes"))
+    # each of the meshes that the processes are divided into holds the whole tensor
+    replicas = [number for number, one in enumerate(placements) if one.is_replicate()]
+    counted = 0 in mesh.mesh and all(mesh.get_local_rank(number) == 0 for number in replicas)
+    region = Region(tensor.shape, cuts[0], counted)
     if (held := tensor.to_local().shape) != region.sizes:
         raise ValueError(_unserved(name, tensor, f"this process holds {tuple(held)}, expected {tuple(region.sizes)}"))
     return region

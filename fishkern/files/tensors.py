@@ -145,8 +145,8 @@ def pieces(tensor: AnyTensor, numel: int = PIECE) -> Iterator[Tensor]:
 
 def _gathered(tensor: Any, numel: int) -> Iterator[Tensor]:
     """Gather a ``DTensor`` piece by piece, on all processes that hold parts of it."""
-    split = [place for place, one in enumerate(tensor.placements) if one.is_shard()]
-    if [tensor.placements[place].dim for place in split] != [0]:
+    split = [place for place, one in enumerate(tensor.placements) if not one.is_replicate()]
+    if [getattr(tensor.placements[place], "dim", None) for place in split] != [0]:
         yield from pieces(tensor.full_tensor(), numel)
         return
     mesh, local = tensor.device_mesh, tensor.detach().to_local().reshape(-1)

@@ -43,6 +43,21 @@ def reshard(model: nn.Module) -> None:
         FullySharded(model).reshard()
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Give the class that a module was made of, which FSDP2 exchanges for a subclass in its units.
+
+    Args:
+        module: A module.
+
+    Returns:
+        Its class without what FSDP2 adds.
+    """
+    if not _is_unit(module):
+        return type(module)
+    fsdp = next(base for base in type(module).__mro__ if base.__name__ == "FSDPModule")
+    return next(base for base in type(module).__mro__ if fsdp not in base.__mro__ and issubclass(base, nn.Module))
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """Give the part of a tensor that this process holds.
 

@@ -59,13 +59,16 @@ def dispatched(model: nn.Module) -> str | None:
     return None
 
 
-def sharded(model: nn.Module, *, fsdp2: bool = False, tensor_parallel: bool = False) -> str | None:
+def sharded(
+    model: nn.Module, *, fsdp2: bool = False, tensor_parallel: bool = False, trained: bool = False
+) -> str | None:
     """Say how a model's parameters are split over processes.
 
     Args:
         model: A module.
         fsdp2: Whether the caller serves what FSDP2 shards, so that this is no reason.
         tensor_parallel: Whether the caller serves what tensor parallel splits, likewise.
+        trained: Whether the caller uses parameters and their gradients alone, and not what the model returns.
 
     Returns:
         The reason and what to do, or ``None`` if every process has all of them.
@@ -82,7 +85,7 @@ def sharded(model: nn.Module, *, fsdp2: bool = False, tensor_parallel: bool = Fa
             f"each process has some positions of every example (context parallel). {whole}, and estimate outside of it"
         )
     owned = set(FullySharded(model).parameters()) if fsdp2 else set()
-    if (tensor_parallel or owned) and (reason := why_not_split(model, owned)):
+    if (tensor_parallel or owned) and (reason := why_not_split(model, owned, trained=trained)):
         return reason
     split = tensor_parallel and mesh_of(model) is not None
     if (size := getattr(base_model(unwrap(model)), "_tp_size", None) or 1) > 1 and not split:

@@ -20,6 +20,7 @@ _OF_TRANSFORMERS = "transformers.distributed."
 # Styles of transformers' plans, of which the ones below add nothing to a module that a gradient could show.
 _SPLITTING = ("ColwiseParallel", "RowwiseParallel", "EmbeddingParallel")
 _HARMLESS = ("TensorParallelLayer", "AllReduceParallel")
+_EXPERTS = "MoeExpertsParallel"
 _SUMMED = "ReplicatedWithGradAllReduce"
 _HEADS = ("lm_head", "classifier", "score", "head")
 _WHOLE = "load the whole model in each process"
@@ -53,14 +54,18 @@ def split_of(module: nn.Module) -> Split | None:
         How, or ``None`` where this process computes it alone.
     """
     if vars(module).get("_distribute_module_applied"):  # by torch's distribute_module, in every style of its own
-        mesh = next((one.device_mesh for one in module._parameters.values() if is_distributed(one)), None)
-        return None if mesh is None else Split(mesh)
+        parameter = next((one for one in module._parameters.values() if is_distributed(one)), None)
+        return None if parameter is None else Split(_of_models(parameter.device_mesh))
     kind, style, mesh = _style_of(module)
     if kind == _SUMMED:
         return Split(mesh, summed=True)
-    if kind not in _SPLITTING:
+    if kind not in (*_SPLITTING, _EXPERTS):
         return None
-    return Split(mesh) if kind == "EmbeddingParallel" else Split(mesh, style.input_layouts, style.output_layouts)
+    return (
+        Split(mesh)
+        if kind in ("EmbeddingParallel", _EXPERTS)
+        else Split(mesh, style.input_layouts, style.output_layouts)
+    )
 
 
 def is_distributed(tensor: Any) -> bool:
@@ -89,7 +94,21 @@ def own_part(tensor: Tensor, like: Tensor) -> Tensor:
     if not is_distributed(tensor):
         return tensor
     placements = getattr(like, "placements", tensor.placements)
-    return (tensor if tensor.placements == placements else tensor.redistribute(placements=placements)).to_local()
+    part = (tensor if tensor.placements == placements else tensor.redistribute(placements=placements)).to_local()
+    return part.wait() if hasattr(part, "wait") else part  # of a collective operation that may be under way
+
+
+def completes_gradient(hook: Any) -> bool:
+    """Tell whether a hook on a parameter sums its gradient over the processes that find summands of it.
+
+    Args:
+        hook: As for ``register_post_accumulate_grad_hook``.
+
+    Returns:
+        Whether it is that of ``replicated_with_grad_allreduce``, which transformers adds once, in the first forward
+        pass.
+    """
+    return str(getattr(hook, "__module__", "")).startswith(_OF_TRANSFORMERS)
 
 
 def in_any(flags: Tensor, split: Split | None) -> Tensor:
@@ -109,6 +128,61 @@ def in_any(flags: Tensor, split: Split | None) -> Tensor:
     return flags.bool()
 
 
+def placed_over(parameter: Any, mesh: Any) -> Any | None:
+    """Say how a parameter is placed over the processes that compute its module.
+
+    Where FSDP2 shards it as well, its mesh has the axes of the data before that of these processes, outside of forward
+    and backward passes.
+
+    Args:
+        parameter: A parameter.
+        mesh: The processes, of one axis.
+
+    Returns:
+        The placement; ``None`` where each of them has the whole parameter, or where FSDP2 alone shards it.
+    """
+    if not is_distributed(parameter):
+        return None
+    last = parameter.device_mesh.get_group(parameter.device_mesh.ndim - 1)
+    alike = dist.get_process_group_ranks(last) == dist.get_process_group_ranks(mesh.get_group())
+    return parameter.placements[-1] if alike else None
+
+
+def split_range(parameter: Tensor, mesh: Any) -> tuple[int, range] | None:
+    """Say which part of a parameter this process computes with, whether FSDP2 has gathered it or not.
+
+    Args:
+        parameter: A parameter.
+        mesh: The processes that compute its module, of one axis.
+
+    Returns:
+        The axis along which they split it, and the indices of the part; ``None`` where each has all.
+    """
+    placement = placed_over(parameter, mesh)
+    if placement is None or placement.is_replicate():
+        return None
+    size = parameter.shape[placement.dim]
+    step = -(-size // mesh.size())  # as torch.chunk deals them: the last ones may have fewer, or none
+    first = min(mesh.get_local_rank() * step, size)
+    return placement.dim, range(first, min(first + step, size))
+
+
+def computed_shape(parameter: Tensor, mesh: Any) -> torch.Size:
+    """Give the shape of the part of a parameter that this process computes with.
+
+    Args:
+        parameter: A parameter.
+        mesh: The processes that compute its module, of one axis; ``None`` for this one alone.
+
+    Returns:
+        The shape, which is that of the whole parameter where FSDP2 alone shards it.
+    """
+    shape = list(parameter.shape)
+    if mesh is not None and (part := split_range(parameter, mesh)) is not None:
+        shape[part[0]] = len(part[1])
+    return torch.Size(shape)
+
+
 def mesh_of(model: nn.Module) -> Any | None:
     """Find the processes that compute a model together.
 
@@ -121,12 +195,13 @@ def mesh_of(model: nn.Module) -> Any | None:
     return next((split.mesh for module in model.modules() if (split := split_of(module)) is not None), None)
 
 
-def why_not_split(model: nn.Module, sharded: Collection[Tensor] = ()) -> str | None:
-    """Say what of a model is split over processes in a way that no estimate serves.
+def why_not_split(model: nn.Module, sharded: Collection[Tensor] = (), *, trained: bool = False) -> str | None:
+    """Say what of a model is split over processes in a way that is not served.
 
     Args:
         model: A module.
         sharded: Parameters that FSDP2 shards.
+        trained: Whether parameters and their gradients alone are used, and not what the model returns.
 
     Returns:
         The reason and what to do, or ``None``.
@@ -134,34 +209,31 @@ def why_not_split(model: nn.Module, sharded: Collection[Tensor] = ()) -> str | N
     if stage := getattr(model, "_pp_stage", None):
         return f"each process has some of its layers (pipeline parallel, {stage.pp_size} stages): {_WHOLE}"
     head = next((one for name in _HEADS if (one := getattr(model, name, None)) is not None), None)
-    if head is not None and (gives := _given(head)) is not None and gives.is_shard():
+    gives = None if trained or head is None else given_by(head)
+    if gives is not None and gives[0].is_shard():
         return (
-            f"the model returns logits in parts (its head gives {gives}), and a loss needs all of them: let the head "
-            "gather them, by ColwiseParallel(output_layouts=Replicate()) of torch or colwise_gather_output of a tp_plan"
+            f"the model returns logits in parts (its head gives {gives[0]}), and a loss needs all of them: let the "
+            "head gather them, by ColwiseParallel(output_layouts=Replicate()) of torch or colwise_gather_output of a "
+            "tp_plan"
         )
     meshes: dict[str, Any] = {}
+    mesh = mesh_of(model)
     for path, module in model.named_modules():
         kind, _, _ = _style_of(module)
-        if kind and kind not in (*_SPLITTING, *_HARMLESS, _SUMMED):
+        if kind and kind not in (*_SPLITTING, *_HARMLESS, _SUMMED, _EXPERTS):
             by_expert = "expert_parallel" in vars(module)["forward"].__module__
             parallel = "expert parallel" if by_expert else "tensor parallel"
             return (
                 f"the plan of {parallel} splits {path} by {kind}, which is not served (served are colwise, rowwise, "
-                f"embedding_rowwise, embedding_colwise and replicated_with_grad_allreduce): {_WHOLE}, or leave {path} "
-                "out of the plan"
+                "embedding_rowwise, embedding_colwise, moe_tp_experts and replicated_with_grad_allreduce): "
+                f"{_WHOLE}, or leave {path} out of the plan"
             )
         split = split_of(module)
-        if split is not None and sharded:
-            return (
-                f"FSDP2 shards the model, and {path} is split by tensor parallel beside it, which is not served: shard "
-                "it by FSDP2 (fully_shard) alone, or split it by tensor parallel alone and let replicas of it have "
-                "examples of their own"
-            )
-        own = {name: one for name, one in module._parameters.items() if one is not None and one not in sharded}
-        distributed = {name: one for name, one in own.items() if is_distributed(one)}
-        for name, parameter in distributed.items():
-            if reason := _why_no_part(f"{path}.{name}".removeprefix("."), module, parameter, split):
-                return f"{reason}. {_WHOLE.capitalize()}"
+        for name, parameter in module._parameters.items():
+            if parameter is not None and is_distributed(parameter):
+                name = f"{path}.{name}".removeprefix(".")
+                if reason := _why_no_part(name, module, parameter, split, mesh, beside=parameter in sharded):
+                    return f"{reason}. {_WHOLE.capitalize()}"
         if split is not None:
             meshes[path] = split.mesh
     if len({tuple(mesh.mesh.flatten().tolist()) for mesh in meshes.values()}) > 1:
@@ -169,16 +241,23 @@ def why_not_split(model: nn.Module, sharded: Collection[Tensor] = ()) -> str | N
     return None
 
 
-def _why_no_part(name: str, module: nn.Module, parameter: Any, split: Split | None) -> str | None:
-    mesh, placements = parameter.device_mesh, parameter.placements
-    if mesh.ndim != 1:
+def _why_no_part(
+    name: str, module: nn.Module, parameter: Any, split: Split | None, mesh: Any, *, beside: bool
+) -> str | None:
+    """Say why the part of a parameter is not served; ``beside``: FSDP2 shards it as well, or alone."""
+    placement = placed_over(parameter, mesh) if beside and mesh is not None else parameter.placements[-1]
+    if beside and (mesh is None or placement is None):
+        return None
+    if not beside and parameter.device_mesh.ndim != 1:
         return (
-            f"{name} is split over a mesh of {mesh.ndim} axes, and one axis is served: let the others have examples of "
-            "their own"
+            f"{name} is split over a mesh of {parameter.device_mesh.ndim} axes, and one axis is served beside those of "
+            "fully_shard: let the others have examples of their own"
         )
     if split is None:
         return f"{name} is a DTensor of a module that neither parallelize_module nor a tp_plan has split"
-    (placement,) = placements
+    if _style_of(module)[0] == _EXPERTS and not beside:
+        served = parameter.ndim == 3 and not placement.is_replicate()
+        return None if served else f"{name} of experts is split as {placement}, and weights without biases are served"
     if hasattr(placement, "split_factor"):
         return f"{name} is split in interleaved pieces ({placement}), as by packed_colwise, which is not served"
     if placement.is_replicate():
@@ -188,16 +267,32 @@ def _why_no_part(name: str, module: nn.Module, parameter: Any, split: Split | No
     return None if of_map else f"{name} of {type(module).__name__} is split as {placement}, and {served}"
 
 
-def _given(module: nn.Module) -> Any | None:
-    """Say how what leaves a module is placed, after the hooks that torch's styles put on it."""
+def _of_models(mesh: Any) -> Any:
+    """Give the axis of a mesh whose processes compute a module together: the last one, after those of FSDP2."""
+    return mesh if mesh.ndim == 1 or mesh.mesh_dim_names is None else mesh[mesh.mesh_dim_names[-1]]
+
+
+def given_by(module: nn.Module) -> tuple[Any, bool] | None:
+    """Say how what leaves a module is placed, after the hooks that torch's styles put on it.
+
+    Args:
+        module: A module.
+
+    Returns:
+        The placement, and whether this process's part leaves it as an ordinary tensor; ``None`` where processes do not
+        compute it together, or nothing is said of its output.
+    """
     split = split_of(module)
-    if split is None or split.gives is not None:
-        return split and split.gives
+    if split is None:
+        return None
+    if split.gives is not None:
+        return split.gives, True
     for hook in module._forward_hooks.values():
         prepares = _seen_by(hook).get("output_fn") if hasattr(hook, "__code__") else None
-        for argument in getattr(prepares, "args", ()):
-            if isinstance(argument, tuple) and argument and hasattr(argument[0], "is_shard"):
-                return argument[0]
+        arguments = getattr(prepares, "args", ())
+        layouts = next((one for one in arguments if isinstance(one, tuple) and hasattr(one[0], "is_shard")), None)
+        if layouts is not None:
+            return layouts[0], True in arguments
     return None
 
 

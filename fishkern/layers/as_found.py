@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishkern import hosts
+
 _LARGE = 2**20  # an integer buffer with more entries is a packed weight, not a counter: it is not copied
 _SIMPLE = (bool, int, float, str, type(None))
 
@@ -61,7 +63,8 @@ def _accumulation_hooks_off(model: nn.Module) -> Iterator[None]:
     copies = [OrderedDict(hooks) for hooks in registers]
     try:
         for hooks in registers:  # emptied, not replaced: autograd and the user's handles refer to these very dicts
-            hooks.clear()
+            for number in [number for number, hook in hooks.items() if not hosts.completes_gradient(hook)]:
+                del hooks[number]
         yield
     finally:
         for hooks, copied in zip(registers, copies, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -106,11 +106,12 @@ class ExpertCall:
         expert, order = expert[: ends[-1]], order[: ends[-1]]  # a number behind the last expert means none
         return cls(module, weights, call, x, expert, order // index.shape[-1], share[order], ends)
 
-    def gives(self, output: Tensor) -> bool:
+    def gives(self, output: Tensor, sum_: Callable[[Tensor], object] = lambda rows: None) -> bool:
         """Tell whether the call, computed again, gives an output.
 
         Args:
             output: That of the module.
+            sum_: Adds what other processes compute of each row, in place.
 
         Returns:
             Whether it is the same, but for rounding. An output of zeros shows nothing.
@@ -120,6 +121,7 @@ class ExpertCall:
         dtype = torch.promote_types(rows.dtype, torch.float32)
         again = torch.zeros(*self.x.shape[:1], rows.shape[1], dtype=dtype, device=rows.device)
         again.index_add_(0, self.position, rows.to(dtype))
+        sum_(again)
         if not output.numel() or again.numel() != output.numel():
             return False
         half = self.call.autocast[1] or torch.finfo(output.dtype).bits == 16

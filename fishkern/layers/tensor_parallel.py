@@ -9,10 +9,10 @@ comes before the square.
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from torch import distributed as dist
 from fishkern import hosts
 from fishkern.layers.base import Call, Layer
 from fishkern.layers.embedding import Embedding
+from fishkern.layers.expert_call import ExpertCall
+from fishkern.layers.experts import Experts
 from fishkern.layers.grads import PerExampleGrads, PositionGrads
 from fishkern.layers.layer_norm import LayerNorm
 from fishkern.layers.linear import Linear
@@ -40,7 +42,7 @@ class SplitLinear(Linear):
     def per_example_grads(
         self, call: Call, output_grads: Tensor, names: frozenset[str]
     ) -> Iterator[tuple[str, PerExampleGrads]]:
-        split, axis = hosts.split_of(call.module), _split_axis(call.module.weight)
+        split, axis = hosts.split_of(call.module), _split_axis(call.module)
         g = _placed(output_grads, split, split.gives, _last(output_grads) if axis == 0 else None)
         x = _placed(call.input, split, split.takes, _last(call.input) if axis == 1 else None)
         yield from super().per_example_grads(_own_call(call, x), g, names)
@@ -67,7 +69,7 @@ class SplitEmbedding(Embedding):
     def per_example_grads(
         self, call: Call, output_grads: Tensor, names: frozenset[str]
     ) -> Iterator[tuple[str, PerExampleGrads]]:
-        split, axis = hosts.split_of(call.module), _split_axis(call.module.weight)
+        split, axis = hosts.split_of(call.module), _split_axis(call.module)
         g = _placed(output_grads, split, split.gives, _last(output_grads) if axis == 1 else None)
         indices, rows = _placed(call.input, split, split.takes, None), _own_rows(call.module)
         if axis == 0:
@@ -90,8 +92,7 @@ class SplitNorm(Layer):
         self._rule = rule
 
     def covers(self, module: nn.Module) -> frozenset[str]:
-        parameters = module._parameters.values()
-        whole = all(one is None or _split_axis(one) is None for one in parameters)
+        whole = all(one is None or _split_axis(module, name) is None for name, one in module._parameters.items())
         return self._rule.covers(own_copy(module)) if whole else frozenset()
 
     def confirms(self, call: Call, output: Any, names: frozenset[str]) -> frozenset[str]:
@@ -122,9 +123,33 @@ class SplitNorm(Layer):
         return _own_call(call, x), _placed(output, split, split.gives, placement), group
 
 
+class SplitExperts(Experts):
+    """Experts of each of which every process has some features between the two maps.
+
+    A process routes all positions, and its part of the features gives a summand of the output.
+    """
+
+    def covers(self, module: nn.Module) -> frozenset[str]:
+        return super().covers(own_copy(module))
+
+    def confirms(self, call: Call, output: Tensor, names: frozenset[str]) -> frozenset[str]:
+        if not names or not isinstance(output, Tensor):
+            return frozenset()
+        own = own_copy(call.module)
+        computed = ExpertCall.of(call, own, own._parameters)
+        group = hosts.split_of(call.module).mesh.get_group()
+        summed = computed is not None and computed.gives(output, partial(dist.all_reduce, group=group))
+        return names if summed else frozenset()
+
+    def per_example_grads(
+        self, call: Call, output_grads: Tensor, names: frozenset[str]
+    ) -> Iterator[tuple[str, PerExampleGrads]]:
+        yield from super().per_example_grads(replace(call, module=own_copy(call.module)), output_grads, names)
+
+
 SPLIT_LAYERS: tuple[Layer, ...] = (
     SplitLinear(), SplitEmbedding(), SplitNorm(LayerNorm()), SplitNorm(Factor()), SplitNorm(OnePlusFactor()),
-    SplitNorm(Scale()),
+    SplitNorm(Scale()), SplitExperts(),
 )  # fmt: skip
 """The rules for modules that several processes compute together, first match first."""
 
@@ -138,19 +163,20 @@ def own_copy(module: nn.Module) -> nn.Module:
     Returns:
         A module without hooks that shares memory and everything else with it.
     """
-    own = copy.copy(module)
+    own = object.__new__(hosts.class_of(module))  # copy.copy would make a unit of FSDP2 anew
     state = vars(own)
+    state |= vars(module)
     state.pop("forward", None)
     state |= {name: OrderedDict() for name in _HOOKS}
     state["_parameters"] = {
         name: None if one is None else nn.Parameter(hosts.local_part(one.detach()), requires_grad=False)
         for name, one in module._parameters.items()
     }
-    weight = own._parameters.get("weight")
+    split = hosts.split_of(module)
     if isinstance(module, nn.Linear):
-        state["out_features"], state["in_features"] = weight.shape
+        state["out_features"], state["in_features"] = hosts.computed_shape(module.weight, split.mesh)
     elif isinstance(module, nn.Embedding):
-        state["num_embeddings"], state["embedding_dim"] = weight.shape
+        state["num_embeddings"], state["embedding_dim"] = hosts.computed_shape(module.weight, split.mesh)
         rows, padding = _own_rows(module), module.padding_idx
         state["padding_idx"] = padding - rows.start if padding is not None and padding in rows else None
     return own
@@ -166,21 +192,16 @@ def _own_call(call: Call, x: Tensor | None) -> Call:
     return replace(call, module=own_copy(call.module), args=args, kwargs=kwargs)
 
 
-def _split_axis(parameter: Tensor) -> int | None:
+def _split_axis(module: nn.Module, name: str = "weight") -> int | None:
     """Say along which axis processes hold parts of a parameter; ``None`` where each holds the whole."""
-    placements = getattr(parameter, "placements", ())
-    return next((one.dim for one in placements if one.is_shard()), None)
+    part = hosts.split_range(module._parameters[name], hosts.split_of(module).mesh)
+    return None if part is None else part[0]
 
 
 def _own_rows(module: nn.Module) -> range:
     """Say which rows of an embedding this process has."""
-    weight = module.weight
-    if _split_axis(weight) != 0:
-        return range(weight.shape[0])
-    mesh = weight.device_mesh
-    step = -(-weight.shape[0] // mesh.size())  # as torch.chunk deals them: the last ones may have fewer, or none
-    first = min(mesh.get_local_rank() * step, weight.shape[0])
-    return range(first, min(first + step, weight.shape[0]))
+    part = hosts.split_range(module.weight, hosts.split_of(module).mesh)
+    return part[1] if part is not None and part[0] == 0 else range(module.weight.shape[0])
 
 
 def _last(tensor: Tensor) -> Any:

@@ -509,7 +509,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 continue
             if type(grad) is not Tensor:
                 self._check_placed(parameter, grad)
-                grads[number] = grad = hosts.local_part(grad)
+                grads[number] = grad = hosts.own_part(grad, parameter)
             if grad.layout is not torch.strided:
                 dense(self._name_of(parameter), grad)
         if self._released is None or not self._released.grads:
@@ -517,12 +517,19 @@ class MaskedOptimizer(torch.optim.Optimizer):
         return [self._released.grads.get(p, grad) for p, grad in zip(parameters, grads, strict=True)]
 
     def _check_placed(self, parameter: Tensor, grad: Tensor) -> None:
-        """Refuse a gradient of which a rank holds another part than of the parameter."""
-        ours, theirs = (getattr(one, "placements", None) for one in (parameter, grad))
+        """Refuse a gradient on other ranks than the parameter.
+
+        On the same ones it may be placed otherwise: tensor parallel leaves each rank a summand of the gradient of a
+        norm that runs on some positions, and the whole gradient of a weight of one row.
+
+        Raises:
+            ValueError: It is on others.
+        """
+        ours, theirs = (getattr(one, "device_mesh", None) for one in (parameter, grad))
         if ours != theirs:
             raise ValueError(
-                f"{self._name_of(parameter)} is sharded as {ours} and its gradient as {theirs}: both must be alike, as "
-                "under FSDP2."
+                f"{self._name_of(parameter)} is sharded over {ours} and its gradient over {theirs}: both must be over "
+                "the same ranks, as under FSDP2 and tensor parallel."
             )
 
     def _name_of(self, parameter: Tensor) -> str:

@@ -56,9 +56,9 @@ def _norm_of_all(grads: Sequence[Tensor], shares: Sequence[Share | None]) -> Ten
     """Compute the norm of gradients, of which the ranks of a share hold parts; what replicas hold counts once."""
     if all(share is None for share in shares):
         return torch.nn.utils.get_total_norm(grads)
-    parts: dict[tuple[int, ...], tuple[Share | None, list[Tensor]]] = {}
+    parts: dict[tuple[str, ...], tuple[Share | None, list[Tensor]]] = {}
     for grad, share in zip(grads, shares, strict=True):
-        parts.setdefault(() if share is None else share.ranks, (share, []))[1].append(grad)
+        parts.setdefault(() if share is None else share.axes, (share, []))[1].append(grad)
     squares = []
     for _, (share, own) in sorted(parts.items(), key=lambda part: part[0]):  # in one order on all ranks
         square = torch.nn.utils.get_total_norm(own).double().square().view(1)

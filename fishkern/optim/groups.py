@@ -40,7 +40,7 @@ def named_groups(parameters: Parameters, selection: Selection) -> list[Group]:
         hosts.reshard(parameters)
         moving = {name for name, count in selection.counts.items() if count}
         lost = hosts.lost_prefix(parameters) or hosts.merged_adapter(parameters, moving)
-        if reason := hosts.sharded(parameters, fsdp2=True) or lost:
+        if reason := hosts.sharded(parameters, fsdp2=True, tensor_parallel=True, trained=True) or lost:
             raise UnsupportedModuleError(f"{reason}.")
         _refuse_stored(key for key in stored_weights(hosts.unwrap(parameters)) if key in selection)
         groups = [{"params": _of_model(parameters, selection)}]
@@ -93,7 +93,7 @@ def settle(
 
     Raises:
         ValueError: A trainable parameter is outside the pool and ``outside`` is ``"error"``; a selected one is frozen,
-            complex, or sharded in another way than FSDP2 does.
+            complex, or sharded in another way than FSDP2 and tensor parallel do.
     """
     strangers = [(n, p) for n, p in all_named(groups) if n not in selection and p.requires_grad]
     if strangers and outside == "error":

@@ -25,9 +25,12 @@ def held(share: Share) -> Entries:
         share: The rank's share of a parameter.
 
     Returns:
-        Entries of the whole parameter: some of its rows or of its columns.
+        Entries of the whole parameter: some of its rows or of its columns, or of both.
     """
-    return Entries.of(share.shape, _range(share))
+    cut = share.cut
+    if len(cut) > 1:
+        return Entries.of(share.shape, in_whole(Entries.all(share.local_shape), share))
+    return Entries.of(share.shape, _range(share, cut[0])) if cut else Entries.all(share.shape)
 
 
 def in_shard(entries: Entries, share: Share) -> Entries:
@@ -40,16 +43,20 @@ def in_shard(entries: Entries, share: Share) -> Entries:
     Returns:
         Entries of the shard. Ranges of rows and columns stay ranges, and all entries stay all.
     """
-    own, shape = _range(share), share.local_shape
+    shape = share.local_shape
     if entries.is_all and entries.ranges is None:
         return Entries.all(shape)
-    if isinstance(entries.ranges, type(own)):
-        inside = (entries.ranges & own).bounds
-        first = own.bounds[0][0] if own.bounds else 0
-        return Entries.of(shape, type(own)(*((start - first, stop - first) for start, stop in inside)))
-    if entries.ranges is not None:  # along the other axis, of which the shard has everything
-        return Entries.of(shape, entries.ranges) if shape.numel() else Entries.none(shape)
-    return Entries.of(shape, _to_shard((entries & held(share)).indices().long(), share))
+    if not shape.numel():
+        return Entries.none(shape)
+    if entries.ranges is not None:
+        axis = int(isinstance(entries.ranges, Columns))
+        own = _range(share, axis)
+        first = own.bounds[0][0]
+        return Entries.of(
+            shape, type(own)(*((start - first, stop - first) for start, stop in (entries.ranges & own).bounds))
+        )
+    numbers = entries.indices().long()
+    return Entries.of(shape, _to_shard(numbers[_region(share).holds(numbers)], share))
 
 
 def in_whole(entries: Entries, share: Share) -> Tensor:
@@ -110,14 +117,16 @@ def _to_shard(numbers: Tensor, share: Share) -> Tensor:
 
 
 def _region(share: Share) -> Region:
-    ends = [(0, size) for size in share.shape]
-    ends[share.axis] = (share.start, share.stop)
-    return Region(share.shape, tuple(ends))
+    return Region(share.shape, share.ranges)
 
 
-def _range(share: Share) -> Ranges:
-    width = share.shape[2:].numel() if share.axis else 1  # columns are flat indices of all axes but the first
-    return (Columns if share.axis else Rows)((share.start * width, share.stop * width))
+def _range(share: Share, axis: int) -> Ranges:
+    """Give the rows or columns that a rank holds; columns are flat indices of all axes but the first."""
+    if not axis:
+        return Rows(share.ranges[0])
+    width = share.shape[2:].numel()
+    start, stop = share.ranges[1] if len(share.shape) > 1 else (0, 1)
+    return Columns((start * width, stop * width))
 
 
 class Joined:
@@ -136,7 +145,8 @@ class Joined:
     def __init__(self, entries: Entries, share: Share) -> None:
         self._share = share
         numbers = share.gathered(in_whole(entries, share))
-        self._order = numbers.argsort() if share.axis else None  # rows come in the order of the ranks
+        # rows come in the order of the ranks
+        self._order = numbers.argsort() if any(axis for axis in share.cut) else None
         self.entries = Entries.of(share.shape, numbers)
 
     def __call__(self, values: Tensor) -> Tensor:

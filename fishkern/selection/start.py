@@ -162,10 +162,10 @@ def load_start(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"{path} {reason}.")
     with torch.no_grad():
         for name, tensor in stored.items():
-            ranges = [(0, size) for size in tensor.shape]
-            if (share := hosts.share_of(name, named[name])) is not None:
-                ranges[share.axis] = share.start, share.stop
-            own = read_region(tensor, Region(tensor.shape, tuple(ranges), True), tensor.dtype)
+            share = hosts.share_of(name, named[name])
+            own = (
+                tensor.read() if share is None else read_region(tensor, Region(share.shape, share.ranges), tensor.dtype)
+            )
             hosts.local_part(named[name]).copy_(own)
 
 

@@ -40,6 +40,7 @@ from fishkern.statistics.result import Statistics
 from fishkern.statistics.sharded_following import ShardedFollowing
 from fishkern.statistics.sharded_pass import ShardedPass, check_sharded
 from fishkern.statistics.sharded_states import ShardedStates
+from fishkern.statistics.sharded_team import ShardedTeamPass, ShardedTeamStates
 from fishkern.statistics.sharding import sharding_of
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
@@ -195,6 +196,8 @@ def estimate(
     paths: dict[str, tuple[str, str]] = {}
     passed: list[Passed] = []
     with tensor_parallel(model, ranks) as team:
+        if team is not None and sharding is not None:
+            sharding.beside(team.data)
         for number, names in enumerate(groups):
             with saying_what_sums_take(request, options):
                 given = (batches, reader, request.device, max_examples)
@@ -206,7 +209,11 @@ def estimate(
                 if options.parts is None and len(groups) == 1 and follows(estimator):
                     watching = in_step.gathered(report.shows)[0]  # the first rank's alone has a line
                     followed = {"until": goal, "watching": watching, "ranks": ranks, "in_step": in_step}
-                if team is not None:
+                if team is not None and sharding is not None:
+                    states = ShardedTeamStates(infos, estimator, backend, sharding=sharding, team=team)
+                    common += (states, answering, options.check)
+                    one = ShardedTeamPass(*common, in_step=team.data, sharding=sharding, team=team)
+                elif team is not None:
                     states = TensorParallelStates(infos, estimator, backend, team=team)
                     one = TensorParallelPass(*common, states, answering, options.check, team=team)
                 else:

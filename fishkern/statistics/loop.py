@@ -35,8 +35,10 @@ class Loop:
         likelihood: As for :func:`fishkern.estimate`.
         estimator: A recipe of single examples.
         sharding: How FSDP2 shards the model; ``None`` where it does not. All ranks then run the same examples.
+        in_parts: Whether tensor parallel splits the model. All processes then run the same examples, too.
 
     Attributes:
+        likelihood: As given.
         estimator: The recipe.
         device: Where the model runs.
         arrived: Names of the parameters that a gradient has reached.
@@ -50,11 +52,15 @@ class Loop:
         likelihood: Likelihood | LossFunction | Drawn | None,
         estimator: Estimator,
         sharding: Sharding | None = None,
+        *,
+        in_parts: bool = False,
     ) -> None:
         self._sharding = sharding
+        # FSDP2's gradients, and some of transformers' plans, are complete after the backward pass
+        self._afterwards = in_parts or sharding is not None
         self._model = model
         self._parameters = parameters
-        self._likelihood = likelihood
+        self.likelihood = likelihood
         self.estimator = estimator
         self._answering: Answering | None = None
         self._entered: Entered | None = None
@@ -79,8 +85,8 @@ class Loop:
             try:
                 for parameter in names:
                     parameter.requires_grad_(True)
-                    if self._sharding is not None:
-                        continue  # FSDP2's gradients are read after the backward pass
+                    if self._afterwards:
+                        continue
                     handles.append(parameter.register_post_accumulate_grad_hook(lambda p: self._add(names[p], p)))
                 yield
             finally:
@@ -99,7 +105,7 @@ class Loop:
         states, self._totals = self._states(), None
         units = examples * self.estimator.units(1)
         results = {name: self.estimator.result(states.pop(name), units) for name in self._parameters}
-        return results if self._sharding is None else self._sharding.gathered(self._parameters, results)
+        return {name: hosts.joined(one, self._parameters[name]) for name, one in results.items()}
 
     def add_alone(self, row: Examples) -> None:
         """Add one example. For the empirical Fisher, use the loss that the model itself returns, if it returns one."""
@@ -122,7 +128,7 @@ class Loop:
             check_finite(objective, places)
             for n, value in enumerate(objective):
                 backward(value, retain_graph=not last or n + 1 < len(objective))
-                if self._sharding is not None:
+                if self._afterwards:
                     for name, parameter in self._parameters.items():
                         self._add(name, parameter)
 
@@ -132,7 +138,7 @@ class Loop:
 
     def _own_loss(self, row: Batch) -> Tensor | None:
         empirical = isinstance(self.estimator, DiagonalFisher) and self.estimator.fisher_type == "empirical"
-        if self._likelihood is not None or not empirical:
+        if self.likelihood is not None or not empirical:
             return None
         numbers = task_of(self._model, row) in ("regression", "multi-label")
         loss = own_loss(self._model, row, numbers=numbers)
@@ -141,7 +147,7 @@ class Loop:
     def _answer(self, batch: Examples) -> Predictive | Tensor:
         if self._answering is None:  # settling a likelihood may run the model, which must be frozen by then
             content = batch.copied()
-            likelihood = recognise_likelihood(self._model, content) if self._likelihood is None else self._likelihood
+            likelihood = recognise_likelihood(self._model, content) if self.likelihood is None else self.likelihood
             if isinstance(likelihood, Likelihood):
                 likelihood = likelihood.settled(self._model, content)
             self._answering = Answering(self._model, likelihood)

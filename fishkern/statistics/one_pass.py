@@ -137,7 +137,7 @@ class OnePass:
         one_pass, independence = self._begin(entered)
         randomness = OwnRandomness(data.device)
         running = Running(one_pass, self.states, self.answering, randomness, following=self.following)
-        taken = turns(iter(data), self.in_step) if self.keeper is None else self.keeper.over(data, running, report)
+        taken = self._turns(data) if self.keeper is None else self.keeper.over(data, running, report)
         for turn in taken:
             self._take(turn, data, running)
             units = self._units(turn)
@@ -150,6 +150,10 @@ class OnePass:
                 break
         self._keep(independence, entered)
         return running.units, one_pass, independence
+
+    def _turns(self, data: Data) -> Iterator[Turn]:
+        """Read the data."""
+        return turns(iter(data), self.in_step)
 
     def _units(self, turn: Turn) -> list[int]:
         """Count what each rank has added in a turn."""

@@ -27,7 +27,7 @@ from fishkern import hosts
 from fishkern.layers import OuterProductGrads, PerExampleGrads
 from fishkern.statistics.ranks_plan import BLOCK_BYTES as _BLOCK
 from fishkern.statistics.sharding import Part
-from fishkern.statistics.shards import gather_into
+from fishkern.statistics.shards import Ranks, gather_into
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of factors that are sent, by the numbers that ranks tell each other."""
@@ -67,7 +67,7 @@ def offer(grads: Sequence[PerExampleGrads], others: Sequence[Sequence[PerExample
     """
     if not grads:
         return Offer()
-    if (one := _factors(grads)) is None or one.output_grads.shape[-1] != part.parameter.shape[0]:
+    if (one := _factors(grads)) is None or one.output_grads.shape[-1] != part.whole[0]:
         return Offer(-1)
     memory = _memory(one)
     shares = next(n for n, other in enumerate(others) if (f := _factors(other)) is not None and _memory(f) == memory)
@@ -75,20 +75,21 @@ def offer(grads: Sequence[PerExampleGrads], others: Sequence[Sequence[PerExample
 
 
 def sharing(
-    parts: Mapping[str, Part], told: Sequence[Sequence[Sequence[int]]]
+    parts: Mapping[str, Part], told: Sequence[Sequence[Sequence[int]]], ranks: Ranks
 ) -> list[tuple[dict[str, Part], list[Offer]]]:
     """Find the parameters of which all ranks have factors, or nothing, and put those of one input together.
 
     Args:
         parts: The parts of parameters that are sharded by rows.
         told: The offers of all ranks for each of them.
+        ranks: These ranks.
 
     Returns:
         Parts of maps that read the same input on every rank of their group, and the offers of these ranks.
     """
     names, found = list(parts), {}
     for number, (name, part) in enumerate(parts.items()):
-        offers = [Offer(*told[rank][number]) for rank in dist.get_process_group_ranks(part.group)]
+        offers = [Offer(*told[rank][number]) for rank in ranks.places(part.group)]
         if any(one.examples < 0 for one in offers) or len({one.dtype for one in offers if one.tokens}) != 1:
             continue
         shares = {one.shares for one in offers if one.tokens}
@@ -119,7 +120,7 @@ def cheaper(parts: Sequence[Part], sums: Sequence[int], offers: Sequence[Offer])
     squares = [size * (R - 1) * R * part.chunk * part.width for part, size in zip(parts, sums, strict=True)]
     # of output gradients, all features but its own rows from every rank; of inputs, as many positions as the most
     own = [sum(n * (rows.stop - rows.start) for n, rows in zip(tokens, part.rows, strict=True)) for part in parts]
-    grads = [itemsize * (sum(tokens) * part.parameter.shape[0] - n) for part, n in zip(parts, own, strict=True)]
+    grads = [itemsize * (sum(tokens) * part.whole[0] - n) for part, n in zip(parts, own, strict=True)]
     inputs = itemsize * (R - 1) * R * max(tokens) * parts[0].width
     wanted = [fewer < more for fewer, more in zip(grads, squares, strict=True)]
     saved = sum(other - one for one, other, want in zip(grads, squares, wanted, strict=True) if want)

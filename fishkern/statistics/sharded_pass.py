@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ from fishkern.statistics.sharded_states import ShardedStates
 from fishkern.statistics.sharding import Sharding
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.sketched_fisher import SketchedFisher
-from fishkern.statistics.turns import Turn, kind_of
+from fishkern.statistics.turns import Turn, kind_of, turns
 from fishkern.statistics.undisturbed import Entered, undisturbed
 
 _END = object()
@@ -110,11 +111,14 @@ class ShardedPass(OnePass):
 
     def _meet(self, one_pass: ShardedCapture | ShardedSketch, spare: Examples, randomness: OwnRandomness) -> None:
         """Check the loss, on examples that all ranks run."""
-        with self.sharding.ranks.failing_together(), randomness.aside():
+        with self.sharding.everyone.failing_together(), randomness.aside():
             if self.known is not None:
                 self.known.demand_structure(spare)
             self.answering.begin(spare)
         self.sharding.units.reshard()  # a forward pass alone leaves the outermost unit whole
+
+    def _turns(self, data: Data) -> Iterator[Turn]:
+        return turns(iter(data), self.sharding.ranks, self.sharding.everyone)
 
     def _units(self, turn: Turn) -> list[int]:
         if self.estimator.reads != "batches":
@@ -151,7 +155,10 @@ class ShardedPass(OnePass):
             unserved=partial(_nested, sharding=self.sharding),
             **joint,
         )
-        return ShardedCapture(*common, planner, self.sharding, examples)
+        return self._capturing(*common, planner, self.sharding, examples)
+
+    def _capturing(self, *args: Any) -> ShardedCapture:
+        return ShardedCapture(*args)
 
     def _agreed(self, losses: list[float]) -> list[float]:
         return self.sharding.ranks.gathered(losses)[0]  # of the same examples, whose last bits may differ on devices
@@ -161,7 +168,7 @@ class ShardedPass(OnePass):
 
         def answered(batch: Examples, *onlooker: Onlooker) -> Predictive | Tensor:
             self.sharding.units.reshard()  # so that this run sees which parameters require a gradient
-            with self.sharding.ranks.failing_together(), self.sharding.units.followed():
+            with self.sharding.everyone.failing_together(), self.sharding.units.followed():
                 return answer(batch, *onlooker)
 
         return answered
@@ -232,35 +239,43 @@ class ShardedCapture(CapturedPass):
             batch: This rank's batch.
             kinds: The kind of each rank's batch; ``None`` where it has none.
         """
-        ranks = self._sharding.ranks
+        everyone = self._sharding.everyone
         for rank, kind in enumerate(kinds):
             if kind is not None and not self.planner.has_plan(kind):
                 few = self.examples.first(batch, rank)
-                with ranks.failing_together():
+                with everyone.failing_together():
                     plan = self.planner.plan_for(few)
-                ranks.demand_equal(_described(plan), "the paths of parameters")
+                everyone.demand_equal(_described(plan), "the paths of parameters")
+                self._check(plan)
+
+    def _check(self, plan: Plan) -> None:
+        """Refuse a plan that no rank can follow."""
 
     def _captured(
         self, plan: Plan, batch: Examples, *, own: bool, only: Objectives | None = None
     ) -> list[dict[str, set[int]]]:
         """Capture a batch of each rank, and say what each holds back; of one that does not count, nothing."""
-        ranks = self._sharding.ranks
+        everyone = self._sharding.everyone
         if self._estimator.reads_factors:
-            with ranks.failing_together():  # an error here, where only this rank's batch is read, ends all
+            with everyone.failing_together():  # an error here, where only this rank's batch is read, ends all
                 self.planner.counted(batch)
         self._looped, loss = {}, self.loss
-        with ranks.failing_together(), self._sharding.apart(counts=own):
+        with everyone.failing_together(), self._sharding.apart(counts=own):
             withheld = dict(self._capture(plan, batch, only))
         if not own:
             withheld, self.loss, self._looped = {}, loss, {}
-        ended = ranks.gathered((withheld, self._looped, dict(self.planner.strayed), set(self.planner.distrusted)))
+        ended = self._of_all_ranks((withheld, self._looped, dict(self.planner.strayed), set(self.planner.distrusted)))
         every_withheld, every_looped, every_strayed, every_distrusted = zip(*ended, strict=True)
         self.planner.distrusted.update(*every_distrusted)
         if strayed := {key: reason for reasons in every_strayed for key, reason in reasons.items()}:
-            with ranks.failing_together():
+            with everyone.failing_together():
                 self.planner.note_strays(strayed)
         self._loop_together(batch, every_looped)
         return list(every_withheld)
+
+    def _of_all_ranks(self, ended: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """Collect what follows from a batch on each rank."""
+        return self._sharding.ranks.gathered(ended)
 
     def _loop(self, batch: Examples, keys: Iterable[str], only: Objectives | None) -> None:
         # all ranks loop together, once each has taken part in the backward pass
@@ -292,13 +307,14 @@ class ShardedCapture(CapturedPass):
 
     def _noted(self, answer: Predictive | Tensor, batch: Examples) -> Iterator[tuple[Tensor | None, bool]]:
         """Give the objectives, equally many on all ranks; an error of one ends all before the backward pass."""
-        ranks, objectives = self._sharding.ranks, self._estimator.objectives(answer, batch.places)
+        ranks, everyone = self._sharding.ranks, self._sharding.everyone
+        objectives = self._estimator.objectives(answer, batch.places)
         zeros: Tensor | None = None
-        with ranks.failing_together():
+        with everyone.failing_together():
             following = next(objectives, _END)
         while True:
             objective = None if following is _END else following
-            with ranks.failing_together():
+            with everyone.failing_together():
                 if objective is not None:
                     self._note(objective, batch)
                 following = _END if following is _END else next(objectives, _END)

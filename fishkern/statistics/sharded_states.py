@@ -66,13 +66,14 @@ class ShardedStates(States):
         parts = {key: part for key, info in parameters.items() if (part := sharding.part(info.value)) is not None}
         of_entries = not isinstance(estimator, GroupFisher | DirectionEnergy)
         self._parts, self._of_groups = (parts, {}) if of_entries else ({}, parts)
-        self._whole_shapes = {key: info.shape for key, info in parameters.items()}
+        # under tensor parallel whole is what this rank computes with
+        self._whole_shapes = {key: parts[key].whole if key in parts else one.shape for key, one in parameters.items()}
         self._pending: dict[str, _Pending] = {}
         self._error: Exception | None = None
-        local = {
-            key: replace(info, shape=self._parts[key].shape) if key in self._parts else info
-            for key, info in parameters.items()
-        }
+        beside = {key for key, info in parameters.items() if key not in parts and hosts.is_distributed(info.value)}
+        shapes = {key: part.shape for key, part in self._parts.items()}
+        shapes |= {key: hosts.local_part(parameters[key].value).shape for key in beside}
+        local = {key: replace(info, shape=shapes[key]) if key in shapes else info for key, info in parameters.items()}
         super().__init__(local, estimator, backend)
 
     @property
@@ -155,14 +156,14 @@ class ShardedStates(States):
     def complete(self) -> None:
         self.exchange()
         error, self._error = self._error, None
-        with self._sharding.ranks.failing_together():
+        with self._sharding.everyone.failing_together():
             if error is not None:
                 raise error
 
     def largest(self, values: Tensor) -> float:
         largest = super().largest(values)
         largest = float("inf") if math.isnan(largest) else largest  # a maximum over ranks may lose NaN
-        return self._sharding.ranks.largest(torch.tensor(largest, dtype=torch.float64)).item()
+        return self._sharding.everyone.largest(torch.tensor(largest, dtype=torch.float64)).item()
 
     def result(self, name: str, ranks: Ranks, count: int) -> Any:
         if (part := self._parts.get(name)) is None:
@@ -195,7 +196,7 @@ class ShardedStates(States):
         own = [offer(mine[name], added, self._parts[name]) if name in mine else Offer(-1) for name in names]
         told = self._sharding.ranks.every(torch.tensor(own, dtype=torch.int32)).tolist()
         sent: set[str] = set()
-        for parts, offers in sharing({name: self._parts[name] for name in names}, told):
+        for parts, offers in sharing({name: self._parts[name] for name in names}, told, self._sharding.ranks):
             sums = [self._parameters[name].dtype.itemsize for name in parts]
             chosen = cheaper(list(parts.values()), sums, offers)
             parts = {name: part for (name, part), choose in zip(parts.items(), chosen, strict=True) if choose}

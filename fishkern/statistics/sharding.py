@@ -4,10 +4,14 @@ Every rank computes its own examples' squares of the whole parameter, some colum
 scattered: each rank gets the entries of its shard (reduce-scatter). Of a linear map the factors may be fewer bytes, see
 :mod:`fishkern.statistics.sharded_factors`. Where replicas hold the same shards (HSDP), each
 replica adds up its own ranks' examples, and the replicas are added once, at the end.
+
+Where tensor parallel splits the model beside FSDP2, a rank computes with its processes' part of each parameter, and
+FSDP2 shards that part over the ranks that have the same one. These are the ranks whose examples differ.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -36,12 +40,14 @@ class Part:
 
     Args:
         parameter: The sharded parameter, a ``DTensor``.
+        whole: Shape of what these ranks hold together: of the parameter, or of its part by tensor parallel.
         axis: The axis along which it is sharded, 0 or 1.
         group: The ranks that hold one replica of it.
         replicas: The ranks that hold the same part; ``None`` if there is one replica.
     """
 
     parameter: nn.Parameter
+    whole: torch.Size
     axis: int
     group: Any
     replicas: Any
@@ -59,17 +65,17 @@ class Part:
     @property
     def width(self) -> int:
         """Number of entries of a row of the whole parameter."""
-        return self.parameter.shape[1:].numel()
+        return self.whole[1:].numel()
 
     @property
     def chunk(self) -> int:
         """The most rows that a rank holds, of a parameter that is sharded by rows."""
-        return -(-self.parameter.shape[0] // self.count)  # as torch.chunk deals them
+        return -(-self.whole[0] // self.count)  # as torch.chunk deals them
 
     @property
     def rows(self) -> list[slice]:
         """The rows of each rank, of a parameter that is sharded by rows; the last ranks may hold fewer, or none."""
-        ends = [min(number * self.chunk, self.parameter.shape[0]) for number in range(self.count + 1)]
+        ends = [min(number * self.chunk, self.whole[0]) for number in range(self.count + 1)]
         return [slice(start, stop) for start, stop in pairwise(ends)]
 
     @property
@@ -87,16 +93,9 @@ class Part:
             Which of them are here, and their flat indices in the part.
         """
         share = hosts.share_of("", self.parameter)
-        inner = share.shape[self.axis + 1 :].numel()
-        if self.axis == 0:
-            bounds = torch.tensor([share.start * inner, share.stop * inner], dtype=indices.dtype)
-            low, high = torch.searchsorted(indices, bounds).tolist()
-            return slice(low, high), indices[low:high] - share.start * inner
-        width = share.shape[1] * inner
-        rows, columns = indices // width, indices % width - share.start * inner
-        own = (share.stop - share.start) * inner
-        which = ((columns >= 0) & (columns < own)).nonzero().flatten()
-        return which, (rows * own + columns)[which]
+        region = Region(share.shape, share.ranges)
+        which = region.holds(indices).nonzero().flatten()
+        return which, region.in_part(indices[which])
 
     def add_(self, state: Tensor, fill: Fill) -> None:
         """Add the squares of all ranks of a replica to their parts. A collective operation.
@@ -132,8 +131,7 @@ class Part:
 
     def _add_rows_(self, state: Tensor, fill: Fill, device: torch.device) -> None:
         """Each rank holds some rows, and a block is a range of columns."""
-        shape = self.parameter.shape
-        rows, width, chunk = shape[0], self.width, self.chunk
+        rows, width, chunk = self.whole[0], self.width, self.chunk
         local = state.view(len(state), width)
         step = self._step(self.count * chunk, width, state.dtype)
         for first in range(0, width, step):
@@ -145,7 +143,7 @@ class Part:
 
     def _add_columns_(self, state: Tensor, fill: Fill, device: torch.device) -> None:
         """Each rank holds equally many columns, and a block is a range of those of every rank."""
-        shape = self.parameter.shape
+        shape = self.whole
         rows, width = shape[0], shape[1:].numel()
         chunk = width // self.count  # FSDP2 shards an axis other than the first evenly alone
         local = state.view(rows, chunk)
@@ -180,7 +178,8 @@ class Sharding:
 
     Attributes:
         units: The units of the model.
-        ranks: As given.
+        ranks: The ranks that have examples of their own; under tensor parallel (:meth:`beside`) those of one part.
+        everyone: All ranks.
         counts: Whether the examples that this rank runs count.
         alike: Whether all ranks run the same examples, as they do before the first batch and for single gradients.
 
@@ -191,14 +190,25 @@ class Sharding:
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self.units = hosts.FullySharded(model)
-        self.ranks = ranks
+        self.ranks = self.everyone = ranks
         if reason := self.units.why_not_ready():
             raise ValueError(f"{reason}.")
         self.units.reshard()  # a forward pass without a backward pass leaves parameters whole
         sharded = set(self.units.parameters())
         names = {one: name for name, one in hosts.named_parameters(model).items()}
-        self._parts: dict[nn.Parameter, Part] = {one: _part(names[one], one, ranks) for one in names if one in sharded}
+        mesh = hosts.mesh_of(model)
+        self._parts: dict[nn.Parameter, Part] = {
+            one: _part(names[one], one, ranks, mesh) for one in names if one in sharded
+        }
         self.counts = self.alike = True
+
+    def beside(self, data: Ranks) -> None:
+        """Say that tensor parallel splits the model as well.
+
+        Args:
+            data: The ranks that compute with the same parts as this one, on other examples.
+        """
+        self.ranks = data
 
     @property
     def speaks(self) -> bool:
@@ -232,21 +242,6 @@ class Sharding:
         """
         return self.units.differentiating(list(parameters.values()))
 
-    def gathered(self, parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather what all ranks hold of something of the parameters' shapes. A collective operation.
-
-        Args:
-            parameters: By canonical name.
-            values: This rank's part of each.
-
-        Returns:
-            Whole tensors, on every rank.
-        """
-        parts = {name: self.part(parameters[name]) for name in values}
-        return {
-            name: one if parts[name] is None else parts[name].placed(one).full_tensor() for name, one in values.items()
-        }
-
     def part(self, parameter: Tensor) -> Part | None:
         """Find the part of a parameter that this rank holds.
 
@@ -273,29 +268,36 @@ def sharding_of(model: nn.Module, ranks: Ranks) -> Sharding | None:
         UnsupportedModuleError: As for :class:`Sharding`.
         ValueError: Likewise.
     """
-    if not hosts.units(model) or hosts.sharded(model, fsdp2=True):
+    if not hosts.units(model) or hosts.sharded(model, fsdp2=True, tensor_parallel=True):
         return None
     return Sharding(model, ranks)
 
 
-def _part(name: str, parameter: Any, ranks: Ranks) -> Part:
+def _part(name: str, parameter: Any, ranks: Ranks, model: Any) -> Part:
+    """Describe the part of a parameter; ``model``: the processes that tensor parallel splits the model over, if any."""
     mesh, placements = parameter.device_mesh, parameter.placements
-    split = [place for place, one in enumerate(placements) if one.is_shard()]
+    teams = 1 if model is None else model.size()
+    if model is not None and hosts.placed_over(parameter, model) is not None:
+        placements = placements[:-1]
+    sizes = [mesh.size(place) for place in range(len(placements))]
+    split = [place for place, one in enumerate(placements) if not one.is_replicate()]
     replicated = [place for place, one in enumerate(placements) if one.is_replicate()]
-    if len(split) != 1 or len(replicated) != len(placements) - 1 or len(replicated) > 1:
+    if len(split) != 1 or len(replicated) > 1 or not hasattr(placements[split[0]], "dim"):
         raise UnsupportedModuleError(
-            f"{name} is sharded as {tuple(placements)} over a mesh of {mesh.ndim} axes: expected FSDP2's fully_shard "
-            "over one axis, or over two of which one replicates (HSDP), without tensor parallel beside it."
+            f"{name} is sharded as {tuple(parameter.placements)} over a mesh of {mesh.ndim} axes: expected FSDP2's "
+            "fully_shard over one axis, or over two of which one replicates (HSDP), after parallelize_module over a "
+            "last axis if tensor parallel splits it, too."
         )
     axis = placements[split[0]].dim
     if axis > 1:
         raise UnsupportedModuleError(
             f"{name} is sharded along its axis {axis}: expected 0 or 1, as shard_placement_fn= may give them."
         )
-    if mesh.size() != ranks.count:
+    if teams * math.prod(sizes) != ranks.count:
+        over = f"{math.prod(sizes)} of {ranks.count // teams}"
         raise UnsupportedModuleError(
-            f"{name} is sharded over {mesh.size()} of {ranks.count} processes: expected all of them, since each has "
-            "examples of its own. Shard over a mesh of all processes."
+            f"{name} is sharded over {over} {'processes' if teams == 1 else 'teams of tensor parallel'}: expected all "
+            "of them, since each has examples of its own. Shard over a mesh of all."
         )
     if not has_gradient_dtype(parameter):
         raise UnsupportedModuleError(
@@ -303,4 +305,4 @@ def _part(name: str, parameter: Any, ranks: Ranks) -> Part:
             "model in each process."
         )
     replicas = mesh.get_group(replicated[0]) if replicated else None
-    return Part(parameter, axis, mesh.get_group(split[0]), replicas)
+    return Part(parameter, hosts.computed_shape(parameter, model), axis, mesh.get_group(split[0]), replicas)

@@ -152,6 +152,18 @@ class Ranks:
                 if dist.get_rank() in members:
                     dist.destroy_process_group(group)
 
+    def places(self, group: Any) -> list[int]:
+        """Find some of these ranks among them.
+
+        Args:
+            group: A process group of some of them.
+
+        Returns:
+            The place of each of its members, in its order.
+        """
+        members = dist.get_process_group_ranks(group)
+        return members if self._group is None else [dist.get_group_rank(self._group, one) for one in members]
+
     def gathered(self, value: Any) -> list[Any]:
         """Collect a small value from every rank.
 

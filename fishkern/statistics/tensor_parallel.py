@@ -8,7 +8,7 @@ examples of its own, and sums are reduced over the processes that hold the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -39,10 +39,12 @@ class Team:
     Args:
         model: The processes with the parts of one model, on the same examples.
         data: The processes that hold the same part, each with examples of its own.
+        mesh: The ``DeviceMesh`` of ``model``.
     """
 
     model: Ranks
     data: Ranks
+    mesh: Any
 
 
 @contextmanager
@@ -74,7 +76,7 @@ def tensor_parallel(model: nn.Module, everyone: Ranks) -> Iterator[Team | None]:
             "of equal size that have all processes in them, each once."
         )
     with Ranks.of([tuple(team[place] for team in teams) for place in range(len(own))]) as data:
-        yield Team(Ranks(mesh.get_group()), data)
+        yield Team(Ranks(mesh.get_group()), data, mesh)
 
 
 def check_tensor_parallel(estimator: Estimator) -> None:
@@ -122,25 +124,40 @@ class SameData(Data):
         while True:
             with self._team.model.failing_together():
                 batch = next(batches, None)
-            self._demand_same(number, (None, b"") if batch is None else _said(batch))
+            _demand_same(self._team, number, batch)
             if batch is None:
                 return
             number += 1
             yield batch
 
-    def _demand_same(self, number: int, own: tuple[Any, bytes]) -> None:
-        said = self._team.model.gathered(own)
-        for rank, other in enumerate(said):
-            if other == said[0]:
-                continue
-            sizes = ["no batch" if one[0] is None else f"{one[0][0]} examples" for one in (said[0], other)]
-            what = f"{sizes[0]} and {sizes[1]}" if sizes[0] != sizes[1] else "examples of other values or layouts"
-            raise ValueError(
-                f"batch {number} differs between processes 0 and {rank} of the {self._team.model.count} that compute "
-                f"one model together ({what}): give them the same batches, by a DataLoader without a sampler for "
-                f"ranks, or, for several such teams, by a DistributedSampler with num_replicas={self._team.data.count} "
-                f"and, here, rank={self._team.data.rank}."
-            )
+
+def demand_same(team: Team, batches: Sequence[Examples]) -> None:
+    """Refuse batches that differ between the processes of a model. A collective operation.
+
+    Args:
+        team: The processes.
+        batches: This process's.
+
+    Raises:
+        ValueError: They differ.
+    """
+    for number in range(max(team.model.gathered(len(batches)))):
+        _demand_same(team, number, batches[number] if number < len(batches) else None)
+
+
+def _demand_same(team: Team, number: int, batch: Examples | None) -> None:
+    said = team.model.gathered((None, b"") if batch is None else _said(batch))
+    for rank, other in enumerate(said):
+        if other == said[0]:
+            continue
+        sizes = ["no batch" if one[0] is None else f"{one[0][0]} examples" for one in (said[0], other)]
+        what = f"{sizes[0]} and {sizes[1]}" if sizes[0] != sizes[1] else "examples of other values or layouts"
+        raise ValueError(
+            f"batch {number} differs between processes 0 and {rank} of the {team.model.count} that compute one model "
+            f"together ({what}): give them the same batches, by a DataLoader without a sampler for ranks, or, for "
+            f"several such teams, by a DistributedSampler with num_replicas={team.data.count} and, here, "
+            f"rank={team.data.rank}."
+        )
 
 
 def _said(batch: Examples) -> tuple[Any, bytes]:
@@ -188,21 +205,32 @@ class TensorParallelStates(States):
         value = self.info(name).value
         result = super().result(name, self._team.data, count)
         if not hosts.is_distributed(value):
-            self._demand_alike(name, result, _ALIKE_16_BIT if value.dtype.itemsize < 4 else _ALIKE)
+            demand_alike(name, value, result, self._team.model)
             return result
-        from torch.distributed.tensor import DTensor  # torch itself imports it with the first distributed model only
+        return hosts.placed(result, value)
 
-        options = {"run_check": False, "shape": value.shape, "stride": value.stride()}
-        return DTensor.from_local(result, value.device_mesh, value.placements, **options)
 
-    def _demand_alike(self, name: str, result: Tensor, tolerance: float) -> None:
-        """Refuse a parameter that each process holds, and of which each has found another statistic."""
-        said = self._team.model.gathered((result.sum().item(), result.max().item() if result.numel() else 0.0))
-        for rank, other in enumerate(said):
-            if any(abs(a - b) > tolerance * max(abs(a), abs(b)) for a, b in zip(said[0], other, strict=True)):
-                raise UnsupportedModuleError(
-                    f"every process of the model holds {name}, and the processes 0 and {rank} find other gradients of "
-                    "it: each runs it on a part of the input, such as its own heads or positions, so that none has the "
-                    "whole gradient. Split its module with the others, as by SequenceParallel() of torch or "
-                    "replicated_with_grad_allreduce of transformers, or leave it out with parameters=."
-                )
+def demand_alike(name: str, parameter: Tensor, result: Tensor, model: Ranks) -> None:
+    """Refuse a parameter that each process of a model holds, and of which each has found another statistic.
+
+    A collective operation.
+
+    Args:
+        name: Canonical name of the parameter.
+        parameter: The parameter.
+        result: This process's statistic of it.
+        model: The processes.
+
+    Raises:
+        UnsupportedModuleError: The statistics differ by more than rounding.
+    """
+    tolerance = _ALIKE_16_BIT if parameter.dtype.itemsize < 4 else _ALIKE
+    said = model.gathered((result.sum().item(), result.max().item() if result.numel() else 0.0))
+    for rank, other in enumerate(said):
+        if any(abs(a - b) > tolerance * max(abs(a), abs(b)) for a, b in zip(said[0], other, strict=True)):
+            raise UnsupportedModuleError(
+                f"every process of the model holds {name}, and the processes 0 and {rank} find other gradients of "
+                "it: each runs it on a part of the input, such as its own heads or positions, so that none has the "
+                "whole gradient. Split its module with the others, as by SequenceParallel() of torch or "
+                "replicated_with_grad_allreduce of transformers, or leave it out with parameters=."
+            )

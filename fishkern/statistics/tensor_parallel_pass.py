@@ -46,15 +46,7 @@ class TensorParallelPass(OnePass):
             return super().over(data, self.team.data, report)
 
     def _agreed(self, losses: list[float]) -> list[float]:
-        every = self.team.model.gathered(losses)
-        for rank, other in enumerate(every):
-            if any(abs(a - b) > _SAME_LOSS * max(abs(a), abs(b)) for a, b in zip(every[0], other, strict=True)):
-                raise UnsupportedModuleError(
-                    f"processes 0 and {rank} of the {len(every)} that compute one model find losses {every[0]} and "
-                    f"{other} of the same examples: its outputs are in parts. Let its last module gather them, by "
-                    "output_layouts=Replicate()."
-                )
-        return every[0]  # whose last bits may differ on devices
+        return agreed(losses, self.team.model)
 
     def _together(self, answer: Callable[..., Predictive | Tensor]) -> Callable[..., Predictive | Tensor]:
         """Run the model on all processes: an error of one of them in the loss ends the step on all."""
@@ -114,10 +106,47 @@ class TensorParallelCapture(CapturedPass):
             (site.path, type(site.layer).__name__, sorted(site.keys.values()), site.settled) for site in plan.sites
         ]
         self._model.demand_equal((sites, sorted(plan.loop)), "the paths of parameters")
-        summed = [site for site in plan.sites if site.layer is not None and site.layer.sums_processes]
-        if summed and self._estimator.reads == "positions":
-            keys = sorted(key for site in summed for key in site.keys.values())
+        refuse_sums(plan, self._estimator)
+
+
+def agreed(losses: list[float], model: Ranks) -> list[float]:
+    """Give the losses that all processes of a model have found of the same examples. A collective operation.
+
+    Args:
+        losses: This process's.
+        model: The processes.
+
+    Returns:
+        The losses of the first.
+
+    Raises:
+        UnsupportedModuleError: They differ.
+    """
+    every = model.gathered(losses)
+    for rank, other in enumerate(every):
+        if any(abs(a - b) > _SAME_LOSS * max(abs(a), abs(b)) for a, b in zip(every[0], other, strict=True)):
             raise UnsupportedModuleError(
-                f"unit='position' squares single positions, and {keys} are summed over the positions or heads of "
-                f"several processes first. {leave_out(keys, by_autograd=False)}"
+                f"processes 0 and {rank} of the {len(every)} that compute one model find losses {every[0]} and "
+                f"{other} of the same examples: its outputs are in parts. Let its last module gather them, by "
+                "output_layouts=Replicate()."
             )
+    return every[0]  # whose last bits may differ on devices
+
+
+def refuse_sums(plan: Plan, estimator: Estimator) -> None:
+    """Refuse single positions of what is summed over the positions or heads of several processes.
+
+    Args:
+        plan: A plan.
+        estimator: The recipe.
+
+    Raises:
+        UnsupportedModuleError: The recipe squares single positions, and the plan has such sums.
+    """
+    summed = [site for site in plan.sites if site.layer is not None and site.layer.sums_processes]
+    if summed and estimator.reads == "positions":
+        keys = sorted(key for site in summed for key in site.keys.values())
+        raise UnsupportedModuleError(
+            f"unit='position' squares single positions, and {keys} are summed over the positions or heads of "
+            f"several processes first. {leave_out(keys, by_autograd=False)}"
+        )

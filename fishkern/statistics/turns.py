@@ -29,36 +29,45 @@ class Turn(NamedTuple):
     again: bool = False
 
 
-def turns(batches: Iterator[Examples], together: Ranks) -> Iterator[Turn]:
+def turns(batches: Iterator[Examples], together: Ranks, everyone: Ranks | None = None) -> Iterator[Turn]:
     """Read batches in turns.
 
     Args:
         batches: This rank's.
         together: The ranks that step together.
+        everyone: The ranks that all end where one of them cannot read; by default those.
 
     Yields:
         The turns.
     """
     for number in count():
-        turn = next_turn(number, lambda: next(batches, None), together)
+        turn = next_turn(number, lambda: next(batches, None), together, everyone)
         if turn is None:
             return
         yield turn
 
 
-def next_turn(number: int, read: Callable[[], Examples | None], together: Ranks, *, again: bool = False) -> Turn | None:
+def next_turn(
+    number: int,
+    read: Callable[[], Examples | None],
+    together: Ranks,
+    everyone: Ranks | None = None,
+    *,
+    again: bool = False,
+) -> Turn | None:
     """Read one batch on each rank. A collective operation: where one of them raises, all do.
 
     Args:
         number: Of the turn.
         read: Gives this rank's batch, or ``None``.
         together: The ranks that step together.
+        everyone: As for :func:`turns`.
         again: As in :class:`Turn`.
 
     Returns:
         The turn; ``None`` if no rank has a batch.
     """
-    with together.failing_together():
+    with (everyone or together).failing_together():
         batch = read()
     own = None if batch is None else (kind_of(batch), batch.num_examples)
     every = together.gathered(own)

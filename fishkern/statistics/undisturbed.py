@@ -46,6 +46,7 @@ def undisturbed(
         stack.enter_context(hosts.evaluation_mode(model, checkpointing=checkpointing))
         if checkpointing:
             stack.enter_context(hosts.connected_inputs(model))
+        stack.enter_context(hosts.demanding_positions(model))
         stack.enter_context(gradient_kept(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.enable_grad())

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from fishkern.statistics.routing import Routing
 from fishkern.statistics.sharded_pass import check_sharded
 from fishkern.statistics.sharding import sharding_of
 from fishkern.statistics.shards import Ranks
+from fishkern.statistics.tensor_parallel import Team, check_tensor_parallel, demand_same, tensor_parallel
 from fishkern.statistics.verification import Verification
 
 _NOISE_EXAMPLES = 8
@@ -64,8 +66,9 @@ def verify(
     Where a position chooses other experts in a batch than alone, its gradients differ by more than rounding; the report
     counts such choices on the same examples, and names modules of experts whose calls do not match.
 
-    Where FSDP2 shards the model, every rank calls it with its own batches, and all of them run every example. The loop
-    then forms its sums on the shards, and each parameter is compared whole, on every rank.
+    Where FSDP2 shards the model or tensor parallel splits it, every rank calls it with its own batches, as for
+    :func:`estimate`, and all of them run every example. The loop then forms its sums on the parts, and each parameter
+    is compared whole, on every rank.
 
     Cost: the loop, once, and one backward pass of the first batch for each of its examples. Memory: two float32
     accumulators for each parameter, three for the first batch; one gradient at a time.
@@ -97,34 +100,60 @@ def verify(
     """
     model = hosts.unwrap(model)
     ranks = Ranks()
-    if reason := hosts.sharded(model, fsdp2=True) or hosts.scripted(model):
+    if reason := hosts.sharded(model, fsdp2=True, tensor_parallel=True) or hosts.scripted(model):
         raise UnsupportedModuleError(f"{reason}.")
     sharding = sharding_of(model, ranks)
     estimator = DiagonalFisher() if estimator is None else estimator
     check_recipe(estimator)
     likelihood = checked_likelihood(likelihood)
-    if sharding is not None:
-        _check_on_shards(estimator, max_examples)
-    with ranks.failing_together() if sharding is not None else nullcontext():
-        data = _read(batches, max_examples, reader_for(model, likelihood, shared))
-    own, data = data, data if sharding is None else _of_all_ranks(data, ranks)
+    with tensor_parallel(model, ranks) as team:
+        if sharding is not None:
+            sharding.beside(ranks if team is None else team.data)
+        in_parts = team is not None or sharding is not None
+        apart = ranks if team is None else team.data  # the processes with examples of their own
+        if in_parts:
+            _check_in_parts(estimator, max_examples, team, apart)
+        with ranks.failing_together() if in_parts else nullcontext():
+            own = _read(batches, max_examples, reader_for(model, likelihood, shared))
+        if team is not None:
+            with ranks.failing_together():
+                demand_same(team, own)
+        data = _of_all_ranks(own, apart) if in_parts else own
+        estimate_seconds = None
+        if statistics is None:
+            options = {"estimator": estimator, "likelihood": likelihood, "parameters": parameters, "shared": shared}
+            statistics, estimate_seconds = _estimated(model, own, progress=progress is True, **options)
+        elif isinstance(statistics, Statistics):
+            check_kind(statistics, estimator, sum(batch.num_examples for batch in data))
+        check_names(statistics)
+        loops = partial(
+            Loop, model, likelihood=likelihood, estimator=estimator, sharding=sharding, in_parts=team is not None
+        )
+        report = progress if callable(progress) else lambda done, total: None
+        return _compared(model, data, statistics, parameters, loops, density, report, estimate_seconds)
+
+
+def _compared(
+    model: nn.Module,
+    data: Sequence[Examples],
+    statistics: Mapping[str, Tensor],
+    parameters: Requested,
+    loops: Callable[[Mapping[str, Tensor]], Loop],
+    density: float,
+    report: Callable[[int, int | None], None],
+    estimate_seconds: float | None,
+) -> Verification:
+    """Compare statistics with the loop over these examples, which ``loops`` makes of the parameters to compare."""
     examples = sum(batch.num_examples for batch in data)
-    estimate_seconds = None
-    if statistics is None:
-        options = {"estimator": estimator, "likelihood": likelihood, "parameters": parameters, "shared": shared}
-        statistics, estimate_seconds = _estimated(model, own, progress=progress is True, **options)
-    elif isinstance(statistics, Statistics):
-        check_kind(statistics, estimator, examples)
-    check_names(statistics)
     statistics = statistics.whole() if isinstance(statistics, Statistics) else statistics
     named = scored_tensors(model)
     requested = _requested(named, statistics, parameters)
     included = [name for name in requested if name in statistics]
     comparable = _comparable(model, named, included)
-    loop = Loop(model, comparable, likelihood, estimator, sharding)
+    loop = loops(comparable)
     with loop.collecting():
         if estimate_seconds is None:
-            check_loss(statistics, model, likelihood, next(_rows(data, loop.device)))
+            check_loss(statistics, model, loop.likelihood, next(_rows(data, loop.device)))
         routing = Routing(model)
         with routing.noting():
             noise, shapes = _batch_noise(
@@ -132,7 +161,7 @@ def verify(
             )  # first: shapes that differ end it before the long loop
         check_shapes(statistics, shapes)
         start = _clock(model)
-        _run_alone(loop, data, progress if callable(progress) else lambda done, total: None)
+        _run_alone(loop, data, report)
         loop_seconds = _clock(model) - start
         truth = loop.results(examples)
     choices = routing.choices()
@@ -161,19 +190,25 @@ def verify(
     )
 
 
-def _check_on_shards(estimator: Estimator, max_examples: int | None) -> None:
-    check_sharded(estimator)
+def _check_in_parts(estimator: Estimator, max_examples: int | None, team: Team | None, apart: Ranks) -> None:
+    if team is not None:
+        check_tensor_parallel(estimator)
+    else:
+        check_sharded(estimator)
     if isinstance(estimator, GroupFisher):
         raise UnsupportedModuleError(
             "FSDP2 shards the parameters, and verify compares entries, of which each rank has its own: verify "
             "DiagonalFisher, whose sums over groups GroupFisher gives, or load the whole model in each process."
         )
-    if max_examples is not None:
-        raise ValueError("max_examples counts the examples of one process, and FSDP2 shards: give fewer batches.")
+    if max_examples is not None and apart.count > 1:
+        raise ValueError(
+            f"max_examples counts the examples of one process, and {apart.count} have examples of their own: give "
+            "fewer batches."
+        )
 
 
 def _of_all_ranks(data: Sequence[Examples], ranks: Ranks) -> list[Examples]:
-    """Give every rank the examples of all: FSDP2's gradient is a mean over ranks, which must all run the same one."""
+    """Give every rank the examples of all: a gradient of FSDP2 is a mean over ranks, which must run the same one."""
     cpu = torch.device("cpu")
     parts = ranks.gathered([replace(batch.to(cpu), cut_from=None) for batch in data])
     batches, place = [], 0

@@ -80,12 +80,17 @@ def ranges(model: nn.Module) -> fk.Selection:
     return fk.Selection(shapes, {}, whole=["4.weight"] if "4.weight" in shapes else [], ranges=some)
 
 
+def own_rows() -> slice:
+    """The examples of this rank."""
+    return slice(rank, None, world)
+
+
 def loss_of(model: nn.Module, step: int, *, own: bool) -> Tensor:
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(12, 12, generator=generator, dtype=torch.float64)
     y = torch.randn(12, 1, generator=generator, dtype=torch.float64)
     like = next(model.parameters())
-    x, y = (part[rank::world].to(like.dtype) if own else part.to(like.dtype) for part in (x, y))
+    x, y = (part[own_rows()].to(like.dtype) if own else part.to(like.dtype) for part in (x, y))
     return F.mse_loss(model(x), y.expand(-1, model[-1].out_features))
 
 
@@ -239,7 +244,7 @@ def _() -> dict[str, bool]:
     with torch.no_grad():
         for name, one in again.named_parameters():
             share = hosts.share_of(name, one)
-            one.to_local().copy_(state[name].narrow(share.axis, share.start, share.stop - share.start))
+            one.to_local().copy_(state[name][share.place])
     loading = fk.MaskedAdamW(again, selection, max_grad_norm=NORM, lr=7.0)
     loading.load_state_dict(saved)
     trained(again, loading, range(10, 15))
@@ -559,7 +564,7 @@ def _of_own_part(grads: list[Tensor], shares: list[Any]) -> Tensor:
     return torch.nn.utils.get_total_norm(grads)
 
 
-def _over_all(share: hosts.Share, tensor: Tensor) -> list[Tensor]:
+def _over_all(share: hosts.Share, tensor: Tensor, group: Any) -> list[Tensor]:
     """Exchange with replicas, too, as if they held other entries."""
     parts = [torch.empty_like(tensor) for _ in range(world)]
     dist.all_gather(parts, tensor)

@@ -14,7 +14,8 @@ from fishkern.selection.entries import Entries
 from fishkern.selection.local import held, in_shard, in_whole, own_values
 from tests.support.ranks import launched
 
-PROGRAM = "tests.optim.sharded_program"
+PROGRAM = "tests.optim.mesh_program"
+SPLIT = ["sgd, split", "norm, split", "sgd, both"]
 SHAPES = [(7, 5), (7,), (3, 4, 2), (2, 6), (1, 1), (0, 3), (3, 4, 2, 2)]
 
 
@@ -34,23 +35,26 @@ def some_of(shape: torch.Size) -> list[Entries]:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_shard_numbers_the_entries_that_slicing_the_whole_gives(shape):
-    """Every range along either axis, also an empty one, against the slice of a tensor of the whole's numbers."""
+    """Every range along either axis, and blocks of both, against the slice of a tensor of the whole's numbers."""
     shape = torch.Size(shape)
     numbers = torch.arange(shape.numel()).view(shape)
-    for axis in range(min(2, len(shape))):
-        ends = range(shape[axis] + 1)
-        for start, stop in (pair for pair in product(ends, ends) if pair[0] <= pair[1]):
-            share = Share(shape, axis, start, stop)
-            shard = numbers.narrow(axis, start, stop - start)
-            assert share.local_shape == shard.shape
-            assert torch.equal(held(share).indices().long(), shard.reshape(-1))
-            for entries in some_of(shape):
-                own = in_shard(entries, share)
-                inside = entries.mask().narrow(axis, start, stop - start)
-                assert torch.equal(own.mask(), inside)
-                assert torch.equal(in_whole(own, share).long(), shard[inside])
-                assert torch.equal(own_values(entries.indices(), entries, share).long(), shard[inside])
-                assert own.is_all or own.count == 0 or (own.ranges is None) is (entries.ranges is None)
+    whole = tuple((0, size) for size in shape)
+    every = [[(start, stop) for stop in range(size + 1) for start in range(stop + 1)] for size in shape[:2]]
+    cut = [(*whole[:axis], one, *whole[axis + 1 :]) for axis, ends in enumerate(every) for one in ends]
+    if len(shape) > 1:
+        cut += [(rows, columns, *whole[2:]) for rows, columns in product(every[0][::4], every[1][::5])]
+    for ranges in cut:
+        share = Share(shape, ranges)
+        shard = numbers[share.place]
+        assert share.local_shape == shard.shape
+        assert torch.equal(held(share).indices().long(), shard.reshape(-1))
+        for entries in some_of(shape):
+            own = in_shard(entries, share)
+            inside = entries.mask()[share.place]
+            assert torch.equal(own.mask(), inside)
+            assert torch.equal(in_whole(own, share).long(), shard[inside])
+            assert torch.equal(own_values(entries.indices(), entries, share).long(), shard[inside])
+            assert own.is_all or own.count == 0 or (own.ranges is None) is (entries.ranges is None)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,7 @@ def two(tmp_path_factory) -> list[dict]:
     cases = ["adamw, listed", "adamw, ranges", "sgd, listed", "one rank alone", "resumed", "state", "groups", "16 bits"]
     cases += ["mixed precision", "offloaded", "delta", "start", "refusals", "selected on ranks", "replaced parameters"]
     cases += ["data parallel", "norm of the own part", "global index in the shard", "local index in a file"]
+    cases += [*SPLIT, "summands, split", "norm of the own part, split"]
     return launched(PROGRAM, 2, tmp_path_factory.mktemp("two"), cases)
 
 
@@ -73,6 +78,12 @@ def check(reports: list[dict], case: str) -> None:
 
 @pytest.mark.parametrize("case", ["adamw, listed", "adamw, ranges", "sgd, listed", "one rank alone"])
 def test_twenty_steps_are_those_of_one_process(two, case):
+    check(two, case)
+
+
+@pytest.mark.parametrize("case", SPLIT)
+def test_twenty_steps_of_a_model_that_tensor_parallel_splits(two, case):
+    """With FSDP2 beside it, which shards the parts among one process each."""
     check(two, case)
 
 
@@ -178,7 +189,10 @@ def test_parameters_that_fsdp2_has_replaced_are_warned_of_once(two):
         assert report["sharded"] == []
 
 
-@pytest.mark.parametrize("case", ["norm of the own part", "global index in the shard"])
+@pytest.mark.parametrize(
+    "case",
+    ["norm of the own part", "global index in the shard", "summands, split", "norm of the own part, split"],
+)
 def test_a_planted_error_is_seen(two, case):
     assert max(report[case]["error"] for report in two) > 1e-3
 

@@ -64,7 +64,7 @@ COUNTS = [1, 17, TOTAL // 3, TOTAL - 1, TOTAL]
 
 @cache  # each one has groups and threads of its own
 def mesh_of(layout: str) -> DeviceMesh:
-    if layout in ("replicated", "grid"):
+    if layout in ("replicated", "grid", "shards of rows", "shards of columns", "teams"):
         return init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("one", "other"))
     return init_device_mesh("cpu", (world,))
 
@@ -78,12 +78,29 @@ def placed(layout: str, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
             layout, [Shard(0)]
         )
 
+    if layout.startswith("shards of"):
+        return fully_sharded(whole, columns=layout.endswith("columns"))
+    if layout == "teams":  # each of which holds all, as tensor parallel splits replicas
+        split = {name: distribute_tensor(one, mesh_of(layout)["other"], [Shard(0)]) for name, one in whole.items()}
+        return {name: one if name.endswith("0.bias") else split[name] for name, one in whole.items()}
     return {
         name: one
         if layout == "mixed" and number % 2
         else distribute_tensor(one, mesh_of(layout), placements(one.ndim), src_data_rank=None)
         for number, (name, one) in enumerate(whole.items())
     }
+
+
+def fully_sharded(whole: Mapping[str, Tensor], *, columns: bool) -> dict[str, Tensor]:
+    """What FSDP2 makes of parameters that tensor parallel has split, most of them."""
+    module, mesh = nn.Module(), mesh_of("grid")
+    names = {name: name.replace(".", "-") for name in whole}
+    for name, one in whole.items():
+        if name != "layers.1.weight":  # FSDP2 alone shards this one, over the axis that it has
+            one = distribute_tensor(one, mesh["other"], [Shard(min(int(columns), one.ndim - 1))], src_data_rank=None)
+        module.register_parameter(names[name], nn.Parameter(one, requires_grad=False))
+    fully_shard(module, mesh=mesh["one"])
+    return {name: getattr(module, names[name]).detach() for name in whole}
 
 
 def own_part(one: Tensor) -> Tensor:
@@ -136,7 +153,7 @@ def top(layout: str, kinds: list[str] = KINDS, ks: list[int] = COUNTS) -> list[s
     return differing
 
 
-LAYOUTS = ["rows", "columns", "mixed", "replicated", "grid"]
+LAYOUTS = ["rows", "columns", "mixed", "replicated", "grid", "shards of rows", "shards of columns", "teams"]
 SOME, FEW = ["many equal", "negative", "bfloat16"], [1, TOTAL // 3, TOTAL - 1]
 CASES |= {f"top of {layout}": lambda layout=layout: top(layout, SOME, FEW) for layout in LAYOUTS}
 CASES["all kinds"] = lambda: top("rows")

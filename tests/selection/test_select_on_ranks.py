@@ -34,6 +34,8 @@ def three(folders) -> list[dict]:
 @pytest.fixture(scope="module")
 def four(folders) -> list[dict]:
     cases = ["top of replicated", "top of grid", "rules on replicated", "contract of replicated", "contract of grid"]
+    cases += ["top of shards of rows", "top of shards of columns", "top of teams", "files of shards of rows"]
+    cases += ["contract of shards of columns", "files of shards of columns", "files of teams"]
     return launched(PROGRAM, 4, folders[4], [*cases, "files of replicated", "replicas counted twice"])
 
 
@@ -125,7 +127,10 @@ def test_three_ranks_with_uneven_and_empty_shards_select_what_one_process_does(t
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    ["top of replicated", "top of grid", "rules on replicated", "contract of replicated", "contract of grid"],
+    [
+        *("top of replicated", "top of grid", "rules on replicated", "contract of replicated", "contract of grid"),
+        *("top of shards of rows", "top of shards of columns", "top of teams", "contract of shards of columns"),
+    ],
 )
 def test_four_ranks_in_two_axes_select_what_one_process_does(four, case):
     agree(four, case)
@@ -141,4 +146,8 @@ def test_files_of_two_three_and_four_ranks_are_equal(two, three, four, folders):
     for number in range(2):
         names = {2: "rows", 3: "mixed", 4: "replicated"}
         files = [(folders[world] / f"{layout}-{number}.safetensors").read_bytes() for world, layout in names.items()]
-        assert files[0] == files[1] == files[2]
+        files += [
+            (folders[4] / f"{layout}-{number}.safetensors").read_bytes()
+            for layout in ("shards of rows", "shards of columns", "teams")
+        ]
+        assert len(set(files)) == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +13,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import (
@@ -28,8 +25,10 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.distributed.expert_parallel import ExpertParallelLayer
 
 import fishkern as fk
@@ -75,7 +74,8 @@ def split(model: nn.Module, *, mesh: Any = None, gathered: tuple[str, ...] = (),
     for n in range(len(model.model.layers)):
         layer = f"model.layers.{n}"
         for name in (*ATTENTION, "mlp.gate_proj", "mlp.up_proj"):
-            plan[f"{layer}.{name}"] = ColwiseParallel(output_layouts=Replicate() if name in gathered else None)
+            inside = ".base_layer" if hasattr(model.get_submodule(f"{layer}.{name}"), "base_layer") else ""
+            plan[f"{layer}.{name}{inside}"] = ColwiseParallel(output_layouts=Replicate() if name in gathered else None)
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             inputs = {"input_layouts": Replicate()} if name in gathered else {}
             plan[f"{layer}.{name}"] = RowwiseParallel(**inputs, **rows)
@@ -155,12 +155,31 @@ def sequence() -> dict[str, Any]:
     return compared(split(llama(attention="sdpa"), sequence=True), llama(attention="sdpa"), batch)
 
 
-def like_whole(model: nn.Module, whole: nn.Module, recipe: Any, batches: Any = None, **options: Any) -> dict[str, Any]:
+@case("few positions")
+def _() -> dict[str, str]:
+    """One for two processes, and three; also where the batch before had six."""
+    model = split(llama(attention="sdpa"), sequence=True)
+
+    def of(length: int) -> dict[str, Tensor]:
+        batch = data(2, length)
+        positions = torch.arange(length).expand(2, length).contiguous()
+        return batch | {"labels": batch["input_ids"].clone(), "position_ids": positions}
+
+    return {
+        "one": refusal(lambda: fk.estimate(model, [of(1)])),
+        "three": refusal(lambda: fk.estimate(model, [of(6), of(3)], check=False)),
+        "verified": refusal(lambda: fk.verify(model, [of(3)])),
+    }
+
+
+def like_whole(
+    model: nn.Module, whole: nn.Module, recipe: Any, batches: Any = None, whole_batches: Any = None, **options: Any
+) -> dict[str, Any]:
     """Compare with an estimate of the whole model by one process."""
     batches = in_batches(data()) if batches is None else batches
     statistics = fk.estimate(model, batches, recipe, **options)
     with patch.object(dist, "is_initialized", lambda: False):
-        expected = fk.estimate(whole, batches, recipe, **options)
+        expected = fk.estimate(whole, batches if whole_batches is None else whole_batches, recipe, **options)
     full = {name: statistics.full(name) for name in expected}
     error, worst = worst_error(full, {name: expected[name].double() for name in expected})
     paths = sorted({covered.path for covered in statistics.coverage.values()})
@@ -200,16 +219,6 @@ def _() -> dict[str, Any]:
     sampler = DistributedSampler(Rows(), num_replicas=2, rank=rank // (world // 2), shuffle=False)
     loader = DataLoader(Rows(), batch_size=2, sampler=sampler)
     return compared(split(llama(), mesh=mesh_of(world // 2)), llama(), batches=loader)
-
-
-@case("both")
-def _() -> list[str]:
-    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "model"))
-    model = fully_shard(split(llama(), mesh=mesh["model"]), mesh=mesh["data"])
-    return [
-        refusal(lambda: fk.estimate(model, in_batches(data()))),
-        refusal(lambda: fk.verify(model, in_batches(data()))),
-    ]
 
 
 def refusal(run: Callable[[], Any]) -> str:
@@ -281,8 +290,15 @@ def qwen3() -> nn.Module:
 CASES |= {
     "plan of transformers": lambda: compared(loaded(llama(), "llama"), llama()),
     "plan of transformers, tied": lambda: compared(loaded(llama(tie=True), "tied"), llama(tie=True)),
-    "norms of own heads": lambda: compared(loaded(qwen3(), "qwen3"), qwen3()),
 }
+
+
+@case("norms of own heads")
+def _() -> dict[str, Any]:
+    """Also after a pass, in which transformers has added the hooks that sum their gradients."""
+    model = loaded(qwen3(), "qwen3")
+    fk.estimate(model, in_batches(data(2)))
+    return compared(model, qwen3())
 
 
 class Net(nn.Module):
@@ -372,6 +388,22 @@ CASES |= {
 }  # fmt: skip
 
 
+@case("verified")
+def _() -> dict[str, Any]:
+    model, batches = split(llama(tie=True)), in_batches(data())
+    statistics = fk.estimate(model, batches)
+    whole = {name: statistics.full(name) for name in statistics}
+    verified = fk.verify(model, batches, statistics)
+    placed = [one | {"position_ids": torch.arange(6).expand(len(one["labels"]), 6).contiguous()} for one in batches]
+    return {
+        "ok": verified.ok, "examples": verified.examples,
+        "wrong": fk.verify(model, batches, {name: 1.1 * one for name, one in whole.items()}).ok,
+        "sequence": fk.verify(split(llama(attention="sdpa"), sequence=True), placed).ok,
+        "gradients of own heads": fk.verify(loaded(qwen3(), "verified"), batches).ok,
+        "other": refusal(lambda: fk.verify(model, batches[rank : rank + 1])),
+    }  # fmt: skip
+
+
 @case("partial gradients")
 def _() -> str:
     """Norms of own heads that no style sums: each process finds a part of the gradient, which autograd calls whole."""
@@ -457,34 +489,75 @@ class Distributed(ParallelStyle):
         return distribute_module(module, device_mesh, lambda *_: None)
 
 
-@case("bytes")
-def _() -> list[int]:
-    """Bytes of numbers that a batch sends, and those of an ordinary backward pass of the same batch."""
-    model, batches = split(llama()), in_batches(data(4))
-
-    def sent(run: Callable[[], Any]) -> int:
-        total = [0]
-        functions = [(functional, "all_reduce"), (functional, "all_gather_tensor"), (dist, "all_reduce")]
-        functions += [(functional, "reduce_scatter_tensor")]
-        with ExitStack() as stack:
-            for of, name in functions:
-                stack.enter_context(patch.object(of, name, _counting(getattr(of, name), total)))
-            run()
-        return total[0]
+def bytes_of(model: nn.Module, batch: dict[str, Tensor]) -> list[int]:
+    """Bytes of numbers that a batch of two sends, and those of an ordinary backward pass of the same batch."""
+    batches = in_batches(batch)
 
     def estimate(count: int) -> int:
-        return sent(lambda: fk.estimate(model, batches[:count], check=False))
+        with _Sent() as sent:
+            fk.estimate(model, batches[:count], check=False)
+        return sent.bytes
 
-    def train() -> None:
-        losses = model(**batches[1], use_cache=False).loss
-        losses.backward()
-
-    return [estimate(2) - estimate(1), sent(train)]
+    with _Sent() as sent:
+        model(**batches[1], use_cache=False).loss.backward()
+    return [estimate(2) - estimate(1), sent.bytes]
 
 
-def _counting(function: Callable[..., Any], total: list[int]) -> Callable[..., Any]:
-    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        total[0] += tensor.nbytes if tensor.is_floating_point() else 0
-        return function(tensor, *args, **kwargs)
+class _Sent(TorchDispatchMode):
+    """Counts the bytes of numbers that this process hands over to collective operations."""
 
-    return counted
+    bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(one, DTensor) for one in types):
+            return NotImplemented  # which sends by operations of its own, seen here next
+        if "c10d" in function.namespace and "wait" not in function.__name__:
+            tensors = args[1:2] if "allgather" in function.__name__ else args[:1]  # of c10d's own after the results
+            leaves = [one for one in tree_leaves(tensors) if isinstance(one, Tensor) and one.is_floating_point()]
+            self.bytes += sum(one.nbytes for one in leaves)
+        return function(*args, **(kwargs or {}))
+
+
+CASES["bytes"] = lambda: bytes_of(split(llama()), data(4))
+
+
+@case("bytes of sequences")
+def _() -> dict[str, Any]:
+    batch = data(4) | {"position_ids": torch.arange(6).expand(4, 6).contiguous()}
+    model = split(llama(attention="sdpa"), sequence=True)
+    norms = [one for name, one in model.named_parameters() if "norm" in name]
+    return {"sent": bytes_of(model, batch), "sums": sum(2 * one.numel() * one.itemsize for one in norms)}
+
+
+def mixtral() -> nn.Module:
+    torch.manual_seed(2)
+    config = MixtralConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=16, num_local_experts=3, num_experts_per_tok=2,
+        attn_implementation="eager", experts_implementation="eager",
+    )  # fmt: skip
+    return MixtralForCausalLM(config).double().eval()
+
+
+@case("experts")
+def _() -> dict[str, Any]:
+    """Every process has some features of every expert; the router is whole."""
+    return compared(loaded(mixtral(), "mixtral", experts_implementation="eager"), mixtral())
+
+
+@case("experts elsewhere")
+def _() -> dict[str, Any]:
+    """The features of an expert's gate are interleaved, which files are not."""
+    model = loaded(mixtral(), "more experts", experts_implementation="eager")
+    statistics = fk.estimate(model, in_batches(data()))
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    path = statistics.save(folder / "experts")
+    alone = fk.select(fk.Statistics.load(path), fk.GlobalTopK(density=0.1))
+    return {
+        "interleaved": dict(model.named_parameters())[name].placements[0].split_factor,
+        "verified": fk.verify(model, in_batches(data()), statistics).ok,
+        "selected": refusal(lambda: fk.select(statistics, fk.GlobalTopK(density=0.1))),
+        "of a file": alone == fk.select(statistics.whole(), fk.GlobalTopK(density=0.1)),
+        "trained": refusal(lambda: fk.MaskedAdamW(model, alone)),
+        "trained without": refusal(lambda: fk.MaskedAdamW(model, alone.restrict("*proj.weight"), outside="freeze")),
+    }

@@ -10,21 +10,25 @@ from tests.support.ranks import launched
 
 pytest.importorskip("transformers")
 
-CASES = ["whole", "tied", "sequence", "every style"]
+CASES = ["whole", "tied", "sequence", "every style", "experts"]
 MORE = ["few heads", "positions", "mc", "type-2", "checkpointed", "packed", "pairs", "generic"]
 OF_TRANSFORMERS = ["plan of transformers", "plan of transformers, tied", "norms of own heads"]
 PLANTED = ["squared first", "rows of another"]
+ELSEWHERE = ["experts elsewhere", "verified"]
+BESIDE = ["both, one team", "both, teams of one"]
+PLANTED_BESIDE = ["no reduction over the data, teams of one", "counted once for each process, one team"]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict]:
     unchecked = [f"{case}, unchecked" for case in (*PLANTED, "counted by all")]
-    others = ["examples of each process", "files", "bytes", "looped"]
+    others = ["examples of each process", "files", "bytes", "looped", *BESIDE, *PLANTED_BESIDE, "both, files"]
+    others += ["bytes of sequences", "few positions"]
     return of_program(2, tmp_path_factory.mktemp("two"), [*CASES, *PLANTED, *unchecked, *others])
 
 
 def of_program(world: int, folder: Path, cases: list[str]) -> list[dict]:
-    return launched("tests.statistics.tensor_program", world, folder, cases)
+    return launched("tests.statistics.mesh_program", world, folder, cases)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -34,6 +38,16 @@ def test_two_processes_give_what_the_loop_gives(two, case):
         assert report[case]["paths"] == ["fused"]
         assert report[case]["count"] == report[case]["examples"]
         assert report[case].get("placed", True)
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_an_axis_of_fsdp2_beside_that_of_one_model(two, case):
+    test_two_processes_give_what_the_loop_gives(two, case)
+
+
+@pytest.mark.parametrize("case", PLANTED_BESIDE)
+def test_a_planted_error_on_one_of_two_axes_is_seen(two, case):
+    assert all(report[case] > 0.4 for report in two)
 
 
 @pytest.mark.parametrize("case", PLANTED)
@@ -63,10 +77,32 @@ def test_the_file_is_that_of_one_process(two):
     assert all(report["files"] == {"alike": True, "provenance": True, "equal": True} for report in two)
 
 
+def test_files_and_selections_of_two_axes_are_those_of_one_process(two):
+    for report in two:
+        assert report["both, files"] == {"bytes": True, "placed": True, "whole": True, "selected": True}
+
+
 def test_a_batch_sends_what_its_backward_pass_sends(two):
     for report in two:
         estimate, training = report["bytes"]
         assert estimate == training > 0
+
+
+def test_norms_of_some_positions_send_their_sums_beside_that(two):
+    """One sum over positions for each norm, example and feature, in the dtype of the sums (float64 here)."""
+    for report in two:
+        (estimate, training), sums = report["bytes of sequences"]["sent"], report["bytes of sequences"]["sums"]
+        assert training > 0
+        assert estimate == training + sums > training
+
+
+def test_positions_that_cannot_be_dealt_out_are_refused_before_any_process_waits(two):
+    """By estimate in the first batch and in the second, and by verify."""
+    for report in two:
+        for case, message in report["few positions"].items():
+            count = 1 if case == "one" else 3
+            assert "model.embed_tokens deals out the positions of a batch to 2 processes" in message
+            assert f"this one has {count} (axis 1 of (2, {count})): expected a multiple of 2" in message
 
 
 def test_the_slow_path_gives_each_process_its_part(two):
@@ -78,7 +114,9 @@ def test_the_slow_path_gives_each_process_its_part(two):
 
 @pytest.fixture(scope="module")
 def two_more(tmp_path_factory) -> list[dict]:
-    return of_program(2, tmp_path_factory.mktemp("more"), [*MORE, *OF_TRANSFORMERS, "partial gradients", "refused"])
+    return of_program(
+        2, tmp_path_factory.mktemp("more"), [*MORE, *OF_TRANSFORMERS, "partial gradients", "refused", *ELSEWHERE]
+    )
 
 
 @pytest.mark.slow
@@ -88,6 +126,29 @@ def test_more_models_and_recipes_give_what_one_process_gives(two_more, case):
         assert report[case]["error"] < 2e-7
         assert report[case]["paths"] == (["fused", "generic"] if case == "generic" else ["fused"])
         assert report[case]["count"] == report[case]["examples"]
+
+
+@pytest.mark.slow
+def test_interleaved_experts_are_saved_and_verified_and_refused_by_name_elsewhere(two_more):
+    for report in (one["experts elsewhere"] for one in two_more):
+        assert report["interleaved"] == 2
+        assert report["verified"]
+        assert report["of a file"]
+        assert "gate_up_proj is distributed as (_StridedShard(dim=1, sf=2),)" in report["selected"]
+        assert "Save the statistics, and load the file on every process" in report["selected"]
+        assert "Pieces that packed_colwise interleaves are not served" in report["trained"]
+        assert report["trained without"] == "nothing"
+
+
+@pytest.mark.slow
+def test_verify_runs_every_example_on_all_processes_and_sees_an_error(two_more):
+    for report in (one["verified"] for one in two_more):
+        assert report["ok"]
+        assert report["examples"] == 5
+        assert not report["wrong"]
+        assert report["sequence"]
+        assert report["gradients of own heads"]
+        assert "batch 0 differs between processes 0 and 1" in report["other"]
 
 
 @pytest.mark.slow
@@ -119,7 +180,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> list[dict]:
-    return of_program(4, tmp_path_factory.mktemp("four"), ["replicas", "few heads", "sampled", "both"])
+    return of_program(4, tmp_path_factory.mktemp("four"), ["replicas", "few heads", "sampled"])
 
 
 @pytest.mark.slow
@@ -129,10 +190,3 @@ def test_two_teams_count_each_example_once(four, case):
         assert report[case]["error"] < 2e-7
         assert report[case]["paths"] == ["fused"]
         assert report[case]["count"] == report[case]["examples"]
-
-
-@pytest.mark.slow
-def test_fsdp2_beside_tensor_parallel_is_refused_by_name(four):
-    for report in four:
-        for said in report["both"]:
-            assert "FSDP2 shards the model, and model.embed_tokens is split by tensor parallel" in said
