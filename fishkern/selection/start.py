@@ -163,10 +163,8 @@ def load_start(model: nn.Module, path: str | os.PathLike[str]) -> None:
     with torch.no_grad():
         for name, tensor in stored.items():
             share = hosts.share_of(name, named[name])
-            own = (
-                tensor.read() if share is None else read_region(tensor, Region(share.shape, share.ranges), tensor.dtype)
-            )
-            hosts.local_part(named[name]).copy_(own)
+            ranges = tuple((0, size) for size in tensor.shape) if share is None else share.ranges
+            hosts.local_part(named[name]).copy_(read_region(tensor, Region(tensor.shape, ranges), tensor.dtype))
 
 
 def open_start(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:

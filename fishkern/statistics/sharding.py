@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from fishkern import hosts
+from fishkern.files.region import Region
 from fishkern.layers import Columns, UnsupportedModuleError, has_gradient_dtype
 from fishkern.statistics.ranks_plan import BLOCK_BYTES as _BLOCK
 from fishkern.statistics.shards import Ranks
@@ -138,7 +139,7 @@ class Part:
             columns = slice(first, min(first + step, width))
             count = columns.stop - first
             block = torch.zeros(self.count * chunk, count, dtype=state.dtype, device=device)
-            fill(block[:rows].view(shape) if count == width else block[:rows], None if count == width else columns)
+            fill(block[:rows].view(self.whole) if count == width else block[:rows], None if count == width else columns)
             local[:, columns] += self._scattered(block.view(self.count, chunk, count))[: len(state)].to(state.device)
 
     def _add_columns_(self, state: Tensor, fill: Fill, device: torch.device) -> None:
