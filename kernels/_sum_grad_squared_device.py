@@ -10,8 +10,8 @@ In all kernels::
     MEAN                whether grad_out is requested: the sum of the gradients, N times the mean gradient
     SINGLE              whether each example is one chunk: its gradient is a product of its own, instead of an
                         accumulator that is carried through the loop, tested, squared and zeroed
-    REDUCE              whether TMA adds a tile in memory, instead of loading it, waiting, and storing the sum; sums below
-                        1e-38 may then become zero
+    REDUCE              whether TMA adds a tile in memory, instead of loading it, waiting, and storing the sum;
+                        sums below 1e-38 may then become zero
 
 N and parts change from call to call, so kernels are not specialised for them (``do_not_specialize``), which would
 compile again. ``n * 0`` and the like are zeros of the type that a loop needs: a constant would change its type there.

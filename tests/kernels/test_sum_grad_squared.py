@@ -97,11 +97,11 @@ def test_packed(lengths, where):
 
 def test_examples_of_one_chunk():
     """Their gradients are products of their own, also with sums of the gradients, with parts and off the tile."""
-    for shape in [(5, 16, 72, 88), (9, 16, 24, 16), (3, 32, 40, 72), (2, 13, 72, 40)]:
+    for shape in [(5, 16, 72, 88), (9, 16, 24, 16), (3, 16, 40, 72), (2, 13, 72, 40)]:
         N, T, I, O = shape
         launch = check(make(N, T, I, dtype=torch.float16), make(N, T, O, dtype=torch.float16))
         assert launch.arguments["SINGLE"] is True
-    for N, T, dtype in [(2, 33, torch.float16), (2, 16, torch.float32)]:
+    for N, T, dtype in [(2, 300, torch.float16), (2, 16, torch.float32)]:
         x, g = (make(N, T, width, dtype=dtype) for width in (24, 40))
         (launch,) = kernels.launches(kernels.Operands(x, g, None, torch.empty(40, 24, device=DEVICE)), HERE)
         assert launch.arguments["SINGLE"] is False
