@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -73,6 +73,10 @@ class OnePass:
         known: What earlier passes have found out, and this one adds to; ``None`` if no later one will ask.
         keeper: Writes the checkpoint, from which the pass goes on; ``None`` for none.
         following: Follows entries of the states, and ends the pass when they are precise enough; ``None`` for none.
+
+    Attributes:
+        reuses: Whether one run of the first examples serves several steps before the first batch. If not, each step
+            runs the model for itself, so that processes that compute it together take steps that do not depend on data.
     """
 
     model: nn.Module
@@ -84,6 +88,7 @@ class OnePass:
     known: Known | None = None
     keeper: Keeper | None = None
     following: Following | None = None
+    reuses: ClassVar[bool] = True
 
     def over(self, data: Data, ranks: Ranks, report: Progress) -> Passed:
         """Add every batch, on every rank.
@@ -120,7 +125,7 @@ class OnePass:
         with undisturbed(self.model, self.requested.values()) as entered:
             one_pass, independence = self._begin(entered)
             with OwnRandomness(next(iter(self.requested.values())).device).drawing():
-                self.answering.begin(batch)
+                self.answering.begin(batch, independence.note_first if self.reuses else None)
                 if self.answering.awaits(batch):
                     self.answering.meet(batch)
                 one_pass.prepare(batch)
@@ -139,7 +144,7 @@ class OnePass:
                 if self.known is not None:
                     self.known.demand_structure(batch)
                 with randomness.aside():
-                    self.answering.begin(batch)
+                    self.answering.begin(batch, independence.note_first if self.reuses else None)
             if self.answering.awaits(batch):
                 with randomness.aside():
                     self.answering.meet(batch)
@@ -186,7 +191,8 @@ class OnePass:
         if self.estimator.reads in ("sums", "batches"):
             return AutogradPass(*common, **joint)
         counted = partial(counted_positions, self.model, self.estimator, self.answering)
-        return CapturedPass(*common, Planner(self.model, *common, counted=counted, check=self.check, **joint))
+        planner = Planner(self.model, *common, counted=counted, check=self.check, reuses=self.reuses, **joint)
+        return CapturedPass(*common, planner)
 
 
 def _demand_gradients(

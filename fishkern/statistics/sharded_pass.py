@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,7 @@ class ShardedPass(OnePass):
     """
 
     sharding: Sharding | None = None  # always given; a field after those with defaults needs one
+    reuses: ClassVar[bool] = False
 
     def over(self, data: Data, ranks: Ranks, report: Progress) -> Passed:
         sharding = self.sharding
