@@ -287,13 +287,14 @@ class Capture:
             if as_many or site.order.per_example == 1:
                 self.distrusted.add(site.path)
             return
+        receive = self._receive_generic if site.layer is None else self._receive_by_rule
+        if not site.reruns and self._deferring is nullcontext and not arrival.is_autocast:  # most: contexts take time
+            receive(arrival)
+            return
         # a module that runs once more must not report the hooked modules inside
         once_more = self._hooks.paused() if site.reruns else nullcontext()
         with arrival.without_autocast(), once_more, self._deferring():
-            if site.layer is None:
-                self._receive_generic(arrival)
-            else:
-                self._receive_by_rule(arrival)
+            receive(arrival)
 
     def _are_the_examples(self, arrival: Arrival) -> bool:
         """Tell whether picked rows are the examples, in every process that computes the module."""
