@@ -167,11 +167,12 @@ class Capture:
         """Take calls and gradients that an earlier pass has kept, instead of a forward and a backward pass.
 
         Args:
-            passed: The calls, of sites whose rows need no proof.
+            passed: The calls, which the survey has looked at.
             num_examples: ``N``.
             counted: As for :meth:`forward`.
         """
         self._begin(num_examples, counted)
+        self._rows = Rows(num_examples, surveyed=True)
         for one in sorted(passed, key=lambda one: one.number):
             call = one.call.thaw(one.call.tensors)
             self._note_call(one.site, call.args, call.kwargs)

@@ -53,9 +53,9 @@ class Replay:
             num_examples: ``N``.
 
         Returns:
-            ``None`` where a capture looks at more than calls and gradients (rows that were picked, of which it runs
-            probes; examples of several rows; inputs that are written into), or where they were not kept whole (under
-            activation checkpointing, or of a host that owns no parameter).
+            ``None`` where a capture needs more than calls and gradients (examples of several rows, inputs that are
+            written into, modules that are split over processes), or where they were not kept whole (under activation
+            checkpointing, or of a host that owns no parameter).
         """
         records = {site.module: observation.records[site.module] for site in plan.sites}
         if not all(record.is_kept for record in records.values()) or any(map(_needs_a_pass, plan.sites)):
@@ -109,5 +109,5 @@ def groups(sites: Sequence[Site]) -> Iterator[list[Site]]:
 
 
 def _needs_a_pass(site: Site) -> bool:
-    more = site.picked or site.rewritten or site.entry is not None
+    more = site.rewritten or site.entry is not None
     return more or site.order != ONE_EACH or hosts.split_of(site.module) is not None

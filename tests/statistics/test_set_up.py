@@ -85,7 +85,7 @@ def rows_of(model: nn.Module) -> Iterator[list[int]]:
     rows: list[int] = []
 
     def call(self, *args, **kwargs):
-        rows.append(len(kwargs["input_ids"]))
+        rows.append(next(len(value) for value in kwargs.values() if isinstance(value, torch.Tensor)))
         return nn.Module.__call__(self, *args, **kwargs)
 
     try:
@@ -125,6 +125,15 @@ def test_the_first_examples_run_once_for_all_purposes(N, check):
         statistics = fk.estimate(model, [zoo.text_batch(N)], check=check)
     assert rows == ROWS[N, check]
     assert statistics.count == N
+
+
+@pytest.mark.parametrize("family", ["bert-classifier", "gpt2", "opt", "vit", "mixtral"])
+def test_the_first_examples_count_in_models_of_every_kind(family):
+    """With poolers, position embeddings that all examples share, flattened rows, hosts and experts."""
+    specimen = zoo.FAMILIES[family]()
+    with rows_of(specimen.model) as rows:
+        fk.estimate(specimen.model, [specimen.batch(N=5)])
+    assert rows[-1] == 3
 
 
 @pytest.mark.parametrize("check", [True, False])
