@@ -39,6 +39,7 @@ from fishkern.layers.quantized import (
     stored_weights,
 )
 from fishkern.layers.reentrant import Connection
+from fishkern.layers.replay import Replay, groups
 from fishkern.layers.routed import RoutedBiasGrads, RoutedGrads, Routes
 from fishkern.layers.router import Router
 from fishkern.layers.row_order import ONE_EACH, RowOrder
@@ -89,6 +90,7 @@ __all__ = [
     "PositionGrads",
     "QuantizedLinear",
     "RMSScale",
+    "Replay",
     "ResidualA",
     "ResidualB",
     "RoutedBiasGrads",
@@ -115,6 +117,7 @@ __all__ = [
     "gradient_kept",
     "group_shape",
     "group_squares",
+    "groups",
     "has_gradient_dtype",
     "hooked_parameters",
     "hooks_of_others",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,31 @@ from fishkern.layers.routed import Routed
 from fishkern.layers.rows import Rows
 from fishkern.layers.rules import factored
 from fishkern.layers.site import Layout, Site
+from fishkern.layers.tap import FrozenCall
 from fishkern.layers.unsupported import UnsupportedModuleError
 from fishkern.layers.uses import Sink, Uses, sites_by_key
 
 Deferring = Callable[[], AbstractContextManager[Any]]
+
+
+class Passed(NamedTuple):
+    """A call that an earlier pass has kept.
+
+    Attributes:
+        site: The site that was called.
+        call: The call, with its tensors.
+        grads: The gradients that arrived at its output; ``None`` if none arrived.
+        hooks: What :func:`hooks_of_others` listed when the call was made.
+        number: As the how many-th call it ended.
+        arrival: As the how many-th the gradients arrived.
+    """
+
+    site: Site
+    call: FrozenCall
+    grads: Sequence[Tensor | None] | None
+    hooks: tuple[int, ...]
+    number: int
+    arrival: int
 
 
 class Capture:
@@ -140,6 +161,26 @@ class Capture:
             losses.sum().backward(retain_graph=retain_graph)
         finally:
             self._hooks.active = self._weighing = False
+        self._uses.finish()
+
+    def take(self, passed: Sequence[Passed], num_examples: int, counted: Tensor | None = None) -> None:
+        """Take calls and gradients that an earlier pass has kept, instead of a forward and a backward pass.
+
+        Args:
+            passed: The calls, which the survey has looked at.
+            num_examples: ``N``.
+            counted: As for :meth:`forward`.
+        """
+        self._begin(num_examples, counted)
+        self._rows = Rows(num_examples, surveyed=True)
+        for one in sorted(passed, key=lambda one: one.number):
+            call = one.call.thaw(one.call.tensors)
+            self._note_call(one.site, call.args, call.kwargs)
+        self._uses.begin()
+        for one in sorted(passed, key=lambda one: one.arrival):
+            if one.grads is not None:
+                saved = one.call.tensors if one.site.reads_input else ()
+                self._receive(Arrival(one.site, one.call, saved, one.grads, None, one.hooks if one.site.reruns else ()))
         self._uses.finish()
 
     @property
@@ -247,13 +288,14 @@ class Capture:
             if as_many or site.order.per_example == 1:
                 self.distrusted.add(site.path)
             return
+        receive = self._receive_generic if site.layer is None else self._receive_by_rule
+        if not site.reruns and self._deferring is nullcontext and not arrival.is_autocast:  # most: contexts take time
+            receive(arrival)
+            return
         # a module that runs once more must not report the hooked modules inside
         once_more = self._hooks.paused() if site.reruns else nullcontext()
         with arrival.without_autocast(), once_more, self._deferring():
-            if site.layer is None:
-                self._receive_generic(arrival)
-            else:
-                self._receive_by_rule(arrival)
+            receive(arrival)
 
     def _are_the_examples(self, arrival: Arrival) -> bool:
         """Tell whether picked rows are the examples, in every process that computes the module."""

@@ -45,11 +45,14 @@ class Arrival(NamedTuple):
         """The call, with its tensors."""
         return self.call.thaw(self.saved)
 
+    @property
+    def is_autocast(self) -> bool:
+        """Whether autocast is on where the gradient has arrived."""
+        return torch.is_autocast_enabled(self.call.autocast[0])
+
     def without_autocast(self) -> AbstractContextManager:
         """Switch autocast off: a recomputed segment may have turned it on, and a rule would compute in 16 bits."""
-        device_type = self.call.autocast[0]
-        on = torch.is_autocast_enabled(device_type)
-        return torch.autocast(device_type, enabled=False) if on else nullcontext()
+        return torch.autocast(self.call.autocast[0], enabled=False) if self.is_autocast else nullcontext()
 
     def per_example_grads(self) -> Iterator[tuple[str, PerExampleGrads]]:
         """Apply the rule of the site.
@@ -192,9 +195,13 @@ class Hooks:
 
         return hook
 
-    @torch.no_grad()
     def _report(self, arrival: Arrival) -> None:
-        if self.active and not all(grad is None for grad in arrival.grads):
+        if not self.active or all(grad is None for grad in arrival.grads):
+            return
+        if torch.is_grad_enabled():  # in a backward pass that builds a graph of its own
+            with torch.no_grad():
+                self._arrived(arrival)
+        else:
             self._arrived(arrival)
 
 

@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fishkern import hosts
 from fishkern.layers.documents import Documents
+from fishkern.layers.hooks import hooks_of_others
+from fishkern.layers.kept import KeptGrads
 from fishkern.layers.reentrant import segment, stays
 from fishkern.layers.row_order import ONE_EACH, RowOrder
 from fishkern.layers.tap import Entered, FrozenCall, copied, frozen_call, leading_shape, tapped
@@ -47,6 +49,10 @@ class Record:
             own document alone; ``None`` before the first.
         untapped: Whether it was called inside a transform of ``torch.func`` (``vmap``, ``grad``), where rows are not
             those of the batch, or returned a nested tensor, which has none. Such calls are not among ``calls``.
+        numbers: Of each call, as the how many-th of all it ended.
+        hooks: For each call, what :func:`fishkern.layers.hooks.hooks_of_others` lists.
+        kept: The gradients at the output of each call, if they are kept; of a call that none reached there are none.
+        is_kept: Whether ``numbers``, ``hooks`` and ``kept`` say all of the calls that a pass would meet.
     """
 
     calls: list[tuple[FrozenCall, Any]] = field(default_factory=list)
@@ -61,6 +67,10 @@ class Record:
     writes_input: bool = False
     axes: frozenset[int] | None = None
     untapped: bool = False
+    numbers: list[int] = field(default_factory=list)
+    hooks: list[tuple[int, ...]] = field(default_factory=list)
+    kept: dict[int, KeptGrads] = field(default_factory=dict)
+    is_kept: bool = False
 
     @property
     def calls_with_gradient(self) -> set[int]:
@@ -91,6 +101,7 @@ class Observation:
         again: Runs the model once more and keeps copies of the inputs and outputs of some modules.
         entry: The module that was called first, on whose rows ``order`` speaks of.
         order: Which rows of the model's input each example has; ``None`` where the gradients leave it open.
+        arrivals: For each module and call whose gradients are kept, as the how many-th they arrived.
     """
 
     records: dict[nn.Module, Record]
@@ -99,6 +110,7 @@ class Observation:
     again: Callable[[frozenset[nn.Module]], dict[nn.Module, Record]]
     entry: nn.Module | None = None
     order: RowOrder | None = ONE_EACH
+    arrivals: Mapping[tuple[nn.Module, int], int] = field(default_factory=dict)
 
     def copy(self, modules: Collection[nn.Module]) -> None:
         """Replace the recorded tensors of modules by copies, where the model has written into them since.
@@ -136,8 +148,12 @@ class _Observer:
         copying: frozenset[nn.Module] = frozenset(),
         documents: Documents | None = None,
         rows: int | None = None,
+        keeping: frozenset[nn.Module] = frozenset(),
     ) -> None:
         self._num_examples = num_examples
+        self._keeping = keeping
+        self._ended_calls = 0
+        self.arrivals: dict[tuple[nn.Module, int], int] = {}
         self._documents = documents
         self._rows = rows if documents is None else num_examples
         self.entry: nn.Module | None = None
@@ -228,7 +244,7 @@ class _Observer:
         if module in self.shared and isinstance(output, Tensor):
             output = output.expand(self.rows, *output.shape[1:])
         record = self.records[module]
-        receive = partial(self._receive, record, len(record.calls), hosts.split_of(module))
+        receive = partial(self._receive, module, len(record.calls), hosts.split_of(module))
         record.block, length = self._enclosing(self._paths[module])
         record.lengths.append(length)
         record.whole.append(record.block is not None and self._inputs[record.block].is_reshaped((args, kwargs)))
@@ -237,10 +253,20 @@ class _Observer:
             record.calls.append((record.entered[-1], copied(output)))
             return None
         record.calls.append((frozen_call(module, args, kwargs), _detached(output)))
+        self._note_kept(module, record)
         record.writes_input |= _versions(record.entered[-1].tensors) != entered.versions
         record.versions.append((entered.versions, _versions(_tensors(output))))
         # the record keeps the tensors of the call, so autograd need not
         return tapped(output, self._anchor, receive, frozen_call(module, (), {}))
+
+    def _note_kept(self, module: nn.Module, record: Record) -> None:
+        """Note of a call what a capture needs beside its tensors and gradients."""
+        if module not in self._keeping:
+            return
+        record.is_kept = (record.is_kept or not record.numbers) and not self._recomputes
+        record.numbers.append(self._ended_calls)
+        record.hooks.append(hooks_of_others(module))
+        self._ended_calls += 1
 
     def _note_enclosing(self, module: nn.Module) -> None:
         """Note which modules are running around a call that has just ended."""
@@ -253,9 +279,14 @@ class _Observer:
             self.checkpointing |= {one.module for one in self._running if one.with_grad}
 
     def _receive(
-        self, record: Record, call: int, split: hosts.Split | None, _: Any, grads: tuple[Tensor | None, ...]
+        self, module: nn.Module, call: int, split: hosts.Split | None, _: Any, grads: tuple[Tensor | None, ...]
     ) -> None:
         """Record which rows, and columns, of the gradients at a call's output are not zero."""
+        record = self.records[module]
+        if record.is_kept:
+            self.arrivals.setdefault((module, call), len(self.arrivals))
+            kept = record.kept.setdefault(call, KeptGrads(len(grads)))
+            record.is_kept = kept.keep(self._example, grads, self._num_examples)
         for grad in grads:
             if grad is None:
                 continue
@@ -297,6 +328,8 @@ def observe(
     num_examples: int,
     documents: Documents | None = None,
     order: RowOrder = ONE_EACH,
+    *,
+    keep: bool = False,
 ) -> Observation:
     """Run the model on a few examples, back-propagate the loss of each alone, and record what happens at its modules.
 
@@ -311,11 +344,12 @@ def observe(
         num_examples: 2, or 1.
         documents: The examples, if they are documents of packed rows.
         order: Which rows an example has, as far as the batch says it.
+        keep: Whether to keep the gradients at the outputs of modules that own parameters, not of packed rows.
 
     Returns:
         The records.
     """
-    common = (model, owners, losses, answered, num_examples, documents, order)
+    common = (model, owners, losses, answered, num_examples, documents, order, keep and documents is None)
     observation = _observe(*common, rows=None if order == ONE_EACH else order.count(num_examples))
     # an input [T, N, ...] looks like T / N rows for each example, until the gradients have come
     return observation if observation.order is not None else _observe(*common, rows=num_examples)
@@ -329,6 +363,7 @@ def _observe(
     num_examples: int,
     documents: Documents | None,
     said: RowOrder,
+    keep: bool,
     *,
     rows: int | None,
 ) -> Observation:
@@ -338,7 +373,8 @@ def _observe(
     owning = {modules[path] for path in owners}
 
     def run(shared: frozenset[nn.Module], copying: frozenset[nn.Module] = frozenset()) -> tuple[_Observer, Tensor]:
-        observer = _Observer(model, observed, shared, num_examples, copying, documents, rows)
+        keeping = frozenset(owning) if keep else frozenset()
+        observer = _Observer(model, observed, shared, num_examples, copying, documents, rows, keeping)
         with observer.hooked():
             return observer, losses()
 
@@ -360,7 +396,8 @@ def _observe(
     def again(modules: frozenset[nn.Module]) -> dict[nn.Module, Record]:
         return run(shared, modules)[0].records
 
-    return Observation(observer.records, observer.around, observer.checkpointing, again, entry, order)
+    seen = (observer.records, observer.around, observer.checkpointing)
+    return Observation(*seen, again, entry, order, observer.arrivals)
 
 
 def _of_all_examples(observer: _Observer, owning: set[nn.Module]) -> list[nn.Module]:

@@ -7,7 +7,7 @@ statistic is that of the weight it multiplies by, computed from activations and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,9 +75,10 @@ def stored_weight(module: nn.Module) -> str | None:
         The name of the parameter or buffer in the module; ``None`` if it is not a linear (``in_features``,
         ``out_features``), or if its weight is an ordinary parameter.
     """
-    if (sizes := _sizes(module)) is None:
-        return None
     tensors = {**module._buffers, **module._parameters}  # not getattr, which would run a parametrization
+    # most modules of an adapted model hold none, and to ask a module for an attribute that it lacks takes long
+    if not tensors or (sizes := _sizes(module)) is None:
+        return None
     if (weight := tensors.get("weight")) is not None:
         if is_wrapped(weight) or not has_gradient_dtype(weight):
             return "weight"
@@ -125,16 +126,18 @@ def stored_weights(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     return stored
 
 
-def scored_tensors(model: nn.Module) -> dict[str, Tensor]:
+def scored_tensors(model: nn.Module, stored: Mapping[str, tuple[str, nn.Module]] | None = None) -> dict[str, Tensor]:
     """Name every parameter of a model, and every weight of a quantised linear by the key of the weight.
 
     Args:
         model: Any module.
+        stored: Its :func:`stored_weights`, if they are at hand.
 
     Returns:
         Parameters and stored weights by key, in the model's order; those stored as buffers come last.
     """
-    keys = {storage: key for key, (storage, _) in stored_weights(model).items()}
+    stored = stored_weights(model) if stored is None else stored
+    keys = {storage: key for key, (storage, _) in stored.items()}
     scored: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         name = without_wrappers(name)

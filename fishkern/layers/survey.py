@@ -24,6 +24,7 @@ from fishkern.layers.packed_planner import PackedPlanner
 from fishkern.layers.path_plan import Plan
 from fishkern.layers.planner import Planner, Whole, last_call
 from fishkern.layers.quantized import own_weights
+from fishkern.layers.replay import Replay
 from fishkern.layers.row_order import ONE_EACH, RowOrder
 from fishkern.layers.rules import rule_of
 from fishkern.layers.sample import confirmed_on_sample
@@ -46,7 +47,8 @@ def survey(
     documents: Documents | None = None,
     order: RowOrder = ONE_EACH,
     whole: Whole = nullcontext,
-) -> Plan:
+    keep: bool = False,
+) -> tuple[Plan, Replay | None]:
     """Decide which path computes each parameter.
 
     Args:
@@ -60,12 +62,13 @@ def survey(
         order: Which rows an example has, as far as the batches say it: where they say one row, and the model runs on
             several for each example, it is checked on every batch whose they are.
         whole: Lets a call run once more, see :data:`fishkern.layers.planner.Whole`.
+        keep: Whether to keep what a capture needs to give the gradients of these examples.
 
     Returns:
-        The plan.
+        The plan; and what is kept, or ``None`` if nothing is, or a capture needs a pass of its own.
     """
     hooked, owners = _owners(model, keys)
-    observation = observe(model, owners, losses, answered, num_examples, documents, order)
+    observation = observe(model, owners, losses, answered, num_examples, documents, order, keep=keep)
 
     def planner() -> Planner:
         if documents is not None:
@@ -77,7 +80,7 @@ def survey(
     if first.rewritten:
         observation.copy(first.rewritten)
         plan = planner().plan()
-    return plan.with_loop(hooked)
+    return plan.with_loop(hooked), Replay.of(plan, observation, num_examples) if keep else None
 
 
 def foresee(

@@ -66,14 +66,20 @@ def frozen_call(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], *, ke
     Returns:
         The call with the detached tensors in ``tensors``.
     """
-    plain = not kwargs and all(isinstance(arg, Tensor) for arg in args)  # most calls are, and it is far quicker
+    if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):  # most calls are, and it is far quicker
+        (only,) = args
+        return FrozenCall(module, (None,), (0,), None, _autocast(only.device.type), [only.detach()] if keep else [])
+    plain = not kwargs and all(isinstance(arg, Tensor) for arg in args)
     leaves, spec = (args, None) if plain else tree_flatten((args, dict(kwargs)))
     places = tuple(place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
     tensors = [leaves[place].detach() for place in places] if keep else []
-    device_type = leaves[places[0]].device.type if places else "cpu"
-    autocast = (device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+    autocast = _autocast(leaves[places[0]].device.type if places else "cpu")
     rest = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     return FrozenCall(module, rest, places, spec, autocast, tensors)
+
+
+def _autocast(device_type: str) -> tuple[str, bool, torch.dtype]:
+    return device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
 
 
 def copied(values: Any) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from fishkern.statistics.notes import note_choice, note_labels, note_probabiliti
 from fishkern.statistics.outputs import own_loss
 from fishkern.statistics.predictive import Categorical, PackedCategorical, Predictive
 from fishkern.warning import warn_caller
+
+Told = Callable[[int, Predictive | Tensor], None]
 
 # Where transformers leaves a loss in 16 bits, it is rounded a few times. Otherwise it is computed in float32, also in
 # float64 models, from sums over many positions in another order.
@@ -52,14 +55,15 @@ class Answering:
         self._head: ChunkedHead | None = None
         self.prepared = False
 
-    def begin(self, batch: Examples) -> None:
+    def begin(self, batch: Examples, told: Told | None = None) -> None:
         """Begin to read data: :meth:`prepare`, unless that was done on earlier data.
 
         Args:
             batch: The first batch of the data.
+            told: As for :meth:`prepare`.
         """
         if not self.prepared:
-            self.prepare(batch)
+            self.prepare(batch, told)
         if self._head is not None:
             self._head.said = None
         self._usual = batch.num_examples
@@ -102,11 +106,13 @@ class Answering:
         if self._head is not None:
             self._head.said = said
 
-    def prepare(self, batch: Examples) -> None:
+    def prepare(self, batch: Examples, told: Told | None = None) -> None:
         """Recognise the likelihood, and compare the loss of one example with the model's own.
 
         Args:
             batch: The first batch.
+            told: Called with the index of the example in the data and what the model answers for it alone, unless it is
+                one of packed documents.
 
         Raises:
             ValueError: The model's loss is unknown or different; or the outputs of the model or of a function are cut
@@ -119,25 +125,29 @@ class Answering:
         self._usual = batch.num_examples
         if self._likelihood is None:
             self._likelihood = recognise_likelihood(self._model, batch.content)
-        refusal = answering_parts(self._prepare_on, self)(batch.take(0, 1))
+        told = told if batch.documents is None else None
+        refusal = answering_parts(partial(self._prepare_on, told=told), self)(batch.take(0, 1))
         if refusal:  # raised here: inside answering_parts it would be reported as an error of cut rows
             raise ValueError(refusal)
         if isinstance(self._likelihood, Likelihood):
             note_labels(self._model, self._likelihood, batch.content)
         self.prepared = True
 
-    def _prepare_on(self, example: Examples) -> str | None:
+    def _prepare_on(self, example: Examples, told: Told | None) -> str | None:
         """Run an example, and say why its loss cannot be used, or return ``None``."""
         with _differentiable(self._model):
             if isinstance(self._likelihood, Likelihood):
-                return self._prepare_likelihood(example)
-            return _cut_off(f"the losses of {self.description}") if self._is_cut_off(self(example)) else None
+                return self._prepare_likelihood(example, told)
+            losses = self(example)
+            if told is not None:
+                told(example.places[0], losses)
+            return _cut_off(f"the losses of {self.description}") if self._is_cut_off(losses) else None
 
     def _is_cut_off(self, outputs: Tensor) -> bool:
         """Tell whether the outputs have no gradient. With weights stored as integers, only a pass can tell."""
         return not outputs.requires_grad and all(p.is_floating_point() for p in self._model.parameters())
 
-    def _prepare_likelihood(self, example: Examples) -> str | None:
+    def _prepare_likelihood(self, example: Examples, told: Told | None) -> str | None:
         returned: list[Any] = []
         handle = self._model.register_forward_hook(lambda _, args, outputs: returned.append(outputs))
         try:
@@ -150,6 +160,8 @@ class Answering:
             raise error.at(f"row 0 of a batch of {self._usual}") from None
         finally:
             handle.remove()
+        if told is not None:
+            told(example.places[0], answer)
         note_choice(self._model, returned[-1] if returned else None)
         outputs = getattr(answer, "logits", getattr(answer, "means", None))
         if isinstance(outputs, Tensor):

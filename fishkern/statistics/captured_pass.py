@@ -85,6 +85,11 @@ class CapturedPass:
         planner = self._planner
         plan = planner.plan_for(batch)
         planner.begun = True
+        if (added := planner.take_added()) is not None:
+            self.loss, self.connected = self.loss + added.loss, self.connected | added.connected
+            if added.examples == batch.num_examples:
+                return
+            batch = batch.take(added.examples, batch.num_examples)
         withheld = self._capture(plan, batch)
         if withheld:  # a gradient arrived where the survey saw none, or its rows are unknown: survey this batch
             planner.forget()

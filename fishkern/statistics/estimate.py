@@ -78,8 +78,8 @@ def estimate(
     The model runs in evaluation mode (activation checkpointing stays on). Its modes, ``requires_grad``, ``.grad``,
     hooks and torch's random number generators are left as found, also after an exception. Before the first batch, two
     examples run together and each alone, and a loss that depends on the other example is refused, whatever ``check``
-    says. They also run through capture and through ordinary autograd; parameters on which the two differ take a slower
-    exact path, with a warning.
+    says. What capture makes of them is compared with ordinary autograd; parameters on which the two differ take a
+    slower exact path, with a warning. The two examples count with what was captured of them there.
 
     Under an initialised process group every rank estimates on its own part of the data, as a ``DistributedSampler`` or
     accelerate splits it; sums and counts are reduced, examples that the sampler repeats to even out the ranks count

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -51,9 +51,13 @@ class Survey:
 
     Args:
         requested: The parameters that it looks for.
+
+    Attributes:
+        asked: The heads of large logits that it was asked about.
     """
 
     requested: Collection[Tensor]
+    asked: list[nn.Module] = field(default_factory=list, init=False)
 
     def taps(self, head: nn.Module) -> bool:
         """Tell whether gradients of the head are captured: here they are looked at, in one call."""
@@ -61,6 +65,7 @@ class Survey:
 
     def why_whole(self, head: nn.Module) -> str | None:
         """Say why the head must run on all examples at once, or return ``None``."""
+        self.asked.append(head)
         own = {id(one) for one in (*head.parameters(), *head.buffers())}
         return "the survey looks at the head" if any(id(one) in own for one in self.requested) else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,7 @@ class Independence:
         self._compared: set[Hashable] = set()  # kinds of batches
         self._together: list[float] = []
         self._alone: list[float] = []
+        self._first: tuple[int, list[float]] | None = None
         self.note: str | None = None
 
     @property
@@ -101,6 +103,15 @@ class Independence:
         """
         self._alone += self._values(answer)
 
+    def note_first(self, place: int, answer: Predictive | Tensor) -> None:
+        """Note the loss of an example that ran alone before; :meth:`settle` then need not run it.
+
+        Args:
+            place: Its index in the data.
+            answer: The model's answer for it.
+        """
+        self._first = place, self._values(answer)
+
     def settle(self, two: Examples) -> None:
         """Compare the losses, and of packed rows what they depend on.
 
@@ -113,12 +124,19 @@ class Independence:
         """
         if isinstance(two, PackedExamples):
             demand_separate(self._model, self._answer, two)
-        alone = self._alone if len(self._alone) == two.num_examples else self._run_alone(two)
+        alone = self._alone if len(self._alone) == two.num_examples else self._complete_alone(two)
         self._compared.add(two.kind)
         together, self._together, self._alone = self._together, [], []
         # the pass itself refuses losses that are not finite, and names the example
         if all(map(math.isfinite, together)) and not self._equal(together, alone):
             self._judge(two, together, alone)
+
+    def _complete_alone(self, two: Examples) -> list[float]:
+        """Run each example alone, except for the first if that has run before."""
+        first, self._first = self._first, None
+        if first is None or first[0] != two.places[0] or two.documents is not None:
+            return self._run_alone(two)
+        return [*first[1], *(self._values(self._answer(one))[0] for one in islice(two.singly(), 1, None))]
 
     def _run_alone(self, two: Examples) -> list[float]:
         return [self._values(self._answer(one))[0] for one in two.singly()]

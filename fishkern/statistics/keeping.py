@@ -29,6 +29,7 @@ from fishkern.statistics.checkpoint import Checkpoint, Place, packed, unpacked
 from fishkern.statistics.contents import bytes_of, leaves_of, name_of
 from fishkern.statistics.data import Data, Progress
 from fishkern.statistics.following import Following
+from fishkern.statistics.independence import Independence
 from fishkern.statistics.kept_files import KeptFiles
 from fishkern.statistics.randomness import OwnRandomness
 from fishkern.statistics.shards import Ranks
@@ -45,6 +46,7 @@ class Running:
 
     Args:
         one_pass: Adds batches to the states.
+        independence: Compares examples in a batch with the same alone, before the first one.
         states: The sums.
         answering: Knows the likelihood, after the first batch.
         randomness: The pass's own stream of random numbers.
@@ -53,6 +55,7 @@ class Running:
     """
 
     one_pass: AutogradPass | CapturedPass
+    independence: Independence
     states: States
     answering: Answering
     randomness: OwnRandomness

@@ -1,7 +1,7 @@
 """What a pass has found out about a model, for later passes: its plans, and the data that they are made for.
 
 Only what a pass would find again is kept: what its first batch shows. What later batches contradict (rows that follow
-the data) is found out in each pass anew, so that it adds the same bits as one that knows nothing.
+the data) is found out in each pass anew, as in one that knows nothing.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -75,6 +75,10 @@ class OnePass:
         keeper: Writes the checkpoint, from which the pass goes on; ``None`` for none.
         following: Follows entries of the states, and ends the pass when they are precise enough; ``None`` for none.
         in_step: The ranks that take turns together; by default each goes on by itself.
+
+    Attributes:
+        reuses: Whether one run of the first examples serves several steps before the first batch. If not, each step
+            runs the model for itself, so that processes that compute it together take steps that do not depend on data.
     """
 
     model: nn.Module
@@ -87,6 +91,7 @@ class OnePass:
     keeper: Keeper | None = None
     following: Following | None = None
     in_step: Ranks = field(default_factory=Ranks.alone)
+    reuses: ClassVar[bool] = True
 
     def over(self, data: Data, ranks: Ranks, report: Progress) -> Passed:
         """Add every batch, on every rank.
@@ -123,7 +128,7 @@ class OnePass:
         with undisturbed(self.model, self.requested.values()) as entered:
             one_pass, independence = self._begin(entered)
             with OwnRandomness(next(iter(self.requested.values())).device).drawing():
-                self.answering.begin(batch)
+                self.answering.begin(batch, independence.note_first if self.reuses else None)
                 if self.answering.awaits(batch):
                     self.answering.meet(batch)
                 one_pass.prepare(batch)
@@ -136,7 +141,7 @@ class OnePass:
         """Add this rank's batches; return the number of units, the pass, and what is known of its precision."""
         one_pass, independence = self._begin(entered)
         randomness = OwnRandomness(data.device)
-        running = Running(one_pass, self.states, self.answering, randomness, following=self.following)
+        running = Running(one_pass, independence, self.states, self.answering, randomness, following=self.following)
         taken = self._turns(data) if self.keeper is None else self.keeper.over(data, running, report)
         for turn in taken:
             self._take(turn, data, running)
@@ -168,7 +173,7 @@ class OnePass:
             if self.known is not None:
                 self.known.demand_structure(batch)
             with randomness.aside():
-                self.answering.begin(batch)
+                self.answering.begin(batch, running.independence.note_first if self.reuses else None)
         if self.answering.awaits(batch):
             with randomness.aside():
                 self.answering.meet(batch)
@@ -205,7 +210,8 @@ class OnePass:
         if self.estimator.reads in ("sums", "batches"):
             return AutogradPass(*common, **joint)
         counted = partial(counted_positions, self.model, self.estimator, self.answering)
-        return CapturedPass(*common, Planner(self.model, *common, counted=counted, check=self.check, **joint))
+        planner = Planner(self.model, *common, counted=counted, check=self.check, reuses=self.reuses, **joint)
+        return CapturedPass(*common, planner)
 
 
 def _demand_gradients(

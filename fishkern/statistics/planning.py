@@ -22,7 +22,7 @@ from fishkern.layers import (
     stored_weights,
     survey,
 )
-from fishkern.statistics.autograd import check_finite, only_trainable, widest
+from fishkern.statistics.autograd import check_finite, only_trainable, summed, widest
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.coverage import slowest_paths
@@ -31,8 +31,9 @@ from fishkern.statistics.head_logits import Survey
 from fishkern.statistics.independence import Independence
 from fishkern.statistics.known import Kind, Known
 from fishkern.statistics.predictive import Predictive
-from fishkern.statistics.self_check import disagreements
+from fishkern.statistics.self_check import disagreements, replaced_disagreements
 from fishkern.statistics.states import States, without_factors
+from fishkern.statistics.surveyed import Added, Surveyed
 from fishkern.warning import warn_caller
 
 Answer = Callable[..., Predictive | Tensor]  # of examples, and of who looks on while the model runs
@@ -58,6 +59,8 @@ class Planner:
         known: What earlier passes have found out; ``None`` for nothing, and to keep nothing.
         whole: Lets a call run once more, see :data:`fishkern.layers.Whole`.
         unserved: Says which parameters of a plan take the loop in spite of it, and why.
+        reuses: Whether the passes of the survey serve the self-check and the result as well. If not, each step runs the
+            model for itself.
 
     Attributes:
         paths: The slowest path that each parameter has taken so far, and the reason.
@@ -80,7 +83,10 @@ class Planner:
         known: Known | None = None,
         whole: Whole = nullcontext,
         unserved: Callable[[Plan], Mapping[str, str]] = lambda plan: {},
+        reuses: bool = False,
     ) -> None:
+        self._reuses = reuses
+        self._added: Added | None = None
         self._whole = whole
         self._unserved = unserved
         self.counted = counted
@@ -133,6 +139,15 @@ class Planner:
             self._plans[kind] = plan
             self._revision += 1
         return self._plans[kind]
+
+    def take_added(self) -> Added | None:
+        """Say once which examples of the first batch the states hold when its plan has been made.
+
+        Returns:
+            Its first examples, which are not to be added again; ``None`` if nothing has been added.
+        """
+        added, self._added = self._added, None
+        return added
 
     @property
     def learned(self) -> Hashable:
@@ -236,20 +251,19 @@ class Planner:
         """Survey two examples, or the one of a batch of one, and compare them with ordinary autograd."""
         compares = self._independence.awaits(few)
         surveying = Survey(self._parameters.values())
-        number = 0  # of the objective: type-2 has one for each label of a position
+        seen = Surveyed(few)
 
         def losses() -> Tensor:
-            nonlocal number
             answer = self._answer(few, surveying)
-            number, objective = widest(self._estimator.objectives(answer, few.places))
-            check_finite(objective, few.places)
+            seen.number, seen.objective = widest(seen.counting(self._estimator.objectives(answer, few.places)))
+            check_finite(seen.objective, few.places)
             if compares:
                 self._independence.note_together(answer)
-            return objective
+            return seen.objective
 
         keys = {parameter: key for key, parameter in self._parameters.items()}
         with self._independence.precision.noting():
-            plan = survey(
+            plan, seen.replay = survey(
                 self._model,
                 keys,
                 losses,
@@ -259,30 +273,50 @@ class Planner:
                 documents=few.documents,
                 order=few.order,
                 whole=self._whole,
+                keep=self._reuses,
             )
+        if surveying.asked:  # a capture computes large logits otherwise
+            seen.replay = None
         plan = plan.with_loop(self._unserved(plan))
         self.refuse_stored(key for key, (path, _) in plan.paths.items() if path != "fused")
         known, checks = self._known, self._check
         if known is not None:
             plan = plan.with_loop({key: reason for key, reason in known.reasons.items() if key not in plan.loop})
             checks = checks and not known.has_checked(kind, plan)
-        reasons = self.disagreements(plan, few, number) if checks else {}
-        if compares:
-            with only_trainable(self._differentiable().values()):
-                self._independence.settle(few)
+        # a pass begins with what is captured here; one that is prepared has nothing to capture before its first batch
+        adds = seen.replay is not None and known is None and not self.begun and not plan.loop and seen.objectives == 1
+        try:
+            reasons = self.disagreements(plan, few, seen.number, seen, adds=adds) if checks else {}
+            if compares:
+                with only_trainable(self._differentiable().values()):
+                    self._independence.settle(few)
+            if adds and not reasons and self._independence.note is None:
+                if not (checks and self._estimator.has_of_gradient):  # else the states hold it
+                    seen.add_to(self._states, plan.sites, self._estimator, self.counted(few))
+                if not seen.held_back:
+                    self._added = Added(few.num_examples, summed(seen.objective), seen.objective.requires_grad)
+        finally:
+            if adds and self._added is None:
+                self._states.zero_()
+        self.distrusted |= seen.distrusted
         if known is not None:
             known.reasons |= reasons
         plan = plan.with_loop({**reasons, **self._strayed})
         self._announce(plan)
         return plan
 
-    def disagreements(self, plan: Plan, few: Examples, number: int) -> dict[str, str]:
+    def disagreements(
+        self, plan: Plan, few: Examples, number: int, seen: Surveyed | None = None, *, adds: bool = False
+    ) -> dict[str, str]:
         """Compare with ordinary autograd by one objective.
 
         Args:
             plan: A plan for these examples.
             few: Two examples, or the one of a batch of one.
             number: Number of the objective.
+            seen: What a survey has seen of the examples; ``None`` for nothing.
+            adds: Whether the states of the pass, which are zero, hold afterwards what was captured, as far as they are
+                lent to compare.
 
         Returns:
             For each parameter that differs, why.
@@ -297,19 +331,20 @@ class Planner:
             return torch.zeros(batch.num_examples) if objective is None else objective
 
         captured = [key for key in self._differentiable() if key not in plan.loop]
+        common = (plan, few, objective, number)
         if self._estimator.has_of_gradient:
             # Lend the states of the pass while they are zero: a second set would double the memory of the pass.
             states = self._states.of_the_same_kind(self._estimator, captured) if self.begun else self._states
             try:
-                return self._compared(plan, few, objective, number, self._estimator, states=states, keys=captured)
+                return self._compared(*common, self._estimator, seen, states=states, keys=captured)
             finally:
-                states.zero_()
+                if not adds:
+                    states.zero_()
         reasons = {}
         for keys in self._in_groups(captured):
             states = self._states.of_the_same_kind(DiagonalFisher(), keys)
-            reasons |= self._compared(
-                plan.only(keys), few, objective, number, DiagonalFisher(), states=states, keys=keys
-            )
+            common = (plan.only(keys), few, objective, number)
+            reasons |= self._compared(*common, DiagonalFisher(), seen, states=states, keys=keys)
         return reasons
 
     def _compared(
@@ -319,21 +354,20 @@ class Planner:
         objective: Callable[[Examples], Tensor],
         number: int,
         estimator: Estimator,
+        seen: Surveyed | None,
         *,
         states: States,
         keys: Iterable[str],
     ) -> dict[str, str]:
         """Capture the gradients of some parameters, and compare them with ordinary autograd."""
+        more = {"reused": plan.reused if states.read_at_once else keys, "half": self._independence.precision.half}
+        if seen is not None and seen.replay is not None:
+            parameters = {key: self._parameters[key] for key in keys}
+            captured = seen.states(plan.sites, states, estimator, self.counted(few))
+            return replaced_disagreements(parameters, states, estimator, objective, few, captured, **more)
         withheld = self._captured_once(plan, few, states, estimator, number)
-        return disagreements(
-            {key: self._parameters[key] for key in keys if key not in withheld},
-            states,
-            estimator,
-            objective,
-            few,
-            reused=plan.reused if states.read_at_once else keys,
-            half=self._independence.precision.half,
-        )
+        parameters = {key: self._parameters[key] for key in keys if key not in withheld}
+        return disagreements(parameters, states, estimator, objective, few, **more)
 
     def _captured_once(
         self,

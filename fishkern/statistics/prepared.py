@@ -135,8 +135,9 @@ def prepare(
 
     What a pass does before its first batch is done here: the survey of the modules, the comparison with ordinary
     autograd, that with the model's own loss, and whether the examples are independent. ``estimate(model, batches,
-    prepared=...)`` then reads the batches and nothing else, and gives the same bits as a call without it, wherever that
-    one's checks would have come to the same.
+    prepared=...)`` then reads the batches and nothing else. It gives the same as a call without it, wherever that one's
+    checks would have come to the same, up to the rounding of sums: without it, the first two examples are added apart
+    from the rest of their batch, since they have been run before.
 
     Data are **seen** if the first two examples of the first batch, padding included, equal value for value those of
     this batch or of an earlier pass (the first one, if that batch holds one). On other data these two run once more, to

@@ -288,7 +288,7 @@ def coverage_of(request: Request, paths: Mapping[str, tuple[str, str]]) -> dict[
     by_maps = which is None and request.estimator.by_default == "linear"
     stored = stored_weights(request.model)
     coverage = {}
-    for key, parameter in scored_tensors(request.model).items():
+    for key, parameter in scored_tensors(request.model, stored).items():
         path, reason = paths[key] if key in requested else ("left out", excluded_by)
         if key not in requested and by_maps and key not in request.maps:
             reason = "not the weight of a linear map, so it has no activations and output gradients"

@@ -1,13 +1,14 @@
 """The self-check: compare captured gradients with ordinary autograd, on two examples or one, before counting.
 
-The captured gradients of both examples have been added to states. As soon as autograd's gradient of an example arrives,
-its contribution (``of_gradient``) is subtracted, and only rounding should remain. So the check needs memory for the
-states and one gradient.
+Either the captured gradients of both examples have been added to states. As soon as autograd's gradient of an example
+arrives, its contribution (``of_gradient``) is subtracted, and only rounding should remain. Or what was captured can be
+given parameter by parameter: then autograd's contributions are added up first, compared with it, and replaced by it. So
+the check needs memory for the states, and one gradient or one state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from fishkern.layers import UnsupportedModuleError, is_wrapped, leave_out
 from fishkern.names import listed
 from fishkern.statistics.autograd import backward, only_trainable, take_grad, with_last
-from fishkern.statistics.base import Estimator, added_to, sums
+from fishkern.statistics.base import Estimator, State, added_to, sums
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.states import States
 
@@ -58,7 +59,7 @@ def disagreements(
     Raises:
         UnsupportedModuleError: Autograd gives a parameter no gradient, and the capture does.
     """
-    comparison = _Comparison(states, estimator, half)
+    comparison = _Comparison(states, estimator, half, subtracts=True)
     _back_propagate_alone(parameters, comparison.take, objective, few, reused=reused, half=half)
     # A parameter without any gradient of autograd must have captured none. A weight in a tensor subclass may get none,
     # although it does have one: its capture is all there is.
@@ -75,43 +76,109 @@ def disagreements(
     reasons = {}
     for key, parameter in compared.items():
         if parameter.numel() and (error := comparison.error(key, parameter)) is not None:
-            reasons[key] = (
-                f"ordinary autograd disagrees with its captured gradient (relative error {error:.1e}), as happens "
-                "when a parameter is used past its module's call"
-            )
+            reasons[key] = _disagrees(error)
     return reasons
+
+
+def replaced_disagreements(
+    parameters: Mapping[str, nn.Parameter],
+    states: States,
+    estimator: Estimator,
+    objective: Objective,
+    few: Examples,
+    captured: Iterable[tuple[str, State | None]],
+    *,
+    reused: Collection[str],
+    half: bool,
+) -> dict[str, str]:
+    """Do as :func:`disagreements`, with captured gradients that come parameter by parameter.
+
+    Args:
+        parameters: As for :func:`disagreements`.
+        states: Zero; afterwards the captured contributions of the examples.
+        estimator: As for :func:`disagreements`.
+        objective: As for :func:`disagreements`.
+        few: As for :func:`disagreements`.
+        captured: Of each parameter with a state, also of those that autograd gives none, what capture adds to it;
+            ``None`` where nothing is compared, and nothing added.
+        reused: As for :func:`disagreements`.
+        half: As for :func:`disagreements`.
+
+    Returns:
+        As :func:`disagreements`.
+
+    Raises:
+        UnsupportedModuleError: As :func:`disagreements`.
+    """
+    comparison = _Comparison(states, estimator, half, subtracts=False)
+    _back_propagate_alone(parameters, comparison.take, objective, few, reused=reused, half=half)
+    reasons, without = {}, {}
+    for key, state in captured:
+        own = [torch.zeros_like(total) for total in sums(states[key])] if state is None else sums(state)
+        if state is not None and key in parameters:
+            parameter = parameters[key]
+            by_autograd = key in comparison.grad_squares
+            if not by_autograd and not is_wrapped(parameter) and any(states.largest(one) != 0 for one in own):
+                without[key] = parameter
+            if parameter.numel() and (by_autograd or key in without):
+                comparison.subtract(key, own)
+                if (error := comparison.error(key, parameter)) is not None:
+                    reasons[key] = _disagrees(error)
+        for total, one in zip(sums(states[key]), own, strict=True):
+            total.copy_(one)
+    if without:
+        _refuse_without_gradient(without, objective, few)
+    return reasons
+
+
+def _disagrees(error: float) -> str:
+    return (
+        f"ordinary autograd disagrees with its captured gradient (relative error {error:.1e}), as happens when a "
+        "parameter is used past its module's call"
+    )
 
 
 @dataclass
 class _Comparison:
-    """Captured states, from which autograd's gradients are subtracted.
+    """Captured states and autograd's gradients, one of which is subtracted from the other.
 
     Args:
         states: As for :func:`disagreements`.
         estimator: As for :func:`disagreements`.
         half: As for :func:`disagreements`.
-        scales: For each parameter, the size of what was subtracted from each of its sums.
+        subtracts: Whether autograd's contributions are subtracted from the states, or added.
+        scales: For each parameter, the size of what autograd contributes to each of its sums.
         grad_squares: For each parameter with a gradient, the sum over examples of its largest square.
+        incomparable: Sums, by parameter and number, that are no function of a gradient.
     """
 
     states: States
     estimator: Estimator
     half: bool
+    subtracts: bool
     scales: dict[str, list[float]] = field(default_factory=dict)
     grad_squares: dict[str, float] = field(default_factory=dict)
+    incomparable: set[tuple[str, int]] = field(default_factory=set)
 
     def take(self, key: str, grad: Tensor) -> None:
-        """Subtract the contribution of one example's gradient from the state."""
+        """Subtract the contribution of one example's gradient from the state, or add it."""
         grad = self.states.gradient(key, grad)
         totals = sums(self.states[key])
         scales = self.scales.setdefault(key, [0.0] * len(totals))
         for place, added in enumerate(self._added(key, grad)):
-            if added is None:  # not a function of a gradient: there is nothing to compare with
+            if added is None:
+                self.incomparable.add((key, place))
                 totals[place].zero_()
             else:
                 scales[place] += self.states.largest(added)
-                totals[place].sub_(added.to(totals[place]))
+                totals[place].add_(added.to(totals[place]), alpha=-1 if self.subtracts else 1)
         self.grad_squares[key] = self.grad_squares.get(key, 0.0) + self.states.largest(grad) ** 2
+
+    def subtract(self, key: str, captured: Sequence[Tensor]) -> None:
+        """Subtract what was captured from what autograd has contributed."""
+        for place, (total, one) in enumerate(zip(sums(self.states[key]), captured, strict=True)):
+            if (key, place) not in self.incomparable:
+                total.sub_(one.to(total))
 
     def error(self, key: str, parameter: nn.Parameter) -> float | None:
         """Return the relative error of a parameter, or ``None`` if it is within rounding."""

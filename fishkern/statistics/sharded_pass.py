@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,7 @@ class ShardedPass(OnePass):
     """
 
     sharding: Sharding | None = None  # always given; a field after those with defaults needs one
+    reuses: ClassVar[bool] = False
     _spare: Examples | None = field(default=None, init=False)
 
     def over(self, data: Data, ranks: Ranks, report: Progress) -> Passed:

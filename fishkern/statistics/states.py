@@ -110,12 +110,27 @@ class States:
         """
         return States({name: self._parameters[name] for name in names}, estimator, self._backend)
 
-    def add(self, name: str, grads: PerExampleGrads) -> None:
+    def like(self, name: str, device: torch.device) -> State:
+        """Make a state of zeros beside that of a parameter, with the same constants.
+
+        Args:
+            name: Canonical name of the parameter.
+            device: Where it is.
+
+        Returns:
+            The new state.
+        """
+        return tree_map(
+            lambda leaf: torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf, self._states[name]
+        )
+
+    def add(self, name: str, grads: PerExampleGrads, to: State | None = None) -> None:
         """Add gradients of one parameter.
 
         Args:
             name: Its canonical name.
             grads: Its gradients.
+            to: A state beside its own, on the device of the gradients; ``None`` for its own.
 
         Raises:
             UnsupportedModuleError: The estimator reads factors of this parameter, and these gradients have none.
@@ -133,7 +148,10 @@ class States:
                     "return nothing; it returned another object."
                 )
 
-        self._add(name, grads.device, update)
+        if to is None:
+            self._add(name, grads.device, update)
+        else:
+            update(to)
 
     def add_single(self, name: str, grad: Tensor) -> None:
         """Add the whole gradient of a single example.
@@ -232,7 +250,7 @@ class States:
             update(state)
             return
         # one transfer of a sum, instead of one for each example's factors
-        here = tree_map(lambda leaf: torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf, state)
+        here = self.like(name, device)
         update(here)
         for total, added in zip(sums(state), sums(here), strict=True):
             if total.device.type == "cpu":

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -40,6 +41,7 @@ class TensorParallelPass(OnePass):
     """
 
     team: Team | None = None  # always given; a field after those with defaults needs one
+    reuses: ClassVar[bool] = False
 
     def over(self, data: Data, ranks: Ranks, report: Progress) -> Passed:
         with ranks.failing_together():

@@ -76,7 +76,7 @@ def plan_in_training(model: nn.Module, requested: Mapping[str, Tensor], call: Mo
             call.run(model)
 
         options = {"num_examples": call.num_examples, "order": call.examples.order}
-        plan = survey(model, keys, losses, answered=connection.answered, **options)
+        plan, _ = survey(model, keys, losses, answered=connection.answered, **options)
         if plan.loop:
             reasons = plan.loop
             with _noting_draws(model, device) as drawing:

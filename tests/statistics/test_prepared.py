@@ -1,4 +1,4 @@
-"""A prepared pass reads its data and nothing else, equals a fresh one to the bit, and refuses what has changed."""
+"""A prepared pass reads its data and nothing else, equals a fresh one to rounding, and refuses what has changed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import fishkern as fk
 from tests.support import zoo
+from tests.support.closeness import alike
 from tests.support.exactness import LIMIT
 from tests.support.oracle import next_token, squares_one_by_one, worst_error
 
@@ -103,7 +104,7 @@ def test_on_other_data_only_the_rows_are_checked_and_only_once(kind):
             reading = fk.estimate(model, data, prepared=prepared)
             rows = 3 if new and kind != "batch" else 0
             assert len(calls) == len(prepared.known) * (len(data) + rows)
-            assert reading == fk.estimate(model, data, ESTIMATORS[kind])
+            assert alike(reading, fk.estimate(model, data, ESTIMATORS[kind]))
 
 
 def test_data_are_seen_if_the_first_examples_are_the_same_values():
@@ -135,7 +136,7 @@ def test_type_2_is_planned_by_a_position_at_which_attention_has_a_choice():
     assert {covered.path for covered in fresh.coverage.values()} == {"fused"}
     prepared = fk.prepare(model, batches[0], fk.DiagonalFisher("type-2"))
     with counted(model) as calls:
-        assert fk.estimate(model, batches, prepared=prepared) == fresh
+        assert alike(fk.estimate(model, batches, prepared=prepared), fresh)
     assert len(calls) == 1
 
 
@@ -171,12 +172,12 @@ def test_batches_of_one_have_a_plan_of_their_own():
     model, (alone, several) = zoo.llama().model, text(1, 3)
     prepared = fk.prepare(model, alone)
     data = [alone, several, alone]
-    assert fk.estimate(model, data, prepared=prepared) == fk.estimate(model, data)
+    assert alike(fk.estimate(model, data, prepared=prepared), fk.estimate(model, data))
     with counted(model) as calls:
         train(model)
         reading = fk.estimate(model, data, prepared=prepared)
         assert len(calls) == 3
-    assert reading == fk.estimate(model, data)
+    assert alike(reading, fk.estimate(model, data))
 
 
 def switched(model: nn.Module) -> None:
@@ -279,7 +280,7 @@ def test_another_model_is_refused_and_the_old_one_still_read():
     with pytest.raises(ValueError, match=r"requires_grad of model\.norm\.weight was True and is False"):
         fk.estimate(model, batches, prepared=prepared)
     model.model.norm.requires_grad_(True)
-    assert fk.estimate(model, batches, prepared=prepared) == fk.estimate(model, batches)
+    assert alike(fk.estimate(model, batches, prepared=prepared), fk.estimate(model, batches))
 
 
 def test_an_attention_implementation_inside_the_config_is_noticed():
@@ -367,9 +368,8 @@ def test_the_same_request_in_other_words_is_read():
     prepared = fk.prepare(model, batches[0])
     expected = fk.estimate(model, batches)
     words = dict(estimator=fk.DiagonalFisher(), likelihood=fk.CausalLM(), parameters="all")
-    assert torch.equal(
-        fk.estimate(model, batches, prepared=prepared, **words)["lm_head.weight"], expected["lm_head.weight"]
-    )
+    reading = fk.estimate(model, batches, prepared=prepared, **words)
+    torch.testing.assert_close(reading["lm_head.weight"], expected["lm_head.weight"], rtol=1e-4, atol=1e-9)
     assert fk.estimate(model, batches, prepared=prepared, max_examples=2).count == 2
 
 
@@ -378,7 +378,7 @@ def test_the_seed_may_change_from_reading_to_reading():
     recipes = [fk.DiagonalFisher("mc", seed=seed) for seed in range(2)]
     prepared = fk.prepare(model, batches[0], recipes[0])
     readings = [fk.estimate(model, batches, recipe, prepared=prepared) for recipe in recipes]
-    assert readings == [fk.estimate(model, batches, recipe) for recipe in recipes]
+    assert all(alike(one, fk.estimate(model, batches, recipe)) for one, recipe in zip(readings, recipes, strict=True))
     assert readings[0] != readings[1]
 
 
@@ -443,7 +443,7 @@ def test_after_an_exception_it_reads_as_before():
     with pytest.raises(KeyboardInterrupt):
         fk.estimate(model, failing(), prepared=prepared)
     assert hooks_of(model) == before
-    assert fk.estimate(model, batches, prepared=prepared) == fk.estimate(model, batches)
+    assert alike(fk.estimate(model, batches, prepared=prepared), fk.estimate(model, batches))
 
 
 @pytest.mark.parametrize("kind, reentrant", [("empirical", True), ("empirical", False), ("sketched", True)])
@@ -458,7 +458,7 @@ def test_training_and_evaluation_mode_alternate(kind, reentrant):
     prepared = fk.prepare(model.eval(), batches[0], ESTIMATORS[kind])
     for training in (True, False, True):
         train(model.train(training))
-        assert fk.estimate(model, batches, prepared=prepared) == fk.estimate(model, batches, ESTIMATORS[kind])
+        assert alike(fk.estimate(model, batches, prepared=prepared), fk.estimate(model, batches, ESTIMATORS[kind]))
         assert model.training == training
 
 
@@ -489,7 +489,7 @@ def test_reentrant_segments_are_connected_from_the_first_batch_on(kind):
         reading = fk.estimate(model, batches, prepared=prepared)
         assert len(calls) == 2
     assert reading["second.weight"].any()
-    assert reading == fk.estimate(model, batches, ESTIMATORS[kind], **options)
+    assert alike(reading, fk.estimate(model, batches, ESTIMATORS[kind], **options))
 
 
 def test_segments_of_a_pass_that_failed_are_connected_in_the_next_one():
@@ -507,7 +507,7 @@ def test_segments_of_a_pass_that_failed_are_connected_in_the_next_one():
         fk.estimate(model, interrupted(), prepared=prepared)
     reading = fk.estimate(model, [within], prepared=prepared)
     assert reading["second.weight"].any()
-    assert reading == fk.estimate(model, [within], **options)
+    assert alike(reading, fk.estimate(model, [within], **options))
 
 
 def test_slow_paths_are_announced_once():
@@ -523,13 +523,13 @@ def test_slow_paths_are_announced_once():
         warnings.simplefilter("error")
         reading = fk.estimate(model, batches, prepared=prepared)
     with pytest.warns(UserWarning, match="slow exact path"):
-        assert reading == fk.estimate(model, batches)
+        assert alike(reading, fk.estimate(model, batches))
     specimen = zoo.vit()
     images = [specimen.batch(3), specimen.batch(2)]
     prepared = fk.prepare(specimen.model, images[0])
     assert "generic" in prepared.paths.values()
     train(specimen.model)
-    assert fk.estimate(specimen.model, images, prepared=prepared) == fk.estimate(specimen.model, images)
+    assert alike(fk.estimate(specimen.model, images, prepared=prepared), fk.estimate(specimen.model, images))
 
 
 def test_A_of_a_lora_is_looked_at_when_B_leaves_zero():
@@ -537,13 +537,13 @@ def test_A_of_a_lora_is_looked_at_when_B_leaves_zero():
     model, batches = with_lora(), text(3, 2)
     prepared = fk.prepare(model, batches[0])
     with counted(model) as calls:
-        assert fk.estimate(model, batches, prepared=prepared) == fk.estimate(model, batches)
+        assert alike(fk.estimate(model, batches, prepared=prepared), fk.estimate(model, batches))
         for runs in ("more", 2, 2):
             train(model)
             calls.clear()
             reading = fk.estimate(model, batches, prepared=prepared)
             assert len(calls) == runs or (runs == "more" and len(calls) > 2)
-            assert reading == fk.estimate(model, batches)
+            assert alike(reading, fk.estimate(model, batches))
             assert any(reading[name].any() for name in reading if "lora_A" in name)
 
 
@@ -597,7 +597,7 @@ def test_data_that_need_another_plan_get_it():
     for batch in (both, one, both, one):
         train(model)
         reading = fk.estimate(model, [batch], prepared=prepared)
-        assert reading == fk.estimate(model, [batch], **options)
+        assert alike(reading, fk.estimate(model, [batch], **options))
         assert reading["second.weight"].any() == (batch is both)
 
 
@@ -661,8 +661,8 @@ def test_losses_of_a_function():
         prepared = fk.prepare(model, batch, likelihood=likelihood)
         train(model)
         fresh = fk.estimate(model, [batch], likelihood=likelihood)
-        assert fk.estimate(model, [batch], prepared=prepared) == fresh
-        assert fk.estimate(model, [batch], likelihood=likelihood, prepared=prepared) == fresh
+        assert alike(fk.estimate(model, [batch], prepared=prepared), fresh)
+        assert alike(fk.estimate(model, [batch], likelihood=likelihood, prepared=prepared), fresh)
         with pytest.raises(ValueError, match=r"the argument likelihood was function \S+.* and is function \S+<lam"):
             fk.estimate(model, [batch], likelihood=lambda model, batch: 0, prepared=prepared)
 
@@ -694,7 +694,7 @@ def test_random_losses_of_a_batch_draw_as_in_a_fresh_pass():
 
     recipe = fk.DiagonalFisher(unit="batch")
     prepared = fk.prepare(model, batches[0], recipe, likelihood=noisy)
-    assert fk.estimate(model, batches, prepared=prepared) == fk.estimate(model, batches, recipe, likelihood=noisy)
+    assert alike(fk.estimate(model, batches, prepared=prepared), fk.estimate(model, batches, recipe, likelihood=noisy))
 
 
 def test_what_training_and_saving_leave_behind_is_no_change(tmp_path):
@@ -708,7 +708,7 @@ def test_what_training_and_saving_leave_behind_is_no_change(tmp_path):
     model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
     model.config.use_cache = False
     assert model.config.problem_type is not None
-    assert fk.estimate(model, [batch], prepared=prepared) == fk.estimate(model, [batch])
+    assert alike(fk.estimate(model, [batch], prepared=prepared), fk.estimate(model, [batch]))
 
 
 def test_it_says_what_it_is_and_is_not_copied():
@@ -718,7 +718,7 @@ def test_it_says_what_it_is_and_is_not_copied():
     assert (prepared.estimator, prepared.checked) == (fk.GroupFisher(), False)
     assert prepared.parameters == [name for name, _ in model.named_parameters()]
     reading = fk.estimate(model, [batch], prepared=prepared)
-    assert reading == fk.estimate(model, [batch], fk.GroupFisher(), check=False)
+    assert alike(reading, fk.estimate(model, [batch], fk.GroupFisher(), check=False))
     for copied in (pickle.dumps, copy.deepcopy):
         with pytest.raises(TypeError, match=r"neither pickled nor copied: call fishkern\.prepare"):
             copied(prepared)

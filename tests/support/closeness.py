@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fishkern.statistics.held import Held
+
 # Relative error that a GPU's matrix units may add with each product of 16 positions: they truncate where plain float32
 # rounds, and the square doubles it.
 CUT_OFF = 2.0**-23
@@ -35,3 +37,23 @@ def assert_as_accurate(actual: Tensor, plain: Tensor, truth: Tensor, slack: floa
     error = (actual.double() - truth).abs().max()
     allowed = slack * (plain.double() - truth).abs().max() + (1e-6 + steps * CUT_OFF) * scale
     assert error <= allowed, f"relative error {error / scale:.2e}, allowed {allowed / scale:.2e}"
+
+
+def alike(one: Held, other: Held) -> bool:
+    """Tell whether two results are of the same examples by the same paths, and equal up to the rounding of sums.
+
+    A pass that makes its plans begins with two examples, one that is prepared runs its first batch whole.
+
+    Args:
+        one: A result in float32.
+        other: Another one.
+
+    Returns:
+        Whether count, provenance and coverage are equal, and each entry to 1e-5 of its parameter's largest.
+    """
+    said = [(type(each), each.count, each.shapes, each.coverage, each.provenance) for each in (one, other)]
+    pairs = [pair for name in one._entries for pair in zip(one.pieces(name), other.pieces(name), strict=True)]
+    return said[0] == said[1] and all(
+        torch.allclose(a, b, rtol=0.0, atol=1e-5 * float(b.abs().max()) if b.numel() else 0.0, equal_nan=True)
+        for a, b in pairs
+    )
