@@ -57,9 +57,13 @@ class Until:
                 "the number of examples, max_examples=."
             )
         values = argument if isinstance(argument, tuple) else (argument, cls.density)
+        said = "until must be a number such as 0.9, the overlap, or a tuple of two, (overlap, density): (0.9, 0.01)"
         if len(values) != 2:
-            raise TypeError(f"until must be an overlap such as 0.9, or (overlap, density), got {argument!r}.")
-        overlap, density = fraction_of(values[0], "until"), fraction_of(values[1], "the density of until")
+            raise TypeError(f"{said}, got {argument!r:.80}.")
+        try:
+            overlap, density = fraction_of(values[0], "until"), fraction_of(values[1], "the density of until")
+        except TypeError:
+            raise TypeError(f"{said}, got {argument!r:.80}.") from None
         if overlap == 1:
             raise ValueError("until must be below 1: a top that is exactly that of all further examples takes them.")
         if density > DENSITIES[-1]:

@@ -296,6 +296,54 @@ def test_what_accelerate_dispatches(tmp_path):
             fk.estimate(model, [pair()], **options)
 
 
+def test_a_model_on_two_devices_is_refused_before_any_work_and_the_ways_out_work(tmp_path):
+    """As ``device_map="auto"`` leaves it: half on the CPU, and half where there are no values to compute with."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    config = transformers.LlamaConfig(
+        vocab_size=17, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    ids = torch.arange(12).view(2, 6)
+    read = []
+
+    def batches():
+        read.append(1)
+        yield {"input_ids": ids, "labels": ids}
+
+    def load(device_map):
+        return transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model", device_map=device_map)
+
+    spread = load(None)
+    spread.model.layers[1].to("meta")
+    spread.hf_device_map = {"model.layers.1": "meta", "": "cpu"}
+    spread.register_forward_pre_hook(lambda *_: read.append("ran"))
+    for run in (
+        lambda: fk.estimate(spread, batches(), checkpoint=tmp_path / "fisher.part"),
+        lambda: fk.prepare(spread, next(batches())),
+        lambda: fk.verify(spread, batches()),
+        lambda: fk.plan(spread, {"input_ids": ids, "labels": ids}),
+    ):
+        read.clear()
+        with refused(fk.UnsupportedModuleError, "hf_device_map", "['cpu', 'meta']", "onto one device", "device_map="):
+            run()
+        assert read in ([], [1])  # what the call itself was given
+    assert not (tmp_path / "fisher.part").exists()
+    assert all(parameter.grad is None for parameter in spread.parameters())
+
+    whole = fk.estimate(load(None), batches())
+    (tmp_path / "sums").mkdir()
+    one = load({"": "cpu"})  # the message names the GPU 0
+    for options in (
+        {},
+        {"accumulate_on": tmp_path / "sums"},
+        {"parts": [[name for name in whole if "layers" in name], [name for name in whole if "layers" not in name]]},
+    ):
+        found = fk.estimate(one, [next(batches())], **options)
+        assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
 LOSSES = {
     "a mean": (lambda loss: loss.mean(), "one number", "do not sum or average over the batch"),
     "a mean in a list": (lambda loss: loss.mean()[None], "one number", "do not sum or average over the batch"),
