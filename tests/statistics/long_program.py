@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -265,6 +267,24 @@ CASES |= {
     "stops, partly sharded": lambda: stops(sharded(WIDE, root=False), "partly"),
     "stops, replicated": lambda: stops(sharded(WIDE, replicas=2), "replicated"),
 }
+
+
+@case("killed for good")
+def _() -> dict[str, Any]:
+    """Be one of the ranks of which a signal ends one, at a place and after a time that the file ``kill`` says."""
+    model, path = sharded(), folder.parent / "fisher.part"
+    victim, at, after = (folder / "kill").read_text().split() if (folder / "kill").exists() else (-1, 0, 0)
+
+    def own() -> Iterator[tuple[Tensor, Tensor]]:
+        for number, batch in enumerate(batches_of(rank, 40)):
+            if (rank, number) == (int(victim), int(at)):
+                threading.Timer(float(after), os.kill, (os.getpid(), signal.SIGKILL)).start()
+            yield batch
+
+    statistics = fk.estimate(model, own(), KINDS["mc"], checkpoint=path, save_every=0, **LIKELIHOOD)
+    whole = {name: statistics.full(name).tolist() for name in statistics}
+    entries = {name: [one.tolist() for one in of_name] for name, of_name in statistics.precision.entries.items()}
+    return {"values": whole, "entries": entries, "precision": statistics.precision.plain()}
 
 
 @case("elsewhere")

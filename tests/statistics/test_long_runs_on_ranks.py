@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from itertools import accumulate
 from pathlib import Path
@@ -87,6 +88,29 @@ def test_ranks_that_are_killed_in_a_save_go_on_from_one_turn(two):
 @pytest.mark.slow
 def test_ranks_that_are_killed_anywhere_in_a_save_go_on_from_one_turn(more):
     assert_one_turn(more, "killed in a save", program.KILLS[2:])
+
+
+@pytest.mark.slow
+def test_ranks_of_which_one_is_killed_at_ten_points_end_in_the_same_bits(tmp_path):
+    """By a signal that it cannot catch; the others then find that it has gone, and end."""
+    generator = torch.Generator().manual_seed(1)
+    places = sorted(torch.randint(35, (10,), generator=generator).tolist())
+    delays = (0.02 * torch.rand(10, generator=generator)).tolist()
+
+    def run(folder: str, kill: str = "") -> list[dict]:
+        (tmp_path / folder).mkdir(parents=True)
+        if kill:
+            (tmp_path / folder / "kill").write_text(kill)
+        return launched(PROGRAM, 2, tmp_path / folder, ["killed for good"])
+
+    whole = run("apart/whole")
+    for number, (at, after) in enumerate(zip(places, delays, strict=True)):
+        with pytest.raises(AssertionError):
+            run(f"kill-{number}", f"{number % 2} {at} {after}")
+    held = [name for name in os.listdir(tmp_path) if name.startswith("fisher.part.rank-")]
+    assert {"fisher.part.rank-0", "fisher.part.rank-1"} <= set(held)
+    assert run("resumed") == whole
+    assert not [name for name in os.listdir(tmp_path) if "fisher.part" in name]
 
 
 def test_what_does_not_fit_is_refused_on_all_ranks(two):
