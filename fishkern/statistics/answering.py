@@ -111,8 +111,8 @@ class Answering:
 
         Args:
             batch: The first batch.
-            told: Called with the index of the example in the data and what the model answers for it alone, unless it is
-                one of packed documents.
+            told: Called with the index of the first example in the data and what the model answers for it alone, if it
+                has others beside it and is no packed document.
 
         Raises:
             ValueError: The model's loss is unknown or different; or the outputs of the model or of a function are cut
@@ -125,29 +125,30 @@ class Answering:
         self._usual = batch.num_examples
         if self._likelihood is None:
             self._likelihood = recognise_likelihood(self._model, batch.content)
-        told = told if batch.documents is None else None
-        refusal = answering_parts(partial(self._prepare_on, told=told), self)(batch.take(0, 1))
+        answers: list[Predictive | Tensor] = []
+        refusal = answering_parts(partial(self._prepare_on, answers=answers), self)(batch.take(0, 1))
         if refusal:  # raised here: inside answering_parts it would be reported as an error of cut rows
             raise ValueError(refusal)
+        if told is not None and batch.documents is None and batch.num_examples > 1:  # here for the same reason
+            told(batch.places[0], answers[-1])
         if isinstance(self._likelihood, Likelihood):
             note_labels(self._model, self._likelihood, batch.content)
         self.prepared = True
 
-    def _prepare_on(self, example: Examples, told: Told | None) -> str | None:
-        """Run an example, and say why its loss cannot be used, or return ``None``."""
+    def _prepare_on(self, example: Examples, answers: list[Predictive | Tensor]) -> str | None:
+        """Run an example, note the answer, and say why its loss cannot be used, or return ``None``."""
         with _differentiable(self._model):
             if isinstance(self._likelihood, Likelihood):
-                return self._prepare_likelihood(example, told)
+                return self._prepare_likelihood(example, answers)
             losses = self(example)
-            if told is not None:
-                told(example.places[0], losses)
+            answers.append(losses)
             return _cut_off(f"the losses of {self.description}") if self._is_cut_off(losses) else None
 
     def _is_cut_off(self, outputs: Tensor) -> bool:
         """Tell whether the outputs have no gradient. With weights stored as integers, only a pass can tell."""
         return not outputs.requires_grad and all(p.is_floating_point() for p in self._model.parameters())
 
-    def _prepare_likelihood(self, example: Examples, told: Told | None) -> str | None:
+    def _prepare_likelihood(self, example: Examples, answers: list[Predictive | Tensor]) -> str | None:
         returned: list[Any] = []
         handle = self._model.register_forward_hook(lambda _, args, outputs: returned.append(outputs))
         try:
@@ -160,8 +161,7 @@ class Answering:
             raise error.at(f"row 0 of a batch of {self._usual}") from None
         finally:
             handle.remove()
-        if told is not None:
-            told(example.places[0], answer)
+        answers.append(answer)
         note_choice(self._model, returned[-1] if returned else None)
         outputs = getattr(answer, "logits", getattr(answer, "means", None))
         if isinstance(outputs, Tensor):
