@@ -275,6 +275,7 @@ class Planner:
                 whole=self._whole,
                 keep=self._reuses,
             )
+        seen.end()
         if surveying.asked:  # a capture computes large logits otherwise
             seen.replay = None
         plan = plan.with_loop(self._unserved(plan))
@@ -291,10 +292,11 @@ class Planner:
                 with only_trainable(self._differentiable().values()):
                     self._independence.settle(few)
             if adds and not reasons and self._independence.note is None:
+                self._refuse_paths(plan)
                 if not (checks and self._estimator.has_of_gradient):  # else the states hold it
                     seen.add_to(self._states, plan.sites, self._estimator, self.counted(few))
                 if not seen.held_back:
-                    self._added = Added(few.num_examples, summed(seen.objective), seen.objective.requires_grad)
+                    self._added = Added(few.num_examples, summed(seen.objective), seen.connected)
         finally:
             if adds and self._added is None:
                 self._states.zero_()
@@ -426,13 +428,17 @@ class Planner:
     def _note_paths(self, paths: Mapping[str, tuple[str, str]]) -> None:
         self.paths = slowest_paths([self.paths, paths])
 
-    def _announce(self, plan: Plan) -> None:
-        """Note the paths of a plan, refuse those that the estimator cannot use, and warn about the loop."""
-        self._note_paths(plan.paths)
+    def _refuse_paths(self, plan: Plan) -> None:
+        """Refuse the paths that the estimator cannot use."""
         # hosts give factors too, of the linear maps inside
         served = plan.keys_with_factors if self._estimator.reads_factors else frozenset()
         by_rule = {key for key, (path, _) in plan.paths.items() if path == "fused"}
         self.refuse_whole(plan.paths.keys() - (served if self._estimator.reads == "factors" else served | by_rule))
+
+    def _announce(self, plan: Plan) -> None:
+        """Note the paths of a plan, refuse those that the estimator cannot use, and warn about the loop."""
+        self._note_paths(plan.paths)
+        self._refuse_paths(plan)
         slow = {key: reason for key, (path, reason) in plan.paths.items() if path == "loop"}
         new = sorted(slow.keys() - self._announced)
         self._announced.update(slow)

@@ -38,7 +38,8 @@ class Surveyed:
     Args:
         few: The examples.
         number: Number of the objective: type-2 has one for each label of a position.
-        objective: The objective, ``[N]``.
+        objective: The objective, ``[N]``; after :meth:`end` its values alone.
+        connected: Whether it depends on the parameters.
         objectives: How many there are.
         replay: What is kept of calls and gradients; ``None`` if a capture has to run the examples once more.
         held_back: Whether a capture of it has held some gradients back.
@@ -48,6 +49,7 @@ class Surveyed:
     few: Examples
     number: int = 0
     objective: Tensor | None = None
+    connected: bool = False
     objectives: int = 0
     replay: Replay | None = None
     held_back: bool = False
@@ -66,6 +68,10 @@ class Surveyed:
         for one in objectives:
             self.objectives += 1
             yield one
+
+    def end(self) -> None:
+        """Let go of the graph, when the survey has back-propagated."""
+        self.connected, self.objective = self.objective.requires_grad, self.objective.detach()
 
     def states(
         self, sites: Sequence[Site], states: States, estimator: Estimator, counted: Tensor | None

@@ -122,7 +122,7 @@ def test_the_draws_equal_a_loop_of_ones_own():
         return (model(batch["x"].double()) - noise).square().sum(1)
 
     found = fk.estimate(model, [batch], likelihood=fk.Drawn(losses), check=False)
-    noise = next(one for one in drawn if len(one) == 5)
+    noise = torch.cat([next(one for one in drawn if len(one) == size) for size in (2, 3)])  # the first two, the rest
     assert len({tuple(row.tolist()) for row in noise}) == 5
     total = torch.zeros(6, 6, dtype=torch.float64)
     for n in range(5):

@@ -49,11 +49,14 @@ def alike(one: Held, other: Held) -> bool:
         other: Another one.
 
     Returns:
-        Whether count, provenance and coverage are equal, and each entry to 1e-5 of its parameter's largest.
+        Whether count, provenance and coverage are equal, and each entry to 1e-5 of its parameter's largest, or to 1e-12
+        of the largest of all: the gradient of a bias of keys is zero but for rounding.
     """
     said = [(type(each), each.count, each.shapes, each.coverage, each.provenance) for each in (one, other)]
     pairs = [pair for name in one._entries for pair in zip(one.pieces(name), other.pieces(name), strict=True)]
+    least = 1e-12 * max((float(b.abs().max()) for _, b in pairs if b.numel()), default=0.0)
     return said[0] == said[1] and all(
-        torch.allclose(a, b, rtol=0.0, atol=1e-5 * float(b.abs().max()) if b.numel() else 0.0, equal_nan=True)
+        torch.allclose(a, b, rtol=0.0, atol=max(least, 1e-5 * float(b.abs().max())), equal_nan=True)
         for a, b in pairs
+        if b.numel()
     )
