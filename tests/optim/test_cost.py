@@ -122,7 +122,7 @@ def test_distributed_data_parallel_would_wait(process_group):
     model = llama()
     optimizer = fk.MaskedAdamW(model, without(model))
     narrow = without(model, "embed")
-    several = mock.patch("fishkern.optim.frozen.several_processes", return_value=True)
+    several = mock.patch("fishkern.optim.data_parallel.several_processes", return_value=True)
     wrapped = nn.parallel.DistributedDataParallel(model)
     with several, pytest.raises(RuntimeError, match=r"\(model.embed_tokens.weight\).*find_unused_parameters=True"):
         optimizer.reselect(narrow, freeze=True)

@@ -318,7 +318,7 @@ def test_data_that_end_before_are_told():
         (1, ValueError, "until must be below 1"),
         (90, ValueError, "until must"),
         ((0.9, 0.5), ValueError, "a top of at most 20%"),
-        ((0.9, 0.1, 3), TypeError, r"\(overlap, density\), .*, got \(0.9, 0.1, 3\)"),
+        ((0.9, 0.1, 3), TypeError, r"a tuple of two, \(overlap, density\): .*, got \(0.9, 0.1, 3\)"),
         ([0.9, 0.1], TypeError, r"a number such as 0.9.* or a tuple of two, .*, got \[0.9, 0.1\]"),
         ((0.9, None), TypeError, r"a tuple of two, .*, got \(0.9, None\)"),
         ({"overlap": 0.9}, TypeError, "a tuple of two"),
