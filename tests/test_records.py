@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import cache
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -21,6 +22,7 @@ PROVIDERS = ("fishkern", "one_by_one", "vmap_grad")
 ADDED_RECORDS = {("starts", "5df9d9d1cc588e58434b88fb188253cc5e64eec3")}
 
 
+@cache
 def records(name: str) -> list[dict]:
     path = ROOT / "benchmarks" / "results" / "cpu-2-cores" / f"{name}.jsonl"
     committed = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -43,7 +45,9 @@ def rows_of(section: str, level: str = "## ") -> list[list[str]]:
 
 
 OF_LIBRARIES = {"A LLaMA", "A BERT", "Known failures"}
+OF_RIVALS = {"Rivals on a LLaMA": "llama", "Rivals on a vision transformer": "vit"}
 TABLES = {"Whole pass", *OF_LIBRARIES, "What exactness buys", "FISH-Tuning", "Exact top-k", "Masked steps"}
+TABLES |= {*OF_RIVALS, "Sparse fine-tuning of the weights"}
 
 
 def test_every_table_of_measurements_is_tested():
@@ -221,6 +225,149 @@ def test_what_is_said_of_exactness():
         assert said in " ".join(text_of("What exactness buys").split())
     pools = {record["pool"] for record in records("exactness") if record["subject"] == "cola"}
     assert [f"{pool:,} parameters" in text_of("What exactness buys") for pool in pools] == [True]
+
+
+RIVAL_ARMS = {  # the names of the page by those of the study
+    "the exact Fisher": "exact",
+    "the same of 32 examples": "few",
+    'labels drawn from the model (`"mc"`)': "mc",
+    "Adam's second moment": "adam",
+    "squared gradients of batches of 8": "batch-8",
+    "squared gradients of batches of 32": "batch-32",
+    "random signs, one draw": "sketch-1",
+    "random signs, eight draws": "sketch-8",
+    "diagonal of K-FAC (`fk.DiagonalKronecker`)": "kfac",
+    "diagonal of EK-FAC (kronfluence 1.0.1)": "ekfac",
+    "1 for all entries": "ones",
+    "the exact values, dealt out at random": "random",
+}
+RIVAL_USES = ("0.1", "0.3", "0.5", "merged", "consolidated")
+
+
+def rivals_of(model: str, arm: str, quantity: str = "uses") -> list[dict]:
+    key = (model, arm, quantity)
+    runs = [r for r in records("cheaper_rivals") if (r["setting"]["model"], r["label"], r["quantity"]) == key]
+    runs.sort(key=lambda record: record["seed"])
+    assert [run["seed"] for run in runs] == [0, 1, 2]
+    return runs
+
+
+def losses(model: str, arm: str, use: str) -> list[float]:
+    """By seed: of the first task where it is pruned, else the mean over both tasks."""
+    runs = rivals_of(model, arm)
+    return [mean(run[use]["scored"]) if use in run else run["pruned"][use] for run in runs]
+
+
+def losses_more(model: str, arm: str, use: str) -> list[float]:
+    """Than with the exact Fisher of the same seed."""
+    return [own - exact for own, exact in zip(losses(model, arm, use), losses(model, "exact", use), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("model", "row"),
+    [(model, row) for section, model in OF_RIVALS.items() for row in rows_of(section, "### ")],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_cheaper_rivals(model, row):
+    arm = RIVAL_ARMS[row[0]]
+    runs = rivals_of(model, arm)
+    cells = [f"{mean(run['cost'] for run in runs):.1f}"]
+    cells += [f"{100 * mean(run['overlap'][top] for run in runs):.0f}%" for top in ("0.005", "0.05")]
+    for use in RIVAL_USES:
+        more = losses_more(model, arm, use)
+        shown = f"{mean(losses(model, arm, use)):.3f}" if arm == "exact" else f"{mean(more):+.3f} ± {stdev(more):.3f}"
+        cells.append(shown)
+    assert row[1:] == cells
+
+
+@pytest.mark.parametrize("section", OF_RIVALS)
+def test_every_rival_is_shown(section):
+    assert [row[0] for row in rows_of(section, "### ")] == list(RIVAL_ARMS)
+
+
+FISHERS = set(RIVAL_ARMS.values()) - {"exact", "ones", "random"}
+
+
+def test_what_is_said_of_cheaper_rivals():
+    said = " ".join(text_of("Cheaper rivals").split())
+    for model in OF_RIVALS.values():
+        for top in ("0.005", "0.05"):
+            found = {arm: mean(run["overlap"][top] for run in rivals_of(model, arm)) for arm in RIVAL_ARMS.values()}
+            assert max(found, key=found.get) == "exact"
+            assert set(sorted(found, key=found.get)[-3:]) == {"exact", "mc", "sketch-8"}
+            assert found["exact"] - max(found["batch-32"], found["sketch-1"]) > 0.07
+    costs = {arm: mean(run["cost"] for run in rivals_of("llama", arm)) for arm in RIVAL_ARMS.values()}
+    assert costs["few"] < 1 / 6 < costs["few"] + 0.02
+    assert costs["sketch-8"] > 5 * costs["exact"]
+    half = {arm: mean(losses_more("llama", arm, "0.5")) for arm in RIVAL_ARMS.values()}
+    assert f"by magnitude cost {half['ones']:.2f} more" in said
+    assert f"at most {max(half[arm] for arm in FISHERS):.2f} more" in said
+    assert mean(losses_more("vit", "ones", "0.5")) <= min(mean(losses_more("vit", arm, "0.5")) for arm in FISHERS)
+    for model, plain in (("llama", "for the plain mean of two models"), ("vit", "for the plain mean")):
+        most = max(abs(mean(losses_more(model, arm, use))) for arm in FISHERS for use in ("merged", "consolidated"))
+        assert f"at most {most:.3f}" in said
+        assert f"{mean(losses_more(model, 'ones', 'merged')):.3f} {plain}" in said
+    assert max(losses_more("llama", "adam", "consolidated")) < 0
+    for model in OF_RIVALS.values():
+        kfac, ekfac = (rivals_of(model, arm) for arm in ("kfac", "ekfac"))
+        assert all(b["overlap"]["0.005"] > a["overlap"]["0.005"] for a, b in zip(kfac, ekfac, strict=True))
+        gains = [mean(losses_more(model, "kfac", u)) - mean(losses_more(model, "ekfac", u)) for u in RIVAL_USES]
+        assert max(gains) < 0.006
+    at_the_end = [
+        arm
+        for arm in RIVAL_ARMS.values()
+        if sum(run["consolidated"]["weight"] == max(run["setting"]["penalties"]) for run in rivals_of("vit", arm)) >= 2
+    ]
+    assert at_the_end == [arm for arm in RIVAL_ARMS.values() if arm != "ones"]
+
+
+CHOOSERS = {
+    "the exact Fisher": "exact",
+    "the same of 32 examples": "few",
+    "squared gradients of batches of 32": "batch-32",
+    "random signs, one draw": "sketch-1",
+    "magnitude after an approximation of low rank": "lift",
+    "weight times the norm of its input": "wanda",
+    "magnitude": "magnitude",
+    "at random": "random",
+    "all of them, for comparison": "whole",
+}
+
+
+def test_sparse_fine_tuning():
+    """Three seeds, each at the rate that is best on other rows; a star where that is an end of the grid."""
+    rows = rows_of("Sparse fine-tuning of the weights", "### ")
+    assert [row[0] for row in rows] == list(CHOOSERS)
+    for name, *cells in rows:
+        expected = []
+        for model in OF_RIVALS.values():
+            runs = rivals_of(model, CHOOSERS[name], "sparse")
+            scored = [run["scored"][0] for run in runs]
+            rates = runs[0]["setting"]["rates"]
+            star = "*" if {run["lr"] for run in runs} & {min(rates), max(rates)} else ""
+            middle = sorted(run["lr"] for run in runs)[1]
+            expected += [f"{mean(scored):.3f} ± {stdev(scored):.3f}", f"{middle:g}{star}"]
+        assert cells == expected
+
+
+def test_what_is_said_of_sparse_fine_tuning():
+    """Better or worse than random entries by seeds."""
+
+    def scored(model: str, chooser: str) -> list[float]:
+        return [run["scored"][0] for run in rivals_of(model, chooser, "sparse")]
+
+    def seeds_better(model: str, chooser: str) -> int:
+        pairs = zip(scored(model, chooser), scored(model, "random"), strict=True)
+        return sum(own < other for own, other in pairs)
+
+    better = {(m, chooser): seeds_better(m, chooser) for m in OF_RIVALS.values() for chooser in CHOOSERS.values()}
+    assert (better["llama", "batch-32"], better["llama", "exact"]) == (3, 2)
+    assert better["llama", "magnitude"] == better["llama", "wanda"] == 0
+    assert {c for c in CHOOSERS.values() if c != "random" and better["vit", c]} == {"whole"}
+    assert {run["lr"] for run in rivals_of("vit", "random", "sparse")} == {0.1}
+    runs = {c: rivals_of("llama", c, "sparse") for c in CHOOSERS.values() if c != "whole"}
+    of_llama = [sorted(run["lr"] for run in own)[1] for own in runs.values()]
+    assert max(of_llama) / min(of_llama) == pytest.approx(0.1 / 0.003)
 
 
 def scores(key: str = "score") -> dict[str, list[float]]:
