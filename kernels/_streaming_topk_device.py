@@ -117,8 +117,9 @@ def select_kernel(
     tl.store(bits_ptr + place * WORDS + lane, above)
     tl.store(counts_ptr + place, tl.sum(_count_bits(above), 0))
     ends = tl.sum(tl.sum((values == high).to(tl.int32) + ((values == low).to(tl.int32) << 16), 2), 0)
-    missing = tl.where(low == float("-inf"), tl.maximum(CHUNK - left, 0), 0).to(tl.int32)
-    tl.store(ends_ptr + place, tl.sum(ends, 0) - (missing << 16))
+    missing = tl.maximum(CHUNK - left, 0).to(tl.int32)  # those are at an end that is -inf
+    missing = tl.where(high == float("-inf"), missing, 0) + (tl.where(low == float("-inf"), missing, 0) << 16)
+    tl.store(ends_ptr + place, tl.sum(ends, 0) - missing)
     undecided = _folded(((values <= low) | (values >= high)) == 0, bit)
     listed = (undecided != 0).to(tl.int32)
     count = tl.sum(listed, 0)

@@ -8,7 +8,8 @@ inside once more, a small part of all. The host decides among them; another kern
 an end; the last one writes the indices of all bits that are set. Only the order of the list depends on scheduling, and
 no result on this order: of equal scores, that of the smaller index is selected.
 
-Beside the result it takes one bit for each score, and less than 30 bytes for each one inside the bracket.
+Beside the result it takes one bit for each score, and less than 60 bytes for each one inside the bracket,
+most of them to sort these.
 """
 
 from __future__ import annotations
@@ -173,8 +174,8 @@ class _Pool:
         """Read the scores inside the bracket, and give their slots and values, in no fixed order."""
         until = [min(number, len(read.listed)) for number in read.until]
         sizes = _popcount(read.words[: until[-1]])
-        starts = sizes.cumsum(0, dtype=torch.int32) - sizes
         count = int(sizes.sum())
+        starts = sizes.cumsum(0, dtype=torch.int32 if count < 2**31 else torch.int64) - sizes
         slots = torch.empty(count, dtype=torch.int64, device=self.device)
         values = torch.empty(count, dtype=torch.float32, device=self.device)
         for launch, begin, end in zip(self.launches, [0, *until], until, strict=False):
@@ -283,7 +284,8 @@ def _first(slots: Tensor, values: Tensor, count: int) -> Tensor:
     """Return the slots of the ``count`` largest values, of equal ones the smaller slots; in no fixed order."""
     if count == 0:
         return slots[:0]
-    last = values.kthvalue(len(values) - count + 1).values
+    # On a GPU kthvalue is one block, 100 times slower, and refused by torch.use_deterministic_algorithms.
+    last = values.sort(descending=True).values[count - 1]
     above = slots[values > last]
     return torch.cat([above, slots[values == last].sort().values[: count - len(above)]])
 

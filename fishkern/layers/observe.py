@@ -81,13 +81,13 @@ class Record:
     def input_rewritten(self) -> bool:
         """Whether the model has written into an input of a call, while the module ran or afterwards."""
         calls = zip(self.entered, self.versions, strict=True)
-        return self.was_rewritten or any(_versions(call.tensors) != before for call, (before, _) in calls)
+        return self.was_rewritten or any(versions_of(call.tensors) != before for call, (before, _) in calls)
 
     @property
     def output_rewritten(self) -> bool:
         """Whether the model has written into an output, as an activation in place does."""
         calls = zip(self.calls, self.versions, strict=True)
-        return any(_versions(_tensors(output)) != before for (_, output), (_, before) in calls)
+        return any(versions_of(_tensors(output)) != before for (_, output), (_, before) in calls)
 
 
 @dataclass
@@ -123,7 +123,9 @@ class Observation:
             if len(copies.calls) == len(record.calls) == 1:
                 record.was_rewritten = record.input_rewritten
                 record.calls, record.entered = copies.calls, copies.entered
-                record.versions = [(_versions(call.tensors), _versions(_tensors(out))) for call, out in record.calls]
+                record.versions = [
+                    (versions_of(call.tensors), versions_of(_tensors(out))) for call, out in record.calls
+                ]
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ class _Observer:
             self._rows = self._rows_of(leading_shape((args, kwargs)))
         if module in self._paths:
             arguments = copied((args, kwargs)) if module in self._copying else (args, kwargs)
-            running = _Running(module, arguments, _versions(_tensors(arguments)), torch.is_grad_enabled())
+            running = _Running(module, arguments, versions_of(_tensors(arguments)), torch.is_grad_enabled())
             self._running.append(running)
 
     def _rows_of(self, shape: torch.Size) -> int:
@@ -254,8 +256,8 @@ class _Observer:
             return None
         record.calls.append((frozen_call(module, args, kwargs), _detached(output)))
         self._note_kept(module, record)
-        record.writes_input |= _versions(record.entered[-1].tensors) != entered.versions
-        record.versions.append((entered.versions, _versions(_tensors(output))))
+        record.writes_input |= versions_of(record.entered[-1].tensors) != entered.versions
+        record.versions.append((entered.versions, versions_of(_tensors(output))))
         # the record keeps the tensors of the call, so autograd need not
         return tapped(output, self._anchor, receive, frozen_call(module, (), {}))
 
@@ -444,8 +446,15 @@ def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, Tensor)]
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """Count how often each tensor's memory has been written into; a detached tensor shares its source's count."""
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Count how often each tensor's memory has been written into; a detached tensor shares its source's count.
+
+    Args:
+        tensors: Any, of which those of inference mode have no count.
+
+    Returns:
+        The counts of the others.
+    """
     return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.layers.capture import Capture, Passed
-from fishkern.layers.observe import Observation, Record
+from fishkern.layers.observe import Observation, Record, versions_of
 from fishkern.layers.path_plan import Plan
 from fishkern.layers.row_order import ONE_EACH
 from fishkern.layers.site import Site
@@ -42,6 +42,17 @@ class Replay:
         }
         self._arrivals = arrivals
         self._num_examples = num_examples
+        self._versions = self._written()
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether the tensors are as they were: not where a model writes its inputs into one memory in every run."""
+        return self._written() == self._versions
+
+    def _written(self) -> list[list[int]]:
+        """Count how often the tensors of each call have been written into."""
+        each = (one for calls in self._calls.values() for _, call, entered, *_ in calls for one in (call, entered))
+        return [versions_of(one.tensors) for one in each]
 
     @classmethod
     def of(cls, plan: Plan, observation: Observation, num_examples: int) -> Replay | None:

@@ -291,7 +291,8 @@ class Planner:
             if compares:
                 with only_trainable(self._differentiable().values()):
                     self._independence.settle(few)
-            if adds and not reasons and self._independence.note is None:
+            kept = seen.replay is not None and seen.replay.is_intact
+            if adds and kept and not reasons and self._independence.note is None:
                 self._refuse_paths(plan)
                 if not (checks and self._estimator.has_of_gradient):  # else the states hold it
                     seen.add_to(self._states, plan.sites, self._estimator, self.counted(few))
@@ -366,7 +367,10 @@ class Planner:
         if seen is not None and seen.replay is not None:
             parameters = {key: self._parameters[key] for key in keys}
             captured = seen.states(plan.sites, states, estimator, self.counted(few))
-            return replaced_disagreements(parameters, states, estimator, objective, few, captured, **more)
+            reasons = replaced_disagreements(parameters, states, estimator, objective, few, captured, **more)
+            if seen.replay.is_intact:
+                return reasons
+            seen.replay = None  # the runs alone have written into it: a capture has to run the examples once more
         withheld = self._captured_once(plan, few, states, estimator, number)
         parameters = {key: self._parameters[key] for key in keys if key not in withheld}
         return disagreements(parameters, states, estimator, objective, few, **more)

@@ -85,10 +85,11 @@ class Surveyed:
             counted: Which positions of the examples count, ``[N, T]``.
 
         Yields:
-            For each parameter that has a state, its name and what is added; ``None`` if nothing is captured.
+            For each parameter that has a state, its name and what is added; ``None`` if nothing is captured, as where
+            what was kept is no longer what it was.
         """
         left = set(states.names)
-        for group in groups(sites):
+        for group in groups(sites) if self.replay.is_intact else ():
             apart: dict[str, State] = {}
 
             def add(key: str, grads: PerExampleGrads, apart: dict[str, State] = apart) -> None:

@@ -110,13 +110,27 @@ def test_scores_at_infinite_ends_are_counted_where_a_chunk_is_short(largest):
     assert (slots.tolist(), values.tolist()) == ([2], [1.0 if largest else -1.0])
 
 
+@pytest.mark.parametrize("order", ["largest", "smallest"])
+def test_infinite_scores_at_the_threshold(order, monkeypatch):
+    """What a short chunk lacks is not taken for one of them, where both ends of the bracket are infinite."""
+    monkeypatch.setattr(kernels._Pool, "_bracket", lambda pool, k: (-math.inf, -math.inf, 0.0))
+    last = math.inf if order == "smallest" else -math.inf
+    blocks = [torch.full((length,), last, device=DEVICE) for length in (5000, 70, 3)]
+    blocks[1][7] = 1.0
+    for k in (5002, 5073):
+        indices = kernels.streaming_topk(blocks, k, order=order)
+        ordered = torch.cat(blocks).sort(descending=order == "largest", stable=True).indices[:k].sort().values
+        offsets = (0, 5000, 5070)
+        assert torch.equal(torch.cat([own + n for own, n in zip(indices, offsets, strict=True)]).long(), ordered), k
+
+
 def test_scratch_is_under_a_twentieth_of_the_scores():
     """What grows with them is one bit for each, and the list of words inside the bracket, here of the first 0.5 %."""
     rows = torch.randn(kernels._SAMPLED_CHUNKS, kernels._SAMPLED_SCORES)
     values, low, high = kernels._ranked(rows, 0.005)
     inside = (low - high) / len(values)
     bytes_of_a_score = 1 / 8 + 8 / kernels._CHUNK  # its bit, and the counts of its chunk
-    bytes_of_a_score += inside * (kernels._ROOM * 8 + 4 + 8 + 4)  # the list; its starts, and slots and values
+    bytes_of_a_score += inside * (kernels._ROOM * 8 + 8 + 4 + 32)  # the list; slots and values; what sorting them takes
     assert bytes_of_a_score < 0.05 * 4
 
 

@@ -205,3 +205,34 @@ def test_nothing_of_the_first_examples_is_left_where_a_parameter_takes_the_loop(
     error, name = worst_error(statistics, truth)
     assert error < LIMIT[torch.float64], f"{name}: relative error {error:.1e}"
     assert statistics.coverage["inner.weight"].path == "loop"
+
+
+class Workspace(nn.Module):
+    """Hands one memory to a linear in every run, as models with a fixed cache do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.memory = nn.Linear(4, 3), nn.Linear(4, 3), torch.zeros(8, 4, dtype=torch.float64)
+
+    def forward(self, x):
+        mine = self.memory[: len(x)].copy_(2 * x.detach())
+        return torch.tanh(self.first(x)) + self.second(mine)
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("estimator", [fk.DiagonalFisher(), fk.GroupFisher(by="row")], ids=["diagonal", "groups"])
+def test_what_a_later_run_writes_into_is_not_taken_for_what_the_survey_has_kept(estimator, check):
+    torch.manual_seed(0)
+    model = Workspace().double()
+    batch = {"x": torch.randn(5, 4, dtype=torch.float64), "y": torch.tensor([0, 1, 2, 1, 0])}
+
+    def losses(model, batch):
+        return F.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+    statistics = fk.estimate(model, [batch], estimator, likelihood=losses, check=check)
+    truth = squares_one_by_one(model, [batch], lambda model, row: losses(model, row)[0])
+    if isinstance(estimator, fk.GroupFisher):
+        truth = {name: value.flatten(1).sum(1) if value.ndim > 1 else value for name, value in truth.items()}
+    error, name = worst_error({name: value.reshape(truth[name].shape) for name, value in statistics.items()}, truth)
+    assert error < LIMIT[torch.float64], f"{name}: relative error {error:.1e}"
+    assert {covered.path for covered in statistics.coverage.values()} == {"fused"}
