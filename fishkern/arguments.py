@@ -8,12 +8,27 @@ import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 Value = TypeVar("Value")
+
+
+def from_file(value: Any) -> str:
+    """Say how statistics are loaded, where their file is given in their place.
+
+    Args:
+        value: What was given in place of statistics.
+
+    Returns:
+        The end of a sentence, empty if it names no file.
+    """
+    if not isinstance(value, str | Path):
+        return ""
+    return f" (a file is loaded first: fishkern.Statistics.load({str(value)!r}))"
 
 
 def integer(value: Any, name: str) -> int:
@@ -111,7 +126,8 @@ def fraction_of(value: Any, name: str = "density") -> float:
     """
     fraction = number(value, name)
     if not 0 < fraction <= 1:
-        raise ValueError(f"{name} must be above 0 and at most 1, got {fraction}.")
+        percent = f" ({fraction:g} percent is {fraction / 100:g})" if 1 < fraction <= 100 else ""
+        raise ValueError(f"{name} must be above 0 and at most 1, got {fraction}{percent}.")
     return fraction
 
 

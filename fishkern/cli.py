@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from typing import Annotated, NoReturn
 
 try:
@@ -67,8 +69,14 @@ def application() -> typer.Typer:
     app.callback(invoke_without_command=True, epilog="Start with:  [bold]fishkern demo --seconds 10[/bold]")(_options)
     for command, examples in COMMANDS.items():
         lines = [f"Example:  [bold]{example}[/bold]" for example in examples.splitlines()]
-        app.command(epilog="\n\n".join(lines))(command)
+        app.command(help=_help(command), epilog="\n\n".join(lines))(command)
     return app
+
+
+def _help(command: Callable[..., int | None]) -> str:
+    """Give a command's docstring with a line for each paragraph, which the terminal wraps; typer keeps line breaks."""
+    paragraphs = inspect.getdoc(command).split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def _options(

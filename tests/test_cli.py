@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import fishkern as fk
+from fishkern.cli import application
 from tests.support.command import command, fresh_each, refused
 
 pytest.importorskip("typer")
@@ -40,6 +41,12 @@ def test_help_of_a_command_has_an_example(capsys, name):
     status, output, _ = command(capsys, name, "--help")
     assert status == 0
     assert re.search(rf"Example:\s+fishkern {name}", output)
+
+
+def test_paragraphs_of_a_help_text_are_wrapped_by_the_terminal_alone():
+    texts = [command.help for command in application().registered_commands]
+    assert len(texts) == len(COMMANDS)
+    assert not [text for text in texts if any("\n" in paragraph for paragraph in text.split("\n\n"))]
 
 
 @pytest.mark.parametrize(

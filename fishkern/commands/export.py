@@ -62,6 +62,16 @@ def export(
         return
     for key, value in result.items():
         console().print(f"{key:8} {value:,}" if isinstance(value, int) else f"{key:8} {value}")
+    console().print(f"\nNext, in Python:  {_in_python(result)}")
+
+
+def _in_python(result: dict[str, Any]) -> str:
+    """Say how what was written is loaded."""
+    if "file" in result:
+        return f"import fishkern as fk; fk.apply_delta(model, fk.Delta.load({result['file']!r}))"
+    if "rank" in result:
+        return f"import peft; model = peft.PeftModel.from_pretrained(model, {result['folder']!r})"
+    return f"import transformers; model = transformers.{result['model']}.from_pretrained({result['folder']!r})"
 
 
 def _whole(name: str, file: str, task: str, base: str, folder: Path) -> dict[str, Any]:

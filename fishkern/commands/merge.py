@@ -17,7 +17,7 @@ from fishkern.commands.output import console, progress
 @with_options
 def merge(
     models: Annotated[
-        list[Path], Argument(metavar="MODEL MODEL ...", help="Folders of models, as save_pretrained writes them.")
+        list[Path], Argument(metavar="MODEL", help="Folders of two or more models, as save_pretrained writes them.")
     ],
     fisher: Annotated[
         list[Path], Option(metavar="FILE", help="Statistics of each model, in the order of the models; once for each.")

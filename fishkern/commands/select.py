@@ -42,3 +42,4 @@ def select(
         console().print(contributions_table(fk.Contributions.of(selection)))
     console().print(f"saved as {path}, {size_on_disk(path)}")
     next_command("fishkern", "show", path)
+    console().print(f"or in Python:  optimizer = fk.MaskedAdamW(model, fk.Selection.load({str(path)!r}), lr=5e-5)")

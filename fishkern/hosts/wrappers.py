@@ -23,9 +23,10 @@ def unwrap(model: nn.Module) -> nn.Module:
         TypeError: ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
+        advice = ": a function has no parameters to differentiate by; wrap it in a module that owns them"
         raise TypeError(
-            f"model must be a torch.nn.Module, got {getattr(model, '__qualname__', type(model).__name__)!r}: a "
-            "function has no parameters to differentiate by; wrap it in a module that owns them."
+            f"model must be a torch.nn.Module, got {getattr(model, '__qualname__', type(model).__name__)!r}"
+            f"{advice if callable(model) else ''}."
         )
     while True:
         if hasattr(model, "_orig_mod"):

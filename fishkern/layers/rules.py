@@ -17,6 +17,7 @@ from fishkern.layers.scale import Factor, LayerNormScale, OnePlusFactor, RMSScal
 from fishkern.layers.site import Site
 from fishkern.layers.tensor_parallel import SPLIT_LAYERS
 from fishkern.layers.twins import Twins
+from fishkern.names import listed
 
 LAYERS: tuple[Layer, ...] = (
     Linear(), QuantizedLinear(), Conv1D(), Twins(), Embedding(), LayerNorm(), Convolution(), Experts(),
@@ -40,6 +41,7 @@ def rules_for(module: nn.Module) -> tuple[Layer, ...]:
 
     Raises:
         TypeError: What it brings is not a :class:`Layer`.
+        ValueError: That covers a parameter that the module does not have.
     """
     if hosts.split_of(module) is not None:
         return SPLIT_LAYERS
@@ -51,6 +53,11 @@ def rules_for(module: nn.Module) -> tuple[Layer, ...]:
         raise TypeError(
             f"{OWN} of a {type(module).__name__} must be an instance of a fishkern.layers.Layer, got "
             f"{'the class ' if isinstance(own, type) else ''}{given}."
+        )
+    known = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    if unknown := sorted(set(own.covers(module)).difference(known)):
+        raise ValueError(
+            f"{type(own).__name__}.covers names {listed(unknown)}, and a {type(module).__name__} has {listed(known)}."
         )
     return (own, *LAYERS)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.arguments import positive, share_of
+from fishkern.arguments import from_file, positive, share_of
 from fishkern.files import pieces
 from fishkern.layers import UnsupportedModuleError
 from fishkern.names import listed
@@ -69,10 +69,10 @@ class QuadraticPenalty(Frozen):
         after: QuadraticPenalty | None = None,
         decay: float = 1.0,
     ) -> None:
+        fisher = _statistics_of(statistics)
         plain = hosts.unwrap(model)
         if reason := hosts.sharded(plain):
             raise UnsupportedModuleError(f"{reason}.")
-        fisher = _statistics_of(statistics)
         weight, decay = positive(weight, "weight"), share_of(decay, "decay")
         if after is None:
             if decay != 1:
@@ -194,7 +194,8 @@ def _statistics_of(statistics: Statistics | Mapping[str, Tensor]) -> Statistics:
         return statistics.whole()
     if isinstance(statistics, Held) or not isinstance(statistics, Mapping):
         raise TypeError(
-            f"statistics must be fishkern.Statistics or tensors by parameter name, got {type(statistics).__name__}."
+            "statistics must be fishkern.Statistics or tensors by parameter name, got "
+            f"{type(statistics).__name__}{from_file(statistics)}: QuadraticPenalty(statistics, model, weight)."
         )
     return Statistics(statistics, count=1)
 
@@ -215,7 +216,8 @@ def _penalised(fisher: Statistics, model: nn.Module) -> dict[str, nn.Parameter]:
         if parameter.shape != shape:
             raise ValueError(
                 f"the statistics hold {name} with shape {tuple(shape)}, in the model it has "
-                f"{tuple(parameter.shape)}: they are of another model, or not of single entries."
+                f"{tuple(parameter.shape)}: they are of another model, or not of single entries. A head of another "
+                "size has nothing to keep: leave it out, {name: statistics[name] for name in statistics if ...}."
             )
         if parameter in names:
             raise ValueError(f"{names[parameter]} and {name} are one parameter: give its statistics once.")

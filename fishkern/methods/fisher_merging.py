@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import hosts
-from fishkern.arguments import number, patterns_of, weights_of
+from fishkern.arguments import from_file, number, patterns_of, weights_of
 from fishkern.files import PIECE, AnyTensor
 from fishkern.layers import UnsupportedModuleError, is_stored
 from fishkern.methods.weighted_means import Equal, Merged
@@ -106,7 +106,7 @@ class Part:
         elif isinstance(fisher, Held) or not isinstance(fisher, Mapping):
             raise TypeError(
                 f"the statistics of {self.name} must be fishkern.Statistics or tensors by parameter name, got "
-                f"{type(fisher).__name__}."
+                f"{type(fisher).__name__}{from_file(fisher)}."
             )
         scores: dict[str, AnyTensor] = {}
         for name, score in renamed(fisher, without_wrappers).items():

@@ -28,6 +28,9 @@ class Levels(NamedTuple):
     levels: Tensor
     indices: Tensor
 
+    def __repr__(self) -> str:
+        return f"Levels({self.levels.shape[1]} for each of {len(self.levels):,} rows of {self.indices.shape[1]:,})"
+
     def weight(self) -> Tensor:
         """Give the weight that they stand for, ``[O, I]`` in float32."""
         return self.levels.gather(1, self.indices.long())

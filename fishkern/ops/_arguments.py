@@ -26,7 +26,8 @@ def check_linear(activations: Tensor, output_grads: Tensor, offsets: Tensor | No
         expected = "[S, I] and [S, O] with offsets" if packed else "[N, T, I] and [N, T, O] without offsets"
         raise ValueError(
             f"activations and output_grads must be {expected}, "
-            f"got {tuple(activations.shape)} and {tuple(output_grads.shape)}."
+            f"got {tuple(activations.shape)} and {tuple(output_grads.shape)}. (fishkern.layers.positions flattens what "
+            "is between the example axis and the features to T.)"
         )
     check_factors(activations, output_grads)
     if offsets is not None:

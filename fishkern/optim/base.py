@@ -202,10 +202,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
     @abstractmethod
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Name the numbers that are kept for each selected entry with the options of this group."""
+        raise NotImplementedError(f"{type(self).__name__} does not say by _names(group) what it keeps: () is nothing.")
 
     @abstractmethod
     def _update_(self, bucket: Bucket, operands: Operands, group: dict[str, Any], scale: Tensor | None) -> None:
         """Run the operation on the state of a bucket, whose steps are already counted."""
+        raise NotImplementedError(f"{type(self).__name__} does not say by _update_ how a selected entry moves.")
 
     def _update_fused_(self, operands: FusedOperands, *, group: dict[str, Any], first: bool) -> None:
         """Run torch's fused update; called on the devices of :attr:`fused_on` alone."""

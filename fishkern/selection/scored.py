@@ -11,6 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fishkern.arguments import from_file
 from fishkern.files import AnyTensor, StoredTensor, is_sharded
 from fishkern.names import without_wrappers
 from fishkern.selection.base import Rule, matching
@@ -90,7 +91,7 @@ def scores_of(statistics: Scored) -> dict[str, AnyTensor]:
     if not callable(getattr(statistics, "items", None)):
         raise TypeError(
             "scores come as statistics or as a mapping from names to tensors, such as dict(model.named_parameters()); "
-            f"got {type(statistics).__name__}."
+            f"got {type(statistics).__name__}{from_file(statistics)}."
         )
     scores: dict[str, AnyTensor] = {}
     for name, score in statistics.items():

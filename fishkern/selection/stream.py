@@ -162,6 +162,7 @@ class DeltaReader:
             One patch for each tensor, whole: with the indices that the update itself may leave out.
 
         Raises:
+            TypeError: It is no update.
             ValueError: An update is missing in between, or it has other values than its entries.
         """
         made = self._patches(update)
@@ -179,6 +180,7 @@ class DeltaReader:
             check: On number 0, compare the digest of what has never been selected.
 
         Raises:
+            TypeError: It is no update.
             ValueError: An update is missing in between, or the model is another one.
         """
         patches, named = self._patches(update), hosts.named_parameters(model, remove_duplicate=False)
@@ -208,6 +210,11 @@ class DeltaReader:
         self._read(update)
 
     def _patches(self, update: DeltaUpdate) -> list[WeightPatch]:
+        if not isinstance(update, DeltaUpdate):
+            raise TypeError(
+                f"expected a fishkern.DeltaUpdate, got {type(update).__name__}: a stream's update() makes one, and "
+                "fishkern.DeltaUpdate.load reads its file."
+            )
         if update.number not in (0, self._next):
             raise ValueError(
                 f"update {self._next} is next, and this is number {update.number}: read them in order, or call "

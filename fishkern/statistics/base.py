@@ -264,6 +264,27 @@ class Estimator(ABC):
         return Statistics(results, count=count, provenance=provenance, coverage=coverage)
 
 
+def check_estimator(estimator: Any) -> None:
+    """Refuse anything but an estimator.
+
+    Args:
+        estimator: The argument of the caller.
+
+    Raises:
+        TypeError: It is something else, such as a class or the name of one.
+    """
+    if isinstance(estimator, Estimator):
+        return
+    if isinstance(estimator, type) and issubclass(estimator, Estimator):
+        raise TypeError(f"estimator must be an Estimator, got the class {estimator.__name__}: call it, with brackets.")
+    if isinstance(estimator, str):
+        raise TypeError(
+            f"estimator must be an Estimator such as fishkern.DiagonalFisher(), got {estimator!r}: the labels are an "
+            "argument of it, fishkern.DiagonalFisher('type-2')."
+        )
+    raise TypeError(f"estimator must be an Estimator such as fishkern.DiagonalFisher(), got {estimator!r:.80}.")
+
+
 def sums(state: State) -> list[Tensor]:
     """List the tensors of a state, which are all sums.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.statistics.answering import Answering
-from fishkern.statistics.base import Estimator
+from fishkern.statistics.base import Estimator, check_estimator
 from fishkern.statistics.batches import Examples
 from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.held import Held
@@ -28,8 +28,7 @@ def check_recipe(estimator: Estimator) -> None:
         TypeError: It is not a recipe.
         ValueError: It is one of batches or of positions, or a sketch.
     """
-    if not isinstance(estimator, Estimator):
-        raise TypeError(f"estimator must be an Estimator such as DiagonalFisher(), got {estimator!r}.")
+    check_estimator(estimator)
     if estimator.reads not in ("squares", "examples") or estimator.definition.get("unit", "example") != "example":
         raise ValueError(
             f"verify compares with whole gradients of single examples, from which {estimator.definition} cannot be "

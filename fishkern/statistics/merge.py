@@ -108,7 +108,10 @@ def _check_mergeable(a: Held, b: Held) -> None:
     check_definitions(a, b, "merge")
     for some, others in ((a, b), (b, a)):
         if missing := [name for name in some if name not in others]:
-            raise ValueError(f"only statistics of the same parameters merge; one lacks {listed(missing)}.")
+            raise ValueError(
+                f"only statistics of the same parameters merge; one lacks {listed(missing)}. Those of different "
+                "parameters on the same data are joined by fishkern.union."
+            )
     for name, shape in a.shapes.items():
         if shape != b.shapes[name]:
             raise ValueError(f"{name} has shape {tuple(shape)} in one and {tuple(b.shapes[name])} in the other.")

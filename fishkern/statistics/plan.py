@@ -111,6 +111,8 @@ def plan(
     device = device_of(first)
     mode = Valueless()
     examples = None
+    if isinstance(batch, list) and batch and all(isinstance(one, Mapping | tuple | list) for one in batch):
+        raise TypeError(f"batch is one batch, got a list of {len(batch)}: pass the largest of them.")
     if batch is not None:
         examples = reader_for(model, likelihood, shared)(batch, 0)
         if examples.documents is not None:

@@ -22,7 +22,7 @@ from fishkern.layers import (
     weight_shape,
 )
 from fishkern.ops.dtypes import accumulates_in
-from fishkern.statistics.base import Estimator, ParameterInfo
+from fishkern.statistics.base import Estimator, ParameterInfo, check_estimator
 from fishkern.statistics.batches import Reader, Shared
 from fishkern.statistics.borders import document_numbers
 from fishkern.statistics.choosing import Requested, requested_names
@@ -134,8 +134,7 @@ def check_estimable(
         UnsupportedModuleError: The model is sharded, scripted or dispatched, or its examples have no gradient of their
             own.
     """
-    if not isinstance(estimator, Estimator):
-        raise TypeError(f"estimator must be an Estimator such as DiagonalFisher(), got {estimator!r}.")
+    check_estimator(estimator)
     if lazy := [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]:
         raise ValueError(
             f"{lazy[0]!r} of {type(model).__name__} has no shape yet, since its module is a lazy one: run the model "

@@ -134,7 +134,7 @@ def replaced_disagreements(
 def _disagrees(error: float) -> str:
     return (
         f"ordinary autograd disagrees with its captured gradient (relative error {error:.1e}), as happens when a "
-        "parameter is used past its module's call"
+        "parameter is used past its module's call, or when the rule that a module brings (fishkern_layer) is wrong"
     )
 
 
