@@ -56,11 +56,13 @@ def _norm_of_all(grads: Sequence[Tensor], shares: Sequence[Share | None]) -> Ten
     """Compute the norm of gradients, of which the ranks of a share hold parts; what replicas hold counts once."""
     if all(share is None for share in shares):
         return torch.nn.utils.get_total_norm(grads)
-    parts: dict[tuple[str, ...], tuple[Share | None, list[Tensor]]] = {}
+    parts: dict[tuple[tuple[str, ...], tuple[str, ...]], tuple[Share | None, list[Tensor]]] = {}
     for grad, share in zip(grads, shares, strict=True):
-        parts.setdefault(() if share is None else share.axes, (share, []))[1].append(grad)
+        # meshes without names call their axes alike, and are over other ranks
+        which = ((), ()) if share is None else (share.axes, tuple(group.group_name for group in share.groups))
+        parts.setdefault(which, (share, []))[1].append(grad)
     squares = []
-    for _, (share, own) in sorted(parts.items(), key=lambda part: part[0]):  # in one order on all ranks
+    for _, (share, own) in sorted(parts.items(), key=lambda part: part[0][0]):  # in one order on all ranks
         square = torch.nn.utils.get_total_norm(own).double().square().view(1)
         squares.append(square if share is None else share.gathered(square).sum(0, keepdim=True))
     return torch.cat([square.to(grads[0].device) for square in squares]).sum().sqrt().to(grads[0].dtype)

@@ -120,7 +120,7 @@ class DeltaStream:
 
 def _changed(values: Tensor, sent: Tensor) -> Entries:
     """Choose which of the values ``[K]`` to send, by their place: those of other bits, or all where that is less."""
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     differing = (values.view(kind) != sent.view(kind)).nonzero().view(-1)
     places = Entries.of(values.shape, differing)
     _, tensor = form_of(places, code=True)

@@ -21,32 +21,29 @@ from fishkern.statistics.batches import Shared
 from fishkern.statistics.call_facts import facts_of_call
 from fishkern.statistics.choosing import Requested
 from fishkern.statistics.coverage import slowest_paths
-from fishkern.statistics.data import Data, Progress
+from fishkern.statistics.data import Progress
 from fishkern.statistics.diagonal_fisher import DiagonalFisher
+from fishkern.statistics.division import Division
 from fishkern.statistics.drawn import Drawn, LossFunction
-from fishkern.statistics.following import Following, Until, follows
+from fishkern.statistics.following import Until, follows
 from fishkern.statistics.held import Held
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.likelihood_argument import OWN_TOKENS, described
 from fishkern.statistics.long_run import LongRun
 from fishkern.statistics.notes import note_own_tokens
-from fishkern.statistics.one_pass import OnePass, Passed
+from fishkern.statistics.one_pass import Passed
 from fishkern.statistics.out_of_memory import saying_what_sums_take
 from fishkern.statistics.parting import Parts
 from fishkern.statistics.precision import Precision
 from fishkern.statistics.prepared import Prepared
 from fishkern.statistics.request import Options, Request, coverage_of, reader_for, request_of
 from fishkern.statistics.result import Statistics
-from fishkern.statistics.sharded_following import ShardedFollowing
-from fishkern.statistics.sharded_pass import ShardedPass, check_sharded
-from fishkern.statistics.sharded_states import ShardedStates
-from fishkern.statistics.sharded_team import ShardedTeamPass, ShardedTeamStates
+from fishkern.statistics.sharded_pass import check_sharded
 from fishkern.statistics.sharding import sharding_of
 from fishkern.statistics.shards import Ranks
 from fishkern.statistics.states import States
 from fishkern.statistics.storage import Storage, Where, storage_of
-from fishkern.statistics.tensor_parallel import SameData, TensorParallelStates, check_tensor_parallel, tensor_parallel
-from fishkern.statistics.tensor_parallel_pass import TensorParallelPass
+from fishkern.statistics.tensor_parallel import check_tensor_parallel, refuse_for_parts_of_models, tensor_parallel
 from fishkern.warning import warn_caller
 
 # By which sums of losses over the same examples may differ, in another order and in other batches.
@@ -158,24 +155,23 @@ def estimate(
         OSError: The checkpoint cannot be written; one that was written before is unchanged.
     """
     model = hosts.unwrap(model)
-    if not isinstance(prepared, Prepared | None):
-        raise TypeError(f"prepared must come from fishkern.prepare(model, batch, ...), got {prepared!r:.80}.")
     ranks = Ranks()
     ranks.demand_equal(prepared is not None, "whether a prepared pass is given")
     options = Options(estimator, likelihood, parameters, accumulate_on, check, backend, shared, parts, results_on)
     with ranks.failing_together():
+        if not isinstance(prepared, Prepared | None):
+            raise TypeError(f"prepared must come from fishkern.prepare(model, batch, ...), got {prepared!r:.80}.")
         sharding = sharding_of(model, ranks)  # which lets FSDP2 hold shards alone, as a prepared model did
         if prepared is not None:
             prepared.demand_model(model)
             options = prepared.completed(options)
-        split = hosts.mesh_of(model) is not None
         request = request_of(model, options, max_examples, in_parts=True)
         if sharding is not None:
             check_sharded(request.estimator)
-        if split:
+        if hosts.mesh_of(model) is not None:
             check_tensor_parallel(request.estimator)
-        if split:
-            _refuse_for_parts_of_models(options, checkpoint, until)
+            given = {"parts": options.parts, "results_on": options.results_on}
+            refuse_for_parts_of_models({**given, "prepared": prepared, "checkpoint": checkpoint, "until": until})
         goal = None if until is None else _checked_until(until, request, divided=options.parts is not None)
         # the sums of shards are those of all ranks, and all ranks stop at the same batch
         in_step = ranks if sharding is not None or goal is not None else Ranks.alone()
@@ -187,10 +183,11 @@ def estimate(
             facts = facts_of_call(request, options, backend, max_examples, ranks, goal)
     further = {"until": goal, "whether there is a checkpoint": checkpoint is not None}
     _demand_same_request(request, options, ranks, {"max_examples": max_examples, **further})
-    _refuse_one_reading(request, batches)
+    with ranks.failing_together():
+        _refuse_one_reading(request, batches)
+        storage = storage_of(options.results_on, "results_on")
+        reader = reader_for(model, options.likelihood, options.shared)
     estimator, groups = request.estimator, request.groups
-    storage = storage_of(options.results_on, "results_on")
-    reader = reader_for(model, options.likelihood, options.shared)
     answering = Answering(model, options.likelihood) if prepared is None else prepared.answering
     results: dict[str, Any] = {}
     paths: dict[str, tuple[str, str]] = {}
@@ -198,36 +195,31 @@ def estimate(
     with tensor_parallel(model, ranks) as team:
         if team is not None and sharding is not None:
             sharding.beside(team.data)
+        division = Division(ranks, sharding, team)
+        # several passes, and models that tensor parallel splits, are not followed
+        followed = options.parts is None and len(groups) == 1 and team is None and follows(estimator)
         for number, names in enumerate(groups):
             with saying_what_sums_take(request, options):
-                given = (batches, reader, request.device, max_examples)
-                data = Data(*given, ranks) if team is None else SameData(*given, team)
+                with ranks.failing_together():
+                    data = division.data(batches, reader, request.device, max_examples)
                 report = Progress(progress if ranks.rank == 0 else False, data.total, number, len(groups))
-                infos = {name: request.infos[name] for name in names}
-                common = (model, {name: request.tensors[name] for name in names}, estimator)
-                followed, following, keeper = None, None, None
-                if options.parts is None and len(groups) == 1 and follows(estimator):
+                states = division.states({name: request.infos[name] for name in names}, estimator, backend)
+                following = None
+                if followed:
                     watching = in_step.gathered(report.shows)[0]  # the first rank's alone has a line
-                    followed = {"until": goal, "watching": watching, "ranks": ranks, "in_step": in_step}
-                if team is not None and sharding is not None:
-                    states = ShardedTeamStates(infos, estimator, backend, sharding=sharding, team=team)
-                    common += (states, answering, options.check)
-                    one = ShardedTeamPass(*common, in_step=team.data, sharding=sharding, team=team)
-                elif team is not None:
-                    states = TensorParallelStates(infos, estimator, backend, team=team)
-                    one = TensorParallelPass(*common, states, answering, options.check, team=team)
-                else:
-                    if sharding is not None:
-                        states = ShardedStates(infos, estimator, backend, sharding=sharding)
-                        following = followed and ShardedFollowing(states, **followed)
-                    else:
-                        states = States(infos, estimator, backend)
-                        following = followed and Following(states, **followed)
-                    if checkpoint is not None:
-                        keeper = long_run.keeper(number, facts, states)
-                    known = None if prepared is None else prepared.known[number]
-                    common += (states, answering, options.check, known, keeper, following, in_step)
-                    one = OnePass(*common) if sharding is None else ShardedPass(*common, sharding=sharding)
+                    following = division.following(states, until=goal, watching=watching, ranks=ranks, in_step=in_step)
+                one = division.one_pass(
+                    model,
+                    {name: request.tensors[name] for name in names},
+                    estimator,
+                    states,
+                    answering,
+                    options.check,
+                    known=None if prepared is None else prepared.known[number],
+                    keeper=None if checkpoint is None else long_run.keeper(number, facts, states),
+                    following=following,
+                    in_step=in_step,
+                )
                 passed.append(one.over(data, ranks, report))
                 precision = None if following is None else following.precision(ranks)
                 paths |= slowest_paths(ranks.gathered(passed[-1].paths))
@@ -255,16 +247,6 @@ def estimate(
     if goal is not None:
         _note_missed(goal, precision)
     return collected
-
-
-def _refuse_for_parts_of_models(options: Options, checkpoint: object, until: object) -> None:
-    """Refuse what is not built where tensor parallel splits a model."""
-    given = {"parts": options.parts, "results_on": options.results_on, "checkpoint": checkpoint, "until": until}
-    if names := [f"{name}=" for name, value in given.items() if value is not None]:
-        raise ValueError(
-            f"{' and '.join(names)} is not built for tensor parallel models: leave it out, or estimate groups of "
-            "parameters one after the other (parameters=), save each, and join them by fishkern.union."
-        )
 
 
 def _checked_until(until: float | tuple[float, float], request: Request, *, divided: bool) -> Until:

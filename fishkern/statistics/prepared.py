@@ -12,23 +12,21 @@ from torch import Tensor, nn
 from fishkern import backend as backends
 from fishkern import hosts
 from fishkern.backend import Backend
-from fishkern.layers import scored_tensors
+from fishkern.layers import UnsupportedModuleError, scored_tensors
 from fishkern.statistics.answering import Answering
 from fishkern.statistics.base import Estimator
 from fishkern.statistics.batches import Examples, Reader, Shared
 from fishkern.statistics.choosing import Requested
+from fishkern.statistics.division import Division
 from fishkern.statistics.drawn import Drawn, LossFunction
 from fishkern.statistics.known import Known
 from fishkern.statistics.likelihood import Likelihood
 from fishkern.statistics.likelihood_argument import described
 from fishkern.statistics.notes import note_own_tokens
-from fishkern.statistics.one_pass import OnePass
 from fishkern.statistics.request import Options, Request, reader_for, request_of
-from fishkern.statistics.sharded_pass import ShardedPass, check_sharded
-from fishkern.statistics.sharded_states import ShardedStates
+from fishkern.statistics.sharded_pass import check_sharded
 from fishkern.statistics.sharding import Sharding, sharding_of
 from fishkern.statistics.shards import Ranks
-from fishkern.statistics.states import States
 from fishkern.statistics.storage import Where
 from fishkern.statistics.structure import Facts, Labelled, demand_same, facts_of_model
 
@@ -179,7 +177,8 @@ def prepare(
         TypeError: The batch is neither a mapping nor a pair, or an argument is of another type than described.
         ValueError: There are no such parameters or no labels; the loss is not finite or is not the model's own; the
             examples interact; or an entry of the batch cannot be assigned to examples.
-        UnsupportedModuleError: The gradients of a module cannot be exact; the message says how to avoid it.
+        UnsupportedModuleError: The gradients of a module cannot be exact, and the message says how to avoid it; or
+            tensor parallel splits the model.
         RuntimeError: It runs under ``torch.inference_mode()``; or another rank has failed.
     """
     model = hosts.unwrap(model)
@@ -187,6 +186,11 @@ def prepare(
     ranks = Ranks()
     with ranks.failing_together():
         sharding = sharding_of(model, ranks)
+        if hosts.mesh_of(model) is not None:
+            raise UnsupportedModuleError(
+                "prepare is not built for tensor parallel models: call estimate without prepared=, which then does "
+                "before its first batch what prepare would do."
+            )
         request = request_of(model, options, in_parts=sharding is not None)
         if sharding is not None:
             check_sharded(request.estimator)
@@ -214,13 +218,9 @@ def _prepare_pass(
     backend = backends.current() if options.backend is None else options.backend
     infos = {name: request.infos[name] for name in names}
     part: dict[str, Tensor] = {name: request.tensors[name] for name in names}
-    common = (request.model, part, request.estimator)
-    if sharding is None:
-        states = States(infos, request.estimator, backend)
-        one = OnePass(*common, states, answering, options.check, known)
-    else:
-        states = ShardedStates(infos, request.estimator, backend, sharding=sharding)
-        one = ShardedPass(*common, states, answering, options.check, known, sharding=sharding)
+    division = Division(Ranks(), sharding)
+    states = division.states(infos, request.estimator, backend)
+    one = division.one_pass(request.model, part, request.estimator, states, answering, options.check, known)
     try:
         return one.prepare(examples)
     finally:

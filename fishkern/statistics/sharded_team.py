@@ -52,7 +52,8 @@ class ShardedTeamStates(ShardedStates):
         value = self.info(name).value
         result = super().result(name, self._team.data, count)
         if hosts.placed_over(value, self._team.mesh) is None:
-            demand_alike(name, value, hosts.local_part(result), self._team.model)
+            with self._sharding.everyone.failing_together():  # another team may find its shards alike, and go on
+                demand_alike(name, value, hosts.local_part(result), self._team.model)
         if hosts.is_distributed(value) and not hosts.is_distributed(result):  # one that FSDP2 leaves alone
             return hosts.placed(result, value)
         return result
@@ -73,7 +74,9 @@ class ShardedTeamPass(ShardedPass):
             return super().over(data, self.team.data, report)
 
     def _agreed(self, losses: list[float]) -> list[float]:
-        return super()._agreed(agreed(losses, self.team.model))
+        with self.sharding.everyone.failing_together():
+            losses = agreed(losses, self.team.model)
+        return super()._agreed(losses)
 
     def _capturing(self, *args: Any) -> ShardedCapture:
         return ShardedTeamCapture(*args, model=self.team.model)
@@ -95,5 +98,6 @@ class ShardedTeamCapture(ShardedCapture):
         refuse_sums(plan, self._estimator)
 
     def _of_all_ranks(self, ended: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        self._model.demand_equal(ended, "what is held back")
+        with self._sharding.everyone.failing_together():
+            self._model.demand_equal(ended, "what is held back")
         return super()._of_all_ranks(ended)

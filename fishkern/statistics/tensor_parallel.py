@@ -97,6 +97,24 @@ def check_tensor_parallel(estimator: Estimator) -> None:
         )
 
 
+def refuse_for_parts_of_models(given: Mapping[str, Any]) -> None:
+    """Refuse what is not built where tensor parallel splits a model.
+
+    Args:
+        given: Arguments of :func:`fishkern.estimate` by name.
+
+    Raises:
+        ValueError: One of them is not ``None``.
+    """
+    names = [f"{name}=" for name, value in given.items() if value is not None]
+    if names:
+        are, it = ("is", "it") if len(names) == 1 else ("are", "them")
+        raise ValueError(
+            f"{' and '.join(names)} {are} not built for tensor parallel models: leave {it} out. Groups of parameters "
+            "may be estimated one after the other (parameters=), each saved, and joined by fishkern.union."
+        )
+
+
 class SameData(Data):
     """Batches that all processes of a model must have alike.
 

@@ -153,6 +153,19 @@ def test_rounded_for_a_sampler_of_another_dtype():
     assert bits(sampler) == bits(trainer.bfloat16())
 
 
+def test_of_values_of_one_byte_the_changed_ones_are_sent():
+    trainer = net(torch.float32)
+    stream, reader = fk.Delta.stream(trainer, dtype=torch.float8_e4m3fn), fk.DeltaReader()
+    selection = chosen(trainer, 1)
+    reader.patches(stream.update(selection))
+    with torch.no_grad():
+        trainer[0].bias[selection.entries("0.bias").indices()[0]] += 8
+    (made,) = reader.patches(stream.update(selection))
+    at = selection.entries("0.bias").indices()[:1]
+    assert (made.name, made.indices.tolist()) == ("0.bias", at.tolist())
+    assert torch.equal(made.values.float(), trainer[0].bias[at].to(torch.float8_e4m3fn).float())
+
+
 def test_order_and_models_are_checked_before_anything_is_written(tmp_path: Path):
     trainer, sampler, reader = net(), net(), fk.DeltaReader()
     optimizer = fk.MaskedAdamW(trainer, chosen(trainer, 1), lr=1e-2)

@@ -32,6 +32,8 @@ KINDS: dict[str, fk.Estimator] = {
     "mc": fk.DiagonalFisher("mc", mc_samples=2, seed=3),
     "sketched": fk.SketchedFisher(2),
     "rows": fk.GroupFisher(by="row"),
+    "batches": fk.DiagonalFisher(unit="batch"),
+    "directions": fk.DirectionEnergy(),
 }
 LIKELIHOOD = {"likelihood": fk.Classification()}
 
@@ -92,9 +94,10 @@ def message(run: Callable[[], Any]) -> str:
     return "nothing was raised"
 
 
-def same(one: fk.Statistics, other: fk.Statistics) -> bool:
+def same(one: Any, other: Any) -> bool:
     """Whether all that two calls give has the same bits on this rank, what is followed included."""
-    values = all(torch.equal(local(one[name]), local(other[name])) for name in one) and list(one) == list(other)
+    own, others = one.blocks, other.blocks
+    values = all(torch.equal(local(own[name]), local(others[name])) for name in own) and list(own) == list(others)
     if one.precision is None or other.precision is None:
         return values and one.precision is other.precision
     entries, others = one.precision.entries, other.precision.entries
@@ -134,6 +137,29 @@ def _(replicas: int = 1, kinds: Iterable[str] = KINDS) -> dict[str, Any]:
         again = fk.estimate(model, own, estimator, **options)
         report[kind] = {"same": same(again, expected), "broken": broken, "held": held, "count": expected.count}
         report[kind] |= {"left": left(path), "followed": expected.precision is not None}
+    return report
+
+
+@case("goes on, without data or prepared")
+def _() -> dict[str, Any]:
+    """The last rank has no data; and passes that are prepared anew in each call."""
+    report = {}
+    for kind in ("empirical", "sketched"):
+        model, estimator, of_all = sharded(), KINDS[kind], batches_of(rank)
+        for what, own in {"without data": of_all if rank < world - 1 else [], "prepared": of_all}.items():
+            path = part(f"{kind}-{what}")
+
+            def run(batches: Any, **options: Any) -> Any:
+                if what == "prepared":  # noqa: B023
+                    options["prepared"] = fk.prepare(model, of_all[-1], estimator, **LIKELIHOOD)  # noqa: B023
+                return fk.estimate(model, batches, estimator, **LIKELIHOOD, **options)  # noqa: B023
+
+            expected = run(own)
+            broken = [message(lambda: run(breaking(own, after), checkpoint=path)) for after in (1, 4)]  # noqa: B023
+            held = left(path)
+            again = run(own, checkpoint=path)
+            report[f"{kind}, {what}"] = {"same": same(again, expected), "broken": broken, "held": held}
+            report[f"{kind}, {what}"] |= {"left": left(path), "followed": expected.precision is not None}
     return report
 
 

@@ -15,9 +15,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
 import fishkern as fk
-from fishkern.statistics import sharding
+from fishkern.statistics import sharded_team, sharding
 from fishkern.statistics.sharded_pass import ShardedPass
 from fishkern.statistics.sharded_team import ShardedTeamPass
+from fishkern.statistics.shards import Ranks
 from tests.statistics import tensor_program as program
 from tests.statistics.tensor_program import (
     ATTENTION,
@@ -199,7 +200,33 @@ def _() -> dict[str, str]:
         "groups": refusal(lambda: fk.estimate(model, batches, fk.GroupFisher())),
         "sketch": refusal(lambda: fk.estimate(model, batches, fk.SketchedFisher())),
         "checkpoint": refusal(lambda: fk.estimate(model, batches, checkpoint=program.folder / "part")),
+        "prepare": refusal(lambda: fk.prepare(model, batches[0])),
         "batches": refusal(lambda: fk.estimate(model, iter(strange))),
         "verified batches": refusal(lambda: fk.verify(model, strange)),
         "max_examples": refusal(lambda: fk.verify(model, batches, max_examples=3)),
     }
+
+
+@case("both, one team fails")
+def _() -> dict[str, str]:
+    """What the processes of one team find to differ among them ends the pass on those of the other, too."""
+    model, batches = both(llama()), own(data())
+    demand_equal = Ranks.demand_equal
+
+    def differ(ranks: Ranks, value: Any, what: str) -> None:
+        demand_equal(ranks, value, what)
+        if what == "what is held back" and program.rank < 2:
+            raise RuntimeError("team 0 is at odds")
+
+    def unlike(*args: Any) -> None:
+        if program.rank < 2:
+            raise RuntimeError("team 0 has other gradients")
+
+    report = {}
+    for name, patched in {
+        "held back": patch.object(Ranks, "demand_equal", differ),
+        "other gradients": patch.object(sharded_team, "demand_alike", unlike),
+    }.items():
+        with patched:
+            report[name] = refusal(lambda: fk.estimate(model, batches))
+    return report

@@ -163,7 +163,7 @@ def _() -> dict[str, Any]:
         return unequal()
 
 
-CASES["replicated"] = lambda: unequal(replicas=2)
+CASES["unequal lengths, replicated"] = lambda: unequal(replicas=2)
 
 
 def planted(target: Any = None, name: str = "", wrong: Any = None) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from tests.support.ranks import launched
 
 PROGRAM = "tests.statistics.long_program"
 QUICK = ["mc goes on", "killed in two saves", "refused", "stops, sharded"]
-MORE = ["goes on", "killed in a save", "stops", "elsewhere"]
+MORE = ["goes on", "goes on, without data or prepared", "killed in a save", "stops", "elsewhere"]
+FOLLOWED = ("empirical", "mc", "batches")  # recipes of a diagonal
 
 
 def launch(world: int, folder: Path, cases: list[str]) -> list[dict]:
@@ -51,7 +52,7 @@ def assert_goes_on(reports: list[dict], case: str) -> None:
             assert one["same"]
             assert one["held"] == [f"fisher.part.rank-{rank}" for rank in range(len(reports))]
             assert one["left"] == []
-            assert one["followed"] == (kind in ("empirical", "mc"))
+            assert one["followed"] == (kind.split(",")[0] in FOLLOWED)
         assert all("rank 0 failed with ConnectionError" in said for one in others for said in one["broken"])
 
 
@@ -63,6 +64,11 @@ def test_data_of_one_rank_that_raise_twice_end_in_the_same_bits(two):
 def test_every_recipe_goes_on(more):
     assert set(more[0]["goes on"]) == set(program.KINDS)
     assert_goes_on(more, "goes on")
+
+
+@pytest.mark.slow
+def test_ranks_without_data_and_prepared_passes_go_on(more):
+    assert_goes_on(more, "goes on, without data or prepared")
 
 
 def assert_one_turn(reports: list[dict], case: str, kills: list[tuple[int, str]]) -> None:

@@ -19,7 +19,7 @@ MORE = ["tied", "columns", "replicas", "sequence", "LoRA", "positions", "mc"]
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> list[dict]:
-    cases = [f"both, {case}" for case in (*MORE, "files", "looped", "refused")]
+    cases = [f"both, {case}" for case in (*MORE, "files", "looped", "refused", "one team fails")]
     return launched(PROGRAM, 4, tmp_path_factory.mktemp("four"), ["both", *cases, *PLANTED])
 
 
@@ -70,7 +70,8 @@ def test_what_is_not_served_is_refused_on_all_processes(four):
     words = {
         "groups": "GroupFisher",
         "sketch": "SketchedFisher",
-        "checkpoint": "checkpoint= is not built for sharded models",
+        "checkpoint": "checkpoint= is not built for tensor parallel models",
+        "prepare": "prepare is not built for tensor parallel models",
         "batches": "batch 0 differs between processes 0 and 1 of the 2 that compute one model",
         "verified batches": "batch 0 differs between processes 0 and 1 of the 2 that compute one model",
         "max_examples": "max_examples counts the examples of one process, and 2 have examples of their own",
@@ -78,3 +79,13 @@ def test_what_is_not_served_is_refused_on_all_processes(four):
     for report in four:
         for case, text in words.items():
             assert text in report["both, refused"][case], case
+
+
+@pytest.mark.slow
+def test_what_differs_in_one_team_ends_both(four):
+    for rank, report in enumerate(one["both, one team fails"] for one in four):
+        other = "rank 0 failed with RuntimeError: " if rank > 1 else ""
+        assert report == {
+            "held back": f"{other}team 0 is at odds",
+            "other gradients": f"{other}team 0 has other gradients",
+        }

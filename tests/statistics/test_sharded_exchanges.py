@@ -65,6 +65,6 @@ def test_three_ranks_with_uneven_rows(tmp_path):
 
 
 def test_each_replica_sends_to_its_own_ranks(tmp_path):
-    for report in launched(PROGRAM, 4, tmp_path, ["replicated"]):
-        assert report["replicated"]["error"] < 2e-7
-        assert report["replicated"]["by factors"] == 15
+    for report in launched(PROGRAM, 4, tmp_path, ["unequal lengths, replicated"]):
+        assert report["unequal lengths, replicated"]["error"] < 2e-7
+        assert report["unequal lengths, replicated"]["by factors"] == 15
