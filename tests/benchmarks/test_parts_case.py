@@ -14,6 +14,7 @@ from benchmarks.subjects.transformers import LLAMA_TINY, Shape, Workload
 SMALL = Workload(LLAMA_TINY, T=7, N=2, batches=1)
 
 
+@pytest.mark.slow
 def test_figures_of_planning():
     figures = parts.planning(replace(SMALL, device="meta"), "1GiB")
     assert figures["passes"] == 1

@@ -18,6 +18,7 @@ SMALL = Workload(LLAMA_TINY, T=7, N=3, batches=3)
 pytestmark = pytest.mark.skipif(not hasattr(fk, "plan"), reason="this fishkern has no plan")
 
 
+@pytest.mark.slow
 def test_figures_of_memory_and_planning():
     planned = {"accumulators_mib", "bases_mib", "activations_mib", "plan_mib", "peak_mib"}
     figures = plan.memory("DirectionEnergy", SMALL)

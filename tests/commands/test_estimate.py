@@ -212,6 +212,7 @@ def test_sums_of_a_batch_that_did_not_fit_are_not_gone_on_from(capsys, tmp_path,
     assert (found["batch_size"], statistics.count) == (4, 12)
 
 
+@pytest.mark.slow
 def test_in_parts_by_memory(capsys, tmp_path, models, rows, pressed):
     """The least memory gives several passes, and an interrupted run goes on at the right one."""
     arguments = ("estimate", models / "llama", "--data", rows / "text.jsonl", "--samples", 4, "--batch-size", 2)

@@ -119,6 +119,7 @@ def check_instructions(version: str, counted: dict[str, dict[str, int]]) -> None
     )
 
 
+@pytest.mark.slow
 def test_widest_tiles():
     """For each architecture and way of loading, with the installed Triton."""
     result = offline("compile")
