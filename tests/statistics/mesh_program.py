@@ -15,7 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
 import fishkern as fk
-from fishkern.statistics import sharded_team, sharding
+from fishkern.statistics import sharded_states, sharded_team, sharding
+from fishkern.statistics.sharded_factors import FactorExchange
 from fishkern.statistics.sharded_pass import ShardedPass
 from fishkern.statistics.sharded_team import ShardedTeamPass
 from fishkern.statistics.shards import Ranks
@@ -230,3 +231,22 @@ def _() -> dict[str, str]:
         with patched:
             report[name] = refusal(lambda: fk.estimate(model, batches))
     return report
+
+
+@case("both, by factors")
+def by_factors(sizes: tuple[int, ...] = (2, 2)) -> dict[str, Any]:
+    """Send factors wherever there are any, between the processes with the same part."""
+    add_, sent = FactorExchange.add_, set()
+
+    def noted(one: FactorExchange, *args: Any) -> None:
+        sent.update(one.parts)
+        add_(one, *args)
+
+    with (
+        patch.object(sharded_states, "cheaper", lambda parts, *_: [True] * len(parts)),
+        patch.object(FactorExchange, "add_", noted),
+    ):
+        return of_teams(both(llama(), sizes), llama()) | {"sent": len(sent)}
+
+
+CASES["both, replicas, by factors"] = lambda: by_factors((2, 1, 2))

@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 
 PROGRAM = "tests.statistics.mesh_program"
 PLANTED = ["no reduction over the data", "mean instead of sum", "counted once for each process"]
-MORE = ["tied", "columns", "replicas", "sequence", "LoRA", "positions", "mc"]
+MORE = ["tied", "columns", "replicas", "sequence", "LoRA", "positions", "mc", "by factors", "replicas, by factors"]
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,7 @@ def check(reports: list[dict], case: str) -> None:
         assert report[case]["paths"] == ["fused"]
         assert report[case]["count"] == report[case]["examples"]
         assert report[case].get("placed", True)
+        assert report[case].get("sent", 15) == 15  # all linear maps
 
 
 @pytest.mark.slow
