@@ -39,6 +39,7 @@ VALUES: dict[str, object] = {
 VALUE_TESTS = {
     "tests/kernels/test_streaming_topk.py": (
         "test_bits_are_those_of_their_scores",
+        "test_infinite_scores_at_the_threshold",
         "test_kernel_takes_blocks_at_any_address",
         "test_many_scores_at_the_threshold",
         "test_scores_at_infinite_ends_are_counted_where_a_chunk_is_short",
