@@ -276,9 +276,8 @@ def check_estimator(estimator: Any) -> None:
     if isinstance(estimator, Estimator):
         return
     if isinstance(estimator, type) and issubclass(estimator, Estimator):
-        raise TypeError(
-            f"estimator must be an Estimator, got the class {estimator.__name__}: write {estimator.__name__}()."
-        )
+        name = estimator.__name__
+        raise TypeError(f"estimator must be an Estimator, got the class {name}: call it, {name}().")
     if isinstance(estimator, str):
         raise TypeError(
             f"estimator must be an Estimator such as fishkern.DiagonalFisher(), got {estimator!r}: the labels are an "

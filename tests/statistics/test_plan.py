@@ -322,7 +322,7 @@ def test_refusals():
         fk.plan(model, batch, "DiagonalFisher")
     with pytest.raises(ValueError, match="needs 'labels' in every batch"):
         fk.plan(model, {"input_ids": batch["input_ids"]})
-    with pytest.raises(TypeError, match="expected a mapping"):
+    with pytest.raises(TypeError, match="one batch, got a list of 3: pass the largest"):
         fk.plan(model, [batch, batch, batch])
     with pytest.raises(ValueError, match="cannot tell which loss"):
         fk.plan(nn.Linear(3, 2), (torch.randn(4, 3), torch.randint(2, (4,))))
