@@ -225,7 +225,11 @@ STREAMING_TOPK: Planted = {
         "slots[values == last].sort(descending=True).values",
     ),
     "candidates selected, but not counted": (TOPK, "torch.ones_like(largest, dtype", "torch.zeros_like(largest, dtype"),
-    "what does not exist at the lower end": (TOPK_DEVICE, " - (missing << 16)", ""),
+    "what does not exist at the lower end": (
+        TOPK_DEVICE,
+        ' + (tl.where(low == float("-inf"), missing, 0) << 16)',
+        "",
+    ),
     "words of one launch taken for those of another": (TOPK, "[0, *until], until, strict", "[0] * 9, until, strict"),
     "bits in the order of memory": (
         TOPK,

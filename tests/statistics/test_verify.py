@@ -439,7 +439,7 @@ def test_recipes_that_are_not_of_single_examples_are_refused(bert):
     for recipe in (fk.DiagonalFisher(unit="position"), fk.DiagonalFisher(unit="batch"), fk.SketchedFisher()):
         with pytest.raises(ValueError, match="whole gradients of single examples.*unit='example'"):
             fk.verify(model, batches, estimator=recipe)
-    with pytest.raises(TypeError, match=r"such as DiagonalFisher\(\), got 'empirical'"):
+    with pytest.raises(TypeError, match=r"such as fishkern.DiagonalFisher\(\), got 'empirical'"):
         fk.verify(model, batches, estimator="empirical")
 
 
