@@ -16,6 +16,7 @@ from tests.statistics import long_program as program
 from tests.support.ranks import launched
 
 PROGRAM = "tests.statistics.long_program"
+pytestmark = pytest.mark.slow  # the quick ones of their kind are of one process, in test_long_runs.py
 QUICK = ["mc goes on", "killed in two saves", "refused", "stops, sharded"]
 MORE = ["goes on", "goes on, without data or prepared", "killed in a save", "stops", "elsewhere"]
 FOLLOWED = ("empirical", "mc", "batches")  # recipes of a diagonal

@@ -10,6 +10,7 @@ pytest.importorskip("peft")
 from tests.support.ranks import launched
 
 PROGRAM = "tests.statistics.sharded_families"
+pytestmark = pytest.mark.slow  # the quick ones of their kind are in test_sharded_ranks.py
 QUICK = ["parameter as input", "unit that runs twice", "family t5"]
 FAMILIES = [
     "llama", "qwen3", "gemma3", "gpt2", "opt", "bert", "modernbert", "deberta", "vit", "swin", "mixtral", "Qwen3Moe",
