@@ -1,4 +1,4 @@
-"""Operations in the graphs of ``torch.compile``: one node each, as ``torch.library`` registers them.
+"""Operations in the graphs of ``torch.compile``: one node each, as custom operators of torch.
 
 An operation chooses its backend by tensors, a context and the device, and reads lengths from the device: Dynamo would
 break the graph in all of these. So under the compiler it calls the operator here, which calls it again when the graph
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from fishkern.backend import Backend
 from fishkern.ops.masked_adamw import masked_adamw_
@@ -18,7 +17,7 @@ from fishkern.ops.masked_sgd import masked_sgd_
 from fishkern.ops.sum_grad_squared import sum_grad_squared
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "fishkern::sum_grad_squared_",
     mutates_args=("out", "grad_out"),
     schema="(Tensor(a!) out, Tensor(b!)? grad_out, Tensor activations, Tensor output_grads, Tensor? offsets, "
@@ -39,7 +38,7 @@ def _sum_grad_squared(
     )  # fmt: skip
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "fishkern::masked_adamw_",
     mutates_args=("params", "exp_avg", "exp_avg_sq", "master"),
     schema="(Tensor(a!)[] params, Tensor?[] grads, Tensor?[] indices, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
@@ -73,7 +72,7 @@ def _masked_adamw(
     )  # fmt: skip
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "fishkern::masked_sgd_",
     mutates_args=("params", "momentum_buffer", "master"),
     schema="(Tensor(a!)[] params, Tensor?[] grads, Tensor?[] indices, Tensor(b!)? momentum_buffer, Tensor steps, "
