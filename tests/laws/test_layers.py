@@ -347,6 +347,35 @@ def assert_exact(layer: nn.Module, make, **options) -> fk.Statistics:
     return statistics
 
 
+class Powers(nn.Module):
+    """Features by powers of their entries, after these are mixed."""
+
+    def __init__(self, D: int, power: int, mix: torch.Tensor) -> None:
+        super().__init__()
+        self.weight, self.power, self.mix = nn.Parameter(1 + torch.rand(D, dtype=torch.float64)), power, mix
+
+    def forward(self, x):
+        return x * (self.mix @ self.weight) ** self.power
+
+
+@pytest.mark.parametrize("D", [1, 2, 7])
+def test_a_factor_is_linear_in_its_own_entry_alone(D):
+    """One derivative tells it, along entries that are all different: of one feature, too, there the square's as well."""
+
+    def confirmed(layer: layers.Layer, power: int, mix: torch.Tensor) -> bool:
+        x = torch.randn(3, 4, D, dtype=torch.float64)
+        module = Powers(D, power, mix.double())
+        call = layers.Call(module, (x,), {}, ("cpu", False, torch.bfloat16))
+        return bool(layer.confirms(call, module(x).detach(), frozenset({"weight"})))
+
+    alone = torch.eye(D)
+    mixes = [] if D == 1 else [alone.roll(1, 0), torch.full((D, D), 1 / D), alone + 1e-4, alone - 1 / D]
+    assert confirmed(layers.Factor(), 1, alone)
+    assert all(not confirmed(layers.Factor(), power, alone) for power in (0, 2, 3, 4))
+    assert all(confirmed(layers.Scale(), power, alone) for power in (1, 2, 3))  # entry by entry, of any form
+    assert not any(confirmed(layer, 1, mix) for layer in (layers.Factor(), layers.Scale()) for mix in mixes)
+
+
 def test_a_norm_does_not_run_once_more():
     """Its factor comes from its input, also where the module has inputs that only later calls have."""
     module, x = seeded((partial(Norm, 5), numbers(7, 5)))
