@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,6 +36,25 @@ def pytest_report_header() -> str:
     if not ON_GPU:
         return "fishkern: no CUDA device, the kernels run in Triton's interpreter; this is not a GPU result"
     return f"fishkern: the kernels run on {torch.cuda.get_device_name()}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Offer to run whole matrices with the quick tests, as on a GPU."""
+    parser.addoption("--every-case", action="store_true", help="take every case of a `matrix` for a quick one")
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark two thirds of the cases of each test that is marked ``matrix`` as slow, drawn by its name."""
+    if ON_GPU or config.getoption("every_case"):
+        return
+    matrices = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("matrix") and not item.get_closest_marker("slow"):
+            matrices[item.nodeid.partition("[")[0]].append(item)
+    for name, cases in matrices.items():
+        for item in random.Random(name).sample(cases, 2 * len(cases) // 3):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -20,9 +20,11 @@ import torch
 
 import fishkern as fk
 from fishkern import adapters, cli, ops, tokens
+from tests.support.slow import slowly
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+LONG = ("command-line", "large-models")  # above ten seconds, most of them for processes of their own
 README = ROOT / "README.md"
 RESULT = re.compile(r"  # -> (.*)$")
 LOGGERS = ("", "transformers", "peft", "accelerate", "datasets")  # the first is the root; the others do not propagate
@@ -179,7 +181,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("folder")
-@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [slowly(page) if page.stem in LONG else page for page in DOCS], ids=lambda page: page.stem
+)
 def test_the_examples_of_a_page_run(page):
     namespace: dict[str, Any] = {"__name__": "__page__"}
     for block in blocks(page):

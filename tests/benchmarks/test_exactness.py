@@ -60,6 +60,7 @@ def only(monkeypatch, label: str) -> None:
     monkeypatch.setattr(exactness, "arms", lambda *options: [arm for arm in arms(*options) if arm.label == label])
 
 
+@pytest.mark.slow
 def test_batches_of_one_are_exact(log):
     matching = records(log, label="batch gradient, N = 1")
     assert len(matching) == SETTING.pairs

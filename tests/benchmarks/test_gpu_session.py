@@ -106,6 +106,7 @@ def a_test(tmp_path: Path, name: str, body: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_costs_its_own_part(processes, tmp_path, capfd):
     """A red test, a test without an end, a signal, a hang and memory that runs out: all other parts are recorded."""
     session = processes
@@ -268,6 +269,7 @@ def test_cases_join_by_being_there():
         assert table.TESTS not in {part.name for part in parts}
 
 
+@pytest.mark.slow
 def test_tests_that_all_skip_gate_nothing_open(tmp_path):
     """A file whose tests are skipped, or that cannot be imported, has shown nothing."""
     skipped = tmp_path / "test_skipped.py"

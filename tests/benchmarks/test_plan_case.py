@@ -38,7 +38,10 @@ def test_figures_of_each_rank(tmp_path):
             for rank in range(plan.RANKS)
         ]
     first, second = (one.result() for one in every)
-    assert first["plan_mib"] == second["plan_mib"] > first["accumulators_mib"] + first["activations_mib"]
+    assert first["plan_mib"] == second["plan_mib"]
+    least = first["accumulators_mib"] + first["activations_mib"]
+    most = least + first["blocks_mib"] + first["gathered_mib"]
+    assert least - 0.15 < first["plan_mib"] < most + 0.25  # each figure is rounded to a tenth
     assert min(first["peak_mib"], second["peak_mib"]) > 0
 
 
@@ -48,6 +51,7 @@ def test_times_are_of_the_batches_after_the_first():
     assert min(seconds) > 0
 
 
+@pytest.mark.slow
 def test_the_pass_without_projections_captures_the_same():
     model, data = SMALL.model(), SMALL.data()
     captured = fk.estimate(model, data, plan.Captured(), check=False)

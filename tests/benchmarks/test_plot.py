@@ -51,6 +51,7 @@ def test_every_file_of_records_has_a_picture_or_says_why_not():
 DRAWN = [path for path in sorted(RESULTS.glob("*/*.jsonl")) if path.stem in plots.PLOTS]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("path", DRAWN, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_committed_records_are_drawn(path):
     records = [json.loads(line) for line in path.read_text().splitlines()]

@@ -51,6 +51,7 @@ def recorded(folder: Path) -> dict[str, list[dict]]:
     return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in files}
 
 
+@pytest.mark.slow
 def test_red_tests_missed_goals_and_broken_cases(package, tmp_path, capfd):
     """Cases whose tests fail and interrupted ones leave no record, the others go on, and the status tells."""
     earlier(tmp_path, "missed")

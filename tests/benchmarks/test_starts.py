@@ -24,6 +24,8 @@ from benchmarks.studies.starts.log import StartsLog
 from benchmarks.studies.starts.run import run
 from benchmarks.studies.starts.setting import SETTINGS
 
+pytestmark = pytest.mark.matrix
+
 ORIGIN = {"machine": "some-cpu", "commit": "abcdef0123", "dirty": False, "time": "2026-01-02T03:04:05+00:00"}
 FEW = dict(examples=16, choosing=8, scored=8, batch_size=8, max_length=16, statistic=16, measured=1)
 

@@ -132,6 +132,7 @@ def assert_only_what_was_in_training_has_moved(held: dict, delta: fk.Delta) -> N
         assert not left.counts[name] or len(moved)
 
 
+@pytest.mark.slow
 def test_a_run_of_one_method_is_not_resumed_by_the_other(capsys, arguments, interrupted, tmp_path):  # noqa: F811
     out = ["--out", tmp_path / "out"]
     interrupted.at = 3
@@ -181,6 +182,7 @@ def test_refusals(capsys, arguments, tmp_path, options, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_by_default_it_decides_five_times(capsys, arguments, tmp_path):
     status, output, error = command(capsys, *arguments, "--epochs", 4, "--out", tmp_path / "out")
     assert status == 0, error

@@ -13,6 +13,7 @@ from fishkern.integrations.tasks import example_batch
 from tests.support.command import command, refused
 
 
+@pytest.mark.slow
 def test_figures_without_weights(capsys, models, tmp_path):
     """The folder has a config and nothing else."""
     (tmp_path / "config.json").write_bytes((models / "llama" / "config.json").read_bytes())
@@ -33,6 +34,7 @@ def test_figures_without_weights(capsys, models, tmp_path):
     assert f"within {least} above the weights: " in output
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("model", "task"),
     [("bert", "masked-lm"), ("bert", "token-classification"), ("classifier", ""), ("t5", ""), ("vit", "")],

@@ -29,6 +29,8 @@ from tests.freezing.training import (
     values,
 )
 
+pytestmark = pytest.mark.matrix
+
 PLAIN = fk.FreezeRule(margin=0.0, most=None, least=0, size_aware=False)  # the threshold alone
 
 

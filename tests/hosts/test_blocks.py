@@ -19,6 +19,8 @@ peft = pytest.importorskip("peft")
 from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
+pytestmark = pytest.mark.matrix
+
 # transformers marks these, too, as layers that checkpoint themselves: a stage of layers, and convolutions
 NOT_LAYERS = {"SwinStage", "Wav2Vec2GroupNormConvLayer", "Wav2Vec2NoLayerNormConvLayer"}
 

@@ -18,6 +18,8 @@ from tests.support.layered import FAMILIES
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.matrix
+
 KNOWN = {name: family for name, family in FAMILIES.items() if name != "mamba"}
 NORMED = {"vit", "deit", "dinov2", "dinov2-gated", "dinov2-registers", "dinov3", "clip", "clip-vision", "siglip"}
 

@@ -377,7 +377,7 @@ def survivors(names: list[str]) -> list[str]:
 
 def _failure(copy: Path, operation: str) -> str | None:
     tests, expression = TESTS[operation]
-    options = ["-q", "-x", "-p", "no:cacheprovider", *tests, "-k", expression]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--every-case", *tests, "-k", expression]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", *options]
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)

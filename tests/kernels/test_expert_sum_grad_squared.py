@@ -17,6 +17,8 @@ from fishkern.kernels._hardware import A100, H100, INTERPRETER, MI300, Hardware,
 from fishkern.kernels import _sum_grad_squared_configs as configs
 from fishkern.kernels import expert_sum_grad_squared as kernels
 
+pytestmark = pytest.mark.matrix
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 HERE = hardware(torch.device(DEVICE, 0) if ON_GPU else torch.device(DEVICE))

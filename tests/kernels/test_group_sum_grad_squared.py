@@ -17,6 +17,8 @@ from fishkern.kernels import _group_by_grams as grams
 from fishkern.kernels import _sum_grad_squared_configs as configs
 from fishkern.kernels import group_sum_grad_squared as kernels
 
+pytestmark = pytest.mark.matrix
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 HERE = hardware(torch.device(DEVICE, 0) if ON_GPU else torch.device(DEVICE))

@@ -20,6 +20,8 @@ from fishkern.kernels._project_sum_squared_device import sum_tiles_kernel
 from fishkern.kernels import _project_sum_squared_configs as configs
 from fishkern.kernels import project_sum_squared as kernels
 
+pytestmark = pytest.mark.matrix
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 HERE = hardware(torch.device(DEVICE, 0) if ON_GPU else torch.device(DEVICE))

@@ -20,7 +20,10 @@ from tests.support.oracle import worst_error
 from tests.support.own_estimators import OWN
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("error:.*slow exact path")  # a loop obeys most laws by itself
+pytestmark = [
+    pytest.mark.matrix,
+    pytest.mark.filterwarnings("error:.*slow exact path"),  # a loop obeys most laws by itself
+]
 
 V = 5
 ESTIMATORS = {

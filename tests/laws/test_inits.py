@@ -46,7 +46,7 @@ INITS = {
 every_init = pytest.mark.parametrize("kind", INITS.values(), ids=INITS)
 MODELS = {"llama": zoo.llama, "gpt2": zoo.gpt2, "bert": zoo.bert_classifier}
 # What is announced is not the matter of these laws.
-pytestmark = pytest.mark.filterwarnings("ignore:.*chosen (scores|directions) are:UserWarning")
+pytestmark = [pytest.mark.matrix, pytest.mark.filterwarnings("ignore:.*chosen (scores|directions) are:UserWarning")]
 every_model = pytest.mark.parametrize("family", MODELS)
 
 

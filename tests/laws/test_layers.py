@@ -360,7 +360,7 @@ class Powers(nn.Module):
 
 @pytest.mark.parametrize("D", [1, 2, 7])
 def test_a_factor_is_linear_in_its_own_entry_alone(D):
-    """One derivative tells it, along entries that are all different: of one feature, too, there the square's as well."""
+    """One derivative tells it, along entries that are all different, also of one feature."""
 
     def confirmed(layer: layers.Layer, power: int, mix: torch.Tensor) -> bool:
         x = torch.randn(3, 4, D, dtype=torch.float64)

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 import fishkern as fk
 from tests.support.closeness import assert_as_accurate
 
+pytestmark = pytest.mark.matrix
+
 
 class Kind(NamedTuple):
     """An optimizer, its counterpart in torch, and options that both take."""

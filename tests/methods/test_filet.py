@@ -13,7 +13,7 @@ from tests.support import zoo
 from tests.support.energies import covariances
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore:.*chosen scores are at most floor:UserWarning")
+pytestmark = [pytest.mark.matrix, pytest.mark.filterwarnings("ignore:.*chosen scores are at most floor:UserWarning")]
 
 
 def batches(make=zoo.text_batch, count: int = 3) -> list[dict]:

@@ -14,6 +14,8 @@ from tests.methods.test_fish_tuning import batches, classifier, lora
 
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.matrix
+
 
 def attached(adapter: adapters.Adapter) -> nn.Module:
     model = classifier()

@@ -19,6 +19,8 @@ from tests.support.oracle import one_class, squares_one_by_one
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.matrix
+
 TARGETS = ["query", "key", "value"]
 
 

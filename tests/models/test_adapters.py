@@ -11,6 +11,8 @@ from tests.support.exactness import assert_exact, paths
 
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.matrix
+
 CAUSAL = dict(task_type="CAUSAL_LM")
 LINEARS = ["q_proj", "v_proj", "down_proj"]
 

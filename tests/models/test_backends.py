@@ -37,7 +37,7 @@ MODELS = {
 
 
 # The interpreter is slow, and what the plain one launches the tied one does too.
-NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name == "llama" else []) for name in MODELS]
+NAMES = [pytest.param(name, marks=[] if name in ("tied llama", "lora") else [pytest.mark.slow]) for name in MODELS]
 
 
 @pytest.mark.parametrize("name", NAMES)

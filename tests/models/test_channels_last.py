@@ -65,6 +65,7 @@ for case in sys.argv[1:]:
 GROUP_NORMS = ("norm all", "norm norms", "block all", "block norms", "function all")
 
 
+@pytest.mark.slow
 def test_group_norm():
     """All in one process, which says where it ended."""
     root = Path(__file__).resolve().parents[2]

@@ -18,6 +18,8 @@ from tests.support.oracle import squares_one_by_one, worst_error
 
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.matrix
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -99,6 +101,7 @@ def test_autocast(family):
     assert "loop" not in paths(ours)
 
 
+@pytest.mark.slow
 def test_a_model_that_was_compiled_and_run_before():
     specimen = zoo.llama()
     specimen.model.double()
@@ -323,6 +326,7 @@ def test_padding_row_of_a_tied_embedding():
     assert_exact(specimen, [specimen.batch(4, 7), specimen.batch(3, 5, seed=2)])
 
 
+@pytest.mark.slow
 def test_where_warnings_are_errors():
     """Torch warns of its own rules when it first loads them, which a process of its own shows."""
     code = """

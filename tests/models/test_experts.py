@@ -19,6 +19,8 @@ from tests.support.oracle import squares_one_by_one, worst_error
 
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.matrix
+
 expert_squares = import_module("fishkern.ops.expert_sum_grad_squared")  # the package's attribute is the function
 
 

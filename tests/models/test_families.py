@@ -12,6 +12,8 @@ from tests.support.oracle import squares_one_by_one, worst_error
 
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.matrix
+
 # parameters of modules without a rule, which take a slower exact path
 GENERIC = {
     "gemma3": set(),

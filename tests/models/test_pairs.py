@@ -21,7 +21,7 @@ from tests.support.pairs import Pair, Wide, collated, interleaved, pairs, rows_a
 transformers = pytest.importorskip("transformers")
 
 # the self-check would mend rows that are joined wrongly by the loop, and the result would be right all the same
-pytestmark = pytest.mark.filterwarnings("error:.*take the slow exact path")
+pytestmark = [pytest.mark.matrix, pytest.mark.filterwarnings("error:.*take the slow exact path")]
 
 BETA = 0.3
 

@@ -15,6 +15,8 @@ import fishkern as fk
 from tests.support.exactness import LIMIT
 from tests.support.oracle import squares_one_by_one, worst_error
 
+pytestmark = pytest.mark.matrix
+
 V, D, E = 17, 8, 5
 
 

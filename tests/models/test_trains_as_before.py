@@ -15,6 +15,8 @@ from tests.support.exactness import as_dtype
 
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.matrix
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

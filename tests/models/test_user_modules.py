@@ -15,6 +15,8 @@ import fishkern as fk
 from tests.support.exactness import LIMIT, paths
 from tests.support.oracle import squares_one_by_one, worst_error
 
+pytestmark = pytest.mark.matrix
+
 
 def losses(model: nn.Module, batch: dict) -> torch.Tensor:
     output = model(batch["x"]).flatten(1)

@@ -284,6 +284,7 @@ def test_nothing_is_recorded_and_autocast_is_ignored(by, run):
     assert torch.equal(result, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_bounded():
     """Gradients of 512 MiB; features of 46 MiB in float32. Each in a process of its own, since a peak never falls."""

@@ -290,6 +290,7 @@ def test_nothing_is_recorded_and_autocast_is_ignored(backend):
     assert torch.equal(result, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_bounded():
     """Projections, and features in float32, of 64 and 73 MiB. In a process of its own, since a peak never falls."""

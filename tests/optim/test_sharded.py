@@ -13,9 +13,12 @@ from fishkern.selection import Columns, Rows
 from fishkern.selection.entries import Entries
 from fishkern.selection.local import held, in_shard, in_whole, own_values
 from tests.support.ranks import launched
+from tests.support.slow import but_slowly, slowly
 
 PROGRAM = "tests.optim.mesh_program"
 SPLIT = ["sgd, split", "norm, split", "sgd, both"]
+QUICK = ["adamw, listed", "adamw, ranges", "resumed", "16 bits", "delta", "selected on ranks", "norm of the own part"]
+QUICK += ["global index in the shard", "local index in a file"]
 SHAPES = [(7, 5), (7,), (3, 4, 2), (2, 6), (1, 1), (0, 3), (3, 4, 2, 2)]
 
 
@@ -59,11 +62,9 @@ def test_a_shard_numbers_the_entries_that_slicing_the_whole_gives(shape):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict]:
-    cases = ["adamw, listed", "adamw, ranges", "sgd, listed", "one rank alone", "resumed", "state", "groups", "16 bits"]
-    cases += ["mixed precision", "offloaded", "delta", "start", "refusals", "selected on ranks", "replaced parameters"]
-    cases += ["data parallel", "norm of the own part", "global index in the shard", "local index in a file"]
-    cases += [*SPLIT, "summands, split", "norm of the own part, split"]
-    return launched(PROGRAM, 2, tmp_path_factory.mktemp("two"), cases)
+    slow = ["sgd, listed", "one rank alone", "state", "groups", "mixed precision", "offloaded", "start", "refusals"]
+    slow += ["replaced parameters", "data parallel", *SPLIT, "summands, split", "norm of the own part, split"]
+    return launched(PROGRAM, 2, tmp_path_factory.mktemp("two"), QUICK, slow)
 
 
 def check(reports: list[dict], case: str) -> None:
@@ -76,11 +77,12 @@ def check(reports: list[dict], case: str) -> None:
         assert report[case]["still"]
 
 
-@pytest.mark.parametrize("case", ["adamw, listed", "adamw, ranges", "sgd, listed", "one rank alone"])
+@pytest.mark.parametrize("case", ["adamw, listed", "adamw, ranges", slowly("sgd, listed"), slowly("one rank alone")])
 def test_twenty_steps_are_those_of_one_process(two, case):
     check(two, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SPLIT)
 def test_twenty_steps_of_a_model_that_tensor_parallel_splits(two, case):
     """With FSDP2 beside it, which shards the parts among one process each."""
@@ -91,6 +93,10 @@ def test_each_rank_keeps_state_of_its_own_entries_alone(two):
     counts = [report["adamw, listed"]["held"] for report in two]
     assert sum(counts) == two[0]["adamw, listed"]["selected"]
     assert min(counts) > 0
+
+
+@pytest.mark.slow
+def test_a_rank_without_selected_entries_keeps_no_state(two):
     assert [report["one rank alone"]["held"] for report in two] == [3, 0]
 
 
@@ -98,6 +104,7 @@ def test_going_on_from_a_saved_state_is_not_stopping(two):
     assert all(report["resumed"] == {"own form": True, "torch's form": True} for report in two)
 
 
+@pytest.mark.slow
 def test_the_state_is_that_of_one_process_through_changes_of_the_selection(two):
     for report in two:
         assert all(report["state"]["alike"])
@@ -120,6 +127,7 @@ def test_a_selection_of_which_each_rank_has_its_own_entries(two):
         assert "shard the model as it was for the scores" in report["another model"]
 
 
+@pytest.mark.slow
 def test_groups_schedules_and_parameters_outside_the_pool(two):
     assert all(report["groups"]["error"] < 1e-12 for report in two)
 
@@ -128,6 +136,7 @@ def test_masters_of_16_bit_shards(two):
     assert all(report["16 bits"] == {"still": True, "masters": True, "moved": True} for report in two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["mixed precision", "offloaded"])
 def test_with_everything_selected_shards_step_as_under_torchs_optimizer(two, case):
     assert all(report[case] for report in two)
@@ -142,6 +151,7 @@ def test_a_delta_has_the_bytes_of_one_process(two):
         assert report["delta"]["another base"].startswith("ValueError: the model is not the delta's base")
 
 
+@pytest.mark.slow
 def test_the_start_is_recognised_on_shards(two):
     for report in two:
         assert report["start"]["as in one process"]
@@ -151,6 +161,7 @@ def test_the_start_is_recognised_on_shards(two):
         assert report["start"]["another start"].startswith("ValueError: the selection was made for another start")
 
 
+@pytest.mark.slow
 def test_what_is_refused_on_shards(two):
     first, second = (report["refusals"] for report in two)
     for messages in (first, second):
@@ -165,6 +176,7 @@ def test_what_is_refused_on_shards(two):
         assert messages["freezer"].startswith("ValueError: a freezer reads whole slices, and FSDP2 shards 5 parameters")
 
 
+@pytest.mark.slow
 def test_ranks_under_ddp_with_different_selections_are_refused(two):
     for report in (one["data parallel"] for one in two):
         assert report["alike"] == report["not wrapped"] == "nothing"
@@ -173,6 +185,7 @@ def test_ranks_under_ddp_with_different_selections_are_refused(two):
             assert "have different selections" in report[case]
 
 
+@pytest.mark.slow
 def test_ranks_with_different_selections_are_refused(two):
     """Each would move its own entries, and what they join would be values of one rank under numbers of another."""
     for report in two:
@@ -181,6 +194,7 @@ def test_ranks_with_different_selections_are_refused(two):
             assert "have different selections" in message
 
 
+@pytest.mark.slow
 def test_parameters_that_fsdp2_has_replaced_are_warned_of_once(two):
     for report in (one["replaced parameters"] for one in two):
         (later,), (gathered,) = report["sharded later"], report["gathered"]
@@ -191,7 +205,9 @@ def test_parameters_that_fsdp2_has_replaced_are_warned_of_once(two):
 
 @pytest.mark.parametrize(
     "case",
-    ["norm of the own part", "global index in the shard", "summands, split", "norm of the own part, split"],
+    but_slowly(
+        ["norm of the own part", "global index in the shard", "summands, split", "norm of the own part, split"], QUICK
+    ),
 )
 def test_a_planted_error_is_seen(two, case):
     assert max(report[case]["error"] for report in two) > 1e-3

@@ -12,7 +12,7 @@ import fishkern as fk
 from tests.support import zoo
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore:.*slow exact path")
+pytestmark = [pytest.mark.matrix, pytest.mark.filterwarnings("ignore:.*slow exact path")]
 
 HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",

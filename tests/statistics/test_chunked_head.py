@@ -27,7 +27,7 @@ from tests.support.oracle import next_token, per_token, squares_one_by_one, wors
 transformers = pytest.importorskip("transformers")
 
 # the self-check would mend a chunk that is wrong by the loop, and the result would be right all the same
-pytestmark = pytest.mark.filterwarnings("error:.*take the slow exact path")
+pytestmark = [pytest.mark.matrix, pytest.mark.filterwarnings("error:.*take the slow exact path")]
 
 N, T, V = 5, 7, zoo.V
 POSITION = V * 8  # bytes of the logits of one position in float64
@@ -507,6 +507,7 @@ def test_a_limit_that_is_none(bytes_):
         fk.MaskedLM(logits_bytes=bytes_)
 
 
+@pytest.mark.slow
 def test_a_plan_says_which_it_is():
     batch = zoo.text_batch(N, T)
     options = {"parameters": "*q_proj*", "check": False, "likelihood": fk.CausalLM(logits_bytes=4 * POSITION)}

@@ -15,6 +15,8 @@ from tests.support.oracle import worst_error
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.matrix
+
 ESTIMATORS = {
     "empirical": fk.DiagonalFisher(),
     "mc": fk.DiagonalFisher("mc", mc_samples=2),

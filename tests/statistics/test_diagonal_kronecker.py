@@ -13,6 +13,8 @@ from tests.support import oracle, zoo
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.matrix
+
 MODELS = {
     "llama": lambda: zoo.llama(num_key_value_heads=1),
     "tied": lambda: zoo.llama(tie_word_embeddings=True),

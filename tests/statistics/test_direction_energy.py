@@ -16,6 +16,8 @@ from tests.support import oracle, zoo
 
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.matrix
+
 PARTS = ("input", "output", "joint", "singular_values")
 MODELS = {
     "llama": lambda: zoo.llama(num_key_value_heads=1),

@@ -12,7 +12,7 @@ import fishkern as fk
 from tests.support import zoo
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("error:.*slow exact path")
+pytestmark = [pytest.mark.matrix, pytest.mark.filterwarnings("error:.*slow exact path")]
 
 BY = ("row", "column", "tensor", "layer", lambda name: name.rpartition(".")[2])
 

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 import fishkern as fk
 from tests.support import zoo
 
+pytestmark = pytest.mark.matrix
+
 PER_EXAMPLE = [fk.DiagonalFisher(), fk.SketchedFisher()]
 every_check = pytest.mark.parametrize("check", [True, False])
 every_estimator = pytest.mark.parametrize("estimator", PER_EXAMPLE, ids=lambda one: type(one).__name__)

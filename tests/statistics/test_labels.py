@@ -19,6 +19,8 @@ from tests.support.exactness import LIMIT
 from tests.support.oracle import row, worst_error
 
 transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.matrix
 every_kind = pytest.mark.parametrize("kind", ["empirical", "batch", "sketched"])
 ESTIMATORS = {"empirical": None, "batch": fk.DiagonalFisher(unit="batch"), "sketched": fk.SketchedFisher(draws=2)}
 

@@ -18,8 +18,11 @@ from torch.utils.checkpoint import checkpoint
 import fishkern as fk
 from tests.support import zoo
 from tests.support.oracle import worst_error
+from tests.support.slow import slowly
 
 pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.matrix
 
 EXACT = 1e-6
 SHIFTED = ("llama", "gemma", "gpt2", "opt", "mixtral")
@@ -94,10 +97,6 @@ def checkpointed(reentrant: bool, **changes) -> nn.Module:
     return model
 
 
-def slow(family: str):
-    return pytest.param(family, marks=pytest.mark.slow)
-
-
 DROPOUT = {
     "llama": {"attention_dropout": 0.2},
     "gpt2": {},  # 0.1 everywhere by default, and so has BERT
@@ -106,7 +105,7 @@ DROPOUT = {
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "gpt2", "opt", "bert-classifier", "mixtral", *map(slow, ("gemma", "bert", "vit"))]
+    "family", ["llama", "gpt2", "opt", "bert-classifier", "mixtral", *map(slowly, ("gemma", "bert", "vit"))]
 )
 def test_equals_a_loop_over_the_shares(family):
     specimen = zoo.FAMILIES[family](**DROPOUT.get(family, {}))
@@ -238,7 +237,7 @@ def test_the_running_mean_over_a_training():
     assert (online.steps, online.statistics.count) == (4, 13)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert-classifier", *map(slow, ("opt", "vit"))])
+@pytest.mark.parametrize("family", ["gpt2", "bert-classifier", *map(slowly, ("opt", "vit"))])
 def test_training_is_the_same_to_the_bit(family):
     """Gradients, weights and random numbers, with clipping, for several steps; also where position rows are shared."""
     specimen = zoo.FAMILIES[family]()
@@ -345,6 +344,7 @@ def test_a_first_forward_pass_without_a_backward():
     assert online.steps == 1
 
 
+@pytest.mark.slow
 def test_steps_leave_no_tensors_behind():
     model, batch, counts = gpt2(), zoo.text_batch(4, 6), []
     with fk.OnlineFisher(model) as online:

@@ -18,6 +18,8 @@ from tests.support import zoo
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.matrix
+
 ESTIMATORS = {
     "empirical": fk.DiagonalFisher(),
     "mc": fk.DiagonalFisher("mc", mc_samples=2, seed=3),
@@ -206,6 +208,7 @@ def planned_llama(**options) -> fk.PassPlan:
     return fk.plan(specimen.model, specimen.batch(N=2, T=4), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", [fk.DiagonalFisher(), fk.DirectionEnergy("power")], ids=["squares", "energies"])
 def test_each_part_fits(estimator):
     """By a plan of its own, which counts what is alive when this part alone is rehearsed."""
@@ -223,6 +226,7 @@ def test_each_part_fits(estimator):
     assert whole.parts(whole.peak_bytes + 64) == [list(whole.paths)]
 
 
+@pytest.mark.slow
 def test_results_of_earlier_parts_stay_beside_the_rest():
     whole = planned_llama()
     parts = whole.parts(half_of(whole))
@@ -231,6 +235,7 @@ def test_results_of_earlier_parts_stay_beside_the_rest():
     assert stay.peak_bytes >= sum(whole.state_bytes.values())
 
 
+@pytest.mark.slow
 def test_sums_in_files_take_no_memory(tmp_path):
     here, there = planned_llama(), planned_llama(accumulate_on=tmp_path, results_on=tmp_path)
     assert there.accumulator_bytes == here.accumulator_bytes
@@ -293,6 +298,7 @@ def llama_8b() -> nn.Module:
         return transformers.LlamaForCausalLM(config).to(torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_prices():
     planned = planned_llama()
     sums = planned.accumulator_bytes

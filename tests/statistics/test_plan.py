@@ -30,6 +30,7 @@ def numels(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "family, estimator",
     [

@@ -22,6 +22,8 @@ from tests.support.oracle import next_token, squares_one_by_one, worst_error
 
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.matrix
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 ESTIMATORS = {
     "empirical": fk.DiagonalFisher(),

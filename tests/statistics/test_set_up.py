@@ -22,6 +22,8 @@ from tests.support.oracle import next_token, squares_one_by_one, worst_error
 
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.matrix
+
 # Times those of one forward and one backward pass.
 CALLS_OF_A_BATCH, CALLS_OF_THE_SET_UP = 4.2, 50
 ESTIMATORS = {

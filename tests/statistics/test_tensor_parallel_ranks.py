@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.support.ranks import launched
+from tests.support.slow import but_slowly
 
 pytest.importorskip("transformers")
 
+PROGRAM = "tests.statistics.mesh_program"
 CASES = ["whole", "tied", "sequence", "every style", "experts"]
 MORE = ["few heads", "positions", "mc", "type-2", "checkpointed", "packed", "pairs", "generic"]
 OF_TRANSFORMERS = ["plan of transformers", "plan of transformers, tied", "norms of own heads"]
@@ -19,19 +19,20 @@ BESIDE = ["both, one team", "both, teams of one"]
 PLANTED_BESIDE = ["no reduction over the data, teams of one", "counted once for each process, one team"]
 
 
+QUICK = ["whole", "sequence", "every style", "squared first", "squared first, unchecked", "both, one team"]
+QUICK += ["no reduction over the data, teams of one", "both, files", "bytes"]
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict]:
     unchecked = [f"{case}, unchecked" for case in (*PLANTED, "counted by all")]
     others = ["examples of each process", "files", "bytes", "looped", *BESIDE, *PLANTED_BESIDE, "both, files"]
-    others += ["bytes of sequences", "few positions"]
-    return of_program(2, tmp_path_factory.mktemp("two"), [*CASES, *PLANTED, *unchecked, *others])
+    others += ["bytes of sequences", "few positions", *MORE, *OF_TRANSFORMERS, "partial gradients", "refused"]
+    every = [*CASES, *PLANTED, *unchecked, *others, *ELSEWHERE]
+    return launched(PROGRAM, 2, tmp_path_factory.mktemp("two"), QUICK, [one for one in every if one not in QUICK])
 
 
-def of_program(world: int, folder: Path, cases: list[str]) -> list[dict]:
-    return launched("tests.statistics.mesh_program", world, folder, cases)
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", but_slowly(CASES, QUICK))
 def test_two_processes_give_what_the_loop_gives(two, case):
     for report in two:
         assert report[case]["error"] < 2e-7  # the mean is rounded to float32
@@ -40,17 +41,17 @@ def test_two_processes_give_what_the_loop_gives(two, case):
         assert report[case].get("placed", True)
 
 
-@pytest.mark.parametrize("case", BESIDE)
+@pytest.mark.parametrize("case", but_slowly(BESIDE, QUICK))
 def test_an_axis_of_fsdp2_beside_that_of_one_model(two, case):
     test_two_processes_give_what_the_loop_gives(two, case)
 
 
-@pytest.mark.parametrize("case", PLANTED_BESIDE)
+@pytest.mark.parametrize("case", but_slowly(PLANTED_BESIDE, QUICK))
 def test_a_planted_error_on_one_of_two_axes_is_seen(two, case):
     assert all(report[case] > 0.4 for report in two)
 
 
-@pytest.mark.parametrize("case", PLANTED)
+@pytest.mark.parametrize("case", but_slowly(PLANTED, QUICK))
 def test_the_self_check_sees_a_planted_error_and_autograd_takes_over(two, case):
     for report in two:
         assert report[case]["noted"]
@@ -58,11 +59,12 @@ def test_the_self_check_sees_a_planted_error_and_autograd_takes_over(two, case):
         assert report[case]["error"] < 2e-7
 
 
-@pytest.mark.parametrize("case", [*PLANTED, "counted by all"])
+@pytest.mark.parametrize("case", but_slowly([*PLANTED, "counted by all"], QUICK))
 def test_a_planted_error_is_seen(two, case):
     assert all(report[f"{case}, unchecked"]["error"] > 0.2 for report in two)
 
 
+@pytest.mark.slow
 def test_processes_that_compute_one_model_need_the_same_batches(two):
     for report in two:
         messages = report["examples of each process"]
@@ -73,6 +75,7 @@ def test_processes_that_compute_one_model_need_the_same_batches(two):
         assert messages["alike"] == "nothing"
 
 
+@pytest.mark.slow
 def test_the_file_is_that_of_one_process(two):
     assert all(report["files"] == {"alike": True, "provenance": True, "equal": True} for report in two)
 
@@ -88,6 +91,7 @@ def test_a_batch_sends_what_its_backward_pass_sends(two):
         assert estimate == training > 0
 
 
+@pytest.mark.slow
 def test_norms_of_some_positions_send_their_sums_beside_that(two):
     """One sum over positions for each norm, example and feature, in the dtype of the sums (float64 here)."""
     for report in two:
@@ -96,6 +100,7 @@ def test_norms_of_some_positions_send_their_sums_beside_that(two):
         assert estimate == training + sums > training
 
 
+@pytest.mark.slow
 def test_positions_that_cannot_be_dealt_out_are_refused_before_any_process_waits(two):
     """By estimate in the first batch and in the second, and by verify."""
     for report in two:
@@ -105,6 +110,7 @@ def test_positions_that_cannot_be_dealt_out_are_refused_before_any_process_waits
             assert f"this one has {count} (axis 1 of (2, {count})): expected a multiple of 2" in message
 
 
+@pytest.mark.slow
 def test_the_slow_path_gives_each_process_its_part(two):
     for report in two:
         assert report["looped"]["error"] < 2e-7
@@ -112,25 +118,18 @@ def test_the_slow_path_gives_each_process_its_part(two):
         assert report["looped"]["noted"] == 1
 
 
-@pytest.fixture(scope="module")
-def two_more(tmp_path_factory) -> list[dict]:
-    return of_program(
-        2, tmp_path_factory.mktemp("more"), [*MORE, *OF_TRANSFORMERS, "partial gradients", "refused", *ELSEWHERE]
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [*MORE, *OF_TRANSFORMERS])
-def test_more_models_and_recipes_give_what_one_process_gives(two_more, case):
-    for report in two_more:
+def test_more_models_and_recipes_give_what_one_process_gives(two, case):
+    for report in two:
         assert report[case]["error"] < 2e-7
         assert report[case]["paths"] == (["fused", "generic"] if case == "generic" else ["fused"])
         assert report[case]["count"] == report[case]["examples"]
 
 
 @pytest.mark.slow
-def test_interleaved_experts_are_saved_and_verified_and_refused_by_name_elsewhere(two_more):
-    for report in (one["experts elsewhere"] for one in two_more):
+def test_interleaved_experts_are_saved_and_verified_and_refused_by_name_elsewhere(two):
+    for report in (one["experts elsewhere"] for one in two):
         assert report["interleaved"] == 2
         assert report["verified"]
         assert report["of a file"]
@@ -141,8 +140,8 @@ def test_interleaved_experts_are_saved_and_verified_and_refused_by_name_elsewher
 
 
 @pytest.mark.slow
-def test_verify_runs_every_example_on_all_processes_and_sees_an_error(two_more):
-    for report in (one["verified"] for one in two_more):
+def test_verify_runs_every_example_on_all_processes_and_sees_an_error(two):
+    for report in (one["verified"] for one in two):
         assert report["ok"]
         assert report["examples"] == 5
         assert not report["wrong"]
@@ -152,14 +151,14 @@ def test_verify_runs_every_example_on_all_processes_and_sees_an_error(two_more):
 
 
 @pytest.mark.slow
-def test_parts_of_a_gradient_that_autograd_takes_for_the_whole_are_refused(two_more):
-    for report in two_more:
+def test_parts_of_a_gradient_that_autograd_takes_for_the_whole_are_refused(two):
+    for report in two:
         assert "self_attn.q_norm.weight, and the processes 0 and 1 find other gradients" in report["partial gradients"]
 
 
 @pytest.mark.slow
-def test_what_is_not_served_is_refused_by_name(two_more):
-    for report in two_more:
+def test_what_is_not_served_is_refused_by_name(two):
+    for report in two:
         for case, words in REFUSED.items():
             assert words in report["refused"][case], case
 
@@ -180,7 +179,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> list[dict]:
-    return of_program(4, tmp_path_factory.mktemp("four"), ["replicas", "few heads", "sampled"])
+    return launched(PROGRAM, 4, tmp_path_factory.mktemp("four"), ["replicas", "few heads", "sampled"])
 
 
 @pytest.mark.slow

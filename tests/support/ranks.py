@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = "import sys; from tests.support.ranks import fork; fork(*sys.argv[1:])"
 
 
-def launched(program: str, world: int, folder: Path, cases: Sequence[str]) -> list[dict[str, Any]]:
+def launched(
+    program: str, world: int, folder: Path, cases: Sequence[str], slow: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Run cases in as many processes.
 
     Args:
@@ -29,10 +31,36 @@ def launched(program: str, world: int, folder: Path, cases: Sequence[str]) -> li
         world: How many processes.
         folder: An empty one, which all of them see.
         cases: Which cases, one after the other.
+        slow: Those of the slow tests. They run in a launch of their own, when a test asks for the first of them.
 
     Returns:
         For each rank what its cases have returned, by their names.
     """
+
+    def more() -> None:
+        (further := folder / "slow").mkdir()
+        for report, found in zip(reports, _launched(program, world, further, slow), strict=True):
+            report.update(found)
+
+    reports = [_Report(found, slow, more) for found in _launched(program, world, folder, cases)]
+    return reports
+
+
+class _Report(dict[str, Any]):
+    """What the cases of one rank have returned; the slow ones run when one of them is asked for."""
+
+    def __init__(self, found: dict[str, Any], slow: Sequence[str], more: Callable[[], None]) -> None:
+        super().__init__(found)
+        self._slow, self._more = slow, more
+
+    def __missing__(self, case: str) -> Any:
+        if case not in self._slow:
+            raise KeyError(case)
+        self._more()
+        return self[case]
+
+
+def _launched(program: str, world: int, folder: Path, cases: Sequence[str]) -> list[dict[str, Any]]:
     command = [sys.executable, "-W", "error::UserWarning:fishkern", "-c", RUN, program, str(world), str(folder), *cases]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -177,6 +177,7 @@ def test_16_bit_weights():
     torch.testing.assert_close(output.float(), expected, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.slow
 def test_compiled():
     """In one graph; what is attached after a compiled run counts, and kept tokens are those of an eager one."""
     torch._dynamo.reset()
