@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import fishkern as fk
 from tests.support import zoo
@@ -324,6 +325,17 @@ def test_padding_row_of_a_tied_embedding():
     specimen = zoo.llama(tie_word_embeddings=True, pad_token_id=0)
     assert specimen.model.model.embed_tokens.padding_idx == 0
     assert_exact(specimen, [specimen.batch(4, 7), specimen.batch(3, 5, seed=2)])
+
+
+def test_where_operations_are_counted():
+    """torch's counter hooks the inputs of modules, and lets no gradient be taken at those that are leaves."""
+    model, batches = zoo.llama().model, [zoo.text_batch(4, 6), zoo.text_batch(3, 5)]
+    with FlopCounterMode(display=False) as counter:
+        counted = fk.estimate(model, batches)
+    assert counter.get_total_flops() > 0
+    assert paths(counted).keys() == {"fused"}
+    error, _ = worst_error(counted, {name: one.double() for name, one in fk.estimate(model, batches).items()})
+    assert error < 1e-5  # norms are counted by the operations that they consist of
 
 
 @pytest.mark.slow
