@@ -632,6 +632,16 @@ def test_what_the_page_on_large_models_measured():
     assert f"to need {large['passes']} passes, {largest}" in page
 
 
+def test_what_a_merge_takes():
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").replace("\n", " ")
+    ours, disk = sorted(records("merging"), key=lambda one: one["provider"] == "disk")
+    assert f"Two of {ours['checkpoint_bytes'] / 1e9:.1f} GB with their Fishers" in page
+    assert f"took {ours['seconds']['median']:.0f} s and {ours['peak_mib']:.0f} MiB of memory on two cores" in page
+    moved = disk["read_bytes"] + disk["written_bytes"]
+    assert (ours["read_bytes"], ours["written_bytes"]) == (disk["read_bytes"], disk["written_bytes"])
+    assert f"reading and writing the same {moved / 1e9:.1f} GB took {disk['seconds']['median']:.0f} s" in page
+
+
 def test_what_a_sync_of_weights_takes():
     page = (ROOT / "docs" / "weight-sync.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (.*?) \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
