@@ -39,7 +39,7 @@ class DeltaUpdate(Frozen):
             (entries of ``[K]``).
         ended: Entries that are selected no more and have moved since the reader last had them, by name.
         last: The values of ``ended`` ``[K]``.
-        digests: For each name of the pool the digest of its entries that have never moved; of number 0 alone.
+        digests: For each name of the pool the digest of its entries that have never been selected; of number 0 alone.
 
     Raises:
         ValueError: Values and entries do not fit each other, or number 0 has no entries.
