@@ -38,7 +38,6 @@ class Scale(Layer):
 
     reruns = True
     _coarsest = torch.float32  # norms compute in it even for float64 inputs
-    _linear: ClassVar[bool] = False  # whether the factor must not depend on the parameter, which training changes
 
     def covers(self, module: nn.Module) -> frozenset[str]:
         return frozenset(
@@ -70,10 +69,9 @@ class Scale(Layer):
         if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[-1] != parameter.numel():
             return False
         direction = _direction(parameter)
-        elsewhere = {**values, name: direction} if self._linear else values
         try:
             slope = self._slope(call, name, parameter)
-            by_direction = _derivative(call, name, direction, elsewhere)
+            by_direction = _derivative(call, name, direction, values)
         except (RuntimeError, NotImplementedError):
             return False  # no forward-mode derivative: the generic path needs none
         expected = slope.to(accumulates_in(slope.dtype)) * direction.flatten()
@@ -90,7 +88,6 @@ class RMSScale(Scale):
 
     # Where a module rounds float64 to float32, the factor that it has is not the one that is computed here.
     _coarsest = torch.float64
-    _linear = True
     _norm: ClassVar[Norm] = "rms"
 
     def covers(self, module: nn.Module) -> frozenset[str]:
@@ -129,7 +126,7 @@ class RMSScale(Scale):
         sizes = torch.logspace(log10(max(eps, torch.finfo(dtype).tiny)) / 2 - 1, log10(_LARGEST), _ROWS, dtype=dtype)
         drawn = (drawn * sizes.view(-1, *[1] * (x.ndim - 1))).to(x.device)
         values = {
-            name: (0.5 + torch.rand(one.shape, generator=generator, dtype=dtype)).to(one.device)
+            name: _of_both_signs(one.shape, dtype, generator).to(one.device)
             for name, one in call.module.named_parameters()
         }
         args, kwargs = ((drawn,), {}) if call.args else ((), dict.fromkeys(call.kwargs, drawn))
@@ -147,21 +144,30 @@ class LayerNormScale(RMSScale):
 
 
 class Factor(Scale):
-    """The output is the parameter times something. That factor is the output for all ones, which is far quicker."""
+    """The output is the parameter times something. That factor is the output for all ones, which is far quicker.
 
-    _linear = True
+    So the output has to be zero for all zeros: what is added to the product would count as the factor, and 16 bits do
+    not tell it from rounding. And its derivative is the factor wherever training may bring the parameter.
+    """
+
+    _one: ClassVar[float] = 1.0
+    _zero: ClassVar[float] = 0.0
 
     def _slope(self, call: Call, name: str, parameter: Tensor) -> Tensor:
-        return call.run({name: torch.ones_like(parameter)})
+        return call.run({name: torch.full_like(parameter, self._one)})
+
+    def _is_elementwise(self, call: Call, output: Tensor, name: str, values: Mapping[str, Tensor]) -> bool:
+        if not super()._is_elementwise(call, output, name, values):
+            return False
+        if call.run({name: torch.full_like(values[name], self._zero)}).any():
+            return False
+        return super()._is_elementwise(call, output, name, {**values, name: _direction(values[name])})
 
 
-class OnePlusFactor(Scale):
+class OnePlusFactor(Factor):
     """The output is ``1 + w`` times something, as in Gemma's norms. That factor is the output for all zeros."""
 
-    _linear = True
-
-    def _slope(self, call: Call, name: str, parameter: Tensor) -> Tensor:
-        return call.run({name: torch.zeros_like(parameter)})
+    _one, _zero = 0.0, -1.0
 
 
 def _products(output_grads: Tensor, factors: Factors, parameter: Tensor) -> PositionGrads:
@@ -213,12 +219,20 @@ def _equal(actual: Tensor, expected: Tensor, coarsest: torch.dtype) -> bool:
 
 
 def _direction(parameter: Tensor) -> Tensor:
-    """Draw entries that are all different and in no order, beside which a coupling of features must not look like none.
+    """Draw entries of both signs, all different and in no order.
 
-    The derivative along them alone tells: a matrix that is not diagonal gives other values than its diagonal would,
-    unless it were made for these entries. Of one feature there is one entry, which must not be 0.5: along it, and
-    there, the derivative of ``w ** 2`` is that of ``w``.
+    The derivative along them alone tells whether features are coupled: a matrix that is not diagonal gives other values
+    than its diagonal would, unless it were made for these entries.
+
+    Returns:
+        The entries, with the shape and dtype of the parameter.
     """
     count, device = parameter.numel(), parameter.device
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(device)
-    return torch.linspace(0.53, 1.61, count, device=device)[order].to(parameter.dtype).view_as(parameter)
+    return torch.linspace(-1.37, 1.61, count, device=device)[order].to(parameter.dtype).view_as(parameter)
+
+
+def _of_both_signs(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Draw entries between 0.5 and 1.5, with either sign."""
+    sizes, signs = (torch.rand(shape, generator=generator, dtype=dtype) for _ in range(2))
+    return torch.where(signs < 0.5, -0.5 - sizes, 0.5 + sizes)

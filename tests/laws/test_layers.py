@@ -362,18 +362,65 @@ class Powers(nn.Module):
 def test_a_factor_is_linear_in_its_own_entry_alone(D):
     """One derivative tells it, along entries that are all different, also of one feature."""
 
-    def confirmed(layer: layers.Layer, power: int, mix: torch.Tensor) -> bool:
-        x = torch.randn(3, 4, D, dtype=torch.float64)
-        module = Powers(D, power, mix.double())
-        call = layers.Call(module, (x,), {}, ("cpu", False, torch.bfloat16))
-        return bool(layer.confirms(call, module(x).detach(), frozenset({"weight"})))
+    def is_one(layer: layers.Layer, power: int, mix: torch.Tensor) -> bool:
+        return confirmed(layer, Powers(D, power, mix.double()), torch.randn(3, 4, D, dtype=torch.float64))
 
     alone = torch.eye(D)
     mixes = [] if D == 1 else [alone.roll(1, 0), torch.full((D, D), 1 / D), alone + 1e-4, alone - 1 / D]
-    assert confirmed(layers.Factor(), 1, alone)
-    assert all(not confirmed(layers.Factor(), power, alone) for power in (0, 2, 3, 4))
-    assert all(confirmed(layers.Scale(), power, alone) for power in (1, 2, 3))  # entry by entry, of any form
-    assert not any(confirmed(layer, 1, mix) for layer in (layers.Factor(), layers.Scale()) for mix in mixes)
+    assert is_one(layers.Factor(), 1, alone)
+    assert all(not is_one(layers.Factor(), power, alone) for power in (0, 2, 3, 4))
+    assert all(is_one(layers.Scale(), power, alone) for power in (1, 2, 3))  # entry by entry, of any form
+    assert not any(is_one(layer, 1, mix) for layer in (layers.Factor(), layers.Scale()) for mix in mixes)
+
+
+class Bent(nn.Module):
+    """Features times a function of their entries, and normalised before if asked."""
+
+    def __init__(self, of, weight: torch.Tensor, eps: float | None = None, beta: float = 0.0) -> None:
+        super().__init__()
+        self.weight, self.of, self.eps = nn.Parameter(weight), of, eps
+        self.beta = beta * torch.linspace(-1, 1, len(weight), dtype=weight.dtype)
+
+    def forward(self, x):
+        if self.eps is not None:
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return x * self.of(self.weight) + self.beta
+
+
+def confirmed(rule: layers.Layer, module: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> bool:
+    call = layers.Call(module, args, kwargs, ("cpu", False, torch.bfloat16))
+    names = frozenset({"weight"}) & rule.covers(module)
+    return bool(rule.confirms(call, module(*args, **kwargs).detach(), names))
+
+
+BENDS = [torch.relu, partial(torch.clamp, min=0.1), torch.tanh, torch.square, torch.abs]
+
+
+@pytest.mark.parametrize("D", [1, 6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("of", BENDS)
+def test_no_factor_bends_where_training_may_bring_it(of, dtype, D):
+    """Now, or elsewhere: entries where the function is straight tell nothing of the others."""
+    x, low, high = (torch.rand(3, 4, D, dtype=dtype) + 0.5, torch.full((D,), -0.3), torch.full((D,), 2.5))
+    for weight in (torch.linspace(0.5, 1.5, D), low, high):
+        module = Bent(of, weight.to(dtype))
+        assert not confirmed(layers.Factor(), module, x)
+        assert not confirmed(layers.OnePlusFactor(), module, x)
+        assert not confirmed(layers.RMSScale(), Bent(of, weight.to(dtype), 1e-6), x)
+    assert confirmed(layers.Scale(), Bent(of, torch.linspace(0.5, 1.5, D, dtype=dtype), 1e-6), x)
+    assert confirmed(layers.Factor(), Bent(lambda w: w, high.to(dtype)), x)
+    assert confirmed(layers.OnePlusFactor(), Bent(lambda w: 1 + w, high.to(dtype)), x)
+    assert confirmed(layers.RMSScale(), Bent(lambda w: w, low.to(dtype), 1e-6), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_what_is_added_to_a_product_is_no_part_of_its_factor(dtype):
+    """It hides beside the rounding of 16 bits."""
+    x, weight = torch.randn(8, 64, 16).to(dtype), 1 + 0.02 * torch.randn(16).to(dtype)
+    for beta in (0.02, 0.05, 1.0):
+        assert not confirmed(layers.Factor(), Bent(lambda w: w, weight, beta=beta), x)
+        assert not confirmed(layers.OnePlusFactor(), Bent(lambda w: 1 + w, weight, beta=beta), x)
+        assert confirmed(layers.Scale(), Bent(lambda w: w, weight, beta=beta), x)
 
 
 def test_a_norm_does_not_run_once_more():
@@ -391,22 +438,19 @@ def test_a_norm_does_not_run_once_more():
 def test_a_norm_by_its_values_alone():
     """What only resembles a norm on usual inputs, or is rounded otherwise, is no norm to the rule."""
 
-    def confirmed(module: nn.Module, x: torch.Tensor) -> bool:
-        call = layers.Call(module, (x,), {}, ("cpu", False, torch.bfloat16))
-        return bool(layers.RMSScale().confirms(call, module(x).detach(), frozenset({"weight"})))
-
+    is_one = partial(confirmed, layers.RMSScale())
     x = 100 * torch.randn(3, 7, 5)  # beside which an eps does not show
     module = Norm(5)
-    assert confirmed(module, x)
-    assert not confirmed(Norm(5, largest=True), x)
-    assert not confirmed(Norm(5, centred=True), x)
-    assert not confirmed(module, torch.zeros(3, 7, 5))
+    assert is_one(module, x)
+    assert not is_one(Norm(5, largest=True), x)
+    assert not is_one(Norm(5, centred=True), x)
+    assert not is_one(module, torch.zeros(3, 7, 5))
     module.register_forward_pre_hook(lambda module, args: None)
-    assert not confirmed(module, x)
+    assert not is_one(module, x)
     rounded = RMSNorm(5, inner=torch.float32).double()
     rounded.eps = 1e-6
-    assert not confirmed(rounded, x.double())
-    assert confirmed(rounded.float(), x)
+    assert not is_one(rounded, x.double())
+    assert is_one(rounded.float(), x)
 
 
 def by_rms(x: torch.Tensor, *axes: int, eps: float = 1e-6) -> torch.Tensor:
@@ -457,12 +501,6 @@ RESEMBLING = {
     "a buffer": (lambda m, x: m.another * m.weight * by_rms(x), torch.ones(D), torch.ones(1), lambda: GROUPS),
     "exponential": (lambda m, x: m.weight.exp() * by_rms(x), torch.zeros(D), None, lambda: GROUPS),
 }  # fmt: skip
-
-
-def confirmed(rule: layers.Layer, module: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> bool:
-    call = layers.Call(module, args, kwargs, ("cpu", False, torch.bfloat16))
-    names = frozenset({"weight"}) & rule.covers(module)
-    return bool(rule.confirms(call, module(*args, **kwargs).detach(), names))
 
 
 @pytest.mark.parametrize("run, weight, another, make", RESEMBLING.values(), ids=RESEMBLING)
