@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from typer import Option
 
 import fishkern as fk
+from fishkern.arguments import byte_count
 from fishkern.commands.options import Json, Workload, with_options
 from fishkern.commands.output import (
     checked_path,
@@ -106,6 +107,8 @@ def estimate(
     recipe = _recipe(fisher_type, unit, mc_samples, max_label_passes, draws=draws, seed=work.seed)
     if accumulate_on and not Path(accumulate_on).is_dir():
         checked_device(accumulate_on, "--accumulate-on")
+    if memory:
+        byte_count(memory, "--memory")
     likelihood_of(reduction, work.task)
     prepared = prepare(work, samples)
     likelihood = likelihood_of(reduction, prepared.described["task"])

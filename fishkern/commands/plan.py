@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 import fishkern as fk
+from fishkern.arguments import byte_count
 from fishkern.commands.options import Json
 from fishkern.commands.output import note, waiting
 from fishkern.commands.workload import DTYPES
@@ -52,6 +53,8 @@ def plan(
     """  # noqa: DOC501 - it is the help text
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if memory:
+        byte_count(memory, "--memory")  # refused before the model is planned
     with waiting("reading config"), hub.quiet() as warned:
         source = models.find(model)
         chosen = task or source.task

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -55,7 +57,8 @@ def changes(model: nn.Module, base: nn.Module) -> Delta:
         bit.
 
     Raises:
-        ValueError: The models differ in the names, shapes, dtypes or ties of their tensors, or in a buffer.
+        ValueError: The models differ in the names, shapes, dtypes or ties of their tensors, in a buffer or extra state,
+            or in a parameter of integers.
     """
     ours, theirs = (hosts.unwrap(one).state_dict() for one in (model, base))
     if odd := ours.keys() ^ theirs.keys():
@@ -64,6 +67,8 @@ def changes(model: nn.Module, base: nn.Module) -> Delta:
         )
     for name, tensor in ours.items():
         other = theirs[name]
+        if not isinstance(tensor, Tensor) or not isinstance(other, Tensor):  # extra state of a module
+            continue
         if tensor.shape != other.shape or tensor.dtype != other.dtype:
             shown = [f"{tuple(one.shape)} of {one.dtype}" for one in (tensor, other)]
             raise ValueError(f"{name} is {shown[0]} in the model and {shown[1]} before: a delta is of one model.")
@@ -72,12 +77,20 @@ def changes(model: nn.Module, base: nn.Module) -> Delta:
         raise ValueError(f"{listed(odd)} is tied in one of the models and not in the other: a delta is of one model.")
     named, before = hosts.named_parameters(model), hosts.named_parameters(base)
     parameters = set(hosts.named_parameters(model, remove_duplicate=False))
-    if moved := [name for name in ours if name not in parameters and not torch.equal(ours[name], theirs[name])]:
-        raise ValueError(f"{listed(moved)} is a buffer and differs, which a delta cannot hold: export the whole model.")
+    if moved := [name for name in ours if name not in parameters and not _are_equal(ours[name], theirs[name])]:
+        raise ValueError(
+            f"{listed(moved)} is a buffer or an extra state and differs, which a delta cannot hold: export the whole "
+            "model."
+        )
     indices: dict[str, Tensor] = {}
     for name, parameter in named.items():
         differing = (_bits(parameter) != _bits(before[name])).flatten().nonzero().view(-1)
         if len(differing):
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"{name} is of {parameter.dtype} and differs, and a delta has floating values: export the whole "
+                    "model."
+                )
             indices[name] = differing
     shapes = {name: parameter.shape for name, parameter in named.items()}
     return delta(model, Selection(shapes, indices, provenance={"rule": {"name": "what differs from the base"}}))
@@ -88,6 +101,13 @@ def _first_names(model: nn.Module) -> dict[str, str]:
     firsts: dict[nn.Parameter, str] = {}
     named = hosts.named_parameters(model, remove_duplicate=False)
     return {name: firsts.setdefault(parameter, name) for name, parameter in named.items()}
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    """Compare two entries of a state: tensors by their bits, others as they compare themselves."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(_bits(one), _bits(other))
+    return type(one) is type(other) and bool(one == other)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from fishkern.layers import UnsupportedModuleError
 from fishkern.names import listed
@@ -42,9 +45,24 @@ def write_plain_lora(model: nn.Module, base: nn.Module, folder: str | os.PathLik
             "DoRA" if getattr(config, "use_dora", False) else str(getattr(config.peft_type, "value", config.peft_type))
         )
         raise UnsupportedModuleError(f"an adapter of type {what} is no plain LoRA: export the merged model instead.")
+    if config.layer_replication:
+        raise UnsupportedModuleError(
+            "layer_replication= repeats layers of the base, which a plain LoRA cannot: export the merged model instead."
+        )
     if not _differing(model, base):
         model.save_pretrained(folder)
         return config.r
+    trained = peft.get_peft_model_state_dict(model, adapter_name=adapter)
+    if others := [name for name in trained if ".lora_embedding_" in name]:
+        raise UnsupportedModuleError(
+            f"the start {config.init_lora_weights!r} of an embedding's LoRA ({listed(others)}) cannot be made part of "
+            "a plain one: export the merged model instead."
+        )
+    if config.bias != "none":
+        raise UnsupportedModuleError(
+            f"an adapter with bias={config.bias!r} and the start {config.init_lora_weights!r} is no plain LoRA: export "
+            "the merged model instead."
+        )
     fresh = peft.get_peft_model(base, copy.deepcopy(config), adapter)
     if odd := _differing(model, fresh):
         raise UnsupportedModuleError(
@@ -54,7 +72,23 @@ def write_plain_lora(model: nn.Module, base: nn.Module, folder: str | os.PathLik
     with tempfile.TemporaryDirectory() as start:
         fresh.save_pretrained(start)
         model.save_pretrained(folder, path_initial_model_for_weight_conversion=start)
+    _add_whole(trained, Path(folder) / "adapter_model.safetensors")
     return peft.LoraConfig.from_pretrained(folder).r
+
+
+def _add_whole(trained: Mapping[str, Tensor], file: Path) -> None:
+    """Add what an adapter trains besides factors to its file: heads, modules_to_save and trainable tokens.
+
+    PEFT leaves them out where it converts a start.
+    """
+    written = load_file(file)
+    whole = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in trained.items()
+        if ".lora_A." not in name and ".lora_B." not in name
+    }
+    if whole.keys() - written.keys():
+        save_file(written | whole, file, metadata={"format": "pt"})
 
 
 def _differing(model: nn.Module, other: nn.Module) -> list[str]:
@@ -65,8 +99,14 @@ def _differing(model: nn.Module, other: nn.Module) -> list[str]:
     others = dict((other.base_model.model if hasattr(other, "peft_config") else other).named_modules())
     differing = []
     for path, module in adapted.items():
-        theirs = others[path]
+        # a module with two adapted parameters is wrapped twice
+        theirs = others[path if path in others else path.replace(".base_layer", "")]
         theirs = theirs.get_base_layer() if isinstance(theirs, LoraLayer) else theirs
-        if not torch.equal(module.get_base_layer().weight, theirs.weight):
+        pairs = zip(_own(module.get_base_layer()), _own(theirs), strict=True)
+        if not all(torch.equal(one, other) for one, other in pairs):
             differing.append(path)
     return differing
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    return list(module.parameters(recurse=False))

@@ -116,6 +116,39 @@ def test_equal_bits_are_equal_and_nothing_else():
     assert torch.equal(before.weight.view(torch.int32), model.weight.view(torch.int32))
 
 
+class WithState(torch.nn.Linear):
+    """A linear with a buffer, a parameter of integers, and state that is no tensor."""
+
+    def __init__(self, state: dict) -> None:
+        super().__init__(2, 2)
+        self.state = state
+        self.register_buffer("seen", torch.tensor([torch.nan, 1.0]))
+        self.levels = torch.nn.Parameter(torch.arange(3), requires_grad=False)
+
+    def get_extra_state(self) -> dict:
+        return self.state
+
+    def set_extra_state(self, state: dict) -> None:
+        self.state = state
+
+
+def test_what_no_delta_holds_is_refused_only_if_it_differs():
+    before, model = WithState({"scale": 1}), WithState({"scale": 1})
+    model.load_state_dict(before.state_dict())
+    assert changes(model, before).count == 0
+    model.seen[1] = 2
+    with pytest.raises(ValueError, match="seen is a buffer or an extra state and differs"):
+        changes(model, before)
+    model.load_state_dict(before.state_dict())
+    model.state = {"scale": 2}
+    with pytest.raises(ValueError, match="_extra_state is a buffer or an extra state and differs"):
+        changes(model, before)
+    model.state = before.state
+    model.levels[1] = 7
+    with pytest.raises(ValueError, match=r"levels is of torch.int64 and differs, and a delta has floating values"):
+        changes(model, before)
+
+
 @pytest.mark.parametrize("tied_before", [True, False])
 def test_models_of_other_ties_have_no_delta(tied_before):
     before, model = (zoo.llama(tie_word_embeddings=tied).model for tied in (tied_before, not tied_before))
