@@ -138,7 +138,7 @@ class Verification:
         lines = [self.headline(len(worst_first)), f"{'parameter':{width}}  path     error    noise    allowed"]
         lines += [
             f"{one.name:{width}}  {one.path:7}  {one.error:.1e}  {one.noise:.1e}  {one.allowed:.1e}"
-            f"{'' if one.holds else '  FAILS'}"
+            f"{(one.note and f'  {one.note}') if one.holds else '  FAILS'}"
             for one in worst_first
         ]
         return "\n".join([*lines, *self.summary])

@@ -157,6 +157,9 @@ def test_a_gradient_of_rounding_alone_is_not_judged():
     name = "bert.encoder.layer.0.attention.self.key.bias"
     assert notes[name] == "zero but for rounding"
     assert found.ok
+    few = fk.verify(specimen.model, [specimen.batch(5, 7)], parameters=[name, name.replace("key", "value")])
+    (line,) = (line for line in str(few).splitlines() if line.startswith(name))
+    assert line.endswith("  zero but for rounding")
     for wrong in (lambda value: value * torch.nan, lambda value: value + 1e-3):
         broken = changed(fk.estimate(specimen.model, [specimen.batch(5, 7)]), name, wrong)
         again = fk.verify(specimen.model, [specimen.batch(5, 7)], broken)
