@@ -24,7 +24,7 @@ test: lint ## install what is needed, lint, and run the tests
 
 slow: $(VENV)/.quant ## run the tests that take long
 	@echo "==> Running the slow tests"
-	$(BIN)/python -m pytest -m slow -v
+	$(BIN)/python -m pytest -m slow -n auto --dist worksteal -v
 
 lint: $(VENV)/.dev ## check the code and its layout with ruff
 	@echo "==> Checking the code"

@@ -202,8 +202,8 @@ def estimate(
             with saying_what_sums_take(request, options):
                 with ranks.failing_together():
                     data = division.data(batches, reader, request.device, max_examples)
+                    states = division.states({name: request.infos[name] for name in names}, estimator, backend)
                 report = Progress(progress if ranks.rank == 0 else False, data.total, number, len(groups))
-                states = division.states({name: request.infos[name] for name in names}, estimator, backend)
                 following = None
                 if followed:
                     watching = in_step.gathered(report.shows)[0]  # the first rank's alone has a line

@@ -378,7 +378,18 @@ def _() -> dict[str, Any]:
             last, calls[0] = calls[0] - 5, 0
             fk.estimate(model, batches[:2])
 
+    def sums() -> None:
+        def fails(states: sharded_states.ShardedStates, *args: Any, **options: Any) -> None:
+            if rank == 1:
+                raise MemoryError("no room for the sums")
+            made(states, *args, **options)
+
+        made = sharded_states.ShardedStates.__init__
+        with patch.object(sharded_states.ShardedStates, "__init__", fails):
+            fk.estimate(model, batches[:2])
+
     messages = {
+        "sums": message(sums),
         "rule": message(in_backward),
         "loader": message(lambda: fk.estimate(model, broken())),
         "forward": message(lambda: fk.estimate(model, changed("input_ids", 99))),

@@ -45,6 +45,7 @@ def test_the_slow_path_and_verify_run_each_example_on_all_ranks(two):
 def test_one_ranks_failure_ends_all(two):
     first, second = (report["failures"] for report in two)
     expected = {
+        "sums": "MemoryError: no room for the sums",
         "rule": "MemoryError: no room for a product",
         "loader": "OSError: the disk is gone",
         "forward": "IndexError: index out of range in self",
