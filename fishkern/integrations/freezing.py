@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from fishkern.freezing import Freezer, Freezing
 from fishkern.freezing.saved import FreezerState
 from fishkern.freezing.trained import masked
-from fishkern.integrations.checkpoints import saved_in
+from fishkern.integrations.checkpoints import resumed_folder
 
 FILE = "freezer.safetensors"
 
@@ -54,18 +54,24 @@ class FreezingCallback(TrainerCallback):
                 "optimizers=(optimizer, None)."
             )
         if state.global_step:
-            self._restore(args, state.global_step)
+            self._restore(args, state)
 
-    def _restore(self, args: Any, step: int) -> None:
+    def _restore(self, args: Any, state: Any) -> None:
         """Take over the freezer of a checkpoint, also where this one has gone on from there in the same process."""
-        saved = saved_in(args, step, FILE)
-        if saved is not None and FreezerState.count_in(saved) != self._freezer.count:
-            self._freezer.load(saved)
-        elif saved is None and not self._freezer.count:
-            folder = Path(args.output_dir) / f"checkpoint-{step}"
+        try:
+            folder = resumed_folder(args, state)
+        except ValueError:
+            if self._freezer.count:  # it was loaded by hand
+                return
+            raise
+        saved = folder / FILE
+        if saved.is_file():
+            if FreezerState.count_in(saved) != self._freezer.count:
+                self._freezer.load(saved)
+        elif not self._freezer.count:
             raise ValueError(
-                f"training resumes at step {step}, and {folder} has no {FILE}: load that of the checkpoint with "
-                "freezer.load(path) before train()."
+                f"training resumes at step {state.global_step}, and {folder} has no {FILE}: load that of the "
+                "checkpoint with freezer.load(path) before train()."
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

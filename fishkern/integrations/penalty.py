@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from fishkern import hosts
 from fishkern.files import atomic_write
-from fishkern.integrations.checkpoints import saved_in
+from fishkern.integrations.checkpoints import resumed_folder, resuming_from
 from fishkern.names import listed
 
 FILE = "penalty.json"
@@ -71,6 +71,20 @@ class PenaltyMixin:
             raise ValueError("the penalty needs whole parameters, which DeepSpeed and FSDP shard: train without them.")
         self.add_callback(_PenaltyCallback(penalty))
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or ``True`` for the last one.
+            args: The Trainer's own.
+            kwargs: The Trainer's own.
+
+        Returns:
+            What the Trainer returns.
+        """
+        with resuming_from(self.args, resume_from_checkpoint):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Train on a batch as the Trainer does, and add the penalty's gradient at the last batch of a step.
 
@@ -119,11 +133,11 @@ class _PenaltyCallback(TrainerCallback):
             )
         if not state.global_step:
             return
-        saved = saved_in(args, state.global_step, FILE)
-        if saved is None:
+        saved = resumed_folder(args, state) / FILE
+        if not saved.is_file():
             raise ValueError(
-                f"training resumes at step {state.global_step}, and the checkpoint has no {FILE}: it was trained "
-                "without a penalty. Resume without one."
+                f"training resumes at step {state.global_step}, and {saved.parent} has no {FILE}: it was trained "
+                "without a penalty, or its saving was interrupted. Resume without one, or from an earlier checkpoint."
             )
         before, now = json.loads(saved.read_bytes()), self._penalty.fingerprint
         if before != now:

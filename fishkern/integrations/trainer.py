@@ -14,11 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from fishkern import hosts, tokens
-from fishkern.integrations.checkpoints import restore_renamed, saved_in
+from fishkern.integrations.checkpoints import restore_renamed, resumed_folder, resuming_from
 from fishkern.integrations.reducing import attach_for_training, saved_reduction
 from fishkern.layers import UnsupportedModuleError
 from fishkern.optim import MaskedAdamW, MaskedOptimizer
@@ -121,8 +120,7 @@ class FisherCallback(TrainerCallback):
             raise ValueError("the Trainer's optimizer has another selection than this callback: give both the same.")
         if reason := hosts.lost_prefix(kwargs["model"], training=True):
             raise UnsupportedModuleError(f"{reason}.")
-        resumed = saved_in(args, state.global_step, FILE) if state.global_step else None
-        model, folder = hosts.unwrap(kwargs["model"]), resumed and resumed.parent
+        model, folder = hosts.unwrap(kwargs["model"]), resumed_folder(args, state) if state.global_step else None
         attach_for_training(model, self._reduction, folder)
         if folder is not None:
             restore_renamed(model, folder)
@@ -242,10 +240,12 @@ class FisherMixin:
         Returns:
             What the Trainer returns.
         """
-        last = resume_from_checkpoint is True
-        folder = get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint
-        self._checkpoint = folder or None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            with resuming_from(self.args, resume_from_checkpoint) as self._checkpoint:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:  # which the callback gives back where training ends, but not where it is interrupted
+            if isinstance(requested := self.args.max_grad_norm, _HandedOver):
+                self.args.max_grad_norm = requested.requested
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Select, and make the optimizer of the selected entries; the Trainer calls it when training starts.
@@ -287,7 +287,13 @@ class FisherMixin:
     def _selection_at_start(self, model: nn.Module) -> tuple[Selection, TokenReduction | None]:
         if self._checkpoint is not None:
             folder = Path(self._checkpoint)
-            return Selection.load(folder / FILE), saved_reduction(folder)
+            try:
+                return Selection.load(folder / FILE), saved_reduction(folder)
+            except FileNotFoundError:
+                raise ValueError(
+                    f"{folder} has no {FILE}: it was saved by a training without FisherMixin, or its saving was "
+                    "interrupted. Resume from an earlier checkpoint, or train from the start."
+                ) from None
         self._warn_of_another_loss()
         with torch.random.fork_rng(devices=[]):  # so that training shuffles as it would without selecting
             result = self._selected(model)
