@@ -100,7 +100,7 @@ def test_bits_are_those_of_their_scores():
 
 
 @pytest.mark.parametrize("largest", [True, False])
-def test_scores_at_infinite_ends_are_counted_where_a_chunk_is_short(largest):
+def test_kernel_counts_scores_at_infinite_ends_where_a_chunk_is_short(largest):
     """What does not exist is at neither end, nor inside."""
     scores = torch.tensor([math.inf, -math.inf, 1.0, -math.inf], device=DEVICE)
     pool = kernels._Pool([scores], largest=largest)
@@ -111,7 +111,7 @@ def test_scores_at_infinite_ends_are_counted_where_a_chunk_is_short(largest):
 
 
 @pytest.mark.parametrize("order", ["largest", "smallest"])
-def test_infinite_scores_at_the_threshold(order, monkeypatch):
+def test_kernel_selects_infinite_scores_at_the_threshold(order, monkeypatch):
     """What a short chunk lacks is not taken for one of them, where both ends of the bracket are infinite."""
     monkeypatch.setattr(kernels._Pool, "_bracket", lambda pool, k: (-math.inf, -math.inf, 0.0))
     last = math.inf if order == "smallest" else -math.inf
