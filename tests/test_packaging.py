@@ -80,6 +80,7 @@ def test_wheel_ships_the_kernels_and_no_shim(checkout: Path, wheels: dict[str, P
     assert shipped == (package - {"fishkern/kernels/__init__.py"}) | kernels | {"fishkern/py.typed"}
 
 
+@pytest.mark.slow
 def test_import(checkout: Path, wheels: dict[str, Path], tmp_path: Path):
     pytest.importorskip("triton")
     folders = {way: (tmp_path / way).resolve() for way in ("editable", "wheel", "sdist")}

@@ -171,7 +171,7 @@ def _load(path: Path) -> Content:
         raise ValueError(f"{str(error).rstrip('.')}; expected {expected}.") from None
     if kind not in _KINDS:
         says = "names no format" if kind is None else f"says format={in_brief(kind, 40)}"
-        raise ValueError(f"{path} is not a file of fishkern (its header {says}): expected {expected}.")
+        raise ValueError(f"{path} cannot be shown (its header {says}): expected {expected}.")
     return _KINDS[kind].load(path)
 
 
@@ -241,7 +241,15 @@ def _show_statistics(
 
         model = (statistics.provenance["runs"] or [{}])[0].get("model", "")
         title = f"{model} ({file.name}, mean over {statistics.count:,})".strip()
-        save(draw(summary, title=title, quantity="Fisher information", unit="nats² per parameter unit²"), picture)
+        quantity, unit = _quantity(statistics.provenance["definition"])
+        save(draw(summary, title=title, quantity=quantity, unit=unit), picture)
+
+
+def _quantity(definition: dict[str, Any]) -> tuple[str, str]:
+    """Name the numbers of statistics, and their unit where they are a Fisher information."""
+    if "fisher_type" in definition:
+        return "Fisher information", "nats² per parameter unit²"
+    return str(definition.get("score") or definition.get("estimator") or "score"), ""
 
 
 def _print_runs(content: Statistics | FactoredStatistics | Energies) -> None:

@@ -96,7 +96,16 @@ class QuadraticPenalty(Frozen):
 
         Returns:
             A scalar on the first parameter's device, float32 or wider, to be added to the loss.
+
+        Raises:
+            ValueError: A parameter has another shape than when the penalty was made.
         """
+        for name, term in self._terms.items():
+            if term.parameter.shape != term.anchor.shape:
+                raise ValueError(
+                    f"{name} is {tuple(term.parameter.shape)} now, and was {tuple(term.anchor.shape)} when the penalty "
+                    "was made: make it after resizing, of statistics of the same shape."
+                )
         device = next(iter(self._terms.values())).parameter.device
         return self.weight / 2 * sum(term().to(device) for term in self._terms.values())
 

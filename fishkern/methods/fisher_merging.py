@@ -114,7 +114,9 @@ class Part:
             if first not in self.tensors or (self.parameters is not None and first not in self.parameters):
                 raise ValueError(
                     f"the statistics of {self.name} hold {name}, which is no parameter there: they are of another "
-                    "model, or their names need statistics.rename()."
+                    "model, or their names need statistics.rename(). A checkpoint may also have other names than its "
+                    "model, or the experts one by one, as transformers saves ViT and Mixtral: then merge the models in "
+                    "memory by fishkern.fisher_merge(), and save the result."
                 )
             if score.shape != self.tensors[first].shape:
                 raise ValueError(

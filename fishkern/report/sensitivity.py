@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fishkern import hosts
 from fishkern.arguments import at_least, several
-from fishkern.layers import UnsupportedModuleError
+from fishkern.layers import UnsupportedModuleError, is_stored
 from fishkern.names import listed
 from fishkern.report.grouped import Grouped
 from fishkern.statistics import Statistics
@@ -86,7 +86,7 @@ def sensitivity(
 
     Raises:
         TypeError: A number of bits is no integer.
-        UnsupportedModuleError: The model is sharded.
+        UnsupportedModuleError: The model is sharded, or a weight is quantised.
         ValueError: The statistics are of other parameters or shapes, negative or not finite; there is no matrix among
             them, ``bits`` has a number below 2, or ``quantise`` gives another shape.
     """
@@ -99,6 +99,10 @@ def sensitivity(
     parts: dict[str, SensitivityPart] = {}
     for name in statistics:
         weight = own[name].detach()
+        if is_stored(own[name]):
+            raise UnsupportedModuleError(
+                f"{name} is quantised and stored in another form: take the costs before it is quantised."
+            )
         if weight.ndim < 2:
             continue
         fisher = statistics[name]

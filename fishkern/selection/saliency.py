@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from hashlib import blake2b
 from typing import Any
 
@@ -30,7 +31,8 @@ def saliency(
         |w|             without statistics
 
     In Wanda, ``||x||_2`` is the norm of the weight's input feature over all counted positions of all examples; the
-    paper compares within a row, which is ``PerRowTopK``.
+    paper compares the weights of one output, which is ``PerRowTopK`` where a weight is stored as ``[O, I]``. A row of
+    ``Conv1D`` is an input, whose weights all have one norm; a warning says so.
 
     Args:
         model: Whose weights.
@@ -46,6 +48,9 @@ def saliency(
         TypeError: ``statistics`` are of another kind.
         ValueError: Statistics are not of this model, or not of single entries; or a pattern matches nothing.
         UnsupportedModuleError: The model is sharded, or a weight is quantised.
+
+    Warns:
+        UserWarning: Of ``InputNorms``, weights are stored as ``[I, O]``.
     """
     plain = hosts.unwrap(model)
     if reason := hosts.sharded(plain):
@@ -59,6 +64,13 @@ def saliency(
         names = matching((parameters,) if isinstance(parameters, str) else parameters, names, "parameters")
     _check(names, own, plain)
     maps = linear_maps(plain) if kind == WANDA else {}
+    if turned := [name for name in names if name in maps and maps[name].transposed]:
+        warnings.warn(
+            f"{listed(turned)} of a Conv1D is stored as [inputs, outputs]: PerRowTopK and NofM would compare the "
+            "weights of one input, which all have one norm, and select by |weight| alone. Take a rule over whole "
+            "tensors.",
+            stacklevel=2,
+        )
     scores = {}
     for name in names:
         weight = own[name].detach().to(torch.promote_types(own[name].dtype, torch.float32))

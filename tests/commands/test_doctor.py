@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib import import_module
 
+import pytest
 import torch
 
 import fishkern as fk
@@ -30,6 +31,7 @@ def test_it_says_what_to_install(capsys, monkeypatch):
     assert 'pip install "fishkern[plot]"' in command(capsys, "doctor")[1]
 
 
+@pytest.mark.slow
 def test_it_runs_without_the_other_extras():
     done = fresh(["doctor"], without=("transformers", "datasets", "peft", "matplotlib"))
     assert done.returncode == 0, done.stderr

@@ -249,7 +249,7 @@ def test_a_file_that_is_none_of_ours(capsys, tmp_path):
     )
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
     line = refused(capsys, "show", tmp_path / "model.safetensors")
-    assert "is not a file of fishkern (its header says format=pt)" in line
+    assert "cannot be shown (its header says format=pt)" in line
     assert line.endswith(expected)
     (tmp_path / "table.csv").write_text("text,label\nthe sea,1\n" * 9)
     assert refused(capsys, "show", tmp_path / "table.csv").endswith(expected)
@@ -492,3 +492,16 @@ def test_a_text_is_not_called_damaged(capsys, tmp_path, name):
     status, output, error = command(capsys, "show", tmp_path / name)
     assert (status, output) == (2, "")
     assert f"{name} is a text, which any editor shows: expected statistics, a selection" in " ".join(error.split())
+
+
+@pytest.mark.parametrize(
+    ("definition", "expected"),
+    [
+        (fk.DiagonalFisher().definition, ("Fisher information", "nats² per parameter unit²")),
+        ({"estimator": "Saliency", "score": "fisher * weight^2"}, ("fisher * weight^2", "")),
+        ({"estimator": "AdamSecondMoment", "unit": "batch"}, ("AdamSecondMoment", "")),
+        ({}, ("score", "")),
+    ],
+)
+def test_a_picture_says_what_its_numbers_are(definition, expected):
+    assert import_module("fishkern.commands.show")._quantity(definition) == expected

@@ -130,6 +130,37 @@ def test_a_resumed_training_goes_on_to_the_same_bits(tmp_path):
         )
 
 
+def test_it_resumes_from_the_folder_that_train_is_given(tmp_path):
+    """Whatever another training has saved in the output folder."""
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    whole = model_of()
+    trainer(first, whole, fk.QuadraticPenalty(fisher_of(whole), whole, weight=3)).train()
+    model = model_of()
+    trainer(second, model, fk.QuadraticPenalty(fisher_of(model), model, weight=9)).train()
+    model = model_of()
+    with pytest.raises(ValueError, match=r"another penalty than it had \(weight differ\)"):
+        trainer(second, model, fk.QuadraticPenalty(fisher_of(model), model, weight=9)).train(
+            resume_from_checkpoint=str(first / "checkpoint-2")
+        )
+    model = model_of()
+    resumed = trainer(third, model, fk.QuadraticPenalty(fisher_of(model), model, weight=3))
+    resumed.train(resume_from_checkpoint=str(first / "checkpoint-2"))
+    assert resumed.args.resume_from_checkpoint is None
+    for name, value in values(model).items():
+        assert torch.equal(value, values(whole)[name]), name
+
+
+def test_a_penalty_of_a_model_that_was_resized_is_refused_by_name():
+    model = zoo.llama().model
+    fisher = {"model.embed_tokens.weight": torch.ones_like(model.model.embed_tokens.weight)}
+    penalty = fk.QuadraticPenalty(fisher, model, weight=1)
+    model.resize_token_embeddings(zoo.V + 3)
+    with pytest.raises(
+        ValueError, match=r"model.embed_tokens.weight is \(\d+, \d+\) now, and was .* make it after resizing"
+    ):
+        penalty()
+
+
 def test_the_penalty_is_clipped_with_the_loss(tmp_path):
     model = model_of()
     start = values(model)

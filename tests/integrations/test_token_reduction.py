@@ -138,3 +138,36 @@ def test_a_mixin_takes_both_halves(tmp_path):
     assert fk.tokens.attached(resumed) == fk.tokens.attached(whole)
     for name, value in values(resumed).items():
         assert torch.equal(value, values(whole)[name]), name
+
+
+def fisher_trainer(folder: Path, model: nn.Module, **options) -> FisherTrainer:
+    arguments = transformers.TrainingArguments(**{**SHORT, **OPTIONS, "output_dir": str(folder), **options})
+    return FisherTrainer(model, arguments, train_dataset=Images(), select=fk.GlobalTopK(density=0.1))
+
+
+def test_it_resumes_from_the_folder_that_train_is_given(tmp_path):
+    """This model's checkpoints have other names, so its weights are loaded by us: never those of another training."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    whole = vit()
+    fisher_trainer(first, whole).train()
+    fisher_trainer(second, vit(), learning_rate=0.1).train()
+    checkpoint = str(first / "checkpoint-2")
+    for folder in (second, tmp_path / "third"):
+        model = vit()
+        fisher_trainer(folder, model).train(resume_from_checkpoint=checkpoint)
+        for name, value in values(model).items():
+            assert torch.equal(value, values(whole)[name]), name
+
+
+def test_a_callback_alone_asks_where_training_resumes(tmp_path, selection):
+    first, second = tmp_path / "first", tmp_path / "second"
+    whole = vit()
+    trainer(whole, first, selection).train()
+    trainer(vit(), second, selection, logging_steps=2).train()
+    checkpoint = str(first / "checkpoint-2")
+    with pytest.raises(ValueError, match="set resume_from_checkpoint= of its TrainingArguments to the folder, too"):
+        trainer(vit(), second, selection).train(resume_from_checkpoint=checkpoint)
+    model = vit()
+    trainer(model, second, selection, resume_from_checkpoint=checkpoint).train(resume_from_checkpoint=checkpoint)
+    for name, value in values(model).items():
+        assert torch.equal(value, values(whole)[name]), name

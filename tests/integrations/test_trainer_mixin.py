@@ -92,6 +92,25 @@ def test_resuming_takes_the_selection_of_the_checkpoint(tmp_path):
     assert last.state.global_step == 4
 
 
+def test_a_checkpoint_without_a_selection_says_why(tmp_path):
+    selecting(tmp_path, adapted(), max_steps=2).train()
+    (tmp_path / "checkpoint-2" / FILE).unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-2 has no selection.safetensors: it was saved by a training with"):
+        selecting(tmp_path, adapted()).train(resume_from_checkpoint=True)
+
+
+def test_an_interrupt_gives_the_clipping_back(tmp_path):
+    class Interrupting(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    training = selecting(tmp_path, adapted(), max_grad_norm=0.05)
+    training.add_callback(Interrupting())
+    with pytest.raises(KeyboardInterrupt):
+        training.train()
+    assert training.args.max_grad_norm == 0.05
+
+
 def test_every_call_of_model_init_gets_a_selection_of_its_own(tmp_path):
     seen = []
 

@@ -20,6 +20,8 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
+pytestmark = pytest.mark.matrix
+
 
 def numbers(*shape: int):
     """Input ``[N, *shape]`` for any ``N``."""

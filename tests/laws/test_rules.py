@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 import fishkern as fk
 from tests.support import contributions
 
+pytestmark = pytest.mark.matrix
+
 RULES = {
     "global": fk.GlobalTopK(k=50),
     "global density": fk.GlobalTopK(density=0.13),

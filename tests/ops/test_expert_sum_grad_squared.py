@@ -13,6 +13,8 @@ from fishkern import BackendUnavailableError
 from fishkern.ops import expert_sum_grad_squared, sum_grad_squared
 from tests.support.closeness import assert_as_accurate, matrix_steps
 
+pytestmark = pytest.mark.matrix
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 

@@ -20,6 +20,8 @@ from fishkern.ops import group_sum_grad_squared, sum_grad_squared
 from tests.support.closeness import assert_as_accurate, matrix_steps
 from tests.support.forked import PEAK, forked
 
+pytestmark = pytest.mark.matrix
+
 MODULE = import_module("fishkern.ops.group_sum_grad_squared")  # the package's attribute of this name is the function
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -14,6 +14,8 @@ from fishkern import BackendUnavailableError
 from fishkern.ops import _entries, masked_adamw_
 from tests.support.closeness import assert_as_accurate
 
+pytestmark = pytest.mark.matrix
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 OPTIONS = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)

@@ -9,6 +9,8 @@ from torch import Tensor
 from fishkern.ops import _entries, masked_sgd_
 from tests.support.closeness import assert_as_accurate
 
+pytestmark = pytest.mark.matrix
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 SHAPES = [(7, 5), (), (1,), (0, 3), (1024,), (5, 41, 5), (13,)]

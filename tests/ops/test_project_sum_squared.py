@@ -18,6 +18,8 @@ from fishkern.ops.project_sum_squared import project_sum_squared_torch
 from tests.support.closeness import assert_as_accurate, matrix_steps
 from tests.support.forked import PEAK, forked
 
+pytestmark = pytest.mark.matrix
+
 MODULE = import_module("fishkern.ops.project_sum_squared")  # the package's attribute of this name is the function
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -14,6 +14,8 @@ from fishkern import BackendUnavailableError
 from fishkern.ops import scale_sum_grad_squared
 from tests.support.closeness import assert_as_accurate
 
+pytestmark = pytest.mark.matrix
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 EPS = 1e-3

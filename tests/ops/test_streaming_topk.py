@@ -16,6 +16,8 @@ from torch import Tensor
 from fishkern.files import Format, open_tensors, save_tensors
 from fishkern.ops import _arena, _candidates, _scores, streaming_topk
 
+pytestmark = pytest.mark.matrix
+
 op = import_module("fishkern.ops.streaming_topk")  # the package has a function of that name
 
 FORMAT = Format("fishkern.test", version=1, saved_by="Test.save")

@@ -17,6 +17,8 @@ from fishkern.ops.sum_grad_squared import sum_grad_squared_torch
 from tests.support.closeness import assert_as_accurate, matrix_steps
 from tests.support.forked import PEAK, forked
 
+pytestmark = pytest.mark.matrix
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 

@@ -88,3 +88,12 @@ def test_a_sharded_model_is_refused(monkeypatch):
     monkeypatch.setattr("fishkern.hosts.sharded", lambda model: "FSDP shards the parameters of 'head'")
     with pytest.raises(fk.UnsupportedModuleError, match=r"FSDP shards the parameters of 'head'\."):
         sensitivity(model, fisher_of(model))
+
+
+def test_a_quantised_weight_is_refused_by_name():
+    """Its stored integers are no weights."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    stored = nn.Parameter(torch.ones(3, 4, dtype=torch.int8), requires_grad=False)
+    model[0].weight = stored
+    with pytest.raises(fk.UnsupportedModuleError, match="0.weight is quantised and stored in another form"):
+        sensitivity(model, {"0.weight": torch.ones(3, 4)})

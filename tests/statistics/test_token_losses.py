@@ -14,7 +14,7 @@ from tests.support import zoo
 
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.filterwarnings("error:.*take the slow exact path")
+pytestmark = [pytest.mark.matrix, pytest.mark.filterwarnings("error:.*take the slow exact path")]
 
 
 def weights_of(tokens: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from tests.support import zoo
 
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.matrix
+
 
 @pytest.fixture(scope="module")
 def bert() -> tuple[nn.Module, list[dict]]:

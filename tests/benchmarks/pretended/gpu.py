@@ -39,10 +39,10 @@ VALUES: dict[str, object] = {
 VALUE_TESTS = {
     "tests/kernels/test_streaming_topk.py": (
         "test_bits_are_those_of_their_scores",
-        "test_infinite_scores_at_the_threshold",
+        "test_kernel_selects_infinite_scores_at_the_threshold",
         "test_kernel_takes_blocks_at_any_address",
         "test_many_scores_at_the_threshold",
-        "test_scores_at_infinite_ends_are_counted_where_a_chunk_is_short",
+        "test_kernel_counts_scores_at_infinite_ends_where_a_chunk_is_short",
         "test_scores_of_any_scale_are_read_once",
         "test_the_room_is_what_the_sample_lets_expect",
         "test_ties_are_taken_from_chunks_with_a_quota_alone",
