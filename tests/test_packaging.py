@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,60 @@ def test_import(checkout: Path, wheels: dict[str, Path], tmp_path: Path):
             assert kernel == checkout / "kernels" / "sum_grad_squared.py", way
         if way in folders:
             assert not exposed, f"an importable `kernels` of ours, where Hugging Face's belongs, by {way}"
+
+
+# Runs with -S, so that nothing can be imported but the standard library, fishkern and the packages of one folder.
+CORE = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import torch
+import fishkern as fk
+from torch import nn
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+batches = [(torch.randn(6, 8), torch.randint(3, (6,))) for _ in range(2)]
+options = {"likelihood": fk.Classification()}
+statistics = fk.estimate(model, batches, **options)
+statistics.save(f"{sys.argv[1]}/fisher.safetensors")
+statistics = fk.Statistics.load(f"{sys.argv[1]}/fisher.safetensors")
+selection = fk.select(statistics, fk.GlobalTopK(density=0.1))
+optimizer = fk.MaskedAdamW(model, selection, lr=1e-2)
+for x, y in batches:
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+fk.delta(model, selection).save(f"{sys.argv[1]}/delta.safetensors")
+print(fk.Delta.load(f"{sys.argv[1]}/delta.safetensors").count, fk.verify(model, batches, **options).ok)
+"""
+
+
+@pytest.mark.slow
+def test_the_core_needs_what_it_names_alone(tmp_path: Path):
+    """What pip would install with it: the closure of its requirements, without extras."""
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    closure, left = set(), [Requirement(one) for one in project["dependencies"]]
+    while left:
+        requirement = left.pop()
+        name = requirement.name.lower().replace("_", "-")
+        if name in closure or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        try:
+            needs = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:  # CUDA's libraries, with a torch for CPUs
+            continue
+        closure.add(name)
+        left += map(Requirement, needs)
+    assert not closure & {"transformers", "rich", "peft"}
+    tops = {
+        top
+        for top, distributions in metadata.packages_distributions().items()
+        if closure & {one.lower().replace("_", "-") for one in distributions}
+    }
+    (installed := tmp_path / "installed").mkdir()
+    for path in Path(torch.__file__).parents[1].iterdir():
+        if path.name.partition(".")[0] in tops:
+            (installed / path.name).symlink_to(path)
+    printed = run("-S", "-c", CORE, tmp_path, ROOT, installed, cwd=tmp_path)
+    assert printed == "19 True\n"
