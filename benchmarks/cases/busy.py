@@ -104,4 +104,4 @@ def measured(providers: dict[str, Run], benchmark, rounds: int = ROUNDS) -> dict
 def description(name: str, case: object, provider: str, load: Load) -> Record:
     """The fields of a record other than its figures."""
     fields = {"op": name, "quantity": "time", "case": str(case), "dtype": "float32", "provider": provider}
-    return {**fields, "neighbours": load.neighbours, "threads": 1 if load.one_thread else torch.get_num_threads()}
+    return {**fields, "neighbours": load.neighbours, "one_thread": load.one_thread}

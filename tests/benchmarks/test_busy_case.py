@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 from benchmarks.cases import busy
+from benchmarks.engine.origin import origin
 from benchmarks.subjects.neighbours import neighbours, threads
 from benchmarks.subjects.scores import TopK
 
@@ -67,3 +68,10 @@ def test_every_provider_is_measured_under_every_load(monkeypatch):
     assert all(len(values) == 2 for values in seconds.values())
     expected = [(before + load.neighbours, 1 if load.one_thread else own) for load in busy.LOADS for _ in providers]
     assert seen == 2 * expected
+
+
+def test_records_tell_the_loads_apart():
+    """Beside what every record says of its origin, such as the threads of torch."""
+    described = [busy.description("pass", "a case", "fishkern", load) for load in busy.LOADS]
+    assert len({(one["neighbours"], one["one_thread"]) for one in described}) == len(busy.LOADS)
+    assert not described[0].keys() & origin().keys()
