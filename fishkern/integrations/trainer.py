@@ -105,8 +105,9 @@ class FisherCallback(TrainerCallback):
         Until the end of training ``args.max_grad_norm`` is 0.
 
         Raises:
-            ValueError: The Trainer's optimizer is not a masked one, or has another selection; the token reductions of
-                model, callback and checkpoint differ; or the tokens of this model cannot be reduced.
+            ValueError: The Trainer's optimizer is not a masked one, or has another selection; the checkpoint that
+                training resumes from is not where the arguments say; the token reductions of model, callback and
+                checkpoint differ; or the tokens of this model cannot be reduced.
             UnsupportedModuleError: In training the model would not see PEFT's prefix.
         """
         optimizer = kwargs["optimizer"]

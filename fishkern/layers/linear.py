@@ -127,7 +127,7 @@ def _is_linear(call: Call, scale: float = -8.0, tolerance: float = 0.05) -> bool
         return replace(call, args=args, kwargs=kwargs).run()
 
     x = call.input.detach().requires_grad_()
-    y = run(x.view_as(x))  # no leaf: hooks of torch's counters take none
+    y = run(x.view_as(x))  # FlopCounterMode takes no leaf as an input
     if not y.requires_grad:
         return False
     b = run(torch.zeros_like(x)).detach()

@@ -221,7 +221,7 @@ class ChunkedHead:
         states = hidden[:, places].detach()
         states = torch.stack([states.flip(1) / 2, states], 2).flatten(1, 2).requires_grad_()
         try:
-            output = self._head.module(states.view_as(states))  # no leaf: hooks of torch's counters take none
+            output = self._head.module(states.view_as(states))  # FlopCounterMode takes no leaf as an input
         except Exception as error:  # any error of a head that takes no other positions than those of the text
             return f"the head does not run on positions of its own ({type(error).__name__})"
         values = self._head.then(output).to(logits.dtype)[:, 1::2]
