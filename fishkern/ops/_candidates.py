@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fishkern.ops._arena import EMPTY, Arena, Span
 from fishkern.ops._digits import nth_largest
-from fishkern.ops._scores import Piece, refuse_nan
+from fishkern.ops._scores import Piece, floats, refuse_nan
 
-# A piece is folded into this many rows, at least and at most, and only columns whose largest score matters are read.
-_FEWEST_ROWS, _MOST_ROWS = 4, 32
 # Candidates are thinned out when this many more are held than needed (undecided ones: than twice as many).
 _SLACK = 2**22
-# Where at least one index in this many is a candidate, marking them all is quicker than sorting.
+# Where at least one score in this many is a candidate, a bit for each score is less than an index for each candidate,
+# and marking candidates is quicker than sorting them.
 _SPARSE = 32
 # Up to this many undecided scores are concatenated to find the one that decides; more are counted in place.
 _SORTED = 2**22
@@ -28,44 +28,91 @@ _SORTED = 2**22
 _CLASSES = ("above", "high", "inside", "low")
 
 
-@dataclass
-class _Chunk:
-    """The candidates of one piece."""
+@dataclass(frozen=True, slots=True)
+class Members:
+    """Some scores of a piece.
 
-    block: int
-    offset: int
-    bounds: Tensor | None
-    spans: dict[str, Span]  # of each class: indices into the piece, ascending
-    values: Span  # of those inside the bracket
+    Attributes:
+        span: Their indices into the piece, ascending, int32; or, where they are many, a bit for each score, uint8.
+        count: How many they are.
+    """
+
+    span: Span
+    count: int
+
+    @property
+    def packed(self) -> bool:
+        """Whether there are bits."""
+        return self.span.memory.dtype == np.uint8
+
+    def first(self, count: int) -> Members:
+        """Take the first of them.
+
+        Args:
+            count: How many at most.
+
+        Returns:
+            Those.
+        """
+        if count >= self.count:
+            return self
+        if count == 0:
+            return NONE
+        if not self.packed:
+            return Members(Span(self.span.memory, self.span.start, self.span.start + count), count)
+        marked = np.unpackbits(self.span.array)
+        marked[np.flatnonzero(marked)[count] :] = 0
+        return Members(_whole(np.packbits(marked)), count)
+
+
+NONE = Members(EMPTY, 0)
+
+
+@dataclass(slots=True)
+class Chunk:
+    """The candidates of one piece.
+
+    Attributes:
+        piece: The piece, without its values.
+        members: Those of each class.
+        values: Of the class inside the bracket.
+    """
+
+    piece: Piece
+    members: dict[str, Members]
+    values: Span
 
     def __len__(self) -> int:
-        return sum(map(len, self.spans.values()))
+        return sum(members.count for members in self.members.values())
 
-    @property
-    def piece(self) -> Piece:
-        """The piece, without its values."""
-        return Piece(self.block, self.offset, EMPTY.memory, self.bounds)
+    def indices(self) -> np.ndarray:
+        """Join the classes.
 
-    @property
-    def indices(self) -> Tensor:
-        parts = [span.tensor for span in self.spans.values() if len(span)]
-        if len(parts) == 1:
+        Returns:
+            Indices into the piece, ascending.
+        """
+        members = [own for own in self.members.values() if own.count]
+        bits = [own.span.array for own in members if own.packed]
+        parts = [own.span.array for own in members if not own.packed]
+        if bits:
+            marked = np.unpackbits(np.bitwise_or.reduce(bits)).view(bool)
+        elif len(parts) == 1:
             return parts[0]
-        end = max(int(part[-1]) for part in parts) + 1
-        if sum(map(len, parts)) * _SPARSE < end:
-            return torch.cat(parts).sort().values
-        marked = parts[0].new_zeros(end, dtype=torch.bool)
+        elif len(self) * _SPARSE < (end := max(int(part[-1]) for part in parts) + 1):
+            return np.sort(np.concatenate(parts))
+        else:
+            marked = np.zeros(end, dtype=bool)
         for part in parts:
             marked[part] = True
-        return marked.nonzero().view(-1)
+        return np.flatnonzero(marked)
 
 
 class Candidates:
     """Collect the ``k`` largest scores of a stream, given a bracket in which the ``k``-th largest is believed to lie.
 
-    Above the bracket: indices only. Inside: indices and values. Below: dropped. Scores equal to a finite end are
-    classes of their own, indices only: a value that many scores share (zero above all) is an end of the bracket
-    whenever it is near the ``k``-th largest, because a sample contains it many times.
+    Above the bracket: places only. Inside: places and values. Below: dropped. Scores equal to a finite end are classes
+    of their own, places only: a value that many scores share (zero above all) is an end of the bracket whenever it is
+    near the ``k``-th largest, because a sample contains it many times.
 
     As soon as there are ``k`` scores at or above some value, no later score of that value can be among the first ``k``
     (ties go to the earlier one), so that from then on only larger ones are collected.
@@ -75,18 +122,17 @@ class Candidates:
         low: Lower end of the bracket.
         high: Upper end; infinity to keep the value of everything above ``low``.
         largest: Whether larger scores come first. If not, all values here are the negated scores.
-        density: The share of all scores that ``k`` is; only the speed depends on it.
+        dtype: float32 or float64, in which scores are compared.
     """
 
-    def __init__(self, k: int, low: float, high: float, *, largest: bool, density: float) -> None:
-        self._k, self._low, self._high, self._largest = k, low, high, largest
-        # A later score can be among the first k only if it is at least `_floor`, or if `_strict`, above it. The floor
-        # only rises: `low` until k scores at or above it are held, then `low` strictly; after thinning out, the k-th
-        # largest value held, or `high`, strictly, since ties go to the earlier score, which is held.
-        self._floor, self._strict = low, False
+    def __init__(self, k: int, low: float, high: float, *, largest: bool, dtype: torch.dtype) -> None:
+        self._k, self._low, self._high, self._largest, self._dtype = k, low, high, largest, dtype
+        # Whether a later score must exceed the floor to be among the first k, or only reach it. The floor only rises:
+        # `low` until k scores at or above it are held, then above `low`; after thinning out, above the k-th largest
+        # value held, or above `high`, since ties go to the earlier score, which is held.
+        self._floor, self._exceed = low, False
         self._held = dict.fromkeys(_CLASSES, 0)
-        self._rows = _rows(density)
-        self._chunks: list[_Chunk] = []
+        self._chunks: list[Chunk] = []
         self._arenas: dict[str, Arena] = defaultdict(Arena)
 
     @property
@@ -103,30 +149,65 @@ class Candidates:
     def _total(self) -> int:
         return sum(self._held.values())
 
-    def add(self, piece: Piece) -> None:
-        """Collect the candidates of the next piece.
+    def search(self, piece: Piece) -> Chunk:
+        """Find what may be among the largest in a piece, by what is known from the pieces that have been added.
+
+        This changes nothing, and with less known it only finds more, so that threads can do it for several pieces.
 
         Args:
             piece: Its values need not outlive the call.
 
+        Returns:
+            What was found, maybe nothing.
+
         Raises:
-            NaNScoreError: One of them is NaN.
+            NaNScoreError: One of the scores is NaN.
         """
-        indices, values = _reaching(piece, self._floor, self._rows, strict=self._strict, largest=self._largest)
-        if len(indices) == 0:
-            return
-        values = values if self._largest else values.neg_()
-        above = high = low = indices.new_empty(0)
+        floor, exceed = self._floor, self._exceed
+        sign = 1 if self._largest else -1
+        above, below = (operator.gt, operator.lt) if self._largest else (operator.lt, operator.gt)
+        reach = (operator.le if self._largest else operator.ge) if exceed else below
+        scores = floats(piece.values, self._dtype)
+        inside = ~reach(scores, sign * floor)  # NaN, too
+        members = dict.fromkeys(_CLASSES, NONE)
         if self._high < math.inf:
-            above, indices, values = _split_off(values > self._high, indices, values)
-            high, indices, values = _split_off(values == self._high, indices, values)
-        if self._low > -math.inf:
-            low, indices, values = _split_off(values == self._low, indices, values)
-        spans = {}
-        for name, members in zip(_CLASSES, (above, high, indices, low), strict=True):
-            self._held[name] += len(members)
-            spans[name] = self._arenas[name].put(members)
-        self._chunks.append(_Chunk(piece.block, piece.offset, piece.bounds, spans, self._arenas["values"].put(values)))
+            beyond = above(scores, sign * self._high)
+            inside ^= beyond
+            members["above"] = _members(beyond)
+        ends = {"high": self._high} if self._high < math.inf else {}
+        ends |= {"low": self._low} if self._low > -math.inf else {}
+        if _SPARSE * _count(inside) > len(scores):  # maybe because many are equal
+            for name, end in ends.items():
+                tied = (scores == sign * end) & inside
+                inside ^= tied
+                members[name] = _members(tied)
+            ends = {}
+        indices = _places(inside)
+        values = _array(scores[indices])
+        indices = _array(indices)
+        if np.isnan(values).any():
+            refuse_nan(piece)
+        if not self._largest:
+            values = -values
+        for name, end in ends.items():
+            members[name], indices, values = _split_off(values == end, indices, values)
+        members["inside"] = _listed(indices)
+        return Chunk(Piece(piece.block, piece.offset, _NO_VALUES, piece.bounds), members, _whole(values))
+
+    def add(self, chunk: Chunk) -> None:
+        """Take the candidates of the next piece.
+
+        Args:
+            chunk: What :meth:`search` has found there, maybe before the last few pieces were added.
+        """
+        if not len(chunk):
+            return
+        for name, members in chunk.members.items():
+            self._held[name] += members.count
+            arena = self._arenas[f"bits of {name}" if members.packed else name]
+            chunk.members[name] = Members(arena.put(members.span.array), members.count)
+        chunk.values = self._arenas["values"].put(chunk.values.array)
+        self._chunks.append(chunk)
         self._bound_memory()
 
     def _bound_memory(self) -> None:
@@ -134,21 +215,21 @@ class Candidates:
         held, total = self._held, self._total
         need = max(0, self._k - held["above"] - held["high"])  # of those below the upper end
         # With k at or above the upper end, all below it can go, once: after that the floor is this end.
-        decided = need == 0 and not (self._strict and self._floor == self._high)
+        decided = need == 0 and not (self._exceed and self._floor == self._high)
         # Ties at the ends can be cut to the first ones without a look at values. Undecided scores are cut to half at
         # least, so that the work of all cuts together is a multiple of that of the pass.
         surplus = min(total - self._k, held["high"] + held["low"])
         if decided or surplus > _SLACK or held["inside"] > 2 * need + _SLACK:
             self._thin_out()
         elif self._floor == self._low and total >= self._k:
-            self._strict = True
+            self._exceed = True
 
-    def finish(self) -> tuple[Iterator[tuple[Piece, Tensor]], float | None]:
+    def finish(self) -> tuple[Iterator[Chunk], float | None]:
         """Decide.
 
         Returns:
-            For each piece with any of the ``k`` largest, the last piece first: the piece without its values, and the
-            indices, ascending. And the ``k``-th largest value, ``None`` where it is only known to be above the bracket.
+            For each piece with any of the ``k`` largest, the last piece first, which of its scores they are. And the
+            ``k``-th largest value, ``None`` where it is only known to be above the bracket.
         """
         threshold = self._thin_out()
         return self._drained(), threshold
@@ -164,15 +245,14 @@ class Candidates:
         """
         counts = [0] * num_blocks
         for chunk in self._chunks:
-            if chunk.bounds is None:
-                counts[chunk.block] += len(chunk)
+            if chunk.piece.bounds is None:
+                counts[chunk.piece.block] += len(chunk)
         return counts
 
-    def _drained(self) -> Iterator[tuple[Piece, Tensor]]:
+    def _drained(self) -> Iterator[Chunk]:
         self._arenas.clear()
         while self._chunks:  # the last ones first, whose memory is freed first
-            chunk = self._chunks.pop()
-            yield chunk.piece, chunk.indices
+            yield self._chunks.pop()
 
     def _thin_out(self) -> float | None:
         """Drop candidates that cannot be among the first ``k`` of those held.
@@ -186,13 +266,13 @@ class Candidates:
         self._keep_first("high", need)
         need -= held["high"]
         if need == 0:
-            self._floor, self._strict = self._high, True
+            self._exceed, self._floor = True, self._high
             for chunk in self._chunks:
-                chunk.spans["inside"] = chunk.values = EMPTY
+                chunk.members["inside"], chunk.values = NONE, EMPTY
             held["inside"] = 0
         elif held["inside"] >= need:
             threshold = self._keep_largest(need)
-            self._floor, self._strict = threshold, True
+            self._exceed, self._floor = True, threshold
         else:
             threshold = self._low if held["inside"] + held["low"] >= need else None
         self._keep_first("low", need - held["inside"])
@@ -205,68 +285,68 @@ class Candidates:
             return
         self._held[end] = count
         for chunk in self._chunks:
-            first = chunk.spans[end].first(count)
-            chunk.spans[end] = first if len(first) else EMPTY  # which frees the memory
-            count -= len(first)
+            chunk.members[end] = chunk.members[end].first(count)
+            count -= chunk.members[end].count
 
     def _keep_largest(self, need: int) -> float:
         """Keep the ``need`` largest of those inside the bracket, and return the smallest of them."""
-        chunks = [chunk for chunk in self._chunks if len(chunk.spans["inside"])]
-        values = partial(map, lambda chunk: chunk.values.tensor, chunks)
-        inside = self._held["inside"]
-        if inside <= _SORTED:
-            threshold = torch.cat([part.cpu() for part in values()]).kthvalue(inside - need + 1).values.item()
+        chunks = [chunk for chunk in self._chunks if len(chunk.values)]
+        rank = self._held["inside"] - need
+        if self._held["inside"] <= _SORTED:
+            threshold = np.partition(np.concatenate([chunk.values.array for chunk in chunks]), rank)[rank].item()
         else:
-            threshold = nth_largest(values, need, chunks[0].values.memory.dtype)
-        ties = need - sum(int((part > threshold).sum()) for part in values())
+            threshold = nth_largest(
+                lambda: (torch.from_numpy(chunk.values.array) for chunk in chunks), need, self._dtype
+            )
+        ties = need - sum(np.count_nonzero(chunk.values.array > threshold) for chunk in chunks)
         self._arenas["inside"], self._arenas["values"] = Arena(), Arena()
-        for chunk, part in zip(chunks, values(), strict=True):
-            keep = part > threshold
-            equal = (part == threshold).nonzero().view(-1)[:ties]
+        for chunk in chunks:
+            values = chunk.values.array
+            keep = values > threshold
+            equal = np.flatnonzero(values == threshold)[:ties]
             keep[equal] = True
             ties -= len(equal)
-            chunk.spans["inside"] = self._arenas["inside"].put(chunk.spans["inside"].tensor[keep])
-            chunk.values = self._arenas["values"].put(part[keep])
+            indices = self._arenas["inside"].put(np.compress(keep, chunk.members["inside"].span.array))
+            chunk.members["inside"] = Members(indices, len(indices))
+            chunk.values = self._arenas["values"].put(np.compress(keep, values))
         self._held["inside"] = need
         return threshold
 
 
-def _split_off(which: Tensor, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the indices of some scores, and the remaining indices and values."""
+_NO_VALUES = torch.empty(0)
+
+
+def _count(which: np.ndarray | Tensor) -> int:
+    return np.count_nonzero(which) if isinstance(which, np.ndarray) else int(which.sum())
+
+
+def _places(which: np.ndarray | Tensor) -> np.ndarray | Tensor:
+    """Find where a mask ``[n]`` is true, in ascending order."""
+    return np.flatnonzero(which) if isinstance(which, np.ndarray) else which.nonzero().view(-1)
+
+
+def _array(entries: np.ndarray | Tensor) -> np.ndarray:
+    return entries if isinstance(entries, np.ndarray) else entries.cpu().numpy()
+
+
+def _whole(array: np.ndarray) -> Span:
+    return Span(array, 0, len(array))
+
+
+def _listed(indices: np.ndarray) -> Members:
+    return Members(_whole(indices.astype(np.int32)), len(indices))
+
+
+def _members(which: np.ndarray | Tensor) -> Members:
+    """Keep where a mask ``[n]`` is true in the form that takes less memory."""
+    if isinstance(which, np.ndarray) and _SPARSE * (count := _count(which)) > len(which):
+        return Members(_whole(np.packbits(which)), count)
+    return _listed(_array(_places(which)))
+
+
+def _split_off(which: np.ndarray, indices: np.ndarray, values: np.ndarray) -> tuple[Members, np.ndarray, np.ndarray]:
+    """Return some scores, and the remaining indices and values."""
     if not which.any():
-        return indices.new_empty(0), indices, values
-    if which.all():
-        return indices, indices.new_empty(0), values.new_empty(0)
-    return indices[which], indices[~which], values[~which]
-
-
-def _rows(density: float) -> int:
-    """Choose the fold for which finding the columns costs about as much as reading them, at this share of hits."""
-    balanced = 2 ** round(math.log2(0.5 / math.sqrt(density)))
-    return min(max(balanced, _FEWEST_ROWS), _MOST_ROWS)
-
-
-def _reaching(piece: Piece, floor: float, rows: int, *, strict: bool, largest: bool) -> tuple[Tensor, Tensor]:
-    """Find the scores at or above the floor (only above it, if strict): their indices, ascending, and new values."""
-    values = piece.values
-    reaches = (torch.gt if strict else torch.ge) if largest else (torch.lt if strict else torch.le)
-    floor = floor if largest else -floor
-    columns = len(values) // rows
-    table, rest = values[: columns * rows].view(rows, columns), values[columns * rows :]
-    best = table.amax(0) if largest else table.amin(0)  # NaN wins
-    if (best.sum() + rest.sum()).isnan():  # also where infinities of both signs meet
-        refuse_nan(piece)
-    hit_columns = reaches(best, floor).nonzero().view(-1)
-    if 2 * len(hit_columns) > columns:
-        indices = reaches(values, floor).nonzero().view(-1)
-        return _narrow(indices, values), values[indices]
-    narrow_table = table.index_select(1, hit_columns).view(-1)  # [rows * hit columns]
-    hits = reaches(narrow_table, floor).nonzero().view(-1)  # ascending, so that they are in the whole table too
-    row = hits.div(max(1, len(hit_columns)), rounding_mode="floor")
-    in_rest = reaches(rest, floor).nonzero().view(-1)
-    indices = torch.cat([row * columns + hit_columns[hits - row * len(hit_columns)], in_rest + columns * rows])
-    return _narrow(indices, values), torch.cat([narrow_table[hits], rest[in_rest]])
-
-
-def _narrow(indices: Tensor, values: Tensor) -> Tensor:
-    return indices.to(torch.int32) if len(values) <= 2**31 else indices
+        return NONE, indices, values
+    rest = ~which
+    return _listed(np.compress(which, indices)), np.compress(rest, indices), np.compress(rest, values)

@@ -8,13 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, cycle
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fishkern.files import AnyTensor, StoredTensor
+from fishkern.ops._threads import ALONE
 
-# A piece takes a dozen calls, shared by two threads: one that exceeds the cache is no slower, and means fewer wake-ups.
-# One from a disk comes through the cache, and should still be there.
+# A piece takes two dozen calls, and at each of them threads may wait for Python's lock: one that exceeds the cache is
+# quicker. One from a disk comes through the cache, and should still be there.
 _PIECE, _PIECE_ON_DISK, _PIECE_ON_GPU = 2**22, 2**20, 2**26
 # Small blocks, also stored ones, share a piece, so that 100 000 of them do not become 100 000 pieces.
 _SMALL, _PACKED = 2**16, 2**20
@@ -42,7 +44,7 @@ class Piece:
     Attributes:
         block: Number of their block, or of the first one.
         offset: Flat index of the first score in that block.
-        values: ``[n]``, float32 or float64.
+        values: ``[n]``, of the dtype of the block.
         bounds: Where each of several whole blocks ends in ``values``; ``None`` for a part of one block.
     """
 
@@ -83,6 +85,12 @@ def refuse_nan(piece: Piece) -> None:
 class Scores:
     """Blocks of scores in a row.
 
+    Attributes:
+        numels: How many scores each block has.
+        total: How many there are.
+        on_disk: Whether any of them are.
+        dtype: float32 or float64, which holds every block's values exactly.
+
     Args:
         blocks: Floating tensors of any shapes, dtypes and devices, in memory or on disk.
 
@@ -101,23 +109,23 @@ class Scores:
         self.blocks = [block.detach() if isinstance(block, Tensor) else block for block in blocks]
         self.numels = [block.numel() for block in blocks]
         self.total = sum(self.numels)
-        self._on_disk = any(isinstance(block, StoredTensor) for block in blocks)
+        self.on_disk = any(isinstance(block, StoredTensor) for block in blocks)
         double = any(block.dtype == torch.float64 for block in blocks)
-        self.dtype = torch.float64 if double else torch.float32  # which holds every block's values exactly
+        self.dtype = torch.float64 if double else torch.float32
 
     def pieces(self) -> Iterator[Piece]:
-        """Go through all scores once, in order. A piece is valid until the next one is requested.
+        """Go through all scores once, in order.
 
-        Where a block is on disk, the next piece is read while the caller works on one.
+        Where a block is on disk, a piece is valid until the next one is requested, and that is read meanwhile.
 
         Yields:
             The pieces, none of them empty.
         """
-        yield from _read_ahead(self._pieces()) if self._on_disk else self._pieces()
+        yield from _read_ahead(self._pieces()) if self.on_disk else self._pieces()
 
     def _pieces(self) -> Iterator[Piece]:
         # One is filled while the other is worked on, across blocks; 8 bytes are the largest dtype.
-        buffers = cycle([bytearray(8 * _PIECE_ON_DISK) for _ in range(2)] if self._on_disk else [])
+        buffers = cycle([bytearray(8 * _PIECE_ON_DISK) for _ in range(2)] if self.on_disk else [])
         waiting: list[Tensor] = []  # small neighbours on one device
         first = joined = 0  # number of the first of them, and the scores in all
         for number, block in enumerate(self.blocks):
@@ -137,14 +145,14 @@ class Scores:
             else:
                 parts = _split(block, size)
             for part in parts:
-                yield Piece(number, offset, part.to(self.dtype))
+                yield Piece(number, offset, part)
                 offset += len(part)
         if waiting:
             yield self._joined(first, waiting)
 
     def _joined(self, first: int, flats: list[Tensor]) -> Piece:
         bounds = torch.tensor(list(accumulate(map(len, flats))), device=flats[0].device)
-        return Piece(first, 0, torch.cat(flats).to(self.dtype), bounds)
+        return Piece(first, 0, torch.cat(flats), bounds)
 
     def sample(self, size: int) -> Tensor:
         """Read runs of neighbours, spread evenly over all scores; the same ones whenever it is called.
@@ -155,7 +163,7 @@ class Scores:
         Returns:
             ``[runs, length]``, one run in a row, on the CPU; shorter runs end in NaN.
         """
-        on_disk = self._on_disk
+        on_disk = self.on_disk
         length = _RUN_ON_DISK if on_disk else _RUN
         runs = max(1, min(size, self.total) // length)
         runs = min(runs, _MOST_RUNS_ON_DISK) if on_disk else runs
@@ -174,6 +182,27 @@ class Scores:
             rows[row : row + count, :width] = _runs(self.blocks[number], inside, width)
             row += count
         return rows
+
+
+def floats(values: Tensor, dtype: torch.dtype) -> np.ndarray | Tensor:
+    """Widen scores, in the caller's thread alone.
+
+    Args:
+        values: ``[n]``, on any device.
+        dtype: float32 or float64.
+
+    Returns:
+        An array for what is on the CPU, which is a view where the dtype is that already, and a tensor for the rest.
+    """
+    if values.device.type != "cpu":
+        return values.to(dtype)
+    values = values.resolve_neg()
+    if values.dtype is dtype:
+        return values.numpy()
+    wide = torch.empty(len(values), dtype=dtype)
+    for part, own in zip(wide.split(ALONE), values.split(ALONE), strict=True):
+        part.copy_(own)
+    return wide.numpy()
 
 
 def _read_ahead(pieces: Iterator[Piece]) -> Iterator[Piece]:

@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fishkern.arguments import integer, one_of
 from fishkern.backend import Backend, BackendUnavailableError, choose
 from fishkern.files import AnyTensor, StoredTensor
-from fishkern.ops._candidates import Candidates
+from fishkern.ops._candidates import Candidates, Chunk
 from fishkern.ops._digits import around_nth_largest
-from fishkern.ops._scores import NaNScoreError, Piece, Scores, refuse_nan
+from fishkern.ops._scores import NaNScoreError, Scores, refuse_nan
+from fishkern.ops._threads import in_threads, threads
 
 __all__ = ["NaNScoreError", "Order", "streaming_topk", "streaming_topk_torch", "topk_with_threshold"]
 
@@ -28,7 +30,7 @@ _DEVIATIONS = 6.0
 # If a sample leaves more scores than this undecided, one extra pass narrows the bracket first by counting.
 _MOST_INSIDE = 2**25
 # Up to this k the value of every candidate is kept, so that no upper end of the bracket can be missed.
-_KEEP_VALUES = 2**24
+_KEEP_VALUES = 2**20
 
 
 def streaming_topk(
@@ -44,9 +46,10 @@ def streaming_topk(
     collects those above and inside it; those inside decide exactly. Scores equal to either end (zeros of dead rows) are
     counted, not stored with their values. A file is therefore read once, plus a small sample. If the sample leaves more
     than 2^25 undecided, one extra pass counts scores by the leading bits of their values; if the bracket is wrong, two
-    passes count by all bits, and a last one collects. Memory for the result aside, this takes one piece of scores and
-    the values of the candidates: 4 bytes for each of twice the ``k`` up to ``k = 2^24``, above that only for those
-    inside the bracket. A block that is not contiguous is copied while it is processed.
+    passes count by all bits, and a last one collects. Memory for the result aside, this takes one piece of scores for
+    each thread, an index for each candidate or a bit for each score, whichever is less, and the values of candidates: 4
+    bytes for each of twice the ``k`` up to ``k = 2^20``, above that only for those inside the bracket. A block that is
+    not contiguous is copied while it is processed.
 
     What it does next depends on the scores, so ``torch.compile`` breaks the graph here and runs it as it is.
 
@@ -126,7 +129,7 @@ def _launched(run: Callable[..., list[Tensor]], blocks: list[Tensor], k: int, or
 
 
 def streaming_topk_torch(blocks: Sequence[AnyTensor], k: int, *, order: Order = "largest") -> list[Tensor]:
-    """Compute :func:`streaming_topk` in plain PyTorch, piece by piece."""
+    """Compute :func:`streaming_topk` piece by piece: in PyTorch, and what is on the CPU in numpy and in threads."""
     return _topk(Scores(blocks), k, order == "largest")[0]
 
 
@@ -148,9 +151,11 @@ def _topk(scores: Scores, k: int, largest: bool) -> tuple[list[Tensor], float | 
 
 
 def _collect(scores: Scores, k: int, low: float, high: float, *, largest: bool) -> Candidates | None:
-    candidates = Candidates(k, low, high, largest=largest, density=k / scores.total)
-    for piece in scores.pieces():
-        candidates.add(piece)
+    candidates = Candidates(k, low, high, largest=largest, dtype=scores.dtype)
+    # A piece from a disk is there until the next one, and there is time for one thread to do it all.
+    count = 1 if scores.on_disk else threads()
+    for _, chunk in in_threads(candidates.search, scores.pieces(), count):
+        candidates.add(chunk)
         if candidates.too_many:
             return None
     return None if candidates.too_few else candidates
@@ -176,7 +181,7 @@ def _ranked(rows: Tensor, share: float) -> tuple[Tensor, int, int]:
     """Sort a sample, and find two of its ranks between which the score at this share of all scores should be."""
     # kernels/streaming_topk.py has the same once more, since kernels import nothing of fishkern:
     # tests/kernels/test_streaming_topk.py holds the two together.
-    values = rows[~rows.isnan()].sort(descending=True).values
+    values = torch.from_numpy(np.sort(rows[~rows.isnan()].numpy())).flip(0)  # which is quicker than torch's
     if len(values) == 0:
         return values, 0, -1
     rank = share * len(values)
@@ -194,31 +199,46 @@ def _counted(scores: Scores, k: int, largest: bool, bits: int) -> tuple[float, f
     def walk() -> Iterator[Tensor]:
         for piece in scores.pieces():
             refuse_nan(piece)
-            yield piece.values if largest else -piece.values
+            values = piece.values.to(scores.dtype)
+            yield values if largest else -values
 
     return around_nth_largest(walk, k, scores.dtype, bits=bits)
 
 
-def _assembled(scores: Scores, selected: Iterator[tuple[Piece, Tensor]], counts: Sequence[int]) -> list[Tensor]:
-    """Sort the indices selected in pieces, the last piece first, by blocks; ``counts`` are their numbers."""
-    results: list[Tensor] = []
-    for numel, count, block in zip(scores.numels, counts, scores.blocks, strict=True):
-        results.append(torch.empty(count, dtype=index_dtype(numel), device=block.device))
+def _assembled(scores: Scores, chunks: Iterator[Chunk], counts: Sequence[int]) -> list[Tensor]:
+    """Join the indices selected in pieces, the last piece first, by blocks; ``counts`` are their numbers."""
+    results = [torch.empty(count, dtype=index_dtype(n)) for n, count in zip(scores.numels, counts, strict=True)]
     # The last piece comes first, so that each result is filled from its end: `unfilled[block]` indices are missing.
     unfilled = list(counts)
-    for piece, indices in selected:
-        if piece.bounds is None:
-            end = unfilled[piece.block]
-            unfilled[piece.block] = start = end - len(indices)
-            results[piece.block][start:end].copy_(indices).add_(piece.offset)
+
+    def places() -> Iterator[tuple[Chunk, np.ndarray | None]]:
+        for chunk in chunks:
+            block, target = chunk.piece.block, None
+            if chunk.piece.bounds is None:
+                end = unfilled[block]
+                unfilled[block] = start = end - len(chunk)
+                target = results[block][start:end].numpy()
+            yield chunk, target
+
+    for (chunk, target), _ in in_threads(_fill, places(), threads()):
+        if target is not None:
             continue
         # Several whole blocks, none of which is in another piece. Their indices count from the start of the piece, and
         # ascend, so that those of a block are neighbours; `counts` does not know them.
-        numbers = torch.searchsorted(piece.bounds, indices, right=True)
-        indices = (indices - (piece.bounds - piece.bounds.diff(prepend=piece.bounds[:1] * 0))[numbers]).to(torch.int32)
-        for number, part in enumerate(indices.split(numbers.bincount(minlength=len(piece.bounds)).tolist())):
-            results[piece.block + number] = part
-    return results
+        indices, ends = chunk.indices(), chunk.piece.bounds.numpy()
+        numbers = np.searchsorted(ends, indices, side="right")
+        own = torch.from_numpy((indices - (ends - np.diff(ends, prepend=0))[numbers]).astype(np.int32))
+        for number, part in enumerate(own.split(np.bincount(numbers, minlength=len(ends)).tolist())):
+            results[chunk.piece.block + number] = part
+    return [indices.to(block.device) for indices, block in zip(results, scores.blocks, strict=True)]
+
+
+def _fill(place: tuple[Chunk, np.ndarray | None]) -> None:
+    """Write the indices of one piece into those of its block."""
+    chunk, target = place
+    if target is not None:
+        target[:] = chunk.indices()
+        target += chunk.piece.offset
 
 
 def index_dtype(numel: int) -> torch.dtype:

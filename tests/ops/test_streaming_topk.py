@@ -7,6 +7,7 @@ from itertools import pairwise
 from math import inf, nan
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,12 +72,14 @@ DISTRIBUTIONS = {
 }
 KS = [1, N // 10_000, N // 200, N // 10, N // 2, 3 * N // 4, N - 1, N]
 
-# Which way through the algorithm: all scores are candidates; a sampled bracket; one with an upper end, thinned at once.
+# Which way through the algorithm: all scores are candidates; a sampled bracket; one with an upper end, thinned at once;
+# the last in PyTorch alone, as for scores on other devices.
 SIZES = {"_PIECE": 1000, "_PIECE_ON_DISK": 700, "_SMALL": 62, "_SMALLEST_SAMPLE": 2048}
 WAYS = {
     "all": {},
     "sampled": SIZES | {"_PIECE": 4096, "_SMALL": 256},
     "upper end": SIZES | {"_KEEP_VALUES": 0, "_SLACK": 0},
+    "tensors": SIZES | {"_KEEP_VALUES": 0, "floats": lambda values, dtype: values.to(dtype)},
 }
 
 
@@ -260,10 +263,14 @@ def test_neither_scores_nor_random_state_change(way: str):
 
 
 def bytes_held(candidates: _candidates.Candidates) -> int:
-    """Storages count once, whole, however small the view."""
-    spans = [span for chunk in candidates._chunks for span in (*chunk.spans.values(), chunk.values)]
-    storages = {span.memory.data_ptr(): span.memory.untyped_storage().nbytes() for span in spans}
-    return sum(storages.values())
+    """Blocks count once, whole, however small the view."""
+    members = (own.span for chunk in candidates._chunks for own in chunk.members.values())
+    spans = [*members, *(chunk.values for chunk in candidates._chunks)]
+    return sum({id(span.memory): _whole(span.memory).nbytes for span in spans}.values())
+
+
+def _whole(array: np.ndarray) -> np.ndarray:
+    return array if array.base is None else _whole(array.base)
 
 
 @pytest.mark.parametrize("high", [inf, 2.5])
@@ -271,9 +278,9 @@ def test_what_is_kept_is_no_more_than_what_is_needed(high: float, monkeypatch: p
     """Of pieces that are copies (16-bit scores, small blocks) nothing else stays in memory."""
     monkeypatch.setattr(_arena, "_FIRST", 1)
     monkeypatch.setattr(_arena, "_BLOCK", 1)
-    candidates = _candidates.Candidates(400, 2.0, high, largest=True, density=0.01)
+    candidates = _candidates.Candidates(400, 2.0, high, largest=True, dtype=torch.float32)
     for piece in _scores.Scores([normal(N).bfloat16(), normal(100), normal(100)]).pieces():
-        candidates.add(piece)
+        candidates.add(candidates.search(piece))
     assert candidates._total >= 400
     assert bytes_held(candidates) <= 8 * candidates._total
 
@@ -284,8 +291,8 @@ def most_held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     held: list[int] = []
 
     class Watched(_candidates.Candidates):
-        def add(self, piece: _scores.Piece) -> None:
-            super().add(piece)
+        def add(self, chunk: _candidates.Chunk) -> None:
+            super().add(chunk)
             held.append(bytes_held(self))
 
     monkeypatch.setattr(op, "Candidates", Watched)
