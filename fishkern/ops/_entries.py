@@ -13,9 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Entries worked on at a time, for each thread: few enough that a chunk is still in the cache when it is updated and
-# scattered, many enough that the calls cost little.
-_CHUNK = 2**14
+from fishkern.ops._threads import in_threads, threads
+
+# Entries worked on at a time. One thread gathers and scatters them, all threads compute: with few entries these would
+# wait for one another more than they compute, and with many the temporary results would leave the caches.
+_CHUNK, _CHUNK_ON_GPU = 2**19, 2**22
+# Chunks worked on beside each other, so that one is gathered while another one is computed.
+_BESIDE = 2
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -28,6 +32,14 @@ class _Piece(NamedTuple):
     parameter: int
     start: int
     stop: int
+
+
+class _Chunk(NamedTuple):
+    """What is worked on at a time: some parameters, or a part of one, which are at the same step."""
+
+    pieces: list[_Piece]
+    span: slice  # of the compact state
+    step: float
 
 
 def check_entries(
@@ -149,8 +161,12 @@ def update_entries_(
         scale: What gradients are multiplied by, zero-dimensional.
     """
     counts = [p.numel() if listed is None else listed.numel() for p, listed in zip(params, indices, strict=True)]
-    for pieces, span, step in _chunks(counts, grads, steps.tolist(), dtype):
-        places = _places(indices, pieces)
+    on_cpu = steps.device.type == "cpu"
+
+    @torch.no_grad()  # which every thread has to say
+    def run(chunk: _Chunk) -> None:
+        pieces, span, step = chunk
+        places = _places(indices, counts, pieces)
         grad = _gather(grads, places, counts, pieces).to(dtype)
         if scale is not None:
             grad = grad * scale
@@ -162,13 +178,18 @@ def update_entries_(
         update(span, step, weight, grad)
         _scatter_(params, places, pieces, weight)
 
+    # Some of PyTorch's 16-bit operations round otherwise at the end of a tensor: these are neither joined nor cut.
+    size = (_CHUNK if on_cpu else _CHUNK_ON_GPU) if dtype.itemsize >= 4 else None
+    chunks = list(_chunks(counts, grads, steps.tolist(), size))
+    for _ in in_threads(run, chunks, min(_BESIDE, threads(), len(chunks)) if on_cpu and size else 1):
+        pass
+
 
 def _chunks(
-    counts: Sequence[int], grads: Sequence[Tensor | None], steps: Sequence[float], dtype: torch.dtype
-) -> Iterator[tuple[list[_Piece], slice, float]]:
+    counts: Sequence[int], grads: Sequence[Tensor | None], steps: Sequence[float], chunk: int | None
+) -> Iterator[_Chunk]:
     """Join neighbours that are at the same step, cut large parameters, and leave out those without gradient."""
-    # Some of PyTorch's 16-bit operations round otherwise at the end of a tensor: these are neither joined nor cut.
-    chunk = _CHUNK * torch.get_num_threads() if dtype.itemsize >= 4 else None
+    # `chunk` is how many entries are joined at most; with `None` every parameter is by itself, and whole.
     pieces: list[_Piece] = []
     first = end = 0  # of the pieces, within the compact state
     for i, count in enumerate(counts):
@@ -177,7 +198,7 @@ def _chunks(
         # one step for the chunk.
         alone = chunk is None or end - first + count > chunk or grads[i] is None
         if pieces and (alone or steps[i] != steps[pieces[0].parameter]):
-            yield pieces, slice(first, end), steps[pieces[0].parameter]
+            yield _Chunk(pieces, slice(first, end), steps[pieces[0].parameter])
             pieces = []
         if not pieces:
             first = end
@@ -185,12 +206,12 @@ def _chunks(
             size = chunk or count
             for start in range(0, count, size):
                 stop = min(start + size, count)
-                yield [_Piece(i, start, stop)], slice(end + start, end + stop), steps[i]
+                yield _Chunk([_Piece(i, start, stop)], slice(end + start, end + stop), steps[i])
         elif grads[i] is not None and count:
             pieces.append(_Piece(i, 0, count))
         end += count
     if pieces:
-        yield pieces, slice(first, end), steps[pieces[0].parameter]
+        yield _Chunk(pieces, slice(first, end), steps[pieces[0].parameter])
 
 
 def _listed(things: set) -> str:
@@ -201,15 +222,12 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.view(-1) if tensor.is_contiguous() else tensor.contiguous().view(-1)
 
 
-def _places(indices: Sequence[Tensor | None], pieces: list[_Piece]) -> list[Tensor | None]:
-    """Give the places of each piece of a chunk as int64, with which PyTorch is fastest; ``None`` for all."""
-    places = [None if indices[i] is None else indices[i][start:stop] for i, start, stop in pieces]
-    partial = [part for part in places if part is not None]
-    if not partial:
-        return places
-    joined = partial[0] if len(partial) == 1 else torch.cat(partial)  # one conversion for all
-    parts = iter(joined.long().split([len(part) for part in partial]))
-    return [None if part is None else next(parts) for part in places]
+def _places(indices: Sequence[Tensor | None], counts: Sequence[int], pieces: list[_Piece]) -> list[Tensor | None]:
+    """Give the places of each piece of a chunk; ``None`` for all."""
+    return [
+        indices[i] if indices[i] is None or stop - start == counts[i] else indices[i][start:stop]
+        for i, start, stop in pieces
+    ]
 
 
 def _gather(
@@ -252,8 +270,11 @@ def _scatter_(params: Sequence[Tensor], places: list[Tensor | None], pieces: lis
     """Write the weights of a chunk into the parameters."""
     weight = weight.to(params[0].dtype)
     sizes = [stop - start for _, start, stop in pieces]
+    partial = [own for own in places if own is not None]
+    joined = torch.cat(partial) if len(partial) > 1 else partial[0] if partial else None  # one conversion for all
+    wide = iter(()) if joined is None else iter(joined.long().split([own.numel() for own in partial]))
     for (i, start, stop), own, values in zip(pieces, places, weight.split(sizes), strict=True):
         if own is not None:
-            params[i].index_copy_(0, own, values)
+            params[i].scatter_(0, next(wide), values)
         elif values.data_ptr() != params[i][start:].data_ptr():  # else it was updated in place
             params[i][start:stop] = values

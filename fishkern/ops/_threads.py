@@ -39,12 +39,12 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item], count: int
     Args:
         work: Called in any of the threads, beside itself. What it raises, the loop over the results raises.
         items: Taken in the caller's thread, a few ahead of the results.
-        count: How many threads; with 1 the caller's own does it all, and takes an item when it is due.
+        count: How many threads; with 1 or fewer the caller's own does it all, and takes an item when it is due.
 
     Yields:
         Each item with its result.
     """
-    if count == 1:
+    if count <= 1:
         yield from ((item, work(item)) for item in items)
         return
     with ThreadPoolExecutor(count, "fishkern") as pool:
