@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import Any, NamedTuple, Self
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from fishkern.arguments import at_least, fraction_of
@@ -237,11 +237,13 @@ def noise_of_unit(
 
 def _shared(first: Tensor, second: Tensor, counts: Sequence[int]) -> list[int]:
     """Count the entries that the tops of both have in common, for several sizes."""
-    # What is zero is in no top: which zeros topk takes says nothing of them, and it takes the same ones from both.
-    largest = max(counts)
-    top, other = first.topk(largest).indices, second.topk(largest).indices
-    order = torch.arange(largest, device=first.device)
-    places = torch.full_like(first, largest, dtype=torch.int64)
-    places[other] = order.masked_fill(second[other] == 0, largest)
-    both = torch.maximum(places[top], order.masked_fill(first[top] == 0, largest)).sort().values
-    return torch.searchsorted(both, torch.tensor(counts, device=first.device)).tolist()
+    # By thresholds, not by torch.topk, which takes five times as long on a CPU. What is zero is in no top.
+    halves = [half.cpu().numpy() for half in (first, second)]
+    ordered = [np.sort(half) for half in halves]
+    shared: dict[int, int] = {}
+    for count in sorted(counts, reverse=True):  # what both have in a top, they have in every larger one
+        enough = [(half >= values[-count]) & (half > 0) for half, values in zip(halves, ordered, strict=True)]
+        both = np.flatnonzero(enough[0] & enough[1])
+        shared[count] = min(len(both), count)  # of equal entries a top takes some
+        halves = [half[both] for half in halves]
+    return [shared[count] for count in counts]
