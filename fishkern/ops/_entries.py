@@ -180,8 +180,8 @@ def update_entries_(
 
     # Some of PyTorch's 16-bit operations round otherwise at the end of a tensor: these are neither joined nor cut.
     size = (_CHUNK if on_cpu else _CHUNK_ON_GPU) if dtype.itemsize >= 4 else None
-    chunks = list(_chunks(counts, grads, steps.tolist(), size))
-    for _ in in_threads(run, chunks, min(_BESIDE, threads(), len(chunks)) if on_cpu and size else 1):
+    chunks = _chunks(counts, grads, steps.tolist(), size)
+    for _ in in_threads(run, chunks, min(_BESIDE, threads()) if on_cpu and size else 1):
         pass
 
 

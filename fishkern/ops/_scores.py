@@ -45,13 +45,13 @@ class Piece:
         block: Number of their block, or of the first one.
         offset: Flat index of the first score in that block.
         values: ``[n]``, of the dtype of the block.
-        bounds: Where each of several whole blocks ends in ``values``; ``None`` for a part of one block.
+        bounds: Where each of several whole blocks ends in ``values``, int64; ``None`` for a part of one block.
     """
 
     block: int
     offset: int
     values: Tensor
-    bounds: Tensor | None = None
+    bounds: np.ndarray | None = None
 
     def place(self, index: int) -> tuple[int, int]:
         """Locate one score: its block, and its flat index there.
@@ -151,7 +151,7 @@ class Scores:
             yield self._joined(first, waiting)
 
     def _joined(self, first: int, flats: list[Tensor]) -> Piece:
-        bounds = torch.tensor(list(accumulate(map(len, flats))), device=flats[0].device)
+        bounds = np.array(list(accumulate(map(len, flats))))
         return Piece(first, 0, torch.cat(flats), bounds)
 
     def sample(self, size: int) -> Tensor:

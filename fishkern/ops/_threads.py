@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
 from typing import TypeVar
 
 import torch
@@ -39,12 +40,15 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item], count: int
     Args:
         work: Called in any of the threads, beside itself. What it raises, the loop over the results raises.
         items: Taken in the caller's thread, a few ahead of the results.
-        count: How many threads; with 1 or fewer the caller's own does it all, and takes an item when it is due.
+        count: How many threads. The caller's own does it all where that is one at most, and a single item.
 
     Yields:
         Each item with its result.
     """
-    if count <= 1:
+    items = iter(items)
+    two = list(islice(items, 2)) if count > 1 else []
+    items = chain(two, items)
+    if len(two) < 2:
         yield from ((item, work(item)) for item in items)
         return
     with ThreadPoolExecutor(count, "fishkern") as pool:

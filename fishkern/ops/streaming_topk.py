@@ -225,7 +225,7 @@ def _assembled(scores: Scores, chunks: Iterator[Chunk], counts: Sequence[int]) -
             continue
         # Several whole blocks, none of which is in another piece. Their indices count from the start of the piece, and
         # ascend, so that those of a block are neighbours; `counts` does not know them.
-        indices, ends = chunk.indices(), chunk.piece.bounds.numpy()
+        indices, ends = chunk.indices(), chunk.piece.bounds
         numbers = np.searchsorted(ends, indices, side="right")
         own = torch.from_numpy((indices - (ends - np.diff(ends, prepend=0))[numbers]).astype(np.int32))
         for number, part in enumerate(own.split(np.bincount(numbers, minlength=len(ends)).tolist())):
