@@ -33,7 +33,8 @@ class Members:
     """Some scores of a piece.
 
     Attributes:
-        span: Their indices into the piece, ascending, int32; or, where they are many, a bit for each score, uint8.
+        span: Their indices into the piece, ascending, int32; or a bit for each score, uint8, where that is less and no
+            values go with them.
         count: How many they are.
     """
 
@@ -339,8 +340,8 @@ def _listed(indices: np.ndarray) -> Members:
 
 def _members(which: np.ndarray | Tensor) -> Members:
     """Keep where a mask ``[n]`` is true in the form that takes less memory."""
-    if isinstance(which, np.ndarray) and _SPARSE * (count := _count(which)) > len(which):
-        return Members(_whole(np.packbits(which)), count)
+    if _SPARSE * (count := _count(which)) > len(which):
+        return Members(_whole(np.packbits(_array(which))), count)
     return _listed(_array(_places(which)))
 
 

@@ -96,7 +96,7 @@ def _leading_bits(walk: Walk, n: int, width: int, bits: int, total: Total) -> in
 
 def _counts(walk: Walk, shift: int, prefix: int | None) -> Tensor:
     """Count the keys that begin with ``prefix`` by their next digit, ``[2^16]``, on the CPU."""
-    counts = torch.zeros(2**_DIGIT, dtype=torch.int64)
+    counts = torch.zeros(2**_DIGIT, dtype=torch.int64, device="cpu")
     for keys in walk():
         keys = keys >> shift
         # the first digit has the sign, so that its histogram begins at the most negative one
@@ -122,5 +122,5 @@ def ordered_keys(values: Tensor) -> Tensor:
 
 def _value(key: int, dtype: torch.dtype) -> float:
     integer = torch.int64 if dtype == torch.float64 else torch.int32
-    bits = torch.tensor(key if key >= 0 else key ^ torch.iinfo(integer).max, dtype=integer)
+    bits = torch.tensor(key if key >= 0 else key ^ torch.iinfo(integer).max, dtype=integer, device="cpu")
     return bits.view(dtype).item()

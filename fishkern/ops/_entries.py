@@ -17,9 +17,10 @@ from fishkern.ops._threads import in_threads, threads
 
 # Entries worked on at a time. One thread gathers and scatters them, all threads compute: with few entries these would
 # wait for one another more than they compute, and with many the temporary results would leave the caches.
-_CHUNK, _CHUNK_ON_GPU = 2**19, 2**22
-# Chunks worked on beside each other, so that one is gathered while another one is computed.
-_BESIDE = 2
+_CHUNK = 2**19
+# On a CPU two chunks are worked on beside each other, so that one is gathered while the other is computed; where there
+# are at least so many that starting two threads, which get helpers of their own from PyTorch, takes little of the time.
+_MANY = 4
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -144,6 +145,7 @@ def update_entries_(
     maximize: bool,
     master: Tensor | None,
     scale: Tensor | None,
+    beside: bool = True,
 ) -> None:
     """Gather weights and gradients of the selected entries, update them, and scatter the weights, chunk by chunk.
 
@@ -159,11 +161,13 @@ def update_entries_(
         master: ``[K]``, the weights that are updated instead of the rounded ones in ``params``. Where these are not the
             master rounded, they become the master first.
         scale: What gradients are multiplied by, zero-dimensional.
+        beside: Whether ``update`` may run in two threads at the same time, on other entries.
     """
     counts = [p.numel() if listed is None else listed.numel() for p, listed in zip(params, indices, strict=True)]
-    on_cpu = steps.device.type == "cpu"
+    inference = torch.is_inference_mode_enabled()
 
-    @torch.no_grad()  # which every thread has to say
+    @torch.inference_mode(inference)  # each thread has its own modes
+    @torch.no_grad()
     def run(chunk: _Chunk) -> None:
         pieces, span, step = chunk
         places = _places(indices, counts, pieces)
@@ -179,9 +183,9 @@ def update_entries_(
         _scatter_(params, places, pieces, weight)
 
     # Some of PyTorch's 16-bit operations round otherwise at the end of a tensor: these are neither joined nor cut.
-    size = (_CHUNK if on_cpu else _CHUNK_ON_GPU) if dtype.itemsize >= 4 else None
-    chunks = _chunks(counts, grads, steps.tolist(), size)
-    for _ in in_threads(run, chunks, min(_BESIDE, threads()) if on_cpu and size else 1):
+    size = _CHUNK if dtype.itemsize >= 4 else None
+    many = beside and size and steps.device.type == "cpu" and sum(counts) >= _MANY * size
+    for _ in in_threads(run, _chunks(counts, grads, steps.tolist(), size), min(2, threads()) if many else 1):
         pass
 
 

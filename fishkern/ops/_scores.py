@@ -44,7 +44,7 @@ class Piece:
     Attributes:
         block: Number of their block, or of the first one.
         offset: Flat index of the first score in that block.
-        values: ``[n]``, of the dtype of the block.
+        values: ``[n]``, of the dtype of the block, or of one that holds those of all its blocks.
         bounds: Where each of several whole blocks ends in ``values``, int64; ``None`` for a part of one block.
     """
 
@@ -88,7 +88,8 @@ class Scores:
     Attributes:
         numels: How many scores each block has.
         total: How many there are.
-        on_disk: Whether any of them are.
+        on_disk: Whether any of them are on disk.
+        in_memory: Whether all of them are in the memory of the CPU.
         dtype: float32 or float64, which holds every block's values exactly.
 
     Args:
@@ -110,16 +111,17 @@ class Scores:
         self.numels = [block.numel() for block in blocks]
         self.total = sum(self.numels)
         self.on_disk = any(isinstance(block, StoredTensor) for block in blocks)
+        self.in_memory = not self.on_disk and all(block.device.type == "cpu" for block in blocks)
         double = any(block.dtype == torch.float64 for block in blocks)
         self.dtype = torch.float64 if double else torch.float32
 
     def pieces(self) -> Iterator[Piece]:
         """Go through all scores once, in order.
 
-        Where a block is on disk, a piece is valid until the next one is requested, and that is read meanwhile.
+        Where a block is on disk, a piece is valid until the next one is requested; the next one is read meanwhile.
 
         Yields:
-            The pieces, none of them empty.
+            The pieces.
         """
         yield from _read_ahead(self._pieces()) if self.on_disk else self._pieces()
 
@@ -167,13 +169,15 @@ class Scores:
         length = _RUN_ON_DISK if on_disk else _RUN
         runs = max(1, min(size, self.total) // length)
         runs = min(runs, _MOST_RUNS_ON_DISK) if on_disk else runs
-        generator = torch.Generator().manual_seed(0)
+        cpu = torch.device("cpu")  # which need not be the default
+        generator = torch.Generator(cpu).manual_seed(0)
         stride = self.total / runs
-        starts = (torch.arange(runs) + torch.rand(runs, generator=generator, dtype=torch.float64)) * stride
+        offsets = torch.rand(runs, generator=generator, dtype=torch.float64, device=cpu)
+        starts = (torch.arange(runs, device=cpu) + offsets) * stride
         starts = starts.long().clamp_(max=self.total - 1)
-        ends = torch.tensor(list(accumulate(self.numels)))
+        ends = torch.tensor(list(accumulate(self.numels)), device=cpu)
         numbers = torch.searchsorted(ends, starts, right=True)
-        rows = torch.full((runs, length), torch.nan, dtype=self.dtype)
+        rows = torch.full((runs, length), torch.nan, dtype=self.dtype, device=cpu)
         row = 0
         for number, count in zip(*(t.tolist() for t in numbers.unique_consecutive(return_counts=True)), strict=True):
             inside = starts[row : row + count] - (ends[number] - self.numels[number])
@@ -185,7 +189,7 @@ class Scores:
 
 
 def floats(values: Tensor, dtype: torch.dtype) -> np.ndarray | Tensor:
-    """Widen scores, in the caller's thread alone.
+    """Widen scores, in the caller's thread alone where they are on the CPU.
 
     Args:
         values: ``[n]``, on any device.
@@ -196,10 +200,9 @@ def floats(values: Tensor, dtype: torch.dtype) -> np.ndarray | Tensor:
     """
     if values.device.type != "cpu":
         return values.to(dtype)
-    values = values.resolve_neg()
-    if values.dtype is dtype:
+    if values.dtype is dtype and not values.is_neg():
         return values.numpy()
-    wide = torch.empty(len(values), dtype=dtype)
+    wide = torch.empty(len(values), dtype=dtype, device="cpu")
     for part, own in zip(wide.split(ALONE), values.split(ALONE), strict=True):
         part.copy_(own)
     return wide.numpy()
@@ -222,7 +225,7 @@ def _runs(block: AnyTensor, starts: Tensor, width: int) -> Tensor:
     """Read ``width`` neighbours from each start."""
     if isinstance(block, StoredTensor):
         return torch.stack([next(block.pieces(width, start=start)) for start in starts.tolist()])
-    places = (starts[:, None] + torch.arange(width)).to(block.device)
+    places = (starts[:, None] + torch.arange(width, device=starts.device)).to(block.device)
     if block.is_contiguous():
         return block.view(-1)[places].cpu()
     return block[torch.unravel_index(places, block.shape)].cpu()

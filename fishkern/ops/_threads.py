@@ -16,8 +16,6 @@ Result = TypeVar("Result")
 ALONE = 2**15  # entries up to which an operation of PyTorch runs in the thread that calls it
 # A few threads use up what memory delivers.
 _MOST = 16
-# Begun for each thread beyond the one whose result is awaited, so that none waits for the caller.
-_AHEAD = 2
 
 
 def threads() -> int:
@@ -34,13 +32,15 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item], count: int
 
     PyTorch deals the pieces of each operation to its threads once, and waits for the last: beside a busy process that
     is one whose core has another to serve, again and again. Here a thread that is held up does fewer items, and what
-    is waited for is at most one of them. So the work should call nothing that has threads of its own, as PyTorch's
+    is waited for is at most one of them. For that the work must call nothing that has threads of its own, as PyTorch's
     operations on more than :data:`ALONE` entries do; numpy's have none, and let other threads run meanwhile.
 
     Args:
-        work: Called in any of the threads, beside itself. What it raises, the loop over the results raises.
-        items: Taken in the caller's thread, a few ahead of the results.
-        count: How many threads. The caller's own does it all where that is one at most, and a single item.
+        work: Called in any of the threads, beside itself, without the modes of PyTorch that the caller is in. What it
+            raises, the loop over the results raises, and work that has not begun by then is dropped.
+        items: Taken in the caller's thread, one for each thread and one more ahead of the results.
+        count: How many threads. With one, with a single item, and where the interpreter is about to end and starts no
+            more threads, all is done in the caller's.
 
     Yields:
         Each item with its result.
@@ -48,16 +48,27 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item], count: int
     items = iter(items)
     two = list(islice(items, 2)) if count > 1 else []
     items = chain(two, items)
-    if len(two) < 2:
+    pool = ThreadPoolExecutor(count, "fishkern") if len(two) == 2 else None
+    if pool is None or not _starts(pool):
         yield from ((item, work(item)) for item in items)
         return
-    with ThreadPoolExecutor(count, "fishkern") as pool:
+    try:
         begun: deque[tuple[Item, Future[Result]]] = deque()
         for item in items:
             begun.append((item, pool.submit(work, item)))
-            if len(begun) > _AHEAD * count:
+            if len(begun) > count:
                 first, result = begun.popleft()
                 yield first, result.result()
         while begun:
             first, result = begun.popleft()
             yield first, result.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _starts(pool: ThreadPoolExecutor) -> bool:
+    try:
+        pool.submit(int)
+    except RuntimeError:
+        return False
+    return True

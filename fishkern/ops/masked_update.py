@@ -55,5 +55,6 @@ def masked_update_(
     update_entries_(
         update, flat_params, flat_grads, indices, steps,
         dtype=params[0].dtype if master is None else master.dtype, maximize=maximize, master=master, scale=scale,
+        beside=False,
     )  # fmt: skip
     write_back_(params, flat_params)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from typing import Literal
 
 import numpy as np
@@ -46,10 +47,11 @@ def streaming_topk(
     collects those above and inside it; those inside decide exactly. Scores equal to either end (zeros of dead rows) are
     counted, not stored with their values. A file is therefore read once, plus a small sample. If the sample leaves more
     than 2^25 undecided, one extra pass counts scores by the leading bits of their values; if the bracket is wrong, two
-    passes count by all bits, and a last one collects. Memory for the result aside, this takes one piece of scores for
-    each thread, an index for each candidate or a bit for each score, whichever is less, and the values of candidates: 4
-    bytes for each of twice the ``k`` up to ``k = 2^20``, above that only for those inside the bracket. A block that is
-    not contiguous is copied while it is processed.
+    passes count by all bits, and a last one collects. Memory for the result aside, this takes an index for each
+    candidate or a bit for each score, whichever is less, and the values of candidates: 4 bytes (of float64: 8) for each
+    of twice the ``k`` up to ``k = 2^20``, above that only for those inside the bracket. While scores are read, each
+    thread has 2^22 of them in hand, up to 100 MB where most are candidates. A block that is not contiguous is copied
+    while it is processed.
 
     What it does next depends on the scores, so ``torch.compile`` breaks the graph here and runs it as it is.
 
@@ -129,7 +131,7 @@ def _launched(run: Callable[..., list[Tensor]], blocks: list[Tensor], k: int, or
 
 
 def streaming_topk_torch(blocks: Sequence[AnyTensor], k: int, *, order: Order = "largest") -> list[Tensor]:
-    """Compute :func:`streaming_topk` piece by piece: in PyTorch, and what is on the CPU in numpy and in threads."""
+    """Compute :func:`streaming_topk` piece by piece: in PyTorch on a GPU, on a CPU in numpy and in threads."""
     return _topk(Scores(blocks), k, order == "largest")[0]
 
 
@@ -152,12 +154,13 @@ def _topk(scores: Scores, k: int, largest: bool) -> tuple[list[Tensor], float | 
 
 def _collect(scores: Scores, k: int, low: float, high: float, *, largest: bool) -> Candidates | None:
     candidates = Candidates(k, low, high, largest=largest, dtype=scores.dtype)
-    # A piece from a disk is there until the next one, and there is time for one thread to do it all.
-    count = 1 if scores.on_disk else threads()
-    for _, chunk in in_threads(candidates.search, scores.pieces(), count):
-        candidates.add(chunk)
-        if candidates.too_many:
-            return None
+    # A piece from a disk is there until the next one, and a GPU works through its pieces in the order of the caller.
+    count = threads() if scores.in_memory else 1
+    with closing(scores.pieces()) as pieces, closing(in_threads(candidates.search, pieces, count)) as found:
+        for _, chunk in found:
+            candidates.add(chunk)
+            if candidates.too_many:
+                return None
     return None if candidates.too_few else candidates
 
 
@@ -207,7 +210,10 @@ def _counted(scores: Scores, k: int, largest: bool, bits: int) -> tuple[float, f
 
 def _assembled(scores: Scores, chunks: Iterator[Chunk], counts: Sequence[int]) -> list[Tensor]:
     """Join the indices selected in pieces, the last piece first, by blocks; ``counts`` are their numbers."""
-    results = [torch.empty(count, dtype=index_dtype(n)) for n, count in zip(scores.numels, counts, strict=True)]
+    results = [
+        torch.empty(count, dtype=index_dtype(numel), device="cpu")
+        for numel, count in zip(scores.numels, counts, strict=True)
+    ]
     # The last piece comes first, so that each result is filled from its end: `unfilled[block]` indices are missing.
     unfilled = list(counts)
 
@@ -220,12 +226,12 @@ def _assembled(scores: Scores, chunks: Iterator[Chunk], counts: Sequence[int]) -
                 target = results[block][start:end].numpy()
             yield chunk, target
 
-    for (chunk, target), _ in in_threads(_fill, places(), threads()):
+    for (chunk, target), indices in in_threads(_filled, places(), threads()):
         if target is not None:
             continue
         # Several whole blocks, none of which is in another piece. Their indices count from the start of the piece, and
         # ascend, so that those of a block are neighbours; `counts` does not know them.
-        indices, ends = chunk.indices(), chunk.piece.bounds
+        ends = chunk.piece.bounds
         numbers = np.searchsorted(ends, indices, side="right")
         own = torch.from_numpy((indices - (ends - np.diff(ends, prepend=0))[numbers]).astype(np.int32))
         for number, part in enumerate(own.split(np.bincount(numbers, minlength=len(ends)).tolist())):
@@ -233,12 +239,14 @@ def _assembled(scores: Scores, chunks: Iterator[Chunk], counts: Sequence[int]) -
     return [indices.to(block.device) for indices, block in zip(results, scores.blocks, strict=True)]
 
 
-def _fill(place: tuple[Chunk, np.ndarray | None]) -> None:
-    """Write the indices of one piece into those of its block."""
+def _filled(place: tuple[Chunk, np.ndarray | None]) -> np.ndarray:
+    """Write the indices of one piece into those of its block; of a piece of several blocks, give them."""
     chunk, target = place
-    if target is not None:
-        target[:] = chunk.indices()
-        target += chunk.piece.offset
+    if target is None:
+        return chunk.indices()
+    target[:] = chunk.indices()
+    target += chunk.piece.offset
+    return target
 
 
 def index_dtype(numel: int) -> torch.dtype:

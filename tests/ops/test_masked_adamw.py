@@ -64,6 +64,13 @@ def simulate(params, indices, count: int, dtype, *, maximize=False, clip=1.0, **
     return results
 
 
+def in_two_threads(monkeypatch, chunk: int) -> None:
+    """Step chunks of so many entries beside each other, as it is done with millions."""
+    monkeypatch.setattr(_entries, "_CHUNK", chunk)
+    monkeypatch.setattr(_entries, "_MANY", 0)
+    monkeypatch.setattr(_entries, "threads", lambda: 2)
+
+
 def check(actual, plain, truth) -> None:
     flat = [torch.cat([t.reshape(-1) for t in tensors]) for tensors in (actual, plain, truth)]
     assert_as_accurate(*flat)
@@ -78,7 +85,7 @@ def check(actual, plain, truth) -> None:
 def test_density_1_is_torch_bit_for_bit(options, dtype, monkeypatch):
     """100 steps, also where parameters are joined or cut into chunks, whose ends are computed without vectors."""
     options = dict(options)
-    monkeypatch.setattr(_entries, "_CHUNK", 64)
+    in_two_threads(monkeypatch, 64)
     shapes = [(7, 5), (), (33,), (1003,)]
     params, indices = draw(shapes, 2.0, dtype)
     theirs = [p.clone().requires_grad_() for p in params]
@@ -185,7 +192,7 @@ def test_chunks_change_nothing(chunk, monkeypatch):
     steps = torch.tensor([1.0, 1, 2, 2, 2, 1, 1], device=DEVICE)
     grads = [g if i not in (1, 5) else None for i, g in enumerate(grads_at(1, params))]
     sizes = [len(i) for i in indices]
-    monkeypatch.setattr(_entries, "_CHUNK", chunk)
+    in_two_threads(monkeypatch, chunk)
     state = state_of(indices)
     masked_adamw_(params, grads, indices, *state, steps, backend="torch", **OPTIONS)
     for i, (m, v) in enumerate(zip(state[0].split(sizes), state[1].split(sizes), strict=True)):
@@ -195,6 +202,16 @@ def test_chunks_change_nothing(chunk, monkeypatch):
         assert torch.equal(params[i], alone)
         assert torch.equal(m, own[0])
         assert torch.equal(v, own[1])
+
+
+def test_in_inference_mode(monkeypatch):
+    """What is made there can be changed in no other mode, which threads have to know."""
+    in_two_threads(monkeypatch, 64)
+    with torch.inference_mode():
+        params, indices = draw(SHAPES, 0.5)
+        start = [p.clone() for p in params]
+        run(params, indices, state_of(indices), 2, backend="torch")
+    check(params, *(simulate(start, indices, 2, dtype) for dtype in (torch.float32, torch.float64)))
 
 
 def test_without_gradient_nothing_moves(backend):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fishkern.ops import _entries, masked_sgd_
+from fishkern.ops import masked_sgd_
+from tests.ops.test_masked_adamw import in_two_threads
 from tests.support.closeness import assert_as_accurate
 
 pytestmark = pytest.mark.matrix
@@ -67,7 +68,7 @@ def simulate(params, indices, count: int, dtype, *, lr, momentum=0.0, dampening=
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_density_1_is_torch_bit_for_bit(options, dtype, monkeypatch):
     """100 steps, also at the ends of tensors, where PyTorch rounds 16-bit sums otherwise."""
-    monkeypatch.setattr(_entries, "_CHUNK", 64)
+    in_two_threads(monkeypatch, 64)
     shapes = [(7, 5), (), (33,), (1003,)]
     params, indices = draw(shapes, 2.0, dtype)
     theirs = [p.clone().requires_grad_() for p in params]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 from fishkern.ops import masked_sgd_, masked_update_
+from tests.ops.test_masked_adamw import in_two_threads
 from tests.ops.test_masked_sgd import SHAPES, draw, grads_at
 
 
@@ -68,6 +71,18 @@ def test_it_is_the_arithmetic_on_whole_tensors():
         expected = torch.where(mask.view(param.shape), moved, before)
         torch.testing.assert_close(param, expected, rtol=1e-14, atol=1e-14)
         assert torch.equal(param[~mask.view(param.shape)], before[~mask.view(param.shape)])
+
+
+def test_the_function_is_called_by_the_caller_alone(monkeypatch):
+    """It may keep what it likes between its calls."""
+    in_two_threads(monkeypatch, 64)
+    params, indices = draw(SHAPES, 0.5)
+    callers = []
+    masked_update_(
+        lambda *_: callers.append(threading.get_ident()), params, grads_at(1, params), indices, torch.ones(len(params))
+    )
+    assert len(callers) > 10
+    assert set(callers) == {threading.get_ident()}
 
 
 def test_what_does_not_fit_is_refused():

@@ -73,13 +73,14 @@ DISTRIBUTIONS = {
 KS = [1, N // 10_000, N // 200, N // 10, N // 2, 3 * N // 4, N - 1, N]
 
 # Which way through the algorithm: all scores are candidates; a sampled bracket; one with an upper end, thinned at once;
-# the last in PyTorch alone, as for scores on other devices.
+# the same in PyTorch alone, as for scores on other devices; and in threads.
 SIZES = {"_PIECE": 1000, "_PIECE_ON_DISK": 700, "_SMALL": 62, "_SMALLEST_SAMPLE": 2048}
 WAYS = {
     "all": {},
     "sampled": SIZES | {"_PIECE": 4096, "_SMALL": 256},
     "upper end": SIZES | {"_KEEP_VALUES": 0, "_SLACK": 0},
     "tensors": SIZES | {"_KEEP_VALUES": 0, "floats": lambda values, dtype: values.to(dtype)},
+    "threads": SIZES | {"_KEEP_VALUES": 0, "_SLACK": 99, "threads": lambda: 3},
 }
 
 
@@ -227,10 +228,12 @@ def test_property(data: st.DataObject):
     ends = zip([0, *cuts], [*cuts, total], strict=True)
     blocks = [scores[start:end].to(data.draw(dtypes)) for start, end in ends]
     k = data.draw(st.integers(0, total))
+    count = data.draw(st.sampled_from([1, 3]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_scores, "_PIECE", data.draw(st.sampled_from([16, 50, 2**22])))
         patch.setattr(_scores, "_SMALL", data.draw(st.sampled_from([0, 5, 2**16])))
         patch.setattr(_scores, "_PACKED", data.draw(st.sampled_from([8, 2**20])))
+        patch.setattr(op, "threads", lambda: count)
         patch.setattr(op, "_SMALLEST_SAMPLE", data.draw(st.sampled_from([16, 64, 2**16])))
         patch.setattr(op, "_KEEP_VALUES", data.draw(st.sampled_from([0, 2**24])))
         patch.setattr(op, "_MOST_INSIDE", data.draw(st.sampled_from([0, 2**25])))
@@ -252,6 +255,18 @@ def test_the_same_over_runs_and_threads(way: str):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+@pytest.mark.parametrize("k", [0, 100, N // 2])
+def test_modes_of_the_caller_change_nothing(k: int, way: str):
+    """Another default device, inference mode, and scores whose sign is a note beside them."""
+    scores = torch.randn(N, dtype=torch.complex64)
+    blocks = split(scores.conj().imag)
+    assert blocks[3].is_neg()
+    with torch.device("meta"), torch.inference_mode():
+        found = streaming_topk([*blocks, blocks[3].half()], k, backend="torch")
+    expected = oracle([*blocks, blocks[3].half()], k, "largest")
+    assert all(torch.equal(one.long(), other) for one, other in zip(found, expected, strict=True))
 
 
 def test_neither_scores_nor_random_state_change(way: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_items_are_taken_a_few_ahead(count: int):
     results = in_threads(lambda number: number, (taken.append(n) or n for n in range(100)), count)
     assert taken == []
     assert next(results) == (0, 0)
-    assert len(taken) == (1 if count == 1 else 2 * count + 1)
+    assert len(taken) == (1 if count == 1 else count + 1)
     results.close()
     assert len(taken) < 10
 
@@ -51,6 +52,35 @@ def test_the_first_error_is_raised(count: int):
     with pytest.raises(ValueError, match="item 5"):
         next(results)
     assert threading.active_count() == before
+
+
+def test_after_an_error_little_more_is_done():
+    begun, go_on = [], threading.Event()
+
+    def work(number: int) -> None:
+        begun.append(number)
+        if number == 0:
+            raise ValueError("item 0")
+        assert go_on.wait(10)
+
+    with pytest.raises(ValueError, match="item 0"):
+        threading.Timer(0.2, go_on.set).start()
+        list(in_threads(work, range(100), 2))
+    assert len(begun) < 5
+
+
+def test_where_no_thread_starts_the_caller_does_it_all(monkeypatch: pytest.MonkeyPatch):
+    """As at the end of the interpreter."""
+
+    def refuse(*args: object) -> None:
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
+    assert list(in_threads(lambda number: -number, range(3), 4)) == [(0, 0), (1, -1), (2, -2)]
+
+
+def test_a_single_item_is_done_by_the_caller():
+    assert list(in_threads(lambda _: threading.get_ident(), [0], 4)) == [(0, threading.get_ident())]
 
 
 def test_as_many_as_pytorch_takes():

@@ -176,6 +176,18 @@ def test_the_noise_is_that_of_the_formula():
     assert noise_of_unit([(first, second)], [(3, 5)], [60, 200]) == pytest.approx(expected)
 
 
+def test_of_equal_entries_a_top_takes_the_first():
+    """As a selection does, so that ties make up no more agreement than selections would have."""
+    generator = torch.Generator().manual_seed(0)
+    halves = torch.randint(0, 6, (2, 1000), generator=generator).float()
+    expected = []
+    for k in (60, 400, 900):
+        first, second = (set(half.sort(descending=True, stable=True).indices[:k].tolist()) for half in halves)
+        h = sum(bool(halves[0, i] and halves[1, i]) for i in first & second) / k
+        expected.append(-NormalDist().inv_cdf(h / 2) / math.sqrt(2))
+    assert noise_of_unit([tuple(halves)], [(1, 1)], [60, 400, 900]) == pytest.approx(expected)
+
+
 def test_entries_that_no_example_has_reached_are_in_no_top():
     """Such as rows of an embedding: equal zeros must not look like agreement."""
     generator = torch.Generator().manual_seed(0)
