@@ -100,6 +100,22 @@ def test_masked_steps(row):
     assert row[1:] == [f"{times[p]:.1f} ms" for p in providers] + [f"{peaks[p]:.0f} MiB" for p in providers]
 
 
+def test_what_is_said_of_masked_steps():
+    """Of what takes less time than ours, all is said, and how much less."""
+    times = [r for r in records("masked_step") if r["quantity"] == "time"]
+    of = {(r["case"]["model"], r["case"]["density"], r["provider"]): r["seconds"]["median"] for r in times}
+    parts = {key: seconds / of[(*key[:2], "fishkern")] for key, seconds in of.items()}
+    six = {density: parts["llama", density, "six_lines"] for density in (0.001, 0.005, 0.05, 0.5)}
+    fused = {density: parts["llama", density, "masked_fused"] for density in six}
+    lora = [parts["lora", density, "six_lines"] for density in six]
+    assert [density for density, part in six.items() if part < 1] == [0.05]
+    assert [density for density, part in fused.items() if part < 1] == [0.5]
+    section = " ".join(text_of("Masked steps").split())
+    assert f"At 5 % six lines take {six[0.05]:.2f} of our time" in section
+    assert f"at the same four densities, {min(lora):.2f} to {max(lora):.2f};" in section
+    assert f"at 50 % masked fused takes {fused[0.5]:.2f}." in section
+
+
 def test_selection_of_fish_tuning():
     (record,) = records("fish_tuning")
     ours, loop = record["seconds"].values()
