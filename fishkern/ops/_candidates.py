@@ -167,9 +167,9 @@ class Candidates:
         floor, exceed = self._floor, self._exceed
         sign = 1 if self._largest else -1
         above, below = (operator.gt, operator.lt) if self._largest else (operator.lt, operator.gt)
-        reach = (operator.le if self._largest else operator.ge) if exceed else below
+        misses = (operator.le if self._largest else operator.ge) if exceed else below
         scores = floats(piece.values, self._dtype)
-        inside = ~reach(scores, sign * floor)  # NaN, too
+        inside = ~misses(scores, sign * floor)  # NaN, too
         members = dict.fromkeys(_CLASSES, NONE)
         if self._high < math.inf:
             beyond = above(scores, sign * self._high)

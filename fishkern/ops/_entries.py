@@ -184,7 +184,7 @@ def update_entries_(
 
     # Some of PyTorch's 16-bit operations round otherwise at the end of a tensor: these are neither joined nor cut.
     size = _CHUNK if dtype.itemsize >= 4 else None
-    many = beside and size and steps.device.type == "cpu" and sum(counts) >= _MANY * size
+    many = beside and size is not None and steps.device.type == "cpu" and sum(counts) >= _MANY * size
     for _ in in_threads(run, _chunks(counts, grads, steps.tolist(), size), min(2, threads()) if many else 1):
         pass
 

@@ -50,8 +50,8 @@ def streaming_topk(
     passes count by all bits, and a last one collects. Memory for the result aside, this takes an index for each
     candidate or a bit for each score, whichever is less, and the values of candidates: 4 bytes (of float64: 8) for each
     of twice the ``k`` up to ``k = 2^20``, above that only for those inside the bracket. While scores are read, each
-    thread has 2^22 of them in hand, up to 100 MB where most are candidates. A block that is not contiguous is copied
-    while it is processed.
+    thread has 2^22 of them in hand, with up to 31 bytes for each where most are candidates. A block that is not
+    contiguous is copied while it is processed.
 
     What it does next depends on the scores, so ``torch.compile`` breaks the graph here and runs it as it is.
 

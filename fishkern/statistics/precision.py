@@ -237,7 +237,7 @@ def noise_of_unit(
 
 def _shared(first: Tensor, second: Tensor, counts: Sequence[int]) -> list[int]:
     """Count the entries that the tops of both have in common, for several sizes."""
-    # By thresholds, since torch.topk takes three times as long on a CPU.
+    # By thresholds, since torch.topk takes longer on a CPU.
     halves = [half.cpu().numpy() for half in (first, second)]
     ordered = [np.sort(half) for half in halves]
     return [
